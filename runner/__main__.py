@@ -1,0 +1,51 @@
+"""``python -m runner experiment=x``: run it, kill it, run it again."""
+
+import os
+import sys
+from traceback import walk_tb
+
+from runner import signals
+from runner.errors import RunnerError
+
+
+def main() -> int:
+    """Run the application; returns the exit status, as listed in ``runner.errors``."""
+    signals.install()  # before the imports, which take a second in which a signal may arrive
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here, where each gets its status
+
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from runner import app
+
+    app.register()
+    try:
+        app.main()
+    except (HydraException, OmegaConfBaseException, RunnerError) as error:
+        own = _own(error)
+        print(own or _as_hydra_says(error), file=sys.stderr)
+        return own.status if own else 2
+    except OSError as error:
+        if any(frame.f_globals.get("__name__") == app.__name__ for frame, _ in walk_tb(error.__traceback__)):
+            raise  # the job's own; the directory had been made
+        print(
+            f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _own(error: BaseException | None) -> RunnerError | None:
+    """The runner's own error behind what Hydra and OmegaConf wrapped around it."""
+    while error is not None and not isinstance(error, RunnerError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _as_hydra_says(error: BaseException) -> str:
+    return f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

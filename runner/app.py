@@ -1,0 +1,108 @@
+"""The Hydra application: one composed configuration in, the objective out.
+
+torch is imported only for a run that has something left to train.
+"""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from runner import signals
+from runner.config import schema
+from runner.config.checks import check
+from runner.config.identity import identity, is_name, variant
+from runner.distributed import world
+from runner.errors import ConfigError, RunnerError
+from runner.run.directory import RunDirectory
+from runner.run.opening import Opening, open_run
+from runner.storage.location import local_root
+
+log = logging.getLogger("runner")
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the configurations lie inside the package, in a clone beside it.
+CONFIGS = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+
+def register() -> None:
+    """Make schema and resolvers known to Hydra; comes before composing."""
+    schema.register()
+    # One directory for one command, alone or as a job of a sweep: Hydra's own files go where the run is.
+    OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
+    OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
+
+
+@hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
+def main(config: DictConfig) -> float | None:
+    """Run one job; returns its objective, which is what a sweeper gets.
+
+    An error ends a single run with its exit status; in a sweep it is raised, because leaving the process would end
+    the sweep.
+    """
+    try:
+        return _job(config)
+    except RunnerError as error:
+        if HydraConfig.get().mode is not RunMode.RUN:
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.status)
+
+
+def _job(config: DictConfig) -> float | None:
+    signals.raise_if_received("during start-up, nothing to commit")
+    world()
+    check(config)
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    directory = RunDirectory.under(
+        config.run.root, hydra_config.runtime.choices["experiment"], _name(config, overrides)
+    )
+    command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])
+    opening = open_run(directory, identity(config), on_drift=config.run.on_drift.name, command=command)
+    result = opening.result
+    if result is None:
+        from runner import experiment  # imports torch
+
+        result = experiment.run(opening, config, overrides=overrides)  # type: ignore[arg-type]
+    _conclude(opening, result)
+    goal = result.get("objective")
+    return None if goal is None else float(goal["value"])
+
+
+def _conclude(opening: Opening, result: dict[str, Any]) -> None:
+    metrics = {name: value for name, value in result["metrics"].items() if value is not None}
+    log.info(
+        "finished step %d (%s)%s",
+        result["step"],
+        result["reason"],
+        "".join(f", {n} {v:.4g}" for n, v in metrics.items()),
+    )
+    if goal := result.get("objective"):
+        log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
+    url = os.path.relpath(opening.directory.location.url)
+    log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+
+
+def _directory(*, _root_: DictConfig) -> str:
+    return f"{local_root(_root_.run.root)}/{_root_.hydra.runtime.choices.experiment}"
+
+
+def _variant(*, _root_: DictConfig) -> str:
+    return _name(_root_, list(_root_.hydra.overrides.task))
+
+
+def _name(config: DictConfig, overrides: list[str]) -> str:
+    name = config.run.name
+    if name is None:
+        return variant(overrides)
+    if not is_name(name):
+        raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
+    return str(name)

@@ -1,0 +1,179 @@
+"""From a configuration to live objects: the one place that instantiates what a configuration names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from runner.config.schema import Config, OnNonfinite, Precision
+from runner.data.engine import Loading
+from runner.data.plan import Plan
+from runner.data.stream import BatchStream, EvaluationData, checked
+from runner.errors import ConfigError, RunnerError
+from runner.evaluation import evaluate
+from runner.rng import derive, seed_all
+from runner.state import Progress, Stateful, TrainState
+from runner.task import Task
+from runner.update import WeightUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The live objects of an experiment. ``evaluate`` is None without validation data."""
+
+    state: TrainState
+    task: Task
+    update: WeightUpdate
+    plan: Plan
+    workers: int
+    evaluate: Callable[[TrainState], dict[str, float | str]] | None
+
+
+def set_up(config: Config) -> torch.device:
+    """Set threads and determinism for this process; the device to train on. Raises ConfigError for one that is not
+    there.
+    """
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    if config.runtime.deterministic:
+        # Not use_deterministic_algorithms(): that imports the compiler, which takes a second and a half.
+        torch.set_deterministic_debug_mode("error")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.set_deterministic_debug_mode("default")
+    return _device(config.runtime.device)
+
+
+def build(config: Config, device: torch.device) -> Parts:
+    """Build data, model, task, optimizer and scheduler, each from a random seed of its own."""
+    trainer, loading = config.trainer, _loading(config, device)
+    seed_all(derive("data", config.seed))
+    collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
+    samples = checked(_instance(config.data.train, "data.train"), "data.train")
+    plan = Plan(
+        samples=len(samples),
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        micro_batches=trainer.accumulate,
+        shuffle=config.data.shuffle,
+        tail=config.data.tail.name,
+        randomness=config.data.randomness.name,
+    )
+    stream = BatchStream(samples, plan, loading=loading, device=device, collate=collate)
+    validation = _validation(config, loading, device, collate)
+
+    seed_all(derive("model", config.seed))
+    model = _instance(config.model, "model").to(device)
+    task = _instance(config.task, "task")
+    optimizer = _called(_partial(config.optimizer, "optimizer"), [*model.named_parameters()], "optimizer")
+    scheduler = _called(_partial(config.scheduler, "scheduler"), optimizer, "scheduler")
+    average = None
+    if trainer.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trainer.ema_decay))  # type: ignore[no-untyped-call]
+    update = WeightUpdate(
+        model,
+        optimizer,
+        device=device,
+        precision=trainer.precision.name,
+        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
+        clip_norm=trainer.clip_norm,
+        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
+        average=average,
+    )
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        update=update,
+        average=average,
+        task=task if isinstance(task, Stateful) else None,
+        stream=stream,
+        progress=Progress(),
+    )
+    return Parts(state, task, update, plan, loading.num_workers, _evaluation(config.seed, task, update, validation))
+
+
+def _validation(
+    config: Config, loading: Loading, device: torch.device, collate: Callable[..., Any] | None
+) -> EvaluationData | None:
+    if config.data.validation is None:
+        return None
+    return EvaluationData(
+        checked(_instance(config.data.validation, "data.validation"), "data.validation"),
+        seed=config.seed,
+        batch_size=config.data.evaluation_batch_size,
+        randomness=config.data.randomness.name,
+        loading=loading,
+        device=device,
+        collate=collate,
+    )
+
+
+def _evaluation(
+    seed: int, task: Task, update: WeightUpdate, data: EvaluationData | None
+) -> Callable[[TrainState], dict[str, float | str]] | None:
+    if data is None:
+        return None
+
+    def report(state: TrainState) -> dict[str, float | str]:
+        key = derive("evaluation", seed, state.progress.step)
+        found = evaluate(task, state.evaluated_model, data, key=key, autocast=update.autocast)
+        return {f"val/{name}": value for name, value in found.items()}
+
+    return report
+
+
+def _loading(config: Config, device: torch.device) -> Loading:
+    runtime = config.runtime
+    return Loading(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"runtime.device={name}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device={name}: exact resuming is built for cpu and cuda; use one of them")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to torch "
+            f"{torch.__version__}; use runtime.device=auto or cpu"
+        )
+    return device
+
+
+def _instance(node: Any, key: str, **how: Any) -> Any:
+    """What the configuration names under ``key``. The runner's own errors pass through; Hydra's say which key is
+    wrong.
+    """
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it")
+    try:
+        return instantiate(node, **how)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, RunnerError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _partial(node: Any, key: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = _instance(node, key, _partial_=True)
+    return found
+
+
+def _called(maker: Callable[..., Any], argument: Any, key: str) -> Any:
+    try:
+        return maker(argument)
+    except (TypeError, ValueError) as error:
+        target = maker.func if isinstance(maker, partial) else maker
+        raise ConfigError(f"{key}: {target.__module__}.{target.__qualname__}: {error}") from error

@@ -1,0 +1,122 @@
+"""Evaluation every so often, and what is concluded from it: the best weights, and when to give up."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runner.callbacks.base import Callback, Loop
+from runner.errors import ConfigError
+from runner.evaluation import EvaluationInterrupted
+from runner.interval import Interval
+from runner.state import TrainState
+
+
+class Evaluate(Callback):
+    """Evaluates when due and at the last step. Remembers the step, so that one that was cut short is made after the
+    resume.
+    """
+
+    def __init__(self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]]) -> None:
+        self.interval = interval
+        self.evaluate = evaluate
+        self.step = 0
+        self.scalars: dict[str, float] = {}
+
+    def on_start(self, loop: Loop) -> None:
+        if loop.step > 0:
+            self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.step == self.step or not self._due(loop):
+            return
+        try:
+            report = self.evaluate(loop.state)
+        except EvaluationInterrupted:
+            loop.evaluation_due = True
+            return
+        self.step = loop.step
+        self.scalars = {name: value for name, value in report.items() if not isinstance(value, str)}
+        loop.evaluation = report
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "scalars": self.scalars}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.scalars = state["step"], state["scalars"]
+
+    def _due(self, loop: Loop) -> bool:
+        last = loop.stop is not None
+        return last or self.interval.due(loop.step, epochs_before=loop.epochs_before, epochs=loop.epochs)
+
+
+class Best(Callback):
+    """Remembers the best value of the objective and its step; the weights are those of the checkpoint made there."""
+
+    def __init__(self, metric: str, *, mode: str) -> None:
+        self.metric = metric
+        self.mode = mode
+        self.value = math.nan
+        self.step = 0
+
+    def on_start(self, loop: Loop) -> None:
+        self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.evaluation is not None:
+            value = objective(loop.evaluation, self.metric)
+            if better(value, self.value, self.mode):
+                self.value, self.step = value, loop.step
+                loop.improved = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.step = state["value"], state["step"]
+
+
+class EarlyStopping(Callback):
+    """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``."""
+
+    def __init__(self, metric: str, *, mode: str, patience: int, min_delta: float) -> None:
+        self.metric = metric
+        self.mode = mode
+        self.patience = patience
+        self.min_delta = min_delta
+        self.value = math.nan
+        self.waited = 0
+
+    def on_start(self, loop: Loop) -> None:
+        self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.evaluation is not None:
+            value = objective(loop.evaluation, self.metric)
+            if better(value, self.value, self.mode, by=self.min_delta):
+                self.value, self.waited = value, 0
+            else:
+                self.waited += 1
+        if self.waited >= self.patience and loop.stop is None:
+            loop.stop = "early_stopping"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.waited = state["value"], state["waited"]
+
+
+def objective(report: Mapping[str, float | str], metric: str) -> float:
+    """The objective in an evaluation's report. Raises ConfigError naming the metrics there are."""
+    value = report.get(metric)
+    if value is None or isinstance(value, str):
+        known = ", ".join(sorted(name for name, found in report.items() if not isinstance(found, str)))
+        raise ConfigError(f"objective.metric={metric} is not among the metrics of the evaluation: {known}")
+    return value
+
+
+def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:
+    """Whether ``value`` beats ``than`` by more than ``by``; anything beats NaN, which beats nothing."""
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value > than + by if mode == "max" else value < than - by

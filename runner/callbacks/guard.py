@@ -1,0 +1,40 @@
+"""Stops a run whose loss is no longer a number, before that reaches a checkpoint or a curve."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.callbacks.base import Callback, Loop
+from runner.errors import NonFiniteError
+
+_WINDOW = 32  # steps between looks at the device: one synchronisation for so many steps
+
+
+class FiniteLoss(Callback):
+    """Looks at the losses of many steps at once, and names the first step that was not finite."""
+
+    def __init__(self, *, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._unseen: list[tuple[int, int, Tensor]] = []
+
+    def on_step(self, loop: Loop) -> None:
+        self._unseen.append((loop.step, loop.position, loop.metrics["loss"]))
+        if len(self._unseen) >= _WINDOW:
+            self.check()
+
+    def on_end(self, loop: Loop) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteError if a loss since the last look was not finite."""
+        unseen, self._unseen = self._unseen, []
+        losses: list[Any] = torch.stack([loss for _, _, loss in unseen]).tolist() if unseen else []
+        for (step, position, _), loss in zip(unseen, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"the loss of step {step} is {loss}, sample positions {position} to {position + self._batch_size - 1}. "
+                    "The last checkpoint is from before it. Lower the rate, set trainer.clip_norm, or pass over "
+                    "such steps with trainer.on_nonfinite=skip."
+                )

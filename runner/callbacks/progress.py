@@ -1,0 +1,91 @@
+"""The screen: a bar on a terminal, a plain line now and then anywhere else."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from runner.callbacks.base import Callback, Loop
+
+log = logging.getLogger("runner")
+
+_BAR_SECONDS = 0.1
+_LINE_SECONDS = 15.0
+
+
+class Progress(Callback):
+    """Shows step, loss, rate and time left; reads the loss from its device only when it draws."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
+        self._bar: tqdm[Any] | None = None
+        self._drawn = (0, 0.0)
+
+    def on_start(self, loop: Loop) -> None:
+        self._drawn = (loop.step, time.monotonic())
+        if self._terminal:
+            self._bar = tqdm(total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def on_step(self, loop: Loop) -> None:
+        now = time.monotonic()
+        if now - self._drawn[1] >= self._every:
+            self._draw(loop, now)
+        if loop.evaluation is not None:
+            self._say(f"step {loop.step}: {summary(loop.evaluation)}")
+
+    def on_end(self, loop: Loop) -> None:
+        if self._bar is not None:
+            self._bar.update(loop.step - self._bar.n)
+            self._bar.close()
+
+    def _draw(self, loop: Loop, now: float) -> None:
+        (step, since), self._drawn = self._drawn, (loop.step, now)
+        loss = f"{loop.metrics['loss'].item():.4g}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}", refresh=False)
+            self._bar.update(loop.step - self._bar.n)
+            return
+        rate = (loop.step - step) / (now - since)
+        left = f", {(loop.max_steps - loop.step) / rate:.0f} s left" if loop.max_steps else ""
+        log.info(
+            "step %d%s: loss %s, %.1f steps/s%s",
+            loop.step,
+            f"/{loop.max_steps}" if loop.max_steps else "",
+            loss,
+            rate,
+            left,
+        )
+
+    def _say(self, line: str) -> None:
+        if self._bar is None:
+            log.info(line)
+        else:
+            self._bar.clear()
+            log.info(line)
+            self._bar.refresh()
+
+
+class Heartbeat(Callback):
+    """Notes the step about once a second, for others to see and for the next attempt to know what was lost."""
+
+    def __init__(self, beat: Callable[[int], None]) -> None:
+        self._beat = beat
+        self._last = 0.0
+
+    def on_start(self, loop: Loop) -> None:
+        self._beat(loop.step)
+
+    def on_step(self, loop: Loop) -> None:
+        now = time.monotonic()
+        if now - self._last >= 1.0:
+            self._last = now
+            self._beat(loop.step)
+
+
+def summary(scalars: Mapping[str, float | str]) -> str:
+    """Scalars in one line for people."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items() if isinstance(value, float))

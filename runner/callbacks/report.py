@@ -1,0 +1,106 @@
+"""Curves: training metrics as means over a window of steps, evaluation as it comes."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.callbacks.base import Callback, Loop
+from runner.metrics.curves import Curves
+from runner.metrics.lines import MetricLines
+
+
+class Report(Callback):
+    """Writes curves and metric lines every so many steps.
+
+    The window is part of the state: a mean over steps of two attempts is that of the uninterrupted run. No metric is
+    read from its device before its window is full. Values that are not finite count in no mean.
+    """
+
+    def __init__(
+        self, *, every_steps: int, samples_per_step: int, folder: str, lines: MetricLines, attempt: int
+    ) -> None:
+        self.every_steps = every_steps
+        self.samples_per_step = samples_per_step
+        self._folder = folder
+        self._attempt = attempt
+        self._lines = lines
+        self._curves: Curves | None = None
+        self._unread: list[Mapping[str, Tensor]] = []
+        self._window: dict[str, list[float]] = {}
+        self._clock = (0, 0.0, 0.0)  # step, seconds and seconds of waiting at the last report
+
+    def on_start(self, loop: Loop) -> None:
+        # A step whose evaluation was cut short was not reported; it is reported now, or after the next resume.
+        again = loop.evaluation is not None or loop.evaluation_due
+        self._curves = Curves(self._folder, purge_step=loop.step + (not again), attempt=self._attempt)
+        self._clock = (loop.step, time.monotonic(), loop.waited)
+        self._report(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        self._unread.append(loop.metrics)
+        if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
+            self._report(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        assert self._curves is not None
+        self._curves.close()
+
+    def flush(self, step: int) -> dict[str, Any]:
+        """Make everything reported so far durable; returns the end of the metric lines for the commit at ``step``."""
+        assert self._curves is not None
+        self._curves.flush()
+        return self._lines.flush(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._read()
+        return {"window": self._window}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._window = state["window"]
+
+    def _report(self, loop: Loop) -> None:
+        if loop.evaluation_due:
+            return
+        values: dict[str, float | str] = {}
+        if loop.step % self.every_steps == 0 or loop.stop is not None:
+            values |= self._training(loop)
+        values |= loop.evaluation or {}
+        if values:
+            assert self._curves is not None
+            self._curves.add(loop.step, values)
+            scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
+            self._lines.add(loop.step, scalars)
+
+    def _training(self, loop: Loop) -> dict[str, float | str]:
+        self._read()
+        if not self._window:
+            return {}
+        values: dict[str, float | str] = {
+            f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
+        }
+        self._window = {}
+        return values | {"train/lr": loop.rate} | self._timing(loop)
+
+    def _timing(self, loop: Loop) -> dict[str, float | str]:
+        (step, since, waited), now = self._clock, time.monotonic()
+        self._clock = (loop.step, now, loop.waited)
+        steps, seconds = loop.step - step, now - since
+        if not steps:
+            return {}
+        return {
+            "time/step": seconds / steps,
+            "time/data_wait": (loop.waited - waited) / steps,
+            "time/samples_per_second": steps * self.samples_per_step / seconds,
+        }
+
+    def _read(self) -> None:
+        """Bring the metrics of all unread steps to the host, one transfer for each name."""
+        for name in {name: None for metrics in self._unread for name in metrics}:
+            values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
+            self._window.setdefault(name, []).extend(filter(math.isfinite, values))
+        self._unread = []
+        self._window = {name: values for name, values in self._window.items() if values}

@@ -1,0 +1,175 @@
+"""Parts <-> committed checkpoints under a location. No policy of when, no training.
+
+The invariants, on which every resume rests: a manifest names only objects whose puts returned before it was written; no
+object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from runner.checkpoint import manifest as manifests
+from runner.checkpoint import tensors as files
+from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored
+from runner.checkpoint.tree import decode, encode
+from runner.errors import StorageError, Superseded
+from runner.storage.location import Location
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state at a step, as it will be committed: JSON by part, and tensors by name."""
+
+    step: int
+    parts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, step: int, parts: Mapping[str, Any], **facts: Any) -> "Snapshot":
+        """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
+        encoded = {name: encode(state, name) for name, state in parts.items()}
+        tensors = {name: tensor for _, found in encoded.values() for name, tensor in found.items()}
+        return cls(step, {name: value for name, (value, _) in encoded.items()}, tensors, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A commit whose manifest unsealed and whose data files are there in full size; tensors are verified as they are
+    read.
+    """
+
+    id: CommitId
+    parts: dict[str, Any]
+    tensors: dict[str, Stored]
+    facts: dict[str, Any]
+    location: Location
+
+    @property
+    def step(self) -> int:
+        return self.id.step
+
+    def load(self, part: str) -> Any:
+        """The state dict of one part. Raises Damaged; nothing that failed its digest is returned."""
+        return decode(self.parts[part], self.tensor)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by name."""
+        if name not in self.tensors:
+            raise Damaged(f"{self.id.commit} has no tensor {name!r}")
+        return files.read(self.location, self.tensors[name])
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    ``damaged`` are commits that were found unusable; they neither count as kept nor are they removed before enough good
+    ones are newer.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.damaged: set[CommitId] = set()
+
+    def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
+        """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
+
+        Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit.
+        """
+        commit = CommitId.new(attempt, snapshot.step)
+        file = SafetensorsFile(snapshot.tensors, metadata={"step": str(snapshot.step)})
+        name = commit.data(0)
+        size = self.location.put(name, file.chunks())
+        manifest = {
+            "format": manifests.FORMAT,
+            "attempt": attempt,
+            "step": snapshot.step,
+            "files": {name: size},
+            "tensors": {key: asdict(stored) for key, stored in file.stored(name).items()},
+            "parts": snapshot.parts,
+            "facts": snapshot.facts,
+        }
+        self.location.put(commit.commit, [manifests.seal(manifest)])
+        # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
+        newer = successor()
+        if newer is not None:
+            raise Superseded(
+                f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
+            )
+        return commit
+
+    def commits(self) -> list[CommitId]:
+        """All commits, the one to resume from first."""
+        found = (manifests.parse_commit(entry.name) for entry in self.location.list("commits"))
+        return sorted((commit for commit in found if commit is not None), reverse=True)
+
+    def open(self, commit: CommitId) -> Checkpoint:
+        """Read a commit's manifest and check that its files are there. Raises Damaged."""
+        raw = self.location.read(commit.commit, limit=manifests.LIMIT)
+        manifest = None if raw is None else manifests.unseal(raw)
+        if manifest is None:
+            raise Torn(f"{commit.commit} does not unseal")
+        if manifest.get("format") != manifests.FORMAT:
+            raise StorageError(
+                f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r}, this version reads "
+                f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
+            )
+        sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
+        return _checked(commit, manifest, sizes, self.location)
+
+    def retain(self, *, last: int, steps: Sequence[int], attempt: int) -> None:
+        """Remove what neither is among the ``last`` good commits nor at one of ``steps``, and what older attempts
+        left half done. Computed from a fresh listing.
+        """
+        listed = self.commits()
+        kept: set[CommitId] = set()
+        wanted, sound = set(steps), 0
+        for commit in listed:
+            good = commit not in self.damaged
+            if sound < last or (good and commit.step in wanted):
+                kept.add(commit)
+            if good:
+                sound += 1
+                wanted.discard(commit.step)
+        self._remove(listed, kept, attempt)
+
+    def _remove(self, listed: list[CommitId], kept: set[CommitId], attempt: int) -> None:
+        for commit in listed:
+            if commit not in kept:
+                self.location.remove(commit.commit)  # first: a commit never names data that is gone
+        for entry in self.location.list("data"):
+            owner = manifests.parse_data(entry.name)
+            if owner is not None and owner not in kept and (owner in listed or owner.attempt < attempt):
+                self.location.remove(f"data/{entry.name}")
+
+
+class Torn(Damaged):
+    """A manifest that does not unseal: torn while it was written, so that it never was a commit, or damaged since."""
+
+
+def _checked(commit: CommitId, manifest: dict[str, Any], sizes: dict[str, int], location: Location) -> Checkpoint:
+    """The checkpoint that a manifest describes, if everything it names can be what it says."""
+    try:
+        for name, size in manifest["files"].items():
+            if sizes.get(name) != size:
+                raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {size}")
+        tensors = {name: _stored(entry, manifest["files"]) for name, entry in manifest["tensors"].items()}
+        if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
+            raise Damaged(f"{commit.commit} is the manifest of another commit")
+        return Checkpoint(commit, dict(manifest["parts"]), tensors, dict(manifest["facts"]), location)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
+
+
+def _stored(entry: dict[str, Any], sizes: dict[str, int]) -> Stored:
+    shape = tuple(entry["shape"])
+    numbers = (*shape, entry["offset"], entry["length"])
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"sizes {numbers}")
+    stored = Stored(entry["dtype"], shape, entry["part"], entry["offset"], entry["length"], entry["digest"])
+    if stored.offset + stored.length > sizes[stored.part]:
+        raise Damaged(f"{stored.part} is too short for a tensor at {stored.offset}")
+    return stored

@@ -1,0 +1,149 @@
+"""Tensors as bytes: streaming safetensors files with a digest for every tensor.
+
+The files are valid safetensors, so anyone can open them with that library; writing them here is what allows to digest
+while streaming, to make them durable, and to store a shared tensor once.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from runner.errors import StateError
+from runner.storage.location import Buffer, Location
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class Damaged(Exception):
+    """Stored bytes are not those that were written; says what and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor within a data file. ``offset`` counts from the beginning of the file, ``length`` is in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    part: str
+    offset: int
+    length: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise Damaged(f"unknown dtype {self.dtype!r}")
+        if self.length != math.prod(self.shape) * _DTYPES[self.dtype].itemsize or min(self.shape, default=0) < 0:
+            raise Damaged(f"{self.length} bytes cannot be a {self.dtype} tensor of shape {self.shape}")
+
+
+class SafetensorsFile:
+    """Tensors about to be written as one safetensors file; consume ``chunks``, then ask for ``stored``.
+
+    Tensors that share all their memory are written once unless ``copies`` asks for one copy each.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], copies: bool = False) -> None:
+        self._alias: dict[str, str] = {}
+        first: dict[Any, str] = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _NAMES:
+                raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
+            self._alias[name] = name if copies else first.setdefault(_memory(tensor, name), name)
+        # Wide types first keeps every tensor aligned, as readers that map the file expect.
+        unique = sorted({*self._alias.values()}, key=lambda name: (-tensors[name].itemsize, name))
+        self._tensors = {name: tensors[name] for name in unique}
+        self._header, self._offsets = _header(self._tensors, metadata)
+        self._digests: dict[str, str] = {}
+
+    def chunks(self) -> Iterator[Buffer]:
+        """The bytes of the file in order; each tensor is digested as it passes."""
+        yield self._header
+        for name, tensor in self._tensors.items():
+            view = bytes_of(tensor.cpu().contiguous())
+            self._digests[name] = digest(view)
+            yield view
+
+    def stored(self, part: str) -> dict[str, Stored]:
+        """Where every tensor lies in the written file, which is called ``part``."""
+        return {name: self._stored(alias, part) for name, alias in self._alias.items()}
+
+    def _stored(self, name: str, part: str) -> Stored:
+        tensor = self._tensors[name]
+        return Stored(
+            _NAMES[tensor.dtype],
+            tuple(tensor.shape),
+            part,
+            self._offsets[name],
+            tensor.numel() * tensor.itemsize,
+            self._digests[name],
+        )
+
+
+def read(location: Location, stored: Stored) -> Tensor:
+    """One tensor, in memory of its own, with its digest verified on the very bytes that are returned."""
+    tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
+    view = bytes_of(tensor)
+    location.read_into(stored.part, stored.offset, view)
+    found = digest(view)
+    if found != stored.digest:
+        end = stored.offset + stored.length
+        raise Damaged(f"{stored.part} bytes {stored.offset} to {end}: digest {found}, expected {stored.digest}")
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def digest(data: Buffer) -> str:
+    """xxh3_128 of the bytes: finds damage, proves no authorship."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _memory(tensor: Tensor, name: str) -> Any:
+    """A key that two tensors have in common when they are the same bytes in the same shape."""
+    if not tensor.numel():
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file (its length, then JSON), and the offset of each tensor in the file."""
+    begins: dict[str, int] = {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, tensor in tensors.items():
+        begins[name] = position
+        end = position + tensor.numel() * tensor.itemsize
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}

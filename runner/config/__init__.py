@@ -1,0 +1,1 @@
+"""The schema of a configuration, and which half of it says what is computed."""

@@ -1,0 +1,46 @@
+"""What types cannot say about a configuration."""
+
+from omegaconf import DictConfig, OmegaConf
+
+from runner.errors import ConfigError
+
+_AT_LEAST = {
+    "data.batch_size": 1,
+    "data.evaluation_batch_size": 1,
+    "trainer.max_steps": 1,
+    "trainer.max_epochs": 1,
+    "trainer.evaluate_every_steps": 1,
+    "trainer.evaluate_every_epochs": 1,
+    "trainer.accumulate": 1,
+    "trainer.early_stopping.patience": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.every_seconds": 0,
+    "checkpoint.keep_last": 2,  # the loss of any one object must leave a checkpoint
+    "metrics.every_steps": 1,
+    "runtime.num_workers": 0,
+    "runtime.prefetch": 1,
+    "runtime.num_threads": 1,
+}
+_START_METHODS = ("fork", "spawn", "forkserver")
+
+
+def check(config: DictConfig) -> None:
+    """Raise ConfigError for the first value that cannot work, naming key, value and remedy."""
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value < least:
+            raise ConfigError(f"{key}={value} is too small: at least {least}")
+    trainer = config.trainer
+    if trainer.max_steps is None and trainer.max_epochs is None and trainer.max_seconds is None:
+        raise ConfigError("the training has no end: set trainer.max_steps, trainer.max_epochs or trainer.max_seconds")
+    if trainer.ema_decay is not None and not 0 < trainer.ema_decay < 1:
+        raise ConfigError(
+            f"trainer.ema_decay={trainer.ema_decay} is not between 0 and 1; usual values are 0.99 to 0.9999"
+        )
+    if config.objective.metric is not None and config.data.validation is None:
+        raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
+    if trainer.early_stopping is not None and config.objective.metric is None:
+        raise ConfigError("trainer.early_stopping needs objective.metric, for example val/loss")
+    method = config.runtime.start_method
+    if method is not None and method not in _START_METHODS:
+        raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")

@@ -1,0 +1,141 @@
+"""Every key of a configuration, with its type. A misspelt key or a wrong type is refused by Hydra itself.
+
+The first eight keys of ``Config`` say *what is computed* and make the identity of a run; the rest say *how it is
+executed* and may change between attempts (``identity.IDENTITY`` spells the split).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Randomness(Enum):
+    sample = "sample"
+    batch = "batch"
+    off = "off"
+
+
+class Tail(Enum):
+    carry = "carry"
+    drop = "drop"
+
+
+class Mode(Enum):
+    min = "min"
+    max = "max"
+
+
+class OnDrift(Enum):
+    refuse = "refuse"
+    accept = "accept"
+    fork = "fork"
+
+
+class OnConflict(Enum):
+    fail = "fail"
+    wait = "wait"
+    steal = "steal"
+
+
+@dataclass
+class DataConfig:
+    train: Any = MISSING  # _target_ of a dataset with __len__ and __getitem__
+    validation: Any = None  # the same; absent: no evaluation
+    batch_size: int = MISSING  # samples per optimizer step, over all micro-batches
+    evaluation_batch_size: int = 256
+    shuffle: bool = True
+    tail: Tail = Tail.carry  # the last batch of an epoch: goes on into the next epoch, or is dropped
+    randomness: Randomness = Randomness.sample  # seeds python, numpy and torch before each sample, each batch, never
+    collate: Any = None  # _target_ (with _partial_) of a collate function; absent: torch's default
+
+
+@dataclass
+class EarlyStoppingConfig:
+    patience: int = MISSING  # evaluations in a row without an improvement of the objective
+    min_delta: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_seconds: float | None = None  # of training, over all attempts
+    evaluate_every_steps: int | None = None
+    evaluate_every_epochs: int | None = None  # with neither of the two: once, at the end
+    accumulate: int = 1  # micro-batches per optimizer step
+    clip_norm: float | None = None
+    precision: Precision = Precision.fp32
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    ema_decay: float | None = None  # evaluate and export an exponential moving average of the weights
+    early_stopping: EarlyStoppingConfig | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    metric: str | None = None
+    mode: Mode = Mode.min
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = None
+    every_seconds: float | None = None
+    keep_last: int = 2
+
+
+@dataclass
+class MetricsConfig:
+    every_steps: int = 10  # training metrics are means over so many steps
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    num_workers: int = 0  # processes that load data; 0 loads in the training process
+    prefetch: int = 2  # batches in flight per worker
+    start_method: str | None = None  # fork, spawn, forkserver; absent: Python's default
+    num_threads: int | None = None  # absent: torch's default
+    deterministic: bool = True  # refuse kernels whose result varies from call to call
+
+
+@dataclass
+class RunConfig:
+    root: str = "outputs"
+    name: str | None = None  # instead of the name made from the overrides
+    on_drift: OnDrift = OnDrift.refuse
+    on_conflict: OnConflict = OnConflict.fail
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    model: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    task: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def register() -> None:
+    """Make the schema known to Hydra as ``schema``, the first of the defaults."""
+    ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,1 @@
+"""Data sets that come with the runner; a user's own are named by ``_target_`` just the same."""

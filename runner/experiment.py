@@ -1,0 +1,183 @@
+"""One attempt at a run.
+
+claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> result
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import runner
+from runner import signals, topology
+from runner.build import Parts, build, set_up
+from runner.callbacks.base import Callback
+from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
+from runner.callbacks.guard import FiniteLoss
+from runner.callbacks.progress import Heartbeat, Progress
+from runner.callbacks.report import Report
+from runner.checkpoint.store import CheckpointStore
+from runner.config.schema import Config, OnConflict, OnNonfinite
+from runner.errors import Interrupted, StorageError, Superseded, printable
+from runner.finish import finish
+from runner.interval import Interval
+from runner.introduction import introduce
+from runner.metrics.lines import MetricLines
+from runner.restore import Resumed, fork, restore_newest
+from runner.run import attempts
+from runner.run.attempts import Attempt, Record
+from runner.run.directory import TENSORBOARD, RunDirectory
+from runner.run.opening import Opening, wait_until_free
+from runner.state import Stateful
+from runner.storage.location import Location
+from runner.trainer import Trainer
+
+
+def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, Any]:
+    """Begin the run or go on with it until it is finished; returns its result.
+
+    Raises Interrupted after a stop signal, with everything committed, and RunInUse while another process lives in the
+    run.
+    """
+    device = set_up(config)
+    location = opening.directory.location
+    before = attempts.last(location)
+    here = topology.describe(device)
+    with _attempt(opening, config, {"overrides": overrides, "topology": here}) as attempt:
+        parts = build(config, device)
+        store = CheckpointStore(location)
+        lines = MetricLines(location, attempt=attempt.number)
+        callbacks = _callbacks(config, opening, parts, store, attempt, lines)
+        parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
+
+        resumed = _resume(opening, parts, store)
+        lines.open(resumed.step, resumed.facts.get("metrics"))
+        attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=list(resumed.unusable))
+        introduce(opening, parts, resumed, before=before, number=attempt.number, here=here)
+        signals.raise_if_received("during start-up, nothing to commit")
+
+        trainer = Trainer(
+            parts.task,
+            parts.update,
+            [*callbacks.values()],
+            max_steps=_max_steps(config, parts),
+            max_seconds=config.trainer.max_seconds,
+        )
+        loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
+        if loop.stop in signals.NAMES:
+            raise Interrupted(
+                f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+            )
+        return finish(opening, parts, store, callbacks, loop)
+
+
+@contextmanager
+def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterator[Attempt]:
+    """Claim the run for this process, and record how its life ended unless it is killed."""
+    directory, on_conflict = opening.directory, config.run.on_conflict
+    if on_conflict is OnConflict.wait:
+        wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
+    signals.raise_if_received("during start-up, nothing to commit")
+    directory.create(opening.identity, parent=_lineage(opening.parent))
+    facts |= {"version": runner.__version__, "accepted": opening.accepted}
+    attempt = attempts.claim(directory.location, facts, steal=on_conflict is OnConflict.steal)
+    outcome, reason = "failed", ""
+    try:
+        yield attempt
+        outcome = "finished"
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, Interrupted):
+            outcome = "interrupted"
+        elif isinstance(error, Superseded):
+            outcome = "superseded"
+        raise
+    finally:
+        with suppress(StorageError):  # the reason of the failure matters more than a record of it
+            attempt.end(outcome, reason=reason)
+
+
+def _callbacks(
+    config: Config, opening: Opening, parts: Parts, store: CheckpointStore, attempt: Attempt, lines: MetricLines
+) -> dict[str, Callback]:
+    """All callbacks by name, in the order in which they run; the name of one with a memory is that of its part of the
+    state.
+    """
+    trainer, goal = config.trainer, config.objective
+    callbacks: dict[str, Callback] = {}
+    guard = FiniteLoss(batch_size=config.data.batch_size)
+    if trainer.on_nonfinite is OnNonfinite.stop:
+        callbacks["finite_loss"] = guard
+    best = None
+    if parts.evaluate is not None:
+        interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
+        callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
+        if goal.metric is not None:
+            best = Best(goal.metric, mode=goal.mode.name)
+            callbacks["best"] = best
+        if goal.metric is not None and trainer.early_stopping is not None:
+            patience, delta = trainer.early_stopping.patience, trainer.early_stopping.min_delta
+            callbacks["early_stopping"] = EarlyStopping(
+                goal.metric, mode=goal.mode.name, patience=patience, min_delta=delta
+            )
+    report = Report(
+        every_steps=config.metrics.every_steps,
+        samples_per_step=config.data.batch_size,
+        folder=opening.directory.location.local_path(TENSORBOARD),
+        lines=lines,
+        attempt=attempt.number,
+    )
+
+    def prepare(step: int) -> dict[str, Any]:
+        guard.check()
+        return {"identity": opening.identity, "metrics": report.flush(step)}
+
+    callbacks["report"] = report
+    callbacks["progress"] = Progress()
+    callbacks["heartbeat"] = Heartbeat(lambda step: attempt.beat(step=step))
+    callbacks["checkpoint"] = SaveCheckpoint(
+        store,
+        Interval(steps=config.checkpoint.every_steps, seconds=config.checkpoint.every_seconds),
+        attempt=attempt.number,
+        keep_last=config.checkpoint.keep_last,
+        best=best,
+        prepare=prepare,
+        successor=lambda: _name(attempt.successor()),
+        acknowledged=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
+    )
+    return callbacks
+
+
+def _max_steps(config: Config, parts: Parts) -> int | None:
+    """The earlier of ``max_steps`` and the end of ``max_epochs``."""
+    trainer = config.trainer
+    limits = [trainer.max_steps, None if trainer.max_epochs is None else parts.plan.steps(trainer.max_epochs)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _resume(opening: Opening, parts: Parts, store: CheckpointStore) -> Resumed:
+    if opening.parent is not None and not store.commits():
+        return fork(parts.state, CheckpointStore(opening.parent.location), opening.identity)
+    evidence = partial(_evidence, opening.directory.location)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence)
+
+
+def _evidence(location: Location) -> str | None:
+    """A trace that some attempt committed, whatever ``commits/`` holds now."""
+    for record in attempts.history(location):
+        for source in (record.beat, record.end or {}):
+            if source.get("committed"):
+                return f"attempt {record.number} noted one at step {printable(source['committed'])}"
+    return None
+
+
+def _lineage(parent: RunDirectory | None) -> dict[str, Any] | None:
+    if parent is None:
+        return None
+    newest = CheckpointStore(parent.location).commits()[:1]
+    return {"run": parent.location.url, "step": newest[0].step if newest else 0}
+
+
+def _name(record: Record | None) -> str | None:
+    return None if record is None else record.owner()

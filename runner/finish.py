@@ -1,0 +1,79 @@
+"""The end of a run: weights that anyone can load, and the result."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from runner.build import Parts
+from runner.callbacks.base import Callback, Loop
+from runner.callbacks.evaluate import Best, Evaluate
+from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.tensors import Damaged, SafetensorsFile
+from runner.run.directory import BEST, MODEL
+from runner.run.opening import Opening
+from runner.storage.location import Buffer, Location
+
+log = logging.getLogger("runner")
+
+
+def finish(
+    opening: Opening, parts: Parts, store: CheckpointStore, callbacks: Mapping[str, Callback], loop: Loop
+) -> dict[str, Any]:
+    """Export the weights and declare the run finished; returns its result. Safe to repeat after a kill."""
+    location, state = opening.directory.location, parts.state
+    weights = {MODEL: state.evaluated_model.state_dict()}
+    evaluate, best = callbacks.get("evaluate"), callbacks.get("best")
+    goal = None
+    if isinstance(best, Best) and best.step:
+        goal = {"metric": best.metric, "mode": best.mode, "value": best.value, "step": best.step}
+        found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step, state.average is not None)
+        if found is not None:
+            weights[BEST] = found
+    result = {
+        "step": loop.step,
+        "epochs": loop.epochs,
+        "reason": loop.stop,
+        "metrics": evaluate.scalars if isinstance(evaluate, Evaluate) else {},
+        "objective": goal,
+        "skipped_steps": parts.update.skipped,
+        "seconds": loop.elapsed,
+        "sha256": {name: export(location, name, tensors) for name, tensors in weights.items()},
+    }
+    opening.directory.finish(opening.identity, result)
+    return result
+
+
+def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
+    """Write weights as a plain safetensors file; returns its sha256. Shared tensors are written once each, for strict
+    loading.
+    """
+    hasher = hashlib.sha256()
+
+    def hashed() -> Iterator[Buffer]:
+        for chunk in SafetensorsFile(weights, metadata={"format": "pt"}, copies=True).chunks():
+            hasher.update(chunk)
+            yield chunk
+
+    location.replace(name, hashed())
+    return hasher.hexdigest()
+
+
+def _weights_at(store: CheckpointStore, step: int, averaged: bool) -> dict[str, Tensor] | None:
+    """The evaluated weights of the commit at ``step``, which retention has kept; None (said) if they are damaged."""
+    reasons = ["its checkpoint is gone"]
+    for commit in store.commits():
+        if commit.step == step:
+            try:
+                checkpoint = store.open(commit)
+                if not averaged:
+                    return dict(checkpoint.load("model"))
+                prefix = "module."
+                average = checkpoint.load("average").items()
+                return {name.removeprefix(prefix): tensor for name, tensor in average if name.startswith(prefix)}
+            except Damaged as error:
+                reasons.append(str(error))
+    log.warning("%s is not written: step %d was the best, but %s", BEST, step, reasons[-1])
+    return None

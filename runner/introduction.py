@@ -1,0 +1,47 @@
+"""The first lines on the screen: what is run, where, from which step, with what guarantee, on what."""
+
+import logging
+from typing import Any
+
+from runner import topology
+from runner.build import Parts
+from runner.errors import printable
+from runner.restore import Resumed
+from runner.run.attempts import Record
+from runner.run.opening import Opening
+
+log = logging.getLogger("runner")
+
+
+def introduce(
+    opening: Opening, parts: Parts, resumed: Resumed, *, before: Record | None, number: int, here: dict[str, Any]
+) -> None:
+    """Say it, once per attempt. ``before`` is the attempt before this one, ``here`` the topology of this process."""
+    plan, count = parts.plan, sum(parameter.numel() for parameter in parts.state.model.parameters())
+    log.info("run      %s", opening.directory.location.url)
+    log.info("attempt  %d, %s", number, _from_where(opening, resumed, before))
+    for line in resumed.unusable:
+        log.warning("unused   %s", line)
+    if opening.drift:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.drift))
+    moved = topology.differences(before.claim.get("topology", {}), here) if before is not None else []
+    if moved:
+        log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
+    log.info("data     %d samples, %d per step; %s", plan.samples, plan.batch_size, plan.guarantee)
+    log.info("device   %s, %d threads, %d data workers", here["device"], here["threads"], parts.workers)
+    log.info("model    %s parameters", f"{count:,}")
+
+
+def _from_where(opening: Opening, resumed: Resumed, before: Record | None) -> str:
+    if resumed.commit is None:
+        again = (
+            "" if before is None else f" (attempt {before.number} was {before.outcome()} before its first checkpoint)"
+        )
+        return f"from scratch{again}"
+    if opening.parent is not None and before is None:
+        return f"forked from step {resumed.step} of {opening.parent.location.url}"
+    text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
+    reached = before.beat.get("step") if before is not None else None
+    if before is not None and isinstance(reached, int) and reached > resumed.step:
+        text += f"; attempt {before.number} was {before.outcome()} about step {reached}: {reached - resumed.step} steps again"
+    return text

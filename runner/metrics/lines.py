@@ -1,0 +1,85 @@
+"""Scalars as lines of JSON, true to the lineage: no line of a step that a resume discarded.
+
+    metrics/s000000000-a000001.jsonl     {"step": 10, "train/loss": 0.3, "time/step": 0.002}
+
+A segment is written whole before each commit, which records how far it reached; a resume cuts everything after that.
+Read in order of name, the files give every (step, tag) once. What depends on the clock stands under ``time/``.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.storage.location import Location
+
+_FOLDER = "metrics"
+_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
+_FULL = 1 << 20  # bytes after which a new segment is begun, because a segment is written whole each time
+_LIMIT = 1 << 30
+
+
+class MetricLines:
+    """Appends to the curves of one run, as one attempt."""
+
+    def __init__(self, location: Location, *, attempt: int) -> None:
+        self._location = location
+        self._attempt = attempt
+        self._name = ""
+        self._lines: list[bytes] = []
+        self._written = 0
+        self._size = 0
+
+    def open(self, step: int, end: Mapping[str, Any] | None) -> None:
+        """Go on after ``step``; ``end`` is what ``flush`` returned for the commit resumed from, None for a fresh
+        start.
+        """
+        kept = _key(end["segment"]) if end and end["lines"] else None
+        for entry in self._location.list(_FOLDER):
+            found = _key(entry.name)
+            if found is None:
+                continue
+            name = f"{_FOLDER}/{entry.name}"
+            if kept is None or found > kept:
+                self._location.remove(name)
+            elif found == kept and end is not None:
+                lines = (self._location.read(name, limit=_LIMIT) or b"").splitlines(keepends=True)
+                if len(lines) > end["lines"]:
+                    self._location.replace(name, lines[: end["lines"]])
+        self._begin(step)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line; in memory until ``flush``. What is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        self._lines.append(line)
+        self._size += len(line)
+
+    def flush(self, step: int) -> dict[str, Any]:
+        """Make every line so far durable; returns the end of the curves, for the commit at ``step``."""
+        if len(self._lines) > self._written:
+            self._location.replace(f"{_FOLDER}/{self._name}", self._lines)
+            self._written = len(self._lines)
+        end = {"segment": self._name, "lines": self._written}
+        if self._size > _FULL:
+            self._begin(step)
+        return end
+
+    def _begin(self, step: int) -> None:
+        self._name = f"s{step:09d}-a{self._attempt:06d}.jsonl"
+        self._lines, self._written, self._size = [], 0, 0
+
+
+def read(location: Location) -> Iterator[dict[str, Any]]:
+    """All lines of a run in order."""
+    for entry in location.list(_FOLDER):
+        if _key(entry.name) is not None:
+            for line in (location.read(f"{_FOLDER}/{entry.name}", limit=_LIMIT) or b"").splitlines():
+                yield json.loads(line)
+
+
+def _key(name: str) -> tuple[int, int] | None:
+    """Segments in the order in which they were begun: by step, then by attempt."""
+    found = _SEGMENT.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None

@@ -1,0 +1,167 @@
+"""One run's directory: what lies where, and what may be concluded from it.
+
+    run.json            run id, format version, lineage; created exclusively, marks the directory as a run's
+    config.yaml         the resolved identity half; written once, only ever compared
+    attempts/           one claim per process life (attempts)
+    commits/ data/      checkpoints (checkpoint.manifest)
+    metrics/            scalars as lines (metrics.lines)
+    tensorboard/        event files
+    model.safetensors   final weights; best.safetensors beside it when there is an objective
+    result.json         present when the run is finished
+
+An error is never taken for absence: what cannot be read raises.
+"""
+
+import json
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from runner.config.identity import digest
+from runner.errors import ConfigError, StorageError, printable
+from runner.run import attempts
+from runner.storage import open_location
+from runner.storage.location import Location
+
+FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed at
+
+MODEL = "model.safetensors"
+BEST = "best.safetensors"
+TENSORBOARD = "tensorboard"
+
+_RUN = "run.json"
+_CONFIG = "config.yaml"
+_RESULT = "result.json"
+_LIMIT = 1 << 20
+_HYDRA_LEAVES = ("runner.log", "multirun.yaml")
+
+
+class Status(Enum):
+    """What a run directory is to a command that finds it."""
+
+    new = "new"
+    resumable = "resumable"
+    complete = "complete"
+    in_use = "in use"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The place ``<root>/<experiment>/<variant>``. Reads and writes the run's record, configuration and result."""
+
+    root: str
+    experiment: str
+    variant: str
+    location: Location
+
+    @classmethod
+    def under(cls, root: str, experiment: str, variant: str) -> "RunDirectory":
+        """The directory of one run; nothing is made or read."""
+        return cls(root, experiment, variant, open_location(f"{root}/{experiment}/{variant}"))
+
+    @property
+    def name(self) -> str:
+        """``experiment/variant``, which is also how a person calls the run."""
+        return f"{self.experiment}/{self.variant}"
+
+    def record(self) -> dict[str, Any] | None:
+        """The content of ``run.json``; None where no run was ever started.
+
+        Raises ConfigError for a directory that holds something else, or a run of a newer format.
+        """
+        record = self._json(_RUN)
+        if record is None:
+            foreign = [e.name for e in self.location.list("") if e.name not in _HYDRA_LEAVES]
+            if foreign:
+                raise ConfigError(
+                    f"{self.location.url} is not a run directory: it has no {_RUN} but holds {printable(foreign[0])}. "
+                    "Choose another run.root or run.name."
+                )
+        elif record.get("format") != FORMAT:
+            raise ConfigError(
+                f"{self.location.url} has format {printable(record.get('format'))}, this version reads {FORMAT}. "
+                "Use the version of hydra-runner that wrote it (attempts/*.json name it), or another run.name."
+            )
+        return record
+
+    def create(self, identity: dict[str, Any], *, parent: dict[str, Any] | None) -> None:
+        """Write the run's record and configuration unless they are there; safe to repeat after a kill in between."""
+        record = {
+            "format": FORMAT,
+            "id": secrets.token_hex(8),
+            "experiment": self.experiment,
+            "variant": self.variant,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parent": parent,
+        }
+        self.location.create(_RUN, _dump(record))
+        self.location.create(_CONFIG, yaml.safe_dump(identity, sort_keys=False).encode())
+
+    def configured(self) -> dict[str, Any] | None:
+        """The identity half that the run was made with; None between the two writes of ``create``."""
+        raw = self.location.read(_CONFIG, limit=_LIMIT)
+        if raw is None:
+            return None
+        try:
+            saved = yaml.load(raw, Loader=_PlainLoader)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise StorageError(f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}") from error
+        if not isinstance(saved, dict):
+            raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")
+        return saved
+
+    def identity(self) -> dict[str, Any] | None:
+        """The identity half that the run goes by: the configured one, or what the newest attempt accepted instead."""
+        newest = attempts.last(self.location)
+        accepted = newest.claim.get("accepted") if newest else None
+        return accepted if isinstance(accepted, dict) else self.configured()
+
+    def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of the finished run; None while it is not finished, or not under that identity."""
+        result = self._json(_RESULT)
+        return result if result is not None and result.get("identity") == digest(identity) else None
+
+    def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
+        """Declare the run finished."""
+        self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])
+
+    def status(self) -> Status:
+        """What the stored objects say, for a look from outside."""
+        if self.record() is None:
+            return Status.new
+        identity = self.identity()
+        if identity is not None and self.result(identity) is not None:
+            return Status.complete
+        newest = attempts.last(self.location)
+        return Status.in_use if newest is not None and newest.alive() else Status.resumable
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        raw = self.location.read(name, limit=_LIMIT)
+        if raw is None:
+            return None
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise StorageError(
+                f"{self.location.url}/{name} is not JSON: {error}. Restore it or use another run.name."
+            ) from error
+        if not isinstance(value, dict):
+            raise StorageError(f"{self.location.url}/{name} is not a JSON object. Restore it or use another run.name.")
+        return value
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values without aliases: a few bytes of those expand to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("an alias, which no stored configuration has")
+        return super().compose_node(parent, index)
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"

@@ -1,0 +1,48 @@
+"""What changed between the configuration a run was made with and the one of this command."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from runner.config.identity import flatten
+from runner.errors import printable
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One key with two values; ``ABSENT`` where a side has no such key."""
+
+    key: str
+    saved: Any
+    now: Any
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """The keys whose resolved values differ. ``1`` equals ``1.0``, but not ``true``."""
+    left, right = flatten(saved), flatten(now)
+    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left | right))
+    return [Difference(*pair) for pair in pairs if not _equal(*pair[1:])]
+
+
+def table(differences: list[Difference]) -> str:
+    """``key | saved | now``, fit for a terminal whoever wrote the saved half."""
+    rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
+    return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)

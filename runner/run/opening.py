@@ -1,0 +1,78 @@
+"""From a command to the run directory it means: the same one every time."""
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runner.config.identity import digest
+from runner.errors import DriftRefused, RunInUse
+from runner.run import attempts, drift
+from runner.run.directory import RunDirectory
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A run directory as this command finds it, before any process claims it.
+
+    ``drift`` is what this command changes and the user accepts; ``accepted`` is the identity to go by from now on
+    where it is not the configured one; ``parent`` is the run that a fork begins from.
+    """
+
+    directory: RunDirectory
+    identity: dict[str, Any]
+    drift: list[drift.Difference]
+    accepted: dict[str, Any] | None
+    parent: RunDirectory | None
+    result: dict[str, Any] | None
+
+
+def open_run(directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str) -> Opening:
+    """Find out what the run is to this command. Reads, and writes nothing.
+
+    Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
+    """
+    saved = directory.identity() if directory.record() is not None else None
+    differences = drift.compare(saved, identity) if saved is not None else []
+    if differences and on_drift == "fork":
+        return _fork(directory, identity)
+    if differences and on_drift == "refuse":
+        raise DriftRefused(_refusal(directory, differences, command))
+    if saved is None:
+        return Opening(directory, identity, [], None, None, None)
+    accepted = identity if drift.compare(directory.configured() or identity, identity) else None
+    result = None if differences else directory.result(identity)
+    return Opening(directory, identity, differences, accepted, None, result)
+
+
+def wait_until_free(directory: RunDirectory, check: Callable[[], None]) -> None:
+    """Return once no living process holds the run; ``check`` may raise to give up."""
+    while True:
+        try:
+            return attempts.raise_if_live(directory.location)
+        except RunInUse:
+            check()
+            time.sleep(_POLL_SECONDS)
+
+
+def _fork(parent: RunDirectory, identity: dict[str, Any]) -> Opening:
+    """The fork's name comes from its configuration, so that the same command finds it again."""
+    variant = f"{parent.variant}~{digest(identity)}"
+    fork = RunDirectory.under(parent.root, parent.experiment, variant)
+    finished = fork.result(identity) if fork.record() is not None else None
+    return Opening(fork, identity, [], None, parent, finished)
+
+
+def _refusal(directory: RunDirectory, differences: list[drift.Difference], command: str) -> str:
+    return (
+        f"the configuration is not the one that {directory.location.url} was made with:\n\n"
+        f"{drift.table(differences)}\n\n"
+        "The run was left as it is. Either\n"
+        f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
+        f"  go on with the new ones:        {command} run.on_drift=accept\n"
+        f"  begin a new run from its state: {command} run.on_drift=fork\n"
+        f"  begin a new run from scratch:   {command} run.name={shlex.quote(directory.variant + '-2')}"
+    )

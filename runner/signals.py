@@ -1,0 +1,49 @@
+"""Requests to stop, noted by a handler and acted on at a step boundary.
+
+Nothing happens inside a handler: an exception or an exit from there could leave half a file behind. Signals belong
+to the process, so this is the one module with global state.
+"""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from runner.errors import Interrupted
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+NAMES = frozenset(number.name for number in STOP_SIGNALS)
+
+_received: str | None = None
+
+
+def install() -> None:
+    """Note the stop signals from now on. Does nothing outside the main thread, where Python forbids handlers."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, _note)
+
+
+def ignore() -> None:
+    """Ignore the stop signals: for data workers, which get the terminal's Ctrl-C and Slurm's SIGTERM as well."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def received() -> str | None:
+    """The name of the stop signal that arrived, if one did."""
+    return _received
+
+
+def raise_if_received(where: str) -> None:
+    """Leave at once where nothing has to be committed first."""
+    if _received is not None:
+        raise Interrupted(f"{_received} {where}; run the same command again to go on")
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _received
+    if number == signal.SIGINT and _received == "SIGINT":  # the second Ctrl-C: the user will not wait
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    _received = signal.Signals(number).name

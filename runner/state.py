@@ -1,0 +1,112 @@
+"""What a resumed run is made of: an ordered, named list of parts, all of them necessary."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from runner.checkpoint.store import Checkpoint
+from runner.checkpoint.tensors import Damaged
+from runner.data.stream import BatchStream
+from runner.errors import RunnerError, StateError
+from runner.rng import Generators
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """The protocol of torch: state out, state in. (torch's own class takes a second to import.)"""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """How many optimizer steps are done."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """The live objects of a run. The order of the fields is the order of restoring; the generators are last, because
+    building and opening things draws random numbers.
+
+    ``update`` remembers loss scaling and skipped steps. ``average``, ``task`` and the members of ``memories``
+    (callbacks that remember) are there when they have a state.
+    """
+
+    model: nn.Module
+    optimizer: Stateful
+    scheduler: Any
+    update: Stateful
+    average: nn.Module | None
+    task: Stateful | None
+    stream: BatchStream
+    progress: Progress
+    memories: dict[str, Stateful] = field(default_factory=dict)
+    generators: Generators = field(default_factory=Generators)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are evaluated and exported: the averaged ones where there are any."""
+        if self.average is None:
+            return self.model
+        averaged: nn.Module = self.average.module  # type: ignore[assignment]
+        return averaged
+
+    def parts(self) -> dict[str, Stateful]:
+        """Every part by name, in the order of restoring."""
+        named: dict[str, Stateful | None] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "update": self.update,
+            "average": self.average,
+            "task": self.task,
+            "data": self.stream,
+            "progress": self.progress,
+            **{f"callback.{name}": memory for name, memory in self.memories.items()},
+            "generators": self.generators,
+        }
+        return {name: part for name, part in named.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dict of every part; tensors are the live ones."""
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def restore(self, checkpoint: Checkpoint, *, without: frozenset[str] = frozenset()) -> None:
+        """Load every part, except those of ``without``. Raises StateError for parts that do not fit, Damaged for bad
+        bytes.
+        """
+        parts = self.parts()
+        _require_same(parts, checkpoint.parts, checkpoint)
+        for name, part in parts.items():
+            if name not in without:
+                state = checkpoint.load(name)
+                try:
+                    part.load_state_dict(state)
+                except (RunnerError, Damaged):
+                    raise
+                except Exception as error:
+                    raise StateError(
+                        f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+                    ) from error
+
+
+def _require_same(now: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    missing, left = sorted(now.keys() - saved.keys()), sorted(saved.keys() - now.keys())
+    if missing or left:
+        raise StateError(
+            f"{checkpoint.id.commit} does not hold the parts of this run: "
+            f"missing {', '.join(missing) or 'none'}, left over {', '.join(left) or 'none'}. "
+            "The code or its versions changed since; restore them, or begin a new run with run.name=..."
+        )

@@ -1,0 +1,177 @@
+"""A location on a local or mounted disk: durable by fsync, exclusive by link, locked by the kernel.
+
+Every mutation is a short fixed sequence of system calls through ``os``, so that a test can kill it between any two.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from runner.errors import StorageError
+from runner.storage.location import Buffer, Entry, check_name
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = ".tmp-"
+
+
+class LocalLocation:
+    """A folder of this machine's file system; it is made when the first object is written."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.url = str(self.path)
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        with self._explained("write", name):
+            path = self._prepare(name)
+            size = _write(path, chunks, durable=True)
+            _sync_folder(path.parent)
+            return size
+
+    def create(self, name: str, data: Buffer) -> bool:
+        with self._explained("write", name):
+            path = self._prepare(name)
+            temporary = _temporary(path)
+            _write(temporary, [data], durable=True)
+            try:
+                os.link(temporary, path)  # exclusive and complete at once, which O_EXCL plus write is not
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            _sync_folder(path.parent)
+            return True
+
+    def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+        with self._explained("write", name):
+            path = self._prepare(name)
+            temporary = _temporary(path)
+            _write(temporary, chunks, durable=durable)
+            os.replace(temporary, path)
+            if durable:
+                _sync_folder(path.parent)
+
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        with self._explained("read", name):
+            try:
+                file = open(self._path(name), "rb")
+            except FileNotFoundError:
+                return None
+            with file:
+                data = file.read(limit + 1)
+        if len(data) > limit:
+            raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
+        return data
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        with self._explained("read", name), open(self._path(name), "rb", buffering=0) as file:
+            file.seek(offset)
+            filled = 0
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])
+                if not count:
+                    raise StorageError(
+                        f"cannot read {self.url}/{name}: it ends at byte {offset + filled}, "
+                        f"{offset + len(buffer)} are needed"
+                    )
+                filled += count
+
+    def list(self, folder: str) -> list[Entry]:
+        with self._explained("list", folder):
+            try:
+                scan = os.scandir(self._path(folder) if folder else self.path)
+            except FileNotFoundError:
+                return []
+            with scan:
+                found = [
+                    Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
+                    for entry in scan
+                    if entry.is_file(follow_symlinks=False) and _TEMPORARY not in entry.name
+                ]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def remove(self, name: str) -> None:
+        with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+
+    def lock(self, name: str) -> "LocalLock | None":
+        with self._explained("lock", name):
+            descriptor = os.open(self._prepare(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(descriptor)
+                return None
+            return LocalLock(descriptor)
+
+    def local_path(self, name: str) -> str:
+        return str(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.path / check_name(name)
+
+    def _prepare(self, name: str) -> Path:
+        """The path of a name whose folder exists, durably."""
+        path = self._path(name)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sync_folder(path.parent.parent)
+        return path
+
+    @contextlib.contextmanager
+    def _explained(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.url}/{name}" if name else self.url
+            raise StorageError(f"cannot {verb} {where}: {error.strerror or error}") from error
+
+
+class LocalLock:
+    """A POSIX record lock. Unlike ``flock`` it is not inherited by forked data workers, which may outlive a killed
+    parent by seconds and would keep the run locked."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
+    """Write a file of byte buffers that does not exist yet; a failure removes what was written, to give a full disk
+    its room back.
+    """
+    descriptor = os.open(path, _NEW, 0o644)
+    size = 0
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view.nbytes:
+                count = os.write(descriptor, view)
+                view = view[count:]
+                size += count
+        if durable:
+            os.fsync(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return size
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(6)}")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

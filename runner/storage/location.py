@@ -1,0 +1,87 @@
+"""The one interface between the runner and a place that keeps bytes, with its promises.
+
+A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``; nothing above or beside the location can
+be named. Every implementation keeps the promises below, so nothing above this package asks which one it has.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from runner.errors import ConfigError, StorageError
+
+Buffer = bytes | bytearray | memoryview
+
+_SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_URL = re.compile(r"([a-z0-9+.-]+)::?//")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing: its name within the listed folder and its size in bytes."""
+
+    name: str
+    size: int
+
+
+class Lock(Protocol):
+    """Held until released or until the process that took it dies, however it dies."""
+
+    def release(self) -> None:
+        """Give the lock back."""
+
+
+class Location(Protocol):
+    """A folder of objects, local or remote. Every verb raises StorageError when the storage refuses."""
+
+    url: str
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        """Write a new object and return its size; durable, and visible to every reader, once this returns.
+
+        For names that are used once. A failed put leaves no object that it did not complete, or an incomplete one of
+        that same name: readers must be able to tell (a seal, a size). Never overwrites.
+        """
+
+    def create(self, name: str, data: Buffer) -> bool:
+        """Write a new object whole and durably unless the name is taken; whether it was this call that made it."""
+
+    def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+        """Write an object whole, over an older one if there is one: a reader sees the one or the other."""
+
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``offset`` on; an object that ends before is an error."""
+
+    def list(self, folder: str) -> list[Entry]:
+        """The objects directly in ``folder`` in order of name, never from a cache; empty if there is no such folder."""
+
+    def remove(self, name: str) -> None:
+        """Remove one object; one that is not there is as good as removed."""
+
+    def lock(self, name: str) -> Lock | None:
+        """Take the advisory lock of that name, or return None while another process holds it."""
+
+    def local_path(self, name: str) -> str:
+        """The path or URL of an object for libraries that write their own files there (TensorBoard)."""
+
+
+def check_name(name: str) -> str:
+    """``name`` if it stays inside its location, else StorageError: names may come from someone else's run directory."""
+    if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
+        raise StorageError(f"not a name of an object: {name!r}; segments are lower-case letters, digits, '.', '_', '-'")
+    return name
+
+
+def local_root(root: str) -> str:
+    """``root`` as a path of this machine. Raises ConfigError for a URL of another store."""
+    found = _URL.match(root)
+    if found and found[1] not in ("file", "local"):
+        raise ConfigError(
+            f"run.root={root}: this version keeps runs on local (or mounted) disks only; "
+            "give a path, for example run.root=outputs"
+        )
+    return root[found.end() :] if found else root

@@ -1,0 +1,70 @@
+"""What is learned: the seam between the loop and a user's objective."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Metrics = Mapping[str, Tensor]
+
+
+class Update(Protocol):
+    """How weights are moved: precision, loss scaling, clipping and averaging, as configured."""
+
+    optimizer: Optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the forward pass runs."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of ``loss``."""
+
+    def step(self, loss: Tensor) -> Metrics:
+        """Move the weights by the accumulated gradients and clear them; returns what it measured.
+
+        ``loss`` is the sum that was differentiated, looked at only to decide whether the step can be used.
+        """
+
+
+class Task(ABC):
+    """One way to turn a batch into a loss and metrics.
+
+    A task whose memory matters for training gives it ``state_dict`` and ``load_state_dict``; it is then saved and
+    restored with the model. Metrics are scalar tensors, means over the samples of the batch, left on their device.
+    """
+
+    @abstractmethod
+    def training_step(self, model: nn.Module, batch: Any) -> Metrics:
+        """The metrics of one (micro-)batch; ``"loss"`` among them is what gets differentiated."""
+
+    def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
+        """The metrics of one evaluation batch, without gradients. By default those of training."""
+        return self.training_step(model, batch)
+
+    def evaluation_end(self, model: nn.Module, metrics: dict[str, float]) -> Mapping[str, float | str]:
+        """What one evaluation reports, from the means over the whole data set; a string is shown as text.
+
+        Runs under a random seed of its own, so it may sample.
+        """
+        return metrics
+
+    def optimization_step(
+        self, model: nn.Module, micro_batches: Iterable[Any], share: float, update: Update
+    ) -> Metrics:
+        """One optimizer step over the micro-batches of a global batch, each ``share`` of it.
+
+        Override for several optimizers or another update rule. Returns means over the global batch.
+        """
+        total: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            with update.autocast():
+                metrics = self.training_step(model, batch)
+            update.backward(metrics["loss"] * share if share != 1 else metrics["loss"])
+            for name, value in metrics.items():
+                value = value.detach() * share if share != 1 else value.detach()
+                total[name] = total[name] + value if name in total else value
+        total.update(update.step(total["loss"]))
+        return total

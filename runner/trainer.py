@@ -1,0 +1,80 @@
+"""The loop, on one screen."""
+
+import time
+from collections.abc import Sequence
+
+from runner import signals
+from runner.callbacks.base import Callback, Loop
+from runner.state import TrainState
+from runner.task import Task, Update
+
+
+class Trainer:
+    """Runs optimizer steps until a limit, a callback or a signal ends it. Saves nothing itself: callbacks do."""
+
+    def __init__(
+        self,
+        task: Task,
+        update: Update,
+        callbacks: Sequence[Callback],
+        *,
+        max_steps: int | None,
+        max_seconds: float | None = None,
+    ) -> None:
+        self.task = task
+        self.update = update
+        self.callbacks = callbacks
+        self.max_steps = max_steps
+        self.max_seconds = max_seconds
+
+    def fit(self, state: TrainState, *, elapsed: float = 0.0) -> Loop:
+        """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
+
+        A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.
+        """
+        began = time.monotonic() - elapsed
+        loop = self._start(state, elapsed)
+        on_step = [callback.on_step for callback in self.callbacks]
+        while loop.stop is None:
+            self._step(loop)
+            loop.elapsed = time.monotonic() - began
+            loop.stop = self._limit(loop)
+            for call in on_step:
+                call(loop)
+            loop.stop = loop.stop or signals.received()
+        for callback in self.callbacks:
+            callback.on_end(loop)
+        return loop
+
+    def _step(self, loop: Loop) -> None:
+        state, stream = loop.state, loop.state.stream
+        loop.evaluation, loop.improved = None, False
+        loop.position, loop.epochs_before = stream.consumed, loop.epochs
+        loop.rate = state.scheduler.get_last_lr()[0]
+
+        share = 1 / stream.plan.micro_batches
+        loop.metrics = self.task.optimization_step(state.model, stream.step(), share, self.update)
+        state.scheduler.step()
+        stream.advance()
+        state.progress.step += 1
+
+        loop.step, loop.epochs, loop.waited = state.progress.step, stream.epochs, stream.waited
+
+    def _start(self, state: TrainState, elapsed: float) -> Loop:
+        """The record as it stood after the last step, so that what is due there and was cut short is done now."""
+        loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed, epochs=state.stream.epochs)
+        loop.epochs_before = (
+            max(0, state.stream.consumed - state.stream.plan.batch_size) // state.stream.plan.epoch_size
+        )
+        loop.stop = self._limit(loop) if loop.step else None
+        for callback in self.callbacks:
+            callback.on_start(loop)
+        loop.stop = loop.stop or signals.received()
+        return loop
+
+    def _limit(self, loop: Loop) -> str | None:
+        if self.max_steps is not None and loop.step >= self.max_steps:
+            return "max_steps"
+        if self.max_seconds is not None and loop.elapsed >= self.max_seconds:
+            return "max_seconds"
+        return None

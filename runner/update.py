@@ -1,0 +1,84 @@
+"""One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class WeightUpdate:
+    """Implements ``task.Update`` over one optimizer.
+
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        device: torch.device,
+        precision: str = "fp32",
+        scaler: torch.amp.GradScaler | None = None,
+        clip_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        average: AveragedModel | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.skipped = 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device_type = device.type
+        self._dtype = _AUTOCAST.get(precision)
+        self._scaler = scaler
+        self._clip_norm = clip_norm
+        self._skip_nonfinite = skip_nonfinite
+        self._average = average
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        measured = {}
+        if self._clip_norm is not None:
+            measured["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        if self._skip_nonfinite and not self._finite(loss):
+            self.skipped += 1
+        else:
+            self._move()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._scaler is not None:
+            self._scaler.update()
+        return measured
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "scaler": self._scaler.state_dict() if self._scaler else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped = state["skipped"]
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def _move(self) -> None:
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+
+    def _finite(self, loss: Tensor) -> bool:
+        """Reads the device once per step, which is what skipping costs."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return bool(torch.isfinite(torch.stack([loss, *torch._foreach_norm(gradients)])).all())
