@@ -84,6 +84,7 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
     attempt = attempts.claim(directory.location, facts, steal=on_conflict is OnConflict.steal)
     outcome, reason = "failed", ""
     try:
+        directory.sweep()
         yield attempt
         outcome = "finished"
     except BaseException as error:
@@ -116,11 +117,11 @@ def _callbacks(
         if goal.metric is not None:
             best = Best(goal.metric, mode=goal.mode.name)
             callbacks["best"] = best
-        if goal.metric is not None and trainer.early_stopping is not None:
-            patience, delta = trainer.early_stopping.patience, trainer.early_stopping.min_delta
-            callbacks["early_stopping"] = EarlyStopping(
-                goal.metric, mode=goal.mode.name, patience=patience, min_delta=delta
-            )
+            stopping = trainer.early_stopping
+            if stopping.patience is not None:
+                callbacks["early_stopping"] = EarlyStopping(
+                    goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
+                )
     report = Report(
         every_steps=config.metrics.every_steps,
         samples_per_step=config.data.batch_size,

@@ -34,14 +34,13 @@ def introduce(
 
 def _from_where(opening: Opening, resumed: Resumed, before: Record | None) -> str:
     if resumed.commit is None:
-        again = (
-            "" if before is None else f" (attempt {before.number} was {before.outcome()} before its first checkpoint)"
-        )
-        return f"from scratch{again}"
+        told = f"attempt {before.number} was {before.outcome()} before its first checkpoint" if before else ""
+        return f"from scratch ({told})" if told else "from scratch"
     if opening.parent is not None and before is None:
         return f"forked from step {resumed.step} of {opening.parent.location.url}"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
-        text += f"; attempt {before.number} was {before.outcome()} about step {reached}: {reached - resumed.step} steps again"
+        text += f"; attempt {before.number} was {before.outcome()} at step {reached} or later, "
+        text += f"{reached - resumed.step} steps are done again"
     return text

@@ -33,8 +33,9 @@ class FiniteLoss(Callback):
         losses: list[Any] = torch.stack([loss for _, _, loss in unseen]).tolist() if unseen else []
         for (step, position, _), loss in zip(unseen, losses, strict=True):
             if not math.isfinite(loss):
+                last = position + self._batch_size - 1
                 raise NonFiniteError(
-                    f"the loss of step {step} is {loss}, sample positions {position} to {position + self._batch_size - 1}. "
+                    f"the loss of step {step} is {loss}; its samples are at positions {position} to {last}. "
                     "The last checkpoint is from before it. Lower the rate, set trainer.clip_norm, or pass over "
                     "such steps with trainer.on_nonfinite=skip."
                 )

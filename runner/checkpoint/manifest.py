@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from runner.storage.location import Location
+
 FORMAT = 1
 LIMIT = 64 << 20  # bytes of a manifest
 
@@ -43,6 +45,12 @@ class CommitId:
 
     def __str__(self) -> str:
         return f"a{self.attempt:06d}-s{self.step:09d}-{self.nonce}"
+
+
+def commits(location: Location) -> list[CommitId]:
+    """All commits under a location, the one to resume from first."""
+    found = (parse_commit(entry.name) for entry in location.list("commits"))
+    return sorted((commit for commit in found if commit is not None), reverse=True)
 
 
 def parse_commit(name: str) -> CommitId | None:

@@ -103,8 +103,7 @@ class CheckpointStore:
 
     def commits(self) -> list[CommitId]:
         """All commits, the one to resume from first."""
-        found = (manifests.parse_commit(entry.name) for entry in self.location.list("commits"))
-        return sorted((commit for commit in found if commit is not None), reverse=True)
+        return manifests.commits(self.location)
 
     def open(self, commit: CommitId) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""

@@ -39,8 +39,8 @@ def check(config: DictConfig) -> None:
         )
     if config.objective.metric is not None and config.data.validation is None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
-    if trainer.early_stopping is not None and config.objective.metric is None:
-        raise ConfigError("trainer.early_stopping needs objective.metric, for example val/loss")
+    if trainer.early_stopping.patience is not None and config.objective.metric is None:
+        raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")

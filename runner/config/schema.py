@@ -65,7 +65,7 @@ class DataConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    patience: int = MISSING  # evaluations in a row without an improvement of the objective
+    patience: int | None = None  # evaluations in a row without an improvement of the objective; absent: never stop
     min_delta: float = 0.0
 
 
@@ -81,7 +81,7 @@ class TrainerConfig:
     precision: Precision = Precision.fp32
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     ema_decay: float | None = None  # evaluate and export an exponential moving average of the weights
-    early_stopping: EarlyStoppingConfig | None = None
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 
 @dataclass

@@ -5,6 +5,7 @@ The stream's own state is a position, so a plain ``torch.utils.data.DataLoader``
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,7 @@ class Loader:
 
     def __init__(self, fetcher: Fetcher, slices: Iterable[Slice], loading: Loading) -> None:
         workers = loading.num_workers > 0
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+        with _without_noise():
             self._loader: StatefulDataLoader[Fetched] = StatefulDataLoader(
                 fetcher,
                 batch_size=None,
@@ -51,7 +51,16 @@ class Loader:
             )
 
     def __iter__(self) -> Iterator[Fetched]:
-        return iter(self._loader)
+        with _without_noise():
+            return iter(self._loader)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # three times over
+        yield
 
 
 def _as_is(fetched: Fetched) -> Fetched:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runner.datasets.images import LabelledImages
 from runner.errors import ConfigError, DataError
@@ -27,18 +28,14 @@ class FashionMNIST(LabelledImages):
             labels = _read_idx(f"{path}/{_PREFIX[split]}-labels-idx1-ubyte.gz")
         except DataError as error:
             raise DataError(f"{error}\n{_REMEDY}") from error
-        pixels = torch.from_numpy(images).unsqueeze(1).float() / 255
-        super().__init__(pixels, torch.from_numpy(labels).long(), shift=shift, flip=flip)
+        super().__init__(images.unsqueeze(1).float() / 255, labels, shift=shift, flip=flip)
 
 
-def _read_idx(path: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """An array in LeCun's idx format: two zeros, type (8: unsigned bytes), rank, then sizes as big-endian 32-bit
-    integers.
-    """
+def _read_idx(path: str) -> Tensor:
+    """A uint8 tensor from LeCun's idx format: two zeros, type (8), rank, then sizes as big-endian 32-bit numbers."""
     raw = files.read(path)
     rank = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(raw, ">u4", count=rank, offset=4).tolist() if len(raw) >= 4 + 4 * rank else []
     if not rank or len(raw) != 4 + 4 * rank + math.prod(shape):
         raise DataError(f"{path} is not an idx file of unsigned bytes, or is cut short ({len(raw)} bytes)")
-    pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    return pixels.reshape(shape).copy()
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())

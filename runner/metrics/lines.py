@@ -35,18 +35,12 @@ class MetricLines:
         """Go on after ``step``; ``end`` is what ``flush`` returned for the commit resumed from, None for a fresh
         start.
         """
-        kept = _key(end["segment"]) if end and end["lines"] else None
+        kept = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
             found = _key(entry.name)
-            if found is None:
-                continue
-            name = f"{_FOLDER}/{entry.name}"
-            if kept is None or found > kept:
-                self._location.remove(name)
-            elif found == kept and end is not None:
-                lines = (self._location.read(name, limit=_LIMIT) or b"").splitlines(keepends=True)
-                if len(lines) > end["lines"]:
-                    self._location.replace(name, lines[: end["lines"]])
+            if found is not None:
+                keep = end["lines"] if end and found == kept else None
+                self._cut(f"{_FOLDER}/{entry.name}", keep if kept is not None and found <= kept else 0)
         self._begin(step)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -65,6 +59,15 @@ class MetricLines:
         if self._size > _FULL:
             self._begin(step)
         return end
+
+    def _cut(self, name: str, keep: int | None) -> None:
+        """Keep the first ``keep`` lines of a segment, None for all of them."""
+        if keep == 0:
+            self._location.remove(name)
+        elif keep is not None:
+            lines = (self._location.read(name, limit=_LIMIT) or b"").splitlines(keepends=True)
+            if len(lines) > keep:
+                self._location.replace(name, lines[:keep])
 
     def _begin(self, step: int) -> None:
         self._name = f"s{step:09d}-a{self._attempt:06d}.jsonl"

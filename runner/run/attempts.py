@@ -48,6 +48,11 @@ class Record:
             return None
         return bool(self.claim.get("boot") == _boot_id()) and _runs(self.claim.get("pid"), self.claim.get("born"))
 
+    def seen(self) -> str | None:
+        """When it last showed itself (ISO 8601, UTC)."""
+        latest = self.end or self.beat
+        return latest.get("time") or self.claim.get("started")
+
     def outcome(self) -> str:
         """How it ended, in a word or two."""
         if self.end is not None:

@@ -120,6 +120,11 @@ class RunDirectory:
         accepted = newest.claim.get("accepted") if newest else None
         return accepted if isinstance(accepted, dict) else self.configured()
 
+    def sweep(self) -> None:
+        """Remove what killed writes left behind."""
+        for folder in ("", "attempts", "commits", "data", "metrics"):
+            self.location.sweep(folder)
+
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the finished run; None while it is not finished, or not under that identity."""
         result = self._json(_RESULT)

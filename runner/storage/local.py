@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runner.storage.location import Buffer, Entry, check_name
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = ".tmp-"
+_LEFTOVER_SECONDS = 3600.0
 
 
 class LocalLocation:
@@ -97,6 +99,12 @@ class LocalLocation:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
 
+    def sweep(self, folder: str) -> None:
+        with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
+            for path in (self._path(folder) if folder else self.path).glob(f"*{_TEMPORARY}*"):
+                if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
+                    os.unlink(path)
+
     def lock(self, name: str) -> "LocalLock | None":
         with self._explained("lock", name):
             descriptor = os.open(self._prepare(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -139,6 +147,20 @@ class LocalLock:
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+def find_folders(root: str, marker: str) -> list[str]:
+    """See ``storage.find_folders``."""
+    found = []
+    for folder, below, files in os.walk(root, onerror=_explain_listing):
+        if marker in files:
+            found.append(os.path.relpath(folder, root))
+            below.clear()
+    return sorted(found)
+
+
+def _explain_listing(error: OSError) -> None:
+    raise StorageError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:

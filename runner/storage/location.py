@@ -62,6 +62,9 @@ class Location(Protocol):
     def remove(self, name: str) -> None:
         """Remove one object; one that is not there is as good as removed."""
 
+    def sweep(self, folder: str) -> None:
+        """Remove what writes into ``folder`` left behind when they died, an hour or more ago. Never an object."""
+
     def lock(self, name: str) -> Lock | None:
         """Take the advisory lock of that name, or return None while another process holds it."""
 

@@ -1,0 +1,283 @@
+"""The price of a step: the runner's loop against a bare PyTorch loop.
+
+Both sides have the same model, data set, optimizer, scheduler and clipping (those of the experiment), the same full
+batches, the same scalars for TensorBoard every 10 steps, and one thread.
+
+    bare      torch's DataLoader(shuffle=True), a for loop, SummaryWriter; nothing can be resumed, nothing is checked
+    runner    ``runner.experiment.run`` as the command runs it: all callbacks, deterministic kernels, metric lines,
+              heartbeats. Checkpoints and evaluations are configured and never due. Once for each ``data.randomness``:
+              ``off``; ``batch``, which seeds before every batch; ``sample``, which seeds before every sample.
+
+All sides of a case live at the same time, each in a process of its own, and take turns: a block of steps here, a block
+of steps there, so that other load on the machine meets all of them. A figure is the median over blocks of the mean time
+of a block's steps, start-up and warm-up left out; a ratio is one of two such medians. The spread is the quartiles of
+the ratios between blocks of the same turn.
+
+    python -m benchmarks.loop                          # from the root of the repository; some minutes
+    python -m benchmarks.loop smoke --turns 40 --sets 1
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import IO, Any
+from unittest.mock import patch
+
+from tabulate import tabulate
+
+from runner import app
+from runner.config.checks import check
+from runner.config.identity import identity
+
+ROOT = Path(__file__).parent.parent
+BARE = "bare"
+NEVER = 1_000_000_000  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An experiment, the kinds of randomness to run it with, and the sizes of blocks and warm-up in steps."""
+
+    randomness: tuple[str, ...]
+    block: int
+    warm_up: int
+
+
+# Blocks of a third of a second to a second.
+CASES = {
+    "smoke": Case(("off", "batch", "sample"), block=100, warm_up=200),
+    "digits": Case(("off", "batch", "sample"), block=50, warm_up=60),
+    "gpt": Case(("off",), block=2, warm_up=2),
+}
+
+
+class Gate:
+    """In a child: lets it go on for as many steps as the parent asks for, and tells how long they took."""
+
+    def __init__(self, warm_up: int) -> None:
+        self._left = self._steps = warm_up
+        self._since = time.perf_counter()
+
+    def passed(self) -> bool:
+        """Call after every step; False when there are no more to be done."""
+        self._left -= 1
+        if self._left:
+            return True
+        print((time.perf_counter() - self._since) / self._steps, flush=True)
+        asked = sys.stdin.readline()
+        if not asked:
+            return False
+        self._left = self._steps = int(asked)
+        self._since = time.perf_counter()
+        return True
+
+
+def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
+    """The way of ``app.main``, with the gate as one more callback."""
+    from runner import experiment
+    from runner.callbacks.base import Callback, Loop
+    from runner.run.directory import RunDirectory
+    from runner.run.opening import open_run
+    from runner.trainer import Trainer
+
+    class Gated(Callback):
+        def on_step(self, loop: Loop) -> None:
+            if not gate.passed():
+                loop.stop = "benchmark"
+
+    def trainer(task: Any, update: Any, callbacks: Sequence[Callback], **limits: Any) -> Trainer:
+        return Trainer(task, update, [*callbacks, Gated()], **limits)
+
+    check(config)
+    directory = RunDirectory.under(config.run.root, "benchmark", "runner")
+    opening = open_run(directory, identity(config), on_drift="refuse", command="")
+    with patch.object(experiment, "Trainer", trainer):
+        experiment.run(opening, config, overrides=overrides)
+
+
+def train_bare(config: Any, gate: Gate) -> None:
+    """The loop that people write."""
+    import torch
+    from hydra.utils import instantiate
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+    from torch.utils.data import DataLoader
+    from torch.utils.tensorboard import SummaryWriter
+
+    def classification(batch: Any) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels)
+
+    def language(batch: Any) -> Tensor:
+        tokens = batch.long()
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    torch.set_num_threads(config.runtime.num_threads)
+    torch.manual_seed(config.seed)
+    batch_size, every, clip_norm = config.data.batch_size, config.metrics.every_steps, config.trainer.clip_norm
+    loader = DataLoader(instantiate(config.data.train), batch_size=batch_size, shuffle=True, drop_last=True)
+    model: nn.Module = instantiate(config.model)
+    optimizer = instantiate(config.optimizer, _partial_=True)(model.parameters())
+    scheduler = instantiate(config.scheduler, _partial_=True)(optimizer)
+    losses = {"classification": classification, "language": language}
+    loss_of: Callable[[Any], Tensor] = losses[config.task._target_.split(".")[2]]
+    writer = SummaryWriter(f"{config.run.root}/tensorboard")
+
+    batches = endless(loader)
+    step, waited, since = 0, 0.0, time.monotonic()
+    window: list[dict[str, Tensor]] = []
+    while True:
+        rate = scheduler.get_last_lr()[0]
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        loss = loss_of(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {"loss": loss.detach()}
+        if clip_norm is not None:
+            found["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        window.append(found)
+        step += 1
+        if step % every == 0:
+            seconds = time.monotonic() - since
+            for name in found:
+                mean = torch.stack([metrics[name] for metrics in window]).mean().item()
+                writer.add_scalar(f"train/{name}", mean, step)
+            writer.add_scalar("train/lr", rate, step)
+            writer.add_scalar("time/step", seconds / every, step)
+            writer.add_scalar("time/data_wait", waited / every, step)
+            samples_per_second = every * batch_size / seconds
+            writer.add_scalar("time/samples_per_second", samples_per_second, step)
+            window, waited, since = [], 0.0, time.monotonic()
+        if not gate.passed():
+            return
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """One epoch after the other."""
+    while True:
+        yield from loader
+
+
+def child(experiment: str, side: str, folder: str) -> None:
+    """One side of a case, in this process."""
+    from hydra import compose, initialize_config_dir
+
+    overrides = [
+        f"experiment={experiment}",
+        f"run.root={folder}",
+        "runtime.device=cpu",
+        "runtime.num_threads=1",
+        f"trainer.max_steps={NEVER}",
+        f"trainer.evaluate_every_steps={NEVER}",
+        f"checkpoint.every_steps={NEVER}",
+        f"checkpoint.every_seconds={NEVER}",
+    ]
+    if side != BARE:
+        overrides.append(f"data.randomness='{side}'")
+    app.register()
+    with initialize_config_dir(str(app.CONFIGS.absolute()), version_base="1.3"):
+        config = compose("config", overrides)
+    gate = Gate(CASES[experiment].warm_up)
+    if side == BARE:
+        train_bare(config, gate)
+    else:
+        train_with_runner(config, overrides, gate)
+
+
+class Side:
+    """In the parent: one child, waiting at its gate."""
+
+    def __init__(self, experiment: str, side: str, stack: ExitStack) -> None:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        self._errors: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.loop", experiment, "--child", side, "--folder", folder],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        stack.callback(self._close)
+        self._answer()
+
+    def milliseconds_per_step(self, steps: int) -> float:
+        """Let it do so many steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return 1e3 * self._answer()
+
+    def _answer(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            sys.exit(f"a child died:\n{self._errors.read()}")
+        return float(line)
+
+    def _close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(experiment: str, *, turns: int, sets: int) -> dict[str, list[float]]:
+    """Milliseconds per step of every block, by side. ``sets`` times new processes, each for ``turns`` turns."""
+    case = CASES[experiment]
+    found: dict[str, list[float]] = {side: [] for side in (BARE, *case.randomness)}
+    for _ in range(sets):
+        with ExitStack() as stack:
+            sides = {side: Side(experiment, side, stack) for side in found}
+            for turn in range(turns):
+                for side in list(sides) if turn % 2 else list(sides)[::-1]:
+                    found[side].append(sides[side].milliseconds_per_step(case.block))
+    return found
+
+
+def rows(experiment: str, found: Mapping[str, list[float]]) -> Iterator[list[str]]:
+    """Lines of the table."""
+    bare = found[BARE]
+    for side, times in found.items():
+        if side != BARE:
+            low, _, high = quantiles(sorted(t / b for t, b in zip(times, bare, strict=True)), n=4)
+            yield [
+                experiment,
+                side,
+                f"{median(bare):.3f}",
+                f"{median(times):.3f}",
+                f"{median(times) / median(bare):.3f}",
+                f"{low:.3f} .. {high:.3f}",
+            ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[*CASES, []], help="default: all")
+    parser.add_argument("--turns", type=int, default=16, help="blocks of each side for each set of processes")
+    parser.add_argument("--sets", type=int, default=2, help="how many times to start new processes")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.experiments[0], arguments.child, arguments.folder)
+        return
+    table: list[list[str]] = []
+    for experiment in arguments.experiments or CASES:
+        table += rows(experiment, measure(experiment, turns=arguments.turns, sets=arguments.sets))
+    headers = ["case", "randomness", "bare ms", "runner ms", "ratio", "spread"]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""``python -m runner.runs list|show``: look at runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+from runner.errors import RunnerError, printable
+from runner.runs.overview import at, details, find, overview
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status, as listed in ``runner.errors``."""
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = parsed.command
+    try:
+        command(parsed)
+    except RunnerError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runner.runs", description="Look at runs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="all runs under a root, one line each")
+    listing.add_argument("root", nargs="?", default="outputs", help="the run.root of the runs (default: outputs)")
+    listing.set_defaults(command=_list)
+    showing = commands.add_parser("show", help="one run: configuration, attempts, checkpoints, result")
+    showing.add_argument("run", help="its directory, for example outputs/digits/base")
+    showing.set_defaults(command=_show)
+    for each in (listing, showing):
+        each.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser
+
+
+def _list(parsed: argparse.Namespace) -> None:
+    rows = [asdict(overview(run)) for run in find(parsed.root)]
+    if parsed.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(_table(rows, ["run", "status", "step", "max_steps", "objective", "attempts", "seen", "host"]))
+
+
+def _show(parsed: argparse.Namespace) -> None:
+    found = details(at(parsed.run))
+    if parsed.json:
+        print(json.dumps(found, indent=1))
+        return
+    facts = [(key, found[key]) for key in ("run", "url", "status", "step", "max_steps", "objective")]
+    facts += [(key, found["record"].get(key)) for key in ("created", "parent")]
+    print(tabulate([(key, _cell(value)) for key, value in facts if value is not None], tablefmt="plain"))
+    print(
+        "\nattempts\n"
+        + _table(found["attempts"], ["attempt", "outcome", "started", "resumed", "step", "committed", "host", "reason"])
+    )
+    print("\ncheckpoints, newest first\n" + _table(found["checkpoints"], ["step", "attempt", "nonce"]))
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    return tabulate(cells, headers=columns, disable_numparse=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else printable(value).partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

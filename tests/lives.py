@@ -1,0 +1,205 @@
+"""Real processes to kill, started in a fraction of a second.
+
+Run as a program it is a server: it imports everything once, then forks one life of the runner for each request, in a process group
+of its own, and kills it as asked. A life is ``python -m runner`` to the last system call; only its imports are inherited.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a life ended: its exit status, or None when SIGKILL ended it; what it printed; storage operations it made."""
+
+    status: int | None
+    output: str
+    seconds: float
+
+
+class Lives:
+    """The client's side: one life after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._log = folder / "life.log"
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+
+    def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
+        """One life. ``how``: ``after`` (seconds) and ``send`` (a signal; default SIGKILL), or ``at`` an ``operation``, a ``step``,
+        or right after ``restore``; ``without`` drops a part from the state."""
+        assert self._server.stdin and self._server.stdout
+        request = {"argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(self._log), **how}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        return Ended(output=self._log.read_text(errors="replace"), **answer)
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.close()
+        self._server.wait(10)
+        self._server.stdout.close()
+
+
+def serve() -> None:
+    """Answer requests until the client goes away."""
+    import sklearn.datasets
+    import tensorboard.summary
+    import torch._dynamo
+    import torchdata.stateful_dataloader
+
+    import runner.app
+    import runner.experiment  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _live(request)
+        status = _wait(pid, request)
+        print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
+
+
+def _wait(pid: int, request: dict[str, Any]) -> int | None:
+    """The exit status of a life, None after SIGKILL; kills or signals it when its time has come."""
+    due = time.monotonic() + request["after"] if "after" in request else None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if due is not None and time.monotonic() >= due:
+            due = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, request.get("send", signal.SIGKILL))
+        time.sleep(0.001)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # data workers that outlived it
+    code = os.waitstatus_to_exitcode(status)
+    return None if code == -signal.SIGKILL else code
+
+
+def _live(request: dict[str, Any]) -> None:
+    """Become a process of the runner, and never return."""
+    os.setpgid(0, 0)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])
+    sys.argv = request["argv"]
+    _arm(request)
+
+    from runner.__main__ import main
+
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _arm(request: dict[str, Any]) -> None:
+    """Lay the mines that a request asks for."""
+    from runner import experiment
+    from runner.state import TrainState
+    from runner.storage import local
+    from runner.trainer import Trainer
+
+    if "operation" in request:
+        local.os = _MortalOs(request["operation"], request.get("fail"))  # type: ignore[attr-defined]
+    if "step" in request:
+        step = Trainer._step
+
+        def mortal_step(self: Trainer, loop: Any) -> None:
+            step(self, loop)
+            if loop.step == request["step"]:
+                _die()
+
+        Trainer._step = mortal_step  # type: ignore[method-assign]
+    if request.get("restored"):
+        resume = experiment._resume
+
+        def mortal_resume(*arguments: Any) -> Any:
+            resume(*arguments)
+            _die()
+
+        experiment._resume = mortal_resume
+    if "without" in request:
+        parts = TrainState.parts
+
+        def fewer(self: TrainState) -> Any:
+            return {name: part for name, part in parts(self).items() if name != request["without"]}
+
+        TrainState.parts = fewer  # type: ignore[method-assign]
+
+
+class _MortalOs:
+    """``os``, in which the n-th operation that changes the disk is the last: half a write, or the call before it happens. With
+    ``fail`` that operation and all later writes fail with this errno instead."""
+
+    def __init__(self, last: int, fail: int | None) -> None:
+        self._left = last
+        self._fail = fail
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(os, name)
+        if name not in ("open", "write", "fsync", "link", "replace", "unlink"):
+            return call
+
+        def mortal(*arguments: Any, **keywords: Any) -> Any:
+            self._left -= 1
+            if self._left == 0 and self._fail is None:
+                if name == "write":
+                    call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                _die()
+            if self._left <= 0 and self._fail is not None and name in ("write", "fsync"):
+                raise OSError(self._fail, os.strerror(self._fail))
+            return call(*arguments, **keywords)
+
+        return mortal
+
+
+def _die() -> None:
+    os.killpg(0, signal.SIGKILL)
+    time.sleep(60)
+
+
+@contextlib.contextmanager
+def lives(folder: Path) -> Iterator[Lives]:
+    """A server for the length of a block."""
+    server = Lives(folder)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    serve()

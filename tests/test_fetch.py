@@ -1,0 +1,158 @@
+"""From positions to batches, as a pure function."""
+
+import json
+import random
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner.checkpoint.tree import encode
+from runner.data.fetch import Fetcher
+from runner.data.plan import Plan, Slice
+from runner.rng import Generators, seed_all
+
+N = 10
+
+
+class Noisy:
+    """Samples that draw from every global generator, gaussians too, and note how many threads there were."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (index, *draw(), torch.get_num_threads())
+
+
+def draw() -> tuple[Any, ...]:
+    return random.gauss(0, 1), np.random.standard_normal(), np.random.random(), torch.randn(2).tolist()
+
+
+def as_list(rows: list[Any]) -> list[Any]:
+    return rows
+
+
+def with_noise(rows: list[Any]) -> tuple[Any, ...]:
+    """A collate function that draws."""
+    return [row[0] for row in rows], draw()
+
+
+def fetcher(*, randomness: str = "sample", seed: int = 1, label: str = "train", collate: Any = as_list) -> Fetcher:
+    return Fetcher(Noisy(), Plan(N, seed, 4, randomness=randomness), label=label, collate=collate)
+
+
+def rows(fetch: Fetcher, cuts: list[int]) -> list[Any]:
+    """The samples between the first and the last cut, fetched slice by slice."""
+    return [row for start, stop in pairwise(cuts) for row in fetch[Slice(start, stop - start)].batch]
+
+
+def states() -> str:
+    """Every bit of every global generator."""
+    value, tensors = encode(Generators().state_dict(), "")
+    return json.dumps([value, {name: sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_sample_is_the_same_however_positions_are_sliced() -> None:
+    expected = rows(fetcher(), [0, 25])
+    for cuts in ([0, 1, 2, 3, 25], [0, 10, 20, 25], [0, 9, 11, 25], [*range(26)]):
+        assert rows(fetcher(), cuts) == expected
+
+
+def test_a_slice_is_the_same_whatever_was_fetched_before() -> None:
+    fetch = fetcher()
+    expected = {first: fetcher()[Slice(first, 4)] for first in range(0, 40, 4)}
+    for first in (36, 0, 8, 4, 8, 32):
+        assert fetch[Slice(first, 4)] == expected[first]
+    assert fetch[Slice(8, 4)].first == 8
+
+
+def test_every_place_of_every_epoch_has_randomness_of_its_own() -> None:
+    drawn = {str(row[1:]) for row in rows(fetcher(), [0, 3 * N])}
+    assert len(drawn) == 3 * N
+
+
+def test_seed_and_label_decide_the_randomness() -> None:
+    """Sample by sample: what is drawn in an evaluation has nothing to do with what is drawn in training."""
+    kinds = [fetcher(), fetcher(seed=2), fetcher(label="evaluation")]
+    drawn = {str(row[1:]) for fetch in kinds for row in rows(fetch, [0, 2 * N])}
+    assert len(drawn) == 3 * 2 * N
+
+
+def test_the_label_moves_no_sample() -> None:
+    order = [[row[0] for row in rows(fetcher(label=label), [0, N])] for label in ("train", "evaluation")]
+    assert order[0] == order[1]
+
+
+def test_randomness_by_batch_seeds_once_per_slice() -> None:
+    """The generators run on within a slice, so that where it begins decides what its samples draw."""
+    one = rows(fetcher(randomness="batch"), [4, 8])
+    assert one == rows(fetcher(randomness="batch"), [4, 8])
+    assert one[0] == rows(fetcher(), [4, 8])[0]
+    assert [row[0] for row in one] == [row[0] for row in rows(fetcher(), [4, 8])]
+    assert one[1:] != rows(fetcher(), [4, 8])[1:]
+    assert len({str(row[1:]) for row in one}) == 4
+
+
+def test_randomness_off_seeds_nothing() -> None:
+    seed_all(5)
+    drawn = [draw() for _ in range(4)]
+    seed_all(5)
+    assert [row[1:-1] for row in rows(fetcher(randomness="off"), [0, 4])] == drawn
+
+
+def test_collating_draws_under_a_seed_of_its_own() -> None:
+    """What it draws is neither moved by what samples drew nor the same for two slices."""
+    indices, drawn = fetcher(collate=with_noise)[Slice(0, 4)].batch
+    assert fetcher(collate=with_noise)[Slice(0, 4)].batch == (indices, drawn)
+    assert Fetcher(range(N), fetcher().plan, label="train", collate=lambda _: draw())[Slice(0, 4)].batch == drawn
+    assert fetcher(collate=with_noise)[Slice(4, 4)].batch[1] != drawn
+    assert drawn not in [row[1:-1] for row in rows(fetcher(), [0, N])]
+
+
+def test_without_a_collate_function_batches_are_those_of_torch() -> None:
+    first, batch = Fetcher(range(N), Plan(N, 1, 4, shuffle=False), label="train")[Slice(8, 4)]
+    assert first == 8
+    assert torch.equal(batch, torch.tensor([8, 9, 0, 1]))
+
+
+@pytest.mark.parametrize("randomness", ["sample", "batch"])
+def test_the_global_generators_are_left_as_they_were(randomness: str) -> None:
+    """Also those gaussians that python and numpy have in store."""
+    seed_all(3)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    before = states()
+    fetcher(randomness=randomness, collate=with_noise)[Slice(0, 4)]
+    assert states() == before
+
+
+@pytest.mark.parametrize("randomness", ["sample", "batch"])
+def test_samples_are_fetched_on_one_thread(randomness: str, two_threads: None) -> None:
+    """As in a worker: float sums depend on the number of threads."""
+    assert {row[-1] for row in rows(fetcher(randomness=randomness), [0, N])} == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_a_failing_sample_leaves_generators_and_threads_as_they_were(two_threads: None) -> None:
+    def fail(_: list[Any]) -> None:
+        raise KeyError
+
+    seed_all(3)
+    before = states()
+    with pytest.raises(KeyError):
+        fetcher(collate=fail)[Slice(0, 4)]
+    assert states() == before
+    assert torch.get_num_threads() == 2

@@ -1,0 +1,55 @@
+"""When something is due."""
+
+from runner.interval import Interval
+
+
+def test_steps_are_due_at_every_multiple_and_nowhere_else() -> None:
+    interval = Interval(steps=3)
+    assert [step for step in range(1, 11) if interval.due(step)] == [3, 6, 9]
+
+
+def test_epochs_are_due_after_the_step_that_finishes_one() -> None:
+    interval = Interval(epochs=2)
+    counts = [(0, 0), (0, 1), (1, 2), (2, 2), (2, 3), (3, 4), (0, 9)]
+    due = [interval.due(7, epochs_before=before, epochs=after) for before, after in counts]
+    assert due == [False, False, True, False, False, True, True]
+
+
+def test_a_step_longer_than_many_epochs_is_due_once() -> None:
+    assert Interval(epochs=2).due(1, epochs_before=0, epochs=9)
+
+
+def test_seconds_count_on_the_given_clock_from_the_last_restart() -> None:
+    now = 100.0
+    interval = Interval(seconds=5, clock=lambda: now)
+    now = 104.9
+    assert not interval.due(1)
+    now = 105.0
+    assert interval.due(2)
+    assert interval.due(3)
+    interval.restart()
+    assert not interval.due(4)
+    now = 110.0
+    assert interval.due(5)
+
+
+def test_whichever_comes_first_is_due() -> None:
+    interval = Interval(steps=10, epochs=1, seconds=60, clock=lambda: 0.0)
+    assert interval.due(10)
+    assert interval.due(7, epochs_before=0, epochs=1)
+    assert not interval.due(7, epochs_before=1, epochs=1)
+
+
+def test_what_is_none_never_comes() -> None:
+    assert not any(Interval().due(step, epochs_before=0, epochs=step) for step in range(1, 100))
+
+
+def test_steps_and_epochs_are_the_same_for_a_resumed_interval() -> None:
+    """Twelve steps of 7 samples in epochs of 10, once with one object and once with a new one before each step."""
+
+    def due(step: int, interval: Interval) -> bool:
+        return interval.due(step, epochs_before=(step - 1) * 7 // 10, epochs=step * 7 // 10)
+
+    kept = Interval(steps=5, epochs=2)
+    uninterrupted = [due(step, kept) for step in range(1, 13)]
+    assert uninterrupted == [due(step, Interval(steps=5, epochs=2)) for step in range(1, 13)]

@@ -1,0 +1,68 @@
+"""Which sample stands where."""
+
+import tracemalloc
+from hashlib import sha256
+from itertools import product
+
+import numpy as np
+import pytest
+
+from runner.data.order import LARGEST_SORTED, Indices, Order
+
+
+def whole(size: int, *, seed: int = 7, epoch: int = 3) -> Indices:
+    return Order(size, seed=seed, shuffle=True)(epoch, np.arange(size))
+
+
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 4, 5, 64, 1000, LARGEST_SORTED - 1, LARGEST_SORTED, LARGEST_SORTED + 1, 100_003, 1 << 17, 10**6]
+)
+def test_every_sample_has_one_place(size: int) -> None:
+    counts = np.bincount(whole(size), minlength=size)
+    assert counts.tolist() == [1] * size
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1000, "36332592f9bdaee9ff311c57793fddb4e37528e1f25ec3bc83324a2fe00050c6"),
+        (LARGEST_SORTED, "33d1e33566019fdfa02b7cfd24192b9039234d919c20676d3451b8605ffbed00"),
+        (LARGEST_SORTED + 1, "ec24033c69d9ea470cca353958bbc06d922d7d8b0e0e5962a5a3ec59c96f9898"),
+        (10**6, "806b43147f6d0b839de24fb21fbdffc4cca0a53829ef11f1ed146dce38aa5b12"),
+    ],
+)
+def test_the_order_is_frozen(size: int, expected: str) -> None:
+    assert sha256(whole(size).astype("<i8").tobytes()).hexdigest() == expected
+
+
+@pytest.mark.parametrize("size", [1000, LARGEST_SORTED + 1])
+def test_neighbouring_seeds_and_epochs_have_orders_of_their_own(size: int) -> None:
+    orders = [whole(size, seed=seed, epoch=epoch) for seed, epoch in product(range(3), range(3))]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert np.count_nonzero(one == other) < 10  # about one, were they drawn at random
+
+
+@pytest.mark.parametrize("size", [1000, LARGEST_SORTED + 1])
+def test_a_place_has_its_sample_whatever_was_asked_before(size: int) -> None:
+    order = Order(size, seed=7, shuffle=True)
+    for epoch in (0, 1, 2, 1, 5, 0):
+        expected = whole(size, epoch=epoch)
+        assert order(epoch, np.array([5, 3, 3])).tolist() == expected[[5, 3, 3]].tolist()
+        assert order(epoch, np.arange(990, 1000)).tolist() == expected[990:1000].tolist()
+
+
+def test_without_shuffle_a_sample_stands_at_its_own_place() -> None:
+    assert Order(10, seed=7, shuffle=False)(4, np.arange(10)).tolist() == list(range(10))
+
+
+def test_a_billion_samples_need_no_list_of_them() -> None:
+    order = Order(10**9, seed=7, shuffle=True)
+    tracemalloc.start()
+    try:
+        last = order(3, np.arange(10**9 - 4, 10**9))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert last.tolist() == [459227655, 904916115, 858365267, 627782834]
+    assert peak < 1 << 20

@@ -1,0 +1,1 @@
+"""A user's own package, beside which tests start the runner."""

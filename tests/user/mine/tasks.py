@@ -1,0 +1,59 @@
+"""Tasks that a user might write."""
+
+import torch
+
+from runner.tasks.classification import Classification
+
+
+class Curriculum(Classification):
+    """Has a memory that matters (harder smoothing as it goes), and a loss that is not finite now and then."""
+
+    def __init__(self, *, bad_every: int = 0) -> None:
+        super().__init__()
+        self.seen = 0
+        self.bad_every = bad_every
+
+    def training_step(self, model, batch):
+        self.seen += 1
+        self.label_smoothing = min(0.3, self.seen / 200)
+        metrics = super().training_step(model, batch)
+        if self.bad_every and self.seen % self.bad_every == 0:
+            metrics["loss"] = metrics["loss"] * torch.inf
+        return metrics
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+class Forgetful(Curriculum):
+    """The same memory, with something in its state that cannot be saved."""
+
+    def state_dict(self):
+        return {"seen": self.seen, "nested": [{"what": object()}]}
+
+
+class Stops(Classification):
+    """Sends its own process a signal: ``during`` training or evaluation, at that call."""
+
+    def __init__(self, *, during: str, call: int, number: int) -> None:
+        super().__init__()
+        self.during, self.call, self.number = during, call, number
+        self.calls = {"training": 0, "evaluation": 0}
+
+    def training_step(self, model, batch):
+        self._maybe("training")
+        return super().training_step(model, batch)
+
+    def evaluation_step(self, model, batch):
+        self._maybe("evaluation")
+        return super().evaluation_step(model, batch)
+
+    def _maybe(self, what):
+        import os
+
+        self.calls[what] += 1
+        if (what, self.calls[what]) == (self.during, self.call):
+            os.kill(os.getpid(), self.number)
