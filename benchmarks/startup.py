@@ -105,7 +105,9 @@ def main() -> None:
         folder = Path(temporary)
         first_step = compare(
             lambda turn: seconds_until(DONE, [sys.executable, "-c", BARE, str(folder / f"bare{turn}")]),
-            lambda turn: seconds_until(DONE, runner(folder / f"runner{turn}", "task._target_=benchmarks.startup.stopwatch")),
+            lambda turn: seconds_until(
+                DONE, runner(folder / f"runner{turn}", "task._target_=benchmarks.startup.stopwatch")
+            ),
             turns,
         )
         finished = runner(folder / "finished")

@@ -4,15 +4,18 @@ The house, top floor first. A module imports only from floors below its own (a f
 floor, without cycles inside); each third-party package enters through one door. ``tests/test_architecture.py``
 holds this picture against the code.
 
-    8  __main__ (entry, exit statuses)     runs/ (looking at runs from outside)
-    7  app (the Hydra application)
-    6  experiment (composition root: config -> live objects -> one attempt)
-    5  trainer (the loop, on one screen)
-    4  callbacks/ (checkpoint, evaluate, best, early stopping, report, progress)
-    3  state (what a resumed run is made of)   evaluation   run/ (directory, attempts, drift)
-    2  checkpoint/ (tree, tensors, manifest, store)   data/ (order, fetch, stream)   datasets/
-    1  storage/ (location, local, files)   config/   metrics/   models/   tasks/   topology   update   schedules
-    0  errors   interval   signals   rng   task   distributed
+    9  __main__ (entry, exit statuses)     runs/ (looking at runs from outside)
+    8  app (the Hydra application)
+    7  experiment (one attempt at a run)
+    6  introduction (the first lines on the screen)     finish (exported weights, the result)
+    5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
+    4  callbacks/ (guard, evaluate, report, progress, checkpoint)
+    3  state (what a resumed run is made of)     evaluation
+    2  run/ (directory, attempts, drift)     checkpoint/ (tree, tensors, manifest, store)
+       data/ (order, plan, fetch, engine, stream)     metrics/ (lines, curves)     datasets/
+    1  storage/ (location, local, files)     config/ (schema, identity, checks)     signals     distributed
+       update     tasks/
+    0  errors     interval     rng     task     topology     schedules     models/
 """
 
 __version__ = "0.1.0"

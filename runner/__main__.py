@@ -18,6 +18,8 @@ def main() -> int:
 
     from runner import app
 
+    if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
+        sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     app.register()
     try:
         app.main()

@@ -22,7 +22,7 @@ from runner.config.identity import identity, is_name, variant
 from runner.distributed import world
 from runner.errors import ConfigError, RunnerError
 from runner.run.directory import RunDirectory
-from runner.run.opening import Opening, open_run
+from runner.run.opening import Opening, open_run, wait_until_free
 from runner.storage.location import local_root
 
 log = logging.getLogger("runner")
@@ -65,6 +65,8 @@ def _job(config: DictConfig) -> float | None:
     directory = RunDirectory.under(
         config.run.root, hydra_config.runtime.choices["experiment"], _name(config, overrides)
     )
+    if config.run.on_conflict is schema.OnConflict.wait:
+        wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
     command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])
     opening = open_run(directory, identity(config), on_drift=config.run.on_drift.name, command=command)
     result = opening.result

@@ -28,7 +28,7 @@ from runner.restore import Resumed, fork, restore_newest
 from runner.run import attempts
 from runner.run.attempts import Attempt, Record
 from runner.run.directory import TENSORBOARD, RunDirectory
-from runner.run.opening import Opening, wait_until_free
+from runner.run.opening import Opening
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
@@ -75,13 +75,11 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
 @contextmanager
 def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterator[Attempt]:
     """Claim the run for this process, and record how its life ended unless it is killed."""
-    directory, on_conflict = opening.directory, config.run.on_conflict
-    if on_conflict is OnConflict.wait:
-        wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
+    directory = opening.directory
     signals.raise_if_received("during start-up, nothing to commit")
     directory.create(opening.identity, parent=_lineage(opening.parent))
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
-    attempt = attempts.claim(directory.location, facts, steal=on_conflict is OnConflict.steal)
+    attempt = attempts.claim(directory.location, facts, steal=config.run.on_conflict is OnConflict.steal)
     outcome, reason = "failed", ""
     try:
         directory.sweep()

@@ -29,13 +29,13 @@ class Progress(Callback):
         self._drawn = (loop.step, time.monotonic())
         if self._terminal:
             self._bar = tqdm(total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._tell_evaluation(loop)
 
     def on_step(self, loop: Loop) -> None:
         now = time.monotonic()
         if now - self._drawn[1] >= self._every:
             self._draw(loop, now)
-        if loop.evaluation is not None:
-            self._say(f"step {loop.step}: {summary(loop.evaluation)}")
+        self._tell_evaluation(loop)
 
     def on_end(self, loop: Loop) -> None:
         if self._bar is not None:
@@ -60,12 +60,13 @@ class Progress(Callback):
             left,
         )
 
-    def _say(self, line: str) -> None:
-        if self._bar is None:
-            log.info(line)
-        else:
+    def _tell_evaluation(self, loop: Loop) -> None:
+        if loop.evaluation is None:
+            return
+        if self._bar is not None:
             self._bar.clear()
-            log.info(line)
+        log.info("step %d: %s", loop.step, summary(loop.evaluation))
+        if self._bar is not None:
             self._bar.refresh()
 
 

@@ -31,6 +31,7 @@ class Report(Callback):
         self._curves: Curves | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
+        self._rate = 0.0  # the learning rate of the last step
         self._clock = (0, 0.0, 0.0)  # step, seconds and seconds of waiting at the last report
 
     def on_start(self, loop: Loop) -> None:
@@ -42,6 +43,7 @@ class Report(Callback):
 
     def on_step(self, loop: Loop) -> None:
         self._unread.append(loop.metrics)
+        self._rate = loop.rate
         if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
             self._report(loop)
 
@@ -57,10 +59,10 @@ class Report(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"window": self._window}
+        return {"window": self._window, "rate": self._rate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._window = state["window"]
+        self._window, self._rate = state["window"], state["rate"]
 
     def _report(self, loop: Loop) -> None:
         if loop.evaluation_due:
@@ -83,7 +85,7 @@ class Report(Callback):
             f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
         }
         self._window = {}
-        return values | {"train/lr": loop.rate} | self._timing(loop)
+        return values | {"train/lr": self._rate} | self._timing(loop)
 
     def _timing(self, loop: Loop) -> dict[str, float | str]:
         (step, since, waited), now = self._clock, time.monotonic()

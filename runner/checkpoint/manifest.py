@@ -73,8 +73,9 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 
 def unseal(raw: bytes) -> dict[str, Any] | None:
     """The manifest, or None where the seal is broken."""
-    body, newline, tail = raw.removesuffix(b"\n").rpartition(b"\n")
-    if sha256(body + newline).hexdigest().encode() != tail:
+    end = raw.rfind(b"\n", 0, -1) + 1
+    body, tail = raw[:end], raw[end:]
+    if tail != sha256(body).hexdigest().encode() + b"\n":
         return None
     try:
         manifest = json.loads(body)

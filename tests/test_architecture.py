@@ -1,0 +1,125 @@
+"""The picture in the package's docstring, held against the code: floors, doors, sizes."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import runner
+
+ROOT = Path(runner.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
+DOORS = {
+    "hydra": {"config", "app", "build", "__main__"},
+    "omegaconf": {"config", "app", "build", "__main__"},
+    "fsspec": {"storage"},
+    "torchdata": {"data"},
+    "torch.utils.tensorboard": {"metrics"},
+    "xxhash": {"checkpoint"},
+    "yaml": {"run"},
+    "tabulate": {"run", "runs"},
+    "tqdm": {"callbacks"},
+    "sklearn": {"datasets"},
+}
+
+
+def floors() -> dict[str, int]:
+    """Room -> floor, read from the picture."""
+    assert runner.__doc__
+    found: dict[str, int] = {}
+    floor = 0
+    for line in runner.__doc__.splitlines():
+        if picture := re.fullmatch(r" {4}([0-9 ]) {2}(.*)", line):
+            floor = int(picture[1]) if picture[1] != " " else floor
+            rooms = re.sub(r"\(.*?\)", "", picture[2])
+            found |= {room.rstrip("/"): floor for room in re.findall(r"[a-z_]+/?", rooms)}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def test_every_room_stands_in_the_picture() -> None:
+    assert {room(path) for path in MODULES} - {"__init__"} == floors().keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    if path == ROOT / "__init__.py":
+        return
+    here = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "runner" and parts[1:] and parts[1] != here and parts[1] in floors():
+            assert floors()[parts[1]] < floors()[here], f"{path} imports {name}"
+
+
+def test_there_are_no_cycles_within_a_room() -> None:
+    graph = {path: imports(path) for path in MODULES}
+    names = {".".join(("runner", *path.relative_to(ROOT).with_suffix("").parts)): path for path in MODULES}
+
+    def reach(path: Path, trail: tuple[Path, ...]) -> None:
+        assert path not in trail, f"a cycle: {[str(step.relative_to(ROOT)) for step in (*trail, path)]}"
+        for name in graph[path]:
+            target = names.get(name) or names.get(name.rpartition(".")[0])
+            if target is not None and target != path:
+                reach(target, (*trail, path))
+
+    for path in MODULES:
+        reach(path, ())
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_third_party_package_enters_through_its_doors(package: str) -> None:
+    used = {room(path) for path in MODULES if any(f"{name}.".startswith(f"{package}.") for name in imports(path))}
+    assert used <= DOORS[package]
+
+
+def test_every_third_party_package_has_a_door() -> None:
+    roots = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    assert roots - sys.stdlib_module_names - {"runner", "torch", "numpy"} == {p for p in DOORS if "." not in p}
+
+
+def test_files_and_functions_stay_small() -> None:
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1 for path in MODULES for node in functions(path) if node.end_lineno
+    )
+    assert max(len(path.read_text().splitlines()) for path in MODULES) <= 300
+    assert lengths[len(lengths) // 2] < 10
+    assert lengths[len(lengths) * 9 // 10] <= 35
+    assert lengths[-1] <= 60
+
+
+def test_every_module_and_public_thing_has_a_docstring() -> None:
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and path.name != "schema.py"
+            ):
+                assert ast.get_docstring(node), f"{path}: {node.name}"

@@ -1,0 +1,169 @@
+"""Every option of every group composes, every experiment runs, and mistakes are told in a way that helps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from lives import Lives
+from omegaconf import OmegaConf
+
+from runner import app
+from runner.config import schema
+from runner.config.identity import IDENTITY, identity
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(app.CONFIGS)}={path.stem}"
+    for path in app.CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(path.stem for path in (app.CONFIGS / "experiment").glob("*.yaml"))
+HAS_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist").is_dir()
+
+
+def composed(*overrides: str):
+    app.register()
+    with initialize_config_dir(str(app.CONFIGS), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option: str) -> None:
+    assert set(identity(composed("experiment=digits", option))) == set(IDENTITY)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_path: Path) -> None:
+    if experiment == "fashion_mnist" and not HAS_FASHION_MNIST:
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    few = ("trainer.max_steps=3", "trainer.evaluate_every_steps=3", "trainer.evaluate_every_epochs=null")
+    small = {"gpt": ("data.validation.limit=32", "task.sample_bytes=16")}.get(experiment, ())
+    ended = life(f"experiment={experiment}", *few, *small, f"run.root={tmp_path}")
+    assert ended.status == 0, ended.output
+    assert "finished step 3 (max_steps), val/loss" in ended.output
+
+
+def test_the_split_covers_every_key() -> None:
+    """A new key must be given a side: what is computed, or how."""
+    how = {"checkpoint", "metrics", "runtime", "run"}
+    assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | how
+
+
+MISTAKES = {
+    "no experiment": ((), 2, "You must specify 'experiment'"),
+    "no experiment, the list": ((), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
+    "unknown experiment": (("experiment=nope",), 2, "Could not find 'experiment/nope'"),
+    "unknown experiment, the list": (("experiment=nope",), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
+    "misspelt key": (("experiment=smoke", "trainer.max_step=3"), 2, "Key 'max_step' not in 'TrainerConfig'"),
+    "misspelt free key": (("experiment=smoke", "optimizer.lrr=3"), 2, "Key 'lrr' is not in struct"),
+    "wrong type": (("experiment=smoke", "trainer.max_steps=many"), 2, "could not be converted to Integer"),
+    "wrong choice": (("experiment=smoke", "run.on_drift=maybe"), 2, "expected one of [refuse, accept, fork]"),
+    "unknown option": (("experiment=smoke", "optimizer=adamm"), 2, "Available options in 'optimizer':\n\tadamw\n\tsgd"),
+    "too small": (("experiment=smoke", "checkpoint.keep_last=1"), 2, "checkpoint.keep_last=1 is too small: at least 2"),
+    "no end": (("experiment=smoke", "trainer.max_steps=null"), 2, "the training has no end: set trainer.max_steps"),
+    "no such class": (("experiment=smoke", "model._target_=mine.Net"), 2, "model: Error locating target 'mine.Net'"),
+    "wrong argument": (("experiment=smoke", "+optimizer.x=1"), 2, "unexpected keyword argument 'x'"),
+    "no target": (("experiment=smoke", "~model._target_"), 2, "model needs a _target_"),
+    "remote root": (
+        ("experiment=smoke", "run.root=s3://b/x"),
+        2,
+        "run.root=s3://b/x: this version keeps runs on local",
+    ),
+    "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
+    "no such metric": (
+        ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),
+        2,
+        "objective.metric=val/acc is not among the metrics of the evaluation: val/accuracy, val/loss",
+    ),
+    "uneven": (("experiment=smoke", "trainer.accumulate=7"), 1, "data.batch_size=64 cannot be split into"),
+    "device": (("experiment=smoke", "runtime.device=cuda:99"), 2, "runtime.device=cuda:99: this machine shows"),
+    "no file": (
+        ("experiment=fashion_mnist", "data.train.path=/nowhere"),
+        1,
+        "apt-get install dataset-fashion-mnist",
+    ),
+    "no text": (("experiment=gpt", "data.train.path=/nowhere/*.txt"), 1, "no file matches '/nowhere/*.txt'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
+    overrides, status, message = MISTAKES[name]
+    root = () if any(item.startswith("run.root") for item in overrides) else (f"run.root={tmp_path}",)
+    ended = life(*overrides, *root, cwd=tmp_path)
+    assert message in ended.output
+    assert "Traceback" not in ended.output
+    assert ended.status == status
+
+
+def test_state_that_cannot_be_saved_is_told_before_the_first_step(life: Lives, tmp_path: Path) -> None:
+    task = ("task._target_=mine.tasks.Forgetful", "~task.label_smoothing")
+    ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
+    assert "cannot save task/nested/0/what: it is a builtins.object" in ended.output
+    assert ended.status == 1
+    assert "step" not in ended.output.split("cannot save")[0].split("parameters")[1]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loss_that_is_no_number_names_step_and_positions(skip: bool, life: Lives, tmp_path: Path) -> None:
+    task = ("task._target_=mine.tasks.Curriculum", "~task.label_smoothing", "+task.bad_every=7")
+    more = ("trainer.on_nonfinite=skip",) if skip else ()
+    command = ("experiment=smoke", *task, *more, "checkpoint.every_steps=null", f"run.root={tmp_path}")
+    ended = life(*command, cwd=Path(__file__).parent / "user")
+    if skip:
+        assert ended.status == 0, ended.output
+    else:
+        assert ended.status == 1
+        assert "the loss of step 7 is inf; its samples are at positions 384 to 447" in ended.output
+
+
+READ_ONLY = "mount --bind {root} {root} && mount -o remount,ro,bind {root}"
+FULL = "mount -t tmpfs -o size=100k none {root}"
+
+
+@pytest.mark.parametrize(
+    ("mount", "message"), [(READ_ONLY, "Read-only file system"), (FULL, "No space left on device")]
+)
+def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_path: Path) -> None:
+    """In a mount namespace of its own, so that even root meets a real refusal."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this machine gives no mount namespaces")
+    root = tmp_path / "root"
+    root.mkdir()
+    command = f"{sys.executable} -m runner experiment=smoke run.root={root}"
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount.format(root=root)} && exec {command}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(app.CONFIGS.parent)},
+    )
+    assert message in ended.stderr
+    assert str(root) in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1
+
+
+def test_an_unreadable_run_root_is_told(life: Lives, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    ended = life("experiment=smoke", f"run.root={tmp_path}/file")
+    assert (ended.status, "Traceback" in ended.output) == (1, False)
+    assert "Not a directory. Choose another run.root" in ended.output
+
+
+def test_help_says_what_a_person_needs(life: Lives) -> None:
+    text = life("--help").output
+    for part in (
+        "start the run, resume it, or print its result",
+        "experiment: digits, fashion_mnist, gpt, smoke",
+        "75",
+    ):
+        assert part in text
+
+
+def test_the_composed_configuration_can_be_printed(life: Lives) -> None:
+    ended = life("experiment=digits", "--cfg", "job")
+    assert ended.status == 0
+    assert OmegaConf.create(ended.output).optimizer.lr == 0.003

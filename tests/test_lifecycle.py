@@ -1,0 +1,169 @@
+"""New, resumable, complete, in use; drift refused, accepted, forked; the same directory for the same command."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lives import Lives, lives
+from results import metric_lines, results
+
+COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
+
+
+def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_path: Path) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}").status == 0
+    (run,) = (tmp_path / "smoke").iterdir()
+    kept = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts}
+    again = life(*COMMAND, f"run.root={tmp_path}")
+    assert again.status == 0
+    assert "finished step 30 (max_steps), val/loss" in again.output
+    assert "attempt" not in again.output
+    log = run / "runner.log"
+    assert all(path.stat().st_mtime_ns == time_ for path, time_ in kept.items() if path != log)
+
+
+def test_a_finished_run_is_reported_without_importing_torch(life: Lives, tmp_path: Path) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}").status == 0
+    code = "import sys; from runner.__main__ import main; assert main() == 0; assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}"]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
+def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(life: Lives, tmp_path: Path) -> None:
+    first = life(
+        *COMMAND, f"run.root={tmp_path}", "optimizer.lr=1e-2", "runtime.num_workers=1", "checkpoint.keep_last=3"
+    )
+    again = life(*COMMAND, f"run.root={tmp_path}", "optimizer.lr=0.010")
+    assert (first.status, again.status) == (0, 0)
+    assert [path.name for path in (tmp_path / "smoke").iterdir()] == ["optimizer.lr=0.01,trainer.max_steps=30"]
+
+
+def test_a_sweep_uses_the_directories_of_single_runs_and_skips_what_is_done(life: Lives, tmp_path: Path) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}", "seed=2").status == 0
+    swept = life("-m", *COMMAND, f"run.root={tmp_path}", "seed=1,2")
+    assert swept.status == 0, swept.output
+    assert swept.output.count("from scratch") == 1
+    folders = sorted(path.name for path in (tmp_path / "smoke").iterdir() if path.is_dir())
+    assert folders == ["seed=1,trainer.max_steps=30", "seed=2,trainer.max_steps=30"]
+
+
+def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
+    assert life(*command, step=15).status is None
+    ended = life(*command, "optimizer.lr=0.5", "optimizer.weight_decay=0")
+    assert ended.status == 3
+    for line in (
+        "optimizer.lr            0.001    0.5",
+        "optimizer.weight_decay  0.01     0",
+        "run.on_drift=accept",
+        "run.on_drift=fork",
+    ):
+        assert line in ended.output
+    assert life(*command).status == 0, "the run was left as it was"
+
+
+def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Path) -> None:
+    """A longer run with another rate: position and moments go on, rate and schedule are the new ones."""
+    command = (*COMMAND, "scheduler=warmup_cosine", "scheduler.warmup_steps=3", f"run.root={tmp_path}", "run.name=r")
+    assert life(*command).status == 0
+    longer = (*command, "trainer.max_steps=50", "optimizer.lr=0.01")
+    assert life(*longer).status == 3
+    # Killed before its first checkpoint: the acceptance is on record, and the old settings do not come back.
+    assert life(*longer, "run.on_drift=accept", step=35).status is None
+    ended = life(*longer)
+    assert ended.status == 0, ended.output
+    assert "resumed from step 30" in ended.output
+    fresh = life(*longer[:-2], "trainer.max_steps=50", "optimizer.lr=0.01", "run.name=fresh")
+    assert fresh.status == 0
+    rates = [
+        {line["step"]: line["train/lr"] for line in metric_lines(tmp_path / "smoke" / name) if "train/lr" in line}
+        for name in ("r", "fresh")
+    ]
+    assert rates[0][20] != rates[1][20]
+    assert {step: rates[0][step] for step in (40, 50)} == {step: rates[1][step] for step in (40, 50)}
+    assert life(*longer).output.startswith("finished step 50")
+
+
+def test_a_fork_begins_from_the_state_and_leaves_its_parent_alone(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
+    assert life(*command).status == 0
+    before = results(tmp_path / "smoke/r")
+    forked = (*command, "trainer.max_steps=50", "run.on_drift=fork")
+    assert life(*forked, step=45).status is None
+    ended = life(*forked)
+    assert (ended.status, "resumed from step 40 of attempt 1" in ended.output) == (0, True), ended.output
+    assert not results(tmp_path / "smoke/r").differences(before)
+    (fork,) = (path for path in (tmp_path / "smoke").iterdir() if path.name != "r")
+    assert json.loads((fork / "run.json").read_text())["parent"] == {"run": str(tmp_path / "smoke/r"), "step": 30}
+    assert [line["step"] for line in metric_lines(fork)] == [40, 50]
+
+
+def test_two_processes_do_not_train_the_same_run(life: Lives, tmp_path: Path) -> None:
+    """The second is told who has it, and to wait; when the first is killed it goes on at once."""
+    command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
+    first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL, process_group=0)
+    try:
+        while not list(tmp_path.glob("smoke/r/commits/*")):
+            time.sleep(0.05)
+        second = life(*command)
+        assert second.status == 4
+        assert f"is in use by attempt 1 (pid {first.pid}" in second.output
+        assert "run.on_conflict=wait" in second.output
+    finally:
+        os.killpg(first.pid, 9)
+        first.wait()
+    third = life(*command, after=2.0, send=15)
+    assert (third.status, "attempt  2, resumed from step" in third.output) == (75, True), third.output
+
+
+def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=log, stderr=log, process_group=0)
+    while not list(tmp_path.glob("smoke/r/commits/*")):
+        time.sleep(0.05)
+    thief = life(*command, "run.on_conflict=steal", after=4.0, send=15)
+    assert thief.status == 75, thief.output
+    assert first.wait(30) == 4
+    assert "attempt 2 (pid" in (tmp_path / "log").read_text()
+    assert "took over" in (tmp_path / "log").read_text()
+
+
+def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=400", f"run.root={tmp_path}", "run.name=r")
+    first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("smoke/r/attempts/*.lock")):
+        time.sleep(0.05)
+    waited = life(*command, "run.on_conflict=wait")
+    assert first.wait(60) == 0
+    assert waited.status == 0, waited.output
+    assert waited.output.startswith("finished step 400")
+
+
+@pytest.mark.parametrize("operation", [30, 60, 90])
+def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, f"run.root={tmp_path}")
+    assert life(*command, "run.name=whole").status == 0
+    ended = life(*command, "run.name=full", operation=operation, fail=errno.ENOSPC)
+    assert ended.status == 1
+    assert "No space left on device" in ended.output
+    assert "Traceback" not in ended.output
+    assert life(*command, "run.name=full").status == 0
+    assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_many_starters_at_once_make_one_lineage(tmp_path: Path) -> None:
+    """One wins; the others leave with 4, or find the run finished."""
+    command = [sys.executable, "-m", "runner", *COMMAND, f"run.root={tmp_path}", "run.name=r"]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(4)]
+    statuses = [process.wait(120) for process in started]
+    assert set(statuses) <= {0, 4}
+    assert 0 in statuses
+    with lives(tmp_path) as life:
+        assert life(*COMMAND, f"run.root={tmp_path}", "run.name=whole").status == 0
+    assert not results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))

@@ -1,0 +1,100 @@
+"""Stop signals: finish the step, commit, leave with 75; the next start loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lives import Lives
+from results import results
+
+from runner.run import attempts
+from runner.storage.local import LocalLocation
+
+USER = Path(__file__).parent / "user"
+COMMAND = (
+    "experiment=smoke",
+    "trainer.max_steps=40",
+    "trainer.evaluate_every_steps=10",
+    "checkpoint.every_steps=null",
+    "runtime.num_threads=1",
+)
+
+
+def stops(during: str, call: int, number: int) -> tuple[str, ...]:
+    """A task that sends this process a signal at a call of its ``during`` step."""
+    task = {"_target_": "mine.tasks.Stops", "during": during, "call": call, "number": int(number)}
+    return (*COMMAND, "~task", *(f"+task.{key}={value}" for key, value in task.items()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=str)
+def test_a_signal_commits_the_step_and_leaves_with_75(number: signal.Signals, life: Lives, tmp_path: Path) -> None:
+    command = (*stops("training", 17, number), f"run.root={tmp_path}", "run.name=r")
+    ended = life(*command, cwd=USER)
+    assert ended.status == 75, ended.output
+    assert f"{number.name}: stopped after step 17, which is committed" in ended.output
+    again = life(*command, cwd=USER)
+    assert "resumed from step 17 of attempt 1\n" in again.output, "no step may be lost"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_during_evaluation_keeps_the_step_and_evaluates_after_the_resume(
+    call: int, life: Lives, tmp_path: Path
+) -> None:
+    """Twice in a row: also the evaluation made up for at the start may be cut short."""
+    small = "data.evaluation_batch_size=100"  # four batches, so that there is something to cut
+    whole = (*stops("training", 10**6, signal.SIGTERM), small, f"run.root={tmp_path}", "run.name=whole")
+    assert life(*whole, cwd=USER).status == 0
+    cut = (*stops("evaluation", call, signal.SIGTERM), small, f"run.root={tmp_path}", "run.name=cut")
+    for _ in range(2):
+        ended = life(*cut, cwd=USER)
+        assert (ended.status, "stopped after step 10" in ended.output) == (75, True), ended.output
+    resumed = (*whole[:-1], "run.name=cut", "run.on_drift=accept")
+    ended = life(*resumed, cwd=USER)
+    assert ended.status == 0, ended.output
+    ours, expected = results(tmp_path / "smoke/cut"), results(tmp_path / "smoke/whole")
+    assert not set(ours.differences(expected)) - {"result"}
+    assert {**ours.result, "identity": 0} == {**expected.result, "identity": 0}
+
+
+def test_a_signal_during_start_up_leaves_with_75_and_nothing_is_lost(life: Lives, tmp_path: Path) -> None:
+    for delay in (0.02, 0.1, 0.2, 0.3):
+        ended = life(*COMMAND, f"run.root={tmp_path}", "run.name=r", after=delay, send=signal.SIGTERM)
+        assert ended.status in (0, 75, -signal.SIGTERM), ended.output  # before the handlers exist, the default applies
+    assert life(*COMMAND, f"run.root={tmp_path}", "run.name=r").status == 0
+
+
+def test_a_second_interrupt_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time; from runner import signals; signals.install();"
+        "os.kill(os.getpid(), signal.SIGINT); print(signals.received(), flush=True);"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "SIGINT\n")
+
+
+def test_workers_ignore_a_signal_to_the_whole_group(life: Lives, tmp_path: Path) -> None:
+    """Ctrl-C and Slurm reach every process; a worker that died of it would fail the step that is to be finished."""
+    command = (*COMMAND, "trainer.max_steps=100000", "runtime.num_workers=2", f"run.root={tmp_path}", "run.name=r")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        ended = life(*command, after=1.5, send=number)
+        assert ended.status == 75, ended.output
+
+
+def test_how_an_attempt_ended_is_on_record(life: Lives, tmp_path: Path) -> None:
+    command = (*stops("training", 5, signal.SIGTERM), f"run.root={tmp_path}", "run.name=r")
+    life(*command, cwd=USER)
+    life(*command, cwd=USER, restored=True)
+    broken = ("run.on_drift=accept", "task._target_=mine.tasks.Nothing")
+    assert life(*command, *broken, cwd=USER).status == 2
+    records = attempts.history(LocalLocation(tmp_path / "smoke/r"))
+    assert [record.outcome() for record in records] == ["interrupted", "killed", "failed"]
+    assert records[0].end is not None
+    assert records[0].end["committed"] == 5
+    assert "Nothing" in json.dumps(records[2].end)
+    assert records[0].claim["topology"]["threads"] == 1
+    assert records[0].claim["pid"] != os.getpid()
