@@ -47,6 +47,7 @@ def main(config: DictConfig) -> float | None:
     An error ends a single run with its exit status; in a sweep it is raised, because leaving the process would end
     the sweep.
     """
+    logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
         return _job(config)
     except RunnerError as error:

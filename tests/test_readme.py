@@ -1,0 +1,95 @@
+"""What README says works, in an empty folder, from a clone and from an installed wheel."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def python(arguments: str, cwd: Path, path: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """``python ...`` as README writes it."""
+    command = [sys.executable, *shlex.split(arguments, comments=True)]
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel, unpacked, and nothing of the clone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", str(REPOSITORY), *options], check=True)
+    (built,) = folder.glob("hydra_runner-*.whl")
+    zipfile.ZipFile(built).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_three_files_of_a_user_run_and_resume_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
+    files = [text for _, text in BLOCKS if text.startswith(("# mine/", "# my_conf/"))]
+    assert len(files) == 3
+    for text in files:
+        first, rest = text.split("\n", 1)
+        path = tmp_path / first.removeprefix("# ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rest)
+    (command,) = (text for _, text in BLOCKS if "--config-dir my_conf" in text)
+    arguments = command.strip().removeprefix("python ")
+    first = python(arguments, tmp_path, wheel)
+    assert first.returncode == 0, first.stderr
+    assert "finished step 400 (max_steps), val/loss" in first.stdout
+    assert python(arguments, tmp_path, wheel).stdout.splitlines()[0] == first.stdout.splitlines()[-3]
+
+
+def test_the_wheel_brings_its_configurations(wheel: Path, tmp_path: Path) -> None:
+    ended = python("-m runner experiment=smoke trainer.max_steps=2", tmp_path, wheel)
+    assert ended.returncode == 0, ended.stderr
+    assert list((tmp_path / "outputs/smoke").iterdir())
+
+
+def test_configurations_on_the_search_path_are_found(tmp_path: Path) -> None:
+    experiment = tmp_path / "elsewhere/experiment/mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text((REPOSITORY / "conf/experiment/smoke.yaml").read_text())
+    ended = python(
+        f"-m runner hydra.searchpath=[file://{tmp_path}/elsewhere] experiment=mine trainer.max_steps=1", tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_screen_shown_is_the_screen(tmp_path: Path) -> None:
+    """The lines of README's example that do not depend on the moment of the kill."""
+    (shown,) = (text for kind, text in BLOCKS if kind == "console")
+    ended = python("-m runner experiment=digits trainer.max_steps=1 scheduler.total_steps=1200", tmp_path)
+    for line in ended.stdout.splitlines()[1:2] + ended.stdout.splitlines()[4:5]:
+        assert line in shown
+    assert "data     1437 samples, 64 per step; each exactly once per epoch, any number of workers" in shown
+
+
+def test_the_commands_are_those_that_ci_and_newcomers_use() -> None:
+    commands = [text.strip() for kind, text in BLOCKS if kind == "sh" and "venv" in text]
+    assert [command.rpartition(" && ")[2] for command in commands] == [
+        ".venv/bin/python -m runner experiment=digits",
+        ".venv/bin/python -m pytest",
+    ]
+    assert "pytest$" in (REPOSITORY / ".ci/run").read_text()
+
+
+def test_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_key_that_readme_names_exists() -> None:
+    ended = python("-m runner experiment=smoke --cfg job", REPOSITORY)
+    keys = set(re.findall(r"\b(?:trainer|runtime|checkpoint|run)\.([a-z_]+)", README)) - {"json", "py"}
+    assert {"on_drift", "max_steps", "ema_decay"} <= keys
+    for key in keys:
+        assert f"  {key}: " in ended.stdout, key
