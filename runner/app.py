@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
@@ -63,9 +64,8 @@ def _job(config: DictConfig) -> float | None:
     check(config)
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
-    directory = RunDirectory.under(
-        config.run.root, hydra_config.runtime.choices["experiment"], _name(config, overrides)
-    )
+    root = to_absolute_path(local_root(config.run.root))  # hydra.job.chdir may have moved this process
+    directory = RunDirectory.under(root, hydra_config.runtime.choices["experiment"], _name(config, overrides))
     if config.run.on_conflict is schema.OnConflict.wait:
         wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
     command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])

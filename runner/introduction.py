@@ -28,7 +28,7 @@ def introduce(
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %d samples, %d per step; %s", plan.samples, plan.batch_size, plan.guarantee)
-    log.info("device   %s, %d threads, %d data workers", here["device"], here["threads"], parts.workers)
+    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.workers)
     log.info("model    %s parameters", f"{count:,}")
 
 

@@ -167,3 +167,52 @@ def test_many_starters_at_once_make_one_lineage(tmp_path: Path) -> None:
     with lives(tmp_path) as life:
         assert life(*COMMAND, f"run.root={tmp_path}", "run.name=whole").status == 0
     assert not results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_a_resume_on_another_topology_goes_on_and_says_so(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
+    assert life(*command, step=15).status is None
+    same, moved = life(*command, step=25), life(*command, "runtime.num_threads=2")
+    assert (same.status, "moved" in same.output) == (None, False)
+    assert moved.status == 0
+    assert "moved    threads 1 -> 2: same samples, but floats may differ in the last bits" in moved.output
+
+
+def test_a_limit_in_seconds_holds_over_all_attempts(life: Lives, tmp_path: Path) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=null", "trainer.max_seconds=2", "checkpoint.every_steps=5")
+    for _ in range(3):
+        assert life(*command, f"run.root={tmp_path}", after=1.2).status is None
+    ended = life(*command, f"run.root={tmp_path}")
+    assert (ended.status, "(max_seconds)" in ended.output) == (0, True), ended.output
+    (result,) = tmp_path.glob("smoke/*/result.json")
+    assert 2 <= json.loads(result.read_text())["seconds"] < 4
+
+
+def test_digits_are_learnt(life: Lives, tmp_path: Path) -> None:
+    ended = life("experiment=digits", f"run.root={tmp_path}")
+    result = json.loads((tmp_path / "digits/base/result.json").read_text())
+    assert ended.status == 0
+    assert result["metrics"]["val/accuracy"] > 0.98
+
+
+def test_the_language_model_shows_what_it_writes(life: Lives, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny = (
+        "model.width=32",
+        "model.layers=1",
+        "data.validation.limit=32",
+        "task.sample_bytes=20",
+        "task.prompt=import",
+    )
+    steps = (
+        "trainer.max_steps=4",
+        "trainer.evaluate_every_steps=2",
+        f"data.train.path={os.path.dirname(json.__file__)}",
+    )
+    assert life("experiment=gpt", *tiny, *steps, f"run.root={tmp_path}", "run.name=r").status == 0
+    events = EventAccumulator(str(tmp_path / "gpt/r/tensorboard"), size_guidance={"tensors": 0}).Reload()
+    texts = events.Tensors("val/sample/text_summary")
+    assert [event.step for event in texts] == [2, 4]
+    assert texts[0].tensor_proto.string_val[0].decode().startswith("```\nimport")
+    assert "val/bits_per_byte" in events.Tags()["scalars"]

@@ -89,6 +89,7 @@ def found(root: Path) -> list[Path]:
     return sorted((path.parent for path in root.glob("*/*/run.json")), key=lambda path: path.stat().st_ctime)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_random_kills_change_nothing(name: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     """SIGKILL of the whole process group at random moments, with another number of workers in each life."""
@@ -108,6 +109,7 @@ def test_random_kills_change_nothing(name: str, life: Lives, tmp_path: Path, uni
     print(f"{name}: {kills} kills in {runs} runs")
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_kill_at_any_storage_operation_changes_nothing(
     name: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted

@@ -28,7 +28,9 @@ class Progress(Callback):
     def on_start(self, loop: Loop) -> None:
         self._drawn = (loop.step, time.monotonic())
         if self._terminal:
-            self._bar = tqdm(total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(
+                total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, mininterval=0, miniters=1
+            )
         self._tell_evaluation(loop)
 
     def on_step(self, loop: Loop) -> None:
