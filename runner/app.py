@@ -76,8 +76,8 @@ def _job(config: DictConfig) -> float | None:
 
         result = experiment.run(opening, config, overrides=overrides)  # type: ignore[arg-type]
     _conclude(opening, result)
-    goal = result.get("objective")
-    return None if goal is None else float(goal["value"])
+    goal: float | None = (result.get("objective") or {}).get("value")
+    return goal
 
 
 def _conclude(opening: Opening, result: dict[str, Any]) -> None:
@@ -88,7 +88,8 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
         result["reason"],
         "".join(f", {n} {v:.4g}" for n, v in metrics.items()),
     )
-    if goal := result.get("objective"):
+    goal = result.get("objective")
+    if goal and goal["value"] is not None:
         log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
     url = os.path.relpath(opening.directory.location.url)
     log.info("curves   tensorboard --logdir %s", shlex.quote(url))

@@ -1,5 +1,6 @@
 """From a configuration to live objects: the one place that instantiates what a configuration names."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,7 @@ def set_up(config: Config) -> torch.device:
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     else:
         torch.set_deterministic_debug_mode("default")
     return _device(config.runtime.device)
@@ -159,7 +161,7 @@ def _instance(node: Any, key: str, **how: Any) -> Any:
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it")
     try:
-        return instantiate(node, **how)
+        return instantiate(node, **{"_convert_": node.get("_convert_", "all"), **how})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None

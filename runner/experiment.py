@@ -37,8 +37,7 @@ from runner.trainer import Trainer
 def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, Any]:
     """Begin the run or go on with it until it is finished; returns its result.
 
-    Raises Interrupted after a stop signal, with everything committed, and RunInUse while another process lives in the
-    run.
+    Raises Interrupted after a stop signal, with everything committed, and RunInUse while another process has the run.
     """
     device = set_up(config)
     location = opening.directory.location
@@ -100,9 +99,7 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
 def _callbacks(
     config: Config, opening: Opening, parts: Parts, store: CheckpointStore, attempt: Attempt, lines: MetricLines
 ) -> dict[str, Callback]:
-    """All callbacks by name, in the order in which they run; the name of one with a memory is that of its part of the
-    state.
-    """
+    """All callbacks, in the order in which they run, by the name that one with a memory has in the state."""
     trainer, goal = config.trainer, config.objective
     callbacks: dict[str, Callback] = {}
     guard = FiniteLoss(batch_size=config.data.batch_size)

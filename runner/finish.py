@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def finish(
     evaluate, best = callbacks.get("evaluate"), callbacks.get("best")
     goal = None
     if isinstance(best, Best) and best.step:
-        goal = {"metric": best.metric, "mode": best.mode, "value": best.value, "step": best.step}
+        goal = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
         found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step, state.average is not None)
         if found is not None:
             weights[BEST] = found
@@ -36,7 +37,7 @@ def finish(
         "step": loop.step,
         "epochs": loop.epochs,
         "reason": loop.stop,
-        "metrics": evaluate.scalars if isinstance(evaluate, Evaluate) else {},
+        "metrics": {n: _number(v) for n, v in evaluate.scalars.items()} if isinstance(evaluate, Evaluate) else {},
         "objective": goal,
         "skipped_steps": parts.update.skipped,
         "seconds": loop.elapsed,
@@ -59,6 +60,11 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
 
     location.replace(name, hashed())
     return hasher.hexdigest()
+
+
+def _number(value: float) -> float | None:
+    """The value as JSON has it: NaN and infinity become null."""
+    return value if math.isfinite(value) else None
 
 
 def _weights_at(store: CheckpointStore, step: int, averaged: bool) -> dict[str, Tensor] | None:

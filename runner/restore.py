@@ -16,9 +16,7 @@ from runner.state import TrainState
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where an attempt goes on: at ``commit``, or from scratch without one. ``unusable`` says which newer commits
-    were bad.
-    """
+    """Where an attempt goes on: at ``commit``, or from scratch. ``unusable`` tells of newer commits that are bad."""
 
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +42,7 @@ def restore_newest(
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
             store.damaged.add(commit)
-            unusable.append(printable(f"step {commit.step} of attempt {commit.attempt}: {error}"))
+            unusable.append(_why(commit, error))
     trace = evidence()
     if trace is not None:
         raise NoLoadableCheckpoint(_nothing_loadable(store, trace, unusable))
@@ -58,18 +56,16 @@ def fork(state: TrainState, parent: CheckpointStore, identity: dict[str, Any]) -
     The data position is taken over where it means the same samples. Raises NoLoadableCheckpoint.
     """
     unusable: list[str] = []
-    without = {name for name in state.parts() if name.startswith("callback.")}
     for commit in parent.commits():
         try:
             checkpoint = parent.open(commit)
             same_data = checkpoint.load("data")["plan"] == state.stream.plan.state()
             if not same_data:
-                without.add("data")
                 state.stream.open()
-            _restore(state, checkpoint, identity, without=frozenset(without))
-            return Resumed(commit, {}, tuple(unusable))
+            _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
+            return Resumed(commit, unusable=tuple(unusable))
         except Damaged as error:
-            unusable.append(printable(f"step {commit.step} of attempt {commit.attempt}: {error}"))
+            unusable.append(_why(commit, error))
     raise NoLoadableCheckpoint(_nothing_loadable(parent, "a fork needs a checkpoint of its parent", unusable))
 
 
@@ -80,23 +76,30 @@ def begin(state: TrainState, seed: int) -> None:
 
 
 def _restore(
-    state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any], *, without: frozenset[str] = frozenset()
+    state: TrainState,
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    *,
+    without: tuple[str, ...] = (),
+    memories: bool = True,
 ) -> None:
-    """Load all parts. Settings of optimizer and scheduler that were changed since (and accepted) win over the saved
-    ones.
-    """
+    """Load all parts. Settings of optimizer and scheduler changed since (and accepted) win over the saved ones."""
     changed = compare(checkpoint.facts.get("identity", identity), identity)
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
-        state.restore(checkpoint, without=without)
+        state.restore(checkpoint, without=without, memories=memories)
         return
     groups = state.optimizer.state_dict()["param_groups"]
-    state.restore(checkpoint, without=without | {"scheduler"})
+    state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
     saved = state.optimizer.state_dict()
     state.optimizer.load_state_dict({**saved, "param_groups": groups})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         for _ in range(state.progress.step):
             state.scheduler.step()
+
+
+def _why(commit: CommitId, error: Damaged) -> str:
+    return printable(f"step {commit.step} of attempt {commit.attempt}: {error}")
 
 
 def _nothing_loadable(store: CheckpointStore, trace: str, unusable: list[str]) -> str:

@@ -1,6 +1,6 @@
 """What a resumed run is made of: an ordered, named list of parts, all of them necessary."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,8 @@ from runner.checkpoint.tensors import Damaged
 from runner.data.stream import BatchStream
 from runner.errors import RunnerError, StateError
 from runner.rng import Generators
+
+_MEMORY = "callback."
 
 
 @runtime_checkable
@@ -74,7 +76,7 @@ class TrainState:
             "task": self.task,
             "data": self.stream,
             "progress": self.progress,
-            **{f"callback.{name}": memory for name, memory in self.memories.items()},
+            **{_MEMORY + name: memory for name, memory in self.memories.items()},
             "generators": self.generators,
         }
         return {name: part for name, part in named.items() if part is not None}
@@ -83,12 +85,14 @@ class TrainState:
         """The state dict of every part; tensors are the live ones."""
         return {name: part.state_dict() for name, part in self.parts().items()}
 
-    def restore(self, checkpoint: Checkpoint, *, without: frozenset[str] = frozenset()) -> None:
-        """Load every part, except those of ``without``. Raises StateError for parts that do not fit, Damaged for bad
-        bytes.
+    def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
+        """Load every part except those of ``without``, and the callbacks' unless ``memories``.
+
+        Raises StateError for parts that do not fit, Damaged for bad bytes.
         """
-        parts = self.parts()
-        _require_same(parts, checkpoint.parts, checkpoint)
+        parts = {name: part for name, part in self.parts().items() if memories or not name.startswith(_MEMORY)}
+        saved = [name for name in checkpoint.parts if memories or not name.startswith(_MEMORY)]
+        _require_same(parts, saved, checkpoint)
         for name, part in parts.items():
             if name not in without:
                 state = checkpoint.load(name)
@@ -102,11 +106,11 @@ class TrainState:
                     ) from error
 
 
-def _require_same(now: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    missing, left = sorted(now.keys() - saved.keys()), sorted(saved.keys() - now.keys())
+def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Checkpoint) -> None:
+    missing, left = sorted({*now} - {*saved}), sorted({*saved} - {*now})
     if missing or left:
         raise StateError(
             f"{checkpoint.id.commit} does not hold the parts of this run: "
             f"missing {', '.join(missing) or 'none'}, left over {', '.join(left) or 'none'}. "
-            "The code or its versions changed since; restore them, or begin a new run with run.name=..."
+            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork."
         )

@@ -32,15 +32,13 @@ class MetricLines:
         self._size = 0
 
     def open(self, step: int, end: Mapping[str, Any] | None) -> None:
-        """Go on after ``step``; ``end`` is what ``flush`` returned for the commit resumed from, None for a fresh
-        start.
-        """
-        kept = _key(end["segment"]) if end else None
+        """Go on after ``step``; ``end`` is what ``flush`` returned for the commit resumed from, if there is one."""
+        last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
             found = _key(entry.name)
-            if found is not None:
-                keep = end["lines"] if end and found == kept else None
-                self._cut(f"{_FOLDER}/{entry.name}", keep if kept is not None and found <= kept else 0)
+            if found is None or (last is not None and found < last):
+                continue
+            self._cut(f"{_FOLDER}/{entry.name}", end["lines"] if end and found == last else 0)
         self._begin(step)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -60,14 +58,13 @@ class MetricLines:
             self._begin(step)
         return end
 
-    def _cut(self, name: str, keep: int | None) -> None:
-        """Keep the first ``keep`` lines of a segment, None for all of them."""
-        if keep == 0:
+    def _cut(self, name: str, keep: int) -> None:
+        """Keep the first ``keep`` lines of a segment."""
+        lines = _read(self._location, name) if keep else []
+        if not keep:
             self._location.remove(name)
-        elif keep is not None:
-            lines = (self._location.read(name, limit=_LIMIT) or b"").splitlines(keepends=True)
-            if len(lines) > keep:
-                self._location.replace(name, lines[:keep])
+        elif len(lines) > keep:
+            self._location.replace(name, lines[:keep])
 
     def _begin(self, step: int) -> None:
         self._name = f"s{step:09d}-a{self._attempt:06d}.jsonl"
@@ -78,8 +75,11 @@ def read(location: Location) -> Iterator[dict[str, Any]]:
     """All lines of a run in order."""
     for entry in location.list(_FOLDER):
         if _key(entry.name) is not None:
-            for line in (location.read(f"{_FOLDER}/{entry.name}", limit=_LIMIT) or b"").splitlines():
-                yield json.loads(line)
+            yield from map(json.loads, _read(location, f"{_FOLDER}/{entry.name}"))
+
+
+def _read(location: Location, name: str) -> list[bytes]:
+    return (location.read(name, limit=_LIMIT) or b"").splitlines(keepends=True)
 
 
 def _key(name: str) -> tuple[int, int] | None:

@@ -169,4 +169,4 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _dump(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"
+    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"

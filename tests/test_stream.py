@@ -1,0 +1,274 @@
+"""The training stream and its cursor, and passes over evaluation data."""
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from runner.checkpoint.tree import encode
+from runner.data.engine import Loader, Loading
+from runner.data.fetch import Fetcher
+from runner.data.plan import Plan
+from runner.data.stream import BatchStream, EvaluationData, checked, to_device
+from runner.errors import DataError
+from runner.rng import Generators
+
+N, BATCH = 10, 4
+STEPS = 8  # 32 positions: three epochs and a bit
+CPU = torch.device("cpu")
+
+
+class Noisy:
+    """Samples that draw from every global generator."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return index, random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: list[torch.Tensor]
+
+
+def stream(loading: Loading | None = None, *, batch: int = BATCH, consumed: int = 0, **plan: Any) -> BatchStream:
+    opened = BatchStream(Noisy(), Plan(N, 1, batch, **plan), loading=loading or Loading(), device=CPU)
+    opened.consumed = consumed
+    opened.open()
+    return opened
+
+
+def bits(batch: list[torch.Tensor]) -> list[bytes]:
+    """One line of bytes per sample."""
+    return [b"".join(field[row].numpy().tobytes() for field in batch) for row in range(len(batch[0]))]
+
+
+def samples(opened: BatchStream, steps: int) -> list[bytes]:
+    """The samples of the next steps, each step taken to its end."""
+    found = []
+    for _ in range(steps):
+        for batch in opened.step():
+            found += bits(batch)
+        opened.advance()
+    return found
+
+
+def indices(opened: BatchStream, steps: int) -> list[int]:
+    return [int.from_bytes(line[:8], "little") for line in samples(opened, steps)]
+
+
+def states() -> str:
+    """Every bit of every global generator."""
+    value, tensors = encode(Generators().state_dict(), "")
+    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> list[bytes]:
+    return samples(stream(), STEPS)
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        Loading(1),
+        Loading(1, prefetch=1),
+        Loading(3),
+        Loading(3, prefetch=7),
+        Loading(2, start_method="fork"),
+        Loading(1, start_method="spawn"),
+    ],
+    ids=lambda how: f"{how.num_workers}-{how.prefetch}-{how.start_method}",
+)
+def test_the_bytes_are_the_same_however_they_are_loaded(loading: Loading, uninterrupted: list[bytes]) -> None:
+    assert samples(stream(loading), STEPS) == uninterrupted
+
+
+def test_a_plain_torch_loader_yields_the_same_bytes() -> None:
+    """So that the day torchdata is gone is a day like any other."""
+    plan = Plan(N, 1, BATCH)
+    pieces = [*islice(plan.slices(0), STEPS)]
+    fetcher = Fetcher(Noisy(), plan, label="train")
+    plain: Any = DataLoader(fetcher, batch_size=None, sampler=pieces, num_workers=1, collate_fn=lambda fetched: fetched)
+    here = Loader(fetcher, pieces, Loading())
+    assert [(first, bits(batch)) for first, batch in plain] == [(first, bits(batch)) for first, batch in here]
+
+
+def test_every_sample_comes_exactly_once_per_epoch(uninterrupted: list[bytes]) -> None:
+    drawn = [int.from_bytes(line[:8], "little") for line in uninterrupted]
+    for epoch in range(3):
+        assert sorted(drawn[epoch * N : (epoch + 1) * N]) == [*range(N)]
+    assert len(set(uninterrupted)) == STEPS * BATCH
+
+
+def test_a_resume_at_any_step_goes_on_as_if_nothing_had_happened(uninterrupted: list[bytes]) -> None:
+    """Killed in the middle of the step after: what was fetched and not finished comes again."""
+    for done in range(STEPS):
+        killed = stream()
+        samples(killed, done)
+        next(killed.step())
+        saved = json.loads(json.dumps(killed.state_dict()))
+        resumed = BatchStream(Noisy(), Plan(N, 1, BATCH), loading=Loading(), device=CPU)
+        resumed.load_state_dict(saved)
+        assert samples(resumed, STEPS - done) == uninterrupted[done * BATCH :]
+
+
+def test_a_resume_at_any_position_goes_on_from_there(uninterrupted: list[bytes]) -> None:
+    for position in range(3 * N):
+        assert samples(stream(consumed=position, batch=1), 2) == uninterrupted[position : position + 2]
+
+
+def test_every_sample_comes_once_per_epoch_however_a_run_is_cut() -> None:
+    """Each life has other workers and another batch size, is killed at a random step and may have read ahead."""
+    chance = random.Random(0)
+    state: dict[str, Any] = {"consumed": 0, "plan": Plan(N, 1, 1).state()}
+    drawn: list[int] = []
+    while len(drawn) < 20 * N:
+        plan, loading = Plan(N, 1, chance.randint(1, 2 * N)), Loading(chance.choice([0, 0, 0, 1]))
+        life = BatchStream(Noisy(), plan, loading=loading, device=CPU)
+        life.load_state_dict(state)
+        drawn += indices(life, chance.randint(0, 3))
+        if chance.random() < 0.5:
+            next(life.step())
+        state = json.loads(json.dumps(life.state_dict()))
+    for epoch in range(20):
+        assert sorted(drawn[epoch * N : (epoch + 1) * N]) == [*range(N)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> None:
+    opened = stream(Loading(workers, prefetch=4))
+    before = opened.state_dict()
+    for _ in opened.step():
+        pass
+    assert opened.state_dict() == before
+    opened.advance()
+    assert opened.state_dict() == before | {"consumed": BATCH}
+
+
+def test_the_state_is_the_same_for_any_number_of_workers() -> None:
+    found = []
+    for workers in (0, 1, 3):
+        opened = stream(Loading(workers))
+        samples(opened, 3)
+        found.append(opened.state_dict())
+    assert found[0] == found[1] == found[2]
+
+
+def test_epochs_are_counted_when_they_are_consumed() -> None:
+    assert [stream(consumed=consumed).epochs for consumed in (0, 9, 10, 19, 20)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_micro_batches_join_to_the_global_batch(micro: int, uninterrupted: list[bytes]) -> None:
+    opened = stream(micro_batches=micro)
+    sizes = [len(batch[0]) for batch in opened.step()]
+    assert sizes == [BATCH // micro] * micro
+    opened.advance()
+    assert samples(opened, STEPS - 1) == uninterrupted[BATCH:]
+    assert opened.consumed == STEPS * BATCH
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"samples": 11}, "samples: 10 then, 11 now"),
+        ({"seed": 2}, "seed: 1 then, 2 now"),
+        ({"shuffle": False}, "shuffle: True then, False now"),
+        ({"tail": "drop"}, "tail: carry then, drop now"),
+        ({"randomness": "off"}, "randomness: sample then, off now"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_position_in_other_data_is_refused(change: dict[str, Any], told: str) -> None:
+    saved = stream().state_dict()
+    plan = Plan(**({"samples": N, "seed": 1, "batch_size": BATCH} | change))
+    with pytest.raises(DataError, match=told) as refused:
+        BatchStream(Noisy(), plan, loading=Loading(), device=CPU).load_state_dict(saved)
+    assert "run.name" in str(refused.value)
+
+
+def test_another_batch_size_is_refused_only_where_it_drops_other_samples() -> None:
+    stream(batch=5).load_state_dict(stream(batch=4).state_dict())
+    with pytest.raises(DataError, match="batch_size: 4 then, 3 now"):
+        stream(batch=3, tail="drop").load_state_dict(stream(batch=4, tail="drop").state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_leave_the_global_generators_alone(workers: int) -> None:
+    before = states()
+    samples(stream(Loading(workers)), 3)
+    assert states() == before
+
+
+@pytest.fixture(params=[0, 2], ids=lambda workers: f"{workers} workers")
+def evaluation(request: pytest.FixtureRequest) -> EvaluationData:
+    loading = Loading(request.param)
+    return EvaluationData(Noisy(), seed=1, batch_size=BATCH, randomness="sample", loading=loading, device=CPU)
+
+
+def test_an_evaluation_sees_every_sample_once_and_in_order(evaluation: EvaluationData) -> None:
+    assert [(count, batch[0].tolist()) for count, batch in evaluation] == [
+        (4, [0, 1, 2, 3]),
+        (4, [4, 5, 6, 7]),
+        (2, [8, 9]),
+    ]
+
+
+def test_every_evaluation_is_the_same_and_leaves_no_trace(evaluation: EvaluationData) -> None:
+    """Also after one that was cut short by a signal."""
+    before = states()
+    first = [bits(batch) for _, batch in evaluation]
+    next(iter(evaluation))
+    assert [bits(batch) for _, batch in evaluation] == first
+    assert states() == before
+
+
+def test_an_evaluation_draws_nothing_that_training_draws(uninterrupted: list[bytes]) -> None:
+    data = EvaluationData(Noisy(), seed=1, batch_size=3, randomness="sample", loading=Loading(), device=CPU)
+    drawn = {line for _, batch in data for line in bits(batch)}
+    assert len(drawn) == N
+    assert not drawn & {*uninterrupted}
+
+
+def test_map_style_data_passes_the_check() -> None:
+    for data in ([1, 2], Noisy(), torch.arange(3)):
+        assert checked(data, "data.train") is data
+
+
+def test_data_without_positions_is_refused_by_key_and_type() -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter([])
+
+    for data, kind in ((iter([1]), "list_iterator"), (Endless(), "Endless"), ({1}, "set")):
+        with pytest.raises(DataError, match=rf"^data\.train is a .*{kind} without __len__ and __getitem__"):
+            checked(data, "data.train")
+
+
+def test_empty_data_is_refused_by_key() -> None:
+    with pytest.raises(DataError, match=r"^data\.validation is empty: a list of length 0"):
+        checked([], "data.validation")
+
+
+def test_every_tensor_of_a_batch_moves_to_the_device() -> None:
+    x = torch.ones(2)
+    batch = {"a": x, "b": [x, (x, "text", 3, None)], "c": Pair(x, [x])}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"].is_meta
+    assert isinstance(moved["b"], list)
+    assert moved["b"][0].is_meta
+    assert moved["b"][1][0].is_meta
+    assert moved["b"][1][1:] == ("text", 3, None)
+    assert isinstance(moved["c"], Pair)
+    assert moved["c"].one.is_meta
+    assert moved["c"].two[0].is_meta
+    assert to_device(batch, CPU) is batch
