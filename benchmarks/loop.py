@@ -13,8 +13,8 @@ of steps there, so that other load on the machine meets all of them. A figure is
 of a block's steps, start-up and warm-up left out; a ratio is one of two such medians. The spread is the quartiles of
 the ratios between blocks of the same turn.
 
-    python -m benchmarks.loop                          # from the root of the repository; some minutes
-    python -m benchmarks.loop smoke --turns 40 --sets 1
+    python -m benchmarks.loop                          # from the root of the repository; about ten minutes
+    python -m benchmarks.loop smoke --turns 20 --sets 1
 """
 
 import argparse
@@ -50,10 +50,10 @@ class Case:
     warm_up: int
 
 
-# Blocks of a third of a second to a second.
+# Blocks of a fraction of a second; those of gpt are shorter than the 10 steps between two reports.
 CASES = {
-    "smoke": Case(("off", "batch", "sample"), block=100, warm_up=200),
-    "digits": Case(("off", "batch", "sample"), block=50, warm_up=60),
+    "smoke": Case(("off", "batch", "sample"), block=60, warm_up=200),
+    "digits": Case(("off", "batch", "sample"), block=20, warm_up=60),
     "gpt": Case(("off",), block=2, warm_up=2),
 }
 
@@ -264,8 +264,8 @@ def rows(experiment: str, found: Mapping[str, list[float]]) -> Iterator[list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[*CASES, []], help="default: all")
-    parser.add_argument("--turns", type=int, default=16, help="blocks of each side for each set of processes")
-    parser.add_argument("--sets", type=int, default=2, help="how many times to start new processes")
+    parser.add_argument("--turns", type=int, default=40, help="blocks of each side for each set of processes")
+    parser.add_argument("--sets", type=int, default=3, help="how many times to start new processes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
