@@ -1,10 +1,12 @@
 """Real processes to kill, started in a fraction of a second.
 
-Run as a program it is a server: it imports everything once, then forks one life of the runner for each request, in a process group
-of its own, and kills it as asked. A life is ``python -m runner`` to the last system call; only its imports are inherited.
+Run as a program it is a server: it imports everything once, then forks one life of the runner for each request, in a
+process group of its own, and kills it as asked. A life is ``python -m runner`` to the last system call; only its
+imports are inherited.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ended:
-    """How a life ended: its exit status, or None when SIGKILL ended it; what it printed; storage operations it made."""
+    """How a life ended: its exit status, or None when SIGKILL ended it; what it printed; how long it took."""
 
     status: int | None
     output: str
@@ -42,9 +44,12 @@ class Lives:
         )
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
-        """One life. ``how``: ``after`` (seconds) and ``send`` (a signal; default SIGKILL), or ``at`` an ``operation``, a ``step``,
-        or right after ``restore``; ``without`` drops a part from the state."""
-        assert self._server.stdin and self._server.stdout
+        """One life. How it ends: ``after`` seconds by a signal (``send``, SIGKILL unless said); at the n-th storage
+        """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
+        ``without`` drops a part from the state.
+        """
+        assert self._server.stdin
+        assert self._server.stdout
         request = {"argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(self._log), **how}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
@@ -53,7 +58,8 @@ class Lives:
 
     def close(self) -> None:
         """End the server."""
-        assert self._server.stdin and self._server.stdout
+        assert self._server.stdin
+        assert self._server.stdout
         self._server.stdin.close()
         self._server.wait(10)
         self._server.stdout.close()
@@ -61,13 +67,8 @@ class Lives:
 
 def serve() -> None:
     """Answer requests until the client goes away."""
-    import sklearn.datasets
-    import tensorboard.summary
-    import torch._dynamo
-    import torchdata.stateful_dataloader
-
-    import runner.app
-    import runner.experiment  # noqa: F401
+    for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment"):
+        importlib.import_module(module)
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -161,8 +162,9 @@ def _arm(request: dict[str, Any]) -> None:
 
 
 class _MortalOs:
-    """``os``, in which the n-th operation that changes the disk is the last: half a write, or the call before it happens. With
-    ``fail`` that operation and all later writes fail with this errno instead."""
+    """``os``, in which the n-th operation that changes the disk is the last: half a write, or the moment before any
+    other call. With ``fail``, writes from then on fail with this errno instead.
+    """
 
     def __init__(self, last: int, fail: int | None) -> None:
         self._left = last

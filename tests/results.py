@@ -1,7 +1,7 @@
 """What two runs must have in common to the bit."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from runner.storage.local import LocalLocation
 
 @dataclass(frozen=True)
 class Results:
-    """The exported weights, the metric lines without what depends on the clock, the whole final state, and the result."""
+    """Exported weights, metric lines without what depends on the clock, the whole final state, and the result."""
 
     weights: dict[str, str]
     lines: list[dict[str, Any]]
@@ -22,11 +22,7 @@ class Results:
 
     def differences(self, other: "Results") -> list[str]:
         """What is not equal, by name."""
-        return [
-            name
-            for name in ("weights", "lines", "parts", "tensors", "result")
-            if getattr(self, name) != getattr(other, name)
-        ]
+        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
 
 
 def results(folder: Path) -> Results:

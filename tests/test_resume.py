@@ -70,8 +70,7 @@ def uninterrupted(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Unin
 
     def find(command: tuple[str, ...]) -> Results:
         if command not in known:
-            folder = run(life, root, command, f"run.name=u{len(known)}")
-            known[command] = results(folder)
+            known[command] = results(run(life, root, command, f"run.name=u{len(known)}"))
         return known[command]
 
     return find
@@ -95,12 +94,13 @@ def test_random_kills_change_nothing(name: str, life: Lives, tmp_path: Path, uni
     """SIGKILL of the whole process group at random moments, with another number of workers in each life."""
     command, chance, kills, runs = EXPERIMENTS[name], random.Random(name), 0, 0
     expected = uninterrupted(command)
+    whole = life(*command, f"run.root={tmp_path}", "run.name=timed", cwd=USER).seconds
     while kills < KILLS // len(EXPERIMENTS):
         runs += 1
         more = (f"run.root={tmp_path}", f"run.name=r{runs}")
-        for _ in range(200):
+        while True:
             workers = f"runtime.num_workers={chance.choice([0, 1, 3])}"
-            ended = life(*command, *more, workers, cwd=USER, after=chance.uniform(0.1, 1.2))
+            ended = life(*command, *more, workers, cwd=USER, after=chance.uniform(0, 1.2 * whole))
             if ended.status is not None:
                 break
             kills += 1
@@ -134,7 +134,7 @@ def test_a_kill_at_any_storage_operation_changes_nothing(
 def test_cuts_around_the_border_of_an_epoch_change_nothing(
     cuts: tuple[int, ...], life: Lives, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
-    """1437 samples in batches of 64: epochs end within steps 23 and 45. Every step is committed; up to three resumes."""
+    """1437 samples in batches of 64: epochs end within steps 23 and 45. Every step is committed; up to 3 resumes."""
     command = (*DIGITS, "checkpoint.every_steps=1")
     expected = uninterrupted(DIGITS)
     for number, cut in enumerate(cuts):

@@ -234,9 +234,9 @@ def test_every_evaluation_is_the_same_and_leaves_no_trace(evaluation: Evaluation
 
 def test_an_evaluation_draws_nothing_that_training_draws(uninterrupted: list[bytes]) -> None:
     data = EvaluationData(Noisy(), seed=1, batch_size=3, randomness="sample", loading=Loading(), device=CPU)
-    drawn = {line for _, batch in data for line in bits(batch)}
+    drawn = {line[8:] for _, batch in data for line in bits(batch)}  # all but the index
     assert len(drawn) == N
-    assert not drawn & {*uninterrupted}
+    assert not drawn & {line[8:] for line in uninterrupted}
 
 
 def test_map_style_data_passes_the_check() -> None:

@@ -1,0 +1,82 @@
+"""TensorBoard reads one curve, however many attempts wrote it."""
+
+import itertools
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runner.metrics.curves import Curves
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts lie at least a second apart: TensorBoard orders files by the second in their names."""
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
+
+
+def attempt(folder: Path, number: int, purge: int, steps: Iterable[int]) -> None:
+    curves = Curves(str(folder), purge_step=purge, attempt=number)
+    for step in steps:
+        curves.add(step, {"loss": number + step / 100, "sample": f"{step} by {number}"})
+    curves.close()
+
+
+def scalars(folder: Path) -> list[tuple[int, float]]:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found.Reload()
+    return [(event.step, round(event.value, 2)) for event in found.Scalars("loss")]
+
+
+def texts(folder: Path) -> list[tuple[int, bytes]]:
+    """As TensorBoard's own pages read them; the class above is for people's scripts and keeps texts taken back."""
+    found = plugin_event_accumulator.EventAccumulator(str(folder), tensor_size_guidance={"text": 0})
+    found.Reload()
+    return [(event.step, event.tensor_proto.string_val[0]) for event in found.Tensors("sample/text_summary")]
+
+
+def test_each_step_is_there_once_from_the_attempt_that_counts(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 1, range(1, 6))
+    attempt(tmp_path, 2, 4, range(4, 8))  # resumed from step 3
+    attempt(tmp_path, 3, 8, range(8, 9))  # resumed from step 7
+    attempt(tmp_path, 4, 6, range(6, 10))  # from step 5, because the commit of step 7 was damaged
+    assert scalars(tmp_path) == [
+        *((step, 1 + step / 100) for step in (1, 2, 3)),
+        *((step, 2 + step / 100) for step in (4, 5)),
+        *((step, 4 + step / 100) for step in (6, 7, 8, 9)),
+    ]
+
+
+def test_a_step_that_is_reported_again_takes_its_first_report_back(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 1, [1, 2])
+    attempt(tmp_path, 2, 2, [2, 3])
+    assert scalars(tmp_path) == [(1, 1.01), (2, 2.02), (3, 2.03)]
+
+
+def test_a_fresh_start_takes_everything_back(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 1, range(1, 6))
+    attempt(tmp_path, 2, 1, [1])
+    assert scalars(tmp_path) == [(1, 2.01)]
+
+
+def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 1, [1, 2])
+    attempt(tmp_path, 2, 2, [2])
+    assert texts(tmp_path) == [(1, b"```\n1 by 1\n```"), (2, b"```\n2 by 2\n```")]
+
+
+def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> None:
+    curves = Curves(str(tmp_path), purge_step=1, attempt=1)
+    curves.add(1, {"loss": 1.0})
+    curves.flush()
+    assert scalars(tmp_path) == [(1, 1.0)]
+    curves.close()
+
+
+def test_files_say_which_attempt_wrote_them(tmp_path: Path) -> None:
+    attempt(tmp_path, 7, 1, [1])
+    assert [path.name.endswith(".a000007") for path in tmp_path.iterdir()] == [True]

@@ -1,0 +1,356 @@
+"""The promises of a location, kept by a folder on a disk."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.errors import ConfigError, StorageError
+from runner.storage import LocalLocation, find_folders, open_location
+from runner.storage.location import Entry, check_name
+
+OUTSIDE = ["", ".", "..", "../x", "/x", "a/../b", "a/..", "a//b", "a/", ".a", "-a", "A", "a b", "a\n", "a\0", "a\\b"]
+
+PREAMBLE = """
+import os, signal, sys
+from runner.storage import LocalLocation
+location, me = LocalLocation(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> LocalLocation:
+    return LocalLocation(tmp_path / "here")
+
+
+@contextlib.contextmanager
+def process(location: LocalLocation, code: str, name: str = "") -> Iterator["subprocess.Popen[str]"]:
+    """Another process that is ready to run ``code``; a line on its stdin starts it."""
+    command = [sys.executable, "-c", PREAMBLE + code, location.url, name]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as started:
+        try:
+            assert started.stdout
+            assert started.stdout.readline() == "ready\n"
+            yield started
+        finally:
+            started.kill()
+
+
+def go(started: "subprocess.Popen[str]") -> None:
+    assert started.stdin
+    started.stdin.write("go\n")
+    started.stdin.flush()
+
+
+def said(started: "subprocess.Popen[str]") -> str:
+    """The next line of another process."""
+    assert started.stdout
+    return started.stdout.readline().strip()
+
+
+def files(location: LocalLocation) -> list[str]:
+    """Everything below the location, temporary files too."""
+    return sorted(str(path.relative_to(location.path)) for path in location.path.rglob("*") if not path.is_dir())
+
+
+def read(location: LocalLocation, name: str) -> bytes | None:
+    return location.read(name, limit=1 << 20)
+
+
+def test_nothing_is_made_before_the_first_write(location: LocalLocation) -> None:
+    assert read(location, "a") is None
+    assert location.list("") == location.list("data") == []
+    location.remove("a")
+    assert not location.path.exists()
+
+
+def test_put_writes_all_chunks_and_returns_the_size(location: LocalLocation) -> None:
+    assert location.put("data/deep/a.bin", [b"12", bytearray(b"345"), memoryview(b"6"), b""]) == 6
+    assert read(location, "data/deep/a.bin") == b"123456"
+    assert location.put("empty", []) == 0
+    assert read(location, "empty") == b""
+
+
+def test_put_never_overwrites(location: LocalLocation) -> None:
+    location.put("a", [b"first"])
+    with pytest.raises(StorageError, match=r"cannot write .*here/a: File exists"):
+        location.put("a", [b"second"])
+    assert read(location, "a") == b"first"
+
+
+def test_create_says_whether_it_made_the_object(location: LocalLocation) -> None:
+    assert location.create("a", b"first") is True
+    assert location.create("a", b"second") is False
+    assert read(location, "a") == b"first"
+    assert files(location) == ["a"]
+
+
+def test_of_eight_processes_that_create_one_makes_each_object_whole(location: LocalLocation) -> None:
+    names = [f"claims/{i:03d}" for i in range(50)]
+    code = f"print(sum(location.create(name, me.encode() * 5000) for name in {names}))"
+    with contextlib.ExitStack() as stack:
+        racers = [stack.enter_context(process(location, code, str(i))) for i in range(8)]
+        for racer in racers:
+            go(racer)
+        assert sum(int(said(racer)) for racer in racers) == len(names)
+    contents = [read(location, name) for name in names]
+    assert {*contents} <= {str(i).encode() * 5000 for i in range(8)}
+    assert files(location) == names
+
+
+def test_replace_writes_over_what_is_there(location: LocalLocation) -> None:
+    location.replace("a", [b"first"])
+    location.replace("a", [b"se", b"cond"], durable=False)
+    assert read(location, "a") == b"second"
+    assert files(location) == ["a"]
+
+
+def test_a_reader_sees_the_old_object_or_the_new_one(location: LocalLocation) -> None:
+    """Objects of one repeated byte, whose value says how long they are."""
+    location.replace("a", [b"\1" * 10_000])
+    code = """
+for i in range(400):
+    location.replace("a", [bytes([i % 20 + 1]) * 5000] * (2 * (i % 20 + 1)), durable=False)
+"""
+    seen = set()
+    with process(location, code) as writer:
+        go(writer)
+        while writer.poll() is None:
+            data = read(location, "a")
+            assert data
+            assert data == data[:1] * 10_000 * data[0]
+            seen.add(data[0])
+            assert [entry.name for entry in location.list("")] == ["a"]
+    assert len(seen) > 1
+
+
+def test_an_object_larger_than_the_limit_is_refused(location: LocalLocation) -> None:
+    location.put("a", [b"12345"])
+    assert location.read("a", limit=5) == b"12345"
+    with pytest.raises(StorageError, match="more than the 4 bytes"):
+        location.read("a", limit=4)
+
+
+def test_read_into_fills_the_buffer_from_the_offset(location: LocalLocation) -> None:
+    location.put("a", [b"0123456789"])
+    buffer = bytearray(4)
+    location.read_into("a", 3, memoryview(buffer))
+    assert buffer == b"3456"
+    location.read_into("a", 10, memoryview(b""))
+
+
+@pytest.mark.parametrize("offset", [7, 10, 1000])
+def test_read_into_past_the_end_is_an_error(location: LocalLocation, offset: int) -> None:
+    location.put("a", [b"0123456789"])
+    with pytest.raises(StorageError, match=rf"here/a: it ends at byte .*, {offset + 4} are needed"):
+        location.read_into("a", offset, memoryview(bytearray(4)))
+
+
+def test_read_into_an_object_that_is_not_there_is_an_error(location: LocalLocation) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*here/a"):
+        location.read_into("a", 0, memoryview(bytearray(4)))
+
+
+def test_a_list_has_the_objects_of_one_folder_in_order_of_name(location: LocalLocation) -> None:
+    for name in ("b", "a10", "a2", "folder/deep", "folder/er/deeper"):
+        location.put(name, [name.encode()])
+    (location.path / "link").symlink_to(location.path / "b")
+    (location.path / "a2.tmp-0123").write_text("half a write")
+    assert location.list("") == [Entry("a10", 3), Entry("a2", 2), Entry("b", 1)]
+    assert location.list("folder") == [Entry("deep", 11)]
+    assert location.list("absent") == []
+
+
+def test_what_cannot_be_listed_is_no_empty_folder(location: LocalLocation) -> None:
+    location.put("a", [b""])
+    with pytest.raises(StorageError, match=r"cannot list .*here/a: Not a directory"):
+        location.list("a")
+
+
+def test_remove_removes_and_takes_absence_for_done(location: LocalLocation) -> None:
+    location.put("folder/a", [b""])
+    location.remove("folder/a")
+    location.remove("folder/a")
+    assert location.list("folder") == []
+
+
+def test_what_dead_writers_left_is_swept_after_an_hour(location: LocalLocation) -> None:
+    for name in ("a", "a.tmp-00", "b.tmp-11"):
+        (location.path / "folder").mkdir(parents=True, exist_ok=True)
+        (location.path / "folder" / name).write_text("half")
+        old = name != "b.tmp-11"
+        os.utime(location.path / "folder" / name, (0, 0) if old else None)
+    location.sweep("folder")
+    location.sweep("absent")
+    assert files(location) == ["folder/a", "folder/b.tmp-11"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=repr)
+def test_names_that_leave_the_location_are_refused(location: LocalLocation, name: str) -> None:
+    (location.path.parent / "x").write_text("outside")
+    verbs: list[Callable[[], Any]] = [
+        lambda: location.put(name, [b""]),
+        lambda: location.create(name, b""),
+        lambda: location.replace(name, [b""]),
+        lambda: location.read(name, limit=9),
+        lambda: location.read_into(name, 0, memoryview(b"")),
+        lambda: location.remove(name),
+        lambda: location.lock(name),
+        lambda: location.local_path(name),
+        lambda: location.list(name or ".."),
+    ]
+    for verb in verbs:
+        with pytest.raises(StorageError, match="not a name of an object"):
+            verb()
+    assert (location.path.parent / "x").read_text() == "outside"
+
+
+def test_names_that_stay_are_names() -> None:
+    for name in ("a", "0", "a.b-c_d", "data/s000000001-a000001.json", "a..b", "a/b/c"):
+        assert check_name(name) == name
+
+
+def test_a_lock_excludes_other_processes_until_it_is_released(location: LocalLocation) -> None:
+    code = """
+for line in sys.stdin:
+    lock = location.lock("a.lock")
+    print("taken" if lock else "refused", flush=True)
+    if lock:
+        lock.release()
+"""
+    lock = location.lock("a.lock")
+    assert lock is not None
+    with process(location, code) as other:
+        go(other)
+        go(other)
+        assert said(other) == "refused"
+        lock.release()
+        go(other)
+        assert said(other) == "taken"
+
+
+def test_a_lock_dies_with_its_holder_though_a_forked_child_lives_on(location: LocalLocation) -> None:
+    """Data workers outlive a killed parent for a while; they must not keep its run locked."""
+    code = """
+lock = location.lock("a.lock")
+child = os.fork()
+if not child:
+    signal.pause()
+print(child, flush=True)
+signal.pause()
+"""
+    with process(location, code) as holder:
+        go(holder)
+        child = int(said(holder))
+        try:
+            assert location.lock("a.lock") is None
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            os.kill(child, 0)
+            lock = location.lock("a.lock")
+            assert lock is not None
+            lock.release()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_links_are_neither_locked_nor_written_through(location: LocalLocation) -> None:
+    target = location.path.parent / "target"
+    target.write_text("outside")
+    location.path.mkdir()
+    (location.path / "a").symlink_to(target)
+    with pytest.raises(StorageError):
+        location.put("a", [b"x"])
+    with pytest.raises(StorageError):
+        location.lock("a")
+    assert location.create("a", b"x") is False
+    location.replace("a", [b"x"])
+    assert target.read_text() == "outside"
+
+
+def test_a_put_that_fails_half_way_leaves_no_file(location: LocalLocation) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        location.put("a", chunks())
+    with pytest.raises(KeyError):
+        location.replace("a", chunks())
+    assert files(location) == []
+
+
+def test_a_refusal_of_the_disk_is_told_and_leaves_what_was_there(location: LocalLocation) -> None:
+    location.put("old", [b"old"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # the file system's own refusal, half way through
+    try:
+        for verb in (
+            lambda: location.put("new", [bytes(1 << 19)] * 3),
+            lambda: location.create("new", bytes(3 << 19)),
+            lambda: location.replace("old", [bytes(1 << 19)] * 3),
+        ):
+            with pytest.raises(StorageError, match=r"cannot write .*: File too large"):
+                verb()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(location) == ["old"]
+    assert read(location, "old") == b"old"
+
+
+def test_what_is_written_is_synced_and_then_its_folder(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def number(name: str) -> int:
+        return (location.path / name).stat().st_ino
+
+    location.put("first", [b""])
+    monkeypatch.setattr(os, "fsync", noted)
+    location.put("data/a", [b"x"])
+    assert synced == [number("."), number("data/a"), number("data")]
+    synced.clear()
+    location.create("data/b", b"x")
+    assert synced == [number("data/b"), number("data")]
+    synced.clear()
+    location.replace("data/b", [b"y"])
+    assert synced == [number("data/b"), number("data")]
+    synced.clear()
+    location.replace("data/b", [b"y"], durable=False)
+    assert synced == []
+
+
+def test_folders_are_found_by_what_they_hold(tmp_path: Path) -> None:
+    for name in ("b/run.json", "a/deep/run.json", "a/deep/in/run.json", "c/other.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_folders(str(tmp_path), "run.json") == ["a/deep", "b"]
+    with pytest.raises(StorageError, match=r"cannot list .*absent"):
+        find_folders(str(tmp_path / "absent"), "run.json")
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
+def test_a_folder_may_be_named_as_a_url(form: str, tmp_path: Path) -> None:
+    assert open_location(form.format(tmp_path)).url == str(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/runs", "gs://bucket", "memory://x", "https://host/x", "abfs+x.y-1://z"])
+def test_a_store_of_another_kind_is_refused_with_the_key(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.root=.* local \(or mounted\) disks only; .*run\.root=outputs"):
+        open_location(url)

@@ -1,0 +1,286 @@
+"""Committed checkpoints: what was acknowledged is there, and nothing else is handed out."""
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runner.checkpoint.manifest import CommitId, seal, unseal
+from runner.checkpoint.store import CheckpointStore, Snapshot, Torn
+from runner.checkpoint.tensors import Damaged
+from runner.errors import StorageError, Superseded
+from runner.storage import LocalLocation
+from runner.storage.location import Buffer
+
+STATE = {"weight": torch.arange(4.0), "bias": torch.tensor(1.5), "moments": {0: (0.1, float("inf"))}}
+
+
+class Recording(LocalLocation):
+    """Notes what changes it, in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.log: list[tuple[str, str]] = []
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        self.log.append(("put", name))
+        return super().put(name, chunks)
+
+    def remove(self, name: str) -> None:
+        self.log.append(("remove", name))
+        super().remove(name)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(Recording(tmp_path))
+
+
+def commit(store: CheckpointStore, step: int, *, attempt: int = 1) -> CommitId:
+    snapshot = Snapshot.of(step, {"model": STATE, "progress": {"step": step}}, identity={"seed": 0})
+    return store.commit(snapshot, attempt=attempt, successor=lambda: None)
+
+
+def commits(store: CheckpointStore) -> list[tuple[int, int]]:
+    return [(found.attempt, found.step) for found in store.commits()]
+
+
+def data(store: CheckpointStore) -> list[str]:
+    return [entry.name for entry in store.location.list("data")]
+
+
+def path(store: CheckpointStore, name: str) -> Path:
+    return Path(store.location.local_path(name))
+
+
+def rewrite(store: CheckpointStore, commit: CommitId, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and seal it again: what a seal cannot find."""
+    file = path(store, commit.commit)
+    manifest = unseal(file.read_bytes())
+    assert manifest is not None
+    change(manifest)
+    file.write_bytes(seal(manifest))
+
+
+def test_what_was_committed_is_loaded(store: CheckpointStore) -> None:
+    made = commit(store, 5, attempt=3)
+    checkpoint = store.open(made)
+    state = checkpoint.load("model")
+    assert (checkpoint.step, checkpoint.id, checkpoint.facts) == (5, made, {"identity": {"seed": 0}})
+    assert checkpoint.load("progress") == {"step": 5}
+    assert state["moments"] == STATE["moments"]
+    assert torch.equal(state["weight"], STATE["weight"])
+    assert torch.equal(state["bias"], STATE["bias"])
+    assert torch.equal(checkpoint.tensor("model/weight"), STATE["weight"])
+
+
+def test_a_manifest_is_written_after_its_data(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    assert store.location.log == [("put", made.data(0)), ("put", made.commit)]
+
+
+def test_a_commit_whose_data_cannot_be_written_is_none(store: CheckpointStore) -> None:
+    path(store, "data").write_text("in the way")
+    with pytest.raises(StorageError):
+        commit(store, 5)
+    assert commits(store) == []
+
+
+def test_the_newest_attempt_comes_first_then_the_highest_step(store: CheckpointStore) -> None:
+    for attempt, step in [(1, 10), (1, 30), (2, 20), (1, 20), (2, 5)]:
+        commit(store, step, attempt=attempt)
+    assert commits(store) == [(2, 20), (2, 5), (1, 30), (1, 20), (1, 10)]
+
+
+def test_a_superseded_commit_is_not_acknowledged(store: CheckpointStore) -> None:
+    """It asks after the manifest is there: a successor either saw the commit, or is seen."""
+    seen = []
+
+    def successor() -> str:
+        seen.extend(store.commits())
+        return "attempt 2"
+
+    with pytest.raises(Superseded, match=r"attempt 2 took over .*this process stops"):
+        store.commit(Snapshot.of(5, {}), attempt=1, successor=successor)
+    assert [made.step for made in seen] == [5]
+
+
+def test_the_last_commits_are_kept_with_their_data(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in range(1, 6)]
+    store.retain(last=2, steps=[], attempt=1)
+    assert commits(store) == [(1, 5), (1, 4)]
+    assert data(store) == [made[3].data(0)[5:], made[4].data(0)[5:]]
+    assert store.open(made[3]).load("progress") == {"step": 4}
+
+
+def test_pinned_steps_are_kept_once_each(store: CheckpointStore) -> None:
+    """Of two commits of a pinned step, the one that a resume would prefer."""
+    for attempt, step in [(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (2, 5), (2, 6)]:
+        commit(store, step, attempt=attempt)
+    store.retain(last=2, steps=[1, 2, 6, 99], attempt=2)
+    assert commits(store) == [(2, 6), (2, 5), (2, 2), (1, 1)]
+
+
+def test_a_pinned_step_is_kept_where_it_is_good(store: CheckpointStore) -> None:
+    made = [commit(store, step, attempt=attempt) for attempt, step in [(1, 2), (2, 2), (2, 3), (2, 4)]]
+    store.damaged.add(made[1])
+    store.retain(last=1, steps=[2], attempt=2)
+    assert commits(store) == [(2, 4), (1, 2)]
+
+
+def test_damaged_commits_do_not_count_as_kept(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in range(1, 7)]
+    store.damaged |= {made[5], made[3]}
+    store.retain(last=2, steps=[], attempt=1)
+    assert commits(store) == [(1, 6), (1, 5), (1, 4), (1, 3)]
+
+
+def test_damaged_commits_go_once_enough_good_ones_are_newer(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in range(1, 5)]
+    store.damaged.add(made[1])
+    store.retain(last=2, steps=[], attempt=1)
+    assert commits(store) == [(1, 4), (1, 3)]
+    assert len(data(store)) == 2
+
+
+def test_a_manifest_is_removed_before_its_data(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in range(1, 5)]
+    store.location.log.clear()
+    store.retain(last=1, steps=[], attempt=1)
+    removed = store.location.log
+    for gone in made[:3]:
+        assert removed.index(("remove", gone.commit)) < removed.index(("remove", gone.data(0)))
+    assert len(removed) == 6
+
+
+def test_half_made_commits_of_older_attempts_are_removed(store: CheckpointStore) -> None:
+    """But none of this attempt or of a newer one, which may be at work on them."""
+    kept = commit(store, 5, attempt=2)
+    orphans = [CommitId.new(attempt, 6) for attempt in (1, 2, 3)]
+    for orphan in orphans:
+        store.location.put(orphan.data(0), [b"half"])
+    store.location.put("data/notes.txt", [b"a person's"])
+    store.retain(last=2, steps=[], attempt=2)
+    assert data(store) == sorted([kept.data(0)[5:], orphans[1].data(0)[5:], orphans[2].data(0)[5:], "notes.txt"])
+
+
+def test_whatever_is_retained_can_be_resumed_from(store: CheckpointStore) -> None:
+    """Thirty random histories: the newest good commits survive, nothing kept lost its data, nothing else is left."""
+    chance = random.Random(0)
+    for attempt in range(1, 31):
+        made = [commit(store, step, attempt=attempt) for step in range(chance.randint(1, 3))]
+        store.damaged |= {*chance.sample(made, chance.randint(0, 1))}
+        good = [found for found in store.commits() if found not in store.damaged]
+        pinned = chance.sample(range(3), 1)
+        store.retain(last=2, steps=pinned, attempt=attempt)
+        left = store.commits()
+        assert {*good[:2]} <= {*left}
+        assert {found.step for found in good} & {*pinned} <= {found.step for found in left}
+        assert data(store) == sorted(found.data(0)[5:] for found in left)
+
+
+def test_a_missing_data_file_is_damage(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    store.location.remove(made.data(0))
+    with pytest.raises(Damaged, match="has no bytes, expected"):
+        store.open(made)
+
+
+@pytest.mark.parametrize("change", [-1, +1])
+def test_a_data_file_of_another_length_is_damage(store: CheckpointStore, change: int) -> None:
+    made = commit(store, 5)
+    file = path(store, made.data(0))
+    raw = file.read_bytes() + b"\0"
+    file.write_bytes(raw[: len(raw) - 1 + change])
+    with pytest.raises(Damaged, match=rf"has {len(raw) - 1 + change} bytes, expected {len(raw) - 1}"):
+        store.open(made)
+
+
+def test_other_bytes_are_damage_and_are_not_handed_out(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    file = path(store, made.data(0))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    checkpoint = store.open(made)
+    assert checkpoint.load("progress") == {"step": 5}
+    with pytest.raises(Damaged, match="digest"):
+        checkpoint.load("model")
+
+
+def test_a_torn_or_missing_manifest_is_damage(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    file = path(store, made.commit)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(Torn, match=r"a000001-s000000005-.* does not unseal"):
+        store.open(made)
+    file.unlink()
+    with pytest.raises(Torn):
+        store.open(made)
+
+
+def test_a_manifest_under_the_name_of_another_commit_is_damage(store: CheckpointStore) -> None:
+    one, other = commit(store, 5), commit(store, 6)
+    path(store, other.commit).write_bytes(path(store, one.commit).read_bytes())
+    with pytest.raises(Damaged, match="is the manifest of another commit"):
+        store.open(other)
+
+
+def test_a_newer_format_is_refused_and_not_taken_for_damage(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    rewrite(store, made, lambda manifest: manifest.update(format=2))
+    with pytest.raises(StorageError, match=r"has format 2, this version reads 1\. Use the version"):
+        store.open(made)
+
+
+def weight(manifest: dict[str, Any], **change: Any) -> None:
+    manifest["tensors"]["model/weight"].update(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: weight(m, shape=[1 << 50], length=4 << 50),
+        lambda m: weight(m, offset=1 << 50),
+        lambda m: weight(m, offset=-8),
+        lambda m: weight(m, shape=[-4], length=-16),
+        lambda m: weight(m, shape=[4.0]),
+        lambda m: weight(m, shape=[True] * 4),
+        lambda m: weight(m, shape="4"),
+        lambda m: weight(m, shape=None),
+        lambda m: weight(m, dtype="F31"),
+        lambda m: weight(m, dtype=["F32"]),
+        lambda m: weight(m, part="data/other"),
+        lambda m: weight(m, part="../../etc/passwd"),
+        lambda m: m["tensors"].update({"model/weight": None}),
+        lambda m: m.update(files=[]),
+        lambda m: m.update(files={"../run.json": 3}),
+        lambda m: m.update(tensors=[]),
+        lambda m: m.update(parts=3),
+        lambda m: m.update(facts=None),
+        lambda m: m.update(step="5"),
+        lambda m: m.pop("files"),
+        lambda m: m.pop("parts"),
+    ],
+)
+def test_a_manifest_that_cannot_be_true_is_damage(store: CheckpointStore, change: Callable[[Any], object]) -> None:
+    """Sealed all the same, by a bug or by a stranger; nothing is allocated or read on its word."""
+    made = commit(store, 5)
+    rewrite(store, made, change)
+    with pytest.raises(Damaged):
+        store.open(made)
+
+
+def test_a_part_that_names_an_unknown_tensor_is_damage(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    rewrite(store, made, lambda manifest: manifest["tensors"].pop("model/weight"))
+    with pytest.raises(Damaged, match="has no tensor 'model/weight'"):
+        store.open(made).load("model")
+
+
+def test_equal_names_in_different_parts_do_not_meet(store: CheckpointStore) -> None:
+    snapshot = Snapshot.of(1, {"model": {"w": torch.zeros(1)}, "average": {"w": torch.ones(1)}})
+    checkpoint = store.open(store.commit(snapshot, attempt=1, successor=lambda: None))
+    assert checkpoint.load("model")["w"].item() == 0
+    assert checkpoint.load("average")["w"].item() == 1
