@@ -263,12 +263,14 @@ def rows(experiment: str, found: Mapping[str, list[float]]) -> Iterator[list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", choices=[*CASES, []], help="default: all")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(CASES)}; default: all")
     parser.add_argument("--turns", type=int, default=40, help="blocks of each side for each set of processes")
     parser.add_argument("--sets", type=int, default=3, help="how many times to start new processes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := [name for name in arguments.experiments if name not in CASES]:
+        parser.error(f"no such experiment here: {', '.join(unknown)}")
     if arguments.child:
         child(arguments.experiments[0], arguments.child, arguments.folder)
         return

@@ -10,7 +10,7 @@ Both sides take turns, so that other load on the machine meets both; figures are
 those, and the spread is the quartiles of the ratios within one turn. Files are in the page cache and bytecode is
 compiled: one turn goes before the first that counts.
 
-    python -m benchmarks.startup --turns 10            # from the root of the repository; a minute or two
+    python -m benchmarks.startup --turns 10            # from the root of the repository; some minutes
 """
 
 import argparse

@@ -44,8 +44,8 @@ class Lives:
         )
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
-        """One life. How it ends: ``after`` seconds by a signal (``send``, SIGKILL unless said); at the n-th storage
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
+        ``operation``, which fails with the errno ``fail`` if one is given; after a ``step``; once it ``restored``.
         ``without`` drops a part from the state.
         """
         assert self._server.stdin

@@ -100,7 +100,6 @@ def test_randomness_by_batch_seeds_once_per_slice() -> None:
     """The generators run on within a slice, so that where it begins decides what its samples draw."""
     one = rows(fetcher(randomness="batch"), [4, 8])
     assert one == rows(fetcher(randomness="batch"), [4, 8])
-    assert one[0] == rows(fetcher(), [4, 8])[0]
     assert [row[0] for row in one] == [row[0] for row in rows(fetcher(), [4, 8])]
     assert one[1:] != rows(fetcher(), [4, 8])[1:]
     assert len({str(row[1:]) for row in one}) == 4
@@ -156,3 +155,37 @@ def test_a_failing_sample_leaves_generators_and_threads_as_they_were(two_threads
         fetcher(collate=fail)[Slice(0, 4)]
     assert states() == before
     assert torch.get_num_threads() == 2
+
+
+class Sometimes:
+    """One sample draws from one of the generators that are rarely used."""
+
+    def __init__(self, generator: str) -> None:
+        self.generator = generator
+        self.calls = 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> object:
+        self.calls += 1
+        first = torch.rand(()).item()
+        if index != 7 or self.generator == "torch":
+            return index, first
+        return index, first, random.gauss(0, 1) if self.generator == "python" else np.random.randn()
+
+
+@pytest.mark.parametrize(("generator", "calls"), [("torch", 40), ("python", 44), ("numpy", 44)])
+def test_seeding_only_the_generators_that_are_used_changes_no_sample(generator: str, calls: int) -> None:
+    """The slice in which a sample first touches another generator is drawn again, with all of them seeded."""
+
+    def fetched(step: int, *, torch_suffices: bool = True) -> tuple[list[object], int]:
+        samples = Sometimes(generator)
+        fetcher = Fetcher(samples, Plan(10, 1, 4), label="train", collate=lambda rows: rows)
+        fetcher._torch_suffices = torch_suffices
+        rows = [row for first in range(0, 40, step) for row in fetcher[Slice(first, min(step, 40 - first))].batch]
+        return rows, samples.calls
+
+    expected, _ = fetched(4, torch_suffices=False)
+    assert fetched(4) == (expected, calls)
+    assert fetched(1)[0] == fetched(3)[0] == fetched(10)[0] == expected
