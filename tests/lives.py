@@ -6,6 +6,7 @@ imports are inherited.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -69,6 +70,7 @@ def serve() -> None:
     """Answer requests until the client goes away."""
     for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment"):
         importlib.import_module(module)
+    gc.freeze()  # else the first collection in each life copies every page
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -84,11 +84,40 @@ def test_every_place_of_every_epoch_has_randomness_of_its_own() -> None:
     assert len(drawn) == 3 * N
 
 
-def test_seed_and_label_decide_the_randomness() -> None:
-    """Sample by sample: what is drawn in an evaluation has nothing to do with what is drawn in training."""
-    kinds = [fetcher(), fetcher(seed=2), fetcher(label="evaluation")]
-    drawn = {str(row[1:]) for fetch in kinds for row in rows(fetch, [0, 2 * N])}
-    assert len(drawn) == 3 * 2 * N
+class Seeds:
+    """Samples that are the seeds they would draw by."""
+
+    def __getitem__(self, index: int) -> str:
+        return hex(torch.initial_seed())
+
+    def __len__(self) -> int:
+        return N
+
+
+@pytest.mark.parametrize(
+    ("randomness", "seeds", "collating"),
+    [
+        ("sample", ["0x4d439fe083d82f18", "0x944b9fbcdd8b70bf", "0xe5b006eb03ef7caa"], "0x5b7653162b39be70"),
+        ("batch", ["0x95ae742976fce418"] * 3, "0x5b7653162b39be70"),
+    ],
+)
+def test_the_seeds_of_samples_are_frozen(randomness: str, seeds: list[str], collating: str) -> None:
+    """A run that an older version began draws on as it would have."""
+    plan = Plan(N, 1, 3, randomness=randomness)
+    fetch = Fetcher(Seeds(), plan, label="train", collate=lambda rows: (rows, hex(torch.initial_seed())))
+    assert fetch[Slice(9, 3)].batch == (seeds, collating)
+
+
+@pytest.mark.parametrize("randomness", ["sample", "batch"])
+def test_seed_label_and_position_decide_the_randomness(randomness: str) -> None:
+    """Of samples and of collating: what an evaluation draws has nothing to do with what training draws."""
+    kinds: list[dict[str, Any]] = [{}, {"seed": 2}, {"label": "evaluation"}]
+    cuts = [0, 4, 8, 11, 2 * N]
+    drawn = [row[1:-1] for kind in kinds for row in rows(fetcher(randomness=randomness, **kind), cuts)]
+    for kind in kinds:
+        collating = fetcher(randomness=randomness, collate=with_noise, **kind)
+        drawn += [collating[Slice(start, stop - start)].batch[1] for start, stop in pairwise(cuts)]
+    assert len({str(numbers) for numbers in drawn}) == len(kinds) * (2 * N + len(cuts) - 1)
 
 
 def test_the_label_moves_no_sample() -> None:
@@ -106,10 +135,13 @@ def test_randomness_by_batch_seeds_once_per_slice() -> None:
 
 
 def test_randomness_off_seeds_nothing() -> None:
+    """Neither samples nor collating: they draw on from wherever the global generators are."""
     seed_all(5)
-    drawn = [draw() for _ in range(4)]
+    drawn = [draw() for _ in range(5)]
     seed_all(5)
-    assert [row[1:-1] for row in rows(fetcher(randomness="off"), [0, 4])] == drawn
+    assert [row[1:-1] for row in rows(fetcher(randomness="off"), [0, 4])] == drawn[:4]
+    assert fetcher(randomness="off", collate=lambda _: None)[Slice(0, 0)].batch is None
+    assert draw() == drawn[4]
 
 
 def test_collating_draws_under_a_seed_of_its_own() -> None:

@@ -115,6 +115,27 @@ def test_replace_writes_over_what_is_there(location: LocalLocation) -> None:
     assert files(location) == ["a"]
 
 
+def test_an_object_shows_only_when_it_is_whole(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen() -> list[bytes | None]:
+        return [read(location, entry.name) for entry in location.list("")]
+
+    def chunks() -> Iterator[bytes]:
+        yield b"ne"
+        assert seen() == [b"old"]
+        yield b"w"
+
+    def synced(descriptor: int) -> None:
+        during.append(seen())
+
+    during: list[list[bytes | None]] = []
+    location.replace("a", [b"old"])
+    location.replace("a", chunks())
+    assert seen() == [b"new"]
+    monkeypatch.setattr(os, "fsync", synced)
+    location.create("b", b"more")
+    assert during == [[b"new"], [b"new", b"more"]]
+
+
 def test_a_reader_sees_the_old_object_or_the_new_one(location: LocalLocation) -> None:
     """Objects of one repeated byte, whose value says how long they are."""
     location.replace("a", [b"\1" * 10_000])

@@ -12,7 +12,7 @@ from results import Results, results
 
 from runner.checkpoint import manifest
 
-KILLS = int(os.environ.get("RUNNER_KILLS", "60"))  # in all random campaigns together
+KILLS = int(os.environ.get("RUNNER_KILLS", "50"))  # in all random campaigns together
 USER = Path(__file__).parent / "user"
 
 COMMON = ("runtime.num_threads=1", "checkpoint.every_seconds=null", "metrics.every_steps=10")
@@ -117,7 +117,7 @@ def test_a_kill_at_any_storage_operation_changes_nothing(
     """Start, saves, removals, the finish: half a write, or the moment before any other call. Then on to the end."""
     short = (*EXPERIMENTS[name], "trainer.max_steps=6", "checkpoint.every_steps=3", "trainer.evaluate_every_steps=3")
     expected = uninterrupted(short)
-    stride = 1 if KILLS >= 1000 else 9
+    stride = 1 if KILLS >= 1000 else 17
     for operation in range(1 + len(name) % stride, 1000, stride):
         more = (f"run.root={tmp_path}", f"run.name=o{operation}")
         ended = life(*short, *more, operation=operation, cwd=USER)
@@ -130,7 +130,7 @@ def test_a_kill_at_any_storage_operation_changes_nothing(
     assert operation > 90, "the mines were not laid"
 
 
-@pytest.mark.parametrize("cuts", [(22,), (23,), (24,), (1,), (22, 23, 24), (3, 22, 45), (44, 45, 46)])
+@pytest.mark.parametrize("cuts", [(23,), (22, 23, 24), (1, 22, 45), (44, 45, 46)], ids=str)
 def test_cuts_around_the_border_of_an_epoch_change_nothing(
     cuts: tuple[int, ...], life: Lives, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
@@ -168,14 +168,14 @@ PARTS = {
 }
 
 
-def test_all_parts_together_survive_a_kill(life: Lives, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+def test_all_parts_together_survive_kills(life: Lives, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     expected = uninterrupted(EVERYTHING)
-    assert {"callback.best", *PARTS} == expected.parts.keys(), "PARTS is not the list of parts"
+    assert PARTS.keys() == expected.parts.keys(), "PARTS is not the list of parts"
     assert expected.result["skipped_steps"] > 0
-    for part, cut in PARTS.items():
-        more = (f"run.root={tmp_path}", f"run.name={part}")
-        assert life(*EVERYTHING, *more, cwd=USER, step=cut).status is None
-        assert not results(run(life, tmp_path, EVERYTHING, more[1])).differences(expected), part
+    assert expected.result["reason"] == "early_stopping"
+    for cut in sorted({*PARTS.values()}):
+        assert life(*EVERYTHING, f"run.root={tmp_path}", "run.name=r", cwd=USER, step=cut).status is None
+    assert not results(run(life, tmp_path, EVERYTHING, "run.name=r")).differences(expected)
 
 
 @pytest.mark.parametrize("part", PARTS)
