@@ -119,21 +119,21 @@ def test_missing_pictures_are_told_with_the_remedy(tmp_path: Path) -> None:
     assert "data.train.path" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"\0\0\x08",
-        b"\0\0\x08\0",
-        b"\0\0\x08\xff",
-        idx(PIXELS)[:10],
-        idx(PIXELS)[:-1],
-        idx(PIXELS) + b"\0",
-        b"\0\0\x0d" + idx(PIXELS)[3:],
-        b"\x01" + idx(PIXELS)[1:],
-        b"\0\0\x08\x03" + b"\xff" * 12,
-    ],
-)
+NO_IDX = {
+    "empty": b"",
+    "half a magic number": b"\0\0\x08",
+    "no dimensions": b"\0\0\x08\0",
+    "255 dimensions": b"\0\0\x08\xff",
+    "half a head": idx(PIXELS)[:10],
+    "one byte short": idx(PIXELS)[:-1],
+    "one byte long": idx(PIXELS) + b"\0",
+    "floats": b"\0\0\x0d" + idx(PIXELS)[3:],
+    "another format": b"\x01" + idx(PIXELS)[1:],
+    "impossibly large": b"\0\0\x08\x03" + b"\xff" * 12,
+}
+
+
+@pytest.mark.parametrize("raw", NO_IDX.values(), ids=NO_IDX.keys())
 def test_what_is_no_idx_file_is_told_with_its_path_and_the_remedy(fashion: Path, raw: bytes) -> None:
     (fashion / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not an idx file .*\n.*apt-get"):

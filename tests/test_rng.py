@@ -66,6 +66,20 @@ def test_seed_all_decides_what_every_generator_draws() -> None:
     assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
 
 
+def test_every_bit_of_a_seed_counts() -> None:
+    """All 64 for python; numpy's old generator, and torch's on a CPU, take the lower 32."""
+
+    def drawn(key: int) -> tuple[float, ...]:
+        seed_all(key)
+        return random.random(), np.random.random(), torch.rand((), dtype=torch.float64).item()
+
+    key = derive("any")
+    one = drawn(key)
+    for bit in range(64):
+        other = drawn(key ^ 1 << bit)
+        assert [a != b for a, b in zip(one, other, strict=True)] == [True, bit < 32, bit < 32]
+
+
 @pytest.mark.parametrize("warm", [0, 1, 2, 700], ids=lambda warm: f"after {warm} draws")
 def test_generators_go_on_where_a_checkpoint_left_them(warm: int) -> None:
     seed_all(3)

@@ -28,10 +28,12 @@ def test_the_rate_warms_up_in_equal_steps() -> None:
     assert rates(scheduled(total_steps=10, warmup_steps=4), 5) == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_the_rate_falls_along_half_a_cosine() -> None:
-    found = rates(scheduled(total_steps=8, warmup_steps=2), 8)[2:]
-    assert found == [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+@pytest.mark.parametrize("final", [0.0, 0.25])
+def test_the_rate_falls_along_half_a_cosine(final: float) -> None:
+    found = rates(scheduled(total_steps=8, warmup_steps=2, final_ratio=final), 9)[2:]
+    assert found == [final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
     assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (1.0, final)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.125, 1.0])

@@ -52,6 +52,11 @@ class Successor(nn.Module):
         return F.one_hot(following, 256) * 100.0 + self.weight
 
 
+class Unsure(Successor):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) / 100
+
+
 class Uniform(Successor):
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.zeros(*tokens.shape, 256) + self.weight
@@ -145,6 +150,13 @@ def test_a_sample_is_drawn_from_the_global_generator() -> None:
         torch.manual_seed(seed)
         drawn.append(task.evaluation_end(Uniform(), {"loss": 0.0})["sample"])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_low_temperature_samples_what_is_most_likely() -> None:
+    torch.manual_seed(0)
+    cold, warm = (LanguageModeling(prompt="a", sample_bytes=9, temperature=degrees) for degrees in (0.01, 1.0))
+    assert cold.evaluation_end(Unsure(), {"loss": 0.0})["sample"] == "abcdefghij"
+    assert warm.evaluation_end(Unsure(), {"loss": 0.0})["sample"] != "abcdefghij"
 
 
 def test_a_sample_that_is_no_text_is_shown_all_the_same() -> None:
