@@ -102,3 +102,19 @@ def test_an_unknown_store_is_told_with_the_path() -> None:
     for verb in (read, expand):
         with pytest.raises(DataError, match="cannot read nosuch://a: ValueError: Protocol not known: nosuch"):
             verb("nosuch://a")
+
+
+def test_a_compressed_file_that_is_cut_or_damaged_is_told_with_its_path(tmp_path: Path) -> None:
+    good = gzip.compress(b"text" * 1000)
+    for bad in (good[:-10], good[:12] + b"\xff" + good[13:], good[:5]):
+        (tmp_path / "a.gz").write_bytes(bad)
+        with pytest.raises(DataError, match=rf"^cannot read {tmp_path}/a.gz"):
+            read(f"{tmp_path}/a.gz")
+
+
+def test_a_glob_passes_over_folders(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/b").write_text("b")
+    (tmp_path / "a").write_text("a")
+    assert [read(name) for name in expand(f"{tmp_path}/*")] == [b"a"]
+    assert [read(name) for name in expand(f"{tmp_path}/**")] == [b"a", b"b"]

@@ -98,3 +98,19 @@ def test_how_an_attempt_ended_is_on_record(life: Lives, tmp_path: Path) -> None:
     assert "Nothing" in json.dumps(records[2].end)
     assert records[0].claim["topology"]["threads"] == 1
     assert records[0].claim["pid"] != os.getpid()
+
+
+def test_a_users_error_ends_the_process_also_with_workers(tmp_path: Path) -> None:
+    """The traceback keeps the loader alive to the end of the interpreter, and its workers ignore SIGTERM."""
+    options = ["task._target_=mine.tasks.Breaks", "runtime.num_workers=1", f"run.root={tmp_path}", "run.name=r"]
+    command = [sys.executable, "-m", "runner", "experiment=smoke", *options]
+    environment = {**os.environ, "PYTHONPATH": str(USER.parent.parent)}
+    ended = subprocess.run(command, cwd=USER, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "KeyError: 'mine'" in ended.stderr
+
+
+def test_a_setting_that_is_infinite_survives_a_kill(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, "trainer.clip_norm=inf", "checkpoint.every_steps=10", f"run.root={tmp_path}", "run.name=r")
+    assert life(*command, step=15).status is None
+    assert "resumed from step 10" in life(*command).output

@@ -193,3 +193,10 @@ def test_a_file_may_be_written_anywhere(location: LocalLocation, tmp_path: Path)
     for chunk in SafetensorsFile(tensors(), metadata={"step": "7"}).chunks():
         buffer.write(chunk)
     assert buffer.getvalue() == (tmp_path / "file.safetensors").read_bytes()
+
+
+def test_lazy_views_are_stored_as_the_values_they_stand_for(location: LocalLocation) -> None:
+    z, x = torch.tensor([1 + 2j, 3 - 4j]), torch.tensor([1.0, 2.0])
+    views = {"z": z, "conjugate": z.conj(), "x": x, "negative": torch._neg_view(x), "imaginary": z.conj().imag}
+    stored = write(location, views)
+    assert [name for name, view in views.items() if not torch.equal(read(location, stored[name]), view)] == []

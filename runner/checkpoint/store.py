@@ -33,7 +33,7 @@ class Snapshot:
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
         encoded = {name: encode(state, name) for name, state in parts.items()}
         tensors = {name: tensor for _, found in encoded.values() for name, tensor in found.items()}
-        return cls(step, {name: value for name, (value, _) in encoded.items()}, tensors, facts)
+        return cls(step, {name: value for name, (value, _) in encoded.items()}, tensors, encode(facts, "facts")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,8 @@ def _checked(commit: CommitId, manifest: dict[str, Any], sizes: dict[str, int], 
         tensors = {name: _stored(entry, manifest["files"]) for name, entry in manifest["tensors"].items()}
         if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
             raise Damaged(f"{commit.commit} is the manifest of another commit")
-        return Checkpoint(commit, dict(manifest["parts"]), tensors, dict(manifest["facts"]), location)
+        facts = decode(manifest["facts"], tensors.__getitem__)  # type: ignore[arg-type]  # there are no tensors in facts
+        return Checkpoint(commit, dict(manifest["parts"]), tensors, dict(facts), location)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
 

@@ -67,6 +67,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], copies: bool = False) -> None:
+        tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
         self._alias: dict[str, str] = {}
         first: dict[Any, str] = {}
         for name, tensor in tensors.items():

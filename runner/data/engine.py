@@ -3,10 +3,13 @@
 The stream's own state is a position, so a plain ``torch.utils.data.DataLoader`` yields the same bytes (a test says so).
 """
 
+import atexit
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -52,7 +55,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Fetched]:
         with _without_noise():
-            return iter(self._loader)
+            iterator: Iterator[Fetched] = iter(self._loader)
+        if self._loader.num_workers:
+            _running.add(iterator)
+        return iterator
 
 
 @contextmanager
@@ -69,3 +75,15 @@ def _as_is(fetched: Fetched) -> Fetched:
 
 def _start_worker(number: int) -> None:
     signals.ignore()  # the training process decides when to stop
+
+
+_running: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error the interpreter may end with loaders still alive. Their workers ignore SIGTERM, by which
+    multiprocessing would then end them and wait for ever.
+    """
+    for iterator in [*_running]:
+        iterator._shutdown_workers()

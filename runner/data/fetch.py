@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,9 +52,9 @@ class Fetcher(Dataset[Fetched]):
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
 
     def __getitem__(self, piece: Slice) -> Fetched:
-        if self.plan.randomness == "off" or get_worker_info() is not None:
+        if get_worker_info() is not None:
             return self._fetch(piece)
-        with _private_generators():
+        with _one_thread(), nullcontext() if self.plan.randomness == "off" else _private_generators():
             return self._fetch(piece)
 
     def _fetch(self, piece: Slice) -> Fetched:
@@ -118,11 +118,9 @@ def _peek(key: int | None = None) -> tuple[int, bytes]:
 
 
 @contextmanager
-def _private_generators() -> Iterator[None]:
-    """What a worker process gives for free: own global generators, and one thread, on which float sums depend."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    generator, threads = get_bit_generator(), torch.get_num_threads()
-    set_bit_generator(_OWN)  # to set the state of the other one afterwards would take 60 us
+def _one_thread() -> Iterator[None]:
+    """As in a worker process: float sums depend on the number of threads."""
+    threads = torch.get_num_threads()
     if threads != 1:  # setting it costs the convolutions that follow some per cent, even to what it was
         torch.set_num_threads(1)
     try:
@@ -130,6 +128,17 @@ def _private_generators() -> Iterator[None]:
     finally:
         if threads != 1:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def _private_generators() -> Iterator[None]:
+    """Own global generators, which a worker process has anyway."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    generator = get_bit_generator()
+    set_bit_generator(_OWN)  # to set the state of the other one afterwards would take 60 us
+    try:
+        yield
+    finally:
         random.setstate(python)
         set_bit_generator(generator)
         if numpy["has_gauss"]:  # the change of generators forgets it

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate, Fetched, Fetcher, Samples
@@ -102,7 +103,7 @@ class EvaluationData:
 
 def checked(samples: Any, key: str) -> Samples:
     """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
-    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise DataError(
             f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
             "so that a position alone says which sample comes next"

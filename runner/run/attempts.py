@@ -221,4 +221,4 @@ def _now() -> str:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    return json.dumps(value, indent=1).encode() + b"\n"

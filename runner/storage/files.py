@@ -1,5 +1,8 @@
 """Reading a user's data files from any fsspec path: local, http, s3, inside an archive."""
 
+import zlib
+from lzma import LZMAError
+
 import fsspec
 
 from runner.errors import DataError
@@ -13,8 +16,8 @@ def expand(pattern: str) -> list[str]:
     with _Explained(pattern):
         system, path = fsspec.core.url_to_fs(pattern)
         is_glob = any(character in path for character in "*?[")
-        found = system.glob(path) if is_glob else system.find(path)
-    files = sorted(str(name) for name in found)
+        found = system.glob(path, detail=True) if is_glob else system.find(path, detail=True)
+    files = sorted(str(name) for name, about in found.items() if about["type"] == "file")
     if not files:
         raise DataError(f"no file matches {pattern!r}; give a file, a folder or a glob (any fsspec path)")
     return [str(system.unstrip_protocol(name)) for name in files]
@@ -37,5 +40,5 @@ class _Explained:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ImportError, ValueError)):
+        if isinstance(error, (OSError, EOFError, ImportError, ValueError, zlib.error, LZMAError)):
             raise DataError(f"cannot read {self.path}: {type(error).__name__}: {error}") from error

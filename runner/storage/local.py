@@ -125,8 +125,10 @@ class LocalLocation:
         """The path of a name whose folder exists, durably."""
         path = self._path(name)
         if not path.parent.is_dir():
+            missing = [path.parent, *(folder for folder in path.parent.parents if not folder.is_dir())]
             path.parent.mkdir(parents=True, exist_ok=True)
-            _sync_folder(path.parent.parent)
+            for folder in missing:
+                _sync_folder(folder.parent)
         return path
 
     @contextlib.contextmanager

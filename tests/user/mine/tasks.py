@@ -57,3 +57,10 @@ class Stops(Classification):
         self.calls[what] += 1
         if (what, self.calls[what]) == (self.during, self.call):
             os.kill(os.getpid(), self.number)
+
+
+class Breaks(Classification):
+    """Fails with an error of its own."""
+
+    def training_step(self, model, batch):
+        raise KeyError("mine")
