@@ -16,7 +16,6 @@ import json
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from enum import Enum
 from typing import Any
 
 import yaml
@@ -38,15 +37,6 @@ _CONFIG = "config.yaml"
 _RESULT = "result.json"
 _LIMIT = 1 << 20
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
-
-
-class Status(Enum):
-    """What a run directory is to a command that finds it."""
-
-    new = "new"
-    resumable = "resumable"
-    complete = "complete"
-    in_use = "in use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +123,6 @@ class RunDirectory:
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
         self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])
-
-    def status(self) -> Status:
-        """What the stored objects say, for a look from outside."""
-        if self.record() is None:
-            return Status.new
-        identity = self.identity()
-        if identity is not None and self.result(identity) is not None:
-            return Status.complete
-        newest = attempts.last(self.location)
-        return Status.in_use if newest is not None and newest.alive() else Status.resumable
 
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)

@@ -6,7 +6,7 @@ from typing import Any
 from runner.checkpoint import manifest
 from runner.errors import ConfigError
 from runner.run import attempts
-from runner.run.directory import RunDirectory, Status
+from runner.run.directory import RunDirectory
 from runner.storage import find_folders, open_location
 
 _MARKER = "run.json"
@@ -52,7 +52,7 @@ def overview(directory: RunDirectory) -> Overview:
     commits = manifest.commits(directory.location)
     return Overview(
         run=directory.name,
-        status=Status.complete.value if result else newest.outcome() if newest else Status.new.value,
+        status="complete" if result else newest.outcome() if newest else "new",
         step=result.get("step", commits[0].step if commits else 0),
         max_steps=(identity.get("trainer") or {}).get("max_steps"),
         objective=(result.get("objective") or {}).get("value"),
