@@ -10,12 +10,13 @@ holds this picture against the code.
     6  introduction (the first lines on the screen)     finish (exported weights, the result)
     5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
     4  callbacks/ (guard, evaluate, report, progress, checkpoint)
-    3  state (what a resumed run is made of)     evaluation
+    3  state (what a resumed run is made of)     evaluation     datasets/
     2  run/ (directory, attempts, drift)     checkpoint/ (tree, tensors, manifest, store)
-       data/ (order, plan, fetch, engine, stream)     metrics/ (lines, curves)     datasets/
+       data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves)
+       shards/ (manifest, scan, records, tokens, packing)
     1  storage/ (location, local, files)     config/ (schema, identity, checks)     signals     distributed
        update     tasks/
-    0  errors     interval     rng     task     topology     schedules     models/
+    0  errors     interval     recent     seeds     rng     task     topology     schedules     models/
 """
 
 __version__ = "0.1.0"

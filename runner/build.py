@@ -14,11 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.config.schema import Config, OnNonfinite, Precision
 from runner.data.engine import Loading
+from runner.data.held_out import EvaluationData, checked
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream, EvaluationData, checked
+from runner.data.training import training_data
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
-from runner.rng import derive, seed_all
+from runner.rng import seed_all
+from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate
@@ -31,8 +33,8 @@ class Parts:
     state: TrainState
     task: Task
     update: WeightUpdate
-    plan: Plan
-    workers: int
+    plan: Plan | None  # None for iterable data
+    recipe: dict[str, Any]  # of the order of the samples, for the ledger
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
 
 
@@ -58,17 +60,7 @@ def build(config: Config, device: torch.device) -> Parts:
     trainer, loading = config.trainer, _loading(config, device)
     seed_all(derive("data", config.seed))
     collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
-    samples = checked(_instance(config.data.train, "data.train"), "data.train")
-    plan = Plan(
-        samples=len(samples),
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        micro_batches=trainer.accumulate,
-        shuffle=config.data.shuffle,
-        tail=config.data.tail.name,
-        randomness=config.data.randomness.name,
-    )
-    stream = BatchStream(samples, plan, loading=loading, device=device, collate=collate)
+    stream, plan = training_data(config, _instance(config.data.train, "data.train"), loading, device, collate)
     validation = _validation(config, loading, device, collate)
 
     seed_all(derive("model", config.seed))
@@ -99,7 +91,9 @@ def build(config: Config, device: torch.device) -> Parts:
         stream=stream,
         progress=Progress(),
     )
-    return Parts(state, task, update, plan, loading.num_workers, _evaluation(config.seed, task, update, validation))
+    recipe = {"kind": "opaque"} if plan is None else plan.recipe()
+    evaluation = _evaluation(config.seed, task, update, validation)
+    return Parts(state, task, update, plan, recipe, evaluation)
 
 
 def _validation(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from runner import signals
-from runner.data.stream import EvaluationData
+from runner.data.held_out import EvaluationData
 from runner.rng import isolated
 from runner.task import Task
 
@@ -40,7 +40,8 @@ def _means(task: Task, model: nn.Module, data: EvaluationData) -> dict[str, floa
     for count, batch in data:
         if signals.received():
             raise EvaluationInterrupted
-        for name, value in task.evaluation_step(model, batch).items():
+        found = task.evaluation_step(model, batch)
+        for name, value in found.items() if count else ():
             weighted = value.detach().double() * count
             sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count

@@ -15,10 +15,12 @@ from runner.callbacks.base import Callback
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
 from runner.callbacks.guard import FiniteLoss
+from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnConflict, OnNonfinite
+from runner.data.ledger import Ledger
 from runner.errors import Interrupted, StorageError, Superseded, printable
 from runner.finish import finish
 from runner.interval import Interval
@@ -61,6 +63,7 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
             parts.update,
             [*callbacks.values()],
             max_steps=_max_steps(config, parts),
+            max_epochs=config.trainer.max_epochs,
             max_seconds=config.trainer.max_seconds,
         )
         loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
@@ -101,8 +104,11 @@ def _callbacks(
 ) -> dict[str, Callback]:
     """All callbacks, in the order in which they run, by the name that one with a memory has in the state."""
     trainer, goal = config.trainer, config.objective
-    callbacks: dict[str, Callback] = {}
-    guard = FiniteLoss(batch_size=config.data.batch_size)
+    ledger = Ledger(
+        opening.directory.location, attempt=attempt.number, recipe=parts.recipe, grouping=config.data.batch_size
+    )
+    callbacks: dict[str, Callback] = {"ledger": KeepLedger(ledger)}
+    guard = FiniteLoss()
     if trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     best = None
@@ -119,7 +125,6 @@ def _callbacks(
                 )
     report = Report(
         every_steps=config.metrics.every_steps,
-        samples_per_step=config.data.batch_size,
         folder=opening.directory.location.local_path(TENSORBOARD),
         lines=lines,
         attempt=attempt.number,
@@ -127,6 +132,7 @@ def _callbacks(
 
     def prepare(step: int) -> dict[str, Any]:
         guard.check()
+        ledger.flush(step)
         return {"identity": opening.identity, "metrics": report.flush(step)}
 
     callbacks["report"] = report
@@ -146,9 +152,10 @@ def _callbacks(
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
-    """The earlier of ``max_steps`` and the end of ``max_epochs``."""
+    """The earlier of ``max_steps`` and the end of ``max_epochs``, where that is known."""
     trainer = config.trainer
-    limits = [trainer.max_steps, None if trainer.max_epochs is None else parts.plan.steps(trainer.max_epochs)]
+    epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
+    limits = [trainer.max_steps, epochs]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

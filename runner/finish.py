@@ -40,6 +40,7 @@ def finish(
         "metrics": {n: _number(v) for n, v in evaluate.scalars.items()} if isinstance(evaluate, Evaluate) else {},
         "objective": goal,
         "skipped_steps": parts.update.skipped,
+        "substituted_samples": state.stream.substituted,
         "seconds": loop.elapsed,
         "sha256": {name: export(location, name, tensors) for name, tensors in weights.items()},
     }

@@ -17,7 +17,7 @@ def introduce(
     opening: Opening, parts: Parts, resumed: Resumed, *, before: Record | None, number: int, here: dict[str, Any]
 ) -> None:
     """Say it, once per attempt. ``before`` is the attempt before this one, ``here`` the topology of this process."""
-    plan, count = parts.plan, sum(parameter.numel() for parameter in parts.state.model.parameters())
+    count = sum(parameter.numel() for parameter in parts.state.model.parameters())
     log.info("run      %s", opening.directory.location.url)
     log.info("attempt  %d, %s", number, _from_where(opening, resumed, before))
     for line in resumed.unusable:
@@ -27,8 +27,8 @@ def introduce(
     moved = topology.differences(before.claim.get("topology", {}), here) if before is not None else []
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
-    log.info("data     %d samples, %d per step; %s", plan.samples, plan.batch_size, plan.guarantee)
-    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.workers)
+    log.info("data     %s", parts.state.stream.guarantee)
+    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.state.stream.workers)
     log.info("model    %s parameters", f"{count:,}")
 
 

@@ -9,8 +9,9 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.store import Checkpoint, CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.errors import NoLoadableCheckpoint, printable
-from runner.rng import derive, seed_all
+from runner.rng import seed_all
 from runner.run.drift import compare
+from runner.seeds import derive
 from runner.state import TrainState
 
 
@@ -59,7 +60,7 @@ def fork(state: TrainState, parent: CheckpointStore, identity: dict[str, Any]) -
     for commit in parent.commits():
         try:
             checkpoint = parent.open(commit)
-            same_data = checkpoint.load("data")["plan"] == state.stream.plan.state()
+            same_data = not state.stream.changes(checkpoint.load("data"))
             if not same_data:
                 state.stream.open()
             _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)

@@ -8,7 +8,7 @@ from torch import nn
 
 from runner.checkpoint.store import Checkpoint
 from runner.checkpoint.tensors import Damaged
-from runner.data.stream import BatchStream
+from runner.data.stream import Stream
 from runner.errors import RunnerError, StateError
 from runner.rng import Generators
 
@@ -52,7 +52,7 @@ class TrainState:
     update: Stateful
     average: nn.Module | None
     task: Stateful | None
-    stream: BatchStream
+    stream: Stream
     progress: Progress
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)

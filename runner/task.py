@@ -52,14 +52,14 @@ class Task(ABC):
         return metrics
 
     def optimization_step(
-        self, model: nn.Module, micro_batches: Iterable[Any], share: float, update: Update
+        self, model: nn.Module, micro_batches: Iterable[tuple[float, Any]], update: Update
     ) -> Metrics:
-        """One optimizer step over the micro-batches of a global batch, each ``share`` of it.
+        """One optimizer step over the micro-batches of a global batch, each with its share of the samples.
 
         Override for several optimizers or another update rule. Returns means over the global batch.
         """
         total: dict[str, Tensor] = {}
-        for batch in micro_batches:
+        for share, batch in micro_batches:
             with update.autocast():
                 metrics = self.training_step(model, batch)
             update.backward(metrics["loss"] * share if share != 1 else metrics["loss"])

@@ -19,12 +19,14 @@ class Trainer:
         callbacks: Sequence[Callback],
         *,
         max_steps: int | None,
+        max_epochs: int | None = None,
         max_seconds: float | None = None,
     ) -> None:
         self.task = task
         self.update = update
         self.callbacks = callbacks
         self.max_steps = max_steps
+        self.max_epochs = max_epochs
         self.max_seconds = max_seconds
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0) -> Loop:
@@ -49,23 +51,22 @@ class Trainer:
     def _step(self, loop: Loop) -> None:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.improved = None, False
-        loop.position, loop.epochs_before = stream.consumed, loop.epochs
+        loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = state.scheduler.get_last_lr()[0]
 
-        share = 1 / stream.plan.micro_batches
-        loop.metrics = self.task.optimization_step(state.model, stream.step(), share, self.update)
+        loop.metrics = self.task.optimization_step(state.model, stream.step(), self.update)
         state.scheduler.step()
         stream.advance()
         state.progress.step += 1
 
-        loop.step, loop.epochs, loop.waited = state.progress.step, stream.epochs, stream.waited
+        loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
+        loop.waited = stream.waited
 
     def _start(self, state: TrainState, elapsed: float) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
-        loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed, epochs=state.stream.epochs)
-        loop.epochs_before = (
-            max(0, state.stream.consumed - state.stream.plan.batch_size) // state.stream.plan.epoch_size
-        )
+        stream = state.stream
+        loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
+        loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         loop.stop = self._limit(loop) if loop.step else None
         for callback in self.callbacks:
             callback.on_start(loop)
@@ -75,6 +76,8 @@ class Trainer:
     def _limit(self, loop: Loop) -> str | None:
         if self.max_steps is not None and loop.step >= self.max_steps:
             return "max_steps"
+        if self.max_epochs is not None and loop.epochs >= self.max_epochs:
+            return "max_epochs"
         if self.max_seconds is not None and loop.elapsed >= self.max_seconds:
             return "max_seconds"
         return None

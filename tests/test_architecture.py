@@ -19,10 +19,11 @@ DOORS = {
     "fsspec": {"storage"},
     "torchdata": {"data"},
     "torch.utils.tensorboard": {"metrics"},
-    "xxhash": {"checkpoint"},
+    "xxhash": {"checkpoint", "data"},
     "yaml": {"run"},
     "tabulate": {"run", "runs"},
-    "tqdm": {"callbacks"},
+    "tqdm": {"callbacks", "data", "shards"},
+    "pyarrow": {"shards"},
     "sklearn": {"datasets"},
 }
 

@@ -140,6 +140,12 @@ def test_what_is_no_idx_file_is_told_with_its_path_and_the_remedy(fashion: Path,
         FashionMNIST(path=str(fashion), split="train")
 
 
+def joined(data: Text) -> bytes:
+    """The whole text of a data set with blocks of one byte."""
+    rows = bytes_of(data)
+    return b"".join(row[:1] for row in rows) + rows[-1][1:]
+
+
 def bytes_of(data: Text) -> list[bytes]:
     return [bytes(data[index].tolist()) for index in range(len(data))]
 
@@ -175,13 +181,13 @@ def test_a_single_file_is_held_out_at_its_end(tmp_path: Path) -> None:
     train, validation = (
         Text(split=split, block_size=1, path=f"{tmp_path}/a.txt", held_out=3) for split in ("train", "validation")
     )
-    assert train.data.tobytes() == bytes(range(32))
-    assert validation.data.tobytes() == bytes(range(32, 48))
+    assert joined(train) == bytes(range(32))
+    assert joined(validation) == bytes(range(32, 48))
 
 
 def test_every_file_is_for_training_or_for_validation(corpus: Path) -> None:
-    parts = [Text(split=split, block_size=16, path=str(corpus), held_out=5) for split in ("train", "validation")]
-    found = [part.data.tobytes().split(b"\n") for part in parts]
+    parts = [Text(split=split, block_size=1, path=str(corpus), held_out=5) for split in ("train", "validation")]
+    found = [joined(part).split(b"\n") for part in parts]
     assert sorted(found[0] + found[1]) == sorted(path.read_bytes() for path in corpus.rglob("*.txt"))
     assert 20 < len(found[1]) < 60
 
@@ -190,8 +196,8 @@ def test_a_file_stays_on_its_side_when_others_come_and_go(corpus: Path) -> None:
     """By its content, so that neither a new name nor a copy brings what was held out into training."""
 
     def held_out() -> set[bytes]:
-        data = Text(split="validation", block_size=16, path=str(corpus), held_out=5)
-        return {*data.data.tobytes().split(b"\n")}
+        data = Text(split="validation", block_size=1, path=str(corpus), held_out=5)
+        return {*joined(data).split(b"\n")}
 
     before = held_out()
     for number, path in enumerate(sorted(corpus.rglob("*.txt"))):
@@ -207,11 +213,11 @@ def test_a_file_stays_on_its_side_when_others_come_and_go(corpus: Path) -> None:
 
 def test_files_folders_globs_and_urls_name_the_same_text(corpus: Path, remote: str) -> None:
     texts = [
-        Text(split="train", block_size=16, path=path)
+        Text(split="train", block_size=1, path=path)
         for path in (str(corpus), f"{corpus}/**/*.txt", f"file://{corpus}", remote, f"{remote}/**/*.txt")
     ]
-    assert len({text.data.tobytes() for text in texts}) == 1
-    flat = Text(split="train", block_size=16, path=f"{corpus}/*.txt")
+    assert len({joined(text) for text in texts}) == 1
+    flat = Text(split="train", block_size=1, path=f"{corpus}/*.txt")
     assert len(flat) < len(texts[0])
 
 
@@ -243,4 +249,4 @@ def test_without_a_path_the_text_is_the_standard_library(tmp_path: Path, monkeyp
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path) if name == "stdlib" else None)
-    assert Text(split="train", block_size=1, held_out=1000).data.tobytes() == b"a.py\ndeep/b.py"
+    assert joined(Text(split="train", block_size=1, held_out=1000)) == b"a.py\ndeep/b.py"

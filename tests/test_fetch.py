@@ -154,7 +154,7 @@ def test_collating_draws_under_a_seed_of_its_own() -> None:
 
 
 def test_without_a_collate_function_batches_are_those_of_torch() -> None:
-    first, batch = Fetcher(range(N), Plan(N, 1, 4, shuffle=False), label="train")[Slice(8, 4)]
+    first, batch, *_ = Fetcher(range(N), Plan(N, 1, 4, shuffle=False), label="train")[Slice(8, 4)]
     assert first == 8
     assert torch.equal(batch, torch.tensor([8, 9, 0, 1]))
 

@@ -3,14 +3,28 @@
 import bz2
 import gzip
 import lzma
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from runner.errors import DataError
-from runner.storage.files import expand, read
+from runner.errors import DataError, StorageError
+from runner.storage.files import (
+    exists,
+    expand,
+    is_compressed,
+    listing,
+    local_path,
+    open_file,
+    pieces,
+    read,
+    read_range,
+    resolve,
+    stat,
+    write,
+)
 
 
 @pytest.fixture
@@ -118,3 +132,70 @@ def test_a_glob_passes_over_folders(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     assert [read(name) for name in expand(f"{tmp_path}/*")] == [b"a"]
     assert [read(name) for name in expand(f"{tmp_path}/**")] == [b"a", b"b"]
+
+
+def test_inside_an_archive_paths_keep_the_way_to_it(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("a.txt", "one")
+    for chain in (f"zip://*.txt::{tmp_path}/all.zip", f"zip://a.txt::simplecache::file://{tmp_path}/all.zip"):
+        assert contents(chain) == ["one"]
+
+
+def test_a_listing_has_sizes_and_marks(memory: str, folder: Path) -> None:
+    for where in (memory, str(folder)):
+        found = listing(f"{where}/*.txt")
+        assert [*found] == expand(f"{where}/*.txt")
+        assert [about.size for about in found.values()] == [5, 5]
+        assert all(about.mark for about in found.values())
+        assert found == {url: stat(url) for url in found}
+
+
+def test_a_store_that_does_not_tell_sizes_is_refused(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", lambda *_: {"type": "file", "size": None})
+    with pytest.raises(DataError, match=r"memory://test_files/a\.txt: its store does not tell how large it is"):
+        stat(f"{memory}/a.txt")
+
+
+def test_a_range_comes_whole_or_not_at_all(memory: str, folder: Path) -> None:
+    for where in (memory, str(folder)):
+        assert read_range(f"{where}/a.txt", 1, 4) == b".tx"
+        assert read_range(f"{where}/a.txt", 2, 2) == b""
+        with pytest.raises(DataError, match=r"a\.txt: expected 6 bytes from byte 3 on, found 2"):
+            read_range(f"{where}/a.txt", 3, 9)
+        with pytest.raises(DataError, match=r"cannot read .*absent: FileNotFoundError"):
+            read_range(f"{where}/absent", 0, 1)
+
+
+def test_a_file_comes_in_pieces_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"abcdefg"))
+    assert [*pieces(f"{tmp_path}/a.gz", 3)] == [b"abc", b"def", b"g"]
+    assert is_compressed("a.gz")
+    assert not is_compressed("a.txt")
+
+
+def test_a_file_is_open_to_seek_and_errors_name_it(memory: str, folder: Path) -> None:
+    for where in (memory, str(folder)):
+        with open_file(f"{where}/b.txt") as file:
+            file.seek(2)
+            assert file.read() == b"txt"
+        with pytest.raises(DataError, match=r"b\.txt: ValueError: odd"), open_file(f"{where}/b.txt"):
+            raise ValueError("odd")
+
+
+def test_writing_replaces_the_whole_file(memory: str, folder: Path) -> None:
+    for where in (memory, str(folder)):
+        for data in (b"a longer text", b"short"):
+            write(f"{where}/A new.txt", data)
+            assert read(f"{where}/A new.txt") == data
+        assert exists(f"{where}/A new.txt")
+        assert not exists(f"{where}/absent")
+        assert len(expand(where)) == 5  # nothing is left behind
+    with pytest.raises(StorageError, match=r"cannot write .*/absent/a: FileNotFoundError"):
+        write(f"{folder}/absent/a", b"")
+
+
+def test_a_path_becomes_the_url_that_expand_gives(memory: str, folder: Path) -> None:
+    assert [resolve(f"{memory}/c.md")] == expand(f"{memory}/*.md")
+    assert [resolve(f"{folder}/c.md")] == expand(f"{folder}/*.md")
+    assert local_path(f"file://{folder}/c.md") == f"{folder}/c.md"
+    assert local_path(f"{memory}/c.md") is None

@@ -1,5 +1,6 @@
 """Arithmetic on positions, held against counting them one by one."""
 
+from collections.abc import Iterator
 from itertools import chain, islice, product
 
 import pytest
@@ -13,6 +14,10 @@ SIZES = [*product((1, 2, 3, 7, 12), (1, 2, 4, 7, 30))]  # samples, samples per b
 def places(plan: Plan, piece: Slice) -> list[tuple[int, int]]:
     """(epoch, place) of every position of a slice, by its spans."""
     return [(epoch, place) for epoch, first, end in plan.spans(piece) for place in range(first, end)]
+
+
+def slices(plan: Plan, consumed: int = 0) -> Iterator[Slice]:
+    return chain.from_iterable(plan.steps(consumed, plan.order()))
 
 
 @pytest.mark.parametrize(("samples", "batch"), SIZES)
@@ -32,14 +37,14 @@ def test_a_span_ends_only_with_its_epoch_or_its_slice() -> None:
 
 def test_a_carried_batch_crosses_the_epoch_border() -> None:
     plan = Plan(10, 0, 4)
-    batches = [places(plan, piece) for piece in islice(plan.slices(0), 5)]
+    batches = [places(plan, piece) for piece in islice(slices(plan), 5)]
     assert batches[2] == [(0, 8), (0, 9), (1, 0), (1, 1)]
     assert [*chain(*batches)] == [*product(range(2), range(10))]
 
 
 def test_drop_begins_every_epoch_with_a_batch() -> None:
     plan = Plan(10, 0, 4, tail="drop")
-    batches = [places(plan, piece) for piece in islice(plan.slices(0), 4)]
+    batches = [places(plan, piece) for piece in islice(slices(plan), 4)]
     assert plan.epoch_size == 8
     assert [*chain(*batches)] == [*product(range(2), range(8))]
     assert [len({epoch for epoch, _ in batch}) for batch in batches] == [1, 1, 1, 1]
@@ -54,7 +59,7 @@ def test_a_single_sample_is_an_epoch() -> None:
 
 
 def test_micro_batches_split_a_batch_without_gap_or_overlap() -> None:
-    pieces = [*islice(Plan(10, 0, 6, micro_batches=3).slices(12), 6)]
+    pieces = [*islice(slices(Plan(10, 0, 6, micro_batches=3), 12), 6)]
     assert pieces == [Slice(12, 2), Slice(14, 2), Slice(16, 2), Slice(18, 2), Slice(20, 2), Slice(22, 2)]
 
 
@@ -65,7 +70,7 @@ def test_steps_is_the_first_step_that_finishes_so_many_epochs(tail: str) -> None
             continue
         plan = Plan(samples, 0, batch, tail=tail)
         for epochs in range(1, 5):
-            steps = plan.steps(epochs)
+            steps = plan.steps_of(epochs)
             assert steps * batch >= epochs * plan.epoch_size > (steps - 1) * batch
 
 

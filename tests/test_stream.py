@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from runner.checkpoint.tree import encode
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Fetcher
+from runner.data.held_out import EvaluationData, checked
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream, EvaluationData, checked, to_device
+from runner.data.stream import BatchStream, to_device
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -55,7 +56,7 @@ def samples(opened: BatchStream, steps: int) -> list[bytes]:
     """The samples of the next steps, each step taken to its end."""
     found = []
     for _ in range(steps):
-        for batch in opened.step():
+        for _, batch in opened.step():
             found += bits(batch)
         opened.advance()
     return found
@@ -95,11 +96,11 @@ def test_the_bytes_are_the_same_however_they_are_loaded(loading: Loading, uninte
 def test_a_plain_torch_loader_yields_the_same_bytes() -> None:
     """So that the day torchdata is gone is a day like any other."""
     plan = Plan(N, 1, BATCH)
-    pieces = [*islice(plan.slices(0), STEPS)]
+    pieces = [step[0] for step in islice(plan.steps(0, plan.order()), STEPS)]
     fetcher = Fetcher(Noisy(), plan, label="train")
     plain: Any = DataLoader(fetcher, batch_size=None, sampler=pieces, num_workers=1, collate_fn=lambda fetched: fetched)
     here = Loader(fetcher, pieces, Loading())
-    assert [(first, bits(batch)) for first, batch in plain] == [(first, bits(batch)) for first, batch in here]
+    assert [(each.first, bits(each.batch)) for each in plain] == [(each.first, bits(each.batch)) for each in here]
 
 
 def test_every_sample_comes_exactly_once_per_epoch(uninterrupted: list[bytes]) -> None:
@@ -129,7 +130,7 @@ def test_a_resume_at_any_position_goes_on_from_there(uninterrupted: list[bytes])
 def test_every_sample_comes_once_per_epoch_however_a_run_is_cut() -> None:
     """Each life has other workers and another batch size, is killed at a random step and may have read ahead."""
     chance = random.Random(0)
-    state: dict[str, Any] = {"consumed": 0, "plan": Plan(N, 1, 1).state()}
+    state = stream(batch=1).state_dict()
     drawn: list[int] = []
     while len(drawn) < 20 * N:
         plan, loading = Plan(N, 1, chance.randint(1, 2 * N)), Loading(chance.choice([0, 0, 0, 1]))
@@ -170,8 +171,8 @@ def test_epochs_are_counted_when_they_are_consumed() -> None:
 @pytest.mark.parametrize("micro", [2, 4])
 def test_micro_batches_join_to_the_global_batch(micro: int, uninterrupted: list[bytes]) -> None:
     opened = stream(micro_batches=micro)
-    sizes = [len(batch[0]) for batch in opened.step()]
-    assert sizes == [BATCH // micro] * micro
+    sizes = [(share, len(batch[0])) for share, batch in opened.step()]
+    assert sizes == [(1 / micro, BATCH // micro)] * micro
     opened.advance()
     assert samples(opened, STEPS - 1) == uninterrupted[BATCH:]
     assert opened.consumed == STEPS * BATCH

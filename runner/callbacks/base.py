@@ -16,6 +16,7 @@ class Loop:
     max_steps: int | None
     step: int = 0
     position: int = 0  # of the first sample of the step
+    consumed: int = 0  # samples consumed by all steps
     epochs_before: int = 0  # whole epochs consumed before the step, and after it
     epochs: int = 0
     metrics: Mapping[str, Tensor] = field(default_factory=dict)  # of the step, on their device; empty on a resume

@@ -15,12 +15,11 @@ _WINDOW = 32  # steps between looks at the device: one synchronisation for so ma
 class FiniteLoss(Callback):
     """Looks at the losses of many steps at once, and names the first step that was not finite."""
 
-    def __init__(self, *, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._unseen: list[tuple[int, int, Tensor]] = []
+    def __init__(self) -> None:
+        self._unseen: list[tuple[int, int, int, Tensor]] = []
 
     def on_step(self, loop: Loop) -> None:
-        self._unseen.append((loop.step, loop.position, loop.metrics["loss"]))
+        self._unseen.append((loop.step, loop.position, loop.consumed - 1, loop.metrics["loss"]))
         if len(self._unseen) >= _WINDOW:
             self.check()
 
@@ -30,12 +29,11 @@ class FiniteLoss(Callback):
     def check(self) -> None:
         """Raise NonFiniteError if a loss since the last look was not finite."""
         unseen, self._unseen = self._unseen, []
-        losses: list[Any] = torch.stack([loss for _, _, loss in unseen]).tolist() if unseen else []
-        for (step, position, _), loss in zip(unseen, losses, strict=True):
+        losses: list[Any] = torch.stack([loss for *_, loss in unseen]).tolist() if unseen else []
+        for (step, first, last, _), loss in zip(unseen, losses, strict=True):
             if not math.isfinite(loss):
-                last = position + self._batch_size - 1
                 raise NonFiniteError(
-                    f"the loss of step {step} is {loss}; its samples are at positions {position} to {last}. "
+                    f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "
                     "The last checkpoint is from before it. Lower the rate, set trainer.clip_norm, or pass over "
                     "such steps with trainer.on_nonfinite=skip."
                 )

@@ -20,11 +20,8 @@ class Report(Callback):
     read from its device before its window is full. Values that are not finite count in no mean.
     """
 
-    def __init__(
-        self, *, every_steps: int, samples_per_step: int, folder: str, lines: MetricLines, attempt: int
-    ) -> None:
+    def __init__(self, *, every_steps: int, folder: str, lines: MetricLines, attempt: int) -> None:
         self.every_steps = every_steps
-        self.samples_per_step = samples_per_step
         self._folder = folder
         self._attempt = attempt
         self._lines = lines
@@ -32,13 +29,13 @@ class Report(Callback):
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
-        self._clock = (0, 0.0, 0.0)  # step, seconds and seconds of waiting at the last report
+        self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
 
     def on_start(self, loop: Loop) -> None:
         # A step whose evaluation was cut short was not reported; it is reported now, or after the next resume.
         again = loop.evaluation is not None or loop.evaluation_due
         self._curves = Curves(self._folder, purge_step=loop.step + (not again), attempt=self._attempt)
-        self._clock = (loop.step, time.monotonic(), loop.waited)
+        self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)
         self._report(loop)
 
     def on_step(self, loop: Loop) -> None:
@@ -85,18 +82,20 @@ class Report(Callback):
             f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
         }
         self._window = {}
+        if loop.state.stream.substituted:
+            values["data/substituted"] = float(loop.state.stream.substituted)
         return values | {"train/lr": self._rate} | self._timing(loop)
 
     def _timing(self, loop: Loop) -> dict[str, float | str]:
-        (step, since, waited), now = self._clock, time.monotonic()
-        self._clock = (loop.step, now, loop.waited)
+        (step, samples, since, waited), now = self._clock, time.monotonic()
+        self._clock = (loop.step, loop.consumed, now, loop.waited)
         steps, seconds = loop.step - step, now - since
         if not steps:
             return {}
         return {
             "time/step": seconds / steps,
             "time/data_wait": (loop.waited - waited) / steps,
-            "time/samples_per_second": steps * self.samples_per_step / seconds,
+            "time/samples_per_second": (loop.consumed - samples) / seconds,
         }
 
     def _read(self) -> None:

@@ -7,6 +7,10 @@ from runner.errors import ConfigError
 _AT_LEAST = {
     "data.batch_size": 1,
     "data.evaluation_batch_size": 1,
+    "data.streams.count": 0,
+    "data.streams.window": 1,
+    "data.streams.chunk": 1,
+    "data.max_tokens": 1,
     "trainer.max_steps": 1,
     "trainer.max_epochs": 1,
     "trainer.evaluate_every_steps": 1,

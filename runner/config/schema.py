@@ -34,6 +34,11 @@ class Tail(Enum):
     drop = "drop"
 
 
+class OnBadRecord(Enum):
+    stop = "stop"
+    substitute = "substitute"
+
+
 class Mode(Enum):
     min = "min"
     max = "max"
@@ -52,8 +57,15 @@ class OnConflict(Enum):
 
 
 @dataclass
+class StreamsConfig:
+    count: int = 96  # divisible by data workers x processes x streams per micro-batch; 0: samples in any order
+    window: int = 128  # consecutive samples of a stream that are shuffled together; what is held in memory
+    chunk: int | None = None  # samples from one stream before the next one's turn; absent: a quarter of a micro-batch
+
+
+@dataclass
 class DataConfig:
-    train: Any = MISSING  # _target_ of a dataset with __len__ and __getitem__
+    train: Any = MISSING  # _target_ of a dataset with __len__ and __getitem__, or of an iterable one
     validation: Any = None  # the same; absent: no evaluation
     batch_size: int = MISSING  # samples per optimizer step, over all micro-batches
     evaluation_batch_size: int = 256
@@ -61,6 +73,12 @@ class DataConfig:
     tail: Tail = Tail.carry  # the last batch of an epoch: goes on into the next epoch, or is dropped
     randomness: Randomness = Randomness.sample  # seeds python, numpy and torch before each sample, each batch, never
     collate: Any = None  # _target_ (with _partial_) of a collate function; absent: torch's default
+    streams: StreamsConfig = field(default_factory=StreamsConfig)  # for data in shards, read nearly in sequence
+    max_tokens: int | None = None  # per micro-batch, padding included; needs a length for each sample
+    on_bad_record: OnBadRecord = (
+        OnBadRecord.stop
+    )  # a sample that cannot be read ends the run, or another takes its place
+    replay: bool = False  # an iterable without a state is read again from its start at every resume
 
 
 @dataclass
@@ -109,6 +127,7 @@ class RuntimeConfig:
     prefetch: int = 2  # batches in flight per worker
     start_method: str | None = None  # fork, spawn, forkserver; absent: Python's default
     num_threads: int | None = None  # absent: torch's default
+    audit: bool = True  # at the start, draw a few samples twice and compare them
     deterministic: bool = True  # refuse kernels whose result varies from call to call
 
 

@@ -4,19 +4,24 @@ The stream's own state is a position, so a plain ``torch.utils.data.DataLoader``
 """
 
 import atexit
+import pickle
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from runner import signals
 from runner.data.fetch import Fetched, Fetcher
 from runner.data.plan import Slice
+from runner.data.probe import Probe, digests
+from runner.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,48 +38,89 @@ class Loading:
 
 
 class Loader:
-    """Iterates over the slices it is given, in their order; workers live as long as the loader."""
+    """Iterates over the slices it is given, in their order; workers live as long as the loader.
 
-    def __init__(self, fetcher: Fetcher, slices: Iterable[Slice], loading: Loading) -> None:
+    With ``probe`` the first that comes is what a worker makes of it: the digests of some samples.
+    """
+
+    def __init__(
+        self, fetcher: Fetcher, slices: Iterable[Slice], loading: Loading, *, probe: Probe | None = None
+    ) -> None:
         workers = loading.num_workers > 0
-        with _without_noise():
-            self._loader: StatefulDataLoader[Fetched] = StatefulDataLoader(
-                fetcher,
+        self._start_method = loading.start_method if workers else None
+        with without_noise():
+            self._loader: StatefulDataLoader[Any] = StatefulDataLoader(
+                fetcher if probe is None else _Probed(fetcher),
                 batch_size=None,
-                sampler=slices,
+                sampler=slices if probe is None else chain([probe], slices),
                 collate_fn=_as_is,
                 num_workers=loading.num_workers,
                 prefetch_factor=loading.prefetch if workers else None,
                 persistent_workers=workers,
                 multiprocessing_context=loading.start_method if workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 pin_memory=loading.pin_memory,
                 generator=torch.Generator().manual_seed(0),  # else opening it would draw from the global one
                 snapshot_every_n_steps=0,
             )
 
-    def __iter__(self) -> Iterator[Fetched]:
-        with _without_noise():
-            iterator: Iterator[Fetched] = iter(self._loader)
+    def __iter__(self) -> Iterator[Any]:
+        with without_noise(), sendable(self._start_method):
+            iterator: Iterator[Any] = iter(self._loader)
         if self._loader.num_workers:
-            _running.add(iterator)
+            watch(iterator)
         return iterator
 
 
+class _Probed(Dataset[Any]):
+    """A fetcher that also answers a probe."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+
+    def __getitem__(self, asked: Slice | Probe) -> Fetched | list[str]:
+        if isinstance(asked, Probe):
+            return digests(self._fetcher, asked.indices)
+        return self._fetcher[asked]
+
+
 @contextmanager
-def _without_noise() -> Iterator[None]:
+def sendable(start_method: str | None) -> Iterator[None]:
+    """Turn what goes wrong when a data set is sent to new processes into a DataError that says what to do."""
+    try:
+        yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if "pickle" not in str(error).lower():
+            raise
+        method = start_method or torch.multiprocessing.get_start_method()
+        raise DataError(
+            f"the data set or its collate function cannot be sent to data workers, which runtime.start_method={method} "
+            f"requires: {error}. Define functions and classes at the top of a module (no lambda), open files when they "
+            "are first read, or use runtime.start_method=fork or runtime.num_workers=0."
+        ) from error
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Without warnings that a user can do nothing about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # three times over
         yield
 
 
-def _as_is(fetched: Fetched) -> Fetched:
-    return fetched
-
-
-def _start_worker(number: int) -> None:
+def start_worker(number: int) -> None:
+    """What a data worker does first."""
     signals.ignore()  # the training process decides when to stop
+
+
+def watch(iterator: Any) -> None:
+    """End the workers of this iterator when the process ends."""
+    _running.add(iterator)
+
+
+def _as_is(fetched: Any) -> Any:
+    return fetched
 
 
 _running: "weakref.WeakSet[Any]" = weakref.WeakSet()

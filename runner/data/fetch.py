@@ -1,38 +1,65 @@
 """From positions to a batch as a pure function: the same in a worker or in this process, now or after a resume."""
 
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
-from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from runner.data.digest import digest, mix
 from runner.data.order import Order
 from runner.data.plan import Plan, Slice
-from runner.rng import derive
+from runner.errors import DataError
+from runner.seeds import derive
 
 Collate = Callable[[list[Any]], Any]
 
 _OWN = np.random.MT19937(0)
+_SUBSTITUTES = 8  # tried for one bad record
 
 
 class Samples(Protocol):
-    """A map-style data set."""
+    """A map-style data set.
+
+    It may also have ``counts`` (so many samples in each, in order of index: they are then read nearly in sequence, and
+    ``hold(windows, window)`` says how many are read in turn), ``lengths`` (tokens of each sample, for
+    ``data.max_tokens``), ``fingerprint`` (a text that changes with the data) and ``locate(index)`` (where a sample
+    lies, for messages).
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A sample that could not be read: where, why, and the sample taken instead (None: nothing was)."""
+
+    position: int
+    index: int
+    where: str
+    why: str
+    instead: int | None
+
+
 class Fetched(NamedTuple):
-    """A collated micro-batch and the position of its first sample."""
+    """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
+
+    Digests of slices add up (modulo 2^64) to that of all, in whatever order. ``bad`` tells of samples that could not be
+    read; one without a substitute leaves no batch.
+    """
 
     first: int
     batch: Any
+    digest: int = 0
+    bad: tuple[Bad, ...] = ()
 
 
 class Fetcher(Dataset[Fetched]):
@@ -40,28 +67,53 @@ class Fetcher(Dataset[Fetched]):
 
     Each sample is drawn with python's, numpy's and torch's generators seeded from its position
     (``randomness=sample``), or the whole batch is (``batch``), or none (``off``); collating has a seed of its own.
-    ``label`` keeps training and evaluation apart.
+    ``label`` keeps training and evaluation apart. With ``substitute`` another sample, a pure function of the position,
+    takes the place of one that cannot be read.
     """
 
-    def __init__(self, samples: Samples, plan: Plan, *, label: str, collate: Collate | None = None) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Plan,
+        *,
+        label: str,
+        collate: Collate | None = None,
+        order: Order | None = None,
+        substitute: bool = False,
+    ) -> None:
         self.samples = samples
         self.plan = plan
         self.label = label
         self.collate: Collate = collate or default_collate
-        self._order = Order(plan.samples, seed=plan.seed, shuffle=plan.shuffle)
+        self.order = order or plan.order()
+        self.substitute = substitute
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
+        self._bad: list[Bad] = []  # of the slice being fetched, as is its digest
+        self._digest = 0
 
     def __getitem__(self, piece: Slice) -> Fetched:
-        if get_worker_info() is not None:
-            return self._fetch(piece)
-        with _one_thread(), nullcontext() if self.plan.randomness == "off" else _private_generators():
-            return self._fetch(piece)
+        with self.isolated(draws=self.plan.randomness != "off"):
+            try:
+                rows = self._rows(piece)
+            except _Unreadable as error:
+                return Fetched(piece.first, None, bad=(error.bad,))
+            if self.plan.randomness != "off":
+                _seed_all(self._key("collate", piece))
+            return Fetched(piece.first, self.collate(rows), self._digest % 2**64, tuple(self._bad))
 
-    def _fetch(self, piece: Slice) -> Fetched:
-        rows = self._rows(piece)
-        if self.plan.randomness != "off":
-            _seed_all(self._key("collate", piece))
-        return Fetched(piece.first, self.collate(rows))
+    @contextmanager
+    def isolated(self, *, draws: bool) -> Iterator[None]:
+        """In this process, leave threads and (what ``draws``) generators as they are; a worker process has its own."""
+        if get_worker_info() is not None:
+            yield
+            return
+        with _one_thread(), _private_generators() if draws else nullcontext():
+            yield
+
+    def sample(self, index: int, key: int) -> Any:
+        """One sample as ``randomness=sample`` draws it with that key."""
+        _seed_all(key)
+        return self.samples[index]
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
@@ -83,17 +135,72 @@ class Fetcher(Dataset[Fetched]):
 
     def _drawn(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""
-        rows = []
+        rows: list[Any] = []
+        self._bad, self._digest = [], 0
         for epoch, start, stop in self.plan.spans(piece):
             places = np.arange(start, stop)
-            keys = _mix(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
-            for key, index in zip(keys.tolist(), self._order(epoch, places).tolist(), strict=True):
+            indices = self.order(epoch, places)
+            self._digest += digest(epoch * self.plan.epoch_size + places, indices)
+            keys = mix(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
+            for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
                 seed(key)
-                rows.append(self.samples[index])
+                try:
+                    rows.append(self.samples[index])
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    rows.append(self._instead(piece.first + len(rows), index, key, seed, error))
         return rows
+
+    def _instead(self, position: int, index: int, key: int, seed: Callable[[int], object], error: Exception) -> Any:
+        """The sample in place of one that cannot be read. Raises _Unreadable if there is to be none."""
+        where, why = location(self.samples, index), _told(error)
+        if self.substitute:
+            for attempt in range(_SUBSTITUTES):
+                other = derive("substitute", key, attempt) % self.plan.samples
+                seed(key)
+                try:
+                    row = self.samples[other]
+                except Exception:
+                    continue
+                self._bad.append(Bad(position, index, where, why, other))
+                return row
+        raise _Unreadable(Bad(position, index, where, why, None))
 
     def _key(self, purpose: str, piece: Slice) -> int:
         return derive(f"{self.label} {purpose}", self.plan.seed, piece.first)
+
+
+class _Unreadable(Exception):
+    """A bad record without a substitute; travels to the training process as a value, not as a worker's traceback."""
+
+    def __init__(self, bad: Bad) -> None:
+        self.bad = bad
+
+
+def location(samples: Samples, index: int) -> str:
+    """Where a sample lies, as far as its data set can tell."""
+    locate = getattr(samples, "locate", None)
+    return str(locate(index)) if locate is not None else f"sample {index}"
+
+
+def unreadable(bad: Bad, samples: Samples, *, substitute: bool) -> DataError:
+    """The error for a bad record that ends the run."""
+    remedy = (
+        f"{_SUBSTITUTES} others in its place could not be read either; look at the data set"
+        if substitute
+        else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
+    )
+    return DataError(
+        f"{bad.where} of {type(samples).__qualname__} cannot be read (position {bad.position}):\n{bad.why}\n{remedy}"
+    )
+
+
+def _told(error: Exception) -> str:
+    """An exception with the lines of the data set's code that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
+    return "".join(lines).rstrip()
 
 
 def _seed_all(key: int) -> None:
@@ -144,13 +251,3 @@ def _private_generators() -> Iterator[None]:
         if numpy["has_gauss"]:  # the change of generators forgets it
             np.random.set_state(numpy)
         torch.set_rng_state(torch_state)
-
-
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for every word."""
-    with np.errstate(over="ignore"):
-        words = words + np.uint64(0x9E3779B97F4A7C15)
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))
-    return mixed

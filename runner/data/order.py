@@ -4,10 +4,13 @@ Integer arithmetic only, frozen by a golden test: no upgrade of a library may mo
 argsort of hashes; above, a Feistel network with cycle walking, so that no list of n indices is ever made.
 """
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.rng import derive
+from runner.recent import Recent
+from runner.seeds import derive
 
 Indices = NDArray[np.int64]
 _Words = NDArray[np.uint64]
@@ -16,35 +19,53 @@ LARGEST_SORTED = 1 << 16
 _ROUNDS = 6
 
 
-class Order:
-    """Which sample stands at which place of which epoch; the identity without ``shuffle``."""
+class Order(Protocol):
+    """Which sample stands at which place of which epoch."""
+
+    size: int
+
+    def __call__(self, epoch: int, places: Indices) -> Indices:
+        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
+
+    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        """The source that each place draws from, and how often that source was gone through before; both [k]."""
+
+
+class Permuted:
+    """All samples in an order of their own in every epoch; the identity without ``shuffle``."""
 
     def __init__(self, size: int, *, seed: int, shuffle: bool) -> None:
         self.size = size
         self.seed = seed
         self.shuffle = shuffle
-        self._sorted: dict[int, Indices] = {}
+        self._sorted = Recent[Indices](2)  # two epochs are live while a batch crosses the border between them
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""
         if not self.shuffle:
             return places
         if self.size > LARGEST_SORTED:
-            return _feistel(places, self.size, _keys(self.seed, epoch))
-        if epoch not in self._sorted:
-            # Two epochs are live while a batch crosses the border between them.
-            self._sorted = {old: order for old, order in self._sorted.items() if old == epoch - 1}
-            self._sorted[epoch] = _argsort(self.size, _keys(self.seed, epoch))
-        return self._sorted[epoch][places]
+            return _feistel(places, self.size, _keys("order", self.seed, epoch))
+        return self._sorted.get(epoch, lambda: permutation(self.size, "order", self.seed, epoch))[places]
+
+    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        """One source, gone through once per epoch."""
+        return one_source(epoch, places)
 
 
-def _keys(seed: int, epoch: int) -> _Words:
-    return np.array([derive("order", seed, epoch, i) for i in range(_ROUNDS)], dtype=np.uint64)
+def one_source(epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    """What ``Order.passes`` returns where an epoch is one pass."""
+    return np.zeros_like(places), np.full_like(places, epoch)
 
 
-def _argsort(size: int, keys: _Words) -> Indices:
-    words = np.arange(size, dtype=np.uint64)
+def permutation(size: int, label: str, *parts: int) -> Indices:
+    """The permutation of [0, size) for a labelled tuple, as a list."""
+    words, keys = np.arange(size, dtype=np.uint64), _keys(label, *parts)
     return np.argsort(_mix(_mix(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
+
+
+def _keys(label: str, *parts: int) -> _Words:
+    return np.array([derive(label, *parts, i) for i in range(_ROUNDS)], dtype=np.uint64)
 
 
 def _feistel(places: Indices, size: int, keys: _Words) -> Indices:

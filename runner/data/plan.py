@@ -1,10 +1,23 @@
-"""Which positions make which batch: arithmetic on a counter."""
+"""Which positions make which batch, and which sample stands where: all that the stream of samples depends on beside the
+data itself.
+"""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+
+from runner.data.budget import Budgeted
+from runner.data.mixture import Mixed
+from runner.data.order import Order, Permuted
+from runner.data.windows import Streams, Windowed
+from runner.distributed import World
 from runner.errors import DataError
+from runner.seeds import derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +29,22 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """All that decides which sample stands where, beside the data itself.
+class Source:
+    """One source of a mixture: its samples, how they lie in shards, and how many of a block's positions are its."""
 
-    Position q lies in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions, in ``micro_batches`` equal
-    slices.
+    samples: int
+    share: int
+    shards: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that decides which sample stands where.
+
+    Position q lies in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions in equal slices,
+    ``micro_batches`` for each of the ``world.size`` processes: slice k of a step is that of rank ``k % world.size``.
+    With ``max_tokens`` (and a length for each sample) slices have as many samples as the budget allows, and a step at
+    most ``batch_size``. ``streams`` are for samples that lie in ``shards``, or whose ``sources`` do.
     """
 
     samples: int
@@ -30,18 +54,35 @@ class Plan:
     shuffle: bool = True
     tail: str = "carry"
     randomness: str = "sample"
+    shards: tuple[int, ...] = ()
+    streams: Streams | None = None
+    sources: tuple[Source, ...] = ()
+    max_tokens: int | None = None
+    lengths: tuple[int, ...] = ()
+    world: World = field(default=World())
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.micro_batches < 1 or self.batch_size % self.micro_batches:
+        if self.batch_size < 1 or self.micro_batches < 1 or self.batch_size % self.slices_per_step:
+            processes = f" in each of {self.world.size} processes" if self.world.size > 1 else ""
             raise DataError(
                 f"data.batch_size={self.batch_size} cannot be split into trainer.accumulate={self.micro_batches} equal "
-                "micro-batches; make the one a multiple of the other"
+                f"micro-batches{processes}; make the one a multiple of the other"
             )
         if self.tail == "drop" and self.samples < self.batch_size:
             raise DataError(
                 f"data.tail=drop drops every sample: there are {self.samples}, data.batch_size={self.batch_size}. "
                 "Use data.tail=carry or a smaller batch."
             )
+        if self.tail == "drop" and (self.sources or self.max_tokens):
+            raise DataError(
+                f"data.tail=drop has no meaning for {'a mixture' if self.sources else 'data.max_tokens'}, "
+                "whose batches are always whole; use data.tail=carry"
+            )
+
+    @property
+    def slices_per_step(self) -> int:
+        """Micro-batches of all processes."""
+        return self.micro_batches * self.world.size
 
     @property
     def epoch_size(self) -> int:
@@ -49,18 +90,39 @@ class Plan:
         return self.samples - self.samples % self.batch_size if self.tail == "drop" else self.samples
 
     @property
+    def portion(self) -> str:
+        """What a step takes, for people."""
+        if self.max_tokens is None:
+            return f"{self.batch_size} per step"
+        return f"up to {self.batch_size} per step and {self.max_tokens} tokens per micro-batch"
+
+    @property
     def guarantee(self) -> str:
         """What holds for the samples of an epoch, for people."""
         if self.tail == "drop":
             return f"each at most once per epoch ({self.samples - self.epoch_size} dropped), any number of workers"
-        return "each exactly once per epoch, any number of workers"
+        once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
+        return f"{once}, any number of workers"
 
-    def slices(self, consumed: int) -> Iterator[Slice]:
-        """The micro-batches from ``consumed`` on, for ever."""
-        size = self.batch_size // self.micro_batches
+    def order(self) -> Order:
+        """Which sample stands where."""
+        order = self._order()
+        if self.max_tokens is None:
+            return order
+        return Budgeted(
+            order,
+            np.asarray(self.lengths, dtype=np.int64),
+            max_tokens=self.max_tokens,
+            max_samples=self.batch_size // self.slices_per_step,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
+    def steps(self, consumed: int, order: Order) -> Iterator[list[Slice]]:
+        """The slices of all processes, step by step from ``consumed`` on, for ever."""
+        slices = self._planned(consumed, order) if isinstance(order, Budgeted) else self._equal(consumed)
         while True:
-            yield Slice(consumed, size)
-            consumed += size
+            yield [next(slices) for _ in range(self.slices_per_step)]
 
     def spans(self, piece: Slice) -> Iterator[tuple[int, int, int]]:
         """The slice as (epoch, first place, end place): one span, or more where it crosses into another epoch."""
@@ -71,16 +133,96 @@ class Plan:
             yield epoch, place, stop
             position += stop - place
 
-    def steps(self, epochs: float) -> int:
-        """The steps after which ``epochs`` are finished."""
-        return -(-int(epochs * self.epoch_size) // self.batch_size)
+    def steps_of(self, epochs: int) -> int | None:
+        """The steps after which ``epochs`` are finished; None where batches vary in size."""
+        return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """What must not change while a run lives. Under ``carry`` that leaves out how positions are grouped into
-        batches.
+        """What must not change while a run lives; lists of numbers by their digest. Under ``carry`` that leaves out how
+        positions are grouped into batches.
         """
-        state = asdict(self)
-        del state["micro_batches"]
-        if self.tail == "carry":
-            del state["batch_size"]
-        return state
+        return self._described(_digest)
+
+    def recipe(self) -> dict[str, Any]:
+        """The same with the lists themselves, compressed; ``Plan.of`` makes the order of the samples from it again."""
+        return self._described(_packed)
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> "Plan":
+        """A plan with the order of a recipe; how it groups positions into batches may be another."""
+        values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
+        values.pop("slices_per_step", None)
+        for name in ("shards", "lengths"):
+            values[name] = _unpacked(values.get(name))
+        values["sources"] = tuple(
+            Source(source["samples"], source["share"], _unpacked(source.get("shards")))
+            for source in recipe.get("sources", ())
+        )
+        if "streams" in recipe:
+            values["streams"] = Streams(**recipe["streams"])
+        return cls(**values)
+
+    def _described(self, long: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: getattr(self, name) for name in ("samples", "seed", "shuffle", "tail", "randomness")
+        }
+        if self.max_tokens is not None:
+            found |= {"max_tokens": self.max_tokens, "lengths": long(self.lengths)}
+            found |= {"batch_size": self.batch_size, "slices_per_step": self.slices_per_step}
+        elif self.tail == "drop":
+            found["batch_size"] = self.batch_size
+        if self.shards:
+            found["shards"] = long(self.shards)
+        if self.sources:
+            found["sources"] = [
+                {"samples": source.samples, "share": source.share, "shards": long(source.shards)}
+                for source in self.sources
+            ]
+        if self.streams is not None:
+            found["streams"] = asdict(self.streams)
+        return found
+
+    def _order(self) -> Order:
+        if not self.sources:
+            return self._single(self.samples, self.shards, self.seed)
+        orders = [
+            self._single(source.samples, source.shards, derive("source", self.seed, number))
+            for number, source in enumerate(self.sources)
+        ]
+        return Mixed(orders, [source.share for source in self.sources], seed=self.seed)
+
+    def _single(self, samples: int, shards: tuple[int, ...], seed: int) -> Order:
+        if shards and self.shuffle and self.streams is not None:
+            return Windowed(shards, self.streams, seed=seed)
+        return Permuted(samples, seed=seed, shuffle=self.shuffle)
+
+    def _equal(self, consumed: int) -> Iterator[Slice]:
+        size = self.batch_size // self.slices_per_step
+        while True:
+            yield Slice(consumed, size)
+            consumed += size
+
+    def _planned(self, consumed: int, order: Budgeted) -> Iterator[Slice]:
+        epoch, place = divmod(consumed, self.samples)
+        while True:
+            ends = order.ends(epoch)
+            for end in ends[np.searchsorted(ends, place, side="right") :].tolist():
+                yield Slice(epoch * self.samples + place, end - place)
+                place = end
+            epoch, place = epoch + 1, 0
+
+
+def _packed(numbers: tuple[int, ...]) -> str:
+    return b64encode(zlib.compress(_bytes(numbers))).decode()
+
+
+def _unpacked(text: str | None) -> tuple[int, ...]:
+    return tuple(np.frombuffer(zlib.decompress(b64decode(text)), dtype="<i8").tolist()) if text else ()
+
+
+def _digest(numbers: tuple[int, ...]) -> str:
+    return blake2b(_bytes(numbers), digest_size=8).hexdigest()
+
+
+def _bytes(numbers: tuple[int, ...]) -> bytes:
+    return np.asarray(numbers, dtype="<i8").tobytes()

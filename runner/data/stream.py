@@ -1,117 +1,210 @@
-"""Endless training batches with a cursor that moves when a step is done, and passes over evaluation data."""
+"""Endless training batches with a cursor that moves when a step is done."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import IterableDataset
 
+from runner.data import probe
 from runner.data.engine import Loader, Loading
-from runner.data.fetch import Collate, Fetched, Fetcher, Samples
+from runner.data.fetch import Bad, Collate, Fetcher, Samples, unreadable
+from runner.data.ledger import Line
 from runner.data.plan import Plan, Slice
-from runner.errors import DataError
+from runner.errors import DataError, printable
+
+log = logging.getLogger("runner")
+
+_TOLD = 20  # bad records that are logged; the rest is counted
+
+
+class Stream(Protocol):
+    """Training data as a part of the state. Nothing holds a batch uncounted: ``consumed`` moves in ``advance``, after
+    the optimizer step, however far workers have read ahead.
+
+    ``waited`` is the time spent in waiting for batches (seconds); ``epochs`` are whole epochs consumed, and
+    ``epochs_before`` those before the last finished step. ``guarantee`` is what holds for the samples, for people.
+    """
+
+    consumed: int
+    waited: float
+    epochs_before: int
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def guarantee(self) -> str: ...
+
+    @property
+    def substituted(self) -> int: ...
+
+    def open(self) -> None:
+        """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
+        restored.
+        """
+
+    def step(self) -> Iterator[tuple[float, Any]]:
+        """The micro-batches of the next step on the device, each with its share of the step's samples."""
+
+    def advance(self) -> None:
+        """The step that used the current batch is done."""
+
+    def line(self, step: int) -> Line:
+        """What the ledger says of the last finished step, which has that number."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. Raises DataError when it is a position in something else."""
+
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """In what the data of a saved position is not this data, in words."""
 
 
 class BatchStream:
-    """The training data as a part of the state: {positions consumed, plan}.
-
-    Nothing holds a batch uncounted: ``consumed`` moves in ``advance``, after the optimizer step, however far workers
-    have read ahead. The state is the same for any number of workers.
+    """The stream of a map-style data set: the state is {positions consumed, plan, fingerprint}, the same for any number
+    of workers.
     """
 
     def __init__(
-        self, samples: Samples, plan: Plan, *, loading: Loading, device: torch.device, collate: Collate | None = None
+        self,
+        samples: Samples,
+        plan: Plan,
+        *,
+        loading: Loading,
+        device: torch.device,
+        collate: Collate | None = None,
+        substitute: bool = False,
+        audit: bool = False,
     ) -> None:
         self.plan = plan
         self.consumed = 0
-        self.waited = 0.0  # seconds spent in waiting for batches
-        self._fetcher = Fetcher(samples, plan, label="train", collate=collate)
+        self.waited = 0.0
+        self.epochs_before = 0
+        self.substituted = 0
+        self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
+        self._plan_state = plan.state()
+        self._fingerprint: dict[str, Any] = {
+            "samples": probe.sketch(self._fetcher),
+            "text": str(getattr(samples, "fingerprint", "")),
+        }
+        self._found = probe.require_pure(self._fetcher) if audit else None
         self._loading = loading
         self._device = device
-        self._batches: Iterator[Fetched] | None = None
+        self._steps: Iterator[list[Slice]] = iter(())
+        self._batches: Iterator[Any] | None = None
+        self._probed = False  # the first that comes from the loader is what a worker found
+        self._line = (0, 0, 0, "")
 
     @property
     def epochs(self) -> int:
         """Whole epochs consumed."""
         return self.consumed // self.plan.epoch_size
 
+    @property
+    def workers(self) -> int:
+        """Processes that load data."""
+        return self._loading.num_workers
+
+    @property
+    def guarantee(self) -> str:
+        """What holds for the samples, for people."""
+        return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
+
     def open(self) -> None:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
         restored.
         """
-        self._batches = iter(Loader(self._fetcher, self.plan.slices(self.consumed), self._loading))
+        order, world = self._fetcher.order, self.plan.world
+        self._steps = self.plan.steps(self.consumed, order)
+        steps = self.plan.steps(self.consumed, order)  # far ahead of the others
+        ours = (piece for step in steps for piece in step[world.rank :: world.size])
+        probed = self._found is not None and self._loading.num_workers > 0
+        asked = probe.Probe(probe.indices(self.plan.samples)) if probed else None
+        self._batches = iter(Loader(self._fetcher, ours, self._loading, probe=asked))
+        self._probed = probed
 
-    def step(self) -> Iterator[Any]:
-        """The micro-batches of the next step, on the device."""
+    def step(self) -> Iterator[tuple[float, Any]]:
+        """The micro-batches of the next step, on the device, each with its share of the step's samples."""
         assert self._batches is not None, "open() comes first"
-        expected = self.consumed
-        for _ in range(self.plan.micro_batches):
+        if self._probed:
+            assert self._found is not None
+            self._probed = False
+            probe.require_same_in_worker(self._fetcher, self._found, next(self._batches))
+        slices = next(self._steps)
+        total = sum(piece.count for piece in slices)
+        digest, swaps = 0, ""
+        for piece in slices[self.plan.world.rank :: self.plan.world.size]:
             asked = time.perf_counter()
-            first, batch = next(self._batches)
+            first, batch, found, bad = next(self._batches)
             self.waited += time.perf_counter() - asked
-            assert first == expected, f"the loader delivered position {first} where {expected} was due"
-            expected += self.plan.batch_size // self.plan.micro_batches
-            yield to_device(batch, self._device)
+            assert first == piece.first, f"the loader delivered position {first} where {piece.first} was due"
+            digest += found
+            swaps += self._tell(bad)
+            yield piece.count / total, to_device(batch, self._device)
+        self._line = (slices[0].first, total, digest % 2**64, swaps)
 
     def advance(self) -> None:
         """The step that used the current batch is done."""
-        self.consumed += self.plan.batch_size
+        self.epochs_before = self.epochs
+        self.substituted += self._line[3].count(">")
+        self.consumed += self._line[1]
+
+    def line(self, step: int) -> Line:
+        """What the ledger says of the last finished step, which has that number."""
+        first, count, digest, swaps = self._line
+        return Line(step, first, first + count - 1, digest, swaps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed": self.consumed, "plan": self.plan.state()}
+        return {
+            "consumed": self.consumed,
+            "epochs_before": self.epochs_before,
+            "substituted": self.substituted,
+            "plan": self._plan_state,
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises DataError when it is a position in something else."""
-        now, saved = self.plan.state(), state["plan"]
-        changed = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in now if now.get(key) != saved.get(key)]
+        changed = self.changes(state)
         if changed:
             raise DataError(
-                "the data is not what this run began with (" + "; ".join(changed) + "), so 'every sample exactly once' "
-                "cannot be kept. Restore it, or begin a new run with run.name=..."
+                f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
+                f"  {printable(chr(10).join(changed)).replace(chr(10), chr(10) + '  ')}\n"
+                "Restore it, or begin a new run with run.name=..."
             )
-        self.consumed = state["consumed"]
+        self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
+        self.substituted = state["substituted"]
         self.open()
 
-
-class EvaluationData:
-    """All samples of a data set once, in order, with fixed randomness; touches neither cursor nor global generators."""
-
-    def __init__(
-        self,
-        samples: Samples,
-        *,
-        seed: int,
-        batch_size: int,
-        randomness: str,
-        loading: Loading,
-        device: torch.device,
-        collate: Collate | None = None,
-    ) -> None:
-        plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
-        self._slices = [
-            Slice(first, min(batch_size, plan.samples - first)) for first in range(0, plan.samples, batch_size)
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """In what the data of a saved position is not this data."""
+        saved, now = state.get("plan", {}), self._plan_state
+        changed = [
+            f"{key}: {saved.get(key)} then, {now.get(key)} now"
+            for key in (now | saved)
+            if now.get(key) != saved.get(key)
         ]
-        self._loader = Loader(Fetcher(samples, plan, label="evaluation", collate=collate), self._slices, loading)
-        self._device = device
+        then = state.get("fingerprint", {})
+        changed += probe.differences(then.get("samples", {}), self._fingerprint["samples"])
+        if then.get("text", "") != self._fingerprint["text"]:
+            changed.append(f"fingerprint: {then.get('text') or 'none'} then, {self._fingerprint['text'] or 'none'} now")
+        return changed
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Batches on the device, each with its number of samples."""
-        for piece, (_, batch) in zip(self._slices, self._loader, strict=True):
-            yield piece.count, to_device(batch, self._device)
-
-
-def checked(samples: Any, key: str) -> Samples:
-    """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
-    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
-        raise DataError(
-            f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
-            "so that a position alone says which sample comes next"
-        )
-    if len(samples) == 0:
-        raise DataError(f"{key} is empty: a {type(samples).__qualname__} of length 0")
-    found: Samples = samples
-    return found
+    def _tell(self, bad: Sequence[Bad]) -> str:
+        """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
+        for number, one in enumerate(bad, self.substituted):
+            if one.instead is None:
+                raise unreadable(one, self._fetcher.samples, substitute=self._fetcher.substitute)
+            if number < _TOLD:
+                why = one.why.splitlines()[-1]
+                log.warning("bad      %s: %s; sample %d instead", one.where, printable(why), one.instead)
+        return "".join(f" {one.position}:{one.index}>{one.instead}" for one in bad)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -3,12 +3,13 @@
 import sysconfig
 from hashlib import blake2b
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from runner.errors import ConfigError, DataError
+from runner.shards.tokens import Tokens
 from runner.storage import files
+
+_NEWLINE = 10
 
 
 class Text:
@@ -17,7 +18,7 @@ class Text:
 
     ``path`` is any fsspec path, folder or glob; absent, the sources of Python's standard library. Of ``held_out``
     files one goes to validation, chosen by a hash of its content; a single file gives its last part. ``limit`` keeps
-    that many blocks, spread evenly.
+    that many blocks, spread evenly. Files are the shards: mapped into memory, or read a block at a time from afar.
     """
 
     def __init__(
@@ -25,33 +26,48 @@ class Text:
     ) -> None:
         if split not in ("train", "validation"):
             raise ConfigError(f"text has no split {split!r}; there are train and validation")
-        self.block_size = block_size
-        self.data = _read(path, validation=split == "validation", held_out=held_out)
-        blocks = max(0, len(self.data) - 1) // block_size
-        if not blocks:
+        names = _standard_library() if path is None else files.expand(path)
+        chosen, first, size = _chosen(names, validation=split == "validation", held_out=held_out)
+        self._first = -(-first // block_size)
+        blocks = max(0, first + size - 1) // block_size - self._first
+        if blocks < 1:
             raise DataError(
-                f"{path or 'the standard library'} has {len(self.data)} bytes of {split} text, fewer than one block of "
+                f"{path or 'the standard library'} has {size} bytes of {split} text, fewer than one block of "
                 f"{block_size + 1}; give more text or a smaller data.train.block_size"
             )
-        self.size = min(blocks, limit or blocks)
-        self.blocks = blocks
+        self._tokens = Tokens(path=chosen, dtype="uint8", length=block_size, separator=_NEWLINE)
+        self._blocks = blocks
+        self._size = min(blocks, limit or blocks)
+        self.counts = self._tokens.counts if self._size == len(self._tokens) else []
 
     def __len__(self) -> int:
-        return self.size
+        return self._size
 
     def __getitem__(self, index: int) -> Tensor:
-        start = index * self.blocks // self.size * self.block_size
-        return torch.from_numpy(self.data[start : start + self.block_size + 1])
+        return self._tokens[self._block(index)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files and the length of a block."""
+        return self._tokens.fingerprint
+
+    def locate(self, index: int) -> str:
+        """Where a block lies, for people."""
+        return self._tokens.locate(self._block(index))
+
+    def _block(self, index: int) -> int:
+        return self._first + index * self._blocks // self._size
 
 
-def _read(path: str | None, *, validation: bool, held_out: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    texts = [files.read(name) for name in (_standard_library() if path is None else files.expand(path))]
-    if len(texts) == 1:
-        border = len(texts[0]) - len(texts[0]) // held_out
-        chosen = [texts[0][border:] if validation else texts[0][:border]]
-    else:
-        chosen = [text for text in texts if (_hash(text) % held_out == 0) is validation]
-    return np.frombuffer(bytearray(b"\n".join(chosen)), np.uint8)
+def _chosen(names: list[str], *, validation: bool, held_out: int) -> tuple[list[str], int, int]:
+    """The files of a split, and its first byte and size when they are joined."""
+    if len(names) == 1:
+        size = len(files.read(names[0]))
+        border = size - size // held_out
+        return (names, border, size - border) if validation else (names, 0, border)
+    texts = {name: files.read(name) for name in names}
+    chosen = [name for name, text in texts.items() if (_hash(text) % held_out == 0) is validation]
+    return chosen, 0, sum(len(texts[name]) + 1 for name in chosen) - 1
 
 
 def _standard_library() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m runner.runs list|show``: look at runs."""
+"""``python -m runner.runs list|show|audit``: look at runs."""
 
 import argparse
 import json
@@ -10,15 +10,16 @@ from typing import Any
 from tabulate import tabulate
 
 from runner.errors import RunnerError, printable
+from runner.runs.audit import audit
 from runner.runs.overview import at, details, find, overview
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status, as listed in ``runner.errors``."""
     parsed = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = parsed.command
+    command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        command(parsed)
+        return command(parsed)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
@@ -36,24 +37,28 @@ def _parser() -> argparse.ArgumentParser:
     showing = commands.add_parser("show", help="one run: configuration, attempts, checkpoints, result")
     showing.add_argument("run", help="its directory, for example outputs/digits/base")
     showing.set_defaults(command=_show)
-    for each in (listing, showing):
+    auditing = commands.add_parser("audit", help="which samples were seen, repeated and missed; status 1 if any were")
+    auditing.add_argument("run", help="its directory, for example outputs/digits/base")
+    auditing.set_defaults(command=_audit)
+    for each in (listing, showing, auditing):
         each.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 
 
-def _list(parsed: argparse.Namespace) -> None:
+def _list(parsed: argparse.Namespace) -> int:
     rows = [asdict(overview(run)) for run in find(parsed.root)]
     if parsed.json:
         print(json.dumps(rows, indent=1))
     else:
         print(_table(rows, ["run", "status", "step", "max_steps", "objective", "attempts", "seen", "host"]))
+    return 0
 
 
-def _show(parsed: argparse.Namespace) -> None:
+def _show(parsed: argparse.Namespace) -> int:
     found = details(at(parsed.run))
     if parsed.json:
         print(json.dumps(found, indent=1))
-        return
+        return 0
     facts = [(key, found[key]) for key in ("run", "url", "status", "step", "max_steps", "objective")]
     facts += [(key, found["record"].get(key)) for key in ("created", "parent")]
     print(tabulate([(key, _cell(value)) for key, value in facts if value is not None], tablefmt="plain"))
@@ -62,6 +67,26 @@ def _show(parsed: argparse.Namespace) -> None:
         + _table(found["attempts"], ["attempt", "outcome", "started", "resumed", "step", "committed", "host", "reason"])
     )
     print("\ncheckpoints, newest first\n" + _table(found["checkpoints"], ["step", "attempt", "nonce"]))
+    return 0
+
+
+def _audit(parsed: argparse.Namespace) -> int:
+    proof, found = audit(at(parsed.run))
+    if parsed.json:
+        print(json.dumps(found, indent=1))
+        return 0 if proof.holds else 1
+    print(f"{found['run']}: {found['steps']} steps, {found['positions']} samples, {found['attempts']} attempts\n")
+    if found["indexed"]:
+        columns = ["source"] * ("source" in found["epochs"][0]) if found["epochs"] else []
+        print(_table(found["epochs"], [*columns, "epoch", "seen", "repeated", "missed", "substituted", "whole"]))
+    else:
+        print("The data is an iterable: which samples it gave is its own affair; only repeated steps are compared.")
+    again = found["again"]
+    print(
+        f"\nDone again after kills: {again['steps']} steps, {again['positions']} samples, {again['differing']} differing."
+    )
+    print("\n".join(map(printable, found["problems"])) or "Every sample exactly once in every whole epoch.")
+    return 0 if proof.holds else 1
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:

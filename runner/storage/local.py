@@ -56,6 +56,13 @@ class LocalLocation:
             if durable:
                 _sync_folder(path.parent)
 
+    def journal(self, name: str) -> "LocalJournal":
+        with self._explained("write", name):
+            path = self._prepare(name)
+            descriptor = os.open(path, _NEW, 0o644)
+            _sync_folder(path.parent)
+        return LocalJournal(descriptor, f"{self.url}/{name}")
+
     def read(self, name: str, *, limit: int) -> bytes | None:
         with self._explained("read", name):
             try:
@@ -138,6 +145,34 @@ class LocalLocation:
         except OSError as error:
             where = f"{self.url}/{name}" if name else self.url
             raise StorageError(f"cannot {verb} {where}: {error.strerror or error}") from error
+
+
+class LocalJournal:
+    """A file that grows; what was appended outlives this process in the page cache."""
+
+    def __init__(self, descriptor: int, url: str) -> None:
+        self._descriptor = descriptor
+        self._url = url
+        self._waiting = b""
+
+    def append(self, data: bytes) -> None:
+        self._waiting += data
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def sync(self) -> None:
+        try:
+            self._write()
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise StorageError(f"cannot write {self._url}: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
 
 class LocalLock:

@@ -32,6 +32,21 @@ class Lock(Protocol):
         """Give the lock back."""
 
 
+class Journal(Protocol):
+    """A new object that grows at its end."""
+
+    def append(self, data: bytes) -> None:
+        """Add to the end; survives the death of this process where the storage can do that. Never fails: what cannot
+        be written now is tried again with the next bytes.
+        """
+
+    def sync(self) -> None:
+        """Make everything so far durable. Raises StorageError."""
+
+    def close(self) -> None:
+        """Let go of it, without a promise for what was not synced."""
+
+
 class Location(Protocol):
     """A folder of objects, local or remote. Every verb raises StorageError when the storage refuses."""
 
@@ -49,6 +64,9 @@ class Location(Protocol):
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         """Write an object whole, over an older one if there is one: a reader sees the one or the other."""
+
+    def journal(self, name: str) -> Journal:
+        """Begin an object that grows; one of that name is an error."""
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""

@@ -1,0 +1,34 @@
+"""Which samples stand at which positions, in 64 bits that add up over any division of the positions."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runner.data.order import Indices
+
+Words = NDArray[np.uint64]
+
+
+def digest(positions: Indices, indices: Indices) -> int:
+    """64 bits of which samples stand at these positions; of two sets of positions it is the sum, modulo 2^64."""
+    return int(_words(positions, indices).sum(dtype=np.uint64))
+
+
+def digests(positions: Indices, indices: Indices, ends: Indices) -> Words:
+    """The digests of consecutive pieces that end at ``ends``."""
+    sums = np.cumsum(_words(positions, indices), dtype=np.uint64)[ends - 1]
+    found: Words = np.diff(sums, prepend=np.uint64(0))
+    return found
+
+
+def mix(words: Words) -> Words:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for every word."""
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: Words = words ^ (words >> np.uint64(31))
+    return mixed
+
+
+def _words(positions: Indices, indices: Indices) -> Words:
+    return mix(mix(indices.astype(np.uint64)) ^ positions.astype(np.uint64))

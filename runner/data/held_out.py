@@ -1,0 +1,65 @@
+"""Passes over evaluation data, which leave no trace."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from runner.data.engine import Loader, Loading
+from runner.data.fetch import Collate, Fetcher, Samples, unreadable
+from runner.data.plan import Plan, Slice
+from runner.data.stream import to_device
+from runner.distributed import World
+from runner.errors import DataError
+
+
+class EvaluationData:
+    """All samples of a data set once, in order, with fixed randomness; touches neither cursor nor global generators.
+
+    Batches go round the processes. So that all have equally many, the last round is padded: a process without samples
+    of its own gets some that have weight zero.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        batch_size: int,
+        randomness: str,
+        loading: Loading,
+        device: torch.device,
+        collate: Collate | None = None,
+        world: World | None = None,
+    ) -> None:
+        world = world or World()
+        plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
+        whole = [Slice(first, min(batch_size, plan.samples - first)) for first in range(0, plan.samples, batch_size)]
+        self._weights = [piece.count for piece in whole[world.rank :: world.size]]
+        self._slices = whole[world.rank :: world.size]
+        if len(self._slices) < -(-len(whole) // world.size):
+            self._slices, self._weights = [*self._slices, whole[0]], [*self._weights, 0]
+        self._samples = samples
+        self._loader = Loader(Fetcher(samples, plan, label="evaluation", collate=collate), self._slices, loading)
+        self._device = device
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Batches on the device, each with its number of samples (0: padding)."""
+        for weight, fetched in zip(self._weights, self._loader, strict=True):
+            for bad in fetched.bad:
+                raise unreadable(bad, self._samples, substitute=False)
+            yield weight, to_device(fetched.batch, self._device)
+
+
+def checked(samples: Any, key: str) -> Samples:
+    """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
+    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        raise DataError(
+            f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
+            "so that a position alone says which sample comes next"
+        )
+    if len(samples) == 0:
+        raise DataError(f"{key} is empty: a {type(samples).__qualname__} of length 0")
+    found: Samples = samples
+    return found

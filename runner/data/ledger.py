@@ -1,0 +1,158 @@
+"""What was trained on, step by step: the evidence for "every sample exactly once".
+
+    ledger/plan-0123456789abcdef.json      from which the order of the samples follows (``Plan.recipe``)
+    ledger/s000000100-a000002.txt          what attempt 2 did after step 100, a line per step
+
+A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>instead`` for
+every sample that could not be read. Nothing is ever taken back: the lines of steps that a kill undid stay beside those
+that were done again, and both must agree.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from runner.errors import DataError, StorageError
+from runner.storage.location import Journal, Location
+
+_FOLDER = "ledger"
+_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
+_LINE = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+) ([0-9a-f]{16})((?: [0-9]+:[0-9]+>[0-9]+)*)")
+_FULL = 1 << 20  # bytes after which a new segment is begun
+_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One step: its positions from ``first`` to ``last``, and which samples stood there."""
+
+    step: int
+    first: int
+    last: int
+    digest: int
+    bad: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.step} {self.first} {self.last} {self.digest:016x}{self.bad}"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What one attempt did after ``step``, under one plan; ``grouping`` is how many positions made a step."""
+
+    step: int
+    attempt: int
+    plan: str
+    grouping: int
+    lines: tuple[Line, ...]
+
+
+class Ledger:
+    """Writes the lines of one attempt, and compares them with those of the attempts before it."""
+
+    def __init__(self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int) -> None:
+        self._location = location
+        self._attempt = attempt
+        self._recipe = recipe
+        self._header = {"plan": _digest(recipe), "grouping": grouping}
+        self._journal: Journal | None = None
+        self._size = 0
+        self._before: dict[int, tuple[Line, int]] = {}
+
+    def open(self, step: int) -> None:
+        """Go on after ``step``."""
+        self._location.create(f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode())
+        for segment in segments(self._location, after=step):
+            if segment.grouping == self._header["grouping"]:
+                self._before |= {line.step: (line, segment.attempt) for line in segment.lines if line.step > step}
+        self._begin(step)
+
+    def add(self, line: Line) -> None:
+        """Note a step. Raises DataError if an earlier attempt did it with other samples."""
+        assert self._journal is not None, "open() comes first"
+        if self._before:
+            self._compare(line)
+        text = f"{line}\n".encode()
+        self._journal.append(text)
+        self._size += len(text)
+
+    def flush(self, step: int) -> None:
+        """Make every line up to ``step`` durable."""
+        assert self._journal is not None
+        self._journal.sync()
+        if self._size > _FULL:
+            self.close()
+            self._begin(step)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _begin(self, step: int) -> None:
+        self._journal = self._location.journal(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt")
+        self._journal.append(json.dumps(self._header).encode() + b"\n")
+        self._size = 0
+
+    def _compare(self, line: Line) -> None:
+        before, attempt = self._before.pop(line.step, (line, 0))
+        if before != line:
+            raise DataError(
+                f"step {line.step} is done again and has other samples than in attempt {attempt}:\n"
+                f"  then  {before}\n  now   {line}   (step, first and last position, digest of the samples)\n"
+                "The data set or the code that orders it is not what the run began with. Nothing of this step was "
+                "committed; restore them, or begin a new run with run.name=..."
+            )
+
+
+def segments(location: Location, *, after: int = -1) -> list[Segment]:
+    """All segments in the order in which they were begun, without those that surely end at ``after`` or before.
+
+    A line that a kill tore is left out. Raises StorageError for a segment that is none.
+    """
+    keys = sorted((int(m[2]), int(m[1])) for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name)))
+    found: list[Segment] = []
+    for (attempt, step), following in zip(keys, [*keys, (0, 0)][1:], strict=True):
+        if following[0] != attempt or following[1] > after:
+            found += _read(location, step, attempt)
+    return found
+
+
+def recipe(location: Location, plan: str) -> dict[str, Any]:
+    """The recipe with that digest. Raises StorageError if it is not there or not what it was."""
+    name = f"{_FOLDER}/plan-{plan}.json"
+    try:
+        found = json.loads(location.read(name, limit=_LIMIT) or b"null")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or _digest(found) != plan:
+        raise StorageError(f"{location.url}/{name} is missing or damaged; without it the ledger proves nothing")
+    return found
+
+
+def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
+    name = f"{_FOLDER}/s{step:09d}-a{attempt:06d}.txt"
+    text = (location.read(name, limit=_LIMIT) or b"").decode(errors="replace")
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    if not header:  # killed before the first line was whole
+        return
+    try:
+        about = json.loads(header)
+        yield Segment(step, attempt, str(about["plan"]), int(about["grouping"]), tuple(_parsed(lines)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StorageError(f"{location.url}/{name} is not a segment of a ledger: {error}") from error
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[Line]:
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"no line of a ledger: {line[:80]!r}")
+        yield Line(int(found[1]), int(found[2]), int(found[3]), int(found[4], 16), found[5])
+
+
+def _digest(recipe: dict[str, Any]) -> str:
+    return blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,265 @@
+"""Training on a user's own iterable: only its own state says where it is, which is weaker than a position."""
+
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from runner.data.engine import Loading, sendable, start_worker, watch, without_noise
+from runner.data.fetch import Collate
+from runner.data.ledger import Line
+from runner.data.passes import Batch, Making, Passes, stateful
+from runner.data.stream import to_device
+from runner.errors import DataError
+
+_log = logging.getLogger("runner")
+
+
+class OpaqueStream:
+    """Training batches of an iterable data set, resumed by its own state: a weaker guarantee, said at start.
+
+    The state is that of the last finished step, however far workers have read ahead. ``advance`` reads the next batch,
+    because nothing else tells whether a pass has ended.
+
+    Hugging Face's ``datasets`` 5.2: exact, also shuffled by shards and files, but for the buffer of
+    ``IterableDataset.shuffle``: a resume drops the samples that were in it, up to ``buffer_size`` of each worker, and
+    refills it; they come again in the next pass only.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Any],
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batches: int,
+        randomness: str,
+        loading: Loading,
+        device: torch.device,
+        collate: Collate | None = None,
+        drop_last: bool = False,
+        replay: bool = False,
+    ) -> None:
+        self._replayed = _must_be_replayed(samples, allowed=replay)
+        self.consumed = 0  # samples of finished steps
+        self.epochs = 0  # passes finished by them
+        self.epochs_before = 0  # the same, before the last of them
+        self.waited = 0.0  # seconds spent in waiting for batches
+        self.count = 0  # samples of the current step
+        self.digest = 0  # 64 bits of their content, to compare a replay with
+        self.substituted = 0  # a bad sample ends the run
+        self._samples = samples
+        self._micro_batches = micro_batches
+        self._loading = loading
+        self._device = device
+        self._making = Making(seed, batch_size // micro_batches, randomness, collate or default_collate, drop_last)
+        self._saved: Any = None  # the state of the loader after the last finished step
+        self._batches: Any = None
+        self._ahead: Batch | DataError | None = None
+        self._pass = 0
+        self._start: Any = None  # the state at its beginning
+        self._untouched = True  # the current pass has not yielded anything
+
+    @property
+    def guarantee(self) -> str:
+        """What may be relied upon, for people."""
+        name, workers = type(self._samples).__qualname__, self._loading.num_workers
+        how = "by reading the current pass again" if self._replayed else "by its own state"
+        promise = "as if not interrupted if every pass can be repeated" if self._replayed else "as exactly as that is"
+        shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
+        return (
+            f"data.train is a {name}, an iterable: a resume goes on {how}, {promise}, "
+            f"and only with runtime.num_workers={workers}{shares}. A map-style data set is resumed exactly"
+        )
+
+    def open(self) -> None:
+        """Start loading after the last finished step."""
+        workers, method = self._loading.num_workers, self._loading.start_method
+        turn = multiprocessing.get_context(method).Lock() if workers else nullcontext()
+        with without_noise():
+            self._loader: StatefulDataLoader[Batch] = StatefulDataLoader(
+                Passes(self._samples, self._making, turn),
+                batch_size=None,  # they come as batches
+                collate_fn=_as_is,
+                num_workers=workers,
+                prefetch_factor=self._loading.prefetch if workers else None,
+                persistent_workers=workers > 0,
+                multiprocessing_context=method if workers else None,
+                worker_init_fn=start_worker,
+                pin_memory=self._loading.pin_memory,
+                generator=torch.Generator().manual_seed(0),  # else opening it would draw from the global one
+                snapshot_every_n_steps=1,
+            )
+        if self._saved is not None:
+            self._loader.load_state_dict(deepcopy(self._saved))
+        self._pass, self._ahead = self.epochs, None
+        self._untouched = self._saved is None
+        self._saved = self._begin_pass()
+
+    def step(self) -> Iterator[tuple[float, Any]]:
+        """The micro-batches of the next step, each with its share of the step, on the device."""
+        assert self._batches is not None, "open() comes first"
+        self.count, content = 0, xxhash.xxh3_64()
+        for _ in range(self._micro_batches):
+            self._look_ahead()
+            if isinstance(self._ahead, DataError):
+                raise self._ahead
+            batch, self._ahead = self._ahead, None
+            assert batch is not None
+            self.count += batch.size
+            _add(batch.content, content)
+            self.digest = content.intdigest()
+            yield 1 / self._micro_batches, to_device(batch.content, self._device)
+
+    def advance(self) -> None:
+        """The step that used the current batches is done."""
+        self._saved = self._batches.state_dict()
+        self.consumed += self.count
+        self.epochs_before = self.epochs
+        before = self._pass
+        self._look_ahead()
+        if self._pass > before:
+            self._saved = self._start
+        self.epochs = self._pass
+
+    def line(self, step: int) -> Line:
+        """What the ledger says of the last finished step, which has that number."""
+        return Line(step, self.consumed - self.count, self.consumed - 1, self.digest)
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self._batches is not None, "open() comes first"
+        return {
+            "kind": "opaque",
+            "workers": self._loading.num_workers,
+            "consumed": self.consumed,
+            "epochs": self.epochs,
+            "epochs_before": self.epochs_before,
+            "loader": deepcopy(self._saved),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after a saved step. Raises DataError where the state is that of something else."""
+        name, workers = type(self._samples).__qualname__, self._loading.num_workers
+        if state.get("kind") != "opaque":
+            raise DataError(
+                f"data.train is a {name}, an iterable, but the checkpoint holds a position in map-style data, which "
+                "means nothing to it. Restore the data set, or begin a new run with run.name=..."
+            )
+        if state["workers"] != workers:
+            raise DataError(
+                f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "
+                f"read it; an iterable shares itself out to them as it likes, so that samples would be lost or "
+                f"repeated. Go on with runtime.num_workers={state['workers']}, or begin a new run with run.name=..."
+            )
+        self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
+        self._saved = state["loader"]
+        self.open()
+
+    def _begin_pass(self) -> Any:
+        """Let the workers begin a pass, or go on where they were told to; the state of the loader then."""
+        with without_noise(), sendable(self._loading.start_method):
+            self._batches = iter(self._loader)
+        if self._loading.num_workers:
+            watch(self._batches)
+        return self._batches.state_dict()
+
+    def _look_ahead(self) -> None:
+        """Have the next batch at hand, or the error that belongs to the step which asks for it."""
+        try:
+            self._ahead = self._ahead or self._read()
+        except DataError as error:
+            self._ahead = error
+
+    def _read(self) -> Batch:
+        """The next batch, from the next pass where one has ended."""
+        asked = time.perf_counter()
+        while (batch := self._received()) is None:
+            if self._untouched:
+                raise self._empty()
+            self._pass += 1
+            self._untouched = True
+            self._start = self._begin_pass()
+        self._untouched = False
+        waited = time.perf_counter() - asked
+        self.waited += waited
+        if batch.again and self._replayed:
+            _log.info("data.train: read %d samples again to resume, %.1f s", batch.again, waited)
+        if batch.failure:
+            raise DataError(batch.failure)
+        return batch
+
+    def _received(self) -> Batch | None:
+        try:
+            batch: Batch | None = next(self._batches, None)
+        except RuntimeError as error:  # a worker died
+            raise DataError(
+                f"data.train (a {type(self._samples).__qualname__}) cannot be read in pass {self._pass}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return batch
+
+    def _empty(self) -> DataError:
+        name, size = type(self._samples).__qualname__, self._making.batch_size
+        if self._pass > 0:
+            return DataError(
+                f"data.train is empty from pass {self._pass} on: this {name} yielded samples before and now none. "
+                "Expected that its __iter__ begins anew every time; mend it"
+            )
+        dropped = f", or less than a batch of {size} in each worker, which is dropped" if self._making.drop_last else ""
+        return DataError(
+            f"data.train is empty: a {name} that yielded nothing in a whole pass{dropped}; expected a sample at least. "
+            "Look at its files and filters"
+        )
+
+
+def _must_be_replayed(samples: Any, *, allowed: bool) -> bool:
+    """Whether the iterable has no state of its own. Raises DataError where it cannot be resumed."""
+    name = type(samples).__qualname__
+    if not hasattr(samples, "__iter__"):
+        raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
+    if stateful(samples):
+        return False
+    rows = iter(samples)  # nothing is read
+    if stateful(rows):
+        return False
+    if rows is samples:
+        raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
+    if not allowed:
+        raise DataError(
+            f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
+            "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
+            "data.replay=true: every resume then reads the current pass again up to there"
+        )
+    return True
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _add(value: Any, content: Any) -> None:
+    """Add a batch to a hash: tensors, arrays and plain values by content, anything else by its type."""
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        content.update(f"{value.dtype}{[*value.shape]}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        content.update(f"{value.dtype}{[*value.shape]}".encode())
+        content.update(value.tobytes())
+    elif isinstance(value, Mapping):
+        _add([*value.items()], content)
+    elif isinstance(value, list | tuple):
+        content.update(f"({len(value)}".encode())
+        for item in value:
+            _add(item, content)
+    else:
+        plain = value is None or isinstance(value, str | bytes | int | float | complex)
+        content.update(f"{type(value).__qualname__}{value!r};".encode() if plain else type(value).__qualname__.encode())

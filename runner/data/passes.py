@@ -1,0 +1,201 @@
+"""The batches of a user's iterable, pass after pass, made where the iterable lives: in a worker or in this process.
+
+A state of the user's is loaded only where it was taken in the middle of a pass, between two samples: at the ends of a
+pass, the state of many data sets belongs to the pass before, or to none. Up to a batch of samples is read again
+instead. Where there is no state, the whole pass is.
+"""
+
+import traceback
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from tqdm import tqdm
+
+from runner.data.fetch import Collate, _one_thread, _private_generators, _seed_all
+from runner.errors import DataError, RunnerError
+from runner.seeds import derive
+
+_END = object()
+_PLAIN = (str, int, float, bool, torch.Tensor, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How samples become batches. Seeds are set before each sample (``randomness=sample``), each batch, or never."""
+
+    seed: int
+    batch_size: int
+    randomness: str
+    collate: Collate = default_collate
+    drop_last: bool = False
+
+
+class Batch(NamedTuple):
+    """So many samples, collated; ``again`` were read before them to resume. With a ``failure`` there are none."""
+
+    size: int
+    content: Any
+    again: int = 0
+    failure: str = ""
+
+
+class _Place(NamedTuple):
+    """``read`` samples of the pass ``number`` were delivered; ``own`` is the user's state after ``since`` of them."""
+
+    number: int
+    read: int = 0
+    since: int = 0
+    own: Any = None
+
+
+class Passes(IterableDataset[Batch]):
+    """One pass for each ``iter``.
+
+    A batch and everything random in it depend on (seed, pass, worker, number of the sample in the pass) and on the
+    state of the user's iterable alone. ``turn`` lets one worker at a time call ``set_epoch``: that of Hugging Face
+    adds a difference to a number which all workers share.
+    """
+
+    def __init__(self, samples: Iterable[Any], making: Making, turn: AbstractContextManager[Any]) -> None:
+        self.samples: Any = samples
+        self.making = making
+        self.turn = turn
+        self._number = -1  # the pass that is asked for
+        self._place = _Place(0)
+        self._resumed = False
+        self._rows: Any = None  # the user's iterator over ...
+        self._entered = self._item = 0  # ... this pass, of which it has yielded so many
+
+    def __iter__(self) -> "Passes":
+        self._number += 1
+        self._rows = None  # until the first batch is asked for: a state may be loaded before
+        if self._place.own is None or hasattr(self.samples, "set_epoch"):
+            self._place = _Place(self._number)  # the end of the pass before does not matter
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pass": self._number, "place": tuple(self._place)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number, self._place = state["pass"], _Place(*state["place"])
+        self._resumed = True
+
+    def __next__(self) -> Batch:
+        if get_worker_info() is not None:
+            batch = self._told()
+        else:
+            with _one_thread(), nullcontext() if self.making.randomness == "off" else _private_generators():
+                batch = self._told()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def _told(self) -> Batch | None:
+        """The next batch, or what went wrong in the user's code, with its traceback; None at the end of the pass."""
+        try:
+            return self._batch()
+        except Exception as error:
+            where = f"data.train (a {type(self.samples).__qualname__}), item {self._item} of pass {self._entered}"
+            if get_worker_info() is not None:
+                where += f" in worker {self._worker}"
+            if isinstance(error, RunnerError):
+                return Batch(0, None, failure=f"{where}: {error}")
+            lines = "".join(traceback.format_exception(error)).rstrip()
+            return Batch(0, None, failure=f"{where}: {type(error).__name__}: {error}. Mend the data set:\n{lines}")
+
+    def _batch(self) -> Batch | None:
+        again = self._begin() if self._rows is None else 0
+        rows: list[Any] = []
+        while len(rows) < self.making.batch_size and (row := self._draw()) is not _END:
+            rows.append(row)
+            if self._item == 1 or len(rows) == self.making.batch_size:
+                self._keep()
+        if rows:
+            self._place = self._place._replace(read=self._item)
+        if not rows or (self.making.drop_last and len(rows) < self.making.batch_size):
+            return None
+        self._seed("train collate", self._item)
+        return Batch(len(rows), self.making.collate(rows), again)
+
+    def _draw(self) -> Any:
+        """The next sample of the user's iterator, which is not asked again once it has ended."""
+        if self.making.randomness == "sample" or self._item % self.making.batch_size == 0:
+            self._seed("train", self._item)
+        row = next(self._rows, _END)
+        if row is _END:
+            self._rows = iter(())
+        else:
+            self._item += 1
+        return row
+
+    def _keep(self) -> None:
+        """Remember the user's state: a copy, because it may be a live object."""
+        parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
+        own = tuple(deepcopy(part.state_dict()) if stateful(part) else None for part in parts)
+        if own == (None, None):
+            self._place = _Place(self._entered)
+            return
+        if self._item == 1 and (kind := _not_plain(own)):
+            raise DataError(
+                f"its state_dict holds a {kind}, which cannot be saved; it may hold tensors, str, int, float, bool, "
+                "None, and dicts, lists and tuples of them"
+            )
+        self._place = _Place(self._entered, since=self._item, own=own)
+
+    def _begin(self) -> int:
+        """Go to the place of a loaded state, or to the beginning of the pass; returns how many samples that took."""
+        place, self._resumed = self._place if self._resumed else _Place(self._number), False
+        self._enter(place)
+        again: Iterable[int] = range(place.since, place.read)
+        if place.own is None:  # the bar comes after a second, and from one worker only
+            again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)
+        for _ in again:
+            if self._draw() is _END:
+                raise DataError(f"ended where {place.read} samples were read before; restore the data set")
+        if place.number < self._number:
+            if self._draw() is not _END:
+                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
+            self._enter(_Place(self._number))
+        return place.read - place.since
+
+    def _enter(self, place: _Place) -> None:
+        """Have the user's iterable go to a place, in the order in which torchdata would."""
+        self._entered, self._item = place.number, place.since
+        self._seed("train pass")
+        if hasattr(self.samples, "set_epoch"):
+            with self.turn:
+                self.samples.set_epoch(place.number)
+        of_samples, of_rows = deepcopy(place.own) or (None, None)
+        if of_samples is not None:
+            self.samples.load_state_dict(of_samples)
+        self._rows = iter(self.samples)
+        if of_rows is not None:
+            self._rows.load_state_dict(of_rows)
+
+    def _seed(self, label: str, *item: int) -> None:
+        if self.making.randomness != "off":
+            _seed_all(derive(label, self.making.seed, self._entered, self._worker, *item))
+
+    @property
+    def _worker(self) -> int:
+        worker = get_worker_info()
+        return worker.id if worker is not None else 0
+
+
+def stateful(thing: Any) -> bool:
+    """Whether it can tell where it is and go there."""
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+
+
+def _not_plain(value: Any) -> str | None:
+    """The first type in a state which a checkpoint does not take; a worker could not even send some of them."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return next((kind for item in value if (kind := _not_plain(item))), None)
+    return None if isinstance(value, _PLAIN) else type(value).__qualname__

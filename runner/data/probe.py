@@ -1,0 +1,197 @@
+"""A look at a few samples before training: what they are (to refuse other data under the same name), and whether a
+position alone decides them.
+
+Draws each sample twice, the second time in the other order, and once more in a data worker. Hidden generators, call
+counters and anything else that remembers show at once; what needs more than a few calls to show does not.
+"""
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.data.fetch import Fetcher, location
+from runner.errors import DataError
+from runner.seeds import derive
+
+Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
+
+_SAMPLES = 4
+_VALUES = 8  # of a sample that are remembered
+_CLOSE = 1e-3  # floats may differ between processors, in the last bits
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a loader is asked for before the first batch: the digests of these samples."""
+
+    indices: tuple[int, ...]
+
+
+def indices(size: int) -> tuple[int, ...]:
+    """A few samples, spread over the data set."""
+    return tuple(sorted({(size - 1) * i // max(1, _SAMPLES - 1) for i in range(_SAMPLES)}))
+
+
+def digests(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[str]:
+    """For every sample, drawn with a seed of that label, what distinguishes it from any other, bit for bit; for one
+    that cannot be read, its error.
+    """
+    return [_digest(row) for row in _rows(fetcher, chosen, label=label)]
+
+
+def sketch(fetcher: Fetcher) -> Sketch:
+    """What a few samples look like, for a later attempt to compare its own with. Plain values, a few hundred bytes."""
+    chosen = indices(len(fetcher.samples))
+    return {
+        str(index): [_described(path, value) for path, value in leaves(row)][:_VALUES]
+        for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
+    }
+
+
+def differences(then: Sketch, now: Sketch) -> list[str]:
+    """What changed, in words; floats are compared with a tolerance."""
+    found = []
+    for index in then.keys() & now.keys():
+        for old, new in zip(then[index], now[index], strict=False):
+            if not _alike(old, new):
+                found.append(f"sample {index}{old[0]}: {_words(old)} then, {_words(new)} now")
+        if len(then[index]) != len(now[index]):
+            found.append(f"sample {index}: {len(then[index])} values then, {len(now[index])} now")
+    return sorted(found)
+
+
+def require_pure(fetcher: Fetcher) -> list[str]:
+    """The digests of the probed samples, found the same twice. Raises DataError for samples that are not."""
+    chosen = indices(len(fetcher.samples))
+    first = digests(fetcher, chosen)
+    again = digests(fetcher, chosen[::-1])[::-1]
+    unequal = [index for index, one, two in zip(chosen, first, again, strict=True) if one != two]
+    if unequal:
+        raise DataError(
+            f"{_named(fetcher, unequal[0])} is another one when it is drawn again with the same seed, so a resumed run "
+            "would train on other data. It depends on something that the runner does not control: a generator of its "
+            "own (np.random.default_rng(), random.Random(), torch.Generator()), a counter or cache that changes from "
+            "call to call, the clock. Draw from python's, numpy's or torch's global generators, which are seeded for "
+            "every sample, or make it depend on the index alone; runtime.audit=false turns this check off."
+        )
+    if fetcher.plan.randomness == "off":
+        other = digests(fetcher, chosen, label="another")
+        unequal = [index for index, one, two in zip(chosen, first, other, strict=True) if one != two]
+        if unequal:
+            raise DataError(
+                f"{_named(fetcher, unequal[0])} draws random numbers, and data.randomness=off seeds none, so a resumed "
+                "run would draw others. Use data.randomness=sample; runtime.audit=false turns this check off."
+            )
+    return first
+
+
+def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], there: Sequence[str]) -> None:
+    """Raises DataError if a data worker found other samples than this process."""
+    chosen = indices(len(fetcher.samples))
+    unequal = [index for index, one, two in zip(chosen, here, there, strict=True) if one != two]
+    if unequal:
+        raise DataError(
+            f"{_named(fetcher, unequal[0])} is another one in a data worker than in this process. It depends on the "
+            "process: a generator seeded at import, the pid or worker number, hash() of a text or the order of a set, "
+            "the number of threads, a file position shared after a fork. Make it depend on the index alone; "
+            "runtime.audit=false turns this check off."
+        )
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside a sample, with its path."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from leaves(value[key], f"{path}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{path}[{number}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name), f"{path}.{field.name}")
+    else:
+        yield path, value
+
+
+def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
+    rows: list[Any] = []
+    with fetcher.isolated(draws=True):
+        for index in chosen:
+            try:
+                rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))
+            except Exception as error:  # training will meet it and say so, if it comes that far
+                rows.append(f"{type(error).__name__}: {error}")
+    return rows
+
+
+def _digest(row: Any) -> str:
+    hasher = blake2b(digest_size=8)
+    for path, value in leaves(row):
+        hasher.update(path.encode())
+        hasher.update(_bytes(value))
+    return hasher.hexdigest()
+
+
+def _bytes(value: Any) -> bytes:
+    array = _array(value)
+    if array is not None:
+        return str((array.dtype, array.shape)).encode() + array.tobytes()
+    if isinstance(value, set | frozenset):
+        return repr(sorted(map(repr, value))).encode()
+    if isinstance(value, str | bytes | int | float | bool | None):
+        return repr(value).encode()
+    try:
+        return pickle.dumps(value)
+    except Exception:  # an open file, a lock: nothing to compare but its kind
+        return type(value).__qualname__.encode()
+
+
+def _array(value: Any) -> "np.ndarray[Any, Any] | None":
+    """Tensors, arrays and pictures as an array on the host."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        if value.is_sparse or value.is_quantized:
+            value = value.to_dense() if value.is_sparse else value.int_repr()
+        return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array_interface__"):
+        return np.asarray(value)
+    return None
+
+
+def _described(path: str, value: Any) -> list[Any]:
+    """[path, kind, digest] of an exact value, [path, kind, mean, deviation] of floats."""
+    array = _array(value)
+    if array is None and isinstance(value, float):
+        array = np.asarray(value)
+    if array is not None and array.dtype.kind in "fc":
+        finite = np.abs(array[np.isfinite(array)]).astype(np.float64)
+        mean, deviation = (float(finite.mean()), float(finite.std())) if finite.size else (0.0, 0.0)
+        return [path, f"{array.dtype}{[*array.shape]}", mean, deviation]
+    kind = f"{array.dtype}{[*array.shape]}" if array is not None else type(value).__name__
+    if isinstance(value, str | int) and len(str(value)) <= 16:
+        return [path, kind, str(value)]
+    if array is None and not isinstance(value, str | bytes | int):
+        return [path, kind]
+    return [path, kind, blake2b(_bytes(value), digest_size=8).hexdigest()]
+
+
+def _alike(old: Sequence[Any], new: Sequence[Any]) -> bool:
+    if len(old) != 4 or len(new) != 4:
+        return [*old] == [*new]
+    scale = max(abs(old[2]) + abs(old[3]), abs(new[2]) + abs(new[3]), 1e-12)
+    return [*old[:2]] == [*new[:2]] and all(abs(a - b) <= _CLOSE * scale for a, b in zip(old[2:], new[2:], strict=True))
+
+
+def _words(described: Sequence[Any]) -> str:
+    if len(described) == 4:
+        return f"{described[1]} of magnitude {described[2]:.4g} +- {described[3]:.4g}"
+    return " ".join(map(str, described[1:]))
+
+
+def _named(fetcher: Fetcher, index: int) -> str:
+    return f"{location(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"

@@ -1,0 +1,122 @@
+"""From a configuration and a data set to the stream of training batches: which tier it is, and on what plan."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.config.schema import Config, DataConfig, OnBadRecord
+from runner.data.engine import Loading
+from runner.data.fetch import Collate, Samples
+from runner.data.held_out import checked
+from runner.data.mixture import Mixture
+from runner.data.opaque import OpaqueStream
+from runner.data.plan import Plan, Source
+from runner.data.stream import BatchStream, Stream
+from runner.data.windows import Streams
+from runner.distributed import world
+from runner.errors import DataError
+
+log = logging.getLogger("runner")
+
+
+def training_data(
+    config: Config, samples: Any, loading: Loading, device: torch.device, collate: Collate | None
+) -> tuple[Stream, Plan | None]:
+    """The stream of ``data.train``, and its plan if positions say which sample comes next. Raises DataError."""
+    data = config.data
+    if hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__"):
+        return OpaqueStream(
+            samples,
+            seed=config.seed,
+            batch_size=data.batch_size,
+            micro_batches=config.trainer.accumulate,
+            randomness=data.randomness.name,
+            loading=loading,
+            device=device,
+            collate=collate,
+            drop_last=data.tail.name == "drop",
+            replay=data.replay,
+        ), None
+    plan = plan_of(config, checked(samples, "data.train"))
+    if plan.streams is not None:
+        loading = _without_overlap(loading, plan, samples)
+    stream = BatchStream(
+        samples,
+        plan,
+        loading=loading,
+        device=device,
+        collate=collate,
+        substitute=data.on_bad_record is OnBadRecord.substitute,
+        audit=config.runtime.audit,
+    )
+    return stream, plan
+
+
+def plan_of(config: Config, samples: Samples) -> Plan:
+    """The plan of the configuration for these samples. Raises DataError."""
+    data = config.data
+    shards = _shards(samples)
+    sources: tuple[Source, ...] = ()
+    if isinstance(samples, Mixture):
+        sources = tuple(
+            Source(len(source), share, _shards(source))
+            for source, share in zip(samples.sources, samples.shares, strict=True)
+        )
+    sharded = shards or any(source.shards for source in sources)
+    return Plan(
+        samples=len(samples),
+        seed=config.seed,
+        batch_size=data.batch_size,
+        micro_batches=config.trainer.accumulate,
+        shuffle=data.shuffle,
+        tail=data.tail.name,
+        randomness=data.randomness.name,
+        shards=shards if data.streams.count else (),
+        streams=_streams(data, config.trainer.accumulate) if sharded and data.streams.count and data.shuffle else None,
+        sources=sources,
+        max_tokens=data.max_tokens,
+        lengths=() if data.max_tokens is None else _lengths(samples),
+        world=world(),
+    )
+
+
+def _streams(data: DataConfig, micro_batches: int) -> Streams:
+    chunk = data.streams.chunk or max(1, data.batch_size // micro_batches // 4)
+    return Streams(data.streams.count, data.streams.window, chunk)
+
+
+def _shards(samples: Any) -> tuple[int, ...]:
+    counts: Sequence[int] = getattr(samples, "counts", ())
+    return tuple(int(count) for count in counts)
+
+
+def _lengths(samples: Any) -> tuple[int, ...]:
+    lengths = getattr(samples, "lengths", None)
+    if lengths is None:
+        raise DataError(
+            f"data.max_tokens needs the length of every sample before it is read, and data.train "
+            f"({type(samples).__qualname__}) has no lengths; give it an attribute with one integer for each sample"
+        )
+    return tuple(np.asarray(lengths, dtype=np.int64).tolist())
+
+
+def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
+    """As many workers as can each have streams of their own; and tell the data set how much is read in turn."""
+    assert plan.streams is not None
+    slice_size = plan.batch_size // plan.slices_per_step
+    workers = plan.streams.workers(loading.num_workers, slice_size=slice_size, world=plan.world.size)
+    if workers < loading.num_workers:
+        log.warning(
+            "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
+            "runtime.num_workers x %d",
+            workers,
+            loading.num_workers,
+            max(1, slice_size // plan.streams.chunk) * plan.world.size,
+        )
+    if hasattr(samples, "hold"):
+        samples.hold(plan.streams.count * 5 // (4 * max(1, workers) * plan.world.size) + 1, plan.streams.window)
+    return replace(loading, num_workers=workers)

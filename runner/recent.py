@@ -1,0 +1,31 @@
+"""The values that were asked for last."""
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """Keeps the ``capacity`` values used last and makes the others again. A pickled one arrives empty."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._held: dict[Hashable, Value] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of ``key``, from ``make`` where it is not held."""
+        try:
+            value = self._held.pop(key)
+        except KeyError:
+            value = make()
+            while self._held and len(self._held) >= self.capacity:
+                del self._held[next(iter(self._held))]
+        self._held[key] = value  # a dict is in order of insertion: the last one used stands last
+        return value
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __reduce__(self) -> "tuple[type[Recent[Value]], tuple[int]]":
+        return Recent, (self.capacity,)

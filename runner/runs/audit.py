@@ -1,0 +1,53 @@
+"""The verdict over what a run was trained on, from its ledger."""
+
+from typing import Any
+
+from runner.checkpoint import manifest
+from runner.data import ledger
+from runner.data.plan import Plan
+from runner.data.proof import Proof, prove
+from runner.errors import ConfigError, StorageError
+from runner.run.directory import RunDirectory
+
+
+def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
+    """The proof, and it as plain values. Raises ConfigError for a run without a ledger."""
+    location = directory.location
+    segments = ledger.segments(location)
+    if not segments:
+        raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
+    recipe = ledger.recipe(location, segments[-1].plan)
+    proof = prove(
+        segments,
+        None if recipe.get("kind") == "opaque" else _plan(recipe, location.url),
+        begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
+        committed=_committed(directory),
+    )
+    other = {segment.plan for segment in segments} - {segments[-1].plan}
+    if other:
+        proof.problems.append(f"{len(other) + 1} plans of the data are in one ledger; judged by the newest")
+    about = {
+        "run": directory.name,
+        "steps": proof.steps,
+        "positions": proof.positions,
+        "attempts": len({segment.attempt for segment in segments}),
+        "indexed": recipe.get("kind") != "opaque",
+        "holds": proof.holds,
+        "epochs": proof.epochs,
+        "again": proof.again,
+        "problems": proof.problems,
+    }
+    return proof, about
+
+
+def _plan(recipe: dict[str, Any], url: str) -> Plan:
+    try:
+        return Plan.of(recipe)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise StorageError(f"the plan in the ledger of {url} cannot be used: {error}") from error
+
+
+def _committed(directory: RunDirectory) -> int:
+    result = directory.result(directory.identity() or {}) or {}
+    commits = manifest.commits(directory.location)
+    return max(int(result.get("step", 0)), commits[0].step if commits else 0)

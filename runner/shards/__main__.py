@@ -1,0 +1,121 @@
+"""``python -m runner.shards PATTERN... --out shards.json``: count the records of shards and find their blocks.
+
+A scan that was cut goes on where it stopped: the same command scans only what is new or has changed.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+
+from tqdm import tqdm
+
+from runner.errors import DataError, Interrupted, RunnerError
+from runner.shards import manifest
+from runner.shards.arrays import DTYPES
+from runner.shards.formats import KINDS
+from runner.shards.scan import Scan
+from runner.storage import files
+
+_SAVE_SECONDS = 2.0
+_SAVE_SHARE = 20  # writing a large manifest must not take more than a 20th of the time
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Scan; returns the exit status, as listed in ``runner.errors``."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        _scan(parsed)
+    except RunnerError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runner.shards", description="Make a manifest of shards.")
+    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="a file, a folder or a glob; any fsspec path")
+    parser.add_argument("--out", required=True, help="the manifest, for example shards.json; any fsspec path")
+    parser.add_argument("--format", choices=KINDS, help="of the shards (default: as their suffixes say)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of tokens in files without a header (default: uint16)")
+    parser.add_argument("--jobs", type=int, default=4, help="shards scanned at a time (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser
+
+
+def _scan(parsed: argparse.Namespace) -> None:
+    scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, leave_out=files.resolve(parsed.out))
+    kept = scan.keep(_earlier(parsed.out)) if files.exists(parsed.out) else 0
+    scanned = scan.missing
+    save = _Saving(scan, parsed)
+    try:
+        with tqdm(
+            total=scan.missing_bytes, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None
+        ) as bar:
+            scan.run(jobs=max(1, parsed.jobs), passed=bar.update, save=save.now_and_then)
+    except KeyboardInterrupt:
+        save.now()
+        done = scanned - scan.missing
+        raise Interrupted(f"stopped: kept {kept}, scanned {done}, missing {scan.missing}; run it again") from None
+    except RunnerError:
+        save.now()
+        raise
+    whole = scan.manifest
+    manifest.save(parsed.out, whole)
+    _tell(whole, kept, scanned, parsed)
+
+
+def _earlier(out: str) -> manifest.Manifest:
+    try:
+        return manifest.load(out, partial=True)
+    except DataError as error:
+        raise DataError(f"{error}\n--out {out} is in the way: remove it, or give another name") from error
+
+
+class _Saving:
+    """Writes what is known so far; less often where that takes long."""
+
+    def __init__(self, scan: Scan, parsed: argparse.Namespace) -> None:
+        self._scan = scan
+        self._out = parsed.out
+        self._again = _command(parsed)
+        self._due = time.monotonic() + _SAVE_SECONDS
+
+    def now_and_then(self) -> None:
+        if time.monotonic() >= self._due:
+            self.now()
+
+    def now(self) -> None:
+        began = time.monotonic()
+        manifest.save(self._out, self._scan.known, again=self._again)
+        ended = time.monotonic()
+        self._due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
+
+
+def _command(parsed: argparse.Namespace) -> str:
+    words = [*parsed.patterns, "--out", parsed.out]
+    words += ["--format", parsed.format] if parsed.format else []
+    words += ["--dtype", parsed.dtype] if parsed.dtype else []
+    return f"python -m runner.shards {shlex.join(words)}"
+
+
+def _tell(whole: manifest.Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
+    found = {
+        "shards": len(whole.shards),
+        "records": int(whole.firsts[-1]),
+        "bytes": sum(shard.size for shard in whole.shards),
+        "kept": kept,
+        "scanned": scanned,
+    }
+    if parsed.json:
+        print(json.dumps(found))
+        return
+    print(
+        f"{parsed.out}: {found['records']} records in {found['shards']} shards of {whole.kind}, "
+        f"{found['bytes']} bytes; kept {kept}, scanned {scanned}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

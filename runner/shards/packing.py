@@ -1,0 +1,215 @@
+"""Documents of any length as rows of one length: planned ahead where lengths are known, else on the way."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from hashlib import blake2b
+from io import BytesIO
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from runner.errors import DataError
+from runner.recent import Recent
+from runner.shards.layout import Layout
+from runner.shards.tokens import check_index, checked_length
+from runner.storage import files
+
+_DOCUMENTS_HELD = 8
+
+
+class Documents(Protocol):
+    """A map-style data set of tokens: flat sequences, arrays or tensors of integers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Packed:
+    """Sample i is the tokens [i * length, i * length + length + 1) of all documents joined, with ``separator`` between
+    them if given: int64 tensors of shape [length + 1].
+
+    ``lengths`` are the documents' token counts, or the path of a .npy file of them; a document that turns out
+    otherwise is an error. Only the documents of a sample are read. ``counts`` and ``fingerprint`` are there if those
+    of the documents are.
+    """
+
+    def __init__(
+        self, documents: Documents, lengths: ArrayLike | str, *, length: int, separator: int | None = None
+    ) -> None:
+        self.documents = documents
+        known = _lengths(lengths)
+        if len(known) != len(documents):
+            raise DataError(f"there are {len(documents)} documents and {len(known)} lengths; count the tokens again")
+        self._layout = Layout(known, length=checked_length(length), separator=separator)
+        if not self._layout.rows:
+            raise DataError(
+                f"{known.sum()} tokens are too few for a sample of {length + 1}; give more or a smaller length"
+            )
+        self._recent: Recent[NDArray[np.int64]] = Recent(_DOCUMENTS_HELD)
+
+    def __len__(self) -> int:
+        return self._layout.rows
+
+    def __getitem__(self, index: int) -> Tensor:
+        check_index(index, len(self))
+        return torch.from_numpy(np.concatenate(self._layout.row(index, self._read)))
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Samples that begin in each shard of the documents."""
+        shards: Any = self.documents
+        return self._layout.counts(np.cumsum([0, *shards.counts]).tolist())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that stay the same while the samples do."""
+        below: Any = self.documents
+        facts = [below.fingerprint, self._layout.length, self._layout.separator]
+        digest = blake2b(json.dumps(facts).encode(), digest_size=8)
+        digest.update(self._layout.lengths.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def locate(self, index: int) -> str:
+        """Where a sample lies, for people."""
+        check_index(index, len(self))
+        return " and ".join(
+            f"{self._name(number)}, tokens {start} to {stop}" for number, start, stop in self._layout.spans(index)
+        )
+
+    def hold(self, windows: int, window: int) -> None:
+        """Make room: ``windows`` windows of ``window`` consecutive samples each are read in turn."""
+        spanned = 2 + window * len(self.documents) // len(self)
+        self._recent.capacity = max(_DOCUMENTS_HELD, windows * spanned)
+        hold: Callable[[int, int], None] | None = getattr(self.documents, "hold", None)
+        if hold is not None:
+            hold(windows, spanned)
+
+    def _read(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
+        return self._recent.get(number, lambda: self._document(number))[start:stop]
+
+    def _document(self, number: int) -> NDArray[np.int64]:
+        tokens = _tokens(self.documents[number], lambda: self._name(number))
+        if len(tokens) != self._layout.lengths[number]:
+            raise DataError(
+                f"{self._name(number)}: expected {self._layout.lengths[number]} tokens, found {len(tokens)}. Count the "
+                "tokens again for new runs; a run that began with these lengths needs the documents that they were of"
+            )
+        return tokens
+
+    def _name(self, number: int) -> str:
+        return _name(self.documents, number)
+
+
+class PackingStream(IterableDataset[Tensor]):
+    """Rows of ``length`` + 1 tokens from documents whose lengths are not known ahead: int64, overlapping by one.
+
+    Each of W data workers packs every W-th document of the epoch's order, so the rows depend on W. The state, a
+    position in that worker's order, is exact at any row. The rest of an epoch's last document is dropped. One pass
+    is one epoch; the next pass is the next epoch.
+    """
+
+    def __init__(
+        self, documents: Documents, *, length: int, separator: int | None = None, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        self.documents = documents
+        self.length = checked_length(length)
+        self.separator = separator
+        self.shuffle = shuffle
+        self.seed = seed
+        self._epoch = 0
+        self._at = (0, 0)  # document in the order and token in it (the separator before it counted) of the next row
+        self._restored = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is over this epoch, from its beginning; except that a restored position in it is kept."""
+        if epoch != self._epoch:
+            self._epoch, self._at, self._restored = epoch, (0, 0), False
+
+    def state_dict(self) -> dict[str, int]:
+        """The position of the next row's first token."""
+        return {"epoch": self._epoch, "document": self._at[0], "offset": self._at[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next pass begins at a saved position. Raises DataError when there is none such."""
+        if not 0 <= state["document"] <= len(self.documents) or state["offset"] < 0:
+            raise DataError(f"the position {state} is not in these {len(self.documents)} documents; restore the data")
+        self._epoch, self._at, self._restored = state["epoch"], (state["document"], state["offset"]), True
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._at = self._at if self._restored else (0, 0)
+        self._restored = False
+        worker = get_worker_info()
+        order = self._order() if worker is None else self._order()[worker.id :: worker.num_workers]
+        document, offset = self._at
+        held: deque[NDArray[np.int64]] = deque()  # from ``document`` on
+        while True:
+            while sum(map(len, held)) - offset <= self.length:
+                if document + len(held) >= len(order):
+                    self._epoch, self._at = self._epoch + 1, (0, 0)
+                    return
+                held.append(self._document(order, document + len(held)))
+            row = _cut(held, offset, self.length + 1)
+            offset += self.length
+            while offset >= len(held[0]):
+                offset -= len(held.popleft())
+                document += 1
+            self._at = document, offset
+            yield row
+
+    def _document(self, order: NDArray[np.int64], place: int) -> NDArray[np.int64]:
+        number = int(order[place])
+        tokens = _tokens(self.documents[number], lambda: _name(self.documents, number))
+        if place and self.separator is not None:
+            return np.concatenate([[self.separator], tokens])
+        return tokens
+
+    def _order(self) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(len(self.documents))
+        key = int.from_bytes(blake2b(json.dumps([self.seed, self._epoch]).encode(), digest_size=16).digest(), "little")
+        # Raw bits, because numpy may change what its generators make of them, but not the bits.
+        return np.argsort(np.random.PCG64(key).random_raw(len(self.documents)), kind="stable")
+
+
+def _cut(held: "deque[NDArray[np.int64]]", offset: int, size: int) -> Tensor:
+    parts = []
+    for tokens in held:
+        part = tokens[offset : offset + size]
+        offset = max(0, offset - len(tokens))
+        size -= len(part)
+        parts.append(part)
+        if not size:
+            break
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _lengths(given: ArrayLike | str) -> NDArray[np.int64]:
+    where = given if isinstance(given, str) else "the lengths of the documents"
+    try:
+        found = np.load(BytesIO(files.read(given)), allow_pickle=False) if isinstance(given, str) else np.asarray(given)
+    except ValueError as error:
+        raise DataError(f"{where}: no array in numpy's format: {error}") from error
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (found.size and found.min() < 0):
+        raise DataError(f"{where}: expected a flat array of counts, found {found.dtype} of shape {list(found.shape)}")
+    return found.astype(np.int64)
+
+
+def _tokens(document: Any, name: Callable[[], str]) -> NDArray[np.int64]:
+    tokens = np.asarray(document)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise DataError(
+            f"{name()}: expected a flat sequence of integers, found {tokens.dtype} of shape {list(tokens.shape)}"
+        )
+    return tokens.astype(np.int64)
+
+
+def _name(documents: Documents, number: int) -> str:
+    locate: Callable[[int], str] | None = getattr(documents, "locate", None)
+    return f"document {number}" if locate is None else f"document {number} ({locate(number)})"

@@ -1,0 +1,143 @@
+"""Records of jsonl, text, tar and parquet shards, by number."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from runner.errors import ConfigError, DataError
+from runner.recent import Recent
+from runner.shards import formats
+from runner.shards.manifest import Manifest, load
+from runner.shards.scan import scan
+from runner.shards.shard import Shard
+from runner.storage import files
+
+_BLOCKS_HELD = 4
+
+
+class Records:
+    """Every record of the shards that a manifest lists, or that ``path`` (any fsspec file, folder or glob) names.
+
+    ``format`` is one of jsonl, text, tar, parquet; without it the suffixes decide. ``decode`` is called with every
+    record. Of a shard a whole block is read at a time, and the blocks used last are held.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | list[str] | None = None,
+        manifest: str | None = None,
+        format: str | None = None,  # noqa: A002 -- the word that configurations use
+        decode: Callable[[Any], Any] | None = None,
+    ) -> None:
+        _refuse_tokens(format)
+        self.manifest = opened(path=path, manifest=manifest, kind=format)
+        _refuse_tokens(self.manifest.kind)
+        self.decode = decode
+        self._format = formats.reader(self.manifest.kind)
+        self._blocks: Recent[Sequence[Any]] = Recent(_BLOCKS_HELD)
+        self._sizes = Sizes()
+
+    def __len__(self) -> int:
+        return int(self.manifest.firsts[-1])
+
+    def __getitem__(self, index: int) -> Any:
+        number, record = self._place(index)
+        block = self.manifest.shards[number].block_of(record)
+        raws = self._blocks.get((number, block), lambda: self._read(number, block))
+        try:
+            found = self._format.decode(raws[record - self.manifest.shards[number].span(block)[0]])
+        except ValueError as error:
+            raise DataError(
+                f"{self.locate(index)}: no record of {self.manifest.kind}: {error}; mend the shard and scan it again"
+            ) from error
+        return found if self.decode is None else self.decode(found)
+
+    @property
+    def counts(self) -> list[int]:
+        """Records per shard, in the order of their numbers."""
+        return self.manifest.counts
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that stay the same while the data does, wherever its folder lies."""
+        return self.manifest.fingerprint
+
+    def locate(self, index: int) -> str:
+        """Where a record lies, for people."""
+        number, record = self._place(index)
+        shard = self.manifest.shards[number]
+        return f"{shard.url}, record {record}, in the block at byte {shard.span(shard.block_of(record))[2]}"
+
+    def hold(self, windows: int, window: int) -> None:
+        """Make room: ``windows`` windows of ``window`` consecutive records each are read in turn."""
+        blocks = sum(shard.starts.shape[1] for shard in self.manifest.shards)
+        spanned = 1 + -(-window * blocks // len(self))
+        self._blocks.capacity = max(2, windows * spanned)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the shard, and of the record in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index}: there are {len(self)}, from 0 on")
+        number = int(np.searchsorted(self.manifest.firsts, index, side="right")) - 1
+        return number, index - int(self.manifest.firsts[number])
+
+    def _read(self, number: int, block: int) -> Sequence[Any]:
+        shard = self.manifest.shards[number]
+        self._sizes.check(shard)
+        first, end, start, stop = shard.span(block)
+        raws = self._format.read(shard.url, start, stop)
+        if len(raws) != end - first:
+            raise DataError(
+                f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {_CHANGED}"
+            )
+        return raws
+
+
+def _refuse_tokens(kind: str | None) -> None:
+    if kind == "tokens":
+        raise ConfigError("Records reads jsonl, text, tar and parquet; for flat arrays of tokens use Tokens")
+
+
+_CHANGED = (
+    "It was changed after it was scanned. Restore it; or scan again into a new manifest for new runs: a run that began "
+    "with the old one must keep it"
+)
+
+
+class Sizes:
+    """Compares each shard's size with the manifest's once in each process, when it is first read."""
+
+    def __init__(self) -> None:
+        self._checked: set[str] = set()
+
+    def check(self, shard: Shard) -> None:
+        """Raises DataError when the shard is not as large as when it was scanned."""
+        if shard.url in self._checked:
+            return
+        found = files.stat(shard.url).size
+        if found != shard.size:
+            raise DataError(f"{shard.url}: expected {shard.size} bytes, found {found}. {_CHANGED}")
+        self._checked.add(shard.url)
+
+    def __reduce__(self) -> "tuple[type[Sizes], tuple[()]]":
+        return Sizes, ()
+
+
+def opened(
+    *, path: str | list[str] | None, manifest: str | None, kind: str | None, dtype: str | None = None
+) -> Manifest:
+    """The manifest of a data set that is given by ``path`` or by ``manifest``. Raises ConfigError, DataError."""
+    if (path is None) == (manifest is None):
+        raise ConfigError("give either path=... (shards, scanned now) or manifest=... (of python -m runner.shards)")
+    if kind is not None and kind not in formats.KINDS:
+        raise ConfigError(f"format={kind!r} is none of {', '.join(formats.KINDS)}")
+    if manifest is None:
+        assert path is not None
+        return scan(list(path) if not isinstance(path, str) else path, kind=kind, dtype=dtype)
+    found = load(manifest)
+    if kind not in (None, found.kind) or dtype not in (None, found.dtype):
+        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (found.kind, found.dtype)))
+        raise ConfigError(f"{manifest} lists shards of {listed}, and the configuration says {expected}")
+    return found
