@@ -44,7 +44,7 @@ class Trainer:
             for call in on_step:
                 call(loop)
             loop.stop = loop.stop or signals.received()
-        for callback in self.callbacks:
+        for callback in reversed(self.callbacks):  # the checkpoint first: the others still have what it asks for
             callback.on_end(loop)
         return loop
 

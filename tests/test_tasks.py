@@ -69,11 +69,11 @@ def descended(cuts: list[int], **how: Any) -> tuple[float, dict[str, Tensor]]:
         model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"), clip_norm=1e9, **how
     )
     pieces = torch.tensor([1.0, 2.0, 3.0, 6.0]).split(cuts)
-    metrics = Descent().optimization_step(model, iter(pieces), 1 / len(cuts), update)
+    metrics = Descent().optimization_step(model, ((len(piece) / 4, piece) for piece in pieces), update)
     return model.weight.item(), dict(metrics)
 
 
-@pytest.mark.parametrize("cuts", [[4], [2, 2], [1, 1, 1, 1]])
+@pytest.mark.parametrize("cuts", [[4], [2, 2], [1, 1, 1, 1], [3, 1]])
 def test_micro_batches_make_the_step_of_the_global_batch(cuts: list[int]) -> None:
     weight, metrics = descended(cuts)
     assert weight == -3.0

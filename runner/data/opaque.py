@@ -30,9 +30,11 @@ class OpaqueStream:
     The state is that of the last finished step, however far workers have read ahead. ``advance`` reads the next batch,
     because nothing else tells whether a pass has ended.
 
-    Hugging Face's ``datasets`` 5.2: exact, also shuffled by shards and files, but for the buffer of
-    ``IterableDataset.shuffle``: a resume drops the samples that were in it, up to ``buffer_size`` of each worker, and
-    refills it; they come again in the next pass only.
+    ``replay`` ignores that state, or does without: a resume reads the current pass again, up to where it was.
+
+    Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
+    After ``IterableDataset.shuffle`` it leaves the buffer out, so that a resume loses and repeats samples, and several
+    workers cannot load it (an IndexError). With ``replay`` every one of these is exact.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class OpaqueStream:
         drop_last: bool = False,
         replay: bool = False,
     ) -> None:
-        self._replayed = _must_be_replayed(samples, allowed=replay)
+        _require_resumable(samples, replay=replay)
         self.consumed = 0  # samples of finished steps
         self.epochs = 0  # passes finished by them
         self.epochs_before = 0  # the same, before the last of them
@@ -61,7 +63,8 @@ class OpaqueStream:
         self._micro_batches = micro_batches
         self._loading = loading
         self._device = device
-        self._making = Making(seed, batch_size // micro_batches, randomness, collate or default_collate, drop_last)
+        micro_size = batch_size // micro_batches
+        self._making = Making(seed, micro_size, randomness, collate or default_collate, drop_last, replay)
         self._saved: Any = None  # the state of the loader after the last finished step
         self._batches: Any = None
         self._ahead: Batch | DataError | None = None
@@ -73,8 +76,10 @@ class OpaqueStream:
     def guarantee(self) -> str:
         """What may be relied upon, for people."""
         name, workers = type(self._samples).__qualname__, self._loading.num_workers
-        how = "by reading the current pass again" if self._replayed else "by its own state"
-        promise = "as if not interrupted if every pass can be repeated" if self._replayed else "as exactly as that is"
+        how = "by reading the current pass again" if self._making.replay else "by its own state"
+        promise = (
+            "as if not interrupted if every pass can be repeated" if self._making.replay else "as exactly as that is"
+        )
         shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
         return (
             f"data.train is a {name}, an iterable: a resume goes on {how}, {promise}, "
@@ -178,6 +183,8 @@ class OpaqueStream:
             self._ahead = self._ahead or self._read()
         except DataError as error:
             self._ahead = error
+            if self._loading.num_workers:
+                self._batches._shutdown_workers()  # the error refers to this stream, which may thus live on for long
 
     def _read(self) -> Batch:
         """The next batch, from the next pass where one has ended."""
@@ -191,7 +198,7 @@ class OpaqueStream:
         self._untouched = False
         waited = time.perf_counter() - asked
         self.waited += waited
-        if batch.again and self._replayed:
+        if batch.again and self._making.replay:
             _log.info("data.train: read %d samples again to resume, %.1f s", batch.again, waited)
         if batch.failure:
             raise DataError(batch.failure)
@@ -221,25 +228,21 @@ class OpaqueStream:
         )
 
 
-def _must_be_replayed(samples: Any, *, allowed: bool) -> bool:
-    """Whether the iterable has no state of its own. Raises DataError where it cannot be resumed."""
+def _require_resumable(samples: Any, *, replay: bool) -> None:
+    """Raises DataError unless the iterable can be resumed by its state or by reading it again."""
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
-    if stateful(samples):
-        return False
-    rows = iter(samples)  # nothing is read
-    if stateful(rows):
-        return False
+    if stateful(samples) or stateful(rows := iter(samples)):  # nothing is read
+        return
     if rows is samples:
         raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
-    if not allowed:
+    if not replay:
         raise DataError(
             f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
             "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
             "data.replay=true: every resume then reads the current pass again up to there"
         )
-    return True
 
 
 def _as_is(batch: Batch) -> Batch:

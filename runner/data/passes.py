@@ -33,6 +33,7 @@ class Making:
     randomness: str
     collate: Collate = default_collate
     drop_last: bool = False
+    replay: bool = False  # read a pass again instead of using the state of the user's
 
 
 class Batch(NamedTuple):
@@ -83,6 +84,9 @@ class Passes(IterableDataset[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._number, self._place = state["pass"], _Place(*state["place"])
+        if self.making.replay:
+            read = self._place.read if self._place.number == self._number else 0
+            self._place = _Place(self._number, read)
         self._resumed = True
 
     def __next__(self) -> Batch:
@@ -135,11 +139,11 @@ class Passes(IterableDataset[Batch]):
 
     def _keep(self) -> None:
         """Remember the user's state: a copy, because it may be a live object."""
-        parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
-        own = tuple(deepcopy(part.state_dict()) if stateful(part) else None for part in parts)
-        if own == (None, None):
+        if self.making.replay:
             self._place = _Place(self._entered)
             return
+        parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
+        own = tuple(deepcopy(part.state_dict()) if stateful(part) else None for part in parts)
         if self._item == 1 and (kind := _not_plain(own)):
             raise DataError(
                 f"its state_dict holds a {kind}, which cannot be saved; it may hold tensors, str, int, float, bool, "
