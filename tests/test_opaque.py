@@ -422,3 +422,16 @@ def test_the_guarantee_is_said() -> None:
     assert "by its own state" in stream(OnDataset(), opened=False).guarantee
     assert "reading the current pass again" in stream(Stateless(), opened=False).guarantee
     assert "num_workers=2; each worker" in stream(OnDataset(), 2, opened=False).guarantee
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [OnDataset, Unequal])
+def test_a_state_can_be_ignored(kind: Any, workers: int) -> None:
+    """Also one that was saved before somebody set data.replay."""
+    whole = uninterrupted(kind, workers)
+    live = stream(kind(), workers)
+    for done in range(1, len(whole), 1 + workers):
+        while live.consumed < whole[done - 1][1]:
+            step(live)
+        again = resumed(kind, stored(live.state_dict()), workers, replay=True)
+        assert [row[:32] for row in step(again)[0]] == [row[:32] for row in whole[done][0]]

@@ -1,14 +1,28 @@
 """Arithmetic on positions, held against counting them one by one."""
 
+import json
 from collections.abc import Iterator
 from itertools import chain, islice, product
+from typing import Any
 
+import numpy as np
 import pytest
 
-from runner.data.plan import Plan, Slice
+from runner.data.plan import Plan, Slice, Source
+from runner.data.windows import Streams
+from runner.distributed import World
 from runner.errors import DataError
 
 SIZES = [*product((1, 2, 3, 7, 12), (1, 2, 4, 7, 30))]  # samples, samples per batch
+LENGTHS = (1, 5, 2, 8, 3, 3, 1, 7, 2, 4)
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "in order": {"shuffle": False},
+    "drop": {"tail": "drop"},
+    "shards": {"shards": (6, 0, 4), "streams": Streams(2, 4, 1)},
+    "mixture": {"sources": (Source(6, 1), Source(4, 3, (1, 3))), "streams": Streams(2, 4, 1)},
+    "budget": {"max_tokens": 8, "lengths": LENGTHS},
+}
 
 
 def places(plan: Plan, piece: Slice) -> list[tuple[int, int]]:
@@ -96,3 +110,85 @@ def test_the_state_leaves_out_what_moves_no_sample() -> None:
     state = {"samples": 10, "seed": 5, "shuffle": True, "tail": "carry", "randomness": "sample"}
     assert carry.state() == state == Plan(10, 5, 10, 1).state()
     assert drop.state() == state | {"tail": "drop", "batch_size": 4} == Plan(10, 5, 4, 1, tail="drop").state()
+
+
+def test_drop_is_refused_where_batches_are_always_whole() -> None:
+    with pytest.raises(DataError, match=r"data\.tail=drop has no meaning for a mixture"):
+        Plan(10, 0, 4, tail="drop", sources=(Source(5, 1), Source(5, 1)))
+    with pytest.raises(DataError, match=r"data\.tail=drop has no meaning for data\.max_tokens"):
+        Plan(10, 0, 4, tail="drop", max_tokens=8, lengths=LENGTHS)
+
+
+def test_a_batch_that_cannot_be_dealt_to_all_processes_is_refused() -> None:
+    assert Plan(10, 0, 8, micro_batches=2, world=World(0, 4)).slices_per_step == 8
+    with pytest.raises(DataError, match=r"data\.batch_size=4 .* equal micro-batches in each of 4 processes; .*multiple"):
+        Plan(10, 0, 4, micro_batches=2, world=World(0, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_the_slices_of_all_processes_are_those_of_one(kind: str, world: int, micro: int) -> None:
+    if kind == "budget" and world * micro != 4:
+        pytest.skip("another plan: what fits into a slice depends on the slices of a step")
+    values = KINDS[kind]
+    alone = Plan(10, 1, 8, **(values | {"micro_batches": 4}))
+    expected = [place for piece in islice(slices(alone, 3), 40) for place in places(alone, piece)]
+    dealt: list[list[Slice]] = []
+    for rank in range(world):
+        plan = Plan(10, 1, 8, **(values | {"micro_batches": micro, "world": World(rank, world)}))
+        steps = islice(plan.steps(3, plan.order()), 10)
+        dealt.append([piece for step in steps for piece in step[rank::world]])
+    joined = [place for turn in zip(*dealt, strict=True) for piece in turn for place in places(alone, piece)]
+    assert joined == expected
+    assert len(set(joined)) == len(joined) == (80 if kind != "budget" else len(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_comes_back_from_its_recipe_with_the_same_order(kind: str) -> None:
+    plan = Plan(10, 1, 4, **KINDS[kind])
+    again = Plan.of(json.loads(json.dumps(plan.recipe())))
+    assert again.state() == plan.state()
+    assert again.recipe() == plan.recipe()
+    for epoch in range(3):
+        every = np.arange(plan.epoch_size)
+        assert again.order()(epoch, every).tolist() == plan.order()(epoch, every).tolist()
+
+
+def test_the_orders_of_all_kinds_are_different_ones() -> None:
+    kinds = {kind: values for kind, values in KINDS.items() if kind != "drop"}
+    orders = {kind: tuple(Plan(10, 1, 4, **values).order()(0, np.arange(10)).tolist()) for kind, values in kinds.items()}
+    assert len({*orders.values()}) == len(kinds)
+
+
+def test_the_state_is_small_however_long_the_lists_are() -> None:
+    counts = tuple(range(1, 100_001))
+    values: dict[str, Any] = {"streams": Streams(8, 64, 4), "max_tokens": 10**6}
+    plan = Plan(sum(counts), 1, 4, shards=counts, lengths=counts, sources=(Source(sum(counts), 1, counts),), **values)
+    assert len(json.dumps(plan.state())) < 1000
+    same = Plan(sum(counts), 1, 4, shards=counts, lengths=counts, sources=(Source(sum(counts), 1, counts),), **values)
+    assert same.state() == plan.state()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": (4, 6)},
+        {"shards": (4, 6, 0)},
+        {"lengths": LENGTHS[::-1]},
+        {"max_tokens": 9},
+        {"batch_size": 8},
+        {"micro_batches": 2},
+        {"streams": Streams(2, 4, 2)},
+        {"sources": (Source(10, 1, (4, 6)),)},
+        {"world": World(1, 2)},
+    ],
+    ids=str,
+)
+def test_a_change_that_moves_samples_shows_in_the_state(change: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"samples": 10, "seed": 1, "batch_size": 4, "streams": Streams(2, 4, 1)}
+    values |= {"shards": (6, 4), "sources": (Source(10, 1, (6, 4)),), "max_tokens": 8, "lengths": LENGTHS}
+    assert Plan(**values | change).state() != Plan(**values).state()
+
+
+def test_the_rank_of_a_process_is_not_in_its_state() -> None:
+    assert Plan(10, 1, 4, world=World(0, 2)).state() == Plan(10, 1, 4, world=World(1, 2)).state() == Plan(10, 1, 4).state()

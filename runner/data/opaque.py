@@ -33,8 +33,8 @@ class OpaqueStream:
     ``replay`` ignores that state, or does without: a resume reads the current pass again, up to where it was.
 
     Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
-    After ``IterableDataset.shuffle`` it leaves the buffer out, so that a resume loses and repeats samples, and several
-    workers cannot load it (an IndexError). With ``replay`` every one of these is exact.
+    After ``IterableDataset.shuffle`` it leaves the buffer out, so that a resume loses and repeats samples, and with
+    ``buffer_size=1`` workers fail to load it (an IndexError). With ``replay`` every one of these is exact.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class OpaqueStream:
         self._pass = 0
         self._start: Any = None  # the state at its beginning
         self._untouched = True  # the current pass has not yielded anything
+
+    @property
+    def workers(self) -> int:
+        """Processes that load data."""
+        return self._loading.num_workers
 
     @property
     def guarantee(self) -> str:
@@ -153,7 +158,7 @@ class OpaqueStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after a saved step. Raises DataError where the state is that of something else."""
-        name, workers = type(self._samples).__qualname__, self._loading.num_workers
+        name, workers = type(self._samples).__qualname__, self.workers
         if state.get("kind") != "opaque":
             raise DataError(
                 f"data.train is a {name}, an iterable, but the checkpoint holds a position in map-style data, which "
@@ -168,6 +173,12 @@ class OpaqueStream:
         self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
         self._saved = state["loader"]
         self.open()
+
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """In what the data of a saved position is not this data, as far as can be told."""
+        if state.get("kind") != "opaque" or state["workers"] != self.workers:
+            return ["another kind of data, or another number of workers"]
+        return []
 
     def _begin_pass(self) -> Any:
         """Let the workers begin a pass, or go on where they were told to; the state of the loader then."""

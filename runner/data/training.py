@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from runner.config.schema import Config, DataConfig, OnBadRecord
 from runner.data.engine import Loading
@@ -28,7 +29,7 @@ def training_data(
 ) -> tuple[Stream, Plan | None]:
     """The stream of ``data.train``, and its plan if positions say which sample comes next. Raises DataError."""
     data = config.data
-    if hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__"):
+    if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         return OpaqueStream(
             samples,
             seed=config.seed,

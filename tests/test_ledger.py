@@ -1,0 +1,260 @@
+"""What was trained on, step by step: written, read again after any death, and compared with what is done again."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.data import ledger
+from runner.data.ledger import Ledger, Line, recipe, segments
+from runner.errors import DataError, StorageError
+from runner.storage import LocalLocation
+
+RECIPE = {"samples": 10, "seed": 1}
+FIRST = "ledger/s000000000-a000001.txt"
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> LocalLocation:
+    return LocalLocation(tmp_path)
+
+
+def attempt(location: LocalLocation, number: int, step: int, *, grouping: int = 4) -> Ledger:
+    """Attempt ``number``, gone on after ``step``."""
+    opened = Ledger(location, attempt=number, recipe=RECIPE, grouping=grouping)
+    opened.open(step)
+    return opened
+
+
+def line(step: int, *, grouping: int = 4, digest: int | None = None, bad: str = "") -> Line:
+    first = (step - 1) * grouping
+    return Line(step, first, first + grouping - 1, 7 * step if digest is None else digest, bad)
+
+
+def add(opened: Ledger, *steps: int) -> None:
+    for step in steps:
+        opened.add(line(step))
+    opened.flush(steps[-1])
+
+
+def spoil(location: LocalLocation, name: str, old: bytes, new: bytes) -> None:
+    path = location.path / name
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new))
+
+
+def test_lines_are_read_as_they_were_written(location: LocalLocation) -> None:
+    lines = (Line(1, 0, 3, 0), Line(2, 4, 7, 2**64 - 1), Line(3, 8, 11, 5, " 8:3>4 9:0>7"))
+    opened = attempt(location, 1, 0)
+    for one in lines:
+        opened.add(one)
+    opened.flush(3)
+    (segment,) = segments(location)
+    assert (segment.step, segment.attempt, segment.grouping, segment.lines) == (0, 1, 4, lines)
+    assert recipe(location, segment.plan) == RECIPE
+
+
+def test_a_line_is_text_for_people(location: LocalLocation) -> None:
+    opened = attempt(location, 1, 0)
+    opened.add(Line(2, 4, 7, 255, " 5:9>1"))
+    text = (location.read(FIRST, limit=1000) or b"").decode()  # there without a flush
+    assert text.splitlines()[1:] == ["2 4 7 00000000000000ff 5:9>1"]
+
+
+def test_segments_come_in_the_order_in_which_they_were_begun(location: LocalLocation) -> None:
+    add(attempt(location, 1, 0), 1, 2, 3)
+    add(attempt(location, 2, 2), 3)
+    add(attempt(location, 3, 1), 2)
+    assert [(one.attempt, one.step) for one in segments(location)] == [(1, 0), (2, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("torn", [b"2", b"2 4 7 000000000000000e", b"\0\0\0", b"\xff\xfe"])
+def test_a_line_that_a_kill_tore_is_left_out(location: LocalLocation, torn: bytes) -> None:
+    add(attempt(location, 1, 0), 1)
+    with open(location.path / FIRST, "ab") as file:
+        file.write(torn)
+    assert segments(location)[0].lines == (line(1),)
+
+
+@pytest.mark.parametrize("text", [b"", b'{"plan": "01'])
+def test_a_segment_whose_first_line_is_torn_is_none(location: LocalLocation, text: bytes) -> None:
+    attempt(location, 1, 0)
+    (location.path / FIRST).write_bytes(text)
+    assert segments(location) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"1 0 3", b"1 0 x"),
+        (b"1 0 3", b""),
+        (b"0000000000000007", b"7"),
+        (b"\n1 0 3", b"\n\n1 0 3"),
+        (b"1 0 3", b"1 0 -3"),
+        (b"}\n", b"\n"),
+        (b'"plan"', b'"plane"'),
+        (b'"grouping": 4', b'"grouping": null'),
+        (b'"grouping": 4', b'"grouping": "four"'),
+    ],
+)
+def test_a_damaged_segment_is_told_by_name(location: LocalLocation, old: bytes, new: bytes) -> None:
+    add(attempt(location, 1, 0), 1, 2)
+    spoil(location, FIRST, old, new)
+    with pytest.raises(StorageError, match=rf"{location.url}/{FIRST} is not a segment of a ledger"):
+        segments(location)
+
+
+@pytest.mark.parametrize("header", [b"[]", b"null", b"1", b'"text"', b"[" * 100_000], ids=lambda text: text[:6].decode())
+def test_a_header_of_another_kind_is_told_by_name(location: LocalLocation, header: bytes) -> None:
+    attempt(location, 1, 0)
+    (location.path / FIRST).write_bytes(header + b"\n")
+    with pytest.raises(StorageError, match="is not a segment of a ledger"):
+        segments(location)
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{}", b"[]", b'{"samples": 10, "seed": 2}', b'{"samples": 10, "se', b"\xff"])
+def test_a_damaged_plan_is_told_by_name(location: LocalLocation, text: bytes | None) -> None:
+    attempt(location, 1, 0)
+    plan = segments(location)[0].plan
+    path = location.path / f"ledger/plan-{plan}.json"
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(StorageError, match=rf"ledger/plan-{plan}\.json is missing or damaged"):
+        recipe(location, plan)
+
+
+def test_attempts_with_one_plan_share_its_file(location: LocalLocation) -> None:
+    for number in (1, 2):
+        attempt(location, number, 0)
+    assert len([entry for entry in location.list("ledger") if entry.name.startswith("plan-")]) == 1
+
+
+def test_what_is_done_again_with_the_same_samples_is_silent(location: LocalLocation) -> None:
+    add(attempt(location, 1, 0), 1, 2, 3)
+    add(attempt(location, 2, 1), 2, 3, 4)
+    assert [one.lines[-1].step for one in segments(location)] == [3, 4]
+
+
+@pytest.mark.parametrize("now", [line(3, digest=5), line(3, grouping=5), line(3, bad=" 8:3>4")], ids=str)
+def test_what_is_done_again_with_others_is_refused(location: LocalLocation, now: Line) -> None:
+    add(attempt(location, 1, 0), 1, 2)
+    add(attempt(location, 2, 2), 3, 4)
+    again = attempt(location, 3, 2)
+    with pytest.raises(DataError, match=r"step 3 is done again and has other samples than in attempt 2") as refused:
+        again.add(now)
+    assert f"then  {line(3)}\n" in str(refused.value)
+    assert f"now   {now} " in str(refused.value)
+    assert segments(location)[-1].lines == ()  # and is not written
+
+
+def test_what_is_done_again_in_other_groups_is_not_compared(location: LocalLocation) -> None:
+    add(attempt(location, 1, 0), 1, 2)
+    opened = attempt(location, 2, 0, grouping=2)
+    opened.add(line(1, grouping=2, digest=3))
+
+
+def test_the_newest_attempt_is_the_one_compared_with(location: LocalLocation) -> None:
+    """The one before it has been judged already."""
+    add(attempt(location, 1, 0), 1, 2)
+    spoil(location, FIRST, b"2 4 7 000000000000000e", b"2 4 7 00000000000000ff")
+    with pytest.raises(DataError, match="attempt 1"):
+        add(attempt(location, 2, 1), 2)
+    spoil(location, FIRST, b"2 4 7 00000000000000ff", b"2 4 7 000000000000000e")
+    add(attempt(location, 3, 1), 2)
+    with pytest.raises(DataError, match="attempt 3"):
+        attempt(location, 4, 1).add(line(2, digest=1))
+
+
+def test_full_segments_are_followed_by_others(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a resume anywhere among them finds what it must compare with."""
+    monkeypatch.setattr(ledger, "_FULL", 100)
+    opened = attempt(location, 1, 0)
+    for step in range(1, 21):
+        add(opened, step)
+    found = segments(location)
+    assert len(found) > 3
+    assert [one.step for one in found] == [0, *(one.lines[-1].step for one in found[:-1])]
+    assert [each for one in found for each in one.lines] == [line(step) for step in range(1, 21)]
+    for number, step in enumerate((19, 10, found[1].step, 1), start=2):
+        again = attempt(location, number, step)
+        again.add(line(step + 1))
+        if step < 19:
+            with pytest.raises(DataError, match=rf"step {step + 2} .* attempt 1:"):
+                again.add(line(step + 2, digest=0))
+
+
+def test_segments_that_end_before_a_step_are_not_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_FULL", 100)
+    opened = attempt(location, 1, 0)
+    for step in range(1, 21):
+        add(opened, step)
+    second = segments(location)[1].step
+    (location.path / FIRST).write_bytes(b"damaged\n")
+    assert segments(location, after=second)[0].step == second
+    with pytest.raises(StorageError, match=FIRST):
+        segments(location, after=second - 1)
+
+
+def test_foreign_files_are_left_alone(location: LocalLocation) -> None:
+    location.put("ledger/notes.txt", [b"a person's"])
+    location.put("ledger/s1-a1.txt", [b"a person's"])
+    assert segments(location) == []
+
+
+def lived(location: LocalLocation, code: str) -> subprocess.CompletedProcess[str]:
+    """A process that opens the ledger and goes on with ``code``."""
+    start = f"""
+import os, resource, signal
+from runner.data.ledger import Ledger, Line
+from runner.errors import StorageError
+from runner.storage import LocalLocation
+opened = Ledger(LocalLocation({location.url!r}), attempt=1, recipe={RECIPE!r}, grouping=4)
+opened.open(0)
+"""
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    return done
+
+
+def test_every_line_outlives_a_killed_process(location: LocalLocation) -> None:
+    code = """
+for step in range(1, 501):
+    opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert lived(location, code).returncode == -signal.SIGKILL
+    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 501))
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
+def test_a_full_disk_is_told_at_the_flush_and_no_line_is_lost_if_room_comes(location: LocalLocation) -> None:
+    """A limit on the size of files stands for the disk; a write that reaches it is cut short in the middle of a line."""
+    code = """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for step in range(1, 101):
+    opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
+try:
+    opened.flush(100)
+except StorageError as error:
+    print(error)
+print(os.path.getsize(opened._location.path / "ledger/s000000000-a000001.txt"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+opened.add(Line(101, 400, 403, 707))
+"""
+    told, size = lived(location, code).stdout.splitlines()
+    assert told == f"cannot write {location.url}/{FIRST}: File too large"
+    assert size == "1000"
+    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 102))
+
+
+def test_the_recipe_is_plain_json(location: LocalLocation) -> None:
+    attempt(location, 1, 0)
+    name = next(entry.name for entry in location.list("ledger") if entry.name.startswith("plan-"))
+    assert json.loads(location.read(f"ledger/{name}", limit=1000) or b"") == RECIPE

@@ -1,0 +1,153 @@
+"""Data sets that a user might write, good and bad."""
+
+import json
+import os
+import random
+
+import numpy as np
+import torch
+
+
+class Rows:
+    """Eight noisy numbers and a label; the noise comes from all global generators."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        noise = torch.randn(8) + random.gauss(0, 1) + np.random.standard_normal()
+        return row(index) + 0.1 * noise.float(), index % 3
+
+
+class Hidden(Rows):
+    """Draws from a generator of its own."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index):
+        return row(index) + float(self.generator.random()), index % 3
+
+
+class Counter(Rows):
+    """Gets harder from call to call."""
+
+    calls = 0
+
+    def __getitem__(self, index):
+        self.calls += 1
+        return row(index) * self.calls, index % 3
+
+
+class ByProcess(Rows):
+    """Depends on the process that reads it."""
+
+    def __getitem__(self, index):
+        return row(index) + os.getpid() % 1000, index % 3
+
+
+class Unsized:
+    """A map without a length."""
+
+    def __init__(self, size):
+        pass
+
+    def __getitem__(self, index):
+        return row(index), 0
+
+
+class WithLambda(Rows):
+    """Cannot be sent to another process."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.transform = lambda x: x
+
+
+class File(Rows):
+    """Numbers in a text file."""
+
+    def __init__(self, size, path):
+        with open(path) as file:
+            self.rows = [[float(word) for word in line.split()] for line in file]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return torch.tensor(self.rows[index]), index % 3
+
+
+class Broken(Rows):
+    """Some samples cannot be read."""
+
+    def __getitem__(self, index):
+        if index % 10 == 7:
+            raise KeyError("label")
+        return super().__getitem__(index)
+
+
+class Sentences(Rows):
+    """Rows of different lengths."""
+
+    @property
+    def lengths(self):
+        return [1 + index * index % 13 for index in range(self.size)]
+
+
+class Iterable(torch.utils.data.IterableDataset):
+    """The same rows as a stream that knows where it is; shares itself out to workers."""
+
+    def __init__(self, size):
+        self.rows = Rows(size)
+        self.at = 0
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        while self.at * workers + number < self.rows.size:
+            self.at += 1
+            yield self.rows[(self.at - 1) * workers + number]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class Stateless:
+    """An iterable that does not know where it is."""
+
+    def __init__(self, size):
+        self.rows = Rows(size)
+
+    def __iter__(self):
+        return (self.rows[index] for index in range(self.rows.size))
+
+
+def decode(record):
+    """A row out of a record with its number."""
+    noise = 0.1 * torch.randn(8)
+    return row(record["number"]) + noise, record["number"] % 3
+
+
+def row(index):
+    """What a sample is without its noise."""
+    return torch.sin(torch.arange(8.0) * (index % 97 + 1))
+
+
+def write_shards(folder, counts):
+    """One jsonl file for each count, the numbers going through all of them."""
+    number = 0
+    os.makedirs(folder, exist_ok=True)
+    for shard, count in enumerate(counts):
+        with open(f"{folder}/{shard:03d}.jsonl", "w") as file:
+            for _ in range(count):
+                file.write(json.dumps({"number": number}) + "\n")
+                number += 1
