@@ -498,7 +498,7 @@ def ledger(turns: int) -> None:
 
         lines = [
             Line(step, step * BATCH, step * BATCH + BATCH - 1, step**5 % 2**64)
-            for step in range(1, steps * (turns + 1))
+            for step in range(1, steps * (turns + 1) + 1)
         ]
         before = attempt(1)
         fresh = attempt(2)

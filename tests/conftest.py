@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "user")]
+sys.path.insert(0, str(Path(__file__).parent / "user"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from lives import Lives, lives
 

@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from results import results
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from runner.data import fetch, order
 from runner.data.engine import Loading, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
@@ -68,7 +70,7 @@ def stopped_in_the_second_epoch() -> list[int]:
     first.open()
     before = [*drawn(first, 150)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    return before + [*drawn(second, 50)]
+    return [*before, *drawn(second, 50)]
 
 
 def test_a_stop_in_the_middle_of_the_second_epoch_repeats_and_misses_nothing() -> None:
@@ -77,8 +79,8 @@ def test_a_stop_in_the_middle_of_the_second_epoch_repeats_and_misses_nothing() -
 
 
 def test_the_same_with_plain_torchdata_repeats_246_samples_and_misses_246() -> None:
-    """So that the test above is known to be able to fail. RandomSampler has a generator of its own, as trainers give it;
-    nothing saves that, so the resumed half is that of the first epoch's order.
+    """So that the test above is known to be able to fail. RandomSampler has a generator of its own, as trainers give
+    it; nothing saves that, so the resumed half is that of the first epoch's order.
     """
 
     def loader() -> Any:
@@ -223,3 +225,79 @@ def test_any_number_of_processes_trains_on_the_same_samples() -> None:
     expected = drawn(1, 1, 48)
     for size, micro in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
         assert drawn(size, micro, 48) == expected
+
+
+# Teeth: what the comparison with an uninterrupted run is worth. Each break is made in the resumed half only.
+
+
+class Summed:
+    """Samples that depend on order, randomness and, through a float sum, on the number of threads."""
+
+    weights = torch.rand(400_000, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> tuple[int, float, float]:
+        return index, torch.rand(()).item(), (self.weights * (index + 0.1)).sum().item()
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, wreck: Callable[[pytest.MonkeyPatch], None] | None) -> list[Any]:
+    """The samples of 12 steps with a resume after the fifth, whose process has 2 threads and is wrecked."""
+    saved, found = None, []
+    with monkeypatch.context() as patch:
+        for steps in (5, 7):
+            stream = BatchStream(Summed(), Plan(50, 1, 8), loading=Loading(), device=CPU)  # type: ignore[arg-type]
+            if saved is not None:
+                stream.load_state_dict(saved)
+            stream.open()
+            for _ in range(steps):
+                for _, batch in stream.step():
+                    found.append([field.tolist() for field in batch])
+                stream.advance()
+            saved = json.loads(json.dumps(stream.state_dict()))
+            torch.set_num_threads(2)
+            if wreck is not None:
+                wreck(patch)
+    return found
+
+
+def other_label(patch: pytest.MonkeyPatch) -> None:
+    real = fetch.derive
+    patch.setattr(fetch, "derive", lambda label, *parts: real(f"another {label}", *parts))
+
+
+def other_order(patch: pytest.MonkeyPatch) -> None:
+    real = order.permutation
+    patch.setattr(order, "permutation", lambda size, label, *parts: real(size, f"another {label}", *parts))
+
+
+def early_cursor(patch: pytest.MonkeyPatch) -> None:
+    real = BatchStream.load_state_dict
+
+    def load(self: BatchStream, state: dict[str, Any]) -> None:
+        real(self, state | {"consumed": state["consumed"] + 8})  # as if it had moved when the batch was handed out
+
+    patch.setattr(BatchStream, "load_state_dict", load)
+
+
+def unpinned_threads(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fetch, "_one_thread", nullcontext)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("wreck", [other_label, other_order, early_cursor, unpinned_threads])
+def test_a_wrecked_resume_is_seen(wreck: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(monkeypatch, None)
+    torch.set_num_threads(1)
+    assert trained(monkeypatch, None) == expected
+    torch.set_num_threads(1)
+    assert trained(monkeypatch, wreck) != expected

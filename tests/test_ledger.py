@@ -109,7 +109,9 @@ def test_a_damaged_segment_is_told_by_name(location: LocalLocation, old: bytes, 
         segments(location)
 
 
-@pytest.mark.parametrize("header", [b"[]", b"null", b"1", b'"text"', b"[" * 100_000], ids=lambda text: text[:6].decode())
+@pytest.mark.parametrize(
+    "header", [b"[]", b"null", b"1", b'"text"', b"[" * 100_000], ids=lambda text: text[:6].decode()
+)
 def test_a_header_of_another_kind_is_told_by_name(location: LocalLocation, header: bytes) -> None:
     attempt(location, 1, 0)
     (location.path / FIRST).write_bytes(header + b"\n")
@@ -117,7 +119,9 @@ def test_a_header_of_another_kind_is_told_by_name(location: LocalLocation, heade
         segments(location)
 
 
-@pytest.mark.parametrize("text", [None, b"", b"{}", b"[]", b'{"samples": 10, "seed": 2}', b'{"samples": 10, "se', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [None, b"", b"{}", b"[]", b'{"samples": 10, "seed": 2}', b'{"samples": 10, "se', b"\xff"]
+)
 def test_a_damaged_plan_is_told_by_name(location: LocalLocation, text: bytes | None) -> None:
     attempt(location, 1, 0)
     plan = segments(location)[0].plan
@@ -258,3 +262,10 @@ def test_the_recipe_is_plain_json(location: LocalLocation) -> None:
     attempt(location, 1, 0)
     name = next(entry.name for entry in location.list("ledger") if entry.name.startswith("plan-"))
     assert json.loads(location.read(f"ledger/{name}", limit=1000) or b"") == RECIPE
+
+
+def test_positions_that_other_groups_moved_are_not_compared(location: LocalLocation) -> None:
+    """Attempt 1 did step 3 elsewhere than attempt 3, which began where the smaller batches of attempt 2 had led."""
+    add(attempt(location, 1, 0), 1, 2, 3)
+    attempt(location, 2, 1, grouping=2).add(Line(2, 4, 5, 3))
+    attempt(location, 3, 2).add(Line(3, 6, 9, 5))

@@ -92,7 +92,10 @@ def test_a_place_has_its_sample_whatever_was_asked_before() -> None:
 
 
 def test_the_order_is_frozen() -> None:
-    assert sha256(stream(mixed(), 3).astype("<i8").tobytes()).hexdigest() == "b809a78874a06e776fce99df993ac26196c1257deef05982e7529cc1ba8c478b"
+    assert (
+        sha256(stream(mixed(), 3).astype("<i8").tobytes()).hexdigest()
+        == "b809a78874a06e776fce99df993ac26196c1257deef05982e7529cc1ba8c478b"
+    )
 
 
 def test_neighbouring_seeds_have_orders_of_their_own() -> None:
@@ -162,7 +165,9 @@ def test_a_weight_too_small_to_be_kept_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "weights"), [({}, {}), ({"a": [1]}, {}), ({"a": [1]}, {"b": 1}), ({"a": [1]}, {"a": 1, "b": 1})], ids=str
+    ("sources", "weights"),
+    [({}, {}), ({"a": [1]}, {}), ({"a": [1]}, {"b": 1}), ({"a": [1]}, {"a": 1, "b": 1})],
+    ids=str,
 )
 def test_names_that_differ_are_refused(sources: dict[str, Any], weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="a weight for each source"):

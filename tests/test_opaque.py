@@ -181,6 +181,17 @@ def numbers(steps: list[Step]) -> list[int]:
     return [int.from_bytes(line[:8], "little") for rows, *_ in steps for line in rows]
 
 
+def generators() -> str:
+    """Every bit of every global generator."""
+    value, tensors = encode(Generators().state_dict(), "")
+    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
+
+
+def noisy(rows: list[Any]) -> list[torch.Tensor]:
+    """A collate function that draws."""
+    return [torch.stack([torch.as_tensor(row[0]) for row in rows]), torch.randn(len(rows))]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_brings_every_sample_once(kind: Any, workers: int) -> None:
@@ -273,9 +284,11 @@ def test_the_digest_tells_what_was_in_the_batches() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_leave_the_global_generators_alone(workers: int) -> None:
-    before = repr(encode(Generators().state_dict(), ""))
+    for draw in (random.random, np.random.standard_normal, lambda: torch.randn(1)):
+        draw()  # so that they do not stand where the last stream left them
+    before = generators()
     uninterrupted(OnIterator, workers)
-    assert repr(encode(Generators().state_dict(), "")) == before
+    assert generators() == before
 
 
 def test_another_number_of_workers_is_refused_with_both_and_the_remedy() -> None:
@@ -435,3 +448,26 @@ def test_a_state_can_be_ignored(kind: Any, workers: int) -> None:
             step(live)
         again = resumed(kind, stored(live.state_dict()), workers, replay=True)
         assert [row[:32] for row in step(again)[0]] == [row[:32] for row in whole[done][0]]
+
+
+def test_what_collating_draws_is_exact_as_well() -> None:
+    class Quiet(OnDataset):
+        def __iter__(self) -> Iterator[Any]:
+            for row in super().__iter__():
+                torch.randn(1 + self.passes * N + self.read)  # of which collating must not depend
+                yield row
+
+    whole = uninterrupted(Quiet, 0, collate=noisy, randomness="batch")
+    drawn = [line[8:] for rows, *_ in whole for line in rows]
+    assert len({*drawn}) == len(drawn)
+    plain = uninterrupted(OnDataset, 0, collate=noisy, randomness="batch")
+    assert [row for one in plain for row in one[0]] == [row for one in whole for row in one[0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_number_of_the_pass_is_told_to_a_data_set_that_asks(workers: int) -> None:
+    for _, batch in (told := stream(Unequal(), workers, batch_size=7)).step():
+        assert batch[-1].tolist() == [0] * 7
+    told.advance()
+    for _, batch in told.step():
+        assert batch[-1].tolist() == [1] * 7

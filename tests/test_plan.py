@@ -121,15 +121,21 @@ def test_drop_is_refused_where_batches_are_always_whole() -> None:
 
 def test_a_batch_that_cannot_be_dealt_to_all_processes_is_refused() -> None:
     assert Plan(10, 0, 8, micro_batches=2, world=World(0, 4)).slices_per_step == 8
-    with pytest.raises(DataError, match=r"data\.batch_size=4 .* equal micro-batches in each of 4 processes; .*multiple"):
+    with pytest.raises(
+        DataError, match=r"data\.batch_size=4 .* equal micro-batches in each of 4 processes; .*multiple"
+    ):
         Plan(10, 0, 4, micro_batches=2, world=World(0, 4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("kind", "world", "micro"),
+    [
+        (kind, world, micro)
+        for kind, world, micro in product(KINDS, (1, 2, 4), (1, 2, 4))
+        if world * micro == 4 or (world * micro < 16 and kind != "budget")  # there the slices of a step are in the plan
+    ],
+)
 def test_the_slices_of_all_processes_are_those_of_one(kind: str, world: int, micro: int) -> None:
-    if kind == "budget" and world * micro != 4:
-        pytest.skip("another plan: what fits into a slice depends on the slices of a step")
     values = KINDS[kind]
     alone = Plan(10, 1, 8, **(values | {"micro_batches": 4}))
     expected = [place for piece in islice(slices(alone, 3), 40) for place in places(alone, piece)]
@@ -156,7 +162,9 @@ def test_a_plan_comes_back_from_its_recipe_with_the_same_order(kind: str) -> Non
 
 def test_the_orders_of_all_kinds_are_different_ones() -> None:
     kinds = {kind: values for kind, values in KINDS.items() if kind != "drop"}
-    orders = {kind: tuple(Plan(10, 1, 4, **values).order()(0, np.arange(10)).tolist()) for kind, values in kinds.items()}
+    orders = {
+        kind: tuple(Plan(10, 1, 4, **values).order()(0, np.arange(10)).tolist()) for kind, values in kinds.items()
+    }
     assert len({*orders.values()}) == len(kinds)
 
 
@@ -191,4 +199,6 @@ def test_a_change_that_moves_samples_shows_in_the_state(change: dict[str, Any]) 
 
 
 def test_the_rank_of_a_process_is_not_in_its_state() -> None:
-    assert Plan(10, 1, 4, world=World(0, 2)).state() == Plan(10, 1, 4, world=World(1, 2)).state() == Plan(10, 1, 4).state()
+    assert (
+        Plan(10, 1, 4, world=World(0, 2)).state() == Plan(10, 1, 4, world=World(1, 2)).state() == Plan(10, 1, 4).state()
+    )

@@ -22,7 +22,14 @@ LAYOUTS = [
     (99, 1),
     (64, 0, 64),
 ]
-STREAMS = [Streams(1, 1, 1), Streams(1, 8, 3), Streams(3, 4, 2), Streams(4, 16, 4), Streams(7, 5, 8), Streams(128, 2, 1)]
+STREAMS = [
+    Streams(1, 1, 1),
+    Streams(1, 8, 3),
+    Streams(3, 4, 2),
+    Streams(4, 16, 4),
+    Streams(7, 5, 8),
+    Streams(128, 2, 1),
+]
 
 
 def whole(shards: Sequence[int], streams: Streams, *, seed: int = 7, epoch: int = 3) -> Indices:
@@ -84,7 +91,9 @@ def test_a_reader_needs_one_window_of_each_stream_at_a_time() -> None:
     """A window is a run of the joined shards; of shards, so few are open as streams and borders within windows ask."""
     shards, streams = (40,) * 100, Streams(5, 80, 4)
     samples = whole(shards, streams)
-    for start in range(0, 4000, 400):  # in 400 positions each stream goes through one window of 80 = two or three shards
+    for start in range(
+        0, 4000, 400
+    ):  # in 400 positions each stream goes through one window of 80 = two or three shards
         of_all = shard_of(shards, samples[start : start + 400])
         assert len(set(of_all.tolist())) <= 5 * 3
     for stream in range(5):
@@ -159,5 +168,7 @@ def test_no_two_workers_read_one_stream(count: int, wanted: int, chunks: int, wo
         (16, 0, 1, 0),
     ],
 )
-def test_workers_are_rounded_down_to_what_divides_the_streams(count: int, wanted: int, world: int, workers: int) -> None:
+def test_workers_are_rounded_down_to_what_divides_the_streams(
+    count: int, wanted: int, world: int, workers: int
+) -> None:
     assert Streams(count, 64, 2).workers(wanted, slice_size=8, world=world) == workers

@@ -91,6 +91,13 @@ class Broken(Rows):
         return super().__getitem__(index)
 
 
+class Unreadable(Rows):
+    """No sample can be read."""
+
+    def __getitem__(self, index):
+        raise OSError("gone")
+
+
 class Sentences(Rows):
     """Rows of different lengths."""
 

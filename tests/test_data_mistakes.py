@@ -1,0 +1,138 @@
+"""What a user may do wrong with data: each has a message that says what, where and what to do about it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Ended, Lives
+from mine.data import write_shards
+
+USER = Path(__file__).parent / "user"
+
+Live = Callable[..., Ended]
+
+
+@pytest.fixture
+def live(life: Lives, tmp_path: Path) -> Live:
+    """One life of a user's experiment, in a root of this test."""
+
+    def one(*more: str, experiment: str = "rows", **how: Any) -> Ended:
+        common = (f"experiment={experiment}", f"run.root={tmp_path}", "run.name=r", "trainer.max_steps=8")
+        return life("--config-dir", "conf", *common, *more, cwd=USER, **how)
+
+    return one
+
+
+def using(name: str) -> str:
+    return f"data.train._target_=mine.data.{name}"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((using("Unsized"),), ["data.train is a Unsized without __len__ and __getitem__"]),
+        (("data.train.size=0",), ["data.train is empty: a Rows of length 0"]),
+        (("data.validation.size=0",), ["data.validation is empty"]),
+        ((using("Stateless"),), ["Stateless", "state_dict", "data.replay=true", "__getitem__"]),
+        (
+            ("data.validation._target_=mine.data.Iterable",),
+            ["data.validation is a Iterable without __len__ and __getitem__"],
+        ),
+        ((using("Hidden"),), ["sample 0 of Hidden", "drawn again", "np.random.default_rng()", "runtime.audit=false"]),
+        ((using("Counter"),), ["of Counter", "a counter or cache that changes from call to call"]),
+        (
+            (using("ByProcess"), "runtime.num_workers=1"),
+            ["of ByProcess", "another one in a data worker than in this process", "the pid"],
+        ),
+        (("data.randomness='off'",), ["of Rows draws random numbers", "data.randomness=sample"]),
+        (
+            (using("WithLambda"), "runtime.num_workers=1", "runtime.start_method=spawn"),
+            ["data workers", "spawn", "lambda", "runtime.start_method=fork"],
+        ),
+        (
+            (using("Broken"),),
+            ["of Broken cannot be read (position", "KeyError: 'label'", "data.py", "data.on_bad_record=substitute"],
+        ),
+        ((using("Broken"), "runtime.num_workers=2"), ["of Broken cannot be read", 'raise KeyError("label")']),
+        (("data.max_tokens=100",), ["data.max_tokens needs the length of every sample", "(Rows) has no lengths"]),
+        ((using("Sentences"), "data.max_tokens=5"), ["tokens, more than data.max_tokens=5"]),
+        ((using("Sentences"), "data.max_tokens=50", "data.tail=drop"), ["data.tail=drop", "data.max_tokens"]),
+        (("data.tail=pad",), ["data.tail", "pad", "carry", "drop"]),
+        (("data.on_bad_record=ignore",), ["on_bad_record", "stop", "substitute"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_a_mistake_is_told(more: tuple[str, ...], told: list[str], live: Live) -> None:
+    ended = live(*more)
+    assert ended.status in (1, 2), ended.output
+    assert "most recent call" not in ended.output
+    assert [word for word in told if word not in ended.output] == [], ended.output
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("data.train.size=99",), ["samples: 100 then, 99 now"]),
+        (("data.shuffle=false",), ["shuffle: True then, False now"]),
+        (("data.randomness=batch",), ["randomness: sample then, batch now"]),
+        (("seed=2",), ["seed: 0 then, 2 now"]),
+        ((using("Hidden"), "runtime.audit=false"), ["sample 0[0]: float32[8] of magnitude"]),
+        ((using("Iterable"),), ["data.train is a Iterable, an iterable, but the checkpoint holds a position"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_other_data_under_an_accepted_drift_is_refused(change: tuple[str, ...], told: list[str], live: Live) -> None:
+    """Nobody can accept that samples are repeated or missed."""
+    assert live(step=4).status is None
+    ended = live(*change, "run.on_drift=accept")
+    assert ended.status == 1, ended.output
+    assert "run.name=" in ended.output
+    assert [word for word in told if word not in ended.output] == [], ended.output
+
+
+def test_a_changed_file_under_the_same_name_is_refused(live: Live, tmp_path: Path) -> None:
+    def write(scale: float) -> None:
+        (tmp_path / "rows.txt").write_text("".join(f"{' '.join([str(scale * n)] * 8)}\n" for n in range(100)))
+
+    command = (using("File"), f"+data.train.path={tmp_path}/rows.txt")
+    write(1.0)
+    assert live(*command, step=4).status is None
+    write(1.5)
+    ended = live(*command)
+    assert ended.status == 1, ended.output
+    assert "sample 33[0]: float32[8] of magnitude 33 +- 0 then, float32[8] of magnitude 49.5 +- 0 now" in ended.output
+    write(1.0)
+    assert live(*command).status == 0
+
+
+def test_changed_shards_are_refused(live: Live, tmp_path: Path) -> None:
+    command = (f"data.train.path={tmp_path}/shards",)
+    write_shards(str(tmp_path / "shards"), [30, 70])
+    assert live(*command, experiment="sharded", step=4).status is None
+    write_shards(str(tmp_path / "shards"), [31, 69])
+    ended = live(*command, experiment="sharded")
+    assert ended.status == 1
+    assert "fingerprint: " in ended.output
+
+
+def test_a_bad_record_of_a_shard_is_named_with_shard_and_offset(live: Live, tmp_path: Path) -> None:
+    write_shards(str(tmp_path / "shards"), [30, 70])
+    with (tmp_path / "shards" / "000.jsonl").open("a") as file:
+        file.write("{broken\n")
+    ended = live(f"data.train.path={tmp_path}/shards", experiment="sharded")
+    assert ended.status == 1
+    assert f"{tmp_path}/shards/000.jsonl, record 30, in the block at byte 0 of Records cannot be read" in ended.output
+
+
+def test_substitutes_are_told_and_counted(live: Live, tmp_path: Path) -> None:
+    ended = live(using("Broken"), "data.on_bad_record=substitute")
+    assert ended.status == 0
+    assert "bad      sample 7: KeyError: 'label'; sample " in ended.output
+    assert '"substituted_samples": 1' in (tmp_path / "rows" / "r" / "result.json").read_text()
+
+
+def test_a_data_set_without_one_good_sample_ends_the_run(live: Live) -> None:
+    ended = live(using("Unreadable"), "data.on_bad_record=substitute")
+    assert ended.status == 1
+    assert "8 others in its place could not be read either" in ended.output

@@ -1,0 +1,323 @@
+"""The look at a few samples before training: do positions alone decide them, and are they what they were?"""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner.checkpoint.tree import encode
+from runner.data import probe
+from runner.data.engine import Loading
+from runner.data.fetch import Fetcher
+from runner.data.plan import Plan
+from runner.data.stream import BatchStream
+from runner.errors import DataError
+from runner.rng import Generators
+
+N = 20
+
+
+class Made:
+    """Samples made by a function of their index."""
+
+    def __init__(self, make: Callable[[int], Any], size: int = N) -> None:
+        self.make, self.size = make, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+def fetcher(make: Callable[[int], Any], *, size: int = N, randomness: str = "sample") -> Fetcher:
+    return Fetcher(Made(make, size), Plan(size, 1, 2, randomness=randomness), label="train")
+
+
+def sketch(make: Callable[[int], Any], *, size: int = N) -> probe.Sketch:
+    """As a later attempt finds it in a checkpoint."""
+    found: probe.Sketch = json.loads(json.dumps(probe.sketch(fetcher(make, size=size)), allow_nan=False))
+    return found
+
+
+def changed(then: Callable[[int], Any], now: Callable[[int], Any]) -> list[str]:
+    return probe.differences(sketch(then), probe.sketch(fetcher(now)))
+
+
+def states() -> str:
+    """Every bit of every global generator."""
+    value, tensors = encode(Generators().state_dict(), "")
+    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
+
+
+class Counter:
+    calls = 0
+
+    def __call__(self, index: int) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Hidden:
+    """Each draws from a generator that no seed of the runner reaches."""
+
+    def __init__(self) -> None:
+        self.numpy = np.random.default_rng(1)
+        self.python = random.Random(1)
+        self.torch = torch.Generator().manual_seed(1)
+
+
+OWN = {
+    "numpy": lambda: lambda index, own=Hidden(): (index, own.numpy.random()),
+    "numpy, new every time": lambda: lambda index: (index, np.random.default_rng().random()),
+    "python": lambda: lambda index, own=Hidden(): {"x": own.python.random()},
+    "torch": lambda: lambda index, own=Hidden(): torch.rand(3, generator=own.torch),
+    "counter": Counter,
+    "clock": lambda: lambda index: time.time_ns(),
+    "urandom": lambda: lambda index: os.urandom(8),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
+def test_what_no_seed_reaches_is_refused(kind: str, randomness: str) -> None:
+    with pytest.raises(DataError, match=r"^sample 0 of Made is another one when it is drawn again with the same seed"):
+        probe.require_pure(fetcher(OWN[kind](), randomness=randomness))
+
+
+GLOBAL: dict[str, Callable[[int], Any]] = {
+    "python": lambda index: random.random(),
+    "numpy": lambda index: np.random.rand(3),
+    "torch": lambda index: torch.rand(3),
+}
+
+
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_draws_from_global_generators_are_refused_only_if_nothing_seeds_them(kind: str) -> None:
+    make = GLOBAL[kind]
+    for randomness in ("sample", "batch"):
+        assert len(probe.require_pure(fetcher(make, randomness=randomness))) == 4
+    with pytest.raises(DataError, match=r"^sample 0 of Made draws random numbers, and data\.randomness=off seeds none"):
+        probe.require_pure(fetcher(make, randomness="off"))
+
+
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_global_generators_are_left_alone(kind: str) -> None:
+    before = states()
+    for randomness in ("sample", "batch"):
+        asked = fetcher(GLOBAL[kind], randomness=randomness)
+        probe.require_pure(asked)
+        probe.sketch(asked)
+    assert states() == before
+
+
+@dataclass
+class Both:
+    x: Any
+    y: Any
+
+
+class Plain:
+    """An object of another package."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+PURE: dict[str, Callable[[int], Any]] = {
+    "nothing": lambda index: None,
+    "text": lambda index: f"text {index}" * 20,
+    "bytes": lambda index: bytes([index]) * 20,
+    "numbers": lambda index: (index, index / 7, True, 10**30, 1j, np.float32(index), np.int8(1)),
+    "nested": lambda index: {"a": [torch.full((2, 3), index), {"b": (np.ones(2), "c")}], 1: None},
+    "dataclass": lambda index: Both(torch.ones(2), Both("a", [index])),
+    "NaN": lambda index: (float("nan"), torch.full((3,), float("nan")), np.array([np.inf, np.nan])),
+    "empty": lambda index: (torch.empty(0), np.empty((0, 3)), [], {}, "", b""),
+    "scalars": lambda index: (torch.tensor(1.5), np.asarray(index)),
+    "bfloat16": lambda index: torch.full((3,), index, dtype=torch.bfloat16),
+    "half": lambda index: torch.full((3,), 60000, dtype=torch.float16),
+    "complex": lambda index: torch.complex(torch.ones(2), torch.ones(2)),
+    "sparse": lambda index: torch.sparse_coo_tensor([[0, 1]], [1.0, index], (3,)),
+    "gradient": lambda index: torch.ones(2, requires_grad=True),
+    "strided": lambda index: (torch.arange(6).reshape(2, 3).T, np.arange(6)[::2]),
+    "strings": lambda index: np.array(["a", f"{index}"]),
+    "dates": lambda index: np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "sets": lambda index: ({"a", "b", f"{index}"}, frozenset({1, 2})),
+    "objects": lambda index: Plain([index, "text"]),
+    "what cannot be pickled": lambda index: (threading.Lock(), index),
+    "functions": lambda index: (lambda: index, index),
+}
+
+
+@pytest.mark.parametrize("kind", PURE)
+def test_pure_samples_of_any_type_pass(kind: str) -> None:
+    found = probe.require_pure(fetcher(PURE[kind]))
+    assert found == probe.require_pure(fetcher(PURE[kind])) == probe.require_pure(fetcher(PURE[kind], randomness="off"))
+
+
+@pytest.mark.parametrize("kind", PURE)
+def test_equal_samples_have_no_differences(kind: str) -> None:
+    assert changed(PURE[kind], PURE[kind]) == []
+
+
+ODD: dict[str, Callable[[int], Any]] = {
+    "float8": lambda index: torch.ones(3).to(torch.float8_e4m3fn),
+    "compressed rows": lambda index: torch.eye(3).to_sparse_csr(),
+    "conjugate": lambda index: torch.complex(torch.ones(2), torch.ones(2)).conj(),
+    "array of objects": lambda index: np.array([f"text {index}" * 9, None, [index]], dtype=object),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("kind", ODD)
+def test_pure_samples_of_rare_types_pass(kind: str) -> None:
+    probe.require_pure(fetcher(ODD[kind]))
+    assert changed(ODD[kind], ODD[kind]) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 1000, 10**12])
+def test_a_few_samples_from_the_first_to_the_last_are_looked_at(size: int) -> None:
+    found = probe.indices(size)
+    assert found[0] == 0
+    assert found[-1] == size - 1
+    assert len(found) == min(size, 4)
+    assert [*found] == sorted({*found})
+
+
+def test_unreadable_samples_do_not_end_it() -> None:
+    def make(index: int) -> int:
+        if index == 0:
+            raise OSError("no such file")
+        return index
+
+    assert len(probe.require_pure(fetcher(make))) == 4
+    assert changed(make, make) == []
+
+
+def test_one_impure_sample_is_told_by_its_place() -> None:
+    class Located(Made):
+        def locate(self, index: int) -> str:
+            return f"line {index} of a.txt"
+
+    data = Located(lambda index: time.time_ns() if index == N - 1 else index)
+    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is another one"):
+        probe.require_pure(Fetcher(data, Plan(N, 1, 2), label="train"))
+
+
+def opened(make: Callable[[int], Any], workers: int = 1) -> BatchStream:
+    stream = BatchStream(
+        Made(make), Plan(N, 1, 2), loading=Loading(workers), device=torch.device("cpu"), audit=True, collate=list
+    )
+    stream.open()
+    return stream
+
+
+def test_samples_that_depend_on_the_process_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^sample 0 of Made is another one in a data worker than in this process"):
+        next(opened(lambda index: (index, os.getpid())).step())
+
+
+@pytest.mark.parametrize("kind", ["nested", "sets", "NaN", "what cannot be pickled"])
+def test_pure_samples_are_the_same_in_a_worker(kind: str) -> None:
+    """The fetcher's function stays here; only digests come back."""
+    stream = opened(PURE[kind], workers=1)
+    assert stream._batches is not None
+    probe.require_same_in_worker(stream._fetcher, stream._found or [], next(stream._batches))
+
+
+def test_what_the_audit_asks_of_a_worker_is_no_batch() -> None:
+    found = [[batch for _, batch in opened(lambda index: index, workers).step()] for workers in (0, 1)]
+    assert found[0] == found[1]
+
+
+def test_noise_in_the_last_bits_of_floats_is_tolerated() -> None:
+    def noisy(index: int) -> Any:
+        x = torch.linspace(-1, 1, 100, dtype=torch.float64) * 10.0**index
+        return x, x.numpy() * (1 + 1e-6), 0.1 * index
+
+    def other(index: int) -> Any:
+        x, y, z = noisy(index)
+        return x * (1 + 1e-6 * torch.rand(100)), y * (1 - 1e-6), z * (1 + 1e-6)
+
+    assert changed(noisy, other) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (lambda index: {"x": torch.ones(3), "y": index + (index == 19)}, ["sample 19['y']: int 19 then, int 20 now"]),
+        (
+            lambda index: {"x": torch.ones(3).double(), "y": index},
+            [
+                f"sample {index}['x']: float32[3] of magnitude 1 +- 0 then, float64[3] of magnitude 1 +- 0 now"
+                for index in (0, 12, 19, 6)
+            ],
+        ),
+        (
+            lambda index: {"x": torch.ones(2 if index == 6 else 3), "y": index},
+            ["sample 6['x']: float32[3] of magnitude 1 +- 0 then, float32[2] of magnitude 1 +- 0 now"],
+        ),
+        (
+            lambda index: {"x": torch.ones(3) * (1.01 if index == 0 else 1), "y": index},
+            ["sample 0['x']: float32[3] of magnitude 1 +- 0 then, float32[3] of magnitude 1.01 +- 0 now"],
+        ),
+        (
+            lambda index: {"x": torch.ones(3), "y": str(index) if index == 12 else index},
+            ["sample 12['y']: int 12 then, str 12 now"],
+        ),
+    ],
+    ids=["label", "dtype", "shape", "floats", "type"],
+)
+def test_a_change_is_told_by_sample_and_path(now: Callable[[int], Any], told: list[str]) -> None:
+    assert changed(lambda index: {"x": torch.ones(3), "y": index}, now) == told
+
+
+def test_a_value_more_or_less_is_told() -> None:
+    assert changed(lambda index: (1, 2), lambda index: (1, 2, 3) if index == 6 else (1, 2)) == [
+        "sample 6: 2 values then, 3 now"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("a" * 100, "a" * 99 + "b"),
+        (b"abc", b"abd"),
+        (10**30, 10**30 + 1),
+        (np.arange(1000), np.arange(1000)[::-1]),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (True, False),
+        (0.0, 1e-6),
+        (None, 0),
+        (np.array(["a"]), np.array(["b"])),
+    ],
+    ids=str,
+)
+def test_a_changed_value_of_any_type_is_told(then: Any, now: Any) -> None:
+    assert len(changed(lambda index: then, lambda index: now)) == 4
+
+
+def test_only_samples_in_both_are_compared() -> None:
+    assert probe.differences(sketch(lambda index: index), sketch(lambda index: index, size=30)) == []
+
+
+def test_a_sketch_is_small_plain_json_whatever_the_sample() -> None:
+    found = probe.sketch(fetcher(lambda index: {f"name {i}": torch.rand(64, 64) * 1e-5 for i in range(100)}))
+    assert [*found] == ["0", "6", "12", "19"]
+    assert len(json.dumps(found)) < 2500
+    for kind in PURE:
+        assert len(json.dumps(sketch(PURE[kind]))) < 2000
+
+
+def test_a_sketch_does_not_depend_on_what_was_drawn_before() -> None:
+    one = sketch(GLOBAL["torch"])
+    torch.rand(1)
+    assert sketch(GLOBAL["torch"]) == one
