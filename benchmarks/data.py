@@ -5,7 +5,8 @@
                for an iterable. ``extra`` is the difference, in microseconds. A block is about one epoch of 10 000.
     first      milliseconds from a data set to the first batch, through ``load_state_dict``, at position 0 and at 90 %
                of an epoch; ``more`` is the difference. The bare loader begins at 0: it can do nothing else, and would
-               need a list of 10^9 numbers. Then what the start-up audit adds, with the digits.
+               need a list of 10^9 numbers. Then what the start-up audit adds, with the digits
+               (three times as many turns: it is small).
     memory     growth of the resident set's peak (Linux' VmHWM, which unlike ``ru_maxrss`` begins anew in a new process)
                while a stream is opened and draws 100 batches, in a fresh process for each line; then the peak of
                tracemalloc while the same is done again
@@ -303,7 +304,7 @@ def first(turns: int) -> None:
             name: partial(until_first, partial(opened, partial(stream_of, digits, workers=workers, audit=name == "on")))
             for name in ("off", "on")
         }
-        found = take_turns(sides, turns)
+        found = take_turns(sides, 3 * turns)
         more, spread = extra(found["on"], found["off"])
         cells = [f"{median(found['off']):.1f}", f"{median(found['on']):.1f}", f"{more:.1f}", spread]
         table.append([f"{workers}", *cells, verdict(more, 20)])
@@ -540,10 +541,10 @@ def calls(function: Callable[[Any], object], arguments: Iterator[Any], times: in
 
 
 TABLES: dict[str, tuple[Callable[[int], None], int]] = {
-    "overhead": (overhead, 11),
-    "first": (first, 9),
+    "overhead": (overhead, 9),
+    "first": (first, 7),
     "memory": (memory, 1),
-    "shards": (shards, 5),
+    "shards": (shards, 3),
     "ledger": (ledger, 15),
 }
 

@@ -1,12 +1,14 @@
 """Batches of variable size by a budget of tokens."""
 
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
 import pytest
 
 from runner.data import budget
+from runner.data.budget import Budgeted
 from runner.data.order import Permuted
 from runner.data.plan import Plan, Slice
 from runner.distributed import World
@@ -58,6 +60,25 @@ def test_epochs_and_seeds_have_batches_of_their_own() -> None:
     found = [epoch_of(plan(), 0), epoch_of(plan(), 1), epoch_of(replace(plan(), seed=2), 0)]
     assert all(one != other for one in found for other in found if one is not other)
     assert epoch_of(plan(), 0) == found[0]
+
+
+def test_the_batches_are_frozen() -> None:
+    planned = plan(tuple(i * i % 97 + 1 for i in range(5000)))  # more than one pool
+    order = planned.order()
+    found = np.concatenate([order(1, np.arange(5000)), order.ends(1)])
+    assert (
+        sha256(found.astype("<i8").tobytes()).hexdigest()
+        == "eee97e8231857bac81c56fa6225fa8286a04c45c3c7439dc82ee5b9232d33f73"
+    )
+
+
+def test_pools_are_shuffled_even_if_epochs_have_the_same_samples() -> None:
+    """In the order of the data set the pools are the same in every epoch; the turns of their batches are not."""
+    order = Permuted(1000, seed=0, shuffle=False)
+    lengths = np.array(SKEWED)
+    plans = [Budgeted(order, lengths, max_tokens=1000, max_samples=64, seed=seed, shuffle=True) for seed in (1, 2)]
+    firsts = [each(epoch, np.arange(100)).tolist() for each in plans for epoch in (0, 1)]
+    assert len({*map(tuple, firsts)}) == 4
 
 
 def test_slices_are_the_batches_of_one_epoch_after_the_other() -> None:

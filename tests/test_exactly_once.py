@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lives import Ended, Lives
+from mine.data import save_hugging_face, write_shards
 from results import results
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from runner.data import fetch, order
+from runner.data import fetch, generators, order
 from runner.data.engine import Loading, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
@@ -159,8 +160,6 @@ def whole(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """100 records in shards of which one is empty."""
-    from mine.data import write_shards
-
     folder = tmp_path_factory.mktemp("shards")
     write_shards(str(folder), [30, 0, 1, 25, 44])
     return folder
@@ -175,6 +174,8 @@ TIERS = {
     "iterable": ("rows", ("data.train._target_=mine.data.Iterable",), (0, 0, 0)),
     "iterable in workers": ("rows", ("data.train._target_=mine.data.Iterable", "runtime.num_workers=2"), (2, 2, 2)),
     "replayed": ("rows", ("data.train._target_=mine.data.Stateless", "data.replay=true"), (0, 0, 0)),
+    "hugging face": ("hugging_face", (), (0, 2, 1)),
+    "hugging face iterable": ("hugging_face", ("data.train.iterable=true", "runtime.num_workers=2"), (2, 2, 2)),
     "substituted": ("rows", ("data.train._target_=mine.data.Broken", "data.on_bad_record=substitute"), (0, 2, 1)),
 }
 
@@ -184,7 +185,12 @@ def test_every_tier_survives_kills(
     tier: str, live: Live, tmp_path: Path, shards: Path, whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment, more, workers = TIERS[tier]
-    more = (*more, f"data.train.path={shards}") if experiment == "sharded" else more
+    if experiment == "sharded":
+        more = (*more, f"data.train.path={shards}")
+    if experiment == "hugging_face":
+        pytest.importorskip("datasets")
+        save_hugging_face(str(tmp_path / "saved"), 100)
+        more = (*more, f"data.train.folder={tmp_path}/saved")
     for cut, number in zip((3, 7, 23), workers, strict=True):
         ended = live(experiment, *more, "run.name=r", f"runtime.num_workers={number}", step=cut)
         assert ended.status is None, ended.output
@@ -282,7 +288,7 @@ def early_cursor(patch: pytest.MonkeyPatch) -> None:
 
 
 def unpinned_threads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fetch, "_one_thread", nullcontext)
+    patch.setattr(generators, "one_thread", nullcontext)
 
 
 @pytest.fixture

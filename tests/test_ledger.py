@@ -96,6 +96,7 @@ def test_a_segment_whose_first_line_is_torn_is_none(location: LocalLocation, tex
         (b"0000000000000007", b"7"),
         (b"\n1 0 3", b"\n\n1 0 3"),
         (b"1 0 3", b"1 0 -3"),
+        (b"0007\n", b"0007 and more\n"),
         (b"}\n", b"\n"),
         (b'"plan"', b'"plane"'),
         (b'"grouping": 4', b'"grouping": null'),

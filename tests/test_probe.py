@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ OWN: dict[str, Callable[[], Callable[[int], Any]]] = {
     "python": hidden(lambda own: {"x": own.random()}, random.Random(1)),
     "torch": hidden(lambda own: torch.rand(3, generator=own), torch.Generator().manual_seed(1)),
     "counter": Counter,
+    "turns": hidden(lambda turns: next(turns), cycle(range(4))),  # the same again after each look at four samples
+    "names": hidden(lambda own: {own.random(): 1}, random.Random(1)),
     "clock": hidden(lambda clock: clock(), time.time_ns),
     "system": hidden(lambda urandom: urandom(8), os.urandom),
 }
@@ -157,6 +160,12 @@ PURE: dict[str, Callable[[int], Any]] = {
 def test_pure_samples_of_any_type_pass(kind: str) -> None:
     found = probe.require_pure(fetcher(PURE[kind]))
     assert found == probe.require_pure(fetcher(PURE[kind])) == probe.require_pure(fetcher(PURE[kind], randomness="off"))
+
+
+def test_sets_are_equal_in_whatever_order_they_were_filled() -> None:
+    one, other = {0, 8}, {8, 0}
+    assert [*one] != [*other]
+    assert probe.require_pure(fetcher(lambda index: one)) == probe.require_pure(fetcher(lambda index: other))
 
 
 @pytest.mark.parametrize("kind", PURE)
@@ -310,6 +319,7 @@ def test_a_value_more_or_less_is_told() -> None:
         (True, False),
         (0.0, 1e-6),
         (None, 0),
+        ({"x": 1}, {"y": 1}),
         (np.array(["a"]), np.array(["b"])),
     ],
     ids=str,

@@ -159,6 +159,22 @@ def test_positions_passed_over_are_told(whole: list[Line]) -> None:
     assert proof.epochs[0] == row(0, 8, missed=2, whole=False) | {"whole": proof.epochs[0]["whole"]}
 
 
+@pytest.mark.parametrize(("by", "told"), [(-1, "3 to 3 were trained again"), (1, "4 to 4 were passed over before")])
+def test_a_single_position_is_told(by: int, told: str, whole: list[Line]) -> None:
+    proof = verdict([whole[0], moved(whole[1], by, longer=-by), *whole[2:]])
+    assert proof.problems[0].startswith(f"positions {told}")
+    assert len(proof.problems) == 2
+
+
+def test_it_does_not_matter_how_many_positions_are_looked_at_together(
+    whole: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = verdict(whole)
+    for together in (1, 5, 9):
+        monkeypatch.setattr("runner.data.proof._CHUNK", together)
+        assert verdict(whole) == expected
+
+
 def test_a_step_done_twice_instead_of_the_next_is_told(whole: list[Line]) -> None:
     """The cursor that did not move: what the project is about."""
     twice = [*whole[:3], *(replace(line, step=line.step + 1) for line in whole[2:])]

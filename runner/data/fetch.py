@@ -1,18 +1,16 @@
 """From positions to a batch as a pure function: the same in a worker or in this process, now or after a resume."""
 
-import random
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.random.mtrand import get_bit_generator, set_bit_generator
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate
 
 from runner.data.digest import digest, mix
+from runner.data.generators import isolated, peek, seed_all, seed_others
 from runner.data.order import Order
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError
@@ -20,7 +18,6 @@ from runner.seeds import derive
 
 Collate = Callable[[list[Any]], Any]
 
-_OWN = np.random.MT19937(0)
 _SUBSTITUTES = 8  # tried for one bad record
 
 
@@ -92,46 +89,37 @@ class Fetcher(Dataset[Fetched]):
         self._digest = 0
 
     def __getitem__(self, piece: Slice) -> Fetched:
-        with self.isolated(draws=self.plan.randomness != "off"):
+        with isolated(draws=self.plan.randomness != "off"):
             try:
                 rows = self._rows(piece)
             except _Unreadable as error:
                 return Fetched(piece.first, None, bad=(error.bad,))
             if self.plan.randomness != "off":
-                _seed_all(self._key("collate", piece))
+                seed_all(self._key("collate", piece))
             return Fetched(piece.first, self.collate(rows), self._digest % 2**64, tuple(self._bad))
-
-    @contextmanager
-    def isolated(self, *, draws: bool) -> Iterator[None]:
-        """In this process, leave threads and (what ``draws``) generators as they are; a worker process has its own."""
-        if get_worker_info() is not None:
-            yield
-            return
-        with _one_thread(), _private_generators() if draws else nullcontext():
-            yield
 
     def sample(self, index: int, key: int) -> Any:
         """One sample as ``randomness=sample`` draws it with that key."""
-        _seed_all(key)
+        seed_all(key)
         return self.samples[index]
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
             return self._drawn(piece, _seed_nothing)
         if self.plan.randomness == "batch":
-            _seed_all(self._key("batch", piece))
+            seed_all(self._key("batch", piece))
             return self._drawn(piece, _seed_nothing)
         if self._torch_suffices:
             # Seeding python's and numpy's generators is most of what seeding costs, and few data sets use them. So they
             # are left alone; where they then turn out to have been used, the samples are drawn again.
             mark = self._key("mark", piece)
-            untouched = _peek(mark)
-            _seed_others(mark)
+            untouched = peek(mark)
+            seed_others(mark)
             rows = self._drawn(piece, torch.default_generator.manual_seed)
-            if _peek() == untouched:
+            if peek() == untouched:
                 return rows
             self._torch_suffices = False
-        return self._drawn(piece, _seed_all)
+        return self._drawn(piece, seed_all)
 
     def _drawn(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""
@@ -203,51 +191,5 @@ def _told(error: Exception) -> str:
     return "".join(lines).rstrip()
 
 
-def _seed_all(key: int) -> None:
-    _seed_others(key)
-    torch.default_generator.manual_seed(key)
-
-
-def _seed_others(key: int) -> None:
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-
-
 def _seed_nothing(key: int) -> None:
     pass
-
-
-def _peek(key: int | None = None) -> tuple[int, bytes]:
-    """What python's and numpy's generators give next, as they are or seeded with ``key``."""
-    if key is not None:
-        _seed_others(key)
-    return random.getrandbits(64), np.random.bytes(8)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in a worker process: float sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    if threads != 1:  # setting it costs the convolutions that follow some per cent, even to what it was
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if threads != 1:
-            torch.set_num_threads(threads)
-
-
-@contextmanager
-def _private_generators() -> Iterator[None]:
-    """Own global generators, which a worker process has anyway."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    generator = get_bit_generator()
-    set_bit_generator(_OWN)  # to set the state of the other one afterwards would take 60 us
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        set_bit_generator(generator)
-        if numpy["has_gauss"]:  # the change of generators forgets it
-            np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)

@@ -7,7 +7,7 @@ instead. Where there is no state, the whole pass is.
 
 import traceback
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
-from runner.data.fetch import Collate, _one_thread, _private_generators, _seed_all
+from runner.data.fetch import Collate
+from runner.data.generators import isolated, seed_all
 from runner.errors import DataError, RunnerError
 from runner.seeds import derive
 
@@ -90,11 +91,8 @@ class Passes(IterableDataset[Batch]):
         self._resumed = True
 
     def __next__(self) -> Batch:
-        if get_worker_info() is not None:
+        with isolated(draws=self.making.randomness != "off"):
             batch = self._told()
-        else:
-            with _one_thread(), nullcontext() if self.making.randomness == "off" else _private_generators():
-                batch = self._told()
         if batch is None:
             raise StopIteration
         return batch
@@ -183,7 +181,7 @@ class Passes(IterableDataset[Batch]):
 
     def _seed(self, label: str, *item: int) -> None:
         if self.making.randomness != "off":
-            _seed_all(derive(label, self.making.seed, self._entered, self._worker, *item))
+            seed_all(derive(label, self.making.seed, self._entered, self._worker, *item))
 
     @property
     def _worker(self) -> int:

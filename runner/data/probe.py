@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from runner.data.fetch import Fetcher, location
+from runner.data.generators import isolated
 from runner.errors import DataError
 from runner.seeds import derive
 
@@ -120,7 +121,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
     rows: list[Any] = []
-    with fetcher.isolated(draws=True):
+    with isolated(draws=True):
         for index in chosen:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))

@@ -81,10 +81,8 @@ def _audit(parsed: argparse.Namespace) -> int:
         print(_table(found["epochs"], [*columns, "epoch", "seen", "repeated", "missed", "substituted", "whole"]))
     else:
         print("The data is an iterable: which samples it gave is its own affair; only repeated steps are compared.")
-    again = found["again"]
-    print(
-        f"\nDone again after kills: {again['steps']} steps, {again['positions']} samples, {again['differing']} differing."
-    )
+    steps, samples, differing = found["again"].values()
+    print(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
     print("\n".join(map(printable, found["problems"])) or "Every sample exactly once in every whole epoch.")
     return 0 if proof.holds else 1
 

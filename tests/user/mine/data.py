@@ -158,3 +158,25 @@ def write_shards(folder, counts):
             for _ in range(count):
                 file.write(json.dumps({"number": number}) + "\n")
                 number += 1
+
+
+def hugging_face(folder, iterable):
+    """A Hugging Face data set from a disk."""
+    import datasets
+
+    found = datasets.load_from_disk(folder).with_format("torch")
+    return found.to_iterable_dataset(num_shards=4) if iterable else found
+
+
+def pairs(rows):
+    """Batches for a classification out of rows with names."""
+    return torch.stack([line["x"] for line in rows]), torch.stack([line["y"] for line in rows])
+
+
+def save_hugging_face(folder, size):
+    """The rows without noise."""
+    import datasets
+
+    rows = {"x": [row(index).tolist() for index in range(size)], "y": [index % 3 for index in range(size)]}
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(rows).save_to_disk(folder)
