@@ -109,6 +109,7 @@ def _validation(
         loading=loading,
         device=device,
         collate=collate,
+        audit=config.runtime.audit,
     )
 
 

@@ -40,6 +40,7 @@ def using(name: str) -> str:
             ["data.validation is a Iterable without __len__ and __getitem__"],
         ),
         ((using("Hidden"),), ["sample 0 of Hidden", "drawn again", "np.random.default_rng()", "runtime.audit=false"]),
+        (("data.validation._target_=mine.data.Hidden",), ["of Hidden", "drawn again with the same seed"]),
         ((using("Counter"),), ["of Counter", "a counter or cache that changes from call to call"]),
         (
             (using("ByProcess"), "runtime.num_workers=1"),
@@ -55,6 +56,10 @@ def using(name: str) -> str:
             ["of Broken cannot be read (position", "KeyError: 'label'", "data.py", "data.on_bad_record=substitute"],
         ),
         ((using("Broken"), "runtime.num_workers=2"), ["of Broken cannot be read", 'raise KeyError("label")']),
+        (
+            ("data.validation._target_=mine.data.Unreadable",),
+            ["sample 0 of Unreadable cannot be read", "take it out of data.validation"],
+        ),
         (("data.max_tokens=100",), ["data.max_tokens needs the length of every sample", "(Rows) has no lengths"]),
         ((using("Sentences"), "data.max_tokens=5"), ["tokens, more than data.max_tokens=5"]),
         ((using("Sentences"), "data.max_tokens=50", "data.tail=drop"), ["data.tail=drop", "data.max_tokens"]),

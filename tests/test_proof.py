@@ -113,7 +113,7 @@ def test_dropped_samples_are_not_missed() -> None:
     plan = Plan(N, 1, BATCH, tail="drop")
     proof = verdict(lines(plan, 5), plan)
     assert proof.holds
-    assert proof.epochs == [row(0, 8), row(1, 8), row(2, 4, whole=False)]
+    assert proof.epochs == [row(0, 8, dropped=2), row(1, 8, dropped=2), row(2, 4, dropped=2, whole=False)]
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,7 @@ def test_tensorboard_shows_one_curve_with_no_point_twice(
     curves = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     expected = {(tag, line["step"]) for line in uninterrupted(DIGITS).lines for tag in line if tag != "step"}
     shown = [(tag, event.step) for tag in curves.Tags()["scalars"] for event in curves.Scalars(tag)]
+    assert {"time/step", "time/data_wait"} <= {*curves.Tags()["scalars"]}
     assert sorted(point for point in shown if not point[0].startswith("time/")) == sorted(expected)
 
 

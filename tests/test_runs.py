@@ -1,6 +1,8 @@
 """``python -m runner.runs``: what a person sees, and what a program reads."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,51 @@ def test_show_tells_how_each_attempt_ended(root: Path, capsys: pytest.CaptureFix
     assert [attempt["committed"] for attempt in found["attempts"]] == [10, 20]
     assert [checkpoint["step"] for checkpoint in found["checkpoints"]][:2] == [20, 10]
     assert found["identity"]["trainer"]["max_steps"] == 30
+
+
+def test_audit_proves_a_run_that_was_killed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(root / "smoke/cut")]) == 0
+    text = capsys.readouterr().out
+    assert "smoke/cut: 20 steps, 1280 samples, 2 attempts" in text
+    assert "Done again after kills: 4 steps, 256 samples, 0 differing." in text
+    assert "Every sample exactly once in every whole epoch." in text
+
+
+def test_audit_for_programs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(root / "smoke/done"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["holds"]
+    assert found["epochs"] == [
+        {"epoch": 0, "seen": 1437, "repeated": 0, "missed": 0, "whole": True, "substituted": 0},
+        {"epoch": 1, "seen": 483, "repeated": 0, "missed": 0, "whole": False, "substituted": 0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda line: "", "steps 12 to 12 are not in the ledger"),
+        (lambda line: line.replace(line[-3:], "00\n"), "step 12 has other samples than the plan says"),
+        (lambda line: line.replace("12 704 767", "12 640 703"), "positions 640 to 703 were trained again in step 12"),
+    ],
+)
+def test_audit_finds_what_was_repeated_or_missed(
+    damage: Callable[[str], str], told: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "smoke/done", tmp_path / "run")
+    (path,) = (tmp_path / "run/ledger").glob("s*.txt")
+    lines = path.read_text().splitlines(keepends=True)
+    lines[12] = damage(lines[12])
+    path.write_text("".join(lines))
+    assert main(["audit", str(tmp_path / "run")]) == 1
+    assert told in capsys.readouterr().out
+
+
+def test_audit_without_a_ledger_is_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "smoke/done", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/ledger")
+    assert main(["audit", str(tmp_path / "run")]) == 2
+    assert "has no ledger" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,8 @@ class Budgeted:
     ) -> None:
         if len(lengths) != order.size:
             raise DataError(f"data.train has {order.size} samples and {len(lengths)} lengths; give one for each sample")
+        if lengths.min() < 0:
+            raise DataError(f"sample {int(lengths.argmin())} has a length of {lengths.min()}; lengths count tokens")
         longest = int(lengths.argmax())
         if lengths[longest] > max_tokens:
             raise DataError(
@@ -44,11 +46,11 @@ class Budgeted:
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""
-        return self._plan(epoch)[0][places]
+        return self._order(epoch, self._plan(epoch)[0][places])
 
     def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """As the order underneath."""
-        return self._order.passes(epoch, places)
+        return self._order.passes(epoch, self._plan(epoch)[0][places])
 
     def ends(self, epoch: int) -> Indices:
         """The places at which the batches of an epoch end, ascending; the last is ``size``."""
@@ -58,12 +60,12 @@ class Budgeted:
         return self._plans.get(epoch, lambda: self._make(epoch))
 
     def _make(self, epoch: int) -> tuple[Indices, Indices]:
-        samples = self._order(epoch, np.arange(self.size))
-        batches = []
+        """The places of the order underneath in the order of this one, and where batches end."""
+        lengths = self._lengths[self._order(epoch, np.arange(self.size))]
+        batches: list[Indices] = []
         for start in range(0, self.size, _POOL):
-            pool = samples[start : start + _POOL]
-            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
-            batches += np.split(pool, self._cuts(self._lengths[pool]))
+            pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
+            batches += np.split(pool, self._cuts(lengths[pool]))
         if self._shuffle:
             batches = [batches[i] for i in permutation(len(batches), "batches", self._seed, epoch)]
         return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])

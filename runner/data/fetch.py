@@ -1,7 +1,7 @@
 """From positions to a batch as a pure function: the same in a worker or in this process, now or after a resume."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from runner.data.digest import digest, mix
+from runner.data.digest import Words, digest_words, mix
 from runner.data.generators import isolated, peek, seed_all, seed_others
-from runner.data.order import Order
+from runner.data.order import Indices, Order
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError
+from runner.recent import Recent
 from runner.seeds import derive
 
 Collate = Callable[[list[Any]], Any]
 
-_SUBSTITUTES = 8  # tried for one bad record
+_BLOCK = 1024  # neighbouring positions that are looked up together
+SUBSTITUTES = 8  # tried for one bad record
 
 
 class Samples(Protocol):
@@ -85,6 +87,7 @@ class Fetcher(Dataset[Fetched]):
         self.order = order or plan.order()
         self.substitute = substitute
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
+        self._blocks = Recent[tuple[Indices, Words, Words]](4)
         self._bad: list[Bad] = []  # of the slice being fetched, as is its digest
         self._digest = 0
 
@@ -125,11 +128,8 @@ class Fetcher(Dataset[Fetched]):
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""
         rows: list[Any] = []
         self._bad, self._digest = [], 0
-        for epoch, start, stop in self.plan.spans(piece):
-            places = np.arange(start, stop)
-            indices = self.order(epoch, places)
-            self._digest += digest(epoch * self.plan.epoch_size + places, indices)
-            keys = mix(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
+        for indices, keys, words in self._known(piece):
+            self._digest += int(words.sum(dtype=np.uint64))
             for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
                 seed(key)
                 try:
@@ -140,11 +140,30 @@ class Fetcher(Dataset[Fetched]):
                     rows.append(self._instead(piece.first + len(rows), index, key, seed, error))
         return rows
 
+    def _known(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
+        """Indices, seeds and parts of the digest for the positions of a slice, part by part. Computed for a block of
+        neighbours at a time, which takes hardly longer than for a few of them.
+        """
+        for epoch, start, stop in self.plan.spans(piece):
+            while start < stop:
+                number = start // _BLOCK
+                block = self._blocks.get((epoch, number), lambda at=(epoch, number): self._block(*at))  # type: ignore[misc]
+                end = min(stop, (number + 1) * _BLOCK)
+                part = slice(start - number * _BLOCK, end - number * _BLOCK)
+                yield block[0][part], block[1][part], block[2][part]
+                start = end
+
+    def _block(self, epoch: int, number: int) -> tuple[Indices, Words, Words]:
+        places = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.plan.epoch_size))
+        indices = self.order(epoch, places)
+        keys = mix(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
+        return indices, keys, digest_words(epoch * self.plan.epoch_size + places, indices)
+
     def _instead(self, position: int, index: int, key: int, seed: Callable[[int], object], error: Exception) -> Any:
         """The sample in place of one that cannot be read. Raises _Unreadable if there is to be none."""
         where, why = location(self.samples, index), _told(error)
         if self.substitute:
-            for attempt in range(_SUBSTITUTES):
+            for attempt in range(SUBSTITUTES):
                 other = derive("substitute", key, attempt) % self.plan.samples
                 seed(key)
                 try:
@@ -172,13 +191,8 @@ def location(samples: Samples, index: int) -> str:
     return str(locate(index)) if locate is not None else f"sample {index}"
 
 
-def unreadable(bad: Bad, samples: Samples, *, substitute: bool) -> DataError:
+def unreadable(bad: Bad, samples: Samples, *, remedy: str) -> DataError:
     """The error for a bad record that ends the run."""
-    remedy = (
-        f"{_SUBSTITUTES} others in its place could not be read either; look at the data set"
-        if substitute
-        else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
-    )
     return DataError(
         f"{bad.where} of {type(samples).__qualname__} cannot be read (position {bad.position}):\n{bad.why}\n{remedy}"
     )

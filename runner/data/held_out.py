@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate, Fetcher, Samples, unreadable
 from runner.data.plan import Plan, Slice
+from runner.data.probe import require_pure
 from runner.data.stream import to_device
 from runner.distributed import World
 from runner.errors import DataError
@@ -32,6 +33,7 @@ class EvaluationData:
         device: torch.device,
         collate: Collate | None = None,
         world: World | None = None,
+        audit: bool = False,
     ) -> None:
         world = world or World()
         plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
@@ -41,14 +43,18 @@ class EvaluationData:
         if len(self._slices) < -(-len(whole) // world.size):
             self._slices, self._weights = [*self._slices, whole[0]], [*self._weights, 0]
         self._samples = samples
-        self._loader = Loader(Fetcher(samples, plan, label="evaluation", collate=collate), self._slices, loading)
+        fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
+        if audit:
+            require_pure(fetcher)
+        self._loader = Loader(fetcher, self._slices, loading)
         self._device = device
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Batches on the device, each with its number of samples (0: padding)."""
         for weight, fetched in zip(self._weights, self._loader, strict=True):
             for bad in fetched.bad:
-                raise unreadable(bad, self._samples, substitute=False)
+                remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
+                raise unreadable(bad, self._samples, remedy=remedy)
             yield weight, to_device(fetched.batch, self._device)
 
 

@@ -23,6 +23,7 @@ _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
 _LINE = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+) ([0-9a-f]{16})((?: [0-9]+:[0-9]+>[0-9]+)*)")
 _FULL = 1 << 20  # bytes after which a new segment is begun
 _LIMIT = 1 << 30
+_LARGEST = 1 << 30  # samples in a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Ledger:
         """Go on after ``step``."""
         self._location.create(f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode())
         for segment in segments(self._location, after=step):
-            if segment.grouping == self._header["grouping"]:
+            if segment.grouping != self._header["grouping"]:  # it moved the positions of every step that followed
+                self._before = {number: line for number, line in self._before.items() if number <= segment.step}
+            else:
                 self._before |= {line.step: (line, segment.attempt) for line in segment.lines if line.step > step}
         self._begin(step)
 
@@ -142,7 +145,7 @@ def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     try:
         about = json.loads(header)
         yield Segment(step, attempt, str(about["plan"]), int(about["grouping"]), tuple(_parsed(lines)))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StorageError(f"{location.url}/{name} is not a segment of a ledger: {error}") from error
 
 
@@ -151,7 +154,11 @@ def _parsed(lines: Iterable[str]) -> Iterator[Line]:
         found = _LINE.fullmatch(line)
         if found is None:
             raise ValueError(f"no line of a ledger: {line[:80]!r}")
-        yield Line(int(found[1]), int(found[2]), int(found[3]), int(found[4], 16), found[5])
+        step, first, last = int(found[1]), int(found[2]), int(found[3])
+        swapped = [int(swap.partition(":")[0]) for swap in found[5].split()]
+        if not first <= last < first + _LARGEST or any(not first <= position <= last for position in swapped):
+            raise ValueError(f"positions that no step has: {line[:80]!r}")
+        yield Line(step, first, last, int(found[4], 16), found[5])
 
 
 def _digest(recipe: dict[str, Any]) -> str:

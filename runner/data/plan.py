@@ -68,6 +68,12 @@ class Plan:
                 f"data.batch_size={self.batch_size} cannot be split into trainer.accumulate={self.micro_batches} equal "
                 f"micro-batches{processes}; make the one a multiple of the other"
             )
+        for samples, shards in [(self.samples, self.shards), *((one.samples, one.shards) for one in self.sources)]:
+            if shards and sum(shards) != samples:
+                raise DataError(
+                    f"the counts of a data set are the samples in each of its shards; they add up to {sum(shards)}, "
+                    f"its length is {samples}. Mend the attribute, or rename it, or set data.streams.count=0"
+                )
         if self.tail == "drop" and self.samples < self.batch_size:
             raise DataError(
                 f"data.tail=drop drops every sample: there are {self.samples}, data.batch_size={self.batch_size}. "

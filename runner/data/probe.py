@@ -51,6 +51,7 @@ def sketch(fetcher: Fetcher) -> Sketch:
     return {
         str(index): [_described(path, value) for path, value in leaves(row)][:_VALUES]
         for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
+        if not isinstance(row, _Unreadable)
     }
 
 
@@ -109,6 +110,8 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key in value:
             yield from leaves(value[key], f"{path}[{key!r}]")
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        yield from leaves(value.tolist(), path)
     elif isinstance(value, tuple | list):
         for number, item in enumerate(value):
             yield from leaves(item, f"{path}[{number}]")
@@ -119,6 +122,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+class _Unreadable(str):
+    """In place of a sample, the kind of error; its wording may hold addresses."""
+
+
 def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
     rows: list[Any] = []
     with isolated(draws=True):
@@ -126,7 +133,7 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))
             except Exception as error:  # training will meet it and say so, if it comes that far
-                rows.append(f"{type(error).__name__}: {error}")
+                rows.append(_Unreadable(type(error).__qualname__))
     return rows
 
 
@@ -153,14 +160,17 @@ def _bytes(value: Any) -> bytes:
 
 
 def _array(value: Any) -> "np.ndarray[Any, Any] | None":
-    """Tensors, arrays and pictures as an array on the host."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        if value.is_sparse or value.is_quantized:
-            value = value.to_dense() if value.is_sparse else value.int_repr()
-        return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)
-    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array_interface__"):
-        return np.asarray(value)
+    """Tensors, arrays and pictures as an array on the host; None for what cannot be one."""
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            value = (value if value.layout is torch.strided else value.to_dense()).resolve_conj().resolve_neg()
+            value = value.float() if value.dtype.is_floating_point and value.dtype.itemsize <= 2 else value
+        if isinstance(value, torch.Tensor | np.ndarray | np.generic) or hasattr(value, "__array_interface__"):
+            array = np.asarray(value)
+            return None if array.dtype.hasobject else array
+    except (TypeError, RuntimeError):
+        pass
     return None
 
 

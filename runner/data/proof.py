@@ -75,25 +75,27 @@ def prove(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committ
 
 def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[Line], dict[str, int], list[str]]:
     """The lines of the steps that count; how many were done again (and how many positions); what did not agree."""
-    kept: dict[int, tuple[Line, int]] = {}
-    undone: dict[int, tuple[Line, int]] = {}
+    kept: dict[int, Line] = {}
+    undone: dict[int, Line | None] = {}  # None where the positions are not the same any more
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
-    attempt = 0
+    attempt = grouping = 0
     for segment in segments:
         if segment.attempt != attempt:
             undone |= {step: kept.pop(step) for step in [*kept] if step > segment.step}
-            attempt = segment.attempt
+            if segment.grouping != grouping:
+                undone = dict.fromkeys(undone)
+            attempt, grouping = segment.attempt, segment.grouping
         for line in segment.lines:
-            before, grouping = undone.get(line.step, (None, 0))
-            if before is not None:
+            if line.step in undone:
+                before = undone[line.step]
                 again["steps"] += 1
                 again["positions"] += line.last - line.first + 1
-                if before != line and grouping == segment.grouping:
+                if before is not None and before != line:
                     again["differing"] += 1
                     problems.append(f"step {line.step} was done again with other samples: {before}, then {line}")
-            kept[line.step] = (line, segment.grouping)
-    return [kept[step][0] for step in sorted(kept) if step <= committed], again, problems
+            kept[line.step] = line
+    return [kept[step] for step in sorted(kept) if step <= committed], again, problems
 
 
 def _gaps(lines: Sequence[Line]) -> Iterator[str]:
@@ -184,5 +186,6 @@ def _rows(found: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
         left = len(one.counts) - dropped - row["seen"]
         whole = left == 0 or oldest.get(source, -1) < passed < newest[source]
         row["missed"] = left if whole else 0
+        row |= {"dropped": dropped} if dropped else {}
         row |= {"whole": whole, "substituted": one.substituted}
         yield row | ({"source": source} if plan.sources else {})

@@ -9,7 +9,7 @@ import torch
 
 from runner.data import probe
 from runner.data.engine import Loader, Loading
-from runner.data.fetch import Bad, Collate, Fetcher, Samples, unreadable
+from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetcher, Samples, unreadable
 from runner.data.ledger import Line
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
@@ -200,7 +200,12 @@ class BatchStream:
         """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
         for number, one in enumerate(bad, self.substituted):
             if one.instead is None:
-                raise unreadable(one, self._fetcher.samples, substitute=self._fetcher.substitute)
+                remedy = (
+                    f"{SUBSTITUTES} others in its place could not be read either; look at the data set"
+                    if self._fetcher.substitute
+                    else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
+                )
+                raise unreadable(one, self._fetcher.samples, remedy=remedy)
             if number < _TOLD:
                 why = one.why.splitlines()[-1]
                 log.warning("bad      %s: %s; sample %d instead", one.where, printable(why), one.instead)

@@ -60,14 +60,15 @@ def training_data(
 def plan_of(config: Config, samples: Samples) -> Plan:
     """The plan of the configuration for these samples. Raises DataError."""
     data = config.data
-    shards = _shards(samples)
+    in_streams = data.streams.count > 0 and data.shuffle
+    shards = _shards(samples) if in_streams else ()
     sources: tuple[Source, ...] = ()
     if isinstance(samples, Mixture):
         sources = tuple(
-            Source(len(source), share, _shards(source))
+            Source(len(source), share, _shards(source) if in_streams else ())
             for source, share in zip(samples.sources, samples.shares, strict=True)
         )
-    sharded = shards or any(source.shards for source in sources)
+    sharded = bool(shards) or any(source.shards for source in sources)
     return Plan(
         samples=len(samples),
         seed=config.seed,
@@ -76,8 +77,8 @@ def plan_of(config: Config, samples: Samples) -> Plan:
         shuffle=data.shuffle,
         tail=data.tail.name,
         randomness=data.randomness.name,
-        shards=shards if data.streams.count else (),
-        streams=_streams(data, config.trainer.accumulate) if sharded and data.streams.count and data.shuffle else None,
+        shards=shards,
+        streams=_streams(data, config.trainer.accumulate) if sharded else None,
         sources=sources,
         max_tokens=data.max_tokens,
         lengths=() if data.max_tokens is None else _lengths(samples),
@@ -86,8 +87,9 @@ def plan_of(config: Config, samples: Samples) -> Plan:
 
 
 def _streams(data: DataConfig, micro_batches: int) -> Streams:
-    chunk = data.streams.chunk or max(1, data.batch_size // micro_batches // 4)
-    return Streams(data.streams.count, data.streams.window, chunk)
+    size = data.batch_size // micro_batches
+    parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # of a micro-batch, one per stream
+    return Streams(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
 
 
 def _shards(samples: Any) -> tuple[int, ...]:
@@ -109,6 +111,7 @@ def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
     """As many workers as can each have streams of their own; and tell the data set how much is read in turn."""
     assert plan.streams is not None
     slice_size = plan.batch_size // plan.slices_per_step
+    chunks = max(1, slice_size // plan.streams.chunk)
     workers = plan.streams.workers(loading.num_workers, slice_size=slice_size, world=plan.world.size)
     if workers < loading.num_workers:
         log.warning(
@@ -116,8 +119,10 @@ def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
             "runtime.num_workers x %d",
             workers,
             loading.num_workers,
-            max(1, slice_size // plan.streams.chunk) * plan.world.size,
+            chunks * plan.world.size,
         )
     if hasattr(samples, "hold"):
-        samples.hold(plan.streams.count * 5 // (4 * max(1, workers) * plan.world.size) + 1, plan.streams.window)
+        # One more for each micro-batch than it has streams, because epochs need not end with a micro-batch.
+        held = plan.streams.count * (chunks + 1) // (chunks * max(1, workers) * plan.world.size) + 1
+        samples.hold(min(plan.streams.count, held), plan.streams.window)
     return replace(loading, num_workers=workers)

@@ -24,8 +24,12 @@ class Streams:
     chunk: int
 
     def workers(self, wanted: int, *, slice_size: int, world: int) -> int:
-        """The most workers, up to those wanted, of which none reads a stream that another reads too."""
-        chunks = max(1, slice_size // self.chunk)
+        """The most workers, up to those wanted, of which each has streams of its own as long as slices begin where a
+        chunk does; all of those wanted where slices are no whole number of chunks.
+        """
+        chunks, rest = divmod(slice_size, self.chunk)
+        if rest:
+            return wanted
         return next((w for w in range(wanted, 1, -1) if self.count % (w * world * chunks) == 0), min(wanted, 1))
 
 
@@ -72,18 +76,16 @@ class Windowed:
         size = self.streams.window
         window, place = np.divmod(offset, size)
         length = np.minimum(size, self._borders[stream + 1] - self._borders[stream] - window * size)
-        found = window * size
-        keys = stream * (self.size // size + 1) + window
-        for key in np.unique(keys):
-            here = keys == key
-            one = (epoch, int(stream[here][0]), int(window[here][0]))
-            samples = int(length[here][0])
-            order = self._windows.get(one, lambda one=one, samples=samples: self._window(samples, *one))  # type: ignore[misc]
-            found[here] += order[place[here]]
+        found: Indices = window * size
+        _, first, which = np.unique(stream * (self.size // size + 1) + window, return_index=True, return_inverse=True)
+        here = zip(length[first].tolist(), stream[first].tolist(), window[first].tolist(), strict=True)
+        orders = [self._window(samples, epoch, *key) for samples, *key in here]
+        begins = np.cumsum([0, *(len(order) for order in orders[:-1])])
+        found += np.concatenate(orders)[begins[which] + place]
         return found
 
     def _window(self, samples: int, *key: int) -> Indices:
-        return permutation(samples, "window", self.seed, *key)
+        return self._windows.get(key, lambda: permutation(samples, "window", self.seed, *key))
 
     def _found(self, epoch: int, joined: Indices) -> Indices:
         """The samples at offsets of all shards joined in the order of the epoch."""

@@ -38,7 +38,7 @@ class Layout:
         """What a row is made of: (sequence, start, stop). A separator stands right behind the end of its sequence."""
         at = index * self.length
         end = at + self.length + 1
-        number = int(np.searchsorted(self.begins, at, side="right")) - 1
+        number = int(self.begins.searchsorted(at, side="right")) - 1
         while at < end:
             begin, following = self.begins[number : number + 2].tolist()
             if at < following:

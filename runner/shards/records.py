@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from runner.errors import ConfigError, DataError
 from runner.recent import Recent
 from runner.shards import formats
@@ -36,7 +34,7 @@ class Records:
         _refuse_tokens(self.manifest.kind)
         self.decode = decode
         self._format = formats.reader(self.manifest.kind)
-        self._blocks: Recent[Sequence[Any]] = Recent(_BLOCKS_HELD)
+        self._blocks: Recent[tuple[int, Sequence[Any]]] = Recent(_BLOCKS_HELD)
         self._sizes = Sizes()
 
     def __len__(self) -> int:
@@ -45,9 +43,9 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         number, record = self._place(index)
         block = self.manifest.shards[number].block_of(record)
-        raws = self._blocks.get((number, block), lambda: self._read(number, block))
+        first, raws = self._blocks.get((number, block), lambda: self._read(number, block))
         try:
-            found = self._format.decode(raws[record - self.manifest.shards[number].span(block)[0]])
+            found = self._format.decode(raws[record - first])
         except ValueError as error:
             raise DataError(
                 f"{self.locate(index)}: no record of {self.manifest.kind}: {error}; mend the shard and scan it again"
@@ -80,10 +78,10 @@ class Records:
         """Number of the shard, and of the record in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index}: there are {len(self)}, from 0 on")
-        number = int(np.searchsorted(self.manifest.firsts, index, side="right")) - 1
+        number = int(self.manifest.firsts.searchsorted(index, side="right")) - 1
         return number, index - int(self.manifest.firsts[number])
 
-    def _read(self, number: int, block: int) -> Sequence[Any]:
+    def _read(self, number: int, block: int) -> tuple[int, Sequence[Any]]:
         shard = self.manifest.shards[number]
         self._sizes.check(shard)
         first, end, start, stop = shard.span(block)
@@ -92,7 +90,7 @@ class Records:
             raise DataError(
                 f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {_CHANGED}"
             )
-        return raws
+        return first, raws
 
 
 def _refuse_tokens(kind: str | None) -> None:

@@ -22,7 +22,7 @@ class Shard:
 
     def block_of(self, record: int) -> int:
         """The block that a record lies in."""
-        return int(np.searchsorted(self.starts[0], record, side="right")) - 1
+        return int(self.starts[0].searchsorted(record, side="right")) - 1
 
     def span(self, block: int) -> tuple[int, int, int, int]:
         """First record, end record, first byte and end byte of a block."""

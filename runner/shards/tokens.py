@@ -103,7 +103,7 @@ class Tokens:
         self._sizes.check(shard)
         mapped = self._maps.get(number, lambda: self._map(shard))
         if mapped is not None:
-            return np.asarray(mapped[start:stop])
+            return mapped[start:stop]
         begin, width = int(shard.starts[1, 0]), self._dtype.itemsize
         return np.frombuffer(files.read_range(shard.url, begin + start * width, begin + stop * width), self._dtype)
 
@@ -112,7 +112,9 @@ class Tokens:
         local = files.local_path(shard.url)
         if local is None:
             return None
-        return np.memmap(local, self._dtype, mode="r", offset=int(shard.starts[1, 0]), shape=(shard.records,))
+        return np.asarray(
+            np.memmap(local, self._dtype, mode="r", offset=int(shard.starts[1, 0]), shape=(shard.records,))
+        )
 
     def _checked_separator(self, separator: int | None) -> int | None:
         if separator is not None:
