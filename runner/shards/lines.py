@@ -53,7 +53,7 @@ class JsonLines(Lines):
 
     def decode(self, raw: bytes) -> Any:
         """The value that a line stands for."""
-        return json.loads(raw)
+        return json.loads(str(raw, "utf-8"))
 
 
 def _whole_lines(path: str) -> Iterator[bytes]:

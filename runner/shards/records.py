@@ -12,6 +12,10 @@ from runner.shards.shard import Shard
 from runner.storage import files
 
 _BLOCKS_HELD = 4
+_Block = tuple[
+    int, int, Sequence[Any]
+]  # the numbers of its first record and of the one after its last, and its records
+_NO_BLOCK: _Block = (0, 0, ())
 
 
 class Records:
@@ -34,18 +38,19 @@ class Records:
         _refuse_tokens(self.manifest.kind)
         self.decode = decode
         self._format = formats.reader(self.manifest.kind)
-        self._blocks: Recent[tuple[int, Sequence[Any]]] = Recent(_BLOCKS_HELD)
+        self._blocks: Recent[_Block] = Recent(_BLOCKS_HELD)
+        self._last: _Block = _NO_BLOCK
         self._sizes = Sizes()
 
     def __len__(self) -> int:
         return int(self.manifest.firsts[-1])
 
     def __getitem__(self, index: int) -> Any:
-        number, record = self._place(index)
-        block = self.manifest.shards[number].block_of(record)
-        first, raws = self._blocks.get((number, block), lambda: self._read(number, block))
+        first, end, raws = self._last
+        if not first <= index < end:  # neighbours are often asked for one after the other
+            first, end, raws = self._last = self._block(index)
         try:
-            found = self._format.decode(raws[record - first])
+            found = self._format.decode(raws[index - first])
         except ValueError as error:
             raise DataError(
                 f"{self.locate(index)}: no record of {self.manifest.kind}: {error}; mend the shard and scan it again"
@@ -74,6 +79,14 @@ class Records:
         spanned = 1 + -(-window * blocks // len(self))
         self._blocks.capacity = max(2, windows * spanned)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": _NO_BLOCK}
+
+    def _block(self, index: int) -> _Block:
+        number, record = self._place(index)
+        block = self.manifest.shards[number].block_of(record)
+        return self._blocks.get((number, block), lambda: self._read(number, block))
+
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the shard, and of the record in it."""
         if not 0 <= index < len(self):
@@ -81,7 +94,7 @@ class Records:
         number = int(self.manifest.firsts.searchsorted(index, side="right")) - 1
         return number, index - int(self.manifest.firsts[number])
 
-    def _read(self, number: int, block: int) -> tuple[int, Sequence[Any]]:
+    def _read(self, number: int, block: int) -> _Block:
         shard = self.manifest.shards[number]
         self._sizes.check(shard)
         first, end, start, stop = shard.span(block)
@@ -90,7 +103,8 @@ class Records:
             raise DataError(
                 f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {_CHANGED}"
             )
-        return first, raws
+        start_of_shard = int(self.manifest.firsts[number])
+        return start_of_shard + first, start_of_shard + end, raws
 
 
 def _refuse_tokens(kind: str | None) -> None:
