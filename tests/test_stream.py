@@ -155,6 +155,21 @@ def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> No
     assert opened.state_dict() == before | {"consumed": BATCH}
 
 
+def test_a_step_that_leaves_samples_is_refused() -> None:
+    opened = stream(micro_batches=2)
+    next(opened.step())
+    with pytest.raises(DataError, match=r"left some of the 2 micro-batches"):
+        opened.advance()
+
+
+def test_a_step_that_takes_all_without_looking_for_more_is_whole() -> None:
+    opened = stream(micro_batches=2)
+    batches = opened.step()
+    assert [next(batches)[0], next(batches)[0]] == [0.5, 0.5]
+    opened.advance()
+    assert (opened.consumed, opened.line(1).last) == (BATCH, BATCH - 1)
+
+
 def test_the_state_is_the_same_for_any_number_of_workers() -> None:
     found = []
     for workers in (0, 1, 3):

@@ -99,7 +99,7 @@ class BatchStream:
         self._steps: Iterator[list[Slice]] = iter(())
         self._batches: Iterator[Any] | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
-        self._line = (0, 0, 0, "")
+        self._line: tuple[int, int, int, str] | None = None  # of the current step, once it is handed out whole
 
     @property
     def epochs(self) -> int:
@@ -138,25 +138,33 @@ class BatchStream:
             probe.require_same_in_worker(self._fetcher, self._found, next(self._batches))
         slices = next(self._steps)
         total = sum(piece.count for piece in slices)
-        digest, swaps = 0, ""
-        for piece in slices[self.plan.world.rank :: self.plan.world.size]:
+        ours = slices[self.plan.world.rank :: self.plan.world.size]
+        digest, swaps, self._line = 0, "", None
+        for number, piece in enumerate(ours, 1):
             asked = time.perf_counter()
             first, batch, found, bad = next(self._batches)
             self.waited += time.perf_counter() - asked
             assert first == piece.first, f"the loader delivered position {first} where {piece.first} was due"
             digest += found
             swaps += self._tell(bad)
+            if number == len(ours):
+                self._line = (slices[0].first, total, digest % 2**64, swaps)
             yield piece.count / total, to_device(batch, self._device)
-        self._line = (slices[0].first, total, digest % 2**64, swaps)
 
     def advance(self) -> None:
-        """The step that used the current batch is done."""
+        """The step that used the current batch is done. Raises DataError if it did not take all of it."""
+        if self._line is None:
+            raise DataError(
+                f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
+                "their samples would be missed. Go through all that it is given"
+            )
         self.epochs_before = self.epochs
         self.substituted += self._line[3].count(">")
         self.consumed += self._line[1]
 
     def line(self, step: int) -> Line:
         """What the ledger says of the last finished step, which has that number."""
+        assert self._line is not None, "advance() comes first"
         first, count, digest, swaps = self._line
         return Line(step, first, first + count - 1, digest, swaps)
 
