@@ -1,8 +1,8 @@
 """Batches of variable size by a budget of tokens, planned for a whole epoch from the lengths: a pure function of both.
 
 Within pools of ``_POOL`` samples of the epoch's order, samples are sorted by length and cut into batches whose padded
-size (longest times count) keeps the budget; then the batches of the epoch are shuffled. The plan takes memory in
-proportion to the samples, as the lengths do.
+size (longest times count) keeps the budget; then the batches of the pool are shuffled, so that what the order reads in
+sequence still is. The plan takes memory in proportion to the samples, as the lengths do.
 """
 
 import numpy as np
@@ -65,9 +65,10 @@ class Budgeted:
         batches: list[Indices] = []
         for start in range(0, self.size, _POOL):
             pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
-            batches += np.split(pool, self._cuts(lengths[pool]))
-        if self._shuffle:
-            batches = [batches[i] for i in permutation(len(batches), "batches", self._seed, epoch)]
+            cut = np.split(pool, self._cuts(lengths[pool]))
+            if self._shuffle:
+                cut = [cut[i] for i in permutation(len(cut), "batches", self._seed, epoch, start)]
+            batches += cut
         return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
 
     def _cuts(self, lengths: NDArray[np.int64]) -> list[int]:

@@ -87,7 +87,7 @@ def plan_of(config: Config, samples: Samples) -> Plan:
 
 
 def _streams(data: DataConfig, micro_batches: int) -> Streams:
-    size = data.batch_size // micro_batches
+    size = max(1, data.batch_size // micro_batches)
     parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # of a micro-batch, one per stream
     return Streams(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
 
@@ -110,19 +110,23 @@ def _lengths(samples: Any) -> tuple[int, ...]:
 def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
     """As many workers as can each have streams of their own; and tell the data set how much is read in turn."""
     assert plan.streams is not None
-    slice_size = plan.batch_size // plan.slices_per_step
-    chunks = max(1, slice_size // plan.streams.chunk)
-    workers = plan.streams.workers(loading.num_workers, slice_size=slice_size, world=plan.world.size)
-    if workers < loading.num_workers:
-        log.warning(
-            "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
-            "runtime.num_workers x %d",
-            workers,
-            loading.num_workers,
-            chunks * plan.world.size,
-        )
-    if hasattr(samples, "hold"):
+    count, wanted, world_size = plan.streams.count, loading.num_workers, plan.world.size
+    if plan.sources or plan.max_tokens:  # neighbours come from streams in any order: each worker reads all of them
+        workers, held = wanted, 2 * count
+    else:
+        slice_size = plan.batch_size // plan.slices_per_step
+        chunks = max(1, slice_size // plan.streams.chunk)
+        workers = plan.streams.workers(wanted, slice_size=slice_size, world=world_size)
         # One more for each micro-batch than it has streams, because epochs need not end with a micro-batch.
-        held = plan.streams.count * (chunks + 1) // (chunks * max(1, workers) * plan.world.size) + 1
-        samples.hold(min(plan.streams.count, held), plan.streams.window)
+        held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
+        if workers < wanted:
+            log.warning(
+                "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
+                "runtime.num_workers x %d",
+                workers,
+                wanted,
+                chunks * world_size,
+            )
+    if hasattr(samples, "hold"):
+        samples.hold(held, plan.streams.window)
     return replace(loading, num_workers=workers)
