@@ -23,15 +23,23 @@ _Passes = dict[tuple[int, int], "_Pass"]
 
 @dataclass(slots=True)
 class _Pass:
-    """How often each sample of a source was seen in one pass over it."""
+    """How often each sample of a source was seen in one pass over it; only the sums once it is closed."""
 
     first: int
-    counts: "np.ndarray[Any, np.dtype[np.uint16]]"
+    size: int
+    counts: "np.ndarray[Any, np.dtype[np.uint16]] | None"
+    seen: int = 0
+    times: int = 0
     substituted: int = 0
 
-    def summary(self) -> dict[str, int]:
-        seen = int(np.count_nonzero(self.counts))
-        return {"seen": seen, "repeated": int(self.counts.sum(dtype=np.int64)) - seen}
+    def add(self, indices: Indices) -> None:
+        self.times += len(indices)
+        if self.counts is not None:
+            np.add.at(self.counts, indices - self.first, 1)
+
+    def close(self) -> None:
+        if self.counts is not None:
+            self.seen, self.counts = int(np.count_nonzero(self.counts)), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +162,12 @@ def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices,
 def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
     for key in sorted({*zip(source.tolist(), passed.tolist(), strict=True)}):
         first, size = _extent(plan, key[0])
-        one = found.setdefault(key, _Pass(first, np.zeros(size, dtype=np.uint16)))
-        here = index[(source == key[0]) & (passed == key[1])] - first
-        one.counts += np.bincount(here, minlength=size).astype(np.uint16)
+        if key not in found:
+            found[key] = _Pass(first, size, np.zeros(size, dtype=np.uint16))
+            older = found.get((key[0], key[1] - 2))
+            if older is not None:
+                older.close()
+        found[key].add(index[(source == key[0]) & (passed == key[1])])
 
 
 def _substitute(found: _Passes, line: Line, positions: Indices, source: Indices, passed: Indices) -> None:
@@ -181,9 +192,10 @@ def _rows(found: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
     newest = dict(sorted(found))
     oldest = dict(sorted(found, reverse=True)) if start else {}
     for (source, passed), one in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        row = {"epoch": passed, **one.summary()}
+        one.close()
+        row: dict[str, Any] = {"epoch": passed, "seen": one.seen, "repeated": one.times - one.seen}
         dropped = plan.samples - plan.epoch_size
-        left = len(one.counts) - dropped - row["seen"]
+        left = one.size - dropped - one.seen
         whole = left == 0 or oldest.get(source, -1) < passed < newest[source]
         row["missed"] = left if whole else 0
         row |= {"dropped": dropped} if dropped else {}
