@@ -167,6 +167,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SENTENCES = ("data.train._target_=mine.data.Sentences", "data.max_tokens=40")
 TIERS = {
+    "one sample": ("rows", ("data.train.size=1",), (0, 1, 0)),
+    "fewer than a batch": ("rows", ("data.train.size=5",), (0, 1, 0)),
     "sharded": ("sharded", (), (0, 2, 3)),
     "mixture": ("mixture", (), (0, 2, 1)),
     "token budget": ("rows", (*SENTENCES, "trainer.accumulate=2"), (0, 2, 1)),
