@@ -10,7 +10,7 @@ that were done again, and both must agree.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -42,13 +42,17 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one attempt did after ``step``, under one plan; ``grouping`` is how many positions made a step."""
+    """What one attempt did after ``step``, under one plan; ``grouping`` is how many positions made a step.
+
+    ``damage`` says what is wrong with the line after the last of ``lines``: a kill or a power cut may tear the end.
+    """
 
     step: int
     attempt: int
     plan: str
     grouping: int
     lines: tuple[Line, ...]
+    damage: str = ""
 
 
 class Ledger:
@@ -65,7 +69,9 @@ class Ledger:
 
     def open(self, step: int) -> None:
         """Go on after ``step``."""
-        self._location.create(f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode())
+        name, text = f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode()
+        if not self._location.create(name, text) and self._location.read(name, limit=_LIMIT) != text:
+            self._location.replace(name, [text])
         for segment in segments(self._location, after=step):
             if segment.grouping != self._header["grouping"]:  # it moved the positions of every step that followed
                 self._before = {number: line for number, line in self._before.items() if number <= segment.step}
@@ -112,10 +118,7 @@ class Ledger:
 
 
 def segments(location: Location, *, after: int = -1) -> list[Segment]:
-    """All segments in the order in which they were begun, without those that surely end at ``after`` or before.
-
-    A line that a kill tore is left out. Raises StorageError for a segment that is none.
-    """
+    """All segments in the order in which they were begun, without those that surely end at ``after`` or before."""
     keys = sorted((int(m[2]), int(m[1])) for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name)))
     found: list[Segment] = []
     for (attempt, step), following in zip(keys, [*keys, (0, 0)][1:], strict=True):
@@ -139,26 +142,30 @@ def recipe(location: Location, plan: str) -> dict[str, Any]:
 def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     name = f"{_FOLDER}/s{step:09d}-a{attempt:06d}.txt"
     text = (location.read(name, limit=_LIMIT) or b"").decode(errors="replace")
-    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    header, *rest = text[: text.rfind("\n") + 1].splitlines() or [""]
     if not header:  # killed before the first line was whole
         return
+    lines: list[Line] = []
+    plan, grouping, damage = "", 0, ""
     try:
         about = json.loads(header)
-        yield Segment(step, attempt, str(about["plan"]), int(about["grouping"]), tuple(_parsed(lines)))
+        plan, grouping = str(about["plan"]), int(about["grouping"])
+        for line in rest:
+            lines.append(_parsed(line))  # noqa: PERF401 -- those before a damaged one stay
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise StorageError(f"{location.url}/{name} is not a segment of a ledger: {error}") from error
+        damage = f"{location.url}/{name} is damaged after step {lines[-1].step if lines else step}: {error}"
+    yield Segment(step, attempt, plan, grouping, tuple(lines), damage)
 
 
-def _parsed(lines: Iterable[str]) -> Iterator[Line]:
-    for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is None:
-            raise ValueError(f"no line of a ledger: {line[:80]!r}")
-        step, first, last = int(found[1]), int(found[2]), int(found[3])
-        swapped = [int(swap.partition(":")[0]) for swap in found[5].split()]
-        if not first <= last < first + _LARGEST or any(not first <= position <= last for position in swapped):
-            raise ValueError(f"positions that no step has: {line[:80]!r}")
-        yield Line(step, first, last, int(found[4], 16), found[5])
+def _parsed(line: str) -> Line:
+    found = _LINE.fullmatch(line)
+    if found is None:
+        raise ValueError(f"no line of a ledger: {line[:80]!r}")
+    step, first, last = int(found[1]), int(found[2]), int(found[3])
+    swapped = [int(swap.partition(":")[0]) for swap in found[5].split()]
+    if not first <= last < first + _LARGEST or any(not first <= position <= last for position in swapped):
+        raise ValueError(f"positions that no step has: {line[:80]!r}")
+    return Line(step, first, last, int(found[4], 16), found[5])
 
 
 def _digest(recipe: dict[str, Any]) -> str:

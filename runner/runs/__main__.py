@@ -83,6 +83,8 @@ def _audit(parsed: argparse.Namespace) -> int:
         print("The data is an iterable: which samples it gave is its own affair; only repeated steps are compared.")
     steps, samples, differing = found["again"].values()
     print(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
+    for line in found["damaged"]:  # no problem where those steps were done again
+        print(printable(line))
     print("\n".join(map(printable, found["problems"])) or "Every sample exactly once in every whole epoch.")
     return 0 if proof.holds else 1
 

@@ -16,16 +16,16 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
     segments = ledger.segments(location)
     if not segments:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
-    recipe = ledger.recipe(location, segments[-1].plan)
+    plans = [segment.plan for segment in segments if segment.plan]
+    recipe = ledger.recipe(location, plans[-1] if plans else "")
     proof = prove(
         segments,
         None if recipe.get("kind") == "opaque" else _plan(recipe, location.url),
         begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
         committed=_committed(directory),
     )
-    other = {segment.plan for segment in segments} - {segments[-1].plan}
-    if other:
-        proof.problems.append(f"{len(other) + 1} plans of the data are in one ledger; judged by the newest")
+    if len({*plans}) > 1:
+        proof.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
     about = {
         "run": directory.name,
         "steps": proof.steps,
@@ -36,6 +36,7 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         "epochs": proof.epochs,
         "again": proof.again,
         "problems": proof.problems,
+        "damaged": [segment.damage for segment in segments if segment.damage],
     }
     return proof, about
 
