@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from runner.checkpoint.tree import encode
+from runner.data.digest import mix, mix_one
 from runner.data.fetch import Fetcher
 from runner.data.plan import Plan, Slice
 from runner.rng import Generators, seed_all
@@ -221,3 +222,8 @@ def test_seeding_only_the_generators_that_are_used_changes_no_sample(generator: 
     expected, _ = fetched(4, torch_suffices=False)
     assert fetched(4) == (expected, calls)
     assert fetched(1)[0] == fetched(3)[0] == fetched(10)[0] == expected
+
+
+def test_one_word_is_mixed_as_many_are() -> None:
+    words = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0]
+    assert [mix_one(word) for word in words] == mix(np.array(words, dtype=np.uint64)).tolist()

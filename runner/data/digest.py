@@ -8,6 +8,7 @@ from runner.data.order import Indices
 Words = NDArray[np.uint64]
 
 _ADDED, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ALL = 2**64 - 1
 _27, _30, _31 = (np.uint64(c) for c in (27, 30, 31))
 
 
@@ -26,6 +27,14 @@ def digests(positions: Indices, indices: Indices, ends: Indices) -> Words:
     sums = np.cumsum(digest_words(positions, indices), dtype=np.uint64)[ends - 1]
     found: Words = np.diff(sums, prepend=np.uint64(0))
     return found
+
+
+def mix_one(word: int) -> int:
+    """``mix`` of a single word, for which numpy is slow."""
+    word = (word + 0x9E3779B97F4A7C15) & _ALL
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _ALL
+    return word ^ (word >> 31)
 
 
 def mix(words: Words) -> Words:

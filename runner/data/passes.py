@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
+from runner.data.digest import mix_one
 from runner.data.fetch import Collate
 from runner.data.generators import isolated, seed_all
 from runner.errors import DataError, RunnerError
@@ -72,6 +73,7 @@ class Passes(IterableDataset[Batch]):
         self._resumed = False
         self._rows: Any = None  # the user's iterator over ...
         self._entered = self._item = 0  # ... this pass, of which it has yielded so many
+        self._keys: dict[str, int] = {}  # what its seeds are made from
 
     def __iter__(self) -> "Passes":
         self._number += 1
@@ -168,6 +170,8 @@ class Passes(IterableDataset[Batch]):
     def _enter(self, place: _Place) -> None:
         """Have the user's iterable go to a place, in the order in which torchdata would."""
         self._entered, self._item = place.number, place.since
+        parts = self.making.seed, self._entered, self._worker
+        self._keys = {label: derive(label, *parts) for label in ("train pass", "train", "train collate")}
         self._seed("train pass")
         if hasattr(self.samples, "set_epoch"):
             with self.turn:
@@ -179,9 +183,9 @@ class Passes(IterableDataset[Batch]):
         if of_rows is not None:
             self._rows.load_state_dict(of_rows)
 
-    def _seed(self, label: str, *item: int) -> None:
+    def _seed(self, label: str, item: int = 0) -> None:
         if self.making.randomness != "off":
-            seed_all(derive(label, self.making.seed, self._entered, self._worker, *item))
+            seed_all(mix_one(self._keys[label] ^ item))
 
     @property
     def _worker(self) -> int:
