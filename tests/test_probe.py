@@ -344,3 +344,10 @@ def test_a_sketch_does_not_depend_on_what_was_drawn_before() -> None:
     one = sketch(GLOBAL["torch"])
     torch.rand(1)
     assert sketch(GLOBAL["torch"]) == one
+
+
+def test_a_long_list_of_numbers_is_one_value() -> None:
+    tokens = [*range(100)]
+    ((path, value),) = probe.leaves({"tokens": tokens})
+    assert (path, value.tolist()) == ("['tokens']", tokens)
+    assert [path for path, _ in probe.leaves([1, 2.0])] == ["[0]", "[1]"]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from runner.data.digest import Words, digest_words, mix
 from runner.data.generators import isolated, peek, seed_all, seed_others
-from runner.data.order import Indices, Order
+from runner.data.order import Indices
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError
 from runner.recent import Recent
@@ -77,14 +77,13 @@ class Fetcher(Dataset[Fetched]):
         *,
         label: str,
         collate: Collate | None = None,
-        order: Order | None = None,
         substitute: bool = False,
     ) -> None:
         self.samples = samples
         self.plan = plan
         self.label = label
         self.collate: Collate = collate or default_collate
-        self.order = order or plan.order()
+        self.order = plan.order()
         self.substitute = substitute
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
         self._blocks = Recent[tuple[Indices, Words, Words]](4)

@@ -108,7 +108,8 @@ class Plan:
         if self.tail == "drop":
             return f"each at most once per epoch ({self.samples - self.epoch_size} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
-        return f"{once}, any number of workers"
+        split = "; random by batch: another split into batches draws others" if self.randomness == "batch" else ""
+        return f"{once}, any number of workers{split}"
 
     def order(self) -> Order:
         """Which sample stands where."""

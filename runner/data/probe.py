@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kin
 
 _SAMPLES = 4
 _VALUES = 8  # of a sample that are remembered
+_LONG = 32  # a list of more numbers is one value
 _CLOSE = 1e-3  # floats may differ between processors, in the last bits
 
 
@@ -49,7 +51,7 @@ def sketch(fetcher: Fetcher) -> Sketch:
     """What a few samples look like, for a later attempt to compare its own with. Plain values, a few hundred bytes."""
     chosen = indices(len(fetcher.samples))
     return {
-        str(index): [_described(path, value) for path, value in leaves(row)][:_VALUES]
+        str(index): [_described(path, value) for path, value in islice(leaves(row), _VALUES)]
         for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
         if not isinstance(row, _Unreadable)
     }
@@ -113,6 +115,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, np.ndarray) and value.dtype.hasobject:
         yield from leaves(value.tolist(), path)
     elif isinstance(value, tuple | list):
+        if len(value) > _LONG and all(type(item) in (int, float) for item in value):  # tokens, say
+            yield path, np.asarray(value)
+            return
         for number, item in enumerate(value):
             yield from leaves(item, f"{path}[{number}]")
     elif is_dataclass(value) and not isinstance(value, type):
