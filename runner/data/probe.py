@@ -74,21 +74,20 @@ def require_pure(fetcher: Fetcher) -> list[str]:
     chosen = indices(len(fetcher.samples))
     first = digests(fetcher, chosen)
     again = digests(fetcher, chosen[::-1])[::-1]
-    unequal = [index for index, one, two in zip(chosen, first, again, strict=True) if one != two]
-    if unequal:
+    other = _first_unequal(fetcher, first, again)
+    if other:
         raise DataError(
-            f"{_named(fetcher, unequal[0])} is another one when it is drawn again with the same seed, so a resumed run "
+            f"{other} is another one when it is drawn again with the same seed, so a resumed run "
             "would train on other data. It depends on something that the runner does not control: a generator of its "
             "own (np.random.default_rng(), random.Random(), torch.Generator()), a counter or cache that changes from "
             "call to call, the clock. Draw from python's, numpy's or torch's global generators, which are seeded for "
             "every sample, or make it depend on the index alone; runtime.audit=false turns this check off."
         )
     if fetcher.plan.randomness == "off":
-        other = digests(fetcher, chosen, label="another")
-        unequal = [index for index, one, two in zip(chosen, first, other, strict=True) if one != two]
-        if unequal:
+        other = _first_unequal(fetcher, first, digests(fetcher, chosen, label="another"))
+        if other:
             raise DataError(
-                f"{_named(fetcher, unequal[0])} draws random numbers, and data.randomness=off seeds none, so a resumed "
+                f"{other} draws random numbers, and data.randomness=off seeds none, so a resumed "
                 "run would draw others. Use data.randomness=sample; runtime.audit=false turns this check off."
             )
     return first
@@ -96,11 +95,10 @@ def require_pure(fetcher: Fetcher) -> list[str]:
 
 def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], there: Sequence[str]) -> None:
     """Raises DataError if a data worker found other samples than this process."""
-    chosen = indices(len(fetcher.samples))
-    unequal = [index for index, one, two in zip(chosen, here, there, strict=True) if one != two]
-    if unequal:
+    other = _first_unequal(fetcher, here, there)
+    if other:
         raise DataError(
-            f"{_named(fetcher, unequal[0])} is another one in a data worker than in this process. It depends on the "
+            f"{other} is another one in a data worker than in this process. It depends on the "
             "process: a generator seeded at import, the pid or worker number, hash() of a text or the order of a set, "
             "the number of threads, a file position shared after a fork. Make it depend on the index alone; "
             "runtime.audit=false turns this check off."
@@ -209,5 +207,9 @@ def _words(described: Sequence[Any]) -> str:
     return " ".join(map(str, described[1:]))
 
 
-def _named(fetcher: Fetcher, index: int) -> str:
-    return f"{location(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
+def _first_unequal(fetcher: Fetcher, one: Sequence[str], other: Sequence[str]) -> str | None:
+    """The first probed sample whose two digests differ, by name."""
+    for index, here, there in zip(indices(len(fetcher.samples)), one, other, strict=True):
+        if here != there:
+            return f"{location(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
+    return None
