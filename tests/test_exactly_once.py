@@ -204,6 +204,8 @@ def test_every_tier_survives_kills(
     assert found["holds"], found["problems"]
     assert found["again"]["differing"] == 0
     assert found["indexed"] == ("iterable" not in tier and tier != "replayed")
+    assert runs(["audit", str(folder)]) == 0
+    assert ("Every sample exactly once" in capsys.readouterr().out) == found["indexed"]
     if found["indexed"]:
         assert sum(row["whole"] for row in found["epochs"]) >= 3
         assert all(row["repeated"] == row["missed"] == 0 for row in found["epochs"])

@@ -80,12 +80,15 @@ def _audit(parsed: argparse.Namespace) -> int:
         columns = ["source"] * ("source" in found["epochs"][0]) if found["epochs"] else []
         print(_table(found["epochs"], [*columns, "epoch", "seen", "repeated", "missed", "substituted", "whole"]))
     else:
-        print("The data is an iterable: which samples it gave is its own affair; only repeated steps are compared.")
+        print("The data is an iterable, which alone knows what it gave: nothing is said of samples seen or missed.")
     steps, samples, differing = found["again"].values()
     print(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
+    good = (
+        "Every sample exactly once in every whole epoch." if found["indexed"] else "No step differed when done again."
+    )
     for line in found["damaged"]:  # no problem where those steps were done again
         print(printable(line))
-    print("\n".join(map(printable, found["problems"])) or "Every sample exactly once in every whole epoch.")
+    print("\n".join(map(printable, found["problems"])) or good)
     return 0 if proof.holds else 1
 
 
