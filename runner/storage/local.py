@@ -22,6 +22,9 @@ _LEFTOVER_SECONDS = 3600.0
 class LocalLocation:
     """A folder of this machine's file system; it is made when the first object is written."""
 
+    part_bytes = 1 << 40  # one file is as good as many
+    parallel = 1
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.url = str(self.path)
@@ -122,6 +125,9 @@ class LocalLocation:
                 return None
             return LocalLock(descriptor)
 
+    def folder(self, name: str) -> "LocalFolder":
+        return LocalFolder(str(self._path(name)))
+
     def local_path(self, name: str) -> str:
         return str(self._path(name))
 
@@ -173,6 +179,19 @@ class LocalJournal:
     def _write(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+
+
+class LocalFolder:
+    """A folder that lies where it belongs; what is written there outlives this process in the page cache."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class LocalLock:

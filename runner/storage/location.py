@@ -33,40 +33,59 @@ class Lock(Protocol):
 
 
 class Journal(Protocol):
-    """A new object that grows at its end."""
+    """A new object that grows at its end. One thread may append while another makes it durable."""
 
     def append(self, data: bytes) -> None:
-        """Add to the end; survives the death of this process where the storage can do that. Never fails: what cannot
-        be written now is tried again with the next bytes.
+        """Add to the end; survives the death of this process where the storage can do that. Never fails and never
+        waits for a network: what cannot be written now is tried again later.
         """
 
     def sync(self) -> None:
-        """Make everything so far durable. Raises StorageError."""
+        """Make everything so far durable. Raises StorageError; it can be tried again."""
+
+    def close(self) -> None:
+        """Let go of it, without a promise for what was not synced."""
+
+
+class Folder(Protocol):
+    """A folder of this machine for a library that writes files of its own (TensorBoard)."""
+
+    path: str
+
+    def sync(self) -> None:
+        """Bring every file that changed to the location, whole. Raises StorageError; it can be tried again."""
 
     def close(self) -> None:
         """Let go of it, without a promise for what was not synced."""
 
 
 class Location(Protocol):
-    """A folder of objects, local or remote. Every verb raises StorageError when the storage refuses."""
+    """A folder of objects, local or remote. Every verb raises StorageError when the storage refuses, and may be called
+    from any thread.
+
+    All that is asked of a storage is this: an object whose write returned can be read and is in every listing after it,
+    by anyone. Nothing asks it to create exclusively, to rename or to lock.
+    """
 
     url: str
+    part_bytes: int  # what is larger than this is better written as several objects
+    parallel: int  # how many of them at a time
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         """Write a new object and return its size; durable, and visible to every reader, once this returns.
 
-        For names that are used once. A failed put leaves no object that it did not complete, or an incomplete one of
-        that same name: readers must be able to tell (a seal, a size). Never overwrites.
+        For names that are used once: it may be repeated with the same bytes. A failed put leaves no object that it did
+        not complete, or an incomplete one of that same name: readers must be able to tell (a seal, a size).
         """
-
-    def create(self, name: str, data: Buffer) -> bool:
-        """Write a new object whole and durably unless the name is taken; whether it was this call that made it."""
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         """Write an object whole, over an older one if there is one: a reader sees the one or the other."""
 
     def journal(self, name: str) -> Journal:
-        """Begin an object that grows; one of that name is an error."""
+        """Begin an object that grows; its name is used once."""
+
+    def folder(self, name: str) -> Folder:
+        """A folder of this machine whose files become objects in folder ``name``."""
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""
@@ -84,10 +103,7 @@ class Location(Protocol):
         """Remove what writes into ``folder`` left behind when they died, an hour or more ago. Never an object."""
 
     def lock(self, name: str) -> Lock | None:
-        """Take the advisory lock of that name, or return None while another process holds it."""
-
-    def local_path(self, name: str) -> str:
-        """The path or URL of an object for libraries that write their own files there (TensorBoard)."""
+        """Take the lock of that name among the processes of this machine, or return None while another has it."""
 
 
 def check_name(name: str) -> str:
