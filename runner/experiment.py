@@ -4,7 +4,7 @@ claim the attempt -> build -> newest good checkpoint -> load, generators last ->
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,18 @@ import runner
 from runner import signals, topology
 from runner.build import Parts, build, set_up
 from runner.callbacks.base import Callback
-from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
 from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, OnConflict, OnNonfinite
+from runner.config.schema import CheckpointConfig, Config, Every, OnConflict, OnNonfinite
 from runner.data.ledger import Ledger
 from runner.errors import Interrupted, StorageError, Superseded, printable
 from runner.finish import finish
-from runner.interval import Interval
+from runner.interval import Affordable, Interval
 from runner.introduction import introduce
 from runner.metrics.lines import MetricLines
 from runner.restore import Resumed, fork, restore_newest
@@ -66,7 +66,10 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
             max_epochs=config.trainer.max_epochs,
             max_seconds=config.trainer.max_seconds,
         )
-        loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
+        saver = callbacks["checkpoint"]
+        assert isinstance(saver, SaveCheckpoint)
+        with closing(saver):
+            loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
         if loop.stop in signals.NAMES:
             raise Interrupted(
                 f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
@@ -103,52 +106,78 @@ def _callbacks(
     config: Config, opening: Opening, parts: Parts, store: CheckpointStore, attempt: Attempt, lines: MetricLines
 ) -> dict[str, Callback]:
     """All callbacks, in the order in which they run, by the name that one with a memory has in the state."""
-    trainer, goal = config.trainer, config.objective
     ledger = Ledger(
         opening.directory.location, attempt=attempt.number, recipe=parts.recipe, grouping=config.data.batch_size
     )
     callbacks: dict[str, Callback] = {"ledger": KeepLedger(ledger)}
     guard = FiniteLoss()
-    if trainer.on_nonfinite is OnNonfinite.stop:
+    if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
-    best = None
-    if parts.evaluate is not None:
-        interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-        callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
-        if goal.metric is not None:
-            best = Best(goal.metric, mode=goal.mode.name)
-            callbacks["best"] = best
-            stopping = trainer.early_stopping
-            if stopping.patience is not None:
-                callbacks["early_stopping"] = EarlyStopping(
-                    goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
-                )
+    best = _evaluation(config, parts, callbacks)
     report = Report(
         every_steps=config.metrics.every_steps,
-        folder=opening.directory.location.local_path(TENSORBOARD),
+        folder=opening.directory.location.folder(TENSORBOARD),
         lines=lines,
         attempt=attempt.number,
     )
 
-    def prepare(step: int) -> dict[str, Any]:
-        guard.check()
-        ledger.flush(step)
-        return {"identity": opening.identity, "metrics": report.flush(step)}
-
     callbacks["report"] = report
     callbacks["progress"] = Progress()
     callbacks["heartbeat"] = Heartbeat(lambda step: attempt.beat(step=step))
-    callbacks["checkpoint"] = SaveCheckpoint(
-        store,
-        Interval(steps=config.checkpoint.every_steps, seconds=config.checkpoint.every_seconds),
-        attempt=attempt.number,
-        keep_last=config.checkpoint.keep_last,
-        best=best,
-        prepare=prepare,
+
+    def mark(step: int) -> dict[str, Any]:
+        guard.check()
+        ledger.mark(step)
+        return {"identity": opening.identity, "metrics": report.mark(step)}
+
+    def flush() -> None:
+        ledger.flush()
+        report.flush()
+
+    def retain() -> None:
+        pinned = [best.step] if best is not None and best.step else []
+        store.retain(last=config.checkpoint.keep_last, steps=pinned, attempt=attempt.number)
+
+    hooks = Hooks(
+        mark=mark,
+        flush=flush,
         successor=lambda: _name(attempt.successor()),
-        acknowledged=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
+        committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
+        retain=retain,
     )
+    callbacks["checkpoint"] = _saver(config.checkpoint, store, attempt.number, hooks)
     return callbacks
+
+
+def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> Best | None:
+    """Add what evaluates, and looks at what was evaluated; returns what knows the best."""
+    if parts.evaluate is None:
+        return None
+    trainer, goal = config.trainer, config.objective
+    interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
+    callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
+    if goal.metric is None:
+        return None
+    best = Best(goal.metric, mode=goal.mode.name)
+    callbacks["best"] = best
+    stopping = trainer.early_stopping
+    if stopping.patience is not None:
+        callbacks["early_stopping"] = EarlyStopping(
+            goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
+        )
+    return best
+
+
+def _saver(checkpoint: CheckpointConfig, store: CheckpointStore, attempt: int, hooks: Hooks) -> SaveCheckpoint:
+    return SaveCheckpoint(
+        store,
+        Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
+        Affordable() if checkpoint.every is Every.auto else None,
+        hooks,
+        attempt=attempt,
+        max_unsaved=checkpoint.max_unsaved,
+        background=checkpoint.background,
+    )
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:

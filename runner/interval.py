@@ -33,3 +33,33 @@ class Interval:
     def restart(self) -> None:
         """Count the seconds from now."""
         self._since = self.clock()
+
+
+@dataclass(slots=True)
+class Affordable:
+    """Due as often as keeps what is ``spent`` on it below ``share`` of the time.
+
+    ``least`` and ``most`` are seconds between two; the first comes after ``least``.
+    """
+
+    share: float = 0.01
+    least: float = 10.0
+    most: float = 3600.0
+    clock: Callable[[], float] = time.monotonic
+    _since: float = field(init=False)
+    _pause: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._since, self._pause = self.clock(), self.least
+
+    def due(self) -> bool:
+        """Whether it is time again."""
+        return self.clock() - self._since >= self._pause
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._since = self.clock()
+
+    def spent(self, seconds: float) -> None:
+        """What the last one cost."""
+        self._pause = min(max(seconds / self.share, self.least), self.most)

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.metrics.curves import Curves
+from runner.storage.local import LocalFolder
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attempt(folder: Path, number: int, purge: int, steps: Iterable[int]) -> None:
-    curves = Curves(str(folder), purge_step=purge, attempt=number)
+    curves = Curves(LocalFolder(str(folder)), purge_step=purge, attempt=number)
     for step in steps:
         curves.add(step, {"loss": number + step / 100, "sample": f"{step} by {number}"})
     curves.close()

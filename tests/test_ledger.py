@@ -38,7 +38,12 @@ def line(step: int, *, grouping: int = 4, digest: int | None = None, bad: str = 
 def add(opened: Ledger, *steps: int) -> None:
     for step in steps:
         opened.add(line(step))
-    opened.flush(steps[-1])
+    flush(opened, steps[-1])
+
+
+def flush(opened: Ledger, step: int) -> None:
+    opened.mark(step)
+    opened.flush()
 
 
 def spoil(location: LocalLocation, name: str, old: bytes, new: bytes) -> None:
@@ -53,7 +58,7 @@ def test_lines_are_read_as_they_were_written(location: LocalLocation) -> None:
     opened = attempt(location, 1, 0)
     for one in lines:
         opened.add(one)
-    opened.flush(3)
+    flush(opened, 3)
     (segment,) = segments(location)
     assert (segment.step, segment.attempt, segment.grouping, segment.lines) == (0, 1, 4, lines)
     assert recipe(location, segment.plan) == RECIPE
@@ -266,7 +271,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 101):
     opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
 try:
-    opened.flush(100)
+    flush(opened, 100)
 except StorageError as error:
     print(error)
 print(os.path.getsize(opened._location.path / "ledger/s000000000-a000001.txt"))

@@ -29,6 +29,12 @@ def add(curves: MetricLines, *steps: int) -> None:
         curves.add(step, {"loss": step / 7})
 
 
+def flush(curves: MetricLines, step: int) -> dict[str, Any]:
+    end = curves.mark(step)
+    curves.flush()
+    return end
+
+
 def steps(location: LocalLocation) -> list[int]:
     return [line["step"] for line in read(location)]
 
@@ -41,7 +47,7 @@ def test_lines_are_json_in_the_order_they_were_added(location: LocalLocation) ->
     curves = attempt(location, 1, 0, None)
     curves.add(10, {"loss": 0.1, "rate": 1e-3})
     curves.add(20, {"accuracy": 1})
-    curves.flush(20)
+    flush(curves, 20)
     assert [*read(location)] == [{"step": 10, "loss": 0.1, "rate": 1e-3}, {"step": 20, "accuracy": 1}]
     text = location.read("metrics/s000000000-a000001.jsonl", limit=1000)
     assert text == b'{"step": 10, "loss": 0.1, "rate": 0.001}\n{"step": 20, "accuracy": 1}\n'
@@ -50,31 +56,31 @@ def test_lines_are_json_in_the_order_they_were_added(location: LocalLocation) ->
 def test_what_is_not_finite_is_null(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
     curves.add(1, {"a": float("nan"), "b": float("-inf"), "c": 0.0})
-    curves.flush(1)
+    flush(curves, 1)
     assert [*read(location)] == [{"step": 1, "a": None, "b": None, "c": 0.0}]
 
 
 def test_nothing_is_written_before_a_flush_or_by_one_without_news(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
-    assert curves.flush(0)["lines"] == 0
+    assert flush(curves, 0)["lines"] == 0
     add(curves, 1)
     assert segments(location) == []
-    end = curves.flush(1)
+    end = flush(curves, 1)
     location.remove("metrics/s000000000-a000001.jsonl")
-    assert curves.flush(2) == end
+    assert flush(curves, 2) == end
     assert segments(location) == []
 
 
 def test_a_resume_cuts_what_came_after_its_commit(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
-    end = first.flush(2)
+    end = flush(first, 2)
     add(first, 3, 4)
-    first.flush(4)  # and killed before the commit of step 4 was there
+    flush(first, 4)  # and killed before the commit of step 4 was there
     second = attempt(location, 2, 2, end)
     assert steps(location) == [1, 2]
     add(second, 3, 4)
-    second.flush(4)
+    flush(second, 4)
     assert steps(location) == [1, 2, 3, 4]
     assert segments(location) == ["s000000000-a000001.jsonl", "s000000002-a000002.jsonl"]
 
@@ -82,13 +88,13 @@ def test_a_resume_cuts_what_came_after_its_commit(location: LocalLocation) -> No
 def test_a_resume_from_an_older_commit_cuts_the_segments_after_it(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
-    older = first.flush(2)
+    older = flush(first, 2)
     add(first, 3)
-    second = attempt(location, 2, 3, first.flush(3))
+    second = attempt(location, 2, 3, flush(first, 3))
     add(second, 4)
-    third = attempt(location, 3, 4, second.flush(4))
+    third = attempt(location, 3, 4, flush(second, 4))
     add(third, 5)
-    third.flush(5)
+    flush(third, 5)
     attempt(location, 4, 2, older)
     assert steps(location) == [1, 2]
 
@@ -96,10 +102,10 @@ def test_a_resume_from_an_older_commit_cuts_the_segments_after_it(location: Loca
 def test_a_commit_before_the_first_new_line_keeps_the_lines_of_older_attempts(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
-    second = attempt(location, 2, 2, first.flush(2))
-    end = second.flush(3)
+    second = attempt(location, 2, 2, flush(first, 2))
+    end = flush(second, 3)
     add(second, 4)
-    second.flush(4)
+    flush(second, 4)
     attempt(location, 3, 3, end)
     assert steps(location) == [1, 2]
 
@@ -107,23 +113,23 @@ def test_a_commit_before_the_first_new_line_keeps_the_lines_of_older_attempts(lo
 def test_a_resume_at_the_same_step_replaces_the_lines_of_the_attempt_before(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1)
-    end = first.flush(1)
+    end = flush(first, 1)
     for number in (2, 3):
         again = attempt(location, number, 1, end)
         assert steps(location) == [1]
         add(again, 2)
-        again.flush(2)
+        flush(again, 2)
     assert steps(location) == [1, 2]
 
 
 def test_a_fresh_start_begins_with_no_lines(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1)
-    first.flush(1)
+    flush(first, 1)
     second = attempt(location, 2, 0, None)
     assert steps(location) == []
     add(second, 1)
-    second.flush(1)
+    flush(second, 1)
     assert steps(location) == [1]
 
 
@@ -134,7 +140,7 @@ def test_a_full_segment_is_followed_by_another(location: LocalLocation, monkeypa
     ends = {}
     for step in range(1, 10):
         add(first, step)
-        ends[step] = first.flush(step)
+        ends[step] = flush(first, step)
     assert len(segments(location)) > 2
     assert steps(location) == [*range(1, 10)]
     for number, step in enumerate((8, 5, 4, 1), start=2):
@@ -169,6 +175,6 @@ def test_every_step_and_tag_is_read_once_whatever_happened(
             if step % 3 == 0:
                 add(curves, step)
             if chance.random() < 0.4:
-                end = curves.flush(step)
+                end = flush(curves, step)
                 if chance.random() < 0.8:
                     commits.append((step, json.loads(json.dumps(end))))

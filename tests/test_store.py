@@ -74,7 +74,7 @@ def test_what_was_committed_is_loaded(store: CheckpointStore) -> None:
     assert state["moments"] == STATE["moments"]
     assert torch.equal(state["weight"], STATE["weight"])
     assert torch.equal(state["bias"], STATE["bias"])
-    assert torch.equal(checkpoint.tensor("model/weight"), STATE["weight"])
+    assert torch.equal(checkpoint.tensors_of("model")["model/weight"], STATE["weight"])
 
 
 def test_a_manifest_is_written_after_its_data(store: CheckpointStore) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from runner.callbacks.base import Callback, Loop
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
+from runner.storage.location import Folder
 
 
 class Report(Callback):
@@ -20,7 +21,7 @@ class Report(Callback):
     read from its device before its window is full. Values that are not finite count in no mean.
     """
 
-    def __init__(self, *, every_steps: int, folder: str, lines: MetricLines, attempt: int) -> None:
+    def __init__(self, *, every_steps: int, folder: Folder, lines: MetricLines, attempt: int) -> None:
         self.every_steps = every_steps
         self._folder = folder
         self._attempt = attempt
@@ -48,11 +49,17 @@ class Report(Callback):
         assert self._curves is not None
         self._curves.close()
 
-    def flush(self, step: int) -> dict[str, Any]:
-        """Make everything reported so far durable; returns the end of the metric lines for the commit at ``step``."""
+    def mark(self, step: int) -> dict[str, Any]:
+        """The end of the metric lines, for the commit at ``step``; ``flush`` in any thread makes them durable."""
+        assert self._curves is not None
+        self._curves.mark()
+        return self._lines.mark(step)
+
+    def flush(self) -> None:
+        """Make everything that was marked durable. May run beside training, once at a time."""
         assert self._curves is not None
         self._curves.flush()
-        return self._lines.flush(step)
+        self._lines.flush()
 
     def state_dict(self) -> dict[str, Any]:
         self._read()

@@ -5,6 +5,7 @@ object is written twice; bytes are handed out only after their digest matched; r
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ from runner.checkpoint import manifest as manifests
 from runner.checkpoint import tensors as files
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored
-from runner.checkpoint.tree import decode, encode
-from runner.errors import StorageError, Superseded
+from runner.checkpoint.tree import decode, encode, names_in
+from runner.errors import StateError, StorageError, Superseded
 from runner.storage.location import Location
 
 
@@ -54,13 +55,18 @@ class Checkpoint:
 
     def load(self, part: str) -> Any:
         """The state dict of one part. Raises Damaged; nothing that failed its digest is returned."""
-        return decode(self.parts[part], self.tensor)
+        try:
+            return decode(self.parts[part], self.tensors_of(part).__getitem__)
+        except (TypeError, AttributeError, KeyError, ValueError, StateError) as error:
+            raise Damaged(f"{self.id.commit} holds no state in {part}: {error!r}") from error
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor by name."""
-        if name not in self.tensors:
-            raise Damaged(f"{self.id.commit} has no tensor {name!r}")
-        return files.read(self.location, self.tensors[name])
+    def tensors_of(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one part by their names in the checkpoint."""
+        names = names_in(self.parts[part])
+        missing = next((name for name in names if name not in self.tensors), None)
+        if missing is not None:
+            raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
+        return files.read(self.location, {name: self.tensors[name] for name in names})
 
 
 class CheckpointStore:
@@ -80,15 +86,13 @@ class CheckpointStore:
         Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit.
         """
         commit = CommitId.new(attempt, snapshot.step)
-        file = SafetensorsFile(snapshot.tensors, metadata={"step": str(snapshot.step)})
-        name = commit.data(0)
-        size = self.location.put(name, file.chunks())
+        written = self._put(commit, snapshot)
         manifest = {
             "format": manifests.FORMAT,
             "attempt": attempt,
             "step": snapshot.step,
-            "files": {name: size},
-            "tensors": {key: asdict(stored) for key, stored in file.stored(name).items()},
+            "files": {name: size for name, (size, _) in written.items()},
+            "tensors": {key: asdict(entry) for _, stored in written.values() for key, entry in stored.items()},
             "parts": snapshot.parts,
             "facts": snapshot.facts,
         }
@@ -100,6 +104,19 @@ class CheckpointStore:
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
         return commit
+
+    def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[int, dict[str, Stored]]]:
+        """Write the tensors; the files by name, with size and content."""
+
+        def put(number: int, tensors: dict[str, Tensor]) -> tuple[str, tuple[int, dict[str, Stored]]]:
+            file = SafetensorsFile(tensors, metadata={"step": str(snapshot.step)})
+            name = commit.data(number)
+            size = self.location.put(name, file.chunks())
+            return name, (size, file.stored(name))
+
+        parts = files.split(snapshot.tensors, self.location.part_bytes)
+        with ThreadPoolExecutor(self.location.parallel) as pool:
+            return dict(pool.map(put, range(len(parts)), parts))
 
     def commits(self) -> list[CommitId]:
         """All commits, the one to resume from first."""

@@ -6,7 +6,9 @@ while streaming, to make them durable, and to store a shared tensor once.
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,8 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_PIECE = 32 << 20  # bytes that are read at once
+_READERS = 8
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
@@ -73,7 +77,7 @@ class SafetensorsFile:
         for name, tensor in tensors.items():
             if tensor.dtype not in _NAMES:
                 raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
-            self._alias[name] = name if copies else first.setdefault(_memory(tensor, name), name)
+            self._alias[name] = name if copies else first.setdefault(memory_key(tensor, name), name)
         # Wide types first keeps every tensor aligned, as readers that map the file expect.
         unique = sorted({*self._alias.values()}, key=lambda name: (-tensors[name].itemsize, name))
         self._tensors = {name: tensors[name] for name in unique}
@@ -104,16 +108,79 @@ class SafetensorsFile:
         )
 
 
-def read(location: Location, stored: Stored) -> Tensor:
-    """One tensor, in memory of its own, with its digest verified on the very bytes that are returned."""
-    tensor = torch.empty(stored.shape, dtype=_DTYPES[stored.dtype])
-    view = bytes_of(tensor)
-    location.read_into(stored.part, stored.offset, view)
-    found = digest(view)
-    if found != stored.digest:
-        end = stored.offset + stored.length
-        raise Damaged(f"{stored.part} bytes {stored.offset} to {end}: digest {found}, expected {stored.digest}")
-    return tensor
+def split(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """The tensors for each of several files of about ``size`` bytes; those that share memory stay together."""
+    parts: list[dict[str, Tensor]] = [{}]
+    homes: dict[Any, dict[str, Tensor]] = {}
+    filled = 0
+    for name, tensor in tensors.items():
+        key = memory_key(tensor, name)
+        if key not in homes:
+            if parts[-1] and filled + tensor.nbytes > size:
+                parts.append({})
+                filled = 0
+            homes[key] = parts[-1]
+            filled += tensor.nbytes
+        homes[key][name] = tensor
+    return parts
+
+
+def read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Tensors by name, each in memory of its own, with its digest verified on the very bytes that are returned.
+
+    Reads ranges in parallel; small tensors that lie together come in one.
+    """
+    tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]) for name, entry in stored.items()}
+    views = {name: bytes_of(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(_READERS) as pool:
+        deque(pool.map(lambda piece: _read(location, views, *piece), _pieces(stored)), maxlen=0)
+        found = dict(zip(views, pool.map(digest, views.values()), strict=True))
+    for name, entry in stored.items():
+        if found[name] != entry.digest:
+            end = entry.offset + entry.length
+            raise Damaged(f"{entry.part} bytes {entry.offset} to {end}: digest {found[name]}, expected {entry.digest}")
+    return tensors
+
+
+_Targets = list[tuple[str, int, int]]  # name, and the range of its bytes
+
+
+def _pieces(stored: Mapping[str, Stored]) -> Iterator[tuple[str, int, _Targets]]:
+    """What to read at once: part, offset, and whose bytes those are. A large tensor is several pieces."""
+    waiting: tuple[str, int, _Targets] | None = None
+    end = 0
+    for name, entry in sorted(stored.items(), key=lambda item: (item[1].part, item[1].offset)):
+        if entry.length > _PIECE:
+            for begin in range(0, entry.length, _PIECE):
+                yield entry.part, entry.offset + begin, [(name, begin, min(begin + _PIECE, entry.length))]
+            continue
+        if waiting and (entry.part, entry.offset) == (waiting[0], end) and end + entry.length <= waiting[1] + _PIECE:
+            waiting[2].append((name, 0, entry.length))
+        else:
+            if waiting:
+                yield waiting
+            waiting = entry.part, entry.offset, [(name, 0, entry.length)]
+        end = entry.offset + entry.length
+    if waiting:
+        yield waiting
+
+
+def _read(location: Location, views: Mapping[str, memoryview], part: str, offset: int, targets: _Targets) -> None:
+    if len(targets) == 1:
+        name, begin, end = targets[0]
+        location.read_into(part, offset, views[name][begin:end])
+        return
+    scratch = memoryview(bytearray(sum(end for *_, end in targets)))
+    location.read_into(part, offset, scratch)
+    for name, _, length in targets:
+        views[name][:], scratch = scratch[:length], scratch[length:]
+
+
+def memory_key(tensor: Tensor, name: str) -> Any:
+    """A key that two tensors have in common when they are the same bytes in the same shape."""
+    if not tensor.numel():
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -125,13 +192,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def digest(data: Buffer) -> str:
     """xxh3_128 of the bytes: finds damage, proves no authorship."""
     return xxhash.xxh3_128_hexdigest(data)
-
-
-def _memory(tensor: Tensor, name: str) -> Any:
-    """A key that two tensors have in common when they are the same bytes in the same shape."""
-    if not tensor.numel():
-        return name
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -48,6 +48,13 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
             raise StateError(f"a stored state holds the unknown tag {unknown!r}")
 
 
+def names_in(value: Any) -> list[str]:
+    """The names of all tensors that ``decode`` will ask for."""
+    names: list[str] = []
+    decode(value, names.append)  # type: ignore[arg-type]  # what stands for a tensor does not matter
+    return names
+
+
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return {_TAG: "tensor", "name": _add(value, path, tensors)}

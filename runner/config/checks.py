@@ -19,6 +19,7 @@ _AT_LEAST = {
     "trainer.early_stopping.patience": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.every_seconds": 0,
+    "checkpoint.max_unsaved": 0,
     "checkpoint.keep_last": 2,  # the loss of any one object must leave a checkpoint
     "metrics.every_steps": 1,
     "runtime.num_workers": 0,

@@ -44,6 +44,10 @@ class Mode(Enum):
     max = "max"
 
 
+class Every(Enum):
+    auto = "auto"
+
+
 class OnDrift(Enum):
     refuse = "refuse"
     accept = "accept"
@@ -110,8 +114,11 @@ class ObjectiveConfig:
 
 @dataclass
 class CheckpointConfig:
+    every: Every | None = Every.auto  # as often as costs less than a hundredth of the time; comes beside the next two
     every_steps: int | None = None
     every_seconds: float | None = None
+    max_unsaved: float = 1800.0  # seconds of training that may be lost to a storage that fails; then the run ends
+    background: bool = True  # write while training goes on; false: wait for each checkpoint
     keep_last: int = 2
 
 

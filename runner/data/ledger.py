@@ -10,6 +10,7 @@ that were done again, and both must agree.
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -63,7 +64,7 @@ class Ledger:
         self._attempt = attempt
         self._recipe = recipe
         self._header = {"plan": _digest(recipe), "grouping": grouping}
-        self._journal: Journal | None = None
+        self._journals: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
         self._size = 0
         self._before: dict[int, tuple[Line, int]] = {}
 
@@ -81,30 +82,36 @@ class Ledger:
 
     def add(self, line: Line) -> None:
         """Note a step. Raises DataError if an earlier attempt did it with other samples."""
-        assert self._journal is not None, "open() comes first"
         if self._before:
             self._compare(line)
         text = f"{line}\n".encode()
-        self._journal.append(text)
+        self._journals[-1].append(text)
         self._size += len(text)
 
-    def flush(self, step: int) -> None:
-        """Make every line up to ``step`` durable."""
-        assert self._journal is not None
-        self._journal.sync()
+    def mark(self, step: int) -> None:
+        """Every line so far belongs to the commit at ``step``; ``flush`` in any thread makes them durable."""
         if self._size > _FULL:
-            self.close()
             self._begin(step)
 
+    def flush(self) -> None:
+        """Make everything that was marked durable. May run beside ``add``, once at a time."""
+        while True:
+            journal, full = self._journals[0], len(self._journals) > 1
+            journal.sync()
+            if not full:
+                return
+            self._journals.popleft().close()
+
     def close(self) -> None:
-        """Let go of the file."""
-        if self._journal is not None:
-            self._journal.close()
+        """Let go of the files."""
+        while self._journals:
+            self._journals.popleft().close()
 
     def _begin(self, step: int) -> None:
-        self._journal = self._location.journal(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt")
-        self._journal.append(json.dumps(self._header).encode() + b"\n")
+        journal = self._location.journal(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt")
+        journal.append(json.dumps(self._header).encode() + b"\n")
         self._size = 0
+        self._journals.append(journal)
 
     def _compare(self, line: Line) -> None:
         before, attempt = self._before.pop(line.step, (line, 0))

@@ -9,7 +9,9 @@ Read in order of name, the files give every (step, tag) once. What depends on th
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from runner.storage.location import Location
@@ -26,13 +28,10 @@ class MetricLines:
     def __init__(self, location: Location, *, attempt: int) -> None:
         self._location = location
         self._attempt = attempt
-        self._name = ""
-        self._lines: list[bytes] = []
-        self._written = 0
-        self._size = 0
+        self._segments: deque[_Segment] = deque()  # the last one grows; those before it wait for their flush
 
     def open(self, step: int, end: Mapping[str, Any] | None) -> None:
-        """Go on after ``step``; ``end`` is what ``flush`` returned for the commit resumed from, if there is one."""
+        """Go on after ``step``; ``end`` is what ``mark`` returned for the commit resumed from, if there is one."""
         last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
             found = _key(entry.name)
@@ -45,18 +44,28 @@ class MetricLines:
         """One line; in memory until ``flush``. What is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
-        self._lines.append(line)
-        self._size += len(line)
+        self._segments[-1].lines.append(line)
+        self._segments[-1].size += len(line)
 
-    def flush(self, step: int) -> dict[str, Any]:
-        """Make every line so far durable; returns the end of the curves, for the commit at ``step``."""
-        if len(self._lines) > self._written:
-            self._location.replace(f"{_FOLDER}/{self._name}", self._lines)
-            self._written = len(self._lines)
-        end = {"segment": self._name, "lines": self._written}
-        if self._size > _FULL:
+    def mark(self, step: int) -> dict[str, Any]:
+        """The end of the curves, for the commit at ``step``; ``flush`` in any thread makes them durable."""
+        segment = self._segments[-1]
+        end = {"segment": segment.name, "lines": len(segment.lines)}
+        if segment.size > _FULL:
             self._begin(step)
         return end
+
+    def flush(self) -> None:
+        """Make everything that was marked durable. May run beside ``add``, once at a time."""
+        while True:
+            segment, full = self._segments[0], len(self._segments) > 1
+            lines = segment.lines[:]
+            if len(lines) > segment.written:
+                self._location.replace(f"{_FOLDER}/{segment.name}", lines)
+                segment.written = len(lines)
+            if not full:
+                return
+            self._segments.popleft()
 
     def _cut(self, name: str, keep: int) -> None:
         """Keep the first ``keep`` lines of a segment."""
@@ -67,8 +76,17 @@ class MetricLines:
             self._location.replace(name, lines[:keep])
 
     def _begin(self, step: int) -> None:
-        self._name = f"s{step:09d}-a{self._attempt:06d}.jsonl"
-        self._lines, self._written, self._size = [], 0, 0
+        self._segments.append(_Segment(f"s{step:09d}-a{self._attempt:06d}.jsonl"))
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A file of lines; ``written`` of them are durable."""
+
+    name: str
+    lines: list[bytes] = field(default_factory=list)
+    size: int = 0
+    written: int = 0
 
 
 def read(location: Location) -> Iterator[dict[str, Any]]:
