@@ -270,8 +270,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 101):
     opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
+opened.mark(100)
 try:
-    flush(opened, 100)
+    opened.flush()
 except StorageError as error:
     print(error)
 print(os.path.getsize(opened._location.path / "ledger/s000000000-a000001.txt"))
