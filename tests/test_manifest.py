@@ -20,10 +20,10 @@ def test_a_sealed_manifest_unseals_to_itself() -> None:
 
 def test_the_seal_is_the_sha256_of_everything_before_the_last_line() -> None:
     """So that anyone can check it with sha256sum."""
-    body, tail = seal(MANIFEST)[:-65], seal(MANIFEST)[-65:]
+    body, tail = seal(MANIFEST)[:-72], seal(MANIFEST)[-72:]
     assert json.loads(body) == MANIFEST
     assert body.endswith(b"\n")
-    assert tail == sha256(body).hexdigest().encode() + b"\n"
+    assert tail == f"sha256:{sha256(body).hexdigest()}\n".encode()
 
 
 def test_no_truncated_manifest_unseals() -> None:
@@ -48,7 +48,7 @@ def test_no_lengthened_manifest_unseals() -> None:
 
 @pytest.mark.parametrize("body", [b"[1]\n", b"null\n", b"{\n", b"\xff\n", b"[" * 100_000 + b"\n", b"\n", b""])
 def test_a_seal_around_something_else_is_no_manifest(body: bytes) -> None:
-    assert unseal(body + sha256(body).hexdigest().encode() + b"\n") is None
+    assert unseal(body + f"sha256:{sha256(body).hexdigest()}\n".encode()) is None
 
 
 def test_what_json_has_not_is_not_sealed() -> None:

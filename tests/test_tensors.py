@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, bytes_of, digest, read
+from runner.checkpoint.sealing import digest
+from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, bytes_of, read
 from runner.errors import StateError
 from runner.storage import LocalLocation
 
@@ -182,7 +183,7 @@ def test_a_type_the_format_lacks_is_refused_by_name(dtype: torch.dtype) -> None:
 
 def test_a_digest_is_that_of_the_bytes() -> None:
     """Frozen: stored checkpoints depend on it."""
-    assert digest(b"") == "99aa06d3014798d86001c324468d497f"
+    assert digest(b"") == "xxh3:99aa06d3014798d86001c324468d497f"
     assert digest(b"runner") == digest(memoryview(bytearray(b"runner"))) != digest(b"runnes")
 
 

@@ -1,7 +1,10 @@
 """The sealed manifest that is a commit, and the names of the objects around it.
 
-*Sealed*: the last line is the sha256 of everything before it. A torn manifest does not unseal and so is no commit,
-which is why the storage need not write atomically. The seal finds damage; it proves no authorship.
+*Sealed*: the last line is the sha256 of everything before it (with a key its HMAC, see ``sealing``). A torn manifest
+does not unseal and so is no commit, which is why the storage need not write atomically.
+
+Whoever wrote a manifest may aim at whoever reads it, so its bytes, its values and its depth are bounded before anything
+is made of them. What is beyond the bounds is not sealed either: no commit is acknowledged that cannot be read again.
 """
 
 import json
@@ -9,13 +12,16 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
+from runner.checkpoint.sealing import is_seal_of, refusal, seal_of
+from runner.errors import StateError
 from runner.storage.location import Location
 
 FORMAT = 1
 LIMIT = 64 << 20  # bytes of a manifest
+MAX_VALUES = 1 << 22  # in a manifest; the smallest of JSON's values takes 2 bytes there and 90 in memory
+MAX_DEPTH = 200  # of nested lists and objects; what reads them recurses
 
 _COMMIT = re.compile(r"a([0-9]{6,})-s([0-9]{9,})-([0-9a-f]{12})\.json")
 _DATA = re.compile(r"s([0-9]{9,})-a([0-9]{6,})-([0-9a-f]{12})\.[0-9]{5}\.safetensors")
@@ -66,19 +72,64 @@ def parse_data(name: str) -> CommitId | None:
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as sealed JSON."""
-    body = json.dumps(manifest, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-    return body + sha256(body).hexdigest().encode() + b"\n"
+    """The manifest as sealed JSON. Raises StateError for one that ``unseal`` would not take."""
+    try:
+        body = json.dumps(manifest, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    except RecursionError:
+        raise StateError(f"cannot save a state that is nested more than {MAX_DEPTH} levels deep") from None
+    raw = body + seal_of(body) + b"\n"
+    if len(raw) > LIMIT or _values(body) > MAX_VALUES or _is_deep(manifest):
+        raise StateError(
+            f"cannot save the state: what is not a tensor in it takes {len(raw)} bytes of JSON; up to {LIMIT} bytes, "
+            f"{MAX_VALUES} values and {MAX_DEPTH} levels can be read again. Keep long lists of numbers as tensors."
+        )
+    return raw
 
 
 def unseal(raw: bytes) -> dict[str, Any] | None:
-    """The manifest, or None where the seal is broken."""
-    end = raw.rfind(b"\n", 0, -1) + 1
-    body, tail = raw[:end], raw[end:]
-    if tail != sha256(body).hexdigest().encode() + b"\n":
+    """The manifest, or None where the seal is broken or was not made with the key of this process."""
+    body, tail = _split(raw)
+    if not (tail.endswith(b"\n") and is_seal_of(body, tail[:-1])) or _values(body) > MAX_VALUES:
         return None
     try:
-        manifest = json.loads(body)
+        manifest = json.loads(body, object_pairs_hook=_unambiguous, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    return manifest if isinstance(manifest, dict) and not _is_deep(manifest) else None
+
+
+def why_not(raw: bytes) -> str:
+    """Why a manifest does not unseal, in words."""
+    return refusal(_split(raw)[1].rstrip(b"\n"))
+
+
+def _split(raw: bytes) -> tuple[bytes, bytes]:
+    """What is sealed, and the last line."""
+    end = raw.rfind(b"\n", 0, -1) + 1
+    return raw[:end], raw[end:]
+
+
+def _values(body: bytes) -> int:
+    """At least as many as there are values in a JSON text; costs a scan and no memory."""
+    return sum(body.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = (item.values() if isinstance(item, Mapping) else item for item in level)
+        level = [item for items in nested for item in items if isinstance(item, Mapping | list | tuple)]
+        if not level:
+            return False
+    return True
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice in one object, which readers may take for different values")
+    return found
+
+
+def _refuse(token: str) -> None:
+    raise ValueError(f"{token} is not JSON")

@@ -14,10 +14,12 @@ from torch import Tensor
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint import tensors as files
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored
+from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, StoredFile
 from runner.checkpoint.tree import decode, encode, names_in
 from runner.errors import StateError, StorageError, Superseded
 from runner.storage.location import Location
+
+MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Checkpoint:
     """
 
     id: CommitId
+    files: dict[str, StoredFile]
     parts: dict[str, Any]
     tensors: dict[str, Stored]
     facts: dict[str, Any]
@@ -57,12 +60,14 @@ class Checkpoint:
         """The state dict of one part. Raises Damaged; nothing that failed its digest is returned."""
         try:
             return decode(self.parts[part], self.tensors_of(part).__getitem__)
-        except (TypeError, AttributeError, KeyError, ValueError, StateError) as error:
-            raise Damaged(f"{self.id.commit} holds no state in {part}: {error!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
+            raise Damaged(f"{self.id.commit} has no state of {part} that can be read: {error!r}") from error
 
     def tensors_of(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part by their names in the checkpoint."""
         names = names_in(self.parts[part])
+        if len({*names}) < len(names):  # a few bytes of references could stand for any amount of memory
+            raise ValueError("a tensor is named twice")
         missing = next((name for name in names if name not in self.tensors), None)
         if missing is not None:
             raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
@@ -85,18 +90,22 @@ class CheckpointStore:
 
         Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit.
         """
+        if len(snapshot.tensors) > MAX_TENSORS:
+            raise StateError(f"cannot save {len(snapshot.tensors)} tensors; a checkpoint has at most {MAX_TENSORS}")
         commit = CommitId.new(attempt, snapshot.step)
         written = self._put(commit, snapshot)
         manifest = {
             "format": manifests.FORMAT,
             "attempt": attempt,
             "step": snapshot.step,
-            "files": {name: size for name, (size, _) in written.items()},
+            "files": {name: asdict(file) for name, (file, _) in written.items()},
             "tensors": {key: asdict(entry) for _, stored in written.values() for key, entry in stored.items()},
             "parts": snapshot.parts,
             "facts": snapshot.facts,
         }
+        self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
         self.location.put(commit.commit, [manifests.seal(manifest)])
+        self.damaged.discard(commit)
         # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
         newer = successor()
         if newer is not None:
@@ -105,14 +114,14 @@ class CheckpointStore:
             )
         return commit
 
-    def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[int, dict[str, Stored]]]:
-        """Write the tensors; the files by name, with size and content."""
+    def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[StoredFile, dict[str, Stored]]]:
+        """Write the tensors; the files by name, with what is in them."""
 
-        def put(number: int, tensors: dict[str, Tensor]) -> tuple[str, tuple[int, dict[str, Stored]]]:
+        def put(number: int, tensors: dict[str, Tensor]) -> tuple[str, tuple[StoredFile, dict[str, Stored]]]:
             file = SafetensorsFile(tensors, metadata={"step": str(snapshot.step)})
             name = commit.data(number)
             size = self.location.put(name, file.chunks())
-            return name, (size, file.stored(name))
+            return name, (file.stored_file(size), file.stored(name))
 
         parts = files.split(snapshot.tensors, self.location.part_bytes)
         with ThreadPoolExecutor(self.location.parallel) as pool:
@@ -127,14 +136,17 @@ class CheckpointStore:
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         manifest = None if raw is None else manifests.unseal(raw)
         if manifest is None:
-            raise Torn(f"{commit.commit} does not unseal")
+            raise Torn(f"{commit.commit} {manifests.why_not(raw or b'')}")
         if manifest.get("format") != manifests.FORMAT:
             raise StorageError(
-                f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r}, this version reads "
+                f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
                 f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
             )
         sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
-        return _checked(commit, manifest, sizes, self.location)
+        checkpoint = _checked(commit, manifest, sizes, self.location)
+        for name, file in checkpoint.files.items():
+            files.check_header(self.location, name, file)
+        return checkpoint
 
     def retain(self, *, last: int, steps: Sequence[int], attempt: int) -> None:
         """Remove what neither is among the ``last`` good commits nor at one of ``steps``, and what older attempts
@@ -169,24 +181,32 @@ class Torn(Damaged):
 def _checked(commit: CommitId, manifest: dict[str, Any], sizes: dict[str, int], location: Location) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it names can be what it says."""
     try:
-        for name, size in manifest["files"].items():
-            if sizes.get(name) != size:
-                raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {size}")
-        tensors = {name: _stored(entry, manifest["files"]) for name, entry in manifest["tensors"].items()}
+        found = {name: StoredFile(**file) for name, file in manifest["files"].items()}
+        for name, file in found.items():
+            if sizes.get(name) != file.size:
+                raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {file.size}")
+        if len(manifest["tensors"]) > MAX_TENSORS:
+            raise Damaged(f"{commit.commit} has more than {MAX_TENSORS} tensors")
+        tensors = {name: _stored(entry, found) for name, entry in manifest["tensors"].items()}
         if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
             raise Damaged(f"{commit.commit} is the manifest of another commit")
-        facts = decode(manifest["facts"], tensors.__getitem__)  # type: ignore[arg-type]  # there are no tensors in facts
-        return Checkpoint(commit, dict(manifest["parts"]), tensors, dict(facts), location)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        facts = decode(manifest["facts"], _no_tensor)
+        return Checkpoint(commit, found, dict(manifest["parts"]), tensors, dict(facts), location)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
         raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
 
 
-def _stored(entry: dict[str, Any], sizes: dict[str, int]) -> Stored:
+def _stored(entry: dict[str, Any], found: Mapping[str, StoredFile]) -> Stored:
     shape = tuple(entry["shape"])
     numbers = (*shape, entry["offset"], entry["length"])
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"sizes {numbers}")
     stored = Stored(entry["dtype"], shape, entry["part"], entry["offset"], entry["length"], entry["digest"])
-    if stored.offset + stored.length > sizes[stored.part]:
-        raise Damaged(f"{stored.part} is too short for a tensor at {stored.offset}")
+    file = found[stored.part]
+    if not file.header <= stored.offset <= file.size - stored.length:
+        raise Damaged(f"{stored.part} has no room for {stored.length} bytes of a tensor at {stored.offset}")
     return stored
+
+
+def _no_tensor(name: str) -> Tensor:
+    raise ValueError(f"a tensor {name!r} among the facts")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from runner.checkpoint.sealing import digest
 from runner.errors import StateError
 from runner.storage.location import Buffer, Location
 
@@ -40,10 +40,34 @@ _NAMES = {
 _PIECE = 32 << 20  # bytes that are read at once
 _READERS = 8
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_MAX_DIMENSIONS = 64  # torch's own
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's own
+_LONGEST = 500  # characters of a message
 
 
 class Damaged(Exception):
     """Stored bytes are not those that were written; says what and where."""
+
+    def __init__(self, message: str) -> None:
+        # It may quote names and numbers of a stranger, who may have chosen long ones.
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One data file. Its first ``header`` bytes, which only other readers of the format use, have a digest of their
+    own; all that follow belong to tensors.
+    """
+
+    size: int
+    header: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        if not all(type(number) is int for number in (self.size, self.header)):
+            raise Damaged(f"sizes {self.size!r} and {self.header!r}")
+        if not 0 <= self.header <= min(self.size, _MAX_HEADER):
+            raise Damaged(f"a file of {self.size} bytes cannot have a header of {self.header}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +84,11 @@ class Stored:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise Damaged(f"unknown dtype {self.dtype!r}")
-        if self.length != math.prod(self.shape) * _DTYPES[self.dtype].itemsize or min(self.shape, default=0) < 0:
+        itemsize = _DTYPES[self.dtype].itemsize
+        # Strides are products of the sizes, too; those of an empty tensor can be too large for torch all the same.
+        strides = math.prod(max(size, 1) for size in self.shape) if len(self.shape) <= _MAX_DIMENSIONS else math.inf
+        possible = min(self.shape, default=0) >= 0 and strides * itemsize < 1 << 63
+        if not possible or self.length != math.prod(self.shape) * itemsize:
             raise Damaged(f"{self.length} bytes cannot be a {self.dtype} tensor of shape {self.shape}")
 
 
@@ -91,6 +119,10 @@ class SafetensorsFile:
             view = bytes_of(tensor.cpu().contiguous())
             self._digests[name] = digest(view)
             yield view
+
+    def stored_file(self, size: int) -> StoredFile:
+        """The written file, which has ``size`` bytes."""
+        return StoredFile(size, len(self._header), digest(self._header))
 
     def stored(self, part: str) -> dict[str, Stored]:
         """Where every tensor lies in the written file, which is called ``part``."""
@@ -183,15 +215,22 @@ def memory_key(tensor: Tensor, name: str) -> Any:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+def check_header(location: Location, name: str, stored: StoredFile) -> None:
+    """Raise Damaged unless the header of a data file is as it was written."""
+    _read_into(location, name, 0, memoryview(bytearray(stored.header)), stored.digest)
+
+
+def _read_into(location: Location, name: str, offset: int, buffer: memoryview, expected: str) -> None:
+    location.read_into(name, offset, buffer)
+    found = digest(buffer)
+    if found != expected:
+        raise Damaged(f"{name} bytes {offset} to {offset + len(buffer)}: digest {found}, expected {expected}")
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def digest(data: Buffer) -> str:
-    """xxh3_128 of the bytes: finds damage, proves no authorship."""
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

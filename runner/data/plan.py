@@ -19,6 +19,8 @@ from runner.distributed import World
 from runner.errors import DataError
 from runner.seeds import derive
 
+_MOST_BYTES = 1 << 29  # of a list of numbers unpacked; a stored plan is a stranger's, and a few bytes can mean many
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -224,7 +226,17 @@ def _packed(numbers: tuple[int, ...]) -> str:
 
 
 def _unpacked(text: str | None) -> tuple[int, ...]:
-    return tuple(np.frombuffer(zlib.decompress(b64decode(text)), dtype="<i8").tolist()) if text else ()
+    """Raises ValueError for a text that is nothing packed, or that unpacks to more than a list of samples may have."""
+    if not text:
+        return ()
+    unpacker = zlib.decompressobj()
+    try:
+        raw = unpacker.decompress(b64decode(text), _MOST_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"not compressed numbers: {error}") from error
+    if not unpacker.eof:
+        raise ValueError(f"compressed numbers of more than {_MOST_BYTES} bytes, or cut")
+    return tuple(np.frombuffer(raw, dtype="<i8").tolist())
 
 
 def _digest(numbers: tuple[int, ...]) -> str:

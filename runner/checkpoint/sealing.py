@@ -1,0 +1,63 @@
+"""What a manifest is sealed with and what tensors are digested with: with a key or without one.
+
+Without a key both find damage and prove no authorship: whoever can write to the storage can seal anything. With a key
+in ``HYDRA_RUNNER_SEALING_KEY`` only its holders can, and nothing that was sealed without it, or with another one, is
+accepted. The key is read here and nowhere else, and it is neither stored nor printed.
+"""
+
+import hmac
+import os
+from hashlib import blake2b, sha256
+
+import xxhash
+
+from runner.errors import ConfigError
+from runner.storage.location import Buffer
+
+VARIABLE = "HYDRA_RUNNER_SEALING_KEY"
+
+_PLAIN, _KEYED = "sha256", "hmac-sha256"
+
+
+def seal_of(body: bytes) -> bytes:
+    """The seal of a text, which says how it was made: ``sha256:<hex>``, or ``hmac-sha256:<hex>`` with a key."""
+    key = _key()
+    if key is None:
+        return f"{_PLAIN}:{sha256(body).hexdigest()}".encode()
+    return f"{_KEYED}:{hmac.digest(key, body, 'sha256').hex()}".encode()
+
+
+def is_seal_of(body: bytes, seal: bytes) -> bool:
+    """Whether ``seal`` is the one that ``body`` has under the key of this process."""
+    return hmac.compare_digest(seal, seal_of(body))
+
+
+def refusal(seal: bytes) -> str:
+    """Why a text with that seal is refused, in words."""
+    kind, _, rest = seal.partition(b":")
+    keyed = _key() is not None
+    if kind == _KEYED.encode() and not keyed:
+        return f"is sealed with a key, and {VARIABLE} is not set"
+    if kind == _KEYED.encode() and len(rest) == 64:
+        return f"is damaged, or sealed with another key than that in {VARIABLE}"
+    if kind == _PLAIN.encode() and keyed:
+        return f"is sealed without a key, and {VARIABLE} is set"
+    return "does not unseal"
+
+
+def digest(data: Buffer) -> str:
+    """The digest of a tensor's bytes: ``xxh3:<hex>`` (128 bits), or ``blake2b:<hex>`` with a key, because xxh3 resists
+    accidents and no attacker.
+    """
+    key = _key()
+    if key is None:
+        return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
+    # Hashed, as blake2b takes at most 64 bytes of key.
+    return f"blake2b:{blake2b(data, digest_size=32, key=sha256(key).digest()).hexdigest()}"
+
+
+def _key() -> bytes | None:
+    value = os.environ.get(VARIABLE)
+    if value == "":
+        raise ConfigError(f"{VARIABLE} is set and empty; give it a key, or unset it to seal without one")
+    return None if value is None else os.fsencode(value)

@@ -1,0 +1,120 @@
+"""Whenever the power goes: what was acknowledged is there, to the bit, and nothing wrong is handed out."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from faults import MemoryLocation, is_right, save
+from power import Event, RecordingOs, crash_states
+
+from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.store import CheckpointStore, Torn
+from runner.checkpoint.tensors import Damaged
+from runner.storage import LocalLocation, local
+from runner.storage.location import Buffer
+
+
+class ManifestFirst(LocalLocation):
+    """A mutant: writes the data of a commit once its manifest is there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._late: dict[str, bytes] = {}
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        data = b"".join(bytes(chunk) for chunk in chunks)
+        if name.startswith("data/"):
+            self._late[name] = data
+            return len(data)
+        size = super().put(name, [data])
+        for waiting in [*self._late]:
+            super().put(waiting, [self._late.pop(waiting)])
+        return size
+
+
+def recorded(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    forget: str = "",
+    kind: type[LocalLocation] = LocalLocation,
+) -> list[Event]:
+    """Two attempts of three commits each, under retention. Notes ("acknowledged", commit) and ("kept", commits)."""
+    system = RecordingOs(root, forget=forget)
+    monkeypatch.setattr(local, "os", system)
+    store = CheckpointStore(kind(root))
+    made: list[CommitId] = []
+    for attempt in (1, 2):
+        for step in (1, 2, 3):
+            made.append(save(store, step, attempt=attempt))
+            system.note("acknowledged", made[-1])
+            system.note("kept", tuple(made[-2:]))
+            store.retain(last=2, steps=[], attempt=attempt)
+    monkeypatch.undo()
+    return system.events
+
+
+def check(events: list[Event]) -> int:
+    """Hold every crash state against the promises; returns how many there were."""
+    states = 0
+    for number, files in crash_states(events):
+        acknowledged = {event[1] for event in events[:number] if event[0] == "acknowledged"}
+        kept = next((event[1] for event in reversed(events[:number]) if event[0] == "kept"), tuple(acknowledged))
+        removable = acknowledged - {*kept}
+        store = CheckpointStore(MemoryLocation(files))
+        loadable = set()
+        for commit in store.commits():
+            try:
+                assert is_right(store.open(commit)), f"{commit} is handed out wrong"
+                loadable.add(commit)
+            except Torn:
+                pass
+            except Damaged as error:
+                if commit not in removable:
+                    raise AssertionError("a whole manifest names what is not there") from error
+        lost = acknowledged - removable - loadable
+        assert not lost, f"{lost} lost after {number} of {len(events)} events"
+        states += 1
+    return states
+
+
+def test_a_cut_at_any_moment_loses_nothing_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = recorded(tmp_path, monkeypatch)
+    assert sum(event[0] == "write" for event in events) > 20
+    assert sum(event[0] == "sync file" for event in events) >= 12
+    assert sum(event[0] == "sync folder" for event in events) >= 12
+    assert sum(event[0] == "unname" for event in events) >= 8
+    assert check(events) > 1000
+
+
+@pytest.mark.parametrize(
+    ("forget", "kind"),
+    [("file", LocalLocation), ("folder", LocalLocation), ("", ManifestFirst)],
+    ids=["no sync of files", "no sync of folders", "manifest first"],
+)
+def test_a_location_that_forgets_something_is_noticed(
+    forget: str, kind: type[LocalLocation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = recorded(tmp_path, monkeypatch, forget=forget, kind=kind)
+    with pytest.raises(AssertionError, match=r"lost after|names what is not there"):
+        check(events)
+
+
+@pytest.mark.parametrize("forget", ["", "file", "folder"])
+def test_a_replaced_object_is_the_old_one_or_the_new_one(
+    forget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = RecordingOs(tmp_path, forget=forget)
+    monkeypatch.setattr(local, "os", system)
+    location, versions = LocalLocation(tmp_path), [b"old" * 700, b"new" * 900]
+    for version in versions:
+        location.replace("metrics/x", [version[:1000], version[1000:]])
+        system.note("returned", version)
+    states = wrong = 0
+    for number, files in crash_states(system.events):
+        returned = [event[1] for event in system.events[:number] if event[0] == "returned"]
+        possible = [*(returned[-1:] or [None]), *versions[len(returned) :]]
+        wrong += files.get("metrics/x") not in possible
+        states += 1
+    assert states > 100
+    assert (wrong == 0) == (forget == "")
