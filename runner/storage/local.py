@@ -15,8 +15,8 @@ from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_TEMPORARY = ".tmp-"
-_LEFTOVER_SECONDS = 3600.0
+TEMPORARY = ".tmp-"
+LEFTOVER_SECONDS = 3600.0
 
 
 class LocalLocation:
@@ -101,7 +101,7 @@ class LocalLocation:
                 found = [
                     Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
                     for entry in scan
-                    if entry.is_file(follow_symlinks=False) and _TEMPORARY not in entry.name
+                    if entry.is_file(follow_symlinks=False) and TEMPORARY not in entry.name
                 ]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -111,8 +111,8 @@ class LocalLocation:
 
     def sweep(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
-            for path in (self._path(folder) if folder else self.path).glob(f"*{_TEMPORARY}*"):
-                if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
+            for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
+                if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
                     os.unlink(path)
 
     def lock(self, name: str) -> "LocalLock | None":
@@ -244,7 +244,7 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(6)}")
+    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
 def _sync_folder(folder: Path) -> None:
