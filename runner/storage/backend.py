@@ -10,6 +10,7 @@ import random
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
@@ -174,12 +175,13 @@ class Backend:
             _start(client.close)
 
     def _explained(self, verb: str, name: str, error: BaseException) -> StorageError:
-        text = printable(f"{type(error).__name__}: {error}").rstrip(": ")
+        reason = next(iter(str(error).splitlines()), "")  # azure adds pages
+        text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
         for secret in self._secrets:
             text = text.replace(secret, "***")
         explained = StorageError(f"cannot {verb} {self.url}{'/' if name else ''}{name}: {text}")
-        # The cause is shown by tracebacks, so it must be fit to be shown.
-        explained.__cause__ = error if text.endswith(str(error)) else None
+        trace = "".join(traceback.format_exception(error))
+        explained.__cause__ = None if any(secret in trace for secret in self._secrets) else error
         explained.__suppress_context__ = True
         return explained
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -160,15 +161,17 @@ class LocalJournal:
         self._descriptor = descriptor
         self._url = url
         self._waiting = b""
+        self._writing = threading.Lock()  # two writers of what waits would write it twice
 
     def append(self, data: bytes) -> None:
-        self._waiting += data
-        with contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError):
+            self._waiting += data
             self._write()
 
     def sync(self) -> None:
         try:
-            self._write()
+            with self._writing:
+                self._write()
             os.fsync(self._descriptor)
         except OSError as error:
             raise StorageError(f"cannot write {self._url}: {error.strerror}") from error
