@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "user"))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import servers
 from lives import Lives, lives
 
 
@@ -16,4 +17,25 @@ from lives import Lives, lives
 def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     """Call it to live one process life of the runner, and to end it as you please."""
     with lives(tmp_path_factory.mktemp("lives")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """An S3 server with a bucket."""
+    with servers.s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """An Azure server with a container."""
+    with servers.azure(tmp_path_factory.mktemp("azure")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """An SSH server with an empty folder."""
+    with servers.sftp(tmp_path_factory.mktemp("sftp")) as server:
         yield server

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_TEMPORARY = ".tmp-"
-_LEFTOVER_SECONDS = 3600.0
+TEMPORARY = ".tmp-"
+LEFTOVER_SECONDS = 3600.0
 
 
 class LocalLocation:
@@ -101,7 +102,7 @@ class LocalLocation:
                 found = [
                     Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
                     for entry in scan
-                    if entry.is_file(follow_symlinks=False) and _TEMPORARY not in entry.name
+                    if entry.is_file(follow_symlinks=False) and TEMPORARY not in entry.name
                 ]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -111,8 +112,8 @@ class LocalLocation:
 
     def sweep(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
-            for path in (self._path(folder) if folder else self.path).glob(f"*{_TEMPORARY}*"):
-                if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
+            for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
+                if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
                     os.unlink(path)
 
     def lock(self, name: str) -> "LocalLock | None":
@@ -160,15 +161,17 @@ class LocalJournal:
         self._descriptor = descriptor
         self._url = url
         self._waiting = b""
+        self._writing = threading.Lock()  # two writers of what waits would write it twice
 
     def append(self, data: bytes) -> None:
-        self._waiting += data
-        with contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError):
+            self._waiting += data
             self._write()
 
     def sync(self) -> None:
         try:
-            self._write()
+            with self._writing:
+                self._write()
             os.fsync(self._descriptor)
         except OSError as error:
             raise StorageError(f"cannot write {self._url}: {error.strerror}") from error
@@ -244,7 +247,7 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(6)}")
+    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
 def _sync_folder(folder: Path) -> None:

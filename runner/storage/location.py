@@ -14,7 +14,9 @@ from runner.errors import ConfigError, StorageError
 Buffer = bytes | bytearray | memoryview
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_URL = re.compile(r"([a-z0-9+.-]+)::?//")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::|[A-Za-z][A-Za-z0-9+.-]*://.*::")
+_LOCAL = {"file", "local"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +115,24 @@ def check_name(name: str) -> str:
     return name
 
 
+def protocol(url: str) -> str:
+    """The kind of store that a path or URL names, ``file`` for this machine. Raises ConfigError for a chained URL."""
+    if _CHAIN.match(url):
+        chain = "::".join(link.partition("://")[0] for link in url.split("::"))
+        raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
+    found = _URL.match(url)
+    kind = found[1].lower() if found else "file"
+    return "file" if kind in _LOCAL else kind
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path or URL names a store other than this machine's disks. Raises ConfigError for a chained URL."""
+    return protocol(url) != "file"
+
+
 def local_root(root: str) -> str:
     """``root`` as a path of this machine. Raises ConfigError for a URL of another store."""
+    if is_remote(root):
+        raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
     found = _URL.match(root)
-    if found and found[1] not in ("file", "local"):
-        raise ConfigError(
-            f"run.root={root}: this version keeps runs on local (or mounted) disks only; "
-            "give a path, for example run.root=outputs"
-        )
     return root[found.end() :] if found else root

@@ -1,0 +1,261 @@
+"""An fsspec store behind deadlines, retries and errors of ours.
+
+Every operation is a function of a file system. It runs in a daemon thread that is abandoned when its time is up, since
+no client's own timeouts cover a server that accepts a request and never answers. All operations can be repeated.
+"""
+
+import asyncio
+import os
+import random
+import re
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from runner.errors import ConfigError, StorageError, printable
+from runner.storage.location import protocol
+
+T = TypeVar("T")
+
+DEADLINE = 30.0  # seconds for an operation, and more for its bytes:
+RATE = 256 << 10  # bytes per second that the slowest usable line carries
+TRIES = 4
+BACKOFF = 0.5  # seconds before the second try, doubled for each further one
+
+_EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "sftp": "sftp",
+    "ssh": "sftp",
+}
+_BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
+_PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
+# One part in memory at a time is enough; s3fs would hold ten of 50 MB.
+_DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}, "s3a": {"max_concurrency": 2}}
+_FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
+_FINAL_NAMES = {
+    "AuthenticationException",
+    "BadHostKeyException",
+    "ClientAuthenticationError",
+    "DefaultCredentialsError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+}
+_TRY_LATER = {408, 409, 425, 429}
+_SHORTEST_SECRET = 4
+_jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
+
+
+class Backend:
+    """One store and a folder in it. Raises ConfigError for a URL or options that it cannot be used with.
+
+    Asynchronous file systems are shared by all threads. Others (sftp) are not thread-safe: each operation borrows one
+    that is idle, or makes another.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        kind = protocol(url)
+        if _PASSWORD.match(url):
+            raise ConfigError(
+                f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
+                "run.storage_options={password: '${oc.env:NAME}'}, a key file or an agent"
+            )
+        self._class = _file_system(kind)
+        self._options = dict(options)
+        self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
+        self.url = f"{kind}{url[len(kind) :].rstrip('/')}"
+        self.root = str(self._class._strip_protocol(self.url)).rstrip("/")
+        names = self._class.protocol
+        self.protocols = {names} if isinstance(names, str) else set(names)
+        self._bucket = self.root.partition("/")[0] if self.protocols & _BUCKETS else None
+        self._begin()
+
+    def path(self, name: str) -> str:
+        """The path of an object, or of the folder itself, as the file system calls it."""
+        return f"{self.root}/{name}" if name else self.root or "/"
+
+    def run(self, verb: str, name: str, operation: Callable[[Any], T], *, size: int = 0) -> T:
+        """What ``operation`` returns for a file system, tried again after errors that may pass. Raises StorageError.
+
+        ``size`` is how many bytes it moves. Two tries to write one name never run at the same time.
+        """
+        for again in range(TRIES):
+            if again:
+                time.sleep(BACKOFF * 2**again * _jitter.uniform(0.5, 1.0))
+            try:
+                return self._try(name if verb == "write" else None, operation, deadline(size))
+            except StorageError:
+                raise
+            except (Exception, asyncio.CancelledError) as error:
+                failure = error
+                if _is_final(error):
+                    break
+        raise self._explained(verb, name, failure)
+
+    def check_bucket(self, system: Any) -> None:
+        """Raise FileNotFoundError if the store says that there is no such bucket: an error, where nothing in a bucket
+        is an empty folder. Asked once.
+        """
+        if self._bucket is not None:
+            try:
+                system.info(self._bucket)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"there is no bucket or container {self._bucket}") from None
+            except Exception:
+                pass  # who may use the objects need not be allowed to ask about the bucket
+            self._bucket = None
+
+    def _try(self, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
+        earlier = self._abandoned.get(written or "")
+        if earlier and not wait([earlier], seconds).done:
+            raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
+        used: list[Any] = []
+        future = _start(lambda: self._lend(operation, used))
+        if wait([future], seconds).done:
+            return future.result()
+        if written:
+            self._abandoned[written] = future
+        while used:
+            self._discard(used.pop())
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+
+    def _lend(self, operation: Callable[[Any], T], used: list[Any]) -> T:
+        system = self._take()
+        used.append(system)
+        try:
+            result = operation(system)
+        except BaseException:
+            self._discard(system)
+            raise
+        if used and not any(other is system for other in self._idle):
+            self._idle.append(system)
+        return result
+
+    def _take(self) -> Any:
+        if self._pid != os.getpid():
+            # A connection of the parent's. It is kept: letting go of it here would close it there.
+            self._inherited = [self._idle, self._abandoned]
+            self._begin()
+        try:
+            system = self._idle.pop()
+        except IndexError:
+            system = self._make()
+        if isinstance(system, AsyncFileSystem):
+            self._idle.append(system)
+        return system
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._idle: list[Any] = []
+        self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
+
+    def _make(self) -> Any:
+        kind = protocol(self.url)
+        given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
+        system = self._class(**given, skip_instance_cache=True)
+        system.dircache.use_listings_cache = False
+        return system
+
+    def _discard(self, system: Any) -> None:
+        """No further use of a file system that failed; whoever still waits for it in an abandoned thread, fails."""
+        self._idle[:] = [other for other in self._idle if other is not system]
+        client = getattr(system, "client", None)
+        if client is not None and not isinstance(system, AsyncFileSystem):
+            _start(client.close)
+
+    def _explained(self, verb: str, name: str, error: BaseException) -> StorageError:
+        reason = next(iter(str(error).splitlines()), "")  # azure adds pages
+        text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        explained = StorageError(f"cannot {verb} {self.url}{'/' if name else ''}{name}: {text}")
+        trace = "".join(traceback.format_exception(error))
+        explained.__cause__ = None if any(secret in trace for secret in self._secrets) else error
+        explained.__suppress_context__ = True
+        return explained
+
+
+def deadline(size: int) -> float:
+    """The seconds that an operation which moves ``size`` bytes may take."""
+    return DEADLINE + size / RATE
+
+
+def limits(system: Any, size: int) -> dict[str, float]:
+    """The argument with which an asynchronous file system itself cancels a write that takes too long, so that it does
+    not land after a later one.
+    """
+    return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
+
+
+def _file_system(kind: str) -> Any:
+    """The class for a protocol. Raises ConfigError if there is none, or its package is not installed."""
+    try:
+        return fsspec.get_filesystem_class(kind)
+    except ImportError as error:
+        extra = f": pip install 'hydra-runner[{_EXTRAS[kind]}]'" if kind in _EXTRAS else ""
+        raise ConfigError(f"run.root={kind}://...: its package is not installed{extra} ({error})") from error
+    except ValueError:
+        known = ", ".join(f"{name}://" for name in [*_EXTRAS, "memory"])
+        raise ConfigError(
+            f"run.root={kind}://...: unknown kind of storage; use a path, {known}, "
+            "or another protocol that an installed fsspec package offers"
+        ) from None
+
+
+def _start(function: Callable[[], T]) -> "Future[T]":
+    """Run a function in a thread that a process need not wait for when it ends."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="storage", daemon=True).start()
+    return future
+
+
+def _is_final(error: BaseException | None) -> bool:
+    """Whether trying again is no use: refused, missing, misconfigured."""
+    while error is not None:
+        if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+            return True
+        status = _status(error)
+        if status is not None and 400 <= status < 500 and status not in _TRY_LATER:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error of azure, gcsfs or botocore."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    for found in (getattr(error, "status_code", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in storage options that is long enough to be a secret."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+        yield value

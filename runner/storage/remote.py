@@ -1,0 +1,297 @@
+"""A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
+
+Object stores show an object when its upload is complete. All other stores are written like a disk: a temporary name,
+then ``mv`` over the final one, which such a file system must do in one step. SFTP's posix-rename does; what it cannot
+do is make the server sync its disk, so that a power cut there may cost the last objects.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import math
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from runner.errors import StorageError
+from runner.storage.backend import Backend, limits
+from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
+from runner.storage.location import Buffer, Entry, check_name
+
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
+_MEMORY_BYTES = 64 << 20  # what is larger waits for its upload in a temporary file
+_LISTERS = 8
+
+
+class RemoteLocation:
+    """A folder of a store named by a URL; nothing is connected to before the first verb.
+
+    ``options`` go to fsspec's file system (credentials, endpoints) and are shown nowhere. Raises ConfigError for a URL
+    that cannot be used.
+    """
+
+    part_bytes = 32 << 20
+    parallel = 4
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self._backend = Backend(url, options)
+        self.url = self._backend.url
+        self._is_object_store = bool(self._backend.protocols & _OBJECT_STORES)
+        self._memory_bytes = math.inf if "memory" in self._backend.protocols else _MEMORY_BYTES
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        path = self._path(name)
+        with _gathered(chunks, self._memory_bytes) as (content, size):
+            write = self._upload if self._is_object_store else _write_and_rename
+            self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
+        return size
+
+    def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+        self.put(name, chunks)  # a reader sees one of the two, and the later one stays
+
+    def journal(self, name: str) -> "RemoteJournal":
+        return RemoteJournal(self, check_name(name))
+
+    def folder(self, name: str) -> "RemoteFolder":
+        return RemoteFolder(self, check_name(name))
+
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        path = self._path(name)
+        data = self._backend.run("read", name, lambda system: self._read(system, path, limit + 1), size=limit)
+        if data is not None and len(data) > limit:
+            raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
+        return data
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        path, end = self._path(name), offset + len(buffer)
+        if not len(buffer):
+            return
+        data = self._backend.run(
+            "read", name, lambda system: system.cat_file(path, start=offset, end=end), size=len(buffer)
+        )
+        if len(data) != len(buffer):
+            raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {offset + len(data)}, {end} are needed")
+        buffer[:] = data
+
+    def list(self, folder: str) -> list[Entry]:
+        path = self._path(folder) if folder else self._backend.path("")
+        found = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
+        entries = [Entry(leaf, int(about["size"])) for leaf, about in found.items() if about["type"] == "file"]
+        return sorted((entry for entry in entries if TEMPORARY not in entry.name), key=lambda entry: entry.name)
+
+    def remove(self, name: str) -> None:
+        path = self._path(name)
+
+        def operation(system: Any) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                system.rm_file(path)
+
+        self._backend.run("remove", name, operation)
+
+    def sweep(self, folder: str) -> None:
+        path = self._path(folder) if folder else self._backend.path("")
+
+        def operation(system: Any) -> None:
+            for leaf, about in _ls(self._backend, system, path).items():
+                if TEMPORARY in leaf and about["type"] == "file":
+                    with contextlib.suppress(FileNotFoundError):
+                        if _age(system.modified(about["name"])) > LEFTOVER_SECONDS:
+                            system.rm_file(about["name"])
+
+        if not self._is_object_store:
+            self._backend.run("sweep", folder, operation)
+
+    def lock(self, name: str) -> LocalLock | None:
+        whose = f"{self.url}/{check_name(name)}"
+        return LocalLocation(_scratch()).lock(hashlib.sha256(whose.encode()).hexdigest()[:32])
+
+    def _path(self, name: str) -> str:
+        return self._backend.path(check_name(name))
+
+    def _read(self, system: Any, path: str, count: int) -> bytes | None:
+        try:
+            try:
+                data: bytes = system.cat_file(path, start=0, end=count)
+            except FileNotFoundError:
+                raise
+            except Exception:
+                if system.info(path)["size"]:  # of nothing there is no range, and most stores say so by an error
+                    raise
+                data = b""
+        except FileNotFoundError:
+            self._backend.check_bucket(system)
+            return None
+        return data
+
+    @staticmethod
+    def _upload(system: Any, path: str, content: bytes | Path, size: int) -> None:
+        if isinstance(content, Path):
+            system.put_file(str(content), path, **limits(system, size))
+        else:
+            system.pipe_file(path, content, **limits(system, size))
+
+
+class RemoteJournal:
+    """A growing object, kept in memory and uploaded whole by each ``sync``: the rest dies with its process."""
+
+    def __init__(self, location: RemoteLocation, name: str) -> None:
+        self._location = location
+        self._name = name
+        self._data = bytearray()
+        self._synced = -1
+        self._appending = threading.Lock()
+        self._uploading = threading.Lock()
+
+    def append(self, data: bytes) -> None:
+        with self._appending:
+            self._data += data
+
+    def sync(self) -> None:
+        with self._uploading:
+            with self._appending:
+                data = bytes(self._data)
+            if len(data) != self._synced:
+                self._location.replace(self._name, [data])
+                self._synced = len(data)
+
+    def close(self) -> None:
+        pass
+
+
+class RemoteFolder:
+    """A temporary folder of this machine. Objects are named like its files, in lower case and with ``-`` for what no
+    name of an object may have.
+    """
+
+    def __init__(self, location: RemoteLocation, name: str) -> None:
+        self.path = tempfile.mkdtemp(prefix="hydra-runner-")
+        self._location = location
+        self._name = name
+        self._synced: dict[Path, tuple[int, int]] = {}
+
+    def sync(self) -> None:
+        for path in sorted(Path(self.path).rglob("*")):
+            try:
+                about = path.stat()
+                mark = (
+                    about.st_size,
+                    about.st_mtime_ns,
+                )  # before reading: what is written meanwhile is for the next time
+                if path.is_file() and self._synced.get(path) != mark:
+                    self._upload(path)
+                    self._synced[path] = mark
+            except OSError as error:
+                raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _upload(self, path: Path) -> None:
+        parts = [_object_name(part) for part in path.relative_to(self.path).parts]
+        with path.open("rb") as file:
+            self._location.replace("/".join([self._name, *parts]), iter(lambda: file.read(1 << 20), b""))
+
+
+def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> list[str]:
+    """See ``storage.find_folders``. Goes down level by level, and not below a folder that has the marker."""
+    backend = Backend(url, options)
+
+    def listing(folder: str) -> dict[str, dict[str, Any]]:
+        def operation(system: Any) -> dict[str, dict[str, Any]]:
+            return _ls(backend, system, backend.path(folder))
+
+        return backend.run("list", folder, operation)
+
+    found: list[str] = []
+    level = [""]
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        while level:
+            listings = list(zip(level, pool.map(listing, level), strict=True))
+            found += [folder or "." for folder, names in listings if marker in names]
+            level = [
+                f"{folder}/{leaf}" if folder else leaf
+                for folder, names in listings
+                if marker not in names
+                for leaf, about in names.items()
+                if about["type"] == "directory"
+            ]
+    return sorted(found)
+
+
+def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
+    """What lies directly in a folder, by its last segment; markers that stand for the folder itself are not in it."""
+    system.invalidate_cache()
+    try:
+        found = system.ls(path, detail=True)
+    except FileNotFoundError:
+        backend.check_bucket(system)
+        return {}
+    names = ((str(about["name"]).rstrip("/").rpartition("/"), about) for about in found)
+    return {leaf: about for (parent, _, leaf), about in names if leaf and parent.strip("/") == path.strip("/")}
+
+
+def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) -> None:
+    """A whole file under its name, for stores that show a file while it is written."""
+    temporary = f"{path}{TEMPORARY}{secrets.token_hex(6)}"
+    try:
+        RemoteLocation._upload(system, temporary, content, size)
+    except FileNotFoundError:
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        RemoteLocation._upload(system, temporary, content, size)
+    system.mv(temporary, path)
+
+
+@contextlib.contextmanager
+def _gathered(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[bytes | Path, int]]:
+    """All chunks and their size, before anything is sent: a store may take a sequence that breaks off for a whole.
+
+    The bytes themselves, or a temporary file of them when they are many.
+    """
+    memory = io.BytesIO()
+    remaining = iter(chunks)
+    for chunk in remaining:
+        memory.write(chunk)
+        if memory.tell() > memory_bytes:
+            break
+    else:
+        yield memory.getvalue(), memory.tell()
+        return
+    try:
+        with tempfile.NamedTemporaryFile(prefix="hydra-runner-") as file:
+            for chunk in itertools.chain([memory.getbuffer()], remaining):
+                file.write(chunk)
+            file.flush()
+            yield Path(file.name), file.tell()
+    except OSError as error:
+        raise StorageError(f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}") from error
+
+
+def _scratch() -> Path:
+    """This user's own folder for locks. Raises StorageError for one that somebody else could have prepared."""
+    path = Path(tempfile.gettempdir()) / f"hydra-runner-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        about = path.lstat()
+    except OSError as error:
+        raise StorageError(f"cannot make {path}: {error.strerror}") from error
+    if path.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise StorageError(f"{path} is not this user's alone (owner, mode 0700); remove it or set TMPDIR")
+    return path
+
+
+def _object_name(file: str) -> str:
+    return re.sub(r"[^a-z0-9._-]", "-", file.lower()).lstrip("._-") or "x"
+
+
+def _age(modified: datetime) -> float:
+    known = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
+    return (datetime.now(timezone.utc) - known).total_seconds()

@@ -1,0 +1,167 @@
+"""Real stores on this machine's loopback, each with ports and a folder of its own, started and stopped by the tests.
+
+A server that is not installed is a reason to skip: ``.ci/run`` installs them all.
+"""
+
+import contextlib
+import getpass
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # everybody's
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a store is: a URL to put folders under, and what must be given to use it."""
+
+    url: str
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def s3(folder: Path) -> Iterator[Server]:
+    """SeaweedFS with one bucket."""
+    weed = _program("weed", str(Path(sys.executable).parent / "weed"))
+    import s3fs
+
+    base = _free_ports(4, and_above=10_000)  # each has a second one for gRPC
+    api, master, volume, filer = range(base, base + 4)
+    command = [weed, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-s3.port={api}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
+    options = {
+        "key": "labkey",
+        "secret": "labsecret123",
+        "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{api}", "region_name": "us-east-1"},
+    }
+    keys = {"AWS_ACCESS_KEY_ID": "labkey", "AWS_SECRET_ACCESS_KEY": "labsecret123"}
+
+    def bucket() -> None:
+        s3fs.S3FileSystem(**options, skip_instance_cache=True).mkdir("bucket")
+
+    def writable() -> None:
+        s3fs.S3FileSystem(**options, skip_instance_cache=True).pipe_file("bucket/ready", b"x")
+
+    with _running(command, folder, lambda: _connect(api), keys):
+        _until(bucket, 30)
+        _until(writable, 30)
+        yield Server("s3://bucket", options)
+
+
+@contextlib.contextmanager
+def azure(folder: Path) -> Iterator[Server]:
+    """Azurite with one container."""
+    azurite = _program("azurite-blob", *_azurite_places())
+    import adlfs
+
+    port = _free_ports(1)
+    command = [azurite, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
+    command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+    account = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={_AZURE_KEY};"
+    options = {"connection_string": f"{account}BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;"}
+    with _running(command, folder, lambda: _connect(port)):
+        _until(lambda: adlfs.AzureBlobFileSystem(**options, skip_instance_cache=True).mkdir("container"), 30)
+        yield Server("az://container", options)
+
+
+@contextlib.contextmanager
+def sftp(folder: Path) -> Iterator[Server]:
+    """OpenSSH for this user, by key."""
+    sshd, keygen = _program("/usr/sbin/sshd"), _program("ssh-keygen")
+    port = _free_ports(1)
+    for key in ("host", "id"):
+        subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+    shutil.copy(folder / "id.pub", folder / "authorized_keys")
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    (folder / "data").mkdir()
+    (folder / "config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nUsePAM no\nStrictModes no\n"
+        "PermitRootLogin prohibit-password\nMaxStartups 100\nSubsystem sftp internal-sftp\n"
+    )
+    options = {"key_filename": str(folder / "id"), "look_for_keys": False, "allow_agent": False}
+    with _running([sshd, "-D", "-e", "-f", str(folder / "config")], folder, lambda: _connect(port)):
+        yield Server(f"sftp://{getpass.getuser()}@127.0.0.1:{port}{folder}/data", options)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[int]:
+    """The port of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        yield listening.getsockname()[1]
+
+
+def _azurite_places() -> list[str]:
+    cache = os.environ.get("AZURITE", "")
+    return [cache, "/opt/azurite/node_modules/.bin/azurite-blob"]
+
+
+def _program(*candidates: str) -> str:
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    pytest.skip(f"{candidates[0]} is not installed, which .ci/run does")
+
+
+def _free_ports(count: int, *, and_above: int = 0) -> int:
+    """The first of some consecutive free ports, below those that the system gives to connections."""
+    while True:
+        first = random.SystemRandom().randrange(20_000, 22_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                for wanted in {port, port + and_above}:
+                    stack.enter_context(socket.create_server(("127.0.0.1", wanted)))
+            return first
+
+
+@contextlib.contextmanager
+def _running(
+    command: list[str], folder: Path, ready: Callable[[], object], environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    with (folder.parent / f"{folder.name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            _until(ready, 60)
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _until(succeeds: Callable[[], object], seconds: float) -> None:
+    stop = time.monotonic() + seconds
+    while True:
+        try:
+            succeeds()
+            return
+        except Exception:
+            if time.monotonic() > stop:
+                raise
+            time.sleep(0.1)
+
+
+def _connect(port: int) -> None:
+    socket.create_connection(("127.0.0.1", port), timeout=1).close()
