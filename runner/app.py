@@ -5,6 +5,7 @@ torch is imported only for a run that has something left to train.
 
 import logging
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -24,13 +25,15 @@ from runner.distributed import world
 from runner.errors import ConfigError, RunnerError
 from runner.run.directory import RunDirectory
 from runner.run.opening import Opening, open_run, wait_until_free
-from runner.storage.location import local_root
+from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a clone beside it.
 CONFIGS = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+_LOCAL_FILES = "outputs/remote"
+_UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 def register() -> None:
@@ -64,8 +67,15 @@ def _job(config: DictConfig) -> float | None:
     check(config)
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
-    root = to_absolute_path(local_root(config.run.root))  # hydra.job.chdir may have moved this process
-    directory = RunDirectory.under(root, hydra_config.runtime.choices["experiment"], _name(config, overrides))
+    root = config.run.root
+    if not is_remote(root):
+        root = to_absolute_path(local_root(root))  # hydra.job.chdir may have moved this process
+    directory = RunDirectory.under(
+        root,
+        hydra_config.runtime.choices["experiment"],
+        _name(config, overrides),
+        options=OmegaConf.to_container(config.run.storage_options, resolve=True),  # type: ignore[arg-type]
+    )
     if config.run.on_conflict is schema.OnConflict.wait:
         wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
     command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])
@@ -91,12 +101,17 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
     goal = result.get("objective")
     if goal and goal["value"] is not None:
         log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
-    url = os.path.relpath(opening.directory.location.url)
+    url = opening.directory.location.url
+    if not is_remote(url):
+        url = os.path.relpath(url)
     log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 
 def _directory(*, _root_: DictConfig) -> str:
-    return f"{local_root(_root_.run.root)}/{_root_.hydra.runtime.choices.experiment}"
+    """Where Hydra puts its own files: into the run directory, or beside other runs when that is remote."""
+    root = _root_.run.root
+    folder = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', root.replace('://', '/'))}" if is_remote(root) else local_root(root)
+    return f"{folder}/{_root_.hydra.runtime.choices.experiment}"
 
 
 def _variant(*, _root_: DictConfig) -> str:

@@ -1,5 +1,7 @@
 """What types cannot say about a configuration."""
 
+import re
+
 from omegaconf import DictConfig, OmegaConf
 
 from runner.errors import ConfigError
@@ -26,6 +28,7 @@ _AT_LEAST = {
     "runtime.prefetch": 1,
     "runtime.num_threads": 1,
 }
+_SECRET = re.compile("secret|token|password|passphrase|credential|connection_string|signature|(^|_)(key|sas|auth)$")
 _START_METHODS = ("fork", "spawn", "forkserver")
 
 
@@ -46,6 +49,21 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
     if trainer.early_stopping.patience is not None and config.objective.metric is None:
         raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
+    _check_secrets(config.run.storage_options, "run.storage_options")
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")
+
+
+def _check_secrets(options: DictConfig, where: str) -> None:
+    """A secret on the command line is in the shell's history, in the process list and in Hydra's files."""
+    for key in options:
+        name = f"{where}.{key}"
+        if OmegaConf.is_dict(options._get_node(key)):
+            _check_secrets(options[key], name)
+        elif _SECRET.search(str(key).lower()) and not OmegaConf.is_interpolation(options, key):
+            raise ConfigError(
+                f"{name} looks like a secret and is given as it is: Hydra would write it into files. Put it into an "
+                f"environment variable and give {name}='${{oc.env:NAME}}', or leave it to what the storage's own "
+                "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh)"
+            )

@@ -140,7 +140,8 @@ class RuntimeConfig:
 
 @dataclass
 class RunConfig:
-    root: str = "outputs"
+    root: str = "outputs"  # a folder, or a URL of any store that fsspec knows: s3://bucket/experiments
+    storage_options: dict[str, Any] = field(default_factory=dict)  # fsspec's, for a URL; secrets as ${oc.env:NAME}
     name: str | None = None  # instead of the name made from the overrides
     on_drift: OnDrift = OnDrift.refuse
     on_conflict: OnConflict = OnConflict.fail

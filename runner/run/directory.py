@@ -14,7 +14,8 @@ An error is never taken for absence: what cannot be read raises.
 
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -47,11 +48,16 @@ class RunDirectory:
     experiment: str
     variant: str
     location: Location
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
-    def under(cls, root: str, experiment: str, variant: str) -> "RunDirectory":
-        """The directory of one run; nothing is made or read."""
-        return cls(root, experiment, variant, open_location(f"{root}/{experiment}/{variant}"))
+    def under(
+        cls, root: str, experiment: str, variant: str, options: Mapping[str, Any] | None = None
+    ) -> "RunDirectory":
+        """The directory of one run; nothing is made or read. ``options`` are those of a remote storage."""
+        return cls(
+            root, experiment, variant, open_location(f"{root.rstrip('/')}/{experiment}/{variant}", options), options
+        )
 
     @property
     def name(self) -> str:

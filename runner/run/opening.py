@@ -61,7 +61,7 @@ def wait_until_free(directory: RunDirectory, check: Callable[[], None]) -> None:
 def _fork(parent: RunDirectory, identity: dict[str, Any]) -> Opening:
     """The fork's name comes from its configuration, so that the same command finds it again."""
     variant = f"{parent.variant}~{digest(identity)}"
-    fork = RunDirectory.under(parent.root, parent.experiment, variant)
+    fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     finished = fork.result(identity) if fork.record() is not None else None
     return Opening(fork, identity, [], None, parent, finished)
 
