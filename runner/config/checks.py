@@ -57,11 +57,11 @@ def check(config: DictConfig) -> None:
 
 def _check_secrets(options: DictConfig, where: str) -> None:
     """A secret on the command line is in the shell's history, in the process list and in Hydra's files."""
-    for key in options:
+    for key in map(str, options):
         name = f"{where}.{key}"
         if OmegaConf.is_dict(options._get_node(key)):
             _check_secrets(options[key], name)
-        elif _SECRET.search(str(key).lower()) and not OmegaConf.is_interpolation(options, key):
+        elif _SECRET.search(key.lower()) and not OmegaConf.is_interpolation(options, key):
             raise ConfigError(
                 f"{name} looks like a secret and is given as it is: Hydra would write it into files. Put it into an "
                 f"environment variable and give {name}='${{oc.env:NAME}}', or leave it to what the storage's own "
