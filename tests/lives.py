@@ -8,6 +8,7 @@ imports are inherited.
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -169,21 +170,22 @@ class _MortalOs:
     """
 
     def __init__(self, last: int, fail: int | None) -> None:
-        self._left = last
+        self._last = last
         self._fail = fail
+        self._count = itertools.count(1)  # several threads take from it
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(os, name)
-        if name not in ("open", "write", "fsync", "link", "replace", "unlink"):
+        if name not in ("open", "write", "fsync", "replace", "unlink"):
             return call
 
         def mortal(*arguments: Any, **keywords: Any) -> Any:
-            self._left -= 1
-            if self._left == 0 and self._fail is None:
+            number = next(self._count)
+            if number == self._last and self._fail is None:
                 if name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 _die()
-            if self._left <= 0 and self._fail is not None and name in ("write", "fsync"):
+            if number >= self._last and self._fail is not None and name in ("write", "fsync"):
                 raise OSError(self._fail, os.strerror(self._fail))
             return call(*arguments, **keywords)
 
