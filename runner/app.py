@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
 from runner.config import schema
-from runner.config.checks import check
+from runner.config.checks import check, literal_secret
 from runner.config.identity import identity, is_name, variant
 from runner.distributed import world
 from runner.errors import ConfigError, RunnerError
@@ -42,6 +42,7 @@ def register() -> None:
     # One directory for one command, alone or as a job of a sweep: Hydra's own files go where the run is.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
+    OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
@@ -112,6 +113,11 @@ def _directory(*, _root_: DictConfig) -> str:
     root = _root_.run.root
     folder = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', root.replace('://', '/'))}" if is_remote(root) else local_root(root)
     return f"{folder}/{_root_.hydra.runtime.choices.experiment}"
+
+
+def _hydra_files(*, _root_: DictConfig) -> str | None:
+    """Hydra's folder for the configuration; none where that would write a secret."""
+    return ".hydra" if literal_secret(_root_.run.storage_options) is None else None
 
 
 def _variant(*, _root_: DictConfig) -> str:

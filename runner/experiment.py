@@ -27,10 +27,11 @@ from runner.interval import Affordable, Interval
 from runner.introduction import introduce
 from runner.metrics.lines import MetricLines
 from runner.restore import Resumed, fork, restore_newest
-from runner.run import attempts
-from runner.run.attempts import Attempt, Record
+from runner.run import attempts, records
+from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD, RunDirectory
-from runner.run.opening import Opening
+from runner.run.opening import Opening, begin
+from runner.run.records import Record
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
@@ -43,7 +44,6 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
     """
     device = set_up(config)
     location = opening.directory.location
-    before = attempts.last(location)
     here = topology.describe(device)
     with _attempt(opening, config, {"overrides": overrides, "topology": here}) as attempt:
         parts = build(config, device)
@@ -55,6 +55,7 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
         resumed = _resume(opening, parts, store)
         lines.open(resumed.step, resumed.facts.get("metrics"))
         attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=list(resumed.unusable))
+        before = records.last(location, before=attempt.number)
         introduce(opening, parts, resumed, before=before, number=attempt.number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
@@ -82,9 +83,9 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
     """Claim the run for this process, and record how its life ended unless it is killed."""
     directory = opening.directory
     signals.raise_if_received("during start-up, nothing to commit")
-    directory.create(opening.identity, parent=_lineage(opening.parent))
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
     attempt = attempts.claim(directory.location, facts, steal=config.run.on_conflict is OnConflict.steal)
+    begin(opening, attempt, parent=_lineage(opening.parent))
     outcome, reason = "failed", ""
     try:
         directory.sweep()
@@ -123,7 +124,7 @@ def _callbacks(
 
     callbacks["report"] = report
     callbacks["progress"] = Progress()
-    callbacks["heartbeat"] = Heartbeat(lambda step: attempt.beat(step=step))
+    callbacks["heartbeat"] = Heartbeat(attempt)
 
     def mark(step: int) -> dict[str, Any]:
         guard.check()
@@ -197,7 +198,7 @@ def _resume(opening: Opening, parts: Parts, store: CheckpointStore) -> Resumed:
 
 def _evidence(location: Location) -> str | None:
     """A trace that some attempt committed, whatever ``commits/`` holds now."""
-    for record in attempts.history(location):
+    for record in records.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):
                 return f"attempt {record.number} noted one at step {printable(source['committed'])}"

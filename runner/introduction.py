@@ -7,8 +7,8 @@ from runner import topology
 from runner.build import Parts
 from runner.errors import printable
 from runner.restore import Resumed
-from runner.run.attempts import Record
 from runner.run.opening import Opening
+from runner.run.records import Record
 
 log = logging.getLogger("runner")
 
@@ -24,7 +24,8 @@ def introduce(
         log.warning("unused   %s", line)
     if opening.drift:
         log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.drift))
-    moved = topology.differences(before.claim.get("topology", {}), here) if before is not None else []
+    then = before.claim.get("topology") if before is not None else None
+    moved = topology.differences(then, here) if isinstance(then, dict) else []
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %s", parts.state.stream.guarantee)

@@ -8,6 +8,7 @@ imports are inherited.
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -47,8 +48,15 @@ class Lives:
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
         ``operation``, which fails with the errno ``fail`` if one is given; after a ``step``; once it ``restored``.
-        ``without`` drops a part from the state.
+        ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say otherwise, so that
+        it is known what is committed after a step.
         """
+        given = {argument.partition("=")[0] for argument in arguments}
+        arguments += tuple(
+            f"{key}={value}"
+            for key, value in (("checkpoint.background", "false"), ("checkpoint.every", "null"))
+            if key not in given and arguments
+        )
         assert self._server.stdin
         assert self._server.stdout
         request = {"argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(self._log), **how}
@@ -169,21 +177,22 @@ class _MortalOs:
     """
 
     def __init__(self, last: int, fail: int | None) -> None:
-        self._left = last
+        self._last = last
         self._fail = fail
+        self._count = itertools.count(1)  # several threads take from it
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(os, name)
-        if name not in ("open", "write", "fsync", "link", "replace", "unlink"):
+        if name not in ("open", "write", "fsync", "replace", "unlink"):
             return call
 
         def mortal(*arguments: Any, **keywords: Any) -> Any:
-            self._left -= 1
-            if self._left == 0 and self._fail is None:
+            number = next(self._count)
+            if number == self._last and self._fail is None:
                 if name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 _die()
-            if self._left <= 0 and self._fail is not None and name in ("write", "fsync"):
+            if number >= self._last and self._fail is not None and name in ("write", "fsync"):
                 raise OSError(self._fail, os.strerror(self._fail))
             return call(*arguments, **keywords)
 

@@ -88,26 +88,6 @@ def test_put_never_overwrites(location: LocalLocation) -> None:
     assert read(location, "a") == b"first"
 
 
-def test_create_says_whether_it_made_the_object(location: LocalLocation) -> None:
-    assert location.create("a", b"first") is True
-    assert location.create("a", b"second") is False
-    assert read(location, "a") == b"first"
-    assert files(location) == ["a"]
-
-
-def test_of_eight_processes_that_create_one_makes_each_object_whole(location: LocalLocation) -> None:
-    names = [f"claims/{i:03d}" for i in range(50)]
-    code = f"print(sum(location.create(name, me.encode() * 5000) for name in {names}))"
-    with contextlib.ExitStack() as stack:
-        racers = [stack.enter_context(process(location, code, str(i))) for i in range(8)]
-        for racer in racers:
-            go(racer)
-        assert sum(int(said(racer)) for racer in racers) == len(names)
-    contents = [read(location, name) for name in names]
-    assert {*contents} <= {str(i).encode() * 5000 for i in range(8)}
-    assert files(location) == names
-
-
 def test_replace_writes_over_what_is_there(location: LocalLocation) -> None:
     location.replace("a", [b"first"])
     location.replace("a", [b"se", b"cond"], durable=False)
@@ -132,8 +112,8 @@ def test_an_object_shows_only_when_it_is_whole(location: LocalLocation, monkeypa
     location.replace("a", chunks())
     assert seen() == [b"new"]
     monkeypatch.setattr(os, "fsync", synced)
-    location.create("b", b"more")
-    assert during == [[b"new"], [b"new", b"more"]]
+    location.replace("a", [b"newer"])
+    assert during == [[b"new"], [b"newer"]]
 
 
 def test_a_reader_sees_the_old_object_or_the_new_one(location: LocalLocation) -> None:
@@ -198,6 +178,21 @@ def test_what_cannot_be_listed_is_no_empty_folder(location: LocalLocation) -> No
         location.list("a")
 
 
+def test_a_list_lives_with_what_is_removed_meanwhile(location: LocalLocation) -> None:
+    code = """
+print("begun", flush=True)
+for i in range(3000):
+    location.put(f"folder/b{i}", [b"x"])
+    location.remove(f"folder/b{i}")
+"""
+    location.put("folder/a", [b"1"])
+    with process(location, code) as other:
+        go(other)
+        assert said(other) == "begun"
+        while other.poll() is None:
+            assert location.list("folder")[0] == Entry("a", 1)
+
+
 def test_remove_removes_and_takes_absence_for_done(location: LocalLocation) -> None:
     location.put("folder/a", [b""])
     location.remove("folder/a")
@@ -221,7 +216,6 @@ def test_names_that_leave_the_location_are_refused(location: LocalLocation, name
     (location.path.parent / "x").write_text("outside")
     verbs: list[Callable[[], Any]] = [
         lambda: location.put(name, [b""]),
-        lambda: location.create(name, b""),
         lambda: location.replace(name, [b""]),
         lambda: location.read(name, limit=9),
         lambda: location.read_into(name, 0, memoryview(b"")),
@@ -294,7 +288,6 @@ def test_links_are_neither_locked_nor_written_through(location: LocalLocation) -
         location.put("a", [b"x"])
     with pytest.raises(StorageError):
         location.lock("a")
-    assert location.create("a", b"x") is False
     location.replace("a", [b"x"])
     assert target.read_text() == "outside"
 
@@ -318,7 +311,6 @@ def test_a_refusal_of_the_disk_is_told_and_leaves_what_was_there(location: Local
     try:
         for verb in (
             lambda: location.put("new", [bytes(1 << 19)] * 3),
-            lambda: location.create("new", bytes(3 << 19)),
             lambda: location.replace("old", [bytes(1 << 19)] * 3),
         ):
             with pytest.raises(StorageError, match=r"cannot write .*: File too large"):
@@ -347,7 +339,7 @@ def test_what_is_written_is_synced_and_then_its_folder(
     location.put("data/a", [b"x"])
     assert synced == [number("."), number("data/a"), number("data")]
     synced.clear()
-    location.create("data/b", b"x")
+    location.replace("data/b", [b"x"])
     assert synced == [number("data/b"), number("data")]
     synced.clear()
     location.replace("data/b", [b"y"])

@@ -113,7 +113,7 @@ def test_what_an_attempt_wrote_reaches_the_terminal_escaped(
     life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "run.name=r").status == 0
-    claim = tmp_path / "smoke/r/attempts/000001.json"
+    (claim,) = (tmp_path / "smoke/r/attempts").glob("000001-????????????.json")
     claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "\x1b[31mevil"}))
     main(["list", str(tmp_path)])
     main(["show", str(tmp_path / "smoke/r")])

@@ -11,7 +11,7 @@ import pytest
 from lives import Lives
 from results import results
 
-from runner.run import attempts
+from runner.run import records
 from runner.storage.local import LocalLocation
 
 USER = Path(__file__).parent / "user"
@@ -91,13 +91,13 @@ def test_how_an_attempt_ended_is_on_record(life: Lives, tmp_path: Path) -> None:
     life(*command, cwd=USER, restored=True)
     broken = ("run.on_drift=accept", "task._target_=mine.tasks.Nothing")
     assert life(*command, *broken, cwd=USER).status == 2
-    records = attempts.history(LocalLocation(tmp_path / "smoke/r"))
-    assert [record.outcome() for record in records] == ["interrupted", "killed", "failed"]
-    assert records[0].end is not None
-    assert records[0].end["committed"] == 5
-    assert "Nothing" in json.dumps(records[2].end)
-    assert records[0].claim["topology"]["threads"] == 1
-    assert records[0].claim["pid"] != os.getpid()
+    lived = records.history(LocalLocation(tmp_path / "smoke/r"))
+    assert [record.outcome() for record in lived] == ["interrupted", "killed", "failed"]
+    assert lived[0].end is not None
+    assert lived[0].end["committed"] == 5
+    assert "Nothing" in json.dumps(lived[2].end)
+    assert lived[0].claim["topology"]["threads"] == 1
+    assert lived[0].claim["pid"] != os.getpid()
 
 
 def test_a_users_error_ends_the_process_also_with_workers(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 from runner.callbacks.base import Callback, Loop
+from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
 
@@ -73,20 +74,23 @@ class Progress(Callback):
 
 
 class Heartbeat(Callback):
-    """Notes the step about once a second, for others to see and for the next attempt to know what was lost."""
+    """Notes the step, for others to see and for the next attempt to know what was lost.
 
-    def __init__(self, beat: Callable[[int], None]) -> None:
-        self._beat = beat
-        self._last = 0.0
+    Raises Superseded at the first step after another attempt was found to have taken the run over.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
 
     def on_start(self, loop: Loop) -> None:
-        self._beat(loop.step)
+        self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
-        now = time.monotonic()
-        if now - self._last >= 1.0:
-            self._last = now
-            self._beat(loop.step)
+        self._attempt.note(loop.step)
+        self._attempt.raise_if_superseded()
+
+    def on_end(self, loop: Loop) -> None:
+        self.on_step(loop)
 
 
 def summary(scalars: Mapping[str, float | str]) -> str:

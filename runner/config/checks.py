@@ -49,21 +49,25 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
     if trainer.early_stopping.patience is not None and config.objective.metric is None:
         raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
-    _check_secrets(config.run.storage_options, "run.storage_options")
+    secret = literal_secret(config.run.storage_options)
+    if secret is not None:
+        raise ConfigError(
+            f"run.storage_options.{secret} looks like a secret and is given as it is, which would end in files and in "
+            f"the process list. Put it into an environment variable and give '${{oc.env:NAME}}', or leave it to what "
+            "the storage's own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
+        )
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")
 
 
-def _check_secrets(options: DictConfig, where: str) -> None:
-    """A secret on the command line is in the shell's history, in the process list and in Hydra's files."""
+def literal_secret(options: DictConfig) -> str | None:
+    """The first key that looks like that of a secret and has it in plain sight instead of ``${oc.env:NAME}``."""
     for key in map(str, options):
-        name = f"{where}.{key}"
         if OmegaConf.is_dict(options._get_node(key)):
-            _check_secrets(options[key], name)
+            inner = literal_secret(options[key])
+            if inner is not None:
+                return f"{key}.{inner}"
         elif _SECRET.search(key.lower()) and not OmegaConf.is_interpolation(options, key):
-            raise ConfigError(
-                f"{name} looks like a secret and is given as it is: Hydra would write it into files. Put it into an "
-                f"environment variable and give {name}='${{oc.env:NAME}}', or leave it to what the storage's own "
-                "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh)"
-            )
+            return key
+    return None

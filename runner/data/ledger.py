@@ -71,7 +71,7 @@ class Ledger:
     def open(self, step: int) -> None:
         """Go on after ``step``."""
         name, text = f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode()
-        if not self._location.create(name, text) and self._location.read(name, limit=_LIMIT) != text:
+        if self._location.read(name, limit=_LIMIT) != text:
             self._location.replace(name, [text])
         for segment in segments(self._location, after=step):
             if segment.grouping != self._header["grouping"]:  # it moved the positions of every step that followed

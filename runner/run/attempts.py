@@ -1,224 +1,148 @@
-"""The lives of a run's processes.
-
-    attempts/000003.json       created exclusively: the claim, and the fencing token (its number)
-    attempts/000003.lock       locked by the process as long as it lives
-    attempts/000003.beat       where it is: step, last committed step, what it resumed from; a hint, never trusted
-    attempts/000003.end.json   how it ended; absent after a kill
+"""This process's life in a run, from the claim to the end.
 
 Attempt numbers only grow. A process that finds a higher number than its own has been superseded.
 """
 
-import json
 import os
-import re
 import secrets
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from runner.errors import RunInUse, StorageError, printable
+from runner import signals
+from runner.errors import RunInUse, StorageError, Superseded
+from runner.run import records
+from runner.run.heartbeat import Heartbeat, dump, now
+from runner.run.records import Name, Record
 from runner.storage.location import Location, Lock
 
-_CLAIM = re.compile(r"([0-9]{6,})\.json")
-_LIMIT = 1 << 20
+_CHANCE = secrets.SystemRandom()  # not the generator that the run's own randomness comes from
+_PAUSE_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What is stored of one attempt; ``end`` is None for one that lives or was killed."""
-
-    number: int
-    claim: dict[str, Any]
-    beat: dict[str, Any]
-    end: dict[str, Any] | None
-
-    def owner(self) -> str:
-        """Who it is, for a message."""
-        return printable(f"attempt {self.number} (pid {self.claim.get('pid')} on {self.claim.get('host')})")
-
-    def alive(self) -> bool | None:
-        """Whether its process lives; None where that cannot be known from this host."""
-        if self.end is not None:
-            return False
-        if self.claim.get("host") != socket.gethostname():
-            return None
-        return bool(self.claim.get("boot") == _boot_id()) and _runs(self.claim.get("pid"), self.claim.get("born"))
-
-    def seen(self) -> str | None:
-        """When it last showed itself (ISO 8601, UTC)."""
-        latest = self.end or self.beat
-        return latest.get("time") or self.claim.get("started")
-
-    def outcome(self) -> str:
-        """How it ended, in a word or two."""
-        if self.end is not None:
-            return printable(self.end.get("outcome"))
-        return {True: "running", False: "killed", None: "unknown (another host)"}[self.alive()]
-
-
-@dataclass(slots=True)
 class Attempt:
-    """This process's life in a run; holds the lock that says so."""
+    """The newest attempt of the run; holds the lock that says that it lives, and has a heart that beats."""
 
-    number: int
     location: Location
+    name: Name
     _lock: Lock
-    _beat: dict[str, Any] = field(default_factory=lambda: {"sequence": 0})
+    _heart: Heartbeat
+
+    @property
+    def number(self) -> int:
+        """The attempt's number."""
+        return self.name.number
+
+    def note(self, step: int) -> None:
+        """Have the next beats tell the step; costs nothing."""
+        self._heart.note(step=step)
 
     def beat(self, **facts: Any) -> None:
-        """Note where this attempt is; cheap, only as durable as the page cache, and no reason to stop training if it
-        fails.
-        """
-        self._beat |= facts | {"sequence": self._beat["sequence"] + 1, "time": _now()}
-        with suppress(StorageError):
-            self.location.replace(f"{_stem(self.number)}.beat", [_json(self._beat)], durable=False)
+        """Have these facts in the beats, from now on and at once."""
+        self._heart.note(**facts)
+        self._heart.beat()
+
+    def raise_if_superseded(self) -> None:
+        """Raise Superseded if a beat has found a newer attempt; costs nothing."""
+        newer = self._heart.superseded
+        if newer is not None:
+            raise Superseded(
+                f"{newer.owner()} took over {self.location.url}; this process stops. "
+                "What it did after its last checkpoint is not used."
+            )
 
     def successor(self) -> Record | None:
-        """The attempt that superseded this one, if any has. Lists the storage."""
-        newest = _newest(self.location)
-        return read(self.location, newest) if newest > self.number else None
+        """The attempt that superseded this one, if any has. Asks the storage."""
+        return records.successor(self.location, self.number)
 
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this life ended and let go of the run."""
-        record = self._beat | facts | {"outcome": outcome, "time": _now()}
+        self._heart.stop()
+        record = self._heart.facts() | facts | {"outcome": outcome}
         try:
-            self.location.create(f"{_stem(self.number)}.end.json", _json(record))
+            self.location.replace(f"{self.name}.end.json", [dump(record)])
         finally:
             self._lock.release()
 
+    def withdraw(self) -> None:
+        """End as if the run had never been claimed; for one that has changed nothing."""
+        self._heart.stop()
+        _withdraw(self.location, self.name, self._lock)
+        self.location.remove(f"{self.name}.beat")
+
 
 def claim(location: Location, facts: dict[str, Any], *, steal: bool = False) -> Attempt:
-    """Become the newest attempt of the run.
+    """Become the newest attempt of the run. Raises RunInUse while the newest one lives, unless it is to be stolen from:
+    then it finds itself superseded at its next beat or commit.
 
-    Raises RunInUse while the newest attempt lives, unless it is to be stolen from: then it will find itself
-    superseded at its next commit.
+    No storage has to refuse the second of two claims. Each is an object of its own, and its process owns the run if a
+    listing *after* the write shows what it saw before, and its own claim besides. Two cannot both own it: of two that
+    wrote, the one that listed last saw the other. Whoever is not alone withdraws and looks again, so claims that nobody
+    stands behind do not stay; and as one only leaves for good when it sees another that lives, someone wins.
     """
-    newest = _newest(location)
-    if not steal:
-        raise_if_live(location, newest)
-    while True:
-        newest += 1
-        # The lock first, so that of two who start at once the second sees the first before it claims.
-        lock = location.lock(f"{_stem(newest)}.lock")
-        if lock is None:
-            raise _in_use(location, newest)
-        record = _identity_of_process() | facts | {"attempt": newest}
-        if location.create(f"{_stem(newest)}.json", _json(record)):
-            return Attempt(newest, location, lock)
-        lock.release()
+    dead: set[Name] = set()
+    for tries in count():
+        signals.raise_if_received("during start-up, nothing to commit")
+        before = records.names(location)
         if not steal:
-            raise_if_live(location, newest)
+            _raise_if_live(location, before, dead)
+        attempt = _try(location, facts, before)
+        if attempt is not None:
+            return attempt
+        time.sleep(_CHANCE.uniform(0, min(_PAUSE_SECONDS * 2 ** min(tries, 16), location.beat_seconds)))
+    raise AssertionError("unreachable")
 
 
-def raise_if_live(location: Location, number: int | None = None) -> None:
-    """Raise RunInUse while the newest attempt (or that one) is locked by a living process."""
-    number = _newest(location) if number is None else number
-    if not number:
-        return
-    lock = location.lock(f"{_stem(number)}.lock")
-    if lock is None:
-        raise _in_use(location, number)
-    lock.release()
+def raise_if_live(location: Location) -> None:
+    """Raise RunInUse while the process of the newest attempt lives."""
+    _raise_if_live(location, records.names(location), set())
 
 
-def history(location: Location) -> list[Record]:
-    """All attempts, oldest first."""
-    return [read(location, number) for number in _numbers(location)]
+def _raise_if_live(location: Location, found: list[Name], dead: set[Name]) -> None:
+    record = records.live(location, found, dead=dead)
+    if record is not None:
+        raise RunInUse(
+            f"{location.url} is in use by {record.owner()}.\n"
+            "Wait for it with run.on_conflict=wait, or take the run over with run.on_conflict=steal "
+            "(the other stops within seconds)."
+        )
 
 
-def last(location: Location) -> Record | None:
-    """The newest attempt, if there is one."""
-    newest = _newest(location)
-    return read(location, newest) if newest else None
-
-
-def read(location: Location, number: int) -> Record:
-    """The record of one attempt; a claim that cannot be parsed is an error, the hints beside it are not."""
-    claimed = _read(location, f"{_stem(number)}.json")
-    if claimed is None:
-        raise StorageError(f"{location.url}/{_stem(number)}.json is not a record of an attempt (torn or not JSON)")
-    beat = _read(location, f"{_stem(number)}.beat") or {}
-    return Record(number, claimed, beat, _read(location, f"{_stem(number)}.end.json"))
-
-
-def _read(location: Location, name: str) -> dict[str, Any] | None:
+def _try(location: Location, facts: dict[str, Any], before: list[Name]) -> Attempt | None:
+    """Claim the number after those of ``before``; None if anything else than this claim has come or gone since."""
+    name = Name(before[-1].number + 1 if before else 1, secrets.token_hex(6))
+    lock = location.lock(f"{name}.lock")  # first, so that nobody sees a claim of a living process without it
+    assert lock is not None, "nobody else has this name"
     try:
-        found = json.loads(location.read(name, limit=_LIMIT) or b"null")
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        location.put(f"{name}.json", [dump(_self(location) | facts | {"attempt": name.number})])
+        alone = records.names(location) == [*before, name]
+    except BaseException:
+        with suppress(StorageError):
+            _withdraw(location, name, lock)
+        raise
+    if alone:
+        return Attempt(location, name, lock, Heartbeat(location, name))
+    _withdraw(location, name, lock)
+    return None
 
 
-def _numbers(location: Location) -> list[int]:
-    found = (_CLAIM.fullmatch(entry.name) for entry in location.list("attempts"))
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _newest(location: Location) -> int:
-    return max(_numbers(location), default=0)
-
-
-def _stem(number: int) -> str:
-    return f"attempts/{number:06d}"
-
-
-def _in_use(location: Location, number: int) -> RunInUse:
+def _withdraw(location: Location, name: Name, lock: Lock) -> None:
     try:
-        owner = read(location, number).owner()
-    except StorageError:  # it holds the lock and has not written its claim yet
-        owner = f"attempt {number}, just starting"
-    return RunInUse(
-        f"{location.url} is in use by {owner}.\n"
-        "Wait for it with run.on_conflict=wait, or take the run over with run.on_conflict=steal "
-        "(the other stops at its next checkpoint)."
-    )
+        location.remove(f"{name}.json")
+        location.remove(f"{name}.lock")
+    finally:
+        lock.release()
 
 
-def _identity_of_process() -> dict[str, Any]:
+def _self(location: Location) -> dict[str, Any]:
     return {
-        "nonce": secrets.token_hex(8),
         "host": socket.gethostname(),
-        "boot": _boot_id(),
+        "machine": records.machine(),
         "pid": os.getpid(),
-        "born": _born(os.getpid()),
-        "started": _now(),
+        "started": now(),
+        "beat": location.beat_seconds,
     }
-
-
-def _boot_id() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux: pids alone have to do
-        return None
-
-
-def _runs(pid: Any, born: Any) -> bool:
-    if born is not None:
-        return bool(_born(pid) == born)
-    try:
-        os.kill(int(pid), 0)
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
-
-
-def _born(pid: Any) -> str | None:
-    """When a process was started, in the kernel's ticks; tells a process from a later one with its pid.
-    None for one that is gone, and off Linux."""
-    try:
-        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError, TypeError):
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def _now() -> str:
-    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode() + b"\n"

@@ -1,8 +1,8 @@
 """One run's directory: what lies where, and what may be concluded from it.
 
-    run.json            run id, format version, lineage; created exclusively, marks the directory as a run's
+    run.json            run id, format version, lineage; marks the directory as a run's
     config.yaml         the resolved identity half; written once, only ever compared
-    attempts/           one claim per process life (attempts)
+    attempts/           one claim per process life (records)
     commits/ data/      checkpoints (checkpoint.manifest)
     metrics/            scalars as lines (metrics.lines)
     tensorboard/        event files
@@ -23,7 +23,7 @@ import yaml
 
 from runner.config.identity import digest
 from runner.errors import ConfigError, StorageError, printable
-from runner.run import attempts
+from runner.run import records
 from runner.storage import open_location
 from runner.storage.location import Location
 
@@ -85,7 +85,10 @@ class RunDirectory:
         return record
 
     def create(self, identity: dict[str, Any], *, parent: dict[str, Any] | None) -> None:
-        """Write the run's record and configuration unless they are there; safe to repeat after a kill in between."""
+        """Write the run's record and configuration unless they are there; for the newest attempt only.
+
+        Safe to repeat after a kill in between.
+        """
         record = {
             "format": FORMAT,
             "id": secrets.token_hex(8),
@@ -94,8 +97,10 @@ class RunDirectory:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "parent": parent,
         }
-        self.location.create(_RUN, _dump(record))
-        self.location.create(_CONFIG, yaml.safe_dump(identity, sort_keys=False).encode())
+        if self.location.read(_RUN, limit=_LIMIT) is None:
+            self.location.replace(_RUN, [_dump(record)])
+        if self.location.read(_CONFIG, limit=_LIMIT) is None:
+            self.location.replace(_CONFIG, [yaml.safe_dump(identity, sort_keys=False).encode()])
 
     def configured(self) -> dict[str, Any] | None:
         """The identity half that the run was made with; None between the two writes of ``create``."""
@@ -110,9 +115,11 @@ class RunDirectory:
             raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")
         return saved
 
-    def identity(self) -> dict[str, Any] | None:
-        """The identity half that the run goes by: the configured one, or what the newest attempt accepted instead."""
-        newest = attempts.last(self.location)
+    def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
+        """The identity half that the run goes by: the configured one, or what the newest attempt (with a number below
+        ``before``) accepted instead.
+        """
+        newest = records.last(self.location, before=before)
         accepted = newest.claim.get("accepted") if newest else None
         return accepted if isinstance(accepted, dict) else self.configured()
 

@@ -3,12 +3,14 @@
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from runner.config.identity import digest
-from runner.errors import DriftRefused, RunInUse
+from runner.errors import DriftRefused, RunInUse, StorageError
 from runner.run import attempts, drift
+from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
 
 _POLL_SECONDS = 0.5
@@ -19,7 +21,7 @@ class Opening:
     """A run directory as this command finds it, before any process claims it.
 
     ``drift`` is what this command changes and the user accepts; ``accepted`` is the identity to go by from now on
-    where it is not the configured one; ``parent`` is the run that a fork begins from.
+    where it is not the configured one; ``parent`` is the run that a fork begins from; ``command`` is this command.
     """
 
     directory: RunDirectory
@@ -28,6 +30,7 @@ class Opening:
     accepted: dict[str, Any] | None
     parent: RunDirectory | None
     result: dict[str, Any] | None
+    command: str
 
 
 def open_run(directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str) -> Opening:
@@ -38,14 +41,33 @@ def open_run(directory: RunDirectory, identity: dict[str, Any], *, on_drift: str
     saved = directory.identity() if directory.record() is not None else None
     differences = drift.compare(saved, identity) if saved is not None else []
     if differences and on_drift == "fork":
-        return _fork(directory, identity)
+        return _fork(directory, identity, command)
     if differences and on_drift == "refuse":
         raise DriftRefused(_refusal(directory, differences, command))
     if saved is None:
-        return Opening(directory, identity, [], None, None, None)
+        return Opening(directory, identity, [], None, None, None, command)
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
-    return Opening(directory, identity, differences, accepted, None, result)
+    return Opening(directory, identity, differences, accepted, None, result, command)
+
+
+def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
+    """Write the run's record and configuration unless they are there.
+
+    Withdraws the attempt if it raises: DriftRefused if the run is no longer the one that was opened: another command
+    with the same run.name began it, or changed it, before this one had claimed it.
+    """
+    directory = opening.directory
+    try:
+        directory.create(opening.identity, parent=parent)
+        saved = directory.identity(before=attempt.number) or {}
+        differences = drift.compare(saved, opening.identity)
+        if differences and drift.table(differences) != drift.table(opening.drift):
+            raise DriftRefused(_refusal(directory, differences, opening.command))
+    except BaseException:
+        with suppress(StorageError):
+            attempt.withdraw()
+        raise
 
 
 def wait_until_free(directory: RunDirectory, check: Callable[[], None]) -> None:
@@ -58,12 +80,12 @@ def wait_until_free(directory: RunDirectory, check: Callable[[], None]) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def _fork(parent: RunDirectory, identity: dict[str, Any]) -> Opening:
+def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opening:
     """The fork's name comes from its configuration, so that the same command finds it again."""
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     finished = fork.result(identity) if fork.record() is not None else None
-    return Opening(fork, identity, [], None, parent, finished)
+    return Opening(fork, identity, [], None, parent, finished, command)
 
 
 def _refusal(directory: RunDirectory, differences: list[drift.Difference], command: str) -> str:

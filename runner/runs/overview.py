@@ -5,7 +5,7 @@ from typing import Any
 
 from runner.checkpoint import manifest
 from runner.errors import ConfigError
-from runner.run import attempts
+from runner.run import records
 from runner.run.directory import RunDirectory
 from runner.storage import find_folders, open_location
 
@@ -48,7 +48,7 @@ def overview(directory: RunDirectory) -> Overview:
     """One run in a line."""
     identity = directory.identity() or {}
     result = directory.result(identity) or {}
-    newest = attempts.last(directory.location)
+    newest = records.last(directory.location)
     commits = manifest.commits(directory.location)
     return Overview(
         run=directory.name,
@@ -71,12 +71,12 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         "record": directory.record(),
         "identity": identity,
         "result": directory.result(identity),
-        "attempts": [_attempt(record) for record in attempts.history(directory.location)],
+        "attempts": [_attempt(record) for record in records.history(directory.location)],
         "checkpoints": [asdict(commit) for commit in manifest.commits(directory.location)],
     }
 
 
-def _attempt(record: attempts.Record) -> dict[str, Any]:
+def _attempt(record: records.Record) -> dict[str, Any]:
     end = record.end or {}
     return {
         "attempt": record.number,

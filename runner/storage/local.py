@@ -1,4 +1,4 @@
-"""A location on a local or mounted disk: durable by fsync, exclusive by link, locked by the kernel.
+"""A location on a local or mounted disk: durable by fsync, locked by the kernel.
 
 Every mutation is a short fixed sequence of system calls through ``os``, so that a test can kill it between any two.
 """
@@ -25,6 +25,7 @@ class LocalLocation:
 
     part_bytes = 1 << 40  # one file is as good as many
     parallel = 1
+    beat_seconds = 1.0
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -36,20 +37,6 @@ class LocalLocation:
             size = _write(path, chunks, durable=True)
             _sync_folder(path.parent)
             return size
-
-    def create(self, name: str, data: Buffer) -> bool:
-        with self._explained("write", name):
-            path = self._prepare(name)
-            temporary = _temporary(path)
-            _write(temporary, [data], durable=True)
-            try:
-                os.link(temporary, path)  # exclusive and complete at once, which O_EXCL plus write is not
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(temporary)
-            _sync_folder(path.parent)
-            return True
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         with self._explained("write", name):
@@ -99,12 +86,8 @@ class LocalLocation:
             except FileNotFoundError:
                 return []
             with scan:
-                found = [
-                    Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
-                    for entry in scan
-                    if entry.is_file(follow_symlinks=False) and TEMPORARY not in entry.name
-                ]
-        return sorted(found, key=lambda entry: entry.name)
+                found = [_entry(entry) for entry in scan if TEMPORARY not in entry.name]
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.name)
 
     def remove(self, name: str) -> None:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
@@ -244,6 +227,16 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
     finally:
         os.close(descriptor)
     return size
+
+
+def _entry(found: "os.DirEntry[str]") -> Entry | None:
+    """None for what is no file, or was removed since the scan began."""
+    try:
+        if found.is_file(follow_symlinks=False):
+            return Entry(found.name, found.stat(follow_symlinks=False).st_size)
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _temporary(path: Path) -> Path:

@@ -72,6 +72,7 @@ class Location(Protocol):
     url: str
     part_bytes: int  # what is larger than this is better written as several objects
     parallel: int  # how many of them at a time
+    beat_seconds: float  # how often a process that works here shows that it lives
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         """Write a new object and return its size; durable, and visible to every reader, once this returns.

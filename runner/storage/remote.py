@@ -39,6 +39,7 @@ class RemoteLocation:
     that cannot be used.
     """
 
+    beat_seconds = 5.0
     part_bytes = 32 << 20
     parallel = 4
 

@@ -1,0 +1,92 @@
+"""The thread that shows that an attempt lives, and looks whether another has taken its run over."""
+
+import json
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import Any
+
+from runner.errors import StorageError
+from runner.run import records
+from runner.run.records import Name, Record
+from runner.storage.location import Location
+
+_PATIENCE_SECONDS = 0.2
+_JOIN_SECONDS = 1.0
+
+
+class Heartbeat:
+    """Writes ``attempts/<name>.beat`` every ``location.beat_seconds``; a storage that refuses is no reason to stop.
+
+    ``superseded`` is the attempt that took the run over, once one has. The thread takes no lock but its own, which a
+    forked data worker never asks for.
+    """
+
+    def __init__(self, location: Location, name: Name) -> None:
+        self.superseded: Record | None = None
+        self._location = location
+        self._name = name
+        self._facts: dict[str, Any] = {}
+        self._sequence = 0
+        self._asked = self._done = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def note(self, **facts: Any) -> None:
+        """Have these facts in the beats from now on; costs nothing."""
+        self._facts.update(facts)
+
+    def facts(self) -> dict[str, Any]:
+        """All that was noted, and when."""
+        return {**self._facts, "time": now()}
+
+    def beat(self) -> None:
+        """Have a beat written now. Waits for it a moment, but not for a storage that does not answer."""
+        with self._changed:
+            self._asked = asked = self._asked + 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._done >= asked, timeout=_PATIENCE_SECONDS)
+
+    def stop(self) -> None:
+        """Let the thread end; one that waits for a storage that does not answer is left to itself."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            asked = self._asked
+            self._write()
+            with self._changed:
+                self._done = asked
+                self._changed.notify_all()
+            self._look()
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopped or self._asked > self._done, timeout=self._location.beat_seconds
+                )
+
+    def _write(self) -> None:
+        self._sequence += 1
+        beat = {"sequence": self._sequence, **self.facts()}
+        with suppress(StorageError):
+            self._location.replace(f"{self._name}.beat", [dump(beat)], durable=False)
+
+    def _look(self) -> None:
+        if self.superseded is None:
+            with suppress(StorageError):
+                self.superseded = records.successor(self._location, self._name.number)
+
+
+def now() -> str:
+    """The time as records have it (ISO 8601, UTC)."""
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+
+
+def dump(value: dict[str, Any]) -> bytes:
+    """A record as it is stored."""
+    return json.dumps(value, indent=1).encode() + b"\n"

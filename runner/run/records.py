@@ -1,0 +1,205 @@
+"""What is stored of the lives of a run's processes, and what follows from it.
+
+    attempts/000003-<nonce>.json       the claim: who, where, since when; its number is the fencing token
+    attempts/000003-<nonce>.lock       locked by the process as long as it lives
+    attempts/000003-<nonce>.beat       where it is: step, last committed step; a hint, never trusted
+    attempts/000003-<nonce>.end.json   how it ended; absent after a kill
+
+Anyone may have written these objects. One that cannot be parsed says nothing, but its name still counts.
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runner import signals
+from runner.errors import printable
+from runner.storage.location import Location
+
+_CLAIM = re.compile(r"([0-9]{6,18})-([0-9a-f]{12})\.json")
+_LIMIT = 1 << 20
+_BEAT_SECONDS = (0.1, 60.0)  # whatever a claim says
+_SILENT_BEATS = 3
+_SLACK_SECONDS = 0.5
+_PROBES = (0.01, 0.02, 0.0)  # seconds after each
+
+
+class Name(NamedTuple):
+    """The name of a claim without its suffix; ordered by number."""
+
+    number: int
+    nonce: str
+
+    def __str__(self) -> str:
+        return f"attempts/{self.number:06d}-{self.nonce}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is stored of one attempt; ``end`` is None for one that lives or was killed."""
+
+    location: Location
+    name: Name
+    claim: dict[str, Any]
+    beat: dict[str, Any]
+    end: dict[str, Any] | None
+
+    @property
+    def number(self) -> int:
+        """The attempt's number."""
+        return self.name.number
+
+    def owner(self) -> str:
+        """Who it is, for a message."""
+        return printable(f"attempt {self.number} (pid {self.claim.get('pid')} on {self.claim.get('host')})")
+
+    def alive(self) -> bool | None:
+        """Whether its process lives; None where that cannot be known from this machine at once."""
+        if self.end is not None:
+            return False
+        if self._locked():
+            return True
+        return False if self.claim.get("machine") == machine() else None
+
+    def watched(self) -> bool:
+        """Whether its process lives; where ``alive`` cannot tell, whether its beat changes while this one watches.
+
+        Waits for three beats, by the clock of this process alone: those of two machines need not agree. Raises
+        Interrupted after a stop signal.
+        """
+        now, alive = self, self.alive()
+        until = time.monotonic() + _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
+        while alive is None and now.beat == self.beat and time.monotonic() < until:
+            signals.raise_if_received("while watching whether another attempt lives")
+            time.sleep(self._beat_seconds() / 4)
+            again = read(self.location, self.name)
+            if again is None:  # it withdrew
+                return False
+            now, alive = again, again.alive()
+        return now.beat != self.beat if alive is None else alive
+
+    def seen(self) -> str | None:
+        """When it last showed itself (ISO 8601, UTC)."""
+        latest = self.end or self.beat
+        return latest.get("time") or self.claim.get("started")
+
+    def outcome(self) -> str:
+        """How it ended, in a word or two."""
+        if self.end is not None:
+            return printable(self.end.get("outcome"))
+        return {True: "running", False: "killed", None: "unknown (another host)"}[self.alive()]
+
+    def _locked(self) -> bool:
+        """Looks more than once: another who looks holds the lock for a moment."""
+        for pause in _PROBES:
+            lock = self.location.lock(f"{self.name}.lock")
+            if lock is not None:
+                lock.release()
+                return False
+            time.sleep(pause)
+        return True
+
+    def _beat_seconds(self) -> float:
+        told = self.claim.get("beat")
+        if not isinstance(told, int | float) or told != told:
+            told = self.location.beat_seconds
+        return min(max(told, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
+
+
+def names(location: Location) -> list[Name]:
+    """The names of all claims, oldest first."""
+    found = (_CLAIM.fullmatch(entry.name) for entry in location.list("attempts"))
+    return sorted(Name(int(match[1]), match[2]) for match in found if match)
+
+
+def history(location: Location) -> list[Record]:
+    """All attempts, oldest first."""
+    return _all(location, names(location))
+
+
+def last(location: Location, *, before: int | None = None) -> Record | None:
+    """The newest attempt, or the newest with a number below ``before``, if there is one.
+
+    Of two with the same number one was killed while it withdrew, and only the other was ever at work.
+    """
+    newest = _newest([name for name in names(location) if before is None or name.number < before])
+    return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
+
+
+def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | None:
+    """The one of the newest of ``found`` whose process lives, if one does; those that do not are added to ``dead``,
+    and those that are there already are not asked again.
+    """
+    for name in _newest(found):
+        record = read(location, name) if name not in dead else None
+        if record is not None and record.watched():
+            return record
+        dead.add(name)
+    return None
+
+
+def successor(location: Location, number: int) -> Record | None:
+    """The newest attempt with a higher number, if there is one.
+
+    Looks twice before it says so: a starter that finds another at work takes its claim back.
+    """
+    higher = _higher(location, number)
+    if higher:
+        time.sleep(location.beat_seconds / 2)
+        higher &= _higher(location, number)
+    return read(location, max(higher)) if higher else None
+
+
+def read(location: Location, name: Name) -> Record | None:
+    """The record of one attempt; None if its claim is not there. What cannot be parsed is as good as empty."""
+    claimed = location.read(f"{name}.json", limit=_LIMIT)
+    if claimed is None:
+        return None
+    beat = _parsed(location.read(f"{name}.beat", limit=_LIMIT))
+    end = _parsed(location.read(f"{name}.end.json", limit=_LIMIT))
+    return Record(location, name, _parsed(claimed) or {}, beat or {}, end)
+
+
+def machine() -> str:
+    """This machine: processes of the same one find each other's locks, and none outlives a boot or its namespace."""
+    return f"{socket.gethostname()} {_boot_id()} {_namespace()}"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return "?"
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "?"
+
+
+def _all(location: Location, found: list[Name]) -> list[Record]:
+    records = (read(location, name) for name in found)
+    return [record for record in records if record is not None]
+
+
+def _newest(found: list[Name]) -> list[Name]:
+    return [name for name in found if name.number == max(found).number]
+
+
+def _higher(location: Location, number: int) -> set[Name]:
+    return {name for name in names(location) if name.number > number}
+
+
+def _parsed(raw: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(raw or b"null")
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
