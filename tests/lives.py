@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Lives:
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
-        ``operation``, which fails with the errno ``fail`` if one is given; after a ``step``; once it ``restored``.
-        ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say otherwise, so that
+        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; after a ``step``;
+        once it ``restored``. ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say otherwise, so that
         it is known what is committed after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
@@ -145,6 +146,8 @@ def _arm(request: dict[str, Any]) -> None:
 
     if "operation" in request:
         local.os = _MortalOs(request["operation"], request.get("fail"))  # type: ignore[attr-defined]
+    if "put" in request:
+        _die_at_put(request["put"])
     if "step" in request:
         step = Trainer._step
 
@@ -169,6 +172,21 @@ def _arm(request: dict[str, Any]) -> None:
             return {name: part for name, part in parts(self).items() if name != request["without"]}
 
         TrainState.parts = fewer  # type: ignore[method-assign]
+
+
+def _die_at_put(last: int) -> None:
+    """The n-th object is the last that this life writes to a remote store: killed while it is on its way."""
+    from runner.storage.remote import RemoteLocation
+
+    put, left = RemoteLocation.put, [last]
+
+    def mortal_put(self: RemoteLocation, name: str, chunks: Any) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            threading.Timer(0.005, _die).start()
+        return put(self, name, chunks)
+
+    RemoteLocation.put = mortal_put  # type: ignore[method-assign]
 
 
 class _MortalOs:
