@@ -1,6 +1,7 @@
 """Real stores on this machine's loopback, each with ports and a folder of its own, started and stopped by the tests.
 
-A server that is not installed is a reason to skip: ``.ci/run`` installs them all.
+A server that is not installed is a reason to skip: ``.ci/run`` installs them all. Azurite's path may be given by the
+environment variable AZURITE.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def s3(folder: Path) -> Iterator[Server]:
 @contextlib.contextmanager
 def azure(folder: Path) -> Iterator[Server]:
     """Azurite with one container."""
-    azurite = _program("azurite-blob", *_azurite_places())
+    azurite = _program("azurite-blob", os.environ.get("AZURITE", ""))
     import adlfs
 
     port = _free_ports(1)
@@ -103,11 +104,6 @@ def silent() -> Iterator[int]:
     """The port of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
         yield listening.getsockname()[1]
-
-
-def _azurite_places() -> list[str]:
-    cache = os.environ.get("AZURITE", "")
-    return [cache, "/opt/azurite/node_modules/.bin/azurite-blob"]
 
 
 def _program(*candidates: str) -> str:

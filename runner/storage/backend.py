@@ -40,6 +40,7 @@ _EXTRAS = {
     "ssh": "sftp",
 }
 _BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
+_READ_ONLY = {"http", "https"}
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
 # One part in memory at a time is enough; s3fs would hold ten of 50 MB.
 _DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}, "s3a": {"max_concurrency": 2}}
@@ -176,6 +177,8 @@ class Backend:
 
     def _explained(self, verb: str, name: str, error: BaseException) -> StorageError:
         reason = next(iter(str(error).splitlines()), "")  # azure adds pages
+        if not reason and isinstance(error, asyncio.TimeoutError):
+            reason = "no answer in time"
         text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -201,6 +204,8 @@ def limits(system: Any, size: int) -> dict[str, float]:
 def _file_system(kind: str) -> Any:
     """The class for a protocol. Raises ConfigError if there is none, or its package is not installed."""
     try:
+        if kind in _READ_ONLY:
+            raise ValueError(kind)
         return fsspec.get_filesystem_class(kind)
     except ImportError as error:
         extra = f": pip install 'hydra-runner[{_EXTRAS[kind]}]'" if kind in _EXTRAS else ""
@@ -208,7 +213,7 @@ def _file_system(kind: str) -> Any:
     except ValueError:
         known = ", ".join(f"{name}://" for name in [*_EXTRAS, "memory"])
         raise ConfigError(
-            f"run.root={kind}://...: unknown kind of storage; use a path, {known}, "
+            f"run.root={kind}://...: no kind of storage for runs; use a path, {known}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
 
