@@ -1,0 +1,551 @@
+"""Who owns a run: claims without exclusive creation, liveness, takeover."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Lives, lives
+from results import results
+
+from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
+from runner.run import attempts, records
+from runner.run.attempts import Attempt, claim
+from runner.run.directory import RunDirectory
+from runner.run.opening import begin, open_run, wait_until_free
+from runner.run.records import Name
+from runner.storage.local import LocalLocation
+from runner.storage.location import Buffer, Entry
+
+ROOT = Path(__file__).parent.parent
+COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
+
+
+class Memory:
+    """A location that promises no more than it must. ``turn`` is called before every verb that others may notice."""
+
+    part_bytes, parallel, beat_seconds, url = 1, 1, 0.01, "memory"
+
+    def __init__(self, turn: Callable[[], None] = lambda: None) -> None:
+        self.turn = turn
+        self.objects: dict[str, bytes] = {}
+        self.locked: set[str] = set()
+
+    def put(self, name: str, chunks: Iterable[Buffer]) -> int:
+        self.turn()
+        self.objects[name] = b"".join(chunks)
+        return len(self.objects[name])
+
+    def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+        self.objects[name] = b"".join(chunks)
+
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        return self.objects.get(name)
+
+    def list(self, folder: str) -> list[Entry]:
+        self.turn()
+        whole = sorted(self.objects.items())
+        return [Entry(name[len(folder) + 1 :], len(data)) for name, data in whole if name.startswith(f"{folder}/")]
+
+    def remove(self, name: str) -> None:
+        if name.endswith(".json"):
+            self.turn()
+        self.objects.pop(name, None)
+
+    def lock(self, name: str) -> Any:
+        if name in self.locked:
+            return None
+        self.locked.add(name)
+        return _Release(self.locked, name)
+
+
+class _Release:
+    def __init__(self, locked: set[str], name: str) -> None:
+        self.locked, self.name = locked, name
+
+    def release(self) -> None:
+        self.locked.discard(self.name)
+
+
+class Silent:
+    """In place of a heart, where only claims matter."""
+
+    superseded = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+class Stage:
+    """Claimers that take turns at the storage: ``script`` says who goes on, verb by verb; then each to its end."""
+
+    def __init__(self, script: Iterable[int], *, steal: tuple[bool, ...]) -> None:
+        self.script = iter(script)
+        self.location = Memory(self._wait)
+        self.turns = [threading.Semaphore(0) for _ in steal]
+        self.arrived = threading.Semaphore(0)
+        self.outcomes: list[Any] = [None] * len(steal)
+        self.mine = threading.local()
+        self.threads = [threading.Thread(target=self._claim, args=case, daemon=True) for case in enumerate(steal)]
+
+    def play(self) -> list[Any]:
+        """Everyone's outcome: an Attempt or a RunInUse."""
+        for thread in self.threads:
+            thread.start()
+            assert self.arrived.acquire(timeout=10)
+        for who in self.script:
+            self._go(who)
+        for who in range(len(self.threads)):
+            while self.outcomes[who] is None:
+                self._go(who)
+        return self.outcomes
+
+    def _go(self, who: int) -> None:
+        if self.outcomes[who] is None:
+            self.turns[who].release()
+            assert self.arrived.acquire(timeout=10)
+
+    def _wait(self) -> None:
+        self.arrived.release()
+        assert self.turns[self.mine.me].acquire(timeout=10)
+
+    def _claim(self, me: int, steal: bool) -> None:
+        self.mine.me = me
+        try:
+            self.outcomes[me] = claim(self.location, {}, steal=steal)
+        except BaseException as error:
+            self.outcomes[me] = error
+        self.arrived.release()
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hearts, and no time passes between tries."""
+    monkeypatch.setattr(attempts, "Heartbeat", Silent)
+    monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
+
+
+def check(outcomes: list[Any], location: Memory) -> None:
+    """One owns the run, the others left; nothing but its claim stands."""
+    (owner,) = (outcome for outcome in outcomes if isinstance(outcome, Attempt))
+    assert all(isinstance(outcome, Attempt | RunInUse) for outcome in outcomes), outcomes
+    location.turn = lambda: None
+    assert records.names(location) == [owner.name]
+
+
+@pytest.mark.usefixtures("still")
+def test_of_two_claimers_one_wins_whatever_the_order_of_their_verbs() -> None:
+    """All orders of the first five verbs of each: list, put, list, remove, list."""
+    for first in itertools.combinations(range(10), 5):
+        stage = Stage([0 if turn in first else 1 for turn in range(10)], steal=(False, False))
+        check(stage.play(), stage.location)
+
+
+@pytest.mark.usefixtures("still")
+def test_of_three_claimers_one_wins() -> None:
+    chance = random.Random(7)
+    for _ in range(400):
+        stage = Stage([chance.randrange(3) for _ in range(chance.randrange(30))], steal=(False,) * 3)
+        check(stage.play(), stage.location)
+
+
+@pytest.mark.usefixtures("still")
+def test_thieves_at_once_get_numbers_of_their_own() -> None:
+    """All may own the run in turn: the highest number is the one that counts, and no two are equal."""
+    for first in itertools.combinations(range(8), 4):
+        stage = Stage([0 if turn in first else 1 for turn in range(8)], steal=(True, True))
+        outcomes = stage.play()
+        assert len({outcome.number for outcome in outcomes}) == 2
+
+
+@pytest.mark.usefixtures("still")
+def test_what_comes_or_goes_between_the_listings_makes_a_claimer_look_again() -> None:
+    """Also a claim with a lower number, and one that was counted on and is gone."""
+    for change in ("came", "went"):
+        location = Memory()
+        if change == "went":
+            location.objects[f"{Name(4, 'b' * 12)}.json"] = b"{}"
+        seen = []
+
+        def turn(location: Memory = location, seen: list[int] = seen, change: str = change) -> None:
+            seen.append(len(location.objects))
+            if len(seen) == 2 and change == "came":  # before the put
+                location.objects[f"{Name(1, 'a' * 12)}.json"] = b"{}"
+            if len(seen) == 2 and change == "went":
+                del location.objects[f"{Name(4, 'b' * 12)}.json"]
+
+        location.turn = turn
+        owner = claim(location, {}, steal=True)
+        assert owner.number == (2 if change == "came" else 1)
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> LocalLocation:
+    found = LocalLocation(tmp_path / "run")
+    found.beat_seconds = 0.1
+    return found
+
+
+STARTER = """
+import sys
+from runner.errors import RunInUse
+from runner.run import attempts
+from runner.storage.local import LocalLocation
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    attempt = attempts.claim(LocalLocation(sys.argv[1]), {})
+except RunInUse as error:
+    print("in use", flush=True)
+else:
+    print("owner", attempt.number, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def starters(location: LocalLocation, count: int) -> Iterator[list["subprocess.Popen[str]"]]:
+    command = [sys.executable, "-c", STARTER, location.url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(count)]
+        try:
+            for process in started:
+                assert process.stdout.readline() == "ready\n"
+            yield started
+        finally:
+            for process in started:
+                process.kill()
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_of_processes_that_start_at_once_one_owns_the_run(count: int, location: LocalLocation) -> None:
+    """Again and again, each time after a kill of the owner, without any waiting."""
+    for lifetime in range(3):
+        with starters(location, count) as started:
+            for process in started:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            said = [process.stdout.readline().split() for process in started]
+            assert sorted(word[0] for word in said) == ["in"] * (count - 1) + ["owner"]
+        assert len(records.history(location)) == lifetime + 1
+
+
+def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: LocalLocation) -> None:
+    with starters(location, 1) as (process,):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "owner 1\n"
+        with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
+            attempts.raise_if_live(location)
+        assert records.last(location).outcome() == "running"
+    began = time.monotonic()
+    attempts.raise_if_live(location)
+    assert time.monotonic() - began < 0.1
+    assert records.last(location).outcome() == "killed"
+
+
+def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> Name:
+    """A claim by another machine."""
+    name = Name(number, "0123456789ab")
+    claimed = {"host": "far", "machine": "far", "pid": 7, "beat": 0.1, "started": "then"}
+    location.put(f"{name}.json", [json.dumps(claimed | facts).encode()])
+    return name
+
+
+@contextlib.contextmanager
+def beating(location: LocalLocation, name: Name, *, seconds: float = 0.1) -> Iterator[None]:
+    done = threading.Event()
+
+    def beat() -> None:
+        for sequence in itertools.count():
+            location.replace(f"{name}.beat", [json.dumps({"sequence": sequence}).encode()])
+            if done.wait(seconds):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -> None:
+    name = stranger(location)
+    with beating(location, name):
+        with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
+            claim(location, {})
+        assert records.last(location).outcome() == "unknown (another host)"
+        stolen = claim(location, {}, steal=True)
+    assert stolen.number == 2
+    stolen.end("finished")
+
+
+def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocation) -> None:
+    name = stranger(location)
+    location.replace(f"{name}.beat", [b'{"sequence": 7}'])
+    began = time.monotonic()
+    assert records.last(location).outcome() == "unknown (another host)"
+    assert time.monotonic() - began < 0.1, "only a starter waits"
+    attempt = claim(location, {})
+    assert 0.3 < time.monotonic() - began < 3
+    assert attempt.number == 2
+    attempt.end("finished")
+
+
+def test_another_machine_that_ends_or_withdraws_is_not_waited_for(location: LocalLocation) -> None:
+    name = stranger(location, beat=60)
+    threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
+    with pytest.MonkeyPatch.context() as patch:
+        sleep = time.sleep
+        patch.setattr(records.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
+        attempts.raise_if_live(location)
+        other = stranger(location, 2, beat=60)
+        threading.Timer(0.2, lambda: location.remove(f"{other}.json")).start()
+        attempts.raise_if_live(location)
+
+
+def test_waiting_is_for_the_living(location: LocalLocation) -> None:
+    directory = RunDirectory("", "a", "b", location)
+    name = stranger(location)
+    polls = []
+    with beating(location, name):
+        stop = threading.Timer(0.5, lambda: location.replace(f"{name}.end.json", [b"{}"]))
+        stop.start()
+        wait_until_free(directory, lambda: polls.append(1))
+    assert polls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b'{"machine": "fa',
+        b"[]",
+        b"[" * 100_000,
+        b'{"beat": 1e999}',
+        b'{"beat": NaN}',
+        b'{"beat": "soon", "host": [], "machine": {}}',
+        b'{"beat": -5, "pid": "\\u001b[31m"}',
+        b'{"beat": 1' + b"0" * 400 + b"}",
+    ],
+    ids=range(9),
+)
+def test_a_claim_that_says_nonsense_still_counts(
+    text: bytes, location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = Name(41, "0123456789ab")
+    location.put(f"{name}.json", [text])
+    (record,) = records.history(location)
+    assert record.outcome() == "unknown (another host)"
+    assert "\x1b" not in record.owner()
+    waited: list[float] = []
+    monkeypatch.setattr(records.time, "sleep", waited.append)
+    monkeypatch.setattr(records.time, "monotonic", lambda: sum(waited))
+    attempts.raise_if_live(location)
+    assert 0.3 < sum(waited) < 200
+    attempt = claim(location, {}, steal=True)
+    assert attempt.number == 42
+    attempt.end("finished")
+
+
+def test_names_that_are_no_claims_do_not_count(location: LocalLocation) -> None:
+    for name in ("000007.json", "000008-xyz.json", "000009-0123456789ab.end.json", "9" * 30 + "-0123456789ab.json"):
+        location.put(f"attempts/{name}", [b"{}"])
+    assert records.names(location) == []
+
+
+def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocation) -> None:
+    attempt = claim(location, {"overrides": ["a=1"]})
+    attempt.beat(committed=3)
+    assert records.last(location).beat["committed"] == 3
+    attempt.note(step=5)
+    first = records.last(location).beat["sequence"]
+    until = time.monotonic() + 5
+    while records.last(location).beat.get("step") != 5:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert records.last(location).beat["sequence"] > first
+    attempt.end("finished", reason="")
+    record = records.last(location)
+    assert (record.end["outcome"], record.end["step"], record.end["committed"]) == ("finished", 5, 3)
+    assert record.claim["overrides"] == ["a=1"]
+    time.sleep(0.3)
+    assert records.last(location).beat == record.beat, "the heart stands still"
+
+
+def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = claim(location, {})
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StorageError("no")
+
+    for verb in ("replace", "list"):
+        monkeypatch.setattr(location, verb, refuse)
+    attempt.beat(step=1)
+    time.sleep(0.3)
+    monkeypatch.undo()
+    attempt.beat(step=2)
+    assert records.last(location).beat["step"] == 2
+    free = threading.Event()
+    monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
+    time.sleep(0.15)
+    began = time.monotonic()
+    attempt.beat(step=3)
+    assert time.monotonic() - began < 1
+    free.set()
+    monkeypatch.undo()
+    attempt.end("finished")
+
+
+def test_an_owner_learns_of_its_successor_between_commits(location: LocalLocation) -> None:
+    attempt = claim(location, {})
+    attempt.raise_if_superseded()
+    stranger(location, 2)
+    time.sleep(1.0)
+    with pytest.raises(Superseded, match=r"attempt 2 \(pid 7 on far\) took over"):
+        attempt.raise_if_superseded()
+    assert attempt.successor().number == 2
+    attempt.end("superseded")
+
+
+def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(location: LocalLocation) -> None:
+    location.beat_seconds = 1.0
+    attempt = claim(location, {})
+    name = stranger(location, 2)
+    threading.Timer(0.2, lambda: location.remove(f"{name}.json")).start()
+    assert attempt.successor() is None
+    attempt.end("finished")
+
+
+def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "refuse") -> Any:
+    return open_run(RunDirectory("", "a", "b", location), identity, on_drift=on_drift, command="again")
+
+
+def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
+    stranger(location, machine=records.machine())
+    found = opening(location, {"seed": 1})
+    attempt = claim(location, {"accepted": found.accepted})
+    begin(found, attempt, parent=None)
+    assert attempt.number == 2
+    assert found.directory.identity() == {"seed": 1}
+    (location.path / "config.yaml").unlink()
+    attempt.end("failed")
+    found = opening(location, {"seed": 1})
+    begin(found, claim(location, {"accepted": found.accepted}), parent=None)
+    assert found.directory.configured() == {"seed": 1}
+
+
+def test_two_commands_of_one_name_do_not_mix(location: LocalLocation) -> None:
+    """Both found no run; the slower one is refused, and leaves no trace."""
+    ours, theirs = opening(location, {"seed": 1}), opening(location, {"seed": 2})
+    attempt = claim(location, {"accepted": None})
+    begin(theirs, attempt, parent=None)
+    attempt.end("failed")
+    kept = {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()}
+    attempt = claim(location, {"accepted": None})
+    with pytest.raises(DriftRefused, match=r"seed +2 +1"):
+        begin(ours, attempt, parent=None)
+    assert {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()} == kept
+
+
+def test_a_change_that_another_command_made_meanwhile_is_refused(location: LocalLocation) -> None:
+    first = opening(location, {"seed": 1})
+    attempt = claim(location, {"accepted": None})
+    begin(first, attempt, parent=None)
+    attempt.end("failed")
+    late, accepting = opening(location, {"seed": 1}), opening(location, {"seed": 3}, "accept")
+    attempt = claim(location, {"accepted": accepting.accepted})
+    begin(accepting, attempt, parent=None)  # what it accepts itself is no reason
+    attempt.end("failed")
+    with pytest.raises(DriftRefused, match=r"seed +3 +1"):
+        begin(late, claim(location, {"accepted": late.accepted}), parent=None)
+    assert late.directory.identity() == {"seed": 3}
+
+
+def test_a_claim_that_cannot_be_written_leaves_nothing(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise StorageError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(location, "put", refuse)
+        with pytest.raises(RunnerError, match="full"):
+            claim(location, {})
+    assert location.list("attempts") == []
+    claim(location, {}).end("finished")
+
+
+ELSEWHERE = """
+import sys
+from runner.run import records
+from runner.storage.local import LocalLocation, LocalLock
+import os
+records.machine = lambda: sys.argv[1]
+LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
+sys.argv[1:2] = []
+from runner.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
+    """Another machine takes it for dead; when it goes on, it stops, and the run's result is that of one process."""
+    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=3000", f"run.root={tmp_path}", "run.name=r")
+    log = tmp_path / "log"
+
+    def start(machine: str) -> "subprocess.Popen[bytes]":
+        with log.open("a") as out:
+            started = [sys.executable, "-c", ELSEWHERE, machine, *command]
+            return subprocess.Popen(started, stdout=out, stderr=out, cwd=tmp_path, env=environment)
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with start("one") as first:
+        while not list(tmp_path.glob("smoke/r/commits/*")):
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        committed = max(int(path.name[9:18]) for path in tmp_path.glob("smoke/r/commits/a000001-*"))
+        with start("two") as second:
+            while not list(tmp_path.glob("smoke/r/commits/a000002-*")):
+                assert second.poll() is None, log.read_text()
+                time.sleep(0.02)
+            first.send_signal(signal.SIGCONT)
+            assert first.wait(60) == 4
+            assert second.wait(120) == 0
+    text = log.read_text()
+    assert "attempt 2 (pid" in text
+    assert "took over" in text
+    resumed = int(text.split("attempt  2, resumed from step ")[1].split()[0])
+    assert resumed >= committed
+    with lives(tmp_path) as life:
+        assert life(*command[:-1], "run.name=whole").status == 0
+    assert not results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_a_stolen_run_stops_though_no_checkpoint_is_due(life: Lives, tmp_path: Path) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=1000000", "checkpoint.every_steps=null", f"run.root={tmp_path}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        started = [sys.executable, "-m", "runner", *command, "run.name=r"]
+        first = subprocess.Popen(started, stdout=out, stderr=out, cwd=tmp_path, env=environment)
+    while "attempt  1" not in log.read_text():
+        time.sleep(0.05)
+    thief = life(*command, "run.name=r", "run.on_conflict=steal", after=5.0, send=15)
+    assert thief.status == 75, thief.output
+    assert first.wait(5) == 4
