@@ -12,7 +12,7 @@ from runner.checkpoint.sealing import VARIABLE, digest
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import ConfigError
 
-KEY, OTHER = "correct horse battery staple", "another key"
+KEY, OTHER = "correct horse battery staple", "tr0ub4dor &3"
 Keys = pytest.MonkeyPatch
 
 

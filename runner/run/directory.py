@@ -109,7 +109,7 @@ class RunDirectory:
             return None
         try:
             saved = yaml.load(raw, Loader=_PlainLoader)
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:  # a date without such a month, too
             raise StorageError(f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}") from error
         if not isinstance(saved, dict):
             raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")

@@ -9,6 +9,9 @@ from runner.data.proof import Proof, prove
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
 
+# What comes of numbers that no plan has: the ledger may be a stranger's, or damaged.
+_UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
+
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
     """The proof, and it as plain values. Raises ConfigError for a run without a ledger."""
@@ -18,12 +21,15 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
-    proof = prove(
-        segments,
-        None if recipe.get("kind") == "opaque" else _plan(recipe, location.url),
-        begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
-        committed=_committed(directory),
-    )
+    try:
+        proof = prove(
+            segments,
+            None if recipe.get("kind") == "opaque" else Plan.of(recipe),
+            begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
+            committed=_committed(directory),
+        )
+    except _UNUSABLE as error:
+        raise StorageError(f"the ledger of {location.url} cannot be used: {error!r:.300}") from error
     if len({*plans}) > 1:
         proof.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
     about = {
@@ -39,13 +45,6 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         "damaged": [segment.damage for segment in segments if segment.damage],
     }
     return proof, about
-
-
-def _plan(recipe: dict[str, Any], url: str) -> Plan:
-    try:
-        return Plan.of(recipe)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise StorageError(f"the plan in the ledger of {url} cannot be used: {error}") from error
 
 
 def _committed(directory: RunDirectory) -> int:

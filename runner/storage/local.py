@@ -61,7 +61,8 @@ class LocalLocation:
             except FileNotFoundError:
                 return None
             with file:
-                data = file.read(limit + 1)
+                # Python reserves what it is asked to read, and a limit is much more than most objects have.
+                data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         if len(data) > limit:
             raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
         return data

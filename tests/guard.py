@@ -1,0 +1,164 @@
+"""Looks at the run directories of strangers as the runner does, in a process that stops at the first thing that none of
+them may bring about: running code, unpickling, leaving the directory, allocating without measure.
+
+Run as a program: paths of run directories as JSON on stdin; for each, on stdout, how every way of looking at it ended.
+"""
+
+import json
+import marshal
+import os
+import pickle
+import resource
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+from faults import save
+
+from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.tensors import Damaged
+from runner.data import ledger
+from runner.errors import RunnerError, printable
+from runner.run import attempts
+from runner.run.directory import RunDirectory
+from runner.runs.audit import audit
+from runner.runs.overview import at, details
+from runner.storage import LocalLocation
+
+MEMORY = 1 << 30  # bytes that looking at a directory may take
+
+_NEVER = ("exec", "compile", "import", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn")
+_NEVER += ("pickle", "marshal", "socket.connect", "socket.bind", "ctypes", "code", "os.putenv", "shutil", "tempfile")
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+class Forbidden(BaseException):
+    """No handler for errors may swallow it."""
+
+
+class Guard:
+    """An audit hook; on while there is a ``root`` that may not be left."""
+
+    root = ""
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.root:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            if not isinstance(path, int):
+                self._inside(event, path, reads=not flags & _WRITES)
+        elif event in _CHANGES:
+            for path in arguments[:2]:
+                if isinstance(path, (str, bytes, os.PathLike)):
+                    self._inside(event, path)
+        elif event.startswith(_NEVER):
+            self._stop(f"{event} {arguments[:1]}")
+
+    def _inside(self, event: str, path: Any, *, reads: bool = False) -> None:
+        real = os.path.realpath(os.fsdecode(path))
+        if not f"{real}/".startswith(f"{self.root}/") and not (reads and real.startswith("/proc/")):
+            self._stop(f"{event} {real}")
+
+    def _stop(self, what: str) -> None:
+        self.root = ""
+        raise Forbidden(what)
+
+
+def bomb(*_: Any, **__: Any) -> None:
+    """In place of everything that makes objects of bytes."""
+    raise Forbidden("unpickling")
+
+
+def checkpoints(path: str) -> str:
+    """Everything of every commit."""
+    store, damaged, longest = CheckpointStore(LocalLocation(path)), 0, 0
+    for commit in store.commits():
+        try:
+            checkpoint = store.open(commit)
+            for part in checkpoint.parts:
+                checkpoint.load(part)
+        except Damaged as error:
+            longest = max(longest, len(str(error)))
+            damaged += 1
+    assert longest < 1000, "a message that fills the terminal"
+    return f"{damaged} damaged"
+
+
+def records(path: str) -> None:
+    """Who did what, and with which configuration."""
+    directory = RunDirectory("", "", "", LocalLocation(path))
+    directory.record()
+    directory.result(directory.identity() or {})
+    for record in attempts.history(directory.location):
+        assert (record.owner() + record.outcome()).isprintable()
+        record.seen()
+
+
+def show(path: str) -> None:
+    """What ``runs show`` does."""
+    json.dumps(details(at(path)))
+
+
+def audited(path: str) -> None:
+    """What ``runs audit`` does."""
+    audit(at(path))
+
+
+def segments(path: str) -> None:
+    """The ledger, as a resume reads it."""
+    ledger.segments(LocalLocation(path))
+
+
+def saved(path: str) -> None:
+    """Going on in it."""
+    store = CheckpointStore(LocalLocation(path))
+    save(store, 9, attempt=9)
+    store.retain(last=1, steps=[1], attempt=9)
+
+
+LOOKS: list[Callable[[str], Any]] = [checkpoints, records, show, audited, segments, saved]
+
+
+def look(path: str, guard: Guard) -> dict[str, str]:
+    """How each look ended: ``clean`` with what it found, or with an error of ours; else ``forbidden`` or ``crash``."""
+    ends: dict[str, str] = {}
+    for one in LOOKS:
+        guard.root = os.path.realpath(path)
+        try:
+            ends[one.__name__] = f"clean: {one(path)}"
+        except (RunnerError, Damaged) as error:
+            ends[one.__name__] = f"clean: {type(error).__name__}"
+        except Forbidden as error:
+            ends[one.__name__] = f"forbidden: {error}"
+        except BaseException as error:
+            ends[one.__name__] = f"crash: {error!r:.300}"
+        guard.root = ""
+    return ends
+
+
+def main() -> None:
+    """The first directory is an ordinary one: what Python loads late is loaded then, unguarded."""
+    ordinary, *paths = json.load(sys.stdin)
+    guard = Guard()
+    for one in LOOKS:
+        one(ordinary)
+    printable("\x1b")
+    warnings.simplefilter("ignore")  # a warning reads the source that it is about
+    for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "_Unpickler")]:
+        setattr(module, name, bomb)
+    for module, name in [(marshal, "loads"), (torch, "load"), (yaml, "unsafe_load"), (yaml, "full_load")]:
+        setattr(module, name, bomb)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    bound = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    sys.addaudithook(guard)
+    print(json.dumps({path: look(path, guard) for path in paths}))
+
+
+if __name__ == "__main__":
+    main()
