@@ -18,6 +18,7 @@ from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnConflict, OnNonfinite
 from runner.data.ledger import Ledger
@@ -111,13 +112,11 @@ def _callbacks(
     guard = FiniteLoss()
     if trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
-    best = None
     if parts.evaluate is not None:
         interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
         callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
         if goal.metric is not None:
-            best = Best(goal.metric, mode=goal.mode.name)
-            callbacks["best"] = best
+            callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=config.checkpoint.keep_best)
             stopping = trainer.early_stopping
             if stopping.patience is not None:
                 callbacks["early_stopping"] = EarlyStopping(
@@ -142,13 +141,17 @@ def _callbacks(
         store,
         Interval(steps=config.checkpoint.every_steps, seconds=config.checkpoint.every_seconds),
         attempt=attempt.number,
-        keep_last=config.checkpoint.keep_last,
-        best=best,
+        retention=_retention(config),
         prepare=prepare,
         successor=lambda: _name(attempt.successor()),
         acknowledged=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
     )
     return callbacks
+
+
+def _retention(config: Config) -> Retention:
+    keep, goal = config.checkpoint, config.objective
+    return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, goal.mode.name if goal.metric else None)
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:

@@ -40,6 +40,7 @@ def restore_newest(
         try:
             checkpoint = store.open(commit)
             _restore(state, checkpoint, identity)
+            store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
             store.damaged.add(commit)

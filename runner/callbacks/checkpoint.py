@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluate import Best
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Snapshot
 from runner.errors import StorageError
 from runner.interval import Interval
@@ -24,8 +24,7 @@ class SaveCheckpoint(Callback):
         interval: Interval,
         *,
         attempt: int,
-        keep_last: int,
-        best: Best | None,
+        retention: Retention,
         prepare: Callable[[int], dict[str, Any]],
         successor: Callable[[], str | None],
         acknowledged: Callable[[CommitId], None],
@@ -33,8 +32,7 @@ class SaveCheckpoint(Callback):
         self.store = store
         self.interval = interval
         self.attempt = attempt
-        self.keep_last = keep_last
-        self.best = best
+        self.retention = retention
         self.prepare = prepare
         self.successor = successor
         self.acknowledged = acknowledged
@@ -44,9 +42,11 @@ class SaveCheckpoint(Callback):
         Snapshot.of(loop.step, loop.state.state_dict())  # what cannot be saved is an error now, not hours later
         self._saved = loop.step
         self.interval.restart()
+        if loop.improved:  # evaluated only now: the checkpoint that this attempt began from does not say so
+            self._save(loop)
 
     def on_step(self, loop: Loop) -> None:
-        if loop.improved or self.interval.due(loop.step):
+        if loop.improved or self.interval.due(loop.step) or self.retention.pins(loop.step):
             self._save(loop)
 
     def on_end(self, loop: Loop) -> None:
@@ -55,6 +55,8 @@ class SaveCheckpoint(Callback):
 
     def _save(self, loop: Loop) -> None:
         facts = self.prepare(loop.step)
+        if loop.objective is not None:
+            facts["objective"] = loop.objective
         snapshot = Snapshot.of(loop.step, loop.state.state_dict(), elapsed=loop.elapsed, **facts)
         try:
             commit = self.store.commit(snapshot, attempt=self.attempt, successor=self.successor)
@@ -65,6 +67,5 @@ class SaveCheckpoint(Callback):
             ) from error
         self._saved = loop.step
         self.acknowledged(commit)
-        pinned = [self.best.step] if self.best is not None and self.best.step else []
-        self.store.retain(last=self.keep_last, steps=pinned, attempt=self.attempt)
+        self.store.retain(self.retention, attempt=self.attempt)
         self.interval.restart()

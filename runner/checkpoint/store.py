@@ -4,7 +4,7 @@ The invariants, on which every resume rests: a manifest names only objects whose
 object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint import tensors as files
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.retention import Kept, Retention
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored
 from runner.checkpoint.tree import decode, encode
 from runner.errors import StorageError, Superseded
@@ -62,17 +63,23 @@ class Checkpoint:
             raise Damaged(f"{self.id.commit} has no tensor {name!r}")
         return files.read(self.location, self.tensors[name])
 
+    def verify(self) -> None:
+        """Read every byte, one tensor at a time. Raises Damaged."""
+        for name in self.tensors:
+            self.tensor(name)
+
 
 class CheckpointStore:
     """The checkpoints of one run.
 
-    ``damaged`` are commits that were found unusable; they neither count as kept nor are they removed before enough good
-    ones are newer.
+    ``damaged`` are commits that were found unusable, ``verified`` those that this process made or read in full.
     """
 
     def __init__(self, location: Location) -> None:
         self.location = location
         self.damaged: set[CommitId] = set()
+        self.verified: set[CommitId] = set()
+        self._objectives: dict[CommitId, float | None] = {}
 
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
@@ -99,6 +106,7 @@ class CheckpointStore:
             raise Superseded(
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
+        self.verified.add(commit)
         return commit
 
     def commits(self) -> list[CommitId]:
@@ -119,21 +127,25 @@ class CheckpointStore:
         sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
         return _checked(commit, manifest, sizes, self.location)
 
-    def retain(self, *, last: int, steps: Sequence[int], attempt: int) -> None:
-        """Remove what neither is among the ``last`` good commits nor at one of ``steps``, and what older attempts
-        left half done. Computed from a fresh listing.
-        """
-        listed = self.commits()
-        kept: set[CommitId] = set()
-        wanted, sound = set(steps), 0
-        for commit in listed:
-            good = commit not in self.damaged
-            if sound < last or (good and commit.step in wanted):
-                kept.add(commit)
-            if good:
-                sound += 1
-                wanted.discard(commit.step)
-        self._remove(listed, kept, attempt)
+    def survey(self) -> list[Kept]:
+        """What is known of every commit, the one to resume from first. Computed from a fresh listing."""
+        return [self._known(commit) for commit in self.commits()]
+
+    def retain(self, retention: Retention, *, attempt: int) -> None:
+        """Remove the commits that do not stay, and what attempts before ``attempt`` left half done."""
+        known = self.survey()
+        self._remove([commit.id for commit in known], retention.kept(known), attempt)
+
+    def _known(self, commit: CommitId) -> Kept:
+        if commit not in self._objectives and commit not in self.damaged:
+            try:
+                value = self.open(commit).facts.get("objective")
+                self._objectives[commit] = (
+                    float(value) if isinstance(value, int | float) else None
+                )  # manifests never change
+            except Damaged:
+                self.damaged.add(commit)
+        return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
 
     def _remove(self, listed: list[CommitId], kept: set[CommitId], attempt: int) -> None:
         for commit in listed:

@@ -20,6 +20,8 @@ _AT_LEAST = {
     "checkpoint.every_steps": 1,
     "checkpoint.every_seconds": 0,
     "checkpoint.keep_last": 2,  # the loss of any one object must leave a checkpoint
+    "checkpoint.keep_every_steps": 1,
+    "checkpoint.keep_best": 1,
     "metrics.every_steps": 1,
     "runtime.num_workers": 0,
     "runtime.prefetch": 1,

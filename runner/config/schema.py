@@ -113,6 +113,8 @@ class CheckpointConfig:
     every_steps: int | None = None
     every_seconds: float | None = None
     keep_last: int = 2
+    keep_every_steps: int | None = None  # of every multiple one is made and stays
+    keep_best: int = 1  # by the objective
 
 
 @dataclass
