@@ -27,11 +27,12 @@ from runner.finish import finish
 from runner.interval import Interval
 from runner.introduction import introduce
 from runner.metrics.lines import MetricLines
-from runner.restore import Resumed, fork, restore_newest
+from runner.restore import Resumed, begin, resolve, restore_newest
 from runner.run import attempts
 from runner.run.attempts import Attempt, Record
-from runner.run.directory import TENSORBOARD, RunDirectory
+from runner.run.directory import TENSORBOARD
 from runner.run.opening import Opening
+from runner.run.parent import Origin
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
@@ -80,7 +81,7 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
     """Claim the run for this process, and record how its life ended unless it is killed."""
     directory = opening.directory
     signals.raise_if_received("during start-up, nothing to commit")
-    directory.create(opening.identity, parent=_lineage(opening.parent))
+    directory.create(opening.identity, parent=_origin(opening))
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
     attempt = attempts.claim(directory.location, facts, steal=config.run.on_conflict is OnConflict.steal)
     outcome, reason = "failed", ""
@@ -163,10 +164,9 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 
 
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore) -> Resumed:
-    if opening.parent is not None and not store.commits():
-        return fork(parts.state, CheckpointStore(opening.parent.location), opening.identity)
     evidence = partial(_evidence, opening.directory.location)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence)
+    fresh = partial(begin, parts.state, opening.identity, Origin.of(opening.directory))
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh)
 
 
 def _evidence(location: Location) -> str | None:
@@ -178,11 +178,11 @@ def _evidence(location: Location) -> str | None:
     return None
 
 
-def _lineage(parent: RunDirectory | None) -> dict[str, Any] | None:
-    if parent is None:
+def _origin(opening: Opening) -> dict[str, Any] | None:
+    """What a new run begins from, for its record; one that is there has it already."""
+    if opening.parent is None or opening.directory.record() is not None:
         return None
-    newest = CheckpointStore(parent.location).commits()[:1]
-    return {"run": parent.location.url, "step": newest[0].step if newest else 0}
+    return resolve(opening.parent).record()
 
 
 def _name(record: Record | None) -> str | None:

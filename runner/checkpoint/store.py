@@ -4,7 +4,7 @@ The invariants, on which every resume rests: a manifest names only objects whose
 object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,20 +134,19 @@ class CheckpointStore:
     def retain(self, retention: Retention, *, attempt: int) -> None:
         """Remove the commits that do not stay, and what attempts before ``attempt`` left half done."""
         known = self.survey()
-        self._remove([commit.id for commit in known], retention.kept(known), attempt)
+        self.remove([commit.id for commit in known], retention.kept(known), attempt=attempt)
 
     def _known(self, commit: CommitId) -> Kept:
-        if commit not in self._objectives and commit not in self.damaged:
+        if commit not in self._objectives and commit not in self.damaged:  # once: manifests never change
             try:
                 value = self.open(commit).facts.get("objective")
-                self._objectives[commit] = (
-                    float(value) if isinstance(value, int | float) else None
-                )  # manifests never change
+                self._objectives[commit] = float(value) if isinstance(value, int | float) else None
             except Damaged:
                 self.damaged.add(commit)
         return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
 
-    def _remove(self, listed: list[CommitId], kept: set[CommitId], attempt: int) -> None:
+    def remove(self, listed: Sequence[CommitId], kept: Container[CommitId], *, attempt: int) -> None:
+        """Remove the ``listed`` commits that are not ``kept``, and what attempts before ``attempt`` left half done."""
         for commit in listed:
             if commit not in kept:
                 self.location.remove(commit.commit)  # first: a commit never names data that is gone

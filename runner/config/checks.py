@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig, OmegaConf
 
+from runner.config.schema import Inherit
 from runner.errors import ConfigError
 
 _AT_LEAST = {
@@ -47,6 +48,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
     if trainer.early_stopping.patience is not None and config.objective.metric is None:
         raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
+    if config.run.parent is None and config.run.inherit is not Inherit.model:
+        raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")

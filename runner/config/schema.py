@@ -50,6 +50,11 @@ class OnDrift(Enum):
     fork = "fork"
 
 
+class Inherit(Enum):
+    model = "model"
+    all = "all"
+
+
 class OnConflict(Enum):
     fail = "fail"
     wait = "wait"
@@ -137,6 +142,8 @@ class RuntimeConfig:
 class RunConfig:
     root: str = "outputs"
     name: str | None = None  # instead of the name made from the overrides
+    parent: str | None = None  # a run's directory, @step or @best: begin from its state instead of from scratch
+    inherit: Inherit = Inherit.model  # from the parent: only weights, or all: also optimizer, position, step
     on_drift: OnDrift = OnDrift.refuse
     on_conflict: OnConflict = OnConflict.fail
 

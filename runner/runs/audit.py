@@ -8,6 +8,7 @@ from runner.data.plan import Plan
 from runner.data.proof import Proof, prove
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
+from runner.run.parent import Origin
 
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
@@ -18,10 +19,11 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
+    origin = Origin.of(directory)
     proof = prove(
         segments,
         None if recipe.get("kind") == "opaque" else _plan(recipe, location.url),
-        begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
+        begun=origin.begun if origin else 0,
         committed=_committed(directory),
     )
     if len({*plans}) > 1:
