@@ -11,7 +11,8 @@ holds this picture against the code.
     5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
     4  callbacks/ (guard, evaluate, report, progress, checkpoint)
     3  state (what a resumed run is made of)     evaluation     datasets/
-    2  run/ (directory, attempts, records, drift)     checkpoint/ (tree, tensors, manifest, store)
+    2  run/ (directory, attempts, records, drift, parent)     checkpoint/ (tree, tensors, manifest, staging, writer,
+       retention, store)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves)
        shards/ (manifest, scan, records, tokens, packing)
     1  storage/ (location, local, files)     config/ (schema, identity, checks)     signals     distributed

@@ -25,6 +25,7 @@ from runner.distributed import world
 from runner.errors import ConfigError, RunnerError
 from runner.run.directory import RunDirectory
 from runner.run.opening import Opening, open_run, wait_until_free
+from runner.run.parent import Parent, Which
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
@@ -80,7 +81,9 @@ def _job(config: DictConfig) -> float | None:
     if config.run.on_conflict is schema.OnConflict.wait:
         wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
     command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])
-    opening = open_run(directory, identity(config), on_drift=config.run.on_drift.name, command=command)
+    opening = open_run(
+        directory, identity(config), on_drift=config.run.on_drift.name, command=command, parent=_parent(config.run)
+    )
     result = opening.result
     if result is None:
         from runner import experiment  # imports torch
@@ -89,6 +92,13 @@ def _job(config: DictConfig) -> float | None:
     _conclude(opening, result)
     goal: float | None = (result.get("objective") or {}).get("value")
     return goal
+
+
+def _parent(run: DictConfig) -> Parent | None:
+    if run.parent is None:
+        return None
+    which = Which.parse(to_absolute_path(local_root(run.parent)))
+    return Parent(which, run.inherit.name, asked=str(which))
 
 
 def _conclude(opening: Opening, result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import CheckpointConfig, Config, Every, OnConflict, OnNonfinite
 from runner.data.ledger import Ledger
@@ -26,11 +27,13 @@ from runner.finish import finish
 from runner.interval import Affordable, Interval
 from runner.introduction import introduce
 from runner.metrics.lines import MetricLines
-from runner.restore import Resumed, fork, restore_newest
+from runner.restore import Resumed, resolve, restore_newest
+from runner.restore import begin as begin_state
 from runner.run import attempts, records
 from runner.run.attempts import Attempt
-from runner.run.directory import TENSORBOARD, RunDirectory
+from runner.run.directory import TENSORBOARD
 from runner.run.opening import Opening, begin
+from runner.run.parent import Origin
 from runner.run.records import Record
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -85,7 +88,7 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
     signals.raise_if_received("during start-up, nothing to commit")
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
     attempt = attempts.claim(directory.location, facts, steal=config.run.on_conflict is OnConflict.steal)
-    begin(opening, attempt, parent=_lineage(opening.parent))
+    begin(opening, attempt, parent=_origin(opening))
     outcome, reason = "failed", ""
     try:
         directory.sweep()
@@ -114,7 +117,7 @@ def _callbacks(
     guard = FiniteLoss()
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
-    best = _evaluation(config, parts, callbacks)
+    _evaluation(config, parts, callbacks)
     report = Report(
         every_steps=config.metrics.every_steps,
         folder=opening.directory.location.folder(TENSORBOARD),
@@ -135,50 +138,53 @@ def _callbacks(
         ledger.flush()
         report.flush()
 
-    def retain() -> None:
-        pinned = [best.step] if best is not None and best.step else []
-        store.retain(last=config.checkpoint.keep_last, steps=pinned, attempt=attempt.number)
-
+    retention = _retention(config)
     hooks = Hooks(
         mark=mark,
         flush=flush,
         successor=lambda: _name(attempt.successor()),
         committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
-        retain=retain,
+        retain=lambda: store.retain(retention, attempt=attempt.number),
     )
-    callbacks["checkpoint"] = _saver(config.checkpoint, store, attempt.number, hooks)
+    callbacks["checkpoint"] = _saver(config.checkpoint, store, attempt.number, retention, hooks)
     return callbacks
 
 
-def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> Best | None:
-    """Add what evaluates, and looks at what was evaluated; returns what knows the best."""
+def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
+    """Add what evaluates, and what looks at evaluations."""
     if parts.evaluate is None:
-        return None
+        return
     trainer, goal = config.trainer, config.objective
     interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
     callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
     if goal.metric is None:
-        return None
-    best = Best(goal.metric, mode=goal.mode.name)
-    callbacks["best"] = best
+        return
+    callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=config.checkpoint.keep_best)
     stopping = trainer.early_stopping
     if stopping.patience is not None:
         callbacks["early_stopping"] = EarlyStopping(
             goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
         )
-    return best
 
 
-def _saver(checkpoint: CheckpointConfig, store: CheckpointStore, attempt: int, hooks: Hooks) -> SaveCheckpoint:
+def _saver(
+    checkpoint: CheckpointConfig, store: CheckpointStore, attempt: int, retention: Retention, hooks: Hooks
+) -> SaveCheckpoint:
     return SaveCheckpoint(
         store,
         Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
         Affordable() if checkpoint.every is Every.auto else None,
         hooks,
         attempt=attempt,
+        pins=retention.pins,
         max_unsaved=checkpoint.max_unsaved,
         background=checkpoint.background,
     )
+
+
+def _retention(config: Config) -> Retention:
+    keep, goal = config.checkpoint, config.objective
+    return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, goal.mode.name if goal.metric else None)
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
@@ -190,10 +196,9 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 
 
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore) -> Resumed:
-    if opening.parent is not None and not store.commits():
-        return fork(parts.state, CheckpointStore(opening.parent.location), opening.identity)
     evidence = partial(_evidence, opening.directory.location)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence)
+    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory))
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh)
 
 
 def _evidence(location: Location) -> str | None:
@@ -205,11 +210,11 @@ def _evidence(location: Location) -> str | None:
     return None
 
 
-def _lineage(parent: RunDirectory | None) -> dict[str, Any] | None:
-    if parent is None:
+def _origin(opening: Opening) -> dict[str, Any] | None:
+    """What a new run begins from, for its record; one that is there has it already."""
+    if opening.parent is None or opening.directory.record() is not None:
         return None
-    newest = CheckpointStore(parent.location).commits()[:1]
-    return {"run": parent.location.url, "step": newest[0].step if newest else 0}
+    return resolve(opening.parent).record()
 
 
 def _name(record: Record | None) -> str | None:

@@ -13,6 +13,7 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged, SafetensorsFile
+from runner.restore import evaluated_weights
 from runner.run.directory import BEST, MODEL
 from runner.run.opening import Opening
 from runner.storage.location import Buffer, Location
@@ -30,7 +31,7 @@ def finish(
     goal = None
     if isinstance(best, Best) and best.step:
         goal = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
-        found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step, state.average is not None)
+        found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step)
         if found is not None:
             weights[BEST] = found
     result = {
@@ -49,13 +50,11 @@ def finish(
 
 
 def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
-    """Write weights as a plain safetensors file; returns its sha256. Shared tensors are written once each, for strict
-    loading.
-    """
+    """Write weights as a plain safetensors file; returns its sha256."""
     hasher = hashlib.sha256()
 
     def hashed() -> Iterator[Buffer]:
-        for chunk in SafetensorsFile(weights, metadata={"format": "pt"}, copies=True).chunks():
+        for chunk in plain(weights):
             hasher.update(chunk)
             yield chunk
 
@@ -63,23 +62,25 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
+def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """The bytes of a safetensors file that anyone can load. Shared tensors are written once each, for strict
+    loading.
+    """
+    return SafetensorsFile(weights, metadata={"format": "pt"}, copies=True).chunks()
+
+
 def _number(value: float) -> float | None:
     """The value as JSON has it: NaN and infinity become null."""
     return value if math.isfinite(value) else None
 
 
-def _weights_at(store: CheckpointStore, step: int, averaged: bool) -> dict[str, Tensor] | None:
+def _weights_at(store: CheckpointStore, step: int) -> dict[str, Tensor] | None:
     """The evaluated weights of the commit at ``step``, which retention has kept; None (said) if they are damaged."""
     reasons = ["its checkpoint is gone"]
     for commit in store.commits():
         if commit.step == step:
             try:
-                checkpoint = store.open(commit)
-                if not averaged:
-                    return dict(checkpoint.load("model"))
-                prefix = "module."
-                average = checkpoint.load("average").items()
-                return {name.removeprefix(prefix): tensor for name, tensor in average if name.startswith(prefix)}
+                return evaluated_weights(store.open(commit))
             except Damaged as error:
                 reasons.append(str(error))
     log.warning("%s is not written: step %d was the best, but %s", BEST, step, reasons[-1])

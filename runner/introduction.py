@@ -19,7 +19,7 @@ def introduce(
     """Say it, once per attempt. ``before`` is the attempt before this one, ``here`` the topology of this process."""
     count = sum(parameter.numel() for parameter in parts.state.model.parameters())
     log.info("run      %s", opening.directory.location.url)
-    log.info("attempt  %d, %s", number, _from_where(opening, resumed, before))
+    log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
     if opening.drift:
@@ -33,12 +33,14 @@ def introduce(
     log.info("model    %s parameters", f"{count:,}")
 
 
-def _from_where(opening: Opening, resumed: Resumed, before: Record | None) -> str:
+def _from_where(resumed: Resumed, before: Record | None) -> str:
+    origin = resumed.origin
+    if origin is not None:
+        what = "forked" if origin.begun else "weights"
+        return printable(f"{what} from step {origin.step} of {origin.run}")
     if resumed.commit is None:
         told = f"attempt {before.number} was {before.outcome()} before its first checkpoint" if before else ""
         return f"from scratch ({told})" if told else "from scratch"
-    if opening.parent is not None and before is None:
-        return f"forked from step {resumed.step} of {opening.parent.location.url}"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:

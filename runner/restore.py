@@ -2,26 +2,37 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from runner.checkpoint.manifest import CommitId
+from torch import Tensor
+
+from runner.checkpoint.manifest import CommitId, parse_commit
+from runner.checkpoint.retention import ranked
 from runner.checkpoint.store import Checkpoint, CheckpointStore
 from runner.checkpoint.tensors import Damaged
-from runner.errors import NoLoadableCheckpoint, printable
+from runner.errors import ConfigError, NoLoadableCheckpoint, StorageError, printable
 from runner.rng import seed_all
+from runner.run.directory import RunDirectory
 from runner.run.drift import compare
+from runner.run.parent import Origin, Parent
 from runner.seeds import derive
 from runner.state import TrainState
+from runner.storage import open_location
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where an attempt goes on: at ``commit``, or from scratch. ``unusable`` tells of newer commits that are bad."""
+    """Where an attempt goes on: at ``commit``, or at step 0. ``unusable`` tells of newer commits that are bad,
+    ``origin`` of the parent where the state is from there.
+    """
 
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     unusable: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     @property
     def step(self) -> int:
@@ -29,9 +40,14 @@ class Resumed:
 
 
 def restore_newest(
-    state: TrainState, store: CheckpointStore, identity: dict[str, Any], *, evidence: Callable[[], str | None]
+    state: TrainState,
+    store: CheckpointStore,
+    identity: dict[str, Any],
+    *,
+    evidence: Callable[[], str | None],
+    fresh: Callable[[], Resumed],
 ) -> Resumed:
-    """Load the newest good checkpoint, or begin from scratch on positive evidence that nothing was ever committed.
+    """Load the newest good checkpoint, or begin (``fresh``) on positive evidence that nothing was ever committed.
 
     ``evidence`` names a trace of a commit, if there is one. Raises NoLoadableCheckpoint; then nothing was changed.
     """
@@ -40,40 +56,107 @@ def restore_newest(
         try:
             checkpoint = store.open(commit)
             _restore(state, checkpoint, identity)
+            store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
             store.damaged.add(commit)
             unusable.append(_why(commit, error))
     trace = evidence()
     if trace is not None:
-        raise NoLoadableCheckpoint(_nothing_loadable(store, trace, unusable))
-    begin(state, identity["seed"])
-    return Resumed(unusable=tuple(unusable))
+        raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
+    return replace(fresh(), unusable=tuple(unusable))
 
 
-def fork(state: TrainState, parent: CheckpointStore, identity: dict[str, Any]) -> Resumed:
-    """Take over the newest good state of another run, without what its callbacks remember.
+def begin(state: TrainState, identity: dict[str, Any], origin: Origin | None) -> Resumed:
+    """Begin a run from scratch, or from the checkpoint of its parent.
 
-    The data position is taken over where it means the same samples. Raises NoLoadableCheckpoint.
+    Raises NoLoadableCheckpoint, StateError.
     """
+    if origin is None:
+        _start(state, identity["seed"])
+        return Resumed()
+    parent, commit = CheckpointStore(open_location(origin.run)), parse_commit(f"{origin.commit}.json")
+    if commit is None:
+        raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
+    try:
+        if origin.inherit == "model":
+            state.inherit(parent.open(commit))
+            _start(state, identity["seed"])
+            return Resumed(origin=origin)
+        _fork(state, parent.open(commit), identity)
+        return Resumed(commit, origin=origin)
+    except Damaged as error:
+        why = f"and this run begins from its step {origin.step}"
+        raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_why(commit, error)])) from error
+
+
+def resolve(parent: Parent) -> Origin:
+    """The checkpoint that a new run is to begin from, with all its bytes verified.
+
+    Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
+    """
+    directory = RunDirectory.at(parent.which.run)
+    checkpoint, _ = read(directory, parent.which.checkpoint, Checkpoint.verify)
+    return Origin(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
+
+
+def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """The newest good checkpoint (that of a step, or the ``best`` by the objective), and what ``take`` made of it.
+
+    Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
+    """
+    store = CheckpointStore(directory.location)
     unusable: list[str] = []
-    for commit in parent.commits():
+    for commit in _chosen(store, which, directory):
         try:
-            checkpoint = parent.open(commit)
-            same_data = not state.stream.changes(checkpoint.load("data"))
-            if not same_data:
-                state.stream.open()
-            _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
-            return Resumed(commit, unusable=tuple(unusable))
+            checkpoint = store.open(commit)
+            return checkpoint, take(checkpoint)
         except Damaged as error:
             unusable.append(_why(commit, error))
-    raise NoLoadableCheckpoint(_nothing_loadable(parent, "a fork needs a checkpoint of its parent", unusable))
+    raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", unusable))
 
 
-def begin(state: TrainState, seed: int) -> None:
-    """Start from scratch: open what draws random numbers, then seed what training draws."""
+def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights that were evaluated: the averaged ones where there are any. Raises Damaged."""
+    if "average" not in checkpoint.parts:
+        return dict(checkpoint.load("model"))
+    prefix = "module."
+    average = checkpoint.load("average").items()
+    return {name.removeprefix(prefix): tensor for name, tensor in average if name.startswith(prefix)}
+
+
+def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
+    """The commits that will do, the one to be preferred first."""
+    commits = store.commits()
+    if which is None:
+        return commits
+    if which == "best":
+        goal = (directory.identity() or {}).get("objective") or {}
+        best = ranked(store.survey(), goal.get("mode") if goal.get("metric") else None)
+        if not best:
+            raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
+        which = best[0].id.step
+    found = [commit for commit in commits if commit.step == which]
+    if commits and not found:
+        steps = ", ".join(str(step) for step in sorted({commit.step for commit in commits}))
+        raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
+    return found
+
+
+def _start(state: TrainState, seed: int) -> None:
+    """Open what draws random numbers, then seed what training draws."""
     state.stream.open()
     seed_all(derive("train", seed))
+
+
+def _fork(state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Take over another run's state without what its callbacks remember; the position in the data where it means the
+    same samples.
+    """
+    same_data = not state.stream.changes(checkpoint.load("data"))
+    if not same_data:
+        state.stream.open()
+    _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
 
 
 def _restore(
@@ -103,10 +186,10 @@ def _why(commit: CommitId, error: Damaged) -> str:
     return printable(f"step {commit.step} of attempt {commit.attempt}: {error}")
 
 
-def _nothing_loadable(store: CheckpointStore, trace: str, unusable: list[str]) -> str:
+def _nothing_loadable(store: CheckpointStore, why: str, unusable: list[str]) -> str:
     found = "\n".join(f"  {line}" for line in unusable) or "  commits/ is empty"
     return (
-        f"{store.location.url} has no checkpoint that can be loaded, although one was committed ({trace}):\n{found}\n"
+        f"{store.location.url} has no checkpoint that can be loaded, {why}:\n{found}\n"
         "Nothing was deleted and nothing was started from scratch. Restore the files from a copy, "
         "or begin a new run with run.name=..."
     )

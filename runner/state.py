@@ -95,15 +95,28 @@ class TrainState:
         _require_same(parts, saved, checkpoint)
         for name, part in parts.items():
             if name not in without:
-                state = checkpoint.load(name)
-                try:
-                    part.load_state_dict(state)
-                except (RunnerError, Damaged):
-                    raise
-                except Exception as error:
-                    raise StateError(
-                        f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
-                    ) from error
+                _load(name, part, checkpoint)
+
+    def inherit(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights alone; the averaged ones, too, where both have them.
+
+        Raises StateError for weights that do not fit, Damaged for bad bytes.
+        """
+        _load("model", self.model, checkpoint)
+        if self.average is not None and "average" in checkpoint.parts:
+            _load("average", self.average, checkpoint)
+        elif self.average is not None:
+            self.evaluated_model.load_state_dict(self.model.state_dict())
+
+
+def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
+    state = checkpoint.load(name)
+    try:
+        part.load_state_dict(state)
+    except (RunnerError, Damaged):
+        raise
+    except Exception as error:
+        raise StateError(f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}") from error
 
 
 def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Checkpoint) -> None:

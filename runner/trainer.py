@@ -50,7 +50,7 @@ class Trainer:
 
     def _step(self, loop: Loop) -> None:
         state, stream = loop.state, loop.state.stream
-        loop.evaluation, loop.improved = None, False
+        loop.evaluation, loop.objective, loop.improved = None, None, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = state.scheduler.get_last_lr()[0]
 

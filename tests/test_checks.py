@@ -52,6 +52,8 @@ def test_what_can_work_passes(overrides: list[str]) -> None:
         ("checkpoint.every_steps=0", 1),
         ("checkpoint.every_seconds=-0.5", 0),
         ("checkpoint.keep_last=1", 2),
+        ("checkpoint.keep_every_steps=0", 1),
+        ("checkpoint.keep_best=0", 1),
         ("metrics.every_steps=0", 1),
         ("runtime.num_workers=-1", 0),
         ("runtime.prefetch=0", 1),
@@ -82,6 +84,7 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
             ["trainer.early_stopping.patience=3"],
             "trainer.early_stopping.patience needs objective.metric, for example val/loss",
         ),
+        (["run.inherit=all"], "run.inherit=all needs run.parent"),
         (["runtime.start_method=thread"], "runtime.start_method=thread is not one of fork, spawn, forkserver"),
     ],
 )

@@ -52,6 +52,13 @@ def test_how_a_run_is_executed_is_not_in_its_name(override: str) -> None:
     assert variant([override, "seed=3"]) == "seed=3"
 
 
+def test_what_a_run_begins_from_is_in_its_name() -> None:
+    assert variant(["run.inherit=all", "seed=1"]) == "run.inherit=all,seed=1"
+    names = [variant([f"run.parent={parent}"]) for parent in ("a/b", "a_b", "a/b@best", "a/b@10")]
+    assert len({*names}) == len(names)
+    assert all(map(is_name, names))
+
+
 def test_every_key_of_the_identity_is_in_the_name() -> None:
     assert [variant([f"{key}=x"]) for key in IDENTITY] == [f"{key}=x" for key in IDENTITY]
 

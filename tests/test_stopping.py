@@ -114,3 +114,18 @@ def test_a_setting_that_is_infinite_survives_a_kill(life: Lives, tmp_path: Path)
     command = (*COMMAND, "trainer.clip_norm=inf", "checkpoint.every_steps=10", f"run.root={tmp_path}", "run.name=r")
     assert life(*command, step=15).status is None
     assert "resumed from step 10" in life(*command).output
+
+
+def test_a_best_evaluation_made_after_a_resume_has_its_checkpoint(life: Lives, tmp_path: Path) -> None:
+    """By the largest loss the first is the best: the step was committed before it was evaluated."""
+    small = ("data.evaluation_batch_size=100", "objective.metric=val/loss", "objective.mode=max")
+    root = f"run.root={tmp_path}"
+    cut = (*stops("evaluation", 1, signal.SIGTERM), *small, root, "run.name=cut")
+    assert life(*cut, cwd=USER).status == 75
+    ended = life(
+        *stops("training", 10**6, signal.SIGTERM), *small, root, "run.name=cut", "run.on_drift=accept", cwd=USER
+    )
+    assert ended.status == 0, ended.output
+    assert "best     val/loss" in ended.output
+    assert "at step 10" in ended.output
+    assert (tmp_path / "smoke/cut/best.safetensors").exists(), ended.output

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from runner.checkpoint.manifest import CommitId, seal, unseal
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Snapshot, Torn
 from runner.checkpoint.tensors import Damaged
 from runner.errors import StorageError, Superseded
@@ -110,46 +111,60 @@ def test_a_superseded_commit_is_not_acknowledged(store: CheckpointStore) -> None
 
 def test_the_last_commits_are_kept_with_their_data(store: CheckpointStore) -> None:
     made = [commit(store, step) for step in range(1, 6)]
-    store.retain(last=2, steps=[], attempt=1)
+    store.retain(Retention(2), attempt=1)
     assert commits(store) == [(1, 5), (1, 4)]
     assert data(store) == [made[3].data(0)[5:], made[4].data(0)[5:]]
     assert store.open(made[3]).load("progress") == {"step": 4}
 
 
-def test_pinned_steps_are_kept_once_each(store: CheckpointStore) -> None:
-    """Of two commits of a pinned step, the one that a resume would prefer."""
-    for attempt, step in [(1, 1), (1, 2), (1, 3), (2, 2), (2, 4), (2, 5), (2, 6)]:
-        commit(store, step, attempt=attempt)
-    store.retain(last=2, steps=[1, 2, 6, 99], attempt=2)
-    assert commits(store) == [(2, 6), (2, 5), (2, 2), (1, 1)]
+def test_what_this_process_did_not_read_is_not_counted(tmp_path: Path) -> None:
+    """A resume has read one of three; the two that are counted are that one and the next to be made."""
+    before, store = CheckpointStore(Recording(tmp_path)), CheckpointStore(Recording(tmp_path))
+    made = [commit(before, step) for step in range(1, 4)]
+    store.retain(Retention(2), attempt=2)
+    assert len(commits(store)) == 3
+    store.verified.add(made[1])
+    commit(store, 4, attempt=2)
+    store.retain(Retention(2), attempt=2)
+    assert commits(store) == [(2, 4), (1, 3), (1, 2)]
 
 
-def test_a_pinned_step_is_kept_where_it_is_good(store: CheckpointStore) -> None:
-    made = [commit(store, step, attempt=attempt) for attempt, step in [(1, 2), (2, 2), (2, 3), (2, 4)]]
-    store.damaged.add(made[1])
-    store.retain(last=1, steps=[2], attempt=2)
-    assert commits(store) == [(2, 4), (1, 2)]
+def test_the_best_is_kept_by_what_its_commit_says(tmp_path: Path) -> None:
+    for step, value in enumerate((0.5, 0.9, float("nan"), None, 0.2), 1):
+        facts = {} if value is None else {"objective": value}
+        CheckpointStore(Recording(tmp_path)).commit(Snapshot.of(step, {}, **facts), attempt=1, successor=lambda: None)
+    store = CheckpointStore(Recording(tmp_path))
+    assert [known.objective for known in store.survey()][:2] == [0.2, None]
+    commit(store, 6)
+    commit(store, 7)
+    store.retain(Retention(2, best=2, mode="max"), attempt=1)
+    assert commits(store) == [(1, 7), (1, 6), (1, 2), (1, 1)]
 
 
-def test_damaged_commits_do_not_count_as_kept(store: CheckpointStore) -> None:
-    made = [commit(store, step) for step in range(1, 7)]
-    store.damaged |= {made[5], made[3]}
-    store.retain(last=2, steps=[], attempt=1)
-    assert commits(store) == [(1, 6), (1, 5), (1, 4), (1, 3)]
+def test_the_manifest_of_a_commit_is_read_once(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 5):
+        commit(store, step)
+    store.survey()
+    monkeypatch.setattr(store, "open", lambda _: pytest.fail("it was read again"))
+    store.survey()
 
 
-def test_damaged_commits_go_once_enough_good_ones_are_newer(store: CheckpointStore) -> None:
-    made = [commit(store, step) for step in range(1, 5)]
-    store.damaged.add(made[1])
-    store.retain(last=2, steps=[], attempt=1)
-    assert commits(store) == [(1, 4), (1, 3)]
-    assert len(data(store)) == 2
+def test_a_commit_that_does_not_unseal_is_known_as_damaged(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in range(1, 4)]
+    path(store, made[2].commit).write_bytes(b"{}")
+    CheckpointStore(store.location).retain(Retention(2), attempt=1)
+    assert len(commits(store)) == 3
+    fresh = CheckpointStore(store.location)
+    fresh.verified |= {*made}
+    fresh.retain(Retention(2), attempt=1)
+    assert commits(store) == [(1, 3), (1, 2), (1, 1)]
+    assert fresh.damaged == {made[2]}
 
 
 def test_a_manifest_is_removed_before_its_data(store: CheckpointStore) -> None:
-    made = [commit(store, step) for step in range(1, 5)]
+    made = [commit(store, step) for step in range(1, 6)]
     store.location.log.clear()
-    store.retain(last=1, steps=[], attempt=1)
+    store.retain(Retention(2), attempt=1)
     removed = store.location.log
     for gone in made[:3]:
         assert removed.index(("remove", gone.commit)) < removed.index(("remove", gone.data(0)))
@@ -163,7 +178,7 @@ def test_half_made_commits_of_older_attempts_are_removed(store: CheckpointStore)
     for orphan in orphans:
         store.location.put(orphan.data(0), [b"half"])
     store.location.put("data/notes.txt", [b"a person's"])
-    store.retain(last=2, steps=[], attempt=2)
+    store.retain(Retention(2), attempt=2)
     assert data(store) == sorted([kept.data(0)[5:], orphans[1].data(0)[5:], orphans[2].data(0)[5:], "notes.txt"])
 
 
@@ -174,11 +189,10 @@ def test_whatever_is_retained_can_be_resumed_from(store: CheckpointStore) -> Non
         made = [commit(store, step, attempt=attempt) for step in range(chance.randint(1, 3))]
         store.damaged |= {*chance.sample(made, chance.randint(0, 1))}
         good = [found for found in store.commits() if found not in store.damaged]
-        pinned = chance.sample(range(3), 1)
-        store.retain(last=2, steps=pinned, attempt=attempt)
+        store.retain(Retention(2, every_steps=2), attempt=attempt)
         left = store.commits()
         assert {*good[:2]} <= {*left}
-        assert {found.step for found in good} & {*pinned} <= {found.step for found in left}
+        assert {found.step for found in good} & {0, 2} <= {found.step for found in left}
         assert data(store) == sorted(found.data(0)[5:] for found in left)
 
 

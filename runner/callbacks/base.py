@@ -23,7 +23,8 @@ class Loop:
     rate: float = 0.0  # the learning rate of the step
     evaluation: Mapping[str, float | str] | None = None  # made after this step
     evaluation_due: bool = False  # an evaluation of this step was interrupted and will be made after the resume
-    improved: bool = False  # the evaluation is the best so far by the objective
+    objective: float | None = None  # its value in the evaluation
+    improved: bool = False  # the evaluation is one of the best so far by the objective
     stop: str | None = None  # why this step is the last
     elapsed: float = 0.0  # seconds of training in all attempts
     waited: float = 0.0  # seconds spent waiting for data in this attempt

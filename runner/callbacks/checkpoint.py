@@ -21,12 +21,12 @@ _LONGEST_PAUSE = 60.0  # seconds between two tries to save
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A snapshot on its way to the storage, and the room its tensors take meanwhile. Of a ``best`` one it must be this
-    step, of others a newer one will do as well."""
+    """A snapshot on its way to the storage, and the room its tensors take meanwhile. An ``exact`` one
+    must be of this step; instead of another, a newer one will do as well."""
 
     snapshot: Snapshot
     staging: Staging
-    best: bool
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class SaveCheckpoint(Callback):
     evaluated and reported.
 
     One copy is enough for what is merely due: it waits for the one in flight and is taken then, so that the newest
-    state is saved. A state that improved the objective is copied at its own step, into a second room if need be.
+    state is saved. A state that improved the objective is copied at its own step, into a second room if need be; so
+    is that of a step that retention ``pins``, unless the second room is taken.
 
     A storage that fails does not stop training: the next save is tried after a growing pause. Only when it has gone on
     for ``max_unsaved`` seconds, training ends with the cause. At the end, tries go on for as long.
@@ -64,6 +65,7 @@ class SaveCheckpoint(Callback):
         hooks: Hooks,
         *,
         attempt: int,
+        pins: Callable[[int], bool],
         max_unsaved: float,
         background: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -73,12 +75,13 @@ class SaveCheckpoint(Callback):
         self.affordable = affordable
         self.hooks = hooks
         self.attempt = attempt
+        self.pins = pins
         self.max_unsaved = max_unsaved
         self.background = background
         self._clock = clock
         self._writer = Writer(self._commit)
         self._rooms: list[Staging] = []
-        self._failed_best: Job | None = None  # to be tried again as it is
+        self._failed_exact: Job | None = None  # to be tried again as it is
         self._saved = 0  # the step of the last acknowledged commit
         self._owed = False  # a save was due and could not begin
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
@@ -90,12 +93,15 @@ class SaveCheckpoint(Callback):
         Snapshot.of(loop.step, loop.state.state_dict())  # what cannot be saved is an error now, not hours later
         self._saved = loop.step
         self._restart()
+        if loop.improved:  # evaluated only now: the checkpoint that this attempt began from does not say so
+            self._save(loop, exact=True)
 
     def on_step(self, loop: Loop) -> None:
         self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         self._look()
-        if loop.improved:
-            self._save(loop, best=True)
+        pinned = self.pins(loop.step) and self._writer.waiting is None and self._failed_exact is None
+        if loop.improved or pinned:
+            self._save(loop, exact=True)
         elif self._owed or self.interval.due(loop.step) or (self.affordable is not None and self.affordable.due()):
             self._owed = True
             self._unsaved_since = self._unsaved_since or self._clock()
@@ -105,7 +111,7 @@ class SaveCheckpoint(Callback):
     def on_end(self, loop: Loop) -> None:
         self._writer.wait()
         self._look()
-        while self._saved != loop.step or self._failed_best:
+        while self._saved != loop.step or self._failed_exact:
             self._save(loop)
             self._writer.wait()
             self._look()
@@ -117,26 +123,28 @@ class SaveCheckpoint(Callback):
         since = self._unsaved_since or self._clock()
         self._writer.close(max(since + self.max_unsaved - self._clock(), 5.0))
 
-    def _save(self, loop: Loop, *, best: bool = False) -> None:
+    def _save(self, loop: Loop, *, exact: bool = False) -> None:
         began = self._clock()
-        job = None if best else self._failed_best
-        for unwanted in (self._writer.cancel(), self._failed_best):
+        job = None if exact else self._failed_exact
+        for unwanted in (self._writer.cancel(), self._failed_exact):
             if unwanted is not None and unwanted is not job:
                 self._rooms.append(unwanted.staging)
-        self._failed_best = None
+        self._failed_exact = None
         self._owed = job is not None
-        self._writer.put(job or self._stage(loop, best))
+        self._writer.put(job or self._stage(loop, exact))
         self._restart()
         if not self.background:
             self._writer.wait()
             self._look()
         self._cost.saved(stall=self._clock() - began)
 
-    def _stage(self, loop: Loop, best: bool) -> Job:
+    def _stage(self, loop: Loop, exact: bool) -> Job:
         facts = self.hooks.mark(loop.step)
+        if loop.objective is not None:
+            facts["objective"] = loop.objective
         snapshot = Snapshot.of(loop.step, loop.state.state_dict(), elapsed=loop.elapsed, **facts)
         staging = self._rooms.pop() if self._rooms else Staging()
-        return Job(staging.stage(snapshot), staging, best)
+        return Job(staging.stage(snapshot), staging, exact)
 
     def _commit(self, job: Job) -> None:
         """In the thread that writes."""
@@ -171,8 +179,8 @@ class SaveCheckpoint(Callback):
             raise StorageError(
                 f"the checkpoint of step {step} could not be written: {error}.\n{self._remedy()}"
             ) from error
-        if job.best and not self._failed_best:
-            self._failed_best = job
+        if job.exact and not self._failed_exact:
+            self._failed_exact = job
         else:
             self._rooms.append(job.staging)
         self._owed, self._retry_at = True, self._clock() + self._pause

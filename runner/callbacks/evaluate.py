@@ -50,29 +50,37 @@ class Evaluate(Callback):
 
 
 class Best(Callback):
-    """Remembers the best value of the objective and its step; the weights are those of the checkpoint made there."""
+    """Remembers the best value of the objective and its step; the weights are those of the checkpoint made there.
 
-    def __init__(self, metric: str, *, mode: str) -> None:
+    ``keep`` is how many of the best are worth a checkpoint.
+    """
+
+    def __init__(self, metric: str, *, mode: str, keep: int = 1) -> None:
         self.metric = metric
         self.mode = mode
+        self.keep = keep
         self.value = math.nan
         self.step = 0
+        self.values: list[float] = []  # the best ones, the best first
 
     def on_start(self, loop: Loop) -> None:
         self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
-            value = objective(loop.evaluation, self.metric)
+            loop.objective = value = objective(loop.evaluation, self.metric)
             if better(value, self.value, self.mode):
                 self.value, self.step = value, loop.step
+            worst = self.values[self.keep - 1] if len(self.values) >= self.keep else math.nan
+            if better(value, worst, self.mode):
+                self.values = sorted([*self.values, value], reverse=self.mode == "max")[: self.keep]
                 loop.improved = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step}
+        return {"value": self.value, "step": self.step, "values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.step = state["value"], state["step"]
+        self.value, self.step, self.values = state["value"], state["step"], state["values"]
 
 
 class EarlyStopping(Callback):

@@ -4,7 +4,7 @@ The invariants, on which every resume rests: a manifest names only objects whose
 object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint import tensors as files
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.retention import Kept, Retention
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, StoredFile
 from runner.checkpoint.tree import decode, encode, names_in
 from runner.errors import StateError, StorageError, Superseded
@@ -73,17 +74,23 @@ class Checkpoint:
             raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
         return files.read(self.location, {name: self.tensors[name] for name in names})
 
+    def verify(self) -> None:
+        """Read every byte, one tensor at a time. Raises Damaged."""
+        for name, stored in self.tensors.items():
+            files.read(self.location, {name: stored})
+
 
 class CheckpointStore:
     """The checkpoints of one run.
 
-    ``damaged`` are commits that were found unusable; they neither count as kept nor are they removed before enough good
-    ones are newer.
+    ``damaged`` are commits that were found unusable, ``verified`` those that this process made or read in full.
     """
 
     def __init__(self, location: Location) -> None:
         self.location = location
         self.damaged: set[CommitId] = set()
+        self.verified: set[CommitId] = set()
+        self._objectives: dict[CommitId, float | None] = {}
 
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
@@ -112,6 +119,7 @@ class CheckpointStore:
             raise Superseded(
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
+        self.verified.add(commit)
         return commit
 
     def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[StoredFile, dict[str, Stored]]]:
@@ -148,26 +156,29 @@ class CheckpointStore:
             files.check_header(self.location, name, file)
         return checkpoint
 
-    def retain(self, *, last: int, steps: Sequence[int], attempt: int) -> None:
-        """Remove what neither is among the ``last`` good commits nor at one of ``steps``, and what older attempts
-        left half done. Computed from a fresh listing.
-        """
-        listed = self.commits()
-        kept: set[CommitId] = set()
-        wanted, sound = set(steps), 0
-        for commit in listed:
-            good = commit not in self.damaged
-            if sound < last or (good and commit.step in wanted):
-                kept.add(commit)
-            if good:
-                sound += 1
-                wanted.discard(commit.step)
-        self._remove(listed, kept, attempt)
+    def survey(self) -> list[Kept]:
+        """What is known of every commit, the one to resume from first. Computed from a fresh listing."""
+        return [self._known(commit) for commit in self.commits()]
 
-    def _remove(self, listed: list[CommitId], kept: set[CommitId], attempt: int) -> None:
-        for commit in listed:
+    def retain(self, retention: Retention, *, attempt: int) -> None:
+        """Remove the commits that do not stay, and what attempts before ``attempt`` left half done."""
+        known = self.survey()
+        self.remove([commit.id for commit in known], retention.kept(known), attempt=attempt)
+
+    def _known(self, commit: CommitId) -> Kept:
+        if commit not in self._objectives and commit not in self.damaged:  # once: manifests never change
+            try:
+                value = self.open(commit).facts.get("objective")
+                self._objectives[commit] = float(value) if isinstance(value, int | float) else None
+            except Damaged:
+                self.damaged.add(commit)
+        return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
+
+    def remove(self, listed: Sequence[CommitId], kept: Container[CommitId], *, attempt: int) -> None:
+        """Remove the ``listed`` commits that are not ``kept``, and what attempts before ``attempt`` left half done."""
+        for commit in sorted(listed):  # oldest first: of what is left the newest is always what a resume wants
             if commit not in kept:
-                self.location.remove(commit.commit)  # first: a commit never names data that is gone
+                self.location.remove(commit.commit)  # before its data: a commit never names data that is gone
         for entry in self.location.list("data"):
             owner = manifests.parse_data(entry.name)
             if owner is not None and owner not in kept and (owner in listed or owner.attempt < attempt):

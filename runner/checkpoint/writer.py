@@ -9,13 +9,16 @@ Job = TypeVar("Job")
 
 
 class Writer(Generic[Job]):
-    """Does jobs in the background. ``failures`` are those that raised, oldest first, for the owner to take."""
+    """Does jobs in the background.
+
+    ``failures`` are those that raised, oldest first, for the owner to take. ``waiting`` is the job that is done next.
+    """
 
     def __init__(self, work: Callable[[Job], None]) -> None:
         self.failures: deque[tuple[Job, Exception]] = deque()
         self._work = work
         self._changed = threading.Condition()
-        self._waiting: Job | None = None
+        self.waiting: Job | None = None
         self._busy = False
         self._closed = False
         self._thread: threading.Thread | None = None  # made for the first job: data workers are forked before
@@ -31,13 +34,13 @@ class Writer(Generic[Job]):
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
         with self._changed:
-            self._waiting, self._busy = job, True
+            self.waiting, self._busy = job, True
             self._changed.notify_all()
 
     def cancel(self) -> Job | None:
         """The job that waits, which is not going to be done now, if there is one."""
         with self._changed:
-            job, self._waiting = self._waiting, None
+            job, self.waiting = self.waiting, None
             return job
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -55,8 +58,8 @@ class Writer(Generic[Job]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                job, self._waiting = self._waiting, None
+                self._changed.wait_for(lambda: self.waiting is not None or self._closed)
+                job, self.waiting = self.waiting, None
             if job is None:
                 return
             try:
@@ -64,5 +67,5 @@ class Writer(Generic[Job]):
             except Exception as error:  # for the owner; a thread has nobody else to tell
                 self.failures.append((job, error))
             with self._changed:
-                self._busy = self._waiting is not None
+                self._busy = self.waiting is not None
                 self._changed.notify_all()

@@ -4,6 +4,7 @@ import re
 
 from omegaconf import DictConfig, OmegaConf
 
+from runner.config.schema import Inherit
 from runner.errors import ConfigError
 
 _AT_LEAST = {
@@ -23,6 +24,8 @@ _AT_LEAST = {
     "checkpoint.every_seconds": 0,
     "checkpoint.max_unsaved": 0,
     "checkpoint.keep_last": 2,  # the loss of any one object must leave a checkpoint
+    "checkpoint.keep_every_steps": 1,
+    "checkpoint.keep_best": 1,
     "metrics.every_steps": 1,
     "runtime.num_workers": 0,
     "runtime.prefetch": 1,
@@ -56,6 +59,8 @@ def check(config: DictConfig) -> None:
             f"the process list. Put it into an environment variable and give '${{oc.env:NAME}}', or leave it to what "
             "the storage's own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
         )
+    if config.run.parent is None and config.run.inherit is not Inherit.model:
+        raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")

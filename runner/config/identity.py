@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 # What is computed. Every other key says how it is executed and may differ between the attempts of a run.
 IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective")
+# What a run begins from: recorded by the run itself (run.json), and as much a part of its name.
+_ORIGIN = ("run.parent", "run.inherit")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+~-]")
 _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add to it
@@ -25,7 +27,7 @@ def identity(config: DictConfig) -> dict[str, Any]:
 
 
 def variant(overrides: Sequence[str]) -> str:
-    """The readable name of a run: its identity overrides, sorted; ``base`` when there are none.
+    """The readable name of a run: the overrides of its identity and origin, sorted; ``base`` when there are none.
 
     The same values give the same name however they are spelt (``1e-2``, ``0.010``). Unsafe characters become ``_``
     and a long name is cut; a digest then keeps different runs apart.
@@ -33,7 +35,7 @@ def variant(overrides: Sequence[str]) -> str:
     chosen: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
-        if re.split("[./]", key)[0] in IDENTITY:
+        if re.split("[./]", key)[0] in IDENTITY or key in _ORIGIN:
             chosen[key] = f"~{key}" if override.is_delete() else f"{key}={_canonical(override.value())}"
     full = ",".join(chosen[key] for key in sorted(chosen)) or "base"
     safe = _UNSAFE.sub("_", full)

@@ -54,6 +54,11 @@ class OnDrift(Enum):
     fork = "fork"
 
 
+class Inherit(Enum):
+    model = "model"
+    all = "all"
+
+
 class OnConflict(Enum):
     fail = "fail"
     wait = "wait"
@@ -120,6 +125,8 @@ class CheckpointConfig:
     max_unsaved: float = 1800.0  # seconds of training that may be lost to a storage that fails; then the run ends
     background: bool = True  # write while training goes on; false: wait for each checkpoint
     keep_last: int = 2
+    keep_every_steps: int | None = None  # of every multiple one is made and stays
+    keep_best: int = 1  # by the objective
 
 
 @dataclass
@@ -143,6 +150,8 @@ class RunConfig:
     root: str = "outputs"  # a folder, or a URL of any store that fsspec knows: s3://bucket/experiments
     storage_options: dict[str, Any] = field(default_factory=dict)  # fsspec's, for a URL; secrets as ${oc.env:NAME}
     name: str | None = None  # instead of the name made from the overrides
+    parent: str | None = None  # a run's directory, @step or @best: begin from its state instead of from scratch
+    inherit: Inherit = Inherit.model  # from the parent: only weights, or all: also optimizer, position, step
     on_drift: OnDrift = OnDrift.refuse
     on_conflict: OnConflict = OnConflict.fail
 

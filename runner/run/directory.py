@@ -59,6 +59,15 @@ class RunDirectory:
             root, experiment, variant, open_location(f"{root.rstrip('/')}/{experiment}/{variant}", options), options
         )
 
+    @classmethod
+    def at(cls, path: str) -> "RunDirectory":
+        """The run whose directory is ``path``. Raises ConfigError if no run lives there."""
+        location = open_location(path)
+        record = cls("", "", "", location).record()
+        if record is None:
+            raise ConfigError(f"{location.url} is not a run directory: it has no {_RUN}")
+        return cls("", str(record.get("experiment")), str(record.get("variant")), location)
+
     @property
     def name(self) -> str:
         """``experiment/variant``, which is also how a person calls the run."""

@@ -12,6 +12,7 @@ from runner.errors import DriftRefused, RunInUse, StorageError
 from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
+from runner.run.parent import Parent, Which, require_same
 
 _POLL_SECONDS = 0.5
 
@@ -21,34 +22,40 @@ class Opening:
     """A run directory as this command finds it, before any process claims it.
 
     ``drift`` is what this command changes and the user accepts; ``accepted`` is the identity to go by from now on
-    where it is not the configured one; ``parent`` is the run that a fork begins from; ``command`` is this command.
+    where it is not the configured one; ``parent`` is what the run begins from, if it is new; ``command`` is this
+    command.
     """
 
     directory: RunDirectory
     identity: dict[str, Any]
     drift: list[drift.Difference]
     accepted: dict[str, Any] | None
-    parent: RunDirectory | None
+    parent: Parent | None
     result: dict[str, Any] | None
     command: str
 
 
-def open_run(directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str) -> Opening:
-    """Find out what the run is to this command. Reads, and writes nothing.
+def open_run(
+    directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str, parent: Parent | None = None
+) -> Opening:
+    """Find out what the run is to this command, which begins it from ``parent``. Reads, and writes nothing.
 
     Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
     """
-    saved = directory.identity() if directory.record() is not None else None
+    if directory.record() is None:
+        return Opening(directory, identity, [], None, parent, None, command)
+    require_same(directory, parent)
+    saved = directory.identity()
     differences = drift.compare(saved, identity) if saved is not None else []
     if differences and on_drift == "fork":
         return _fork(directory, identity, command)
     if differences and on_drift == "refuse":
         raise DriftRefused(_refusal(directory, differences, command))
     if saved is None:
-        return Opening(directory, identity, [], None, None, None, command)
+        return Opening(directory, identity, [], None, parent, None, command)
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
-    return Opening(directory, identity, differences, accepted, None, result, command)
+    return Opening(directory, identity, differences, accepted, parent, result, command)
 
 
 def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
@@ -85,7 +92,7 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Openi
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     finished = fork.result(identity) if fork.record() is not None else None
-    return Opening(fork, identity, [], None, parent, finished, command)
+    return Opening(fork, identity, [], None, Parent(Which(parent.location.url), inherit="all"), finished, command)
 
 
 def _refusal(directory: RunDirectory, differences: list[drift.Difference], command: str) -> str:

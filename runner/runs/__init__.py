@@ -1,1 +1,1 @@
-"""Looking at runs from outside: reads what their processes wrote, changes nothing, needs no torch."""
+"""Runs from outside: reads what their processes wrote, needs no torch, and changes nothing; but prune and export do."""

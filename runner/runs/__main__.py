@@ -1,4 +1,4 @@
-"""``python -m runner.runs list|show|audit``: look at runs."""
+"""``python -m runner.runs list|show|audit|prune|export``: look at runs, thin out their checkpoints, take weights."""
 
 import argparse
 import json
@@ -10,8 +10,9 @@ from typing import Any
 from tabulate import tabulate
 
 from runner.errors import RunnerError, printable
+from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
-from runner.runs.overview import at, details, find, overview
+from runner.runs.overview import details, find, overview
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runner.runs", description="Look at runs.")
+    parser = argparse.ArgumentParser(prog="python -m runner.runs", description="Look at runs and use them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="all runs under a root, one line each")
     listing.add_argument("root", nargs="?", default="outputs", help="the run.root of the runs (default: outputs)")
@@ -40,7 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     auditing = commands.add_parser("audit", help="which samples were seen, repeated and missed; status 1 if any were")
     auditing.add_argument("run", help="its directory, for example outputs/digits/base")
     auditing.set_defaults(command=_audit)
-    for each in (listing, showing, auditing):
+    pruning = commands.add_parser("prune", help="which checkpoints would be kept and removed; with --yes, remove them")
+    pruning.add_argument("run", help="its directory, for example outputs/digits/base")
+    pruning.add_argument("--last", type=int, default=2, metavar="N", help="keep the newest (default and least: 2)")
+    pruning.add_argument("--every-steps", type=int, metavar="N", help="keep one of every multiple of so many steps")
+    pruning.add_argument("--best", type=int, default=1, metavar="N", help="keep the best by the objective (default: 1)")
+    pruning.add_argument("--yes", action="store_true", help="remove; without it nothing is changed")
+    pruning.set_defaults(command=_prune)
+    exporting = commands.add_parser("export", help="the weights of a checkpoint as a plain safetensors file")
+    exporting.add_argument("run", help="its directory; outputs/digits/base@best, ...@100: not the newest checkpoint")
+    exporting.add_argument("target", help="the file to write, a path or URL")
+    exporting.add_argument("--force", action="store_true", help="overwrite the target")
+    exporting.set_defaults(command=_export)
+    for each in (listing, showing, auditing, pruning, exporting):
         each.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 
@@ -55,7 +68,7 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    found = details(at(parsed.run))
+    found = details(RunDirectory.at(parsed.run))
     if parsed.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -71,7 +84,7 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _audit(parsed: argparse.Namespace) -> int:
-    proof, found = audit(at(parsed.run))
+    proof, found = audit(RunDirectory.at(parsed.run))
     if parsed.json:
         print(json.dumps(found, indent=1))
         return 0 if proof.holds else 1
@@ -90,6 +103,37 @@ def _audit(parsed: argparse.Namespace) -> int:
         print(printable(line))
     print("\n".join(map(printable, found["problems"])) or good)
     return 0 if proof.holds else 1
+
+
+def _prune(parsed: argparse.Namespace) -> int:
+    from runner.runs.prune import prune  # imports torch
+
+    rows = prune(
+        RunDirectory.at(parsed.run),
+        last=parsed.last,
+        every_steps=parsed.every_steps,
+        best=parsed.best,
+        remove=parsed.yes,
+    )
+    if parsed.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(_table(rows, ["commit", "step", "objective", "size", "keep", "why"]))
+    gone = [row["size"] for row in rows if not row["keep"]]
+    would = "Removed" if parsed.yes else "Nothing was changed. --yes would remove"
+    print(f"\n{would} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB.")
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from runner.runs.export import export  # imports torch
+
+    found = export(parsed.run, parsed.target, force=parsed.force)
+    if parsed.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(f"step {found['step']} of {printable(found['run'])}: {found['bytes']} bytes, sha256 {found['sha256']}")
+    return 0
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> str:

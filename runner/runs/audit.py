@@ -8,6 +8,7 @@ from runner.data.plan import Plan
 from runner.data.proof import Proof, prove
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
+from runner.run.parent import Origin
 
 # What comes of numbers that no plan has: the ledger may be a stranger's, or damaged.
 _UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
@@ -21,11 +22,12 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
+    origin = Origin.of(directory)
     try:
         proof = prove(
             segments,
             None if recipe.get("kind") == "opaque" else Plan.of(recipe),
-            begun=int(((directory.record() or {}).get("parent") or {}).get("step") or 0),
+            begun=origin.begun if origin else 0,
             committed=_committed(directory),
         )
     except _UNUSABLE as error:

@@ -7,7 +7,7 @@ from runner.checkpoint import manifest
 from runner.errors import ConfigError
 from runner.run import records
 from runner.run.directory import RunDirectory
-from runner.storage import find_folders, open_location
+from runner.storage import find_folders
 
 _MARKER = "run.json"
 
@@ -28,20 +28,10 @@ class Overview:
 
 def find(root: str) -> list[RunDirectory]:
     """All runs under a root. Raises ConfigError when there is none."""
-    found = [at(f"{root}/{folder}") for folder in find_folders(root, _MARKER) if folder != "."]
+    found = [RunDirectory.at(f"{root}/{folder}") for folder in find_folders(root, _MARKER) if folder != "."]
     if not found:
         raise ConfigError(f"no runs under {root}; give the run.root of the runs you mean")
     return found
-
-
-def at(path: str) -> RunDirectory:
-    """The run whose directory is ``path``. Raises ConfigError if no run lives there."""
-    location = open_location(path)
-    directory = RunDirectory("", "", "", location)
-    record = directory.record()
-    if record is None:
-        raise ConfigError(f"{location.url} is not a run directory: it has no {_MARKER}")
-    return RunDirectory("", str(record.get("experiment")), str(record.get("variant")), location)
 
 
 def overview(directory: RunDirectory) -> Overview:

@@ -1,0 +1,89 @@
+"""The run that another one begins from: as a command asks for it, and as it was recorded."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runner.errors import DriftRefused, StorageError, printable
+from runner.run.directory import RunDirectory
+
+_WHICH = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """A run (path or URL), and which of its checkpoints: a step, ``best`` by the objective, or None for the newest."""
+
+    run: str
+    checkpoint: int | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Which":
+        """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
+        found = _WHICH.fullmatch(text)
+        if found is None:
+            return cls(text)
+        return cls(found[1], found[2] if found[2] == "best" else int(found[2]))
+
+    def __str__(self) -> str:
+        return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What a new run is to begin from. ``asked`` is the command's ``run.parent``; a fork after drift has none."""
+
+    which: Which
+    inherit: str  # model, all
+    asked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run did begin from, as ``run.json`` has it: one commit of the run ``run``, whatever is newer there."""
+
+    run: str
+    step: int
+    commit: str
+    inherit: str
+    asked: str | None
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> "Origin | None":
+        """The recorded one; None for a run that began from scratch, and for one that was not begun."""
+        record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
+        if record is None:
+            return None
+        try:
+            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(
+                printable(f"{directory.location.url}/run.json has a parent that cannot be used: {record}")
+            ) from error
+
+    @property
+    def begun(self) -> int:
+        """The step after which the run began."""
+        return 0 if self.inherit == "model" else self.step
+
+    def record(self) -> dict[str, Any]:
+        """Itself as plain values."""
+        return asdict(self)
+
+
+def require_same(directory: RunDirectory, parent: Parent | None) -> None:
+    """Raise DriftRefused if the run, which there is, was begun from something else than this command asks for."""
+    origin = Origin.of(directory)
+    then = (origin.asked, origin.inherit) if origin and origin.asked else None
+    now = (parent.asked, parent.inherit) if parent else None
+    if then != now:
+        raise DriftRefused(
+            f"{directory.location.url} was begun {_told(then)}, and this command begins {_told(now)}.\n"
+            "The run was left as it is. A run begins once: use the run.parent and run.inherit it was begun with, or "
+            "begin a new run with run.name=..."
+        )
+
+
+def _told(parent: tuple[str | None, str] | None) -> str:
+    return printable(f"with run.parent={parent[0]} run.inherit={parent[1]}") if parent else "without run.parent"

@@ -1,0 +1,34 @@
+"""The weights of one checkpoint, as a file that anyone can load."""
+
+from hashlib import sha256
+from typing import Any
+
+from runner.errors import ConfigError
+from runner.finish import plain
+from runner.restore import evaluated_weights, read
+from runner.run.directory import RunDirectory
+from runner.run.parent import Which
+from runner.storage import files
+
+
+def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
+    """Write the evaluated weights of ``run``, ``run@step`` or ``run@best`` to a path or URL; every byte was verified.
+
+    Raises ConfigError for a step that is not there, and for a target that is there unless ``force``;
+    NoLoadableCheckpoint; StorageError.
+    """
+    which = Which.parse(run)
+    directory = RunDirectory.at(which.run)
+    if not force and files.exists(target):
+        raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")
+    checkpoint, weights = read(directory, which.checkpoint, evaluated_weights)
+    data = b"".join(plain(weights))
+    files.write(target, data)
+    return {
+        "run": directory.location.url,
+        "step": checkpoint.step,
+        "commit": str(checkpoint.id),
+        "target": target,
+        "bytes": len(data),
+        "sha256": sha256(data).hexdigest(),
+    }
