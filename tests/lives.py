@@ -48,9 +48,9 @@ class Lives:
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
-        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; after a ``step``;
-        once it ``restored``. ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say otherwise, so that
-        it is known what is committed after a step.
+        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; after a
+        ``step``; once it ``restored``. ``without`` drops a part from the state. Checkpoints are waited for unless the
+        arguments say otherwise, so that it is known what is committed after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
         arguments += tuple(

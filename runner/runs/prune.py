@@ -9,7 +9,7 @@ from runner.checkpoint.retention import LEAST, Kept, Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.errors import ConfigError
-from runner.run import attempts
+from runner.run import attempts, records
 from runner.run.directory import RunDirectory
 
 
@@ -26,7 +26,7 @@ def prune(
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
     goal = (directory.identity() or {}).get("objective") or {}
     retention = Retention(last, every_steps, best, goal.get("mode") if goal.get("metric") else None)
-    newest = attempts.last(directory.location)
+    newest = records.last(directory.location)
     attempts.raise_if_live(directory.location)
     store = CheckpointStore(directory.location)
     if remove:
