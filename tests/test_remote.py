@@ -181,16 +181,21 @@ def silent(kind: str, port: int) -> tuple[str, dict[str, Any]]:
     if kind == "az":
         account = f"DefaultEndpointsProtocol=http;AccountName=a;AccountKey=aaaa;BlobEndpoint={endpoint}/a;"
         return "az://container/x", {"connection_string": account}
-    return f"sftp://nobody@127.0.0.1:{port}/x", {}
+    return f"sftp://nobody@127.0.0.1:{port}/x" if kind == "sftp" else "stuck://x", {}
 
 
-@pytest.mark.parametrize("kind", ["s3", "sftp"])
+@pytest.mark.parametrize("kind", ["s3", "sftp", "stuck"])
 def test_an_abandoned_operation_does_not_keep_the_process(kind: str) -> None:
     code = """
-import ast, sys
+import ast, sys, time, fsspec
+from fsspec.implementations.memory import MemoryFileSystem
 from runner.errors import StorageError
 from runner.storage import backend, open_location
 backend.DEADLINE, backend.TRIES = 0.5, 1
+class Stuck(MemoryFileSystem):
+    def pipe_file(self, *arguments, **options):
+        time.sleep(60)
+fsspec.register_implementation("stuck", Stuck)
 url, options = ast.literal_eval(sys.argv[1])
 try:
     open_location(url, options).put("a", [b"x"])
@@ -260,6 +265,8 @@ def test_a_journal_that_could_not_be_synced_is_synced_whole_later(faulty: Locati
     Faulty.before += [PermissionError("no")]
     with pytest.raises(StorageError):
         journal.sync()
+    journal.sync()
+    assert faulty.read("j", limit=9) == b"one"
     journal.append(b"two")
     journal.sync()
     calls = len(Faulty.calls)

@@ -145,7 +145,7 @@ class Backend:
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
-            # A connection of the parent's. It is kept: letting go of it here would close it there.
+            # Kept, but not used: what the parent still speaks over must not hear a goodbye from here.
             self._inherited = [self._idle, self._abandoned]
             self._begin()
         try:
