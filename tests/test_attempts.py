@@ -496,9 +496,9 @@ import sys
 from runner.run import records
 from runner.storage.local import LocalLocation, LocalLock
 import os
-records.machine = lambda: sys.argv[1]
+here = sys.argv.pop(1)
+records.machine = lambda: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
-sys.argv[1:2] = []
 from runner.__main__ import main
 sys.exit(main())
 """
@@ -506,7 +506,7 @@ sys.exit(main())
 
 def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
     """Another machine takes it for dead; when it goes on, it stops, and the run's result is that of one process."""
-    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=3000", f"run.root={tmp_path}", "run.name=r")
+    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
     log = tmp_path / "log"
 
     def start(machine: str) -> "subprocess.Popen[bytes]":
