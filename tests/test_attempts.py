@@ -505,7 +505,7 @@ sys.exit(main())
 
 
 def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
-    """Another machine takes it for dead; when it goes on, it stops, and the run's result is that of one process."""
+    """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
     command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
     log = tmp_path / "log"
 
@@ -534,7 +534,8 @@ def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_pa
     assert resumed >= committed
     with lives(tmp_path) as life:
         assert life(*command[:-1], "run.name=whole").status == 0
-    assert not results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+    differing = results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+    assert set(differing) <= {"lines"}  # the first one may have written lines of its own after the takeover
 
 
 def test_a_stolen_run_stops_though_no_checkpoint_is_due(life: Lives, tmp_path: Path) -> None:
