@@ -540,12 +540,18 @@ def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_pa
 
 def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "runner", "experiment=smoke", "trainer.max_steps=1000000"]
-    command += ["checkpoint.every_steps=null", f"run.root={tmp_path}", "run.name=r", "objective.metric=null"]
+    command += [
+        "checkpoint.every_steps=null",
+        "checkpoint.every_seconds=null",
+        f"run.root={tmp_path}",
+        "run.name=r",
+        "objective.metric=null",
+    ]
     how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **how))
         stack.callback(first.kill)
-        while not list(tmp_path.glob("smoke/r/metrics/*")):
+        while not list(tmp_path.glob("smoke/r/attempts/*.beat")):
             time.sleep(0.05)
         thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
         stack.callback(thief.kill)
