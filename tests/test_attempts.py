@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import Lives, lives
+from lives import lives
 from results import results
 
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
@@ -496,17 +496,17 @@ import sys
 from runner.run import records
 from runner.storage.local import LocalLocation, LocalLock
 import os
-records.machine = lambda: sys.argv[1]
+here = sys.argv.pop(1)
+records.machine = lambda: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
-sys.argv[1:2] = []
 from runner.__main__ import main
 sys.exit(main())
 """
 
 
 def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
-    """Another machine takes it for dead; when it goes on, it stops, and the run's result is that of one process."""
-    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=3000", f"run.root={tmp_path}", "run.name=r")
+    """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
+    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
     log = tmp_path / "log"
 
     def start(machine: str) -> "subprocess.Popen[bytes]":
@@ -534,18 +534,26 @@ def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_pa
     assert resumed >= committed
     with lives(tmp_path) as life:
         assert life(*command[:-1], "run.name=whole").status == 0
-    assert not results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+    differing = results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
+    assert set(differing) <= {"lines"}  # the first one may have written lines of its own after the takeover
 
 
-def test_a_stolen_run_stops_though_no_checkpoint_is_due(life: Lives, tmp_path: Path) -> None:
-    command = ("experiment=smoke", "trainer.max_steps=1000000", "checkpoint.every_steps=null", f"run.root={tmp_path}")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        started = [sys.executable, "-m", "runner", *command, "run.name=r"]
-        first = subprocess.Popen(started, stdout=out, stderr=out, cwd=tmp_path, env=environment)
-    while "attempt  1" not in log.read_text():
-        time.sleep(0.05)
-    thief = life(*command, "run.name=r", "run.on_conflict=steal", after=5.0, send=15)
-    assert thief.status == 75, thief.output
-    assert first.wait(5) == 4
+def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner", "experiment=smoke", "trainer.max_steps=1000000"]
+    command += [
+        "checkpoint.every_steps=null",
+        "checkpoint.every_seconds=null",
+        f"run.root={tmp_path}",
+        "run.name=r",
+        "objective.metric=null",
+    ]
+    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **how))
+        stack.callback(first.kill)
+        while not list(tmp_path.glob("smoke/r/attempts/*.beat")):
+            time.sleep(0.05)
+        thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
+        stack.callback(thief.kill)
+        assert first.wait(60) == 4
+        assert not list(tmp_path.glob("smoke/r/commits/*"))
