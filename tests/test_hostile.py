@@ -22,6 +22,7 @@ from runner.checkpoint.sealing import seal_of
 from runner.checkpoint.store import MAX_TENSORS, CheckpointStore, Snapshot
 from runner.checkpoint.tensors import Damaged
 from runner.data.ledger import Ledger
+from runner.data.plan import Plan
 from runner.errors import StateError, StorageError
 from runner.storage import LocalLocation
 
@@ -197,7 +198,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "aliases": text("config.yaml", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
     "yaml object": text("config.yaml", "!!python/object/apply:os.system [touch ../secret]\n"),
     "yaml tag": text("config.yaml", "a: !<tag:yaml.org,2002:python/name:os.system> ''\n"),
-    "deep yaml": text("config.yaml", "[" * 5000),
+    "deep yaml": text("config.yaml", "[" * 1500),
     "yaml date and set": text("config.yaml", "a: 2001-13-45\nb: !!set {c}\n"),
     "yaml key that is a list": text("config.yaml", "? [a]\n: 1\n"),
     "yaml number as key": text("config.yaml", "1: 2\n2: {3: 4}\n"),
@@ -409,3 +410,9 @@ def test_more_tensors_than_can_be_read_again_are_not_saved() -> None:
     with pytest.raises(StateError, match="a checkpoint has at most"):
         CheckpointStore(location).commit(many, attempt=1, successor=lambda: None)
     assert location.objects == {}
+
+
+@pytest.mark.parametrize("name", ["a bomb", "not compressed", "not base64", "half a number", "cut"])
+def test_numbers_of_a_plan_are_unpacked_within_bounds(name: str) -> None:
+    with pytest.raises(ValueError, match=r"more than|not compressed|base64|padd|multiple|size|ASCII"):
+        Plan.of(PLANS[name])

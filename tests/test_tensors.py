@@ -169,6 +169,9 @@ def test_bytes_of_another_place_are_damage(location: LocalLocation) -> None:
         ("F32", (-2, -2), 16, "cannot be"),
         ("F32", (0, -1), 0, "cannot be"),
         ("F32", (), 0, "cannot be"),
+        ("F32", (1 << 70, 0), 0, "cannot be"),
+        ("U8", (0, 1 << 32, 1 << 32), 0, "cannot be"),
+        ("U8", (1,) * 65, 1, "cannot be"),
         ("F31", (1,), 4, "unknown dtype 'F31'"),
     ],
 )
