@@ -126,11 +126,15 @@ def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> Non
     command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=log, stderr=log, process_group=0)
-    while not list(tmp_path.glob("smoke/r/commits/*")):
-        time.sleep(0.05)
-    thief = life(*command, "run.on_conflict=steal", after=4.0, send=15)
-    assert thief.status == 75, thief.output
-    assert first.wait(30) == 4
+    try:
+        while not list(tmp_path.glob("smoke/r/commits/*")):
+            time.sleep(0.05)
+        thief = life(*command, "run.on_conflict=steal", after=8.0, send=15)
+        assert thief.status == 75, thief.output
+        assert first.wait(30) == 4
+    finally:
+        first.kill()
+        first.wait()
     assert "attempt 2 (pid" in (tmp_path / "log").read_text()
     assert "took over" in (tmp_path / "log").read_text()
 
@@ -150,7 +154,7 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
 def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}")
     assert life(*command, "run.name=whole").status == 0
-    ended = life(*command, "run.name=full", operation=operation, fail=errno.ENOSPC)
+    ended = life(*command, "run.name=full", "checkpoint.max_unsaved=0", operation=operation, fail=errno.ENOSPC)
     assert ended.status == 1
     assert "No space left on device" in ended.output
     assert "Traceback" not in ended.output

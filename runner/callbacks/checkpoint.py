@@ -150,6 +150,7 @@ class SaveCheckpoint(Callback):
         """In the thread that writes."""
         self._unsaved_since = self._unsaved_since or self._clock()
         job.staging.wait()
+        self.store.require_newest(self.hooks.successor)  # what is flushed is not fenced by the number in its name alone
         self.hooks.flush()
         commit = self.store.commit(job.snapshot, attempt=self.attempt, successor=self.hooks.successor)
         self._saved, self._unsaved_since, self._pause = commit.step, None, 1.0

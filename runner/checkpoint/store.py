@@ -114,13 +114,17 @@ class CheckpointStore:
         self.location.put(commit.commit, [manifests.seal(manifest)])
         self.damaged.discard(commit)
         # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
+        self.require_newest(successor)
+        self.verified.add(commit)
+        return commit
+
+    def require_newest(self, successor: Callable[[], str | None]) -> None:
+        """Raise Superseded if ``successor`` names a newer attempt."""
         newer = successor()
         if newer is not None:
             raise Superseded(
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
-        self.verified.add(commit)
-        return commit
 
     def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[StoredFile, dict[str, Stored]]]:
         """Write the tensors; the files by name, with what is in them."""

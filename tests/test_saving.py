@@ -1,0 +1,228 @@
+"""Saving beside training: what waits, what is dropped, what a failing storage costs, and what never blocks."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from runner.callbacks.base import Loop
+from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
+from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.staging import Staging
+from runner.checkpoint.store import CheckpointStore, Snapshot
+from runner.errors import StorageError, Superseded
+from runner.interval import Affordable, Interval
+from runner.storage import LocalLocation
+
+
+class Gated(CheckpointStore):
+    """Commits when it is let, and fails when it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(LocalLocation(folder))
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+        self.values: dict[int, float] = {}
+
+    def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
+        self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.values[snapshot.step] = float(snapshot.tensors["model/w"][0])
+        return super().commit(snapshot, attempt=attempt, successor=successor)
+
+
+class Run:
+    """A state that counts, and a callback that saves it."""
+
+    def __init__(self, folder: Path, **how: Any) -> None:
+        self.now = 0.0
+        self.store = Gated(folder)
+        self.weight = torch.zeros(4)
+        state: Any = SimpleNamespace(state_dict=lambda: {"model": {"w": self.weight}})
+        self.loop = Loop(state, None)
+        hooks = Hooks(lambda step: {}, lambda: None, lambda: None, lambda commit: None, lambda: None)
+        settings = {"pins": lambda step: False, "max_unsaved": 100.0, "background": True, "attempt": 1} | how
+        self.saver = SaveCheckpoint(self.store, Interval(steps=1), None, hooks, clock=lambda: self.now, **settings)
+        self.saver.on_start(self.loop)
+
+    def step(self, *, improved: bool = False) -> None:
+        self.weight += 1
+        self.loop.step += 1
+        self.loop.improved = improved
+        self.saver.on_step(self.loop)
+
+    def begun(self) -> None:
+        while self.saver._writer.waiting is not None:
+            time.sleep(0.001)
+
+    def settle(self) -> None:
+        assert self.saver._writer.wait(10)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    yield run
+    run.store.gate.set()
+    run.saver.close()
+
+
+def test_training_goes_on_while_the_storage_is_stuck_and_then_the_newest_state_is_saved(run: Run) -> None:
+    run.store.gate.clear()
+    for _ in range(5):
+        run.step()
+    run.store.gate.set()
+    run.settle()
+    run.step()
+    run.settle()
+    assert run.store.values == {1: 1.0, 6: 6.0}, "each is the state of its own step"
+
+
+def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) -> None:
+    run.store.gate.clear()
+    run.step()
+    run.begun()
+    run.step(improved=True)
+    run.step()
+    run.step(improved=True)
+    run.step()
+    run.store.gate.set()
+    run.settle()
+    assert run.store.values == {1: 1.0, 4: 4.0}, "of two that wait the better one"
+
+
+def test_a_failure_is_told_and_tried_again_after_a_growing_pause(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.store.error = StorageError("no space left")
+    run.step()
+    run.settle()
+    for _ in range(3):
+        run.step()
+    assert run.store.values == {}
+    assert "the checkpoint of step 1 could not be written: no space left. Training goes on" in caplog.text
+    run.store.error = None
+    run.now += 1.5
+    run.step()
+    run.settle()
+    assert run.store.values == {5: 5.0}
+
+
+def test_a_failed_improvement_is_tried_again_as_it_was(run: Run) -> None:
+    run.store.error = StorageError("no space left")
+    run.step(improved=True)
+    run.settle()
+    run.step()
+    run.store.error = None
+    run.now += 1.5
+    run.step()
+    run.settle()
+    run.step()
+    run.settle()
+    assert run.store.values == {1: 1.0, 4: 4.0}
+
+
+def test_a_storage_that_fails_for_too_long_ends_training_with_the_cause(run: Run) -> None:
+    run.store.error = StorageError("no space left")
+    run.step()
+    run.settle()
+    run.now += 101
+    with pytest.raises(StorageError, match=r"step 1 could not be written: no space left.*\nThe last one is of step 0"):
+        run.step()
+
+
+def test_a_storage_that_hangs_for_too_long_ends_training(run: Run) -> None:
+    run.store.gate.clear()
+    run.step()
+    run.begun()
+    run.now += 101
+    with pytest.raises(StorageError, match="has been on its way for 101 seconds"):
+        run.step()
+
+
+def test_whoever_is_superseded_stops_at_the_next_step(run: Run) -> None:
+    run.store.error = Superseded("attempt 2 took over")
+    run.step()
+    run.settle()
+    with pytest.raises(Superseded, match="attempt 2"):
+        run.step()
+
+
+def test_what_the_writer_cannot_explain_is_not_swallowed(run: Run) -> None:
+    run.store.error = ZeroDivisionError()
+    run.step()
+    run.settle()
+    with pytest.raises(ZeroDivisionError):
+        run.step()
+
+
+def test_the_end_waits_for_the_last_commit(run: Run) -> None:
+    run.store.gate.clear()
+    run.step()
+    run.step()
+    threading.Timer(0.2, run.store.gate.set).start()
+    run.loop.stop = "max_steps"
+    run.saver.on_end(run.loop)
+    assert run.store.values == {1: 1.0, 2: 2.0}
+    assert [commit.step for commit in run.store.commits()] == [2, 1]
+
+
+def test_pinned_steps_are_saved_at_their_own_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, pins=lambda step: step % 3 == 0)
+    run.store.gate.clear()
+    run.step()
+    run.begun()
+    for _ in range(4):
+        run.step()
+    run.store.gate.set()
+    run.settle()
+    run.saver.close()
+    assert run.store.values == {1: 1.0, 3: 3.0}
+
+
+def test_without_background_every_step_that_is_due_is_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path, background=False)
+    for _ in range(3):
+        run.step()
+    assert run.store.values == {1: 1.0, 2: 2.0, 3: 3.0}
+
+
+def test_a_staged_copy_is_apart_from_the_state_keeps_ties_and_uses_its_memory_again() -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    staging = Staging()
+    tensors = {"a": weight, "tied": weight, "view": weight.t(), "conj": torch.tensor([1j]).conj()}
+    staged = staging.stage(Snapshot(1, {}, tensors)).tensors
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    weight.zero_()
+    assert all(torch.equal(staged[name], expected[name]) for name in tensors)
+    assert staged["a"].data_ptr() == staged["tied"].data_ptr()
+    again = staging.stage(Snapshot(2, {}, {**tensors, "a": weight, "tied": weight})).tensors
+    assert {name: tensor.data_ptr() for name, tensor in again.items()} == {
+        name: tensor.data_ptr() for name, tensor in staged.items()
+    }
+    assert not again["a"].any()
+
+
+def test_the_affordable_interval_keeps_the_cost_at_its_share() -> None:
+    now = [0.0]
+    affordable = Affordable(share=0.01, least=10, most=1000, clock=lambda: now[0])
+    assert not affordable.due()
+    now[0] = 10
+    assert affordable.due()
+    affordable.restart()
+    affordable.spent(0.5)
+    now[0] = 59
+    assert not affordable.due()
+    now[0] = 60
+    assert affordable.due()
+    affordable.restart()
+    affordable.spent(1e6)
+    now[0] = 1059
+    assert not affordable.due()
+    now[0] = 1060
+    assert affordable.due()
