@@ -84,7 +84,7 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
             ["trainer.early_stopping.patience=3"],
             "trainer.early_stopping.patience needs objective.metric, for example val/loss",
         ),
-        (["run.inherit=all"], "run.inherit=all needs run.parent"),
+        (["run.inherit=all"], "run.inherit=all needs run.parent, the run to begin from"),
         (["runtime.start_method=thread"], "runtime.start_method=thread is not one of fork, spawn, forkserver"),
     ],
 )

@@ -118,7 +118,12 @@ def test_a_setting_that_is_infinite_survives_a_kill(life: Lives, tmp_path: Path)
 
 def test_a_best_evaluation_made_after_a_resume_has_its_checkpoint(life: Lives, tmp_path: Path) -> None:
     """By the largest loss the first is the best: the step was committed before it was evaluated."""
-    small = ("data.evaluation_batch_size=100", "objective.metric=val/loss", "objective.mode=max")
+    small = (
+        "data.evaluation_batch_size=100",
+        "objective.metric=val/loss",
+        "objective.mode=max",
+        "checkpoint.every_steps=5",
+    )
     root = f"run.root={tmp_path}"
     cut = (*stops("evaluation", 1, signal.SIGTERM), *small, root, "run.name=cut")
     assert life(*cut, cwd=USER).status == 75
