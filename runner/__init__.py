@@ -11,11 +11,11 @@ holds this picture against the code.
     5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
     4  callbacks/ (guard, evaluate, report, progress, checkpoint)
     3  state (what a resumed run is made of)     evaluation     datasets/
-    2  run/ (directory, attempts, records, drift, parent)     checkpoint/ (tree, tensors, manifest, staging, writer,
-       retention, store)
+    2  run/ (directory, attempts, records, heartbeat, drift, parent)
+       checkpoint/ (tree, tensors, sealing, manifest, retention, store, staging, writer)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves)
        shards/ (manifest, scan, records, tokens, packing)
-    1  storage/ (location, local, files)     config/ (schema, identity, checks)     signals     distributed
+    1  storage/ (location, local, remote, files)     config/ (schema, identity, checks)     signals     distributed
        update     tasks/
     0  errors     interval     recent     seeds     rng     task     topology     schedules     models/
 """
