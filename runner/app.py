@@ -97,7 +97,7 @@ def _job(config: DictConfig) -> float | None:
 def _parent(run: DictConfig) -> Parent | None:
     if run.parent is None:
         return None
-    which = Which.parse(to_absolute_path(local_root(run.parent)))
+    which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
     return Parent(which, run.inherit.name, asked=str(which))
 
 

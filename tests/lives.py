@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from counts import count
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -88,6 +90,12 @@ def serve() -> None:
         if pid == 0:
             _live(request)
         status = _wait(pid, request)
+        if status is None:
+            count("kills")
+            if "operation" in request:
+                count("kill points")
+        if "fail" in request:
+            count("faults")
         print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
 
 

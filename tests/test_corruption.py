@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+from counts import count
 from faults import MemoryLocation, newest, save
 
 from runner.checkpoint.store import CheckpointStore
@@ -95,6 +96,7 @@ def test_damage_is_found_and_the_newest_good_commit_is_used(damage: Damage) -> N
             assert len(reasons) == 3 - step - sum(gone > step for gone in unlisted)
             cases += 1
     assert cases >= LEAST[damage]
+    count("corruptions", cases)
 
 
 @pytest.mark.parametrize("commits", [2, 3])

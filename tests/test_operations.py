@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import Callable, Iterable
 from itertools import count
 
+import counts
 import pytest
 from faults import Fault, MemoryLocation, newest, save
 
 from runner.checkpoint.manifest import parse_commit, parse_data, unseal
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.errors import StorageError
@@ -25,7 +27,7 @@ def traced(location: MemoryLocation) -> MemoryLocation:
     for attempt in (1, 2, 3):
         for step in range(1, 5):
             save(store, step + attempt, attempt=attempt)
-            store.retain(last=2, steps=[3], attempt=attempt)
+            store.retain(Retention(2, every_steps=3), attempt=attempt)
         location.put(f"data/s000000099-a{attempt:06d}-0123456789ab.00000.safetensors", [b"half"])
     return location
 
@@ -180,6 +182,7 @@ def until_success(
             work(store)
         else:
             if len(location.log) // 2 < n:
+                counts.count("faults", n - 1)
                 return n - 1
         location.arm(None)
         assert newest(CheckpointStore(location))[0] == 3
@@ -215,7 +218,7 @@ def test_a_failing_operation_of_a_commit_loses_nothing(moment: str) -> None:
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_failing_operation_of_a_removal_loses_nothing(moment: str) -> None:
     def work(store: CheckpointStore) -> None:
-        store.retain(last=1, steps=[], attempt=1)
+        store.retain(Retention(2), attempt=1)
 
     assert until_success(stored(1, 2, 3), moment, work, spares=False) >= 6
 
@@ -224,7 +227,7 @@ def test_a_failing_operation_of_a_removal_loses_nothing(moment: str) -> None:
 def test_a_failing_operation_of_a_save_with_removal_loses_nothing(moment: str) -> None:
     def work(store: CheckpointStore) -> None:
         save(store, 3)
-        store.retain(last=2, steps=[], attempt=1)
+        store.retain(Retention(2), attempt=1)
 
     assert until_success(stored(1, 2), moment, work) >= 6
 

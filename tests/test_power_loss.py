@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from counts import count
 from faults import MemoryLocation, is_right, save
 from power import Event, RecordingOs, crash_states
 
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensors import Damaged
 from runner.storage import LocalLocation, local
@@ -49,7 +51,7 @@ def recorded(
             made.append(save(store, step, attempt=attempt))
             system.note("acknowledged", made[-1])
             system.note("kept", tuple(made[-2:]))
-            store.retain(last=2, steps=[], attempt=attempt)
+            store.retain(Retention(2), attempt=attempt)
     monkeypatch.undo()
     return system.events
 
@@ -84,7 +86,9 @@ def test_a_cut_at_any_moment_loses_nothing_acknowledged(tmp_path: Path, monkeypa
     assert sum(event[0] == "sync file" for event in events) >= 12
     assert sum(event[0] == "sync folder" for event in events) >= 12
     assert sum(event[0] == "unname" for event in events) >= 8
-    assert check(events) > 1000
+    states = check(events)
+    assert states > 1000
+    count("crash states", states)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_what_is_written_is_what_is_proven(whole: list[Line], tmp_path: Path) ->
     ledger.open(0)
     for line in whole:
         ledger.add(line)
-    ledger.flush(8)
+    ledger.mark(8)
+    ledger.flush()
     assert prove(segments(location), PLAN, begun=0, committed=8) == verdict(whole)
 
 
