@@ -34,6 +34,7 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a clone beside it.
 CONFIGS = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 _LOCAL_FILES = "outputs/remote"
+_USER = re.compile(r"(?<=://)[^/]*@")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
@@ -121,13 +122,15 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
 def _directory(*, _root_: DictConfig) -> str:
     """Where Hydra puts its own files: into the run directory, or beside other runs when that is remote."""
     root = _root_.run.root
-    folder = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', root.replace('://', '/'))}" if is_remote(root) else local_root(root)
-    return f"{folder}/{_root_.hydra.runtime.choices.experiment}"
+    if is_remote(root):
+        root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
+    return f"{local_root(root)}/{_root_.hydra.runtime.choices.experiment}"
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
     """Hydra's folder for the configuration; none where that would write a secret."""
-    return ".hydra" if literal_secret(_root_.run.storage_options) is None else None
+    has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
+    return None if has_secret else ".hydra"
 
 
 def _variant(*, _root_: DictConfig) -> str:

@@ -67,9 +67,9 @@ MISTAKES = {
     "wrong argument": (("experiment=smoke", "+optimizer.x=1"), 2, "unexpected keyword argument 'x'"),
     "no target": (("experiment=smoke", "~model._target_"), 2, "model needs a _target_"),
     "remote root": (
-        ("experiment=smoke", "run.root=s3://b/x"),
+        ("experiment=smoke", "run.root=nosuch://b/x"),
         2,
-        "run.root=s3://b/x: this version keeps runs on local",
+        "run.root=nosuch://...: no kind of storage for runs",
     ),
     "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
     "no such metric": (
