@@ -100,7 +100,8 @@ def test_random_kills_change_nothing(name: str, life: Lives, tmp_path: Path, uni
         more = (f"run.root={tmp_path}", f"run.name=r{runs}")
         while True:
             workers = f"runtime.num_workers={chance.choice([0, 1, 3])}"
-            ended = life(*command, *more, workers, cwd=USER, after=chance.uniform(0, 1.2 * whole))
+            background = f"checkpoint.background={chance.choice(['true', 'false'])}"
+            ended = life(*command, *more, workers, background, cwd=USER, after=chance.uniform(0, 1.2 * whole))
             if ended.status is not None:
                 break
             kills += 1
@@ -120,7 +121,8 @@ def test_a_kill_at_any_storage_operation_changes_nothing(
     stride = 1 if KILLS >= 1000 else 17
     for operation in range(1 + len(name) % stride, 1000, stride):
         more = (f"run.root={tmp_path}", f"run.name=o{operation}")
-        ended = life(*short, *more, operation=operation, cwd=USER)
+        background = f"checkpoint.background={'true' if operation % 2 else 'false'}"
+        ended = life(*short, *more, background, operation=operation, cwd=USER)
         if ended.status is not None:
             break
         ended = life(*short, *more, cwd=USER)

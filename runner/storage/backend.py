@@ -70,7 +70,7 @@ class Backend:
         if _PASSWORD.match(url):
             raise ConfigError(
                 f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
-                "run.storage_options={password: '${oc.env:NAME}'}, a key file or an agent"
+                "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
         self._class = _file_system(kind)
         self._options = dict(options)
