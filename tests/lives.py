@@ -23,6 +23,8 @@ from typing import Any
 
 from counts import count
 
+_WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -55,11 +57,10 @@ class Lives:
         arguments say otherwise, so that it is known what is committed after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
-        arguments += tuple(
-            f"{key}={value}"
-            for key, value in (("checkpoint.background", "false"), ("checkpoint.every", "null"))
-            if key not in given and arguments
-        )
+        waited = [f"{key}={value}" for key, value in _WAITED.items() if key not in given]
+        place = next((n for n, argument in enumerate(arguments) if argument.startswith("experiment=")), None)
+        if place is not None:
+            arguments = (*arguments[:place], *waited, *arguments[place:])
         assert self._server.stdin
         assert self._server.stdout
         request = {"argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(self._log), **how}

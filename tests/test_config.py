@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from lives import Lives
 from omegaconf import OmegaConf
+from results import results
 
 from runner import app
 from runner.config import schema
@@ -128,22 +129,48 @@ FULL = "mount -t tmpfs -o size=100k none {root}"
 )
 def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_path: Path) -> None:
     """In a mount namespace of its own, so that even root meets a real refusal."""
-    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
-        pytest.skip("this machine gives no mount namespaces")
     root = tmp_path / "root"
-    root.mkdir()
-    command = f"{sys.executable} -m runner experiment=smoke run.root={root}"
-    ended = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f"{mount.format(root=root)} && exec {command}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(app.CONFIGS.parent)},
-    )
+    ended = mounted(mount, root, "checkpoint.max_unsaved=0")
     assert message in ended.stderr
     assert str(root) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.returncode == 1
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
+    """Training goes on and says so; when somebody makes room, everything is saved as if nothing had been."""
+    log = tmp_path / "log"
+    told = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
+    room = f"{{{{ ({told}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
+    keep = f"cp -r {{root}}/smoke {tmp_path}"
+    ended = mounted(f"{FULL} && {room}", tmp_path / "root", "objective.metric=null", then=keep)
+    assert ended.returncode == 0, ended.stderr
+    assert "No space left on device. Training goes on and tries again" in log.read_text()
+    whole = subprocess.run(
+        [sys.executable, "-m", "runner", "experiment=smoke", "objective.metric=null", f"run.root={tmp_path}/whole"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(app.CONFIGS.parent)},
+    )
+    assert whole.returncode == 0
+    (run,) = (tmp_path / "smoke").iterdir()
+    assert not results(run).differences(results(tmp_path / "whole/smoke" / run.name))
+
+
+def mounted(mount: str, root: Path, *arguments: str, then: str = "true") -> "subprocess.CompletedProcess[str]":
+    """A run of the smoke experiment under a mount of its own, and a command after it."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this machine gives no mount namespaces")
+    root.mkdir()
+    command = f"{sys.executable} -m runner experiment=smoke run.root={root} {' '.join(arguments)}"
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount.format(root=root)} && {command} && {then.format(root=root)}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(app.CONFIGS.parent)},
+        timeout=120,
+    )
 
 
 def test_an_unreadable_run_root_is_told(life: Lives, tmp_path: Path) -> None:

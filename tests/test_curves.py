@@ -71,7 +71,7 @@ def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> None:
-    curves = Curves(str(tmp_path), purge_step=1, attempt=1)
+    curves = Curves(LocalFolder(str(tmp_path)), purge_step=1, attempt=1)
     curves.add(1, {"loss": 1.0})
     curves.flush()
     assert scalars(tmp_path) == [(1, 1.0)]
@@ -80,4 +80,4 @@ def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> 
 
 def test_files_say_which_attempt_wrote_them(tmp_path: Path) -> None:
     attempt(tmp_path, 7, 1, [1])
-    assert [path.name.endswith(".a000007") for path in tmp_path.iterdir()] == [True]
+    assert [path.name.endswith(".a000007.0001") for path in tmp_path.iterdir()] == [True]

@@ -17,6 +17,7 @@ from runner.interval import Affordable, Interval
 log = logging.getLogger("runner")
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries to save
+_PATIENCE = 60.0  # seconds that a save may take in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ class SaveCheckpoint(Callback):
                 raise error
             self._failed(job, error)
         unsaved = self._unsaved()
-        if unsaved > self.max_unsaved:
+        if unsaved > max(self.max_unsaved, _PATIENCE):
             raise StorageError(f"a checkpoint has been on its way for {unsaved:.0f} seconds. {self._remedy()}")
 
     def _failed(self, job: Job, error: StorageError) -> None:
