@@ -8,7 +8,7 @@
 
 The state is a model of 100 tensors and two moments for each of them. All sides take turns within a round, every round
 in the other order, after a round that does not count. Figures are medians over the rounds, ratios are of those, and the
-spread is the smallest and the largest of the ratios within one round; stall and restore take the median of five each
+spread is the smallest and the largest of the ratios within one round; stall and restore take the median of three each
 time. Saves are files of a temporary folder (``TMPDIR``), which must be on a real disk for fsync to mean something.
 
     python -m benchmarks.checkpoint --megabytes 60 600 [--rounds 5] [--only save restore]
@@ -95,7 +95,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def often(work: Callable[[], object]) -> float:
-    return median(timed(work) for _ in range(5))
+    return median(timed(work) for _ in range(3))
 
 
 def take_turns(sides: Sides, rounds: int) -> dict[str, list[float]]:

@@ -202,7 +202,7 @@ def _read(location: Location, views: Mapping[str, memoryview], part: str, offset
         name, begin, end = targets[0]
         location.read_into(part, offset, views[name][begin:end])
         return
-    scratch = memoryview(bytearray(sum(end for *_, end in targets)))
+    scratch = bytes_of(torch.empty(sum(end for *_, end in targets), dtype=torch.uint8))  # not zeroed first
     location.read_into(part, offset, scratch)
     for name, _, length in targets:
         views[name][:], scratch = scratch[:length], scratch[length:]
