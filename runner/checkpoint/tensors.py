@@ -38,6 +38,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _PIECE = 32 << 20  # bytes that are read at once
+_SMALL = 1 << 18  # bytes up to which a tensor is read together with its neighbours, and copied once more
 _READERS = 8
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_DIMENSIONS = 64  # torch's own
@@ -182,7 +183,7 @@ def _pieces(stored: Mapping[str, Stored]) -> Iterator[tuple[str, int, _Targets]]
     waiting: tuple[str, int, _Targets] | None = None
     end = 0
     for name, entry in sorted(stored.items(), key=lambda item: (item[1].part, item[1].offset)):
-        if entry.length > _PIECE:
+        if entry.length > _SMALL:
             for begin in range(0, entry.length, _PIECE):
                 yield entry.part, entry.offset + begin, [(name, begin, min(begin + _PIECE, entry.length))]
             continue
