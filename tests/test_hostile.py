@@ -353,8 +353,7 @@ def loads(body: bytes, objects: dict[str, bytes]) -> bool:
         checkpoint = store.open(commit)
         for part in checkpoint.parts:
             checkpoint.load(part)
-        for tensor in checkpoint.tensors:
-            checkpoint.tensor(tensor)
+        checkpoint.verify()
     except (Damaged, StorageError):
         return False
     return True

@@ -313,7 +313,7 @@ def test_secrets_are_in_no_message(faulty: Location, caplog: pytest.LogCaptureFi
     "url", ["sftp://user:pw@host/x", "sftp://user:p#w@host/x", "SFTP://user:pw@host:22/x", "s3://key:pw@bucket"]
 )
 def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"run\.storage_options=.*oc\.env") as caught:
+    with pytest.raises(ConfigError, match=r"run\.storage_options\.password=.*oc\.env") as caught:
         open_location(url)
     assert "pw" not in str(caught.value)
     assert "p#w" not in str(caught.value)
