@@ -18,14 +18,15 @@ import torch
 import yaml
 from faults import save
 
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.data import ledger
 from runner.errors import RunnerError, printable
-from runner.run import attempts
+from runner.run import records as attempts
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
-from runner.runs.overview import at, details
+from runner.runs.overview import details
 from runner.storage import LocalLocation
 
 MEMORY = 1 << 30  # bytes that looking at a directory may take
@@ -101,12 +102,12 @@ def records(path: str) -> None:
 
 def show(path: str) -> None:
     """What ``runs show`` does."""
-    json.dumps(details(at(path)))
+    json.dumps(details(RunDirectory.at(path)))
 
 
 def audited(path: str) -> None:
     """What ``runs audit`` does."""
-    audit(at(path))
+    audit(RunDirectory.at(path))
 
 
 def segments(path: str) -> None:
@@ -118,7 +119,7 @@ def saved(path: str) -> None:
     """Going on in it."""
     store = CheckpointStore(LocalLocation(path))
     save(store, 9, attempt=9)
-    store.retain(last=1, steps=[1], attempt=9)
+    store.retain(Retention(2), attempt=9)
 
 
 LOOKS: list[Callable[[str], Any]] = [checkpoints, records, show, audited, segments, saved]

@@ -41,8 +41,8 @@ def run(folder: Path) -> Path:
     (folder / "config.yaml").write_text("seed: 0\ntrainer: {max_steps: 3}\n")
     (folder / "result.json").write_text('{"identity": "00000000", "step": 3}')
     (folder / "attempts").mkdir()
-    (folder / "attempts/000001.json").write_text('{"attempt": 1, "host": "h", "pid": 1}')
-    (folder / "attempts/000001.beat").write_text('{"step": 2, "committed": 2}')
+    (folder / "attempts/000001-0123456789ab.json").write_text('{"attempt": 1, "host": "h", "pid": 1}')
+    (folder / "attempts/000001-0123456789ab.beat").write_text('{"step": 2, "committed": 2}')
     keep_ledger(folder, RECIPE)
     return folder
 
@@ -186,15 +186,17 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
     "linked data": linked("data/*", "/etc/passwd"),
     "linked commits": linked("commits/*", "/etc/passwd"),
     "linked device": linked("data/*", "/dev/zero"),
-    "deep attempt": text("attempts/000001.json", DEEP),
-    "attempt that is a list": text("attempts/000001.json", "[]"),
-    "attempt of other types": text("attempts/000001.json", '{"pid": [1], "host": {"a": 1}, "started": 7}'),
-    "attempt of escapes": text("attempts/000001.json", json.dumps({"pid": "\x1b[2J", "host": "\x07"})),
-    "process number 2**70": text("attempts/000001.json", json.dumps({"pid": 1 << 70, "host": os.uname().nodename})),
-    "attempt of high number": text("attempts/999999999999999999999.json", "{}"),
-    "beat of other types": text("attempts/000001.beat", '{"step": {}, "time": []}'),
-    "end of other types": text("attempts/000001.end.json", '{"outcome": ["\\u001b"], "time": {}}'),
-    "large attempt": text("attempts/000001.json", b" " * (2 << 20)),
+    "deep attempt": text("attempts/000001-0123456789ab.json", DEEP),
+    "attempt that is a list": text("attempts/000001-0123456789ab.json", "[]"),
+    "attempt of other types": text("attempts/000001-0123456789ab.json", '{"pid": [1], "host": {"a": 1}, "started": 7}'),
+    "attempt of escapes": text("attempts/000001-0123456789ab.json", json.dumps({"pid": "\x1b[2J", "host": "\x07"})),
+    "process number 2**70": text(
+        "attempts/000001-0123456789ab.json", json.dumps({"pid": 1 << 70, "host": os.uname().nodename})
+    ),
+    "attempt of high number": text("attempts/999999999999999999999-0123456789ab.json", "{}"),
+    "beat of other types": text("attempts/000001-0123456789ab.beat", '{"step": {}, "time": []}'),
+    "end of other types": text("attempts/000001-0123456789ab.end.json", '{"outcome": ["\\u001b"], "time": {}}'),
+    "large attempt": text("attempts/000001-0123456789ab.json", b" " * (2 << 20)),
     "aliases": text("config.yaml", "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
     "yaml object": text("config.yaml", "!!python/object/apply:os.system [touch ../secret]\n"),
     "yaml tag": text("config.yaml", "a: !<tag:yaml.org,2002:python/name:os.system> ''\n"),
