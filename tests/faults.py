@@ -1,6 +1,7 @@
 """Storages that fail, and what is asked of a checkpoint store in spite of them."""
 
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +52,12 @@ class MemoryLocation:
             raise StorageError(f"{name} has more than {limit} bytes")
         return found
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         def fill() -> None:
-            data = self.objects.get(name, b"")[offset : offset + len(buffer)]
-            if len(data) != len(buffer):
-                raise StorageError(f"{name} ends before byte {offset + len(buffer)}")
-            buffer[:] = data
+            data = io.BytesIO(self.objects.get(name, b""))
+            data.seek(offset)
+            if any(data.readinto(buffer) < len(buffer) for buffer in buffers):
+                raise StorageError(f"{name} ends at byte {data.tell()}")
 
         self._do("read_into", name, fill)
 

@@ -145,21 +145,21 @@ def test_read_into_fills_the_buffer_from_the_offset(location: Location) -> None:
     location.put("a", [b"0123456789"])
     buffer = bytearray(4)
     for offset, expected in ((0, b"0123"), (3, b"3456"), (6, b"6789")):
-        location.read_into("a", offset, memoryview(buffer))
+        location.read_into("a", offset, [memoryview(buffer)])
         assert buffer == expected
-    location.read_into("a", 10, memoryview(b""))
+    location.read_into("a", 10, [memoryview(bytearray())])
 
 
 @pytest.mark.parametrize("offset", [7, 10, 1000])
 def test_read_into_past_the_end_is_an_error(location: Location, offset: int) -> None:
     location.put("a", [b"0123456789"])
     with pytest.raises(StorageError, match=r"cannot read .*/a: "):
-        location.read_into("a", offset, memoryview(bytearray(4)))
+        location.read_into("a", offset, [memoryview(bytearray(4))])
 
 
 def test_read_into_an_object_that_is_not_there_is_an_error(location: Location) -> None:
     with pytest.raises(StorageError, match=r"cannot read .*/a: "):
-        location.read_into("a", 0, memoryview(bytearray(4)))
+        location.read_into("a", 0, [memoryview(bytearray(4))])
 
 
 def test_a_list_has_the_objects_of_one_folder_in_order_of_name(location: Location) -> None:
@@ -286,7 +286,7 @@ def test_names_that_leave_the_location_are_refused(location: Location, name: str
         lambda: location.replace(name, [b""]),
         lambda: location.journal(name),
         lambda: location.read(name, limit=9),
-        lambda: location.read_into(name, 0, memoryview(b"")),
+        lambda: location.read_into(name, 0, [memoryview(b"")]),
         lambda: location.remove(name),
         lambda: location.lock(name),
         lambda: location.list(name or ".."),

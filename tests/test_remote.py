@@ -26,7 +26,7 @@ VERBS: dict[str, Callable[[Location], Any]] = {
     "put": lambda location: location.put("new", [b"new"]),
     "replace": lambda location: location.replace("old", [b"old"]),
     "read": lambda location: location.read("old", limit=9),
-    "read_into": lambda location: location.read_into("old", 0, memoryview(bytearray(3))),
+    "read_into": lambda location: location.read_into("old", 0, [memoryview(bytearray(3))]),
     "list": lambda location: location.list(""),
     "remove": lambda location: location.remove("new"),
 }

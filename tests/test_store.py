@@ -54,7 +54,7 @@ def data(store: CheckpointStore) -> list[str]:
 
 
 def path(store: CheckpointStore, name: str) -> Path:
-    return Path(store.location.local_path(name))
+    return Path(store.location.url, name)
 
 
 def rewrite(store: CheckpointStore, commit: CommitId, change: Callable[[dict[str, Any]], object]) -> None:

@@ -117,8 +117,8 @@ def _values(body: bytes) -> int:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        nested = (item.values() if isinstance(item, Mapping) else item for item in level)
-        level = [item for items in nested for item in items if isinstance(item, Mapping | list | tuple)]
+        nested = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in nested for item in items if isinstance(item, dict | list | tuple)]
         if not level:
             return False
     return True

@@ -6,7 +6,6 @@ while streaming, to make them durable, and to store a shared tensor once.
 
 import json
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PIECE = 32 << 20  # bytes that are read at once
-_SMALL = 1 << 18  # bytes up to which a tensor is read together with its neighbours, and copied once more
+_PIECE = 8 << 20  # bytes that are read at once
 _READERS = 8
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_DIMENSIONS = 64  # torch's own
@@ -114,12 +112,15 @@ class SafetensorsFile:
         self._digests: dict[str, str] = {}
 
     def chunks(self) -> Iterator[Buffer]:
-        """The bytes of the file in order; each tensor is digested as it passes."""
-        yield self._header
-        for name, tensor in self._tensors.items():
-            view = bytes_of(tensor.cpu().contiguous())
-            self._digests[name] = digest(view)
-            yield view
+        """The bytes of the file in order; the tensors are digested meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            digests = pool.submit(lambda: {name: digest(view) for name, view in self._views()})
+            yield self._header
+            yield from (view for _, view in self._views())
+            self._digests = digests.result()
+
+    def _views(self) -> Iterator[tuple[str, memoryview]]:
+        return ((name, bytes_of(tensor.cpu().contiguous())) for name, tensor in self._tensors.items())
 
     def stored_file(self, size: int) -> StoredFile:
         """The written file, which has ``size`` bytes."""
@@ -158,16 +159,26 @@ def split(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     return parts
 
 
+_Targets = list[tuple[str, int, int]]  # name, and the range of its bytes
+
+
 def read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Tensors by name, each in memory of its own, with its digest verified on the very bytes that are returned.
 
-    Reads ranges in parallel; small tensors that lie together come in one.
+    Reads ranges in parallel, straight into their places.
     """
     tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]) for name, entry in stored.items()}
     views = {name: bytes_of(tensor) for name, tensor in tensors.items()}
+
+    def fill(part: str, offset: int, targets: _Targets) -> dict[str, str]:
+        location.read_into(part, offset, [views[name][begin:end] for name, begin, end in targets])
+        # While the bytes are in the processor's cache.
+        return {name: digest(views[name]) for name, begin, end in targets if end - begin == len(views[name])}
+
     with ThreadPoolExecutor(_READERS) as pool:
-        deque(pool.map(lambda piece: _read(location, views, *piece), _pieces(stored)), maxlen=0)
-        found = dict(zip(views, pool.map(digest, views.values()), strict=True))
+        found = dict(item for done in pool.map(lambda piece: fill(*piece), _pieces(stored)) for item in done.items())
+        large = [name for name in stored if name not in found]
+        found.update(zip(large, pool.map(lambda name: digest(views[name]), large), strict=True))
     for name, entry in stored.items():
         if found[name] != entry.digest:
             end = entry.offset + entry.length
@@ -175,38 +186,24 @@ def read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     return tensors
 
 
-_Targets = list[tuple[str, int, int]]  # name, and the range of its bytes
-
-
 def _pieces(stored: Mapping[str, Stored]) -> Iterator[tuple[str, int, _Targets]]:
-    """What to read at once: part, offset, and whose bytes those are. A large tensor is several pieces."""
-    waiting: tuple[str, int, _Targets] | None = None
-    end = 0
+    """What to read at once: part, offset, and whose bytes those are. Neighbours come together, a large tensor in
+    several pieces.
+    """
+    part, first, last = "", 0, 0
+    targets: _Targets = []
     for name, entry in sorted(stored.items(), key=lambda item: (item[1].part, item[1].offset)):
-        if entry.length > _SMALL:
-            for begin in range(0, entry.length, _PIECE):
-                yield entry.part, entry.offset + begin, [(name, begin, min(begin + _PIECE, entry.length))]
-            continue
-        if waiting and (entry.part, entry.offset) == (waiting[0], end) and end + entry.length <= waiting[1] + _PIECE:
-            waiting[2].append((name, 0, entry.length))
-        else:
-            if waiting:
-                yield waiting
-            waiting = entry.part, entry.offset, [(name, 0, entry.length)]
-        end = entry.offset + entry.length
-    if waiting:
-        yield waiting
-
-
-def _read(location: Location, views: Mapping[str, memoryview], part: str, offset: int, targets: _Targets) -> None:
-    if len(targets) == 1:
-        name, begin, end = targets[0]
-        location.read_into(part, offset, views[name][begin:end])
-        return
-    scratch = bytes_of(torch.empty(sum(end for *_, end in targets), dtype=torch.uint8))  # not zeroed first
-    location.read_into(part, offset, scratch)
-    for name, _, length in targets:
-        views[name][:], scratch = scratch[:length], scratch[length:]
+        for begin in range(0, max(entry.length, 1), _PIECE):
+            end = min(begin + _PIECE, entry.length)
+            if targets and ((entry.part, entry.offset + begin) != (part, last) or entry.offset + end > first + _PIECE):
+                yield part, first, targets
+                targets = []
+            if not targets:
+                part, first = entry.part, entry.offset + begin
+            targets.append((name, begin, end))
+            last = entry.offset + end
+    if targets:
+        yield part, first, targets
 
 
 def memory_key(tensor: Tensor, name: str) -> Any:
@@ -218,14 +215,11 @@ def memory_key(tensor: Tensor, name: str) -> Any:
 
 def check_header(location: Location, name: str, stored: StoredFile) -> None:
     """Raise Damaged unless the header of a data file is as it was written."""
-    _read_into(location, name, 0, memoryview(bytearray(stored.header)), stored.digest)
-
-
-def _read_into(location: Location, name: str, offset: int, buffer: memoryview, expected: str) -> None:
-    location.read_into(name, offset, buffer)
-    found = digest(buffer)
-    if found != expected:
-        raise Damaged(f"{name} bytes {offset} to {offset + len(buffer)}: digest {found}, expected {expected}")
+    header = memoryview(bytearray(stored.header))
+    location.read_into(name, 0, [header])
+    found = digest(header)
+    if found != stored.digest:
+        raise Damaged(f"{name} bytes 0 to {stored.header}: digest {found}, expected {stored.digest}")
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -5,16 +5,18 @@ Every mutation is a short fixed sequence of system calls through ``os``, so that
 
 import contextlib
 import fcntl
+import io
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 
+_READ_AHEAD = 1 << 17  # bytes; larger buffers are filled without a copy
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 TEMPORARY = ".tmp-"
 LEFTOVER_SECONDS = 3600.0
@@ -67,18 +69,14 @@ class LocalLocation:
             raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
         return data
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        with self._explained("read", name), open(self._path(name), "rb", buffering=0) as file:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        with self._explained("read", name), io.BufferedReader(io.FileIO(self._path(name)), _READ_AHEAD) as file:
             file.seek(offset)
-            filled = 0
-            while filled < len(buffer):
-                count = file.readinto(buffer[filled:])
-                if not count:
-                    raise StorageError(
-                        f"cannot read {self.url}/{name}: it ends at byte {offset + filled}, "
-                        f"{offset + len(buffer)} are needed"
-                    )
-                filled += count
+            for buffer in buffers:
+                if file.readinto(buffer) < len(buffer):
+                    size = os.fstat(file.fileno()).st_size
+                    end = offset + sum(map(len, buffers))
+                    raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {size}, {end} are needed")
 
     def list(self, folder: str) -> list[Entry]:
         with self._explained("list", folder):
@@ -113,11 +111,13 @@ class LocalLocation:
     def folder(self, name: str) -> "LocalFolder":
         return LocalFolder(str(self._path(name)))
 
-    def local_path(self, name: str) -> str:
-        return str(self._path(name))
-
     def _path(self, name: str) -> Path:
-        return self.path / check_name(name)
+        """Raises StorageError where a link leads out of this folder: it may be someone else's."""
+        path = self.path / check_name(name)
+        link = next((part for part in (path, *path.parents) if part.is_symlink() and self.path in part.parents), None)
+        if link is not None:
+            raise StorageError(f"{link} is a link; everything in {self.url} must be there itself")
+        return path
 
     def _prepare(self, name: str) -> Path:
         """The path of a name whose folder exists, durably."""

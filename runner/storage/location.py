@@ -5,7 +5,7 @@ be named. Every implementation keeps the promises below, so nothing above this p
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,8 +93,8 @@ class Location(Protocol):
     def read(self, name: str, *, limit: int) -> bytes | None:
         """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from ``offset`` on; an object that ends before is an error."""
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, from ``offset`` on; an object that ends before is an error."""
 
     def list(self, folder: str) -> list[Entry]:
         """The objects directly in ``folder`` in order of name, never from a cache; empty if there is no such folder."""

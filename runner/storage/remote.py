@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,16 +72,17 @@ class RemoteLocation:
             raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
         return data
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        path, end = self._path(name), offset + len(buffer)
-        if not len(buffer):
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        size = sum(map(len, buffers))
+        path, end = self._path(name), offset + size
+        if not size:
             return
-        data = self._backend.run(
-            "read", name, lambda system: system.cat_file(path, start=offset, end=end), size=len(buffer)
-        )
-        if len(data) != len(buffer):
+        data = self._backend.run("read", name, lambda system: system.cat_file(path, start=offset, end=end), size=size)
+        if len(data) != size:
             raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {offset + len(data)}, {end} are needed")
-        buffer[:] = data
+        left = memoryview(data)
+        for buffer in buffers:
+            buffer[:], left = left[: len(buffer)], left[len(buffer) :]
 
     def list(self, folder: str) -> list[Entry]:
         path = self._path(folder) if folder else self._backend.path("")
