@@ -18,6 +18,7 @@ from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
+from runner.checkpoint.manifest import commits
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import CheckpointConfig, Config, Every, OnConflict, OnNonfinite
@@ -87,7 +88,9 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
     directory = opening.directory
     signals.raise_if_received("during start-up, nothing to commit")
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
-    attempt = attempts.claim(directory.location, facts, steal=config.run.on_conflict is OnConflict.steal)
+    # Claims may have been cleared away by hand; what was committed under their numbers counts all the same.
+    above = max((commit.attempt for commit in commits(directory.location)), default=0)
+    attempt = attempts.claim(directory.location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
     begin(opening, attempt, parent=_origin(opening))
     outcome, reason = "failed", ""
     try:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +25,10 @@ from runner.run.attempts import Attempt, claim
 from runner.run.directory import RunDirectory
 from runner.run.opening import begin, open_run, wait_until_free
 from runner.run.records import Name
+from runner.storage import open_location
 from runner.storage.local import LocalLocation
 from runner.storage.location import Buffer, Entry
+from runner.storage.remote import RemoteLocation
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
@@ -34,12 +37,12 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=1
 class Memory:
     """A location that promises no more than it must. ``turn`` is called before every verb that others may notice."""
 
-    part_bytes, parallel, beat_seconds, url = 1, 1, 0.01, "memory"
+    part_bytes, parallel, beat_seconds, url, locks = 1, 1, 0.01, "memory", ""
 
     def __init__(self, turn: Callable[[], None] = lambda: None) -> None:
         self.turn = turn
         self.objects: dict[str, bytes] = {}
-        self.locked: set[str] = set()
+        self.held: set[str] = set()
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         self.turn()
@@ -63,18 +66,21 @@ class Memory:
         self.objects.pop(name, None)
 
     def lock(self, name: str) -> Any:
-        if name in self.locked:
+        if self.locked(name):
             return None
-        self.locked.add(name)
-        return _Release(self.locked, name)
+        self.held.add(name)
+        return _Release(self.held, name)
+
+    def locked(self, name: str) -> bool:
+        return name in self.held
 
 
 class _Release:
-    def __init__(self, locked: set[str], name: str) -> None:
-        self.locked, self.name = locked, name
+    def __init__(self, held: set[str], name: str) -> None:
+        self.held, self.name = held, name
 
     def release(self) -> None:
-        self.locked.discard(self.name)
+        self.held.discard(self.name)
 
 
 class Silent:
@@ -437,7 +443,7 @@ def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "
 
 
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
-    stranger(location, machine=records.machine())
+    stranger(location, machine=records.machine(location))
     found = opening(location, {"seed": 1})
     attempt = claim(location, {"accepted": found.accepted})
     begin(found, attempt, parent=None)
@@ -448,6 +454,30 @@ def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation
     found = opening(location, {"seed": 1})
     begin(found, claim(location, {"accepted": found.accepted}), parent=None)
     assert found.directory.configured() == {"seed": 1}
+
+
+def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -> None:
+    stranger(location, 3, machine=records.machine(location))
+    attempt = claim(location, {}, above=7)
+    assert attempt.number == 8
+    attempt.end("finished")
+    stranger(location, records.HIGHEST, machine=records.machine(location))
+    with pytest.raises(StorageError, match=r"no attempt can follow number 9{15},"):
+        claim(location, {})
+
+
+def test_who_has_another_folder_for_locks_is_not_judged_by_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of one machine with a private /tmp each: a lock that is not seen does not mean that its holder is dead."""
+    location = open_location("memory://locks/run")
+    monkeypatch.setattr(RemoteLocation, "beat_seconds", 0.1)
+    attempt = claim(location, {})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RunInUse):
+        claim(location, {})
+    attempt.end("finished")
+    claim(location, {}).end("finished")
 
 
 def test_two_commands_of_one_name_do_not_mix(location: LocalLocation) -> None:
@@ -497,8 +527,9 @@ from runner.run import records
 from runner.storage.local import LocalLocation, LocalLock
 import os
 here = sys.argv.pop(1)
-records.machine = lambda: here
+records.machine = lambda location: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
+LocalLocation.locked = lambda self, name: False
 from runner.__main__ import main
 sys.exit(main())
 """

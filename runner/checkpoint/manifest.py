@@ -23,8 +23,8 @@ LIMIT = 64 << 20  # bytes of a manifest
 MAX_VALUES = 1 << 22  # in a manifest; the smallest of JSON's values takes 2 bytes there and 90 in memory
 MAX_DEPTH = 200  # of nested lists and objects; what reads them recurses
 
-_COMMIT = re.compile(r"a([0-9]{6,})-s([0-9]{9,})-([0-9a-f]{12})\.json")
-_DATA = re.compile(r"s([0-9]{9,})-a([0-9]{6,})-([0-9a-f]{12})\.[0-9]{5}\.safetensors")
+_COMMIT = re.compile(r"a([0-9]{6,15})-s([0-9]{9,15})-([0-9a-f]{12})\.json")
+_DATA = re.compile(r"s([0-9]{9,15})-a([0-9]{6,15})-([0-9a-f]{12})\.[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -4,7 +4,7 @@ The invariants, on which every resume rests: a manifest names only objects whose
 object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +116,7 @@ class CheckpointStore:
         # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
         self.require_newest(successor)
         self.verified.add(commit)
+        self._objectives[commit] = _objective(decode(snapshot.facts, _no_tensor))
         return commit
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
@@ -172,8 +173,7 @@ class CheckpointStore:
     def _known(self, commit: CommitId) -> Kept:
         if commit not in self._objectives and commit not in self.damaged:  # once: manifests never change
             try:
-                value = self.open(commit).facts.get("objective")
-                self._objectives[commit] = float(value) if isinstance(value, int | float) else None
+                self._objectives[commit] = _objective(self.open(commit).facts)
             except Damaged:
                 self.damaged.add(commit)
         return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
@@ -207,6 +207,7 @@ def _checked(commit: CommitId, manifest: dict[str, Any], sizes: dict[str, int], 
         if len(manifest["tensors"]) > MAX_TENSORS:
             raise Damaged(f"{commit.commit} has more than {MAX_TENSORS} tensors")
         tensors = {name: _stored(entry, found) for name, entry in manifest["tensors"].items()}
+        _require_disjoint(tensors.values())
         if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
             raise Damaged(f"{commit.commit} is the manifest of another commit")
         facts = decode(manifest["facts"], _no_tensor)
@@ -225,6 +226,22 @@ def _stored(entry: dict[str, Any], found: Mapping[str, StoredFile]) -> Stored:
     if not file.header <= stored.offset <= file.size - stored.length:
         raise Damaged(f"{stored.part} has no room for {stored.length} bytes of a tensor at {stored.offset}")
     return stored
+
+
+def _require_disjoint(tensors: Iterable[Stored]) -> None:
+    """Raise Damaged for tensors that overlap: a few bytes could stand for any amount of memory. Two names of the same
+    tensor are fine.
+    """
+    part, end = "", 0
+    for entry in sorted({*tensors}, key=lambda entry: (entry.part, entry.offset, entry.length)):
+        if entry.part == part and entry.offset < end:
+            raise Damaged(f"{part}: two tensors in the bytes from {entry.offset} to {end}")
+        part, end = entry.part, entry.offset + entry.length
+
+
+def _objective(facts: Mapping[str, Any]) -> float | None:
+    value = facts.get("objective")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _no_tensor(name: str) -> Tensor:

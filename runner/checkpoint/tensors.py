@@ -163,10 +163,18 @@ _Targets = list[tuple[str, int, int]]  # name, and the range of its bytes
 
 
 def read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Tensors by name, each in memory of its own, with its digest verified on the very bytes that are returned.
+    """Tensors by name, with their digests verified on the very bytes that are returned. Those that were one tensor when
+    they were written are one again.
 
     Reads ranges in parallel, straight into their places.
     """
+    first: dict[Stored, str] = {}
+    names = {name: first.setdefault(entry, name) if entry.length else name for name, entry in stored.items()}
+    tensors = _read(location, {name: stored[name] for name in names.values()})
+    return {name: tensors[other] for name, other in names.items()}
+
+
+def _read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]) for name, entry in stored.items()}
     views = {name: bytes_of(tensor) for name, tensor in tensors.items()}
 

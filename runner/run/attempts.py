@@ -75,9 +75,10 @@ class Attempt:
         self.location.remove(f"{self.name}.beat")
 
 
-def claim(location: Location, facts: dict[str, Any], *, steal: bool = False) -> Attempt:
-    """Become the newest attempt of the run. Raises RunInUse while the newest one lives, unless it is to be stolen from:
-    then it finds itself superseded at its next beat or commit.
+def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: bool = False) -> Attempt:
+    """Become the newest attempt of the run, with a number ``above`` those that the run is known to have had. Raises
+    RunInUse while the newest one lives, unless it is to be stolen from: then it finds itself superseded at its next
+    beat or commit.
 
     No storage has to refuse the second of two claims. Each is an object of its own, and its process owns the run if a
     listing *after* the write shows what it saw before, and its own claim besides. Two cannot both own it: of two that
@@ -90,7 +91,7 @@ def claim(location: Location, facts: dict[str, Any], *, steal: bool = False) -> 
         before = records.names(location)
         if not steal:
             _raise_if_live(location, before, dead)
-        attempt = _try(location, facts, before)
+        attempt = _try(location, facts, before, above)
         if attempt is not None:
             return attempt
         time.sleep(_CHANCE.uniform(0, min(_PAUSE_SECONDS * 2 ** min(tries, 16), location.beat_seconds)))
@@ -112,9 +113,11 @@ def _raise_if_live(location: Location, found: list[Name], dead: set[Name]) -> No
         )
 
 
-def _try(location: Location, facts: dict[str, Any], before: list[Name]) -> Attempt | None:
-    """Claim the number after those of ``before``; None if anything else than this claim has come or gone since."""
-    name = Name(before[-1].number + 1 if before else 1, secrets.token_hex(6))
+def _try(location: Location, facts: dict[str, Any], before: list[Name], above: int) -> Attempt | None:
+    """Claim the next number; None if anything else than this claim has come or gone since ``before``."""
+    name = Name(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
+    if name.number > records.HIGHEST:
+        raise StorageError(f"{location.url}: no attempt can follow number {name.number - 1}, which no run has reached")
     lock = location.lock(f"{name}.lock")  # first, so that nobody sees a claim of a living process without it
     assert lock is not None, "nobody else has this name"
     try:
@@ -141,7 +144,7 @@ def _withdraw(location: Location, name: Name, lock: Lock) -> None:
 def _self(location: Location) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "machine": records.machine(),
+        "machine": records.machine(location),
         "pid": os.getpid(),
         "started": now(),
         "beat": location.beat_seconds,

@@ -21,12 +21,12 @@ from runner import signals
 from runner.errors import printable
 from runner.storage.location import Location
 
-_CLAIM = re.compile(r"([0-9]{6,18})-([0-9a-f]{12})\.json")
+HIGHEST = 10**15 - 1  # number of an attempt
+_CLAIM = re.compile(r"([0-9]{6,15})-([0-9a-f]{12})\.json")
 _LIMIT = 1 << 20
 _BEAT_SECONDS = (0.1, 60.0)  # whatever a claim says
 _SILENT_BEATS = 3
 _SLACK_SECONDS = 0.5
-_PROBES = (0.01, 0.02, 0.0)  # seconds after each
 
 
 class Name(NamedTuple):
@@ -62,9 +62,9 @@ class Record:
         """Whether its process lives; None where that cannot be known from this machine at once."""
         if self.end is not None:
             return False
-        if self._locked():
+        if self.location.locked(f"{self.name}.lock"):
             return True
-        return False if self.claim.get("machine") == machine() else None
+        return False if self.claim.get("machine") == machine(self.location) else None
 
     def watched(self) -> bool:
         """Whether its process lives; where ``alive`` cannot tell, whether its beat changes while this one watches.
@@ -93,16 +93,6 @@ class Record:
         if self.end is not None:
             return printable(self.end.get("outcome"))
         return {True: "running", False: "killed", None: "unknown (another host)"}[self.alive()]
-
-    def _locked(self) -> bool:
-        """Looks more than once: another who looks holds the lock for a moment."""
-        for pause in _PROBES:
-            lock = self.location.lock(f"{self.name}.lock")
-            if lock is not None:
-                lock.release()
-                return False
-            time.sleep(pause)
-        return True
 
     def _beat_seconds(self) -> float:
         told = self.claim.get("beat")
@@ -165,9 +155,12 @@ def read(location: Location, name: Name) -> Record | None:
     return Record(location, name, _parsed(claimed) or {}, beat or {}, end)
 
 
-def machine() -> str:
-    """This machine: processes of the same one find each other's locks, and none outlives a boot or its namespace."""
-    return f"{socket.gethostname()} {_boot_id()} {_namespace()}"
+def machine(location: Location) -> str:
+    """This machine: processes of the same one find each other's locks, and none outlives a boot or its namespace.
+
+    A container, another user or a job with a temporary folder of its own is another machine where that hides locks.
+    """
+    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.locks}"
 
 
 def _boot_id() -> str:

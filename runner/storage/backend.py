@@ -42,8 +42,10 @@ _EXTRAS = {
 _BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
 _READ_ONLY = {"http", "https"}
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
-# One part in memory at a time is enough; s3fs would hold ten of 50 MB.
-_DEFAULTS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 2}, "s3a": {"max_concurrency": 2}}
+_ENDPOINT = re.compile(r"https?://[^@?]*")  # of an address that lets nobody in
+# One part in memory at a time is enough, s3fs would hold ten of 50 MB; and what is tried again here need not be there.
+_S3: dict[str, Any] = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
 _FINAL_NAMES = {
     "AuthenticationException",
@@ -262,5 +264,5 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _strings(inner)
-    elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+    elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and not _ENDPOINT.fullmatch(value):
         yield value

@@ -28,6 +28,7 @@ class LocalLocation:
     part_bytes = 1 << 40  # one file is as good as many
     parallel = 1
     beat_seconds = 1.0
+    locks = ""  # in the folder itself
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -107,6 +108,20 @@ class LocalLocation:
                 os.close(descriptor)
                 return None
             return LocalLock(descriptor)
+
+    def locked(self, name: str) -> bool:
+        with self._explained("lock", name):
+            try:
+                descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
+                return False
+            except (BlockingIOError, PermissionError):
+                return True
+            finally:
+                os.close(descriptor)
 
     def folder(self, name: str) -> "LocalFolder":
         return LocalFolder(str(self._path(name)))

@@ -74,6 +74,10 @@ class Location(Protocol):
     parallel: int  # how many of them at a time
     beat_seconds: float  # how often a process that works here shows that it lives
 
+    @property
+    def locks(self) -> str:
+        """Where the locks are: of two processes of a machine that differ in this, neither sees the other's."""
+
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         """Write a new object and return its size; durable, and visible to every reader, once this returns.
 
@@ -107,6 +111,9 @@ class Location(Protocol):
 
     def lock(self, name: str) -> Lock | None:
         """Take the lock of that name among the processes of this machine, or return None while another has it."""
+
+    def locked(self, name: str) -> bool:
+        """Whether another process of this machine has the lock of that name. Changes nothing."""
 
 
 def check_name(name: str) -> str:

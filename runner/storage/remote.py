@@ -112,9 +112,19 @@ class RemoteLocation:
         if not self._is_object_store:
             self._backend.run("sweep", folder, operation)
 
+    @property
+    def locks(self) -> str:
+        about = _scratch().stat()
+        return f"{about.st_dev}:{about.st_ino}"
+
     def lock(self, name: str) -> LocalLock | None:
-        whose = f"{self.url}/{check_name(name)}"
-        return LocalLocation(_scratch()).lock(hashlib.sha256(whose.encode()).hexdigest()[:32])
+        return LocalLocation(_scratch()).lock(self._lock_file(name))
+
+    def locked(self, name: str) -> bool:
+        return LocalLocation(_scratch()).locked(self._lock_file(name))
+
+    def _lock_file(self, name: str) -> str:
+        return hashlib.sha256(f"{self.url}/{check_name(name)}".encode()).hexdigest()[:32]
 
     def _path(self, name: str) -> str:
         return self._backend.path(check_name(name))
