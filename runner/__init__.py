@@ -15,8 +15,8 @@ holds this picture against the code.
        checkpoint/ (tree, tensors, sealing, manifest, retention, store, staging, writer)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves)
        shards/ (manifest, scan, records, tokens, packing)
-    1  storage/ (location, local, remote, files)     config/ (schema, identity, checks)     signals     distributed
-       update     tasks/
+    1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
+       signals     distributed     update     tasks/
     0  errors     interval     recent     seeds     rng     task     topology     schedules     models/
 """
 

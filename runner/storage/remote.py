@@ -11,11 +11,8 @@ import io
 import itertools
 import math
 import os
-import re
 import secrets
-import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -26,6 +23,7 @@ from runner.errors import StorageError
 from runner.storage.backend import Backend, limits
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
 from runner.storage.location import Buffer, Entry, check_name
+from runner.storage.uploads import UploadedFolder, UploadedJournal
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 _MEMORY_BYTES = 64 << 20  # what is larger waits for its upload in a temporary file
@@ -59,11 +57,11 @@ class RemoteLocation:
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         self.put(name, chunks)  # a reader sees one of the two, and the later one stays
 
-    def journal(self, name: str) -> "RemoteJournal":
-        return RemoteJournal(self, check_name(name))
+    def journal(self, name: str) -> UploadedJournal:
+        return UploadedJournal(self, check_name(name))
 
-    def folder(self, name: str) -> "RemoteFolder":
-        return RemoteFolder(self, check_name(name))
+    def folder(self, name: str) -> UploadedFolder:
+        return UploadedFolder(self, check_name(name))
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         path = self._path(name)
@@ -152,67 +150,6 @@ class RemoteLocation:
             system.pipe_file(path, content, **limits(system, size))
 
 
-class RemoteJournal:
-    """A growing object, kept in memory and uploaded whole by each ``sync``: the rest dies with its process."""
-
-    def __init__(self, location: RemoteLocation, name: str) -> None:
-        self._location = location
-        self._name = name
-        self._data = bytearray()
-        self._synced = -1
-        self._appending = threading.Lock()
-        self._uploading = threading.Lock()
-
-    def append(self, data: bytes) -> None:
-        with self._appending:
-            self._data += data
-
-    def sync(self) -> None:
-        with self._uploading:
-            with self._appending:
-                data = bytes(self._data)
-            if len(data) != self._synced:
-                self._location.replace(self._name, [data])
-                self._synced = len(data)
-
-    def close(self) -> None:
-        pass
-
-
-class RemoteFolder:
-    """A temporary folder of this machine. Objects are named like its files, in lower case and with ``-`` for what no
-    name of an object may have.
-    """
-
-    def __init__(self, location: RemoteLocation, name: str) -> None:
-        self.path = tempfile.mkdtemp(prefix="hydra-runner-")
-        self._location = location
-        self._name = name
-        self._synced: dict[Path, tuple[int, int]] = {}
-
-    def sync(self) -> None:
-        for path in sorted(Path(self.path).rglob("*")):
-            try:
-                about = path.stat()
-                mark = (
-                    about.st_size,
-                    about.st_mtime_ns,
-                )  # before reading: what is written meanwhile is for the next time
-                if path.is_file() and self._synced.get(path) != mark:
-                    self._upload(path)
-                    self._synced[path] = mark
-            except OSError as error:
-                raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def _upload(self, path: Path) -> None:
-        parts = [_object_name(part) for part in path.relative_to(self.path).parts]
-        with path.open("rb") as file:
-            self._location.replace("/".join([self._name, *parts]), iter(lambda: file.read(1 << 20), b""))
-
-
 def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> list[str]:
     """See ``storage.find_folders``. Goes down level by level, and not below a folder that has the marker."""
     backend = Backend(url, options)
@@ -298,10 +235,6 @@ def _scratch() -> Path:
     if path.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
         raise StorageError(f"{path} is not this user's alone (owner, mode 0700); remove it or set TMPDIR")
     return path
-
-
-def _object_name(file: str) -> str:
-    return re.sub(r"[^a-z0-9._-]", "-", file.lower()).lstrip("._-") or "x"
 
 
 def _age(modified: datetime) -> float:
