@@ -4,8 +4,10 @@ The house, top floor first. A module imports only from floors below its own (a f
 floor, without cycles inside); each third-party package enters through one door. ``tests/test_architecture.py``
 holds this picture against the code.
 
-    9  __main__ (entry, exit statuses)     runs/ (looking at runs from outside)
-    8  app (the Hydra application)
+   11  __main__ (entry, exit statuses)
+   10  sweep/ (survey, launcher)     runs/ (looking at runs from outside)
+    9  app (the Hydra application)
+    8  job (configuration -> the run it means)     stop (a sweep's request)
     7  experiment (one attempt at a run)
     6  introduction (the first lines on the screen)     finish (exported weights, the result)
     5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)

@@ -17,10 +17,12 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
+    from runner.sweep import launcher
 
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     app.register()
+    sweep = launcher.install()
     try:
         app.main()
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
@@ -35,7 +37,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    return 0
+    if sweep.status:
+        print(f"\n{sweep.summary()}", file=sys.stderr)
+    return sweep.status
 
 
 def _own(error: BaseException | None) -> RunnerError | None:

@@ -8,24 +8,23 @@ import os
 import re
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
 from runner.config import schema
-from runner.config.checks import check, literal_secret
-from runner.config.identity import identity, is_name, variant
+from runner.config.checks import literal_secret
 from runner.distributed import world
-from runner.errors import ConfigError, RunnerError
-from runner.run.directory import RunDirectory
-from runner.run.opening import Opening, open_run, wait_until_free
-from runner.run.parent import Parent, Which
+from runner.errors import Interrupted, RunnerError
+from runner.job import Job, run_name
+from runner.run.opening import Opening, wait_until_free
+from runner.stop import StopRequest
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
@@ -59,47 +58,35 @@ def main(config: DictConfig) -> float | None:
         return _job(config)
     except RunnerError as error:
         if HydraConfig.get().mode is not RunMode.RUN:
+            if isinstance(error, Interrupted):
+                signals.hand_over()
             raise
         print(error, file=sys.stderr)
         sys.exit(error.status)
 
 
 def _job(config: DictConfig) -> float | None:
+    signals.install()  # a launcher may have begun this process
     signals.raise_if_received("during start-up, nothing to commit")
     world()
-    check(config)
-    hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
-    root = config.run.root
-    if not is_remote(root):
-        root = to_absolute_path(local_root(root))  # hydra.job.chdir may have moved this process
-    directory = RunDirectory.under(
-        root,
-        hydra_config.runtime.choices["experiment"],
-        _name(config, overrides),
-        options=OmegaConf.to_container(config.run.storage_options, resolve=True),  # type: ignore[arg-type]
-    )
+    job = Job.of(config)
+    request = StopRequest.named(job.directory.root, job.directory.options)
+    with request.obeyed() if request else nullcontext():
+        return _finished(job, config)
+
+
+def _finished(job: Job, config: DictConfig) -> float | None:
     if config.run.on_conflict is schema.OnConflict.wait:
-        wait_until_free(directory, lambda: signals.raise_if_received("while waiting for the run"))
-    command = shlex.join([Path(sys.executable).name, "-m", "runner", *overrides])
-    opening = open_run(
-        directory, identity(config), on_drift=config.run.on_drift.name, command=command, parent=_parent(config.run)
-    )
+        wait_until_free(job.directory, lambda: signals.raise_if_received("while waiting for the run"))
+    opening = job.open()
     result = opening.result
     if result is None:
         from runner import experiment  # imports torch
 
-        result = experiment.run(opening, config, overrides=overrides)  # type: ignore[arg-type]
+        result = experiment.run(opening, config, overrides=job.overrides)  # type: ignore[arg-type]
     _conclude(opening, result)
     goal: float | None = (result.get("objective") or {}).get("value")
     return goal
-
-
-def _parent(run: DictConfig) -> Parent | None:
-    if run.parent is None:
-        return None
-    which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
-    return Parent(which, run.inherit.name, asked=str(which))
 
 
 def _conclude(opening: Opening, result: dict[str, Any]) -> None:
@@ -134,13 +121,4 @@ def _hydra_files(*, _root_: DictConfig) -> str | None:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    return _name(_root_, list(_root_.hydra.overrides.task))
-
-
-def _name(config: DictConfig, overrides: list[str]) -> str:
-    name = config.run.name
-    if name is None:
-        return variant(overrides)
-    if not is_name(name):
-        raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
-    return str(name)
+    return run_name(_root_, list(_root_.hydra.overrides.task))

@@ -23,7 +23,7 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import CheckpointConfig, Config, Every, OnConflict, OnNonfinite
 from runner.data.ledger import Ledger
-from runner.errors import Interrupted, StorageError, Superseded, printable
+from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, printable
 from runner.finish import finish
 from runner.interval import Affordable, Interval
 from runner.introduction import introduce
@@ -103,6 +103,8 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
             outcome = "interrupted"
         elif isinstance(error, Superseded):
             outcome = "superseded"
+        elif isinstance(error, NonFiniteError):
+            outcome = "diverged"
         raise
     finally:
         with suppress(StorageError):  # the reason of the failure matters more than a record of it

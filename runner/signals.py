@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from runner.errors import Interrupted
 
@@ -15,13 +16,31 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
 
 _received: str | None = None
+_before: dict[str, Any] = {}
 
 
 def install() -> None:
     """Note the stop signals from now on. Does nothing outside the main thread, where Python forbids handlers."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            signal.signal(number, _note)
+            before = signal.signal(number, _note)
+            if before is not _note:
+                _before[number.name] = before
+
+
+def hand_over() -> None:
+    """Have the handler that was there before ``install`` act on the signal that arrived, now that all is committed: a
+    cluster's library has the job queued again. It may end the process.
+    """
+    handler = _before.get(_received or "")
+    if callable(handler) and handler is not signal.default_int_handler:
+        handler(signal.Signals[_received or ""], None)
+
+
+def request(name: str) -> None:
+    """Act as if the stop signal of that name had arrived."""
+    global _received
+    _received = _received or name
 
 
 def ignore() -> None:

@@ -14,14 +14,14 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
 DOORS = {
-    "hydra": {"config", "app", "build", "__main__"},
-    "omegaconf": {"config", "app", "build", "__main__"},
+    "hydra": {"config", "job", "app", "build", "sweep", "__main__"},
+    "omegaconf": {"config", "job", "app", "build", "sweep", "__main__"},
     "fsspec": {"storage"},
     "torchdata": {"data"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"checkpoint", "data"},
     "yaml": {"run"},
-    "tabulate": {"run", "runs"},
+    "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
     "sklearn": {"datasets"},
@@ -34,8 +34,8 @@ def floors() -> dict[str, int]:
     found: dict[str, int] = {}
     floor = 0
     for line in runner.__doc__.splitlines():
-        if picture := re.fullmatch(r" {4}([0-9 ]) {2}(.*)", line):
-            floor = int(picture[1]) if picture[1] != " " else floor
+        if picture := re.fullmatch(r" {3}([0-9 ]{2}) {2}(.*)", line):
+            floor = int(picture[1]) if picture[1].strip() else floor
             rooms = re.sub(r"\(.*?\)", "", picture[2])
             found |= {room.rstrip("/"): floor for room in re.findall(r"[a-z_]+/?", rooms)}
     return found

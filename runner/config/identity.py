@@ -21,9 +21,7 @@ _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add 
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """The resolved identity half as plain values; enumerations by name."""
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {key: plain[key] for key in IDENTITY}
+    return {key: _plain(config[key]) for key in IDENTITY}
 
 
 def variant(overrides: Sequence[str]) -> str:
@@ -63,6 +61,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _plain(value: Any) -> Any:
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True, enum_to_str=True)
 
 
 def _canonical(value: Any) -> str:

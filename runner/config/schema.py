@@ -157,6 +157,12 @@ class RunConfig:
 
 
 @dataclass
+class SweepConfig:
+    max_retries: int = 2  # of a run whose attempts fail one after the other, over all commands
+    retry_failed: bool = True
+
+
+@dataclass
 class Config:
     seed: int = 0
     model: Any = MISSING
@@ -170,6 +176,7 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:

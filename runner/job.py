@@ -1,0 +1,78 @@
+"""One composed configuration, and the run that it means."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig, OmegaConf
+
+from runner.config.checks import check
+from runner.config.identity import identity, is_name, variant
+from runner.errors import ConfigError
+from runner.run.directory import RunDirectory
+from runner.run.opening import Opening, open_run
+from runner.run.parent import Parent, Which
+from runner.storage.location import is_remote, local_root
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that a command wants: where it is, what it computes, what it begins from."""
+
+    directory: RunDirectory
+    identity: dict[str, Any]
+    overrides: list[str]
+    parent: Parent | None
+    on_drift: str
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Job":
+        """The job of a composed configuration, which is the one that HydraConfig has. Reads nothing of any run.
+
+        Raises ConfigError for values that cannot work.
+        """
+        check(config)
+        about = HydraConfig.get()
+        overrides = list(about.overrides.task)
+        experiment, name = about.runtime.choices["experiment"], run_name(config, overrides)
+        directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
+        return cls(directory, identity(config), overrides, _parent(config.run), config.run.on_drift.name)
+
+    def open(self) -> Opening:
+        """The run as this command finds it; see ``open_run``."""
+        command = shlex.join([Path(sys.executable).name, "-m", "runner", *self.overrides])
+        return open_run(self.directory, self.identity, on_drift=self.on_drift, command=command, parent=self.parent)
+
+
+def absolute_root(config: DictConfig) -> str:
+    """The folder or URL under which the runs are."""
+    root: str = config.run.root
+    # hydra.job.chdir may have moved this process.
+    return root if is_remote(root) else to_absolute_path(local_root(root))
+
+
+def storage_options(config: DictConfig) -> dict[str, Any]:
+    """What fsspec needs for the root."""
+    return OmegaConf.to_container(config.run.storage_options, resolve=True)  # type: ignore[return-value]
+
+
+def run_name(config: DictConfig, overrides: Sequence[str]) -> str:
+    """The name of the run's directory: ``run.name``, or what is made from the overrides. Raises ConfigError."""
+    name = config.run.name
+    if name is None:
+        return variant(overrides)
+    if not is_name(name):
+        raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
+    return str(name)
+
+
+def _parent(run: DictConfig) -> Parent | None:
+    if run.parent is None:
+        return None
+    which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
+    return Parent(which, run.inherit.name, asked=str(which))

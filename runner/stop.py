@@ -1,0 +1,92 @@
+"""A sweep's request that its jobs stop, wherever they run: it travels by the storage that they all write to.
+
+Signals reach the processes of one machine at best. The request is an object under the root of the runs, which exists
+from the signal until the sweep has ended.
+"""
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from runner import signals
+from runner.errors import StorageError
+from runner.storage import open_location
+from runner.storage.location import Location
+
+VARIABLE = "HYDRA_RUNNER_SWEEP"  # names the request in the environment of a job
+
+_LIMIT = 1 << 10
+_LISTEN_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """The request of one launch of a sweep; its name is used once."""
+
+    location: Location
+    name: str
+
+    @classmethod
+    def new(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest":
+        """A request of a new name under the root of the runs; nothing is written."""
+        return cls(open_location(root, options), f"s{secrets.token_hex(8)}")
+
+    @classmethod
+    def named(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
+        """The request that this process has to obey, if a sweep began it."""
+        name = os.environ.get(VARIABLE)
+        return cls(open_location(root, options), name) if name else None
+
+    @contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Meanwhile, a stop signal of this process becomes the request."""
+        with _repeated(self._pass_on, _LISTEN_SECONDS):
+            yield
+        if signals.received():
+            with suppress(StorageError):
+                self.location.remove(self._object)
+
+    @contextmanager
+    def obeyed(self) -> Iterator[None]:
+        """Meanwhile, the request stops this process as a signal would."""
+        with _repeated(self._obey, self.location.beat_seconds):
+            yield
+
+    @property
+    def _object(self) -> str:
+        return f"sweeps/{self.name}.stop"
+
+    def _pass_on(self) -> bool:
+        name = signals.received()
+        if name:
+            self.location.replace(self._object, [name.encode()])
+        return name is not None
+
+    def _obey(self) -> bool:
+        found = self.location.read(self._object, limit=_LIMIT)
+        if found is not None:
+            signals.request("SIGTERM")
+        return found is not None
+
+
+@contextmanager
+def _repeated(action: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Meanwhile, do it every so many seconds in a thread, until it says that it is done."""
+    ended = threading.Event()
+
+    def work() -> None:
+        done = False
+        while not done and not ended.wait(seconds):
+            with suppress(StorageError):
+                done = action()
+
+    thread = threading.Thread(target=work, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()

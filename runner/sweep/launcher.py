@@ -1,0 +1,236 @@
+"""Around whichever launcher Hydra was told to use: it gets the jobs that are left to do, and none else.
+
+Hydra asks each sweeper's launcher from one place, which is where this one comes in; sweepers and launchers stay as they
+are. Before anything starts, every run is looked at in the storage. Finished ones give their stored objective; those in
+use by another process are waited for; one that fails is tried again, and never ends the sweep.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from runner import signals
+from runner.errors import Interrupted, RunInUse, RunnerError
+from runner.job import Job, absolute_root, storage_options
+from runner.stop import VARIABLE, StopRequest
+from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, failed, look, refused, table
+
+log = logging.getLogger("runner")
+
+_instantiate = Plugins.instantiate_launcher
+_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+_READERS = 8
+_POLL_SECONDS = 2.0
+_WORST_LAST = (0, 75, 4, 3, 2, 5, 1)
+
+Overrides = tuple[str, ...]
+
+
+class Outcome:
+    """How the jobs of a command ended, over all launches of its sweeper."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Found] = {}
+
+    @property
+    def status(self) -> int:
+        """The exit status: the worst of the jobs'."""
+        statuses = [one.exit_status for one in self.last.values() if one.status == FAILED]
+        return max(statuses, key=_WORST_LAST.index, default=0)
+
+    def summary(self) -> str:
+        """The runs that failed, and why."""
+        return table([one for one in self.last.values() if one.status in (FAILED, DIVERGED)])
+
+
+def install() -> Outcome:
+    """Put this launcher around those that Hydra makes from now on."""
+    outcome = Outcome()
+
+    def instantiate(
+        plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> Launcher:
+        inner_context = HydraContext(config_loader=hydra_context.config_loader, callbacks=hydra_context.callbacks)
+        inner = _instantiate(plugins, inner_context, task_function, config)
+        jobs = Jobs(hydra_context.config_loader, config)
+        hydra_context.config_loader = jobs  # type: ignore[assignment]  # the sweeper's own
+        return SweepLauncher(inner, jobs, config, outcome)
+
+    Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign,assignment]
+    return outcome
+
+
+class Jobs:
+    """Hydra's config loader, which remembers the job of every configuration that it composes: a sweeper composes all
+    of them to see whether they are legal, and composing takes longer than all that is asked of a finished run.
+    """
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self._loader = loader
+        self._master = master
+        self._known: dict[Overrides, Job | RunnerError] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """See ``ConfigLoader``."""
+        config = self._loader.load_sweep_config(master_config, sweep_overrides)
+        with _hydra_config(config):
+            try:
+                self._known[tuple(sweep_overrides)] = Job.of(config)
+            except RunnerError as error:
+                self._known[tuple(sweep_overrides)] = error
+        return config
+
+    def job(self, overrides: Overrides) -> Job | RunnerError:
+        """The job that some overrides mean, or why there is none."""
+        if overrides not in self._known:
+            self.load_sweep_config(self._master, [*overrides])
+        return self._known.pop(overrides)
+
+
+class SweepLauncher(Launcher):
+    """Launches what is not done, with ``inner``, until everything is done or has failed for good."""
+
+    def __init__(self, inner: Launcher, jobs: Jobs, config: DictConfig, outcome: Outcome) -> None:
+        self._inner = inner
+        # One job after the other in this process: a failure is told when it happens, a signal is heeded between two.
+        self._serial = config.hydra.launcher._target_ == _BASIC
+        self._jobs = jobs
+        self._sweep = config.sweep
+        self._steal = config.run.on_conflict.name == "steal"
+        self._root, self._options = absolute_root(config), storage_options(config)
+        self._outcome = outcome
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Nothing: the inner one was set up when it was made."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """One return for each job, in order. Raises Interrupted after a stop signal.
+
+        That of a job without an objective is NaN, and it never raises: a sweeper must not end for one job.
+        """
+        setup_globals()
+        overrides = [tuple(one) for one in job_overrides]
+        jobs = {each: self._jobs.job(each) for each in overrides}
+        found = {each: self._settled(one) for each, one in self._look(jobs).items()}
+        print(table([*found.values()]), flush=True)
+        while True:
+            startable = [each for each in jobs if self._startable(found[each])]
+            running = [each for each in jobs if found[each].status == RUNNING]
+            signals.raise_if_received(self._progress(found))
+            if startable:
+                found |= self._launch(startable, jobs, found, initial_job_idx)
+            elif running:
+                time.sleep(_POLL_SECONDS)
+            else:
+                break
+            found |= self._look({each: jobs[each] for each in running})
+        self._outcome.last |= {one.run: one for one in found.values()}
+        return [_returned(each, found[each]) for each in overrides]
+
+    def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
+        def one(item: tuple[Overrides, Job | RunnerError]) -> Found:
+            overrides, job = item
+            return look(job) if isinstance(job, Job) else refused(" ".join(overrides), job)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(zip(jobs, pool.map(one, jobs.items()), strict=True))
+
+    def _startable(self, found: Found) -> bool:
+        if found.status == FAILED:
+            return not found.final
+        return found.status in (NEW, CUT) or (found.status == RUNNING and self._steal)
+
+    def _settled(self, found: Found) -> Found:
+        """With ``final`` for a run that has failed too often."""
+        again = self._sweep.retry_failed and found.failures <= self._sweep.max_retries
+        return found if found.status != FAILED or again else replace(found, final=True)
+
+    def _launch(
+        self,
+        startable: list[Overrides],
+        jobs: dict[Overrides, Job | RunnerError],
+        before: dict[Overrides, Found],
+        index: int,
+    ) -> dict[Overrides, Found]:
+        after: dict[Overrides, Found] = {}
+        for batch in [[each] for each in startable] if self._serial else [startable]:
+            signals.raise_if_received(self._progress(before | after))
+            errors = self._run(batch, jobs, index + len(after))
+            looked = self._look({each: jobs[each] for each in batch})
+            after |= {each: self._settled(_concluded(before[each], looked[each], errors[each])) for each in batch}
+            for each in batch:
+                if after[each].status == FAILED:
+                    log.error("failed   %s: %s", after[each].run, after[each].reason)
+        return after
+
+    def _run(
+        self, batch: list[Overrides], jobs: dict[Overrides, Job | RunnerError], index: int
+    ) -> dict[Overrides, BaseException | None]:
+        """Why each job did not end well, if it did not."""
+        try:
+            if self._serial:
+                returns = self._inner.launch(batch, index)
+            else:
+                request = StopRequest.new(self._root, self._options)
+                mark = f"+hydra.job.env_set.{VARIABLE}={request.name}"
+                with request.passed_on():
+                    returns = self._inner.launch([[*each, mark] for each in batch], index)
+        except Exception as error:  # a worker died, or the cluster refused: the storage knows what became of each job
+            log.error("the launcher ended early: %s: %s", type(error).__name__, error)
+            return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
+        return {
+            each: one._return_value if one.status is JobStatus.FAILED else None
+            for each, one in zip(batch, returns, strict=True)
+        }
+
+    def _progress(self, found: dict[Overrides, Found]) -> str:
+        done = sum(one.status in (DONE, DIVERGED) for one in found.values())
+        return f"in a sweep: {done} of {len(found)} runs are done, what was running is committed"
+
+
+class LauncherError(Exception):
+    """The launcher itself failed, so that it is not known how its jobs ended."""
+
+
+def _concluded(before: Found, after: Found, error: BaseException | None) -> Found:
+    """What a run is after its job ended with ``error``, and the storage says that it is ``after``."""
+    if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
+        return after
+    if error is None:
+        error = LauncherError("the job ended and has no result")
+    if isinstance(error, LauncherError) and after.status == RUNNING:
+        return after
+    return failed(replace(before, failures=max(before.failures, after.failures - 1)), error)
+
+
+def _returned(overrides: Overrides, found: Found) -> JobReturn:
+    value = found.objective if found.status == DONE else math.nan
+    return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
+
+
+@contextmanager
+def _hydra_config(config: DictConfig) -> Iterator[None]:
+    """Have what refers to Hydra's own configuration find that of this job."""
+    holder = HydraConfig.instance()
+    before, holder.cfg = holder.cfg, None
+    holder.set_config(config)
+    try:
+        yield
+    finally:
+        holder.cfg = before

@@ -1,0 +1,119 @@
+"""What the runs of a sweep are to a command, found out before anything is started. Imports no torch."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from runner.checkpoint.manifest import commits
+from runner.errors import ConfigError, DriftRefused, RunnerError, printable
+from runner.job import Job
+from runner.run import records
+from runner.run.records import Record
+
+DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
+_SHOWN = 20  # runs of one status
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One run: its status, its last committed step and its objective.
+
+    ``failures`` is how many attempts in a row have failed; ``final`` whether trying again is no use.
+    """
+
+    run: str
+    status: str
+    step: int = 0
+    objective: float | None = None
+    failures: int = 0
+    reason: str = ""
+    final: bool = False
+    exit_status: int = 1
+
+
+def look(job: Job) -> Found:
+    """What one run is; a finished one costs one read."""
+    name = job.directory.name
+    try:
+        result = job.directory.result(job.identity) or job.open().result
+        if result is not None:
+            goal = result.get("objective") or {}
+            return Found(name, DONE, result.get("step", 0), goal.get("value"))
+        return _unfinished(job)
+    except RunnerError as error:
+        return refused(name, error)
+
+
+def refused(run: str, error: RunnerError) -> Found:
+    """A run that cannot begin, and what the user has to do about it."""
+    final = isinstance(error, ConfigError | DriftRefused)
+    return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status)
+
+
+def failed(found: Found, error: BaseException) -> Found:
+    """A run that failed just now, and had been ``found`` before it began."""
+    status = error.status if isinstance(error, RunnerError) else 1
+    reason = _line(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {_line(error)}"
+    return Found(
+        found.run,
+        FAILED,
+        found.step,
+        failures=found.failures + 1,
+        reason=reason,
+        final=isinstance(error, ConfigError | DriftRefused),
+        exit_status=status,
+    )
+
+
+def table(found: Sequence[Found]) -> str:
+    """Counts by status, and the runs themselves: the first of each status where there are many."""
+    counts = Counter(one.status for one in found)
+    order = [NEW, CUT, FAILED, RUNNING, DIVERGED, DONE]
+    lines = [", ".join(f"{counts[status]} {status}" for status in reversed(order) if counts[status])]
+    rows = []
+    for status in order:
+        alike = [one for one in found if one.status == status]
+        rows += [_row(one) for one in alike[:_SHOWN]]
+        if len(alike) > _SHOWN:
+            rows.append([f"... and {len(alike) - _SHOWN} more", status, "", "", ""])
+    columns = ["run", "status", "step", "objective", "reason"]
+    return "\n".join([*lines, "", tabulate(rows, headers=columns, disable_numparse=True)])
+
+
+def _row(one: Found) -> list[str]:
+    status = f"{one.status} (retry {one.failures})" if one.status == FAILED and not one.final else one.status
+    objective = "" if one.objective is None else f"{one.objective:.6g}"
+    return [printable(one.run), status, str(one.step or ""), objective, printable(one.reason)[:80]]
+
+
+def _unfinished(job: Job) -> Found:
+    location, name = job.directory.location, job.directory.name
+    history = records.history(location)
+    if not history:
+        return Found(name, NEW)
+    last = history[-1]
+    committed = commits(location)
+    step = committed[0].step if committed else 0
+    if last.alive():
+        return Found(name, RUNNING, step, reason=last.owner())
+    if _outcome(last) == "diverged":
+        return Found(name, DIVERGED, step, reason=_reason(last))
+    failures = 0
+    while failures < len(history) and _outcome(history[-1 - failures]) == "failed":
+        failures += 1
+    return Found(name, FAILED if failures else CUT, step, failures=failures, reason=_reason(last))
+
+
+def _outcome(record: Record) -> Any:
+    return (record.end or {}).get("outcome")
+
+
+def _reason(record: Record) -> str:
+    return _line((record.end or {}).get("reason") or "")
+
+
+def _line(text: Any) -> str:
+    return printable(str(text).partition("\n")[0])
