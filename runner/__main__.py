@@ -21,7 +21,6 @@ def main() -> int:
 
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
-    app.register()
     sweep = launcher.install()
     try:
         app.main()
@@ -37,8 +36,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    if sweep.status:
-        print(f"\n{sweep.summary()}", file=sys.stderr)
+    if summary := sweep.summary():
+        print(f"\n{summary}")
     return sweep.status
 
 

@@ -38,7 +38,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 def register() -> None:
-    """Make schema and resolvers known to Hydra; comes before composing."""
+    """Make schema and resolvers known to Hydra; done when this module is imported, as a worker of a launcher does."""
     schema.register()
     # One directory for one command, alone or as a job of a sweep: Hydra's own files go where the run is.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
@@ -122,3 +122,6 @@ def _hydra_files(*, _root_: DictConfig) -> str | None:
 
 def _variant(*, _root_: DictConfig) -> str:
     return run_name(_root_, list(_root_.hydra.overrides.task))
+
+
+register()

@@ -44,6 +44,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.last: dict[str, Found] = {}
+        self.launched = 0
 
     @property
     def status(self) -> int:
@@ -51,9 +52,9 @@ class Outcome:
         statuses = [one.exit_status for one in self.last.values() if one.status == FAILED]
         return max(statuses, key=_WORST_LAST.index, default=0)
 
-    def summary(self) -> str:
-        """The runs that failed, and why."""
-        return table([one for one in self.last.values() if one.status in (FAILED, DIVERGED)])
+    def summary(self) -> str | None:
+        """What there is to say at the end, if there is more than before anything was started."""
+        return table([*self.last.values()]) if self.launched and self.last else None
 
 
 def install() -> Outcome:
@@ -128,7 +129,7 @@ class SweepLauncher(Launcher):
         overrides = [tuple(one) for one in job_overrides]
         jobs = {each: self._jobs.job(each) for each in overrides}
         found = {each: self._settled(one) for each, one in self._look(jobs).items()}
-        print(table([*found.values()]), flush=True)
+        print(f"{table([*found.values()])}\n", flush=True)
         while True:
             startable = [each for each in jobs if self._startable(found[each])]
             running = [each for each in jobs if found[each].status == RUNNING]
@@ -171,6 +172,7 @@ class SweepLauncher(Launcher):
         after: dict[Overrides, Found] = {}
         for batch in [[each] for each in startable] if self._serial else [startable]:
             signals.raise_if_received(self._progress(before | after))
+            self._outcome.launched += len(batch)
             errors = self._run(batch, jobs, index + len(after))
             looked = self._look({each: jobs[each] for each in batch})
             after |= {each: self._settled(_concluded(before[each], looked[each], errors[each])) for each in batch}

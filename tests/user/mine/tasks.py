@@ -64,3 +64,15 @@ class Breaks(Classification):
 
     def training_step(self, model, batch):
         raise KeyError("mine")
+
+
+class Fails(Classification):
+    """Divides by zero in its training step of a number."""
+
+    def __init__(self, *, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def training_step(self, model, batch):
+        self.step -= 1
+        return {**super().training_step(model, batch), "inverse": torch.tensor(1 / self.step)}

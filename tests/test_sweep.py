@@ -1,0 +1,199 @@
+"""The same sweep again does what is missing: killed, stopped, failing, started twice."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Lives
+from results import results
+from servers import Server
+
+from runner.run import records
+from runner.run.directory import RunDirectory
+from runner.runs.audit import audit
+from runner.storage.local import LocalLocation
+
+ROOT = Path(__file__).parent.parent
+USER = Path(__file__).parent / "user"
+SEARCH = ("--config-dir", str(USER / "conf"))
+EVERY = 5
+COMMAND = (
+    "-m",
+    "experiment=smoke",
+    "trainer.max_steps=12",
+    "trainer.evaluate_every_steps=6",
+    f"checkpoint.every_steps={EVERY}",
+    "runtime.num_threads=1",
+    "runtime.audit=false",
+)
+
+
+def runs(root: Path) -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(root.glob("smoke/*/run.json"))}
+
+
+def outcomes(folder: Path) -> list[Any]:
+    return [(record.end or {}).get("outcome") for record in records.history(LocalLocation(folder))]
+
+
+def options(server: Server, folder: Path) -> tuple[str, dict[str, str]]:
+    """The override that names a store, and the environment of a process that may use it."""
+    keys = {"AWS_ACCESS_KEY_ID": server.options["key"], "AWS_SECRET_ACCESS_KEY": server.options["secret"]}
+    endpoint = server.options["client_kwargs"]["endpoint_url"]
+    return f"+run.storage_options.client_kwargs={{endpoint_url:'{endpoint}'}}", environment(folder) | keys
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_sweep_killed_until_it_is_done_has_the_results_of_one_that_was_not(life: Lives, tmp_path: Path) -> None:
+    """24 jobs. What is computed twice is what was lost since the last checkpoint, and nothing of a finished run."""
+    grid = ("seed=range(0,12)", "optimizer.lr=0.01,0.1")
+    ended = life(*COMMAND, *grid, f"run.root={tmp_path}/whole")
+    assert ended.status == 0, ended.output
+    takes, chance, kills = ended.seconds, random.Random(0), 0
+    while True:
+        ended = life(*COMMAND, *grid, f"run.root={tmp_path}/cut", after=takes * chance.uniform(0.3, 0.7))
+        if ended.status is not None:
+            break
+        kills += 1
+    assert ended.status == 0, ended.output
+    assert kills > 1
+    whole, cut = runs(tmp_path / "whole"), runs(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert len(whole) == 24
+    assert [name for name in whole if results(cut[name]).differences(results(whole[name]))] == []
+    again = [audit(RunDirectory.at(str(path)))[1]["again"]["steps"] for path in cut.values()]
+    assert sum(again) <= kills * EVERY
+
+
+def test_a_value_added_later_runs_alone(life: Lives, tmp_path: Path) -> None:
+    root = f"run.root={tmp_path}"
+    assert life(*COMMAND, "seed=2,3", root).status == 0
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "multirun.yaml"}
+    ended = life(*COMMAND, "seed=1,2,3", root)
+    assert ended.status == 0
+    assert "2 done, 1 new" in ended.output
+    assert ended.output.count("from scratch") == 1
+    assert {path: path.stat().st_mtime_ns for path in kept if path.is_file()} == {
+        path: time for path, time in kept.items() if path.is_file()
+    }
+
+
+def test_a_failing_job_ends_no_sweep_and_is_not_tried_for_ever(life: Lives, tmp_path: Path) -> None:
+    command = (*SEARCH, *COMMAND, "task=fails", "task.step=3,1000", f"run.root={tmp_path}")
+    ended = life(*command, cwd=USER)
+    bad, good = (next(path for name, path in runs(tmp_path).items() if step in name) for step in ("=3,", "=1000,"))
+    assert ended.status == 1
+    assert "1 done, 1 failed" in ended.output
+    assert f"failed   smoke/{bad.name}: ZeroDivisionError" in ended.output
+    assert (good / "result.json").exists()
+    assert outcomes(bad) == ["failed"] * 3, "once, and two retries"
+    ended = life(*command, cwd=USER)
+    assert (ended.status, len(outcomes(bad))) == (1, 3)
+    assert life(*command, "sweep.max_retries=9", "sweep.retry_failed=false", cwd=USER).status == 1
+    assert len(outcomes(bad)) == 3
+    assert life(*command, "sweep.max_retries=3", cwd=USER).status == 1
+    assert len(outcomes(bad)) == 4
+
+
+def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, "optimizer=sgd", "optimizer.lr=1e30,0.01", f"run.root={tmp_path}")
+    ended = life(*command)
+    assert ended.status == 0, ended.output
+    assert "1 done, 1 diverged" in ended.output
+    bad = next(path for name, path in runs(tmp_path).items() if "e30" in name or "1e" in name)
+    assert outcomes(bad) == ["diverged"]
+    assert life(*command).status == 0
+    assert outcomes(bad) == ["diverged"]
+
+
+def test_an_impossible_configuration_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND[:2], "trainer.max_steps=0,4", "runtime.audit=false", f"run.root={tmp_path}")
+    assert ended.status == 2
+    assert "trainer.max_steps=0 is too small" in ended.output
+    assert [*runs(tmp_path)] == ["trainer.max_steps=4"]
+
+
+def test_drift_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+    names = f"run.root={tmp_path}", "run.name=r${seed}"
+    assert life(*COMMAND, "seed=1", *names).status == 0
+    ended = life(*COMMAND, "seed=1,2", "optimizer.lr=0.5", *names)
+    assert ended.status == 3
+    assert "the configuration is not the one that" in ended.output
+    assert (runs(tmp_path)["r2"] / "result.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_commits_starts_no_more_and_leaves_with_75(
+    number: signal.Signals, life: Lives, tmp_path: Path
+) -> None:
+    """In each life the job that is going on ends, and the next one gets the signal at its eighth step."""
+    task = {"_target_": "mine.tasks.Stops", "during": "training", "call": 8, "number": int(number)}
+    command = (*COMMAND, "~task", *(f"+task.{key}={value}" for key, value in task.items()))
+    lives = [life(*command, "seed=1,2,3", f"run.root={tmp_path}", cwd=USER) for _ in range(4)]
+    assert [ended.status for ended in lives] == [75, 75, 75, 0]
+    for done, ended in enumerate(lives[:3]):
+        assert f"{number.name} in a sweep: {done} of 3 runs are done, what was running is committed" in ended.output
+    assert "1 done, 1 to resume, 1 new" in lives[2].output
+    assert [outcomes(folder) for folder in runs(tmp_path).values()] == [["interrupted", "finished"]] * 3
+
+
+def test_finished_runs_cost_no_training_imports_and_one_read_each(s3: Server, tmp_path: Path) -> None:
+    """On a store, where every operation is a round trip."""
+    code = """
+import collections, sys
+from runner.__main__ import main
+from runner.storage.backend import Backend
+verbs, run = collections.Counter(), Backend.run
+def counted(self, verb, *arguments, **options):
+    verbs[verb] += 1
+    return run(self, verb, *arguments, **options)
+Backend.run = counted
+status = main()
+print("counted", status, dict(verbs), "torch" in sys.modules)
+"""
+    store, allowed = options(s3, tmp_path)
+    command = [sys.executable, "-c", code, *COMMAND, "seed=1,2,3", f"run.root={s3.url}/{tmp_path.name}", store]
+    outputs = [
+        subprocess.run(command, cwd=tmp_path, env=allowed, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert "3 new" in outputs[0]
+    assert "3 done" in outputs[1]
+    assert outputs[1].endswith("counted 0 {'read': 3} False\n")
+
+
+@pytest.mark.parametrize("kind", ["disk", "s3"])
+def test_two_who_start_one_sweep_execute_every_run_once(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    root, stored = f"{tmp_path}/runs", None
+    command, allowed = [sys.executable, "-m", "runner", *COMMAND, "seed=range(0,6)"], environment(tmp_path)
+    if kind == "s3":
+        server: Server = request.getfixturevalue("s3")
+        root, stored = f"{server.url}/{tmp_path.name}", server.options
+        store, allowed = options(server, tmp_path)
+        command.append(store)
+    command.append(f"run.root={root}")
+    starters = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=allowed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [starter.communicate(timeout=150)[0] for starter in starters]
+    assert [starter.returncode for starter in starters] == [0, 0], outputs
+    assert sum(output.count("from scratch") for output in outputs) == 6
+    assert ["resumed from" in output for output in outputs] == [False, False]
+    for output in outputs:
+        assert "6 done" in output
+    for seed in range(6):
+        name = f"seed={seed},trainer.evaluate_every_steps=6,trainer.max_steps=12"
+        location = RunDirectory.under(root, "smoke", name, stored).location
+        assert [record.outcome() for record in records.history(location)] == ["finished"]
