@@ -250,3 +250,8 @@ def test_without_a_path_the_text_is_the_standard_library(tmp_path: Path, monkeyp
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path) if name == "stdlib" else None)
     assert joined(Text(split="train", block_size=1, held_out=1000)) == b"a.py\ndeep/b.py"
+
+
+def test_images_without_a_label_are_refused() -> None:
+    with pytest.raises(DataError, match="2 images and 3 labels do not belong together"):
+        LabelledImages(torch.zeros(2, 1, 8, 8), torch.zeros(3))

@@ -31,6 +31,7 @@ def test_without_overrides_a_run_is_the_base() -> None:
 def test_overrides_are_sorted_by_key() -> None:
     assert variant(["seed=3", "optimizer.lr=0.1"]) == "optimizer.lr=0.1,seed=3"
     assert variant(["optimizer.lr=0.1", "seed=3"]) == "optimizer.lr=0.1,seed=3"
+    assert variant(["task.name='a,seed=3'"]) != variant(["task.name=a", "seed=3"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runner.errors import ConfigError
 from runner.task import Task
 from runner.tasks.classification import Classification
 from runner.tasks.language import LanguageModeling
@@ -162,3 +163,8 @@ def test_a_low_temperature_samples_what_is_most_likely() -> None:
 def test_a_sample_that_is_no_text_is_shown_all_the_same() -> None:
     report = LanguageModeling(prompt="ü", sample_bytes=2).evaluation_end(Successor(next_byte=0xFF), {"loss": 0.0})
     assert report["sample"] == "ü\ufffd\ufffd"
+
+
+def test_a_prompt_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.prompt is empty"):
+        LanguageModeling(prompt="")

@@ -4,7 +4,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -87,6 +87,11 @@ def test_a_float_of_numpy_is_kept_to_the_bit() -> None:
     assert math.isnan(there_and_back(np.float64("nan")))
 
 
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
 @pytest.mark.parametrize(
     ("state", "told"),
     [
@@ -94,6 +99,7 @@ def test_a_float_of_numpy_is_kept_to_the_bit() -> None:
         ({"a": {"b": object()}}, "cannot save part/a/b: it is a builtins.object"),
         ([np.int64(1)], "cannot save part/0: it is a numpy.int64"),
         ({3: np.zeros(2)}, "cannot save part/3: it is a numpy.ndarray"),
+        ([Pair(1, 2)], "cannot save part/0: it is a test_tree.Pair"),
         ([b"bytes"], "cannot save part/0: it is a builtins.bytes"),
         ([torch.ones(2).to_sparse()], "cannot save part/0: a torch.sparse_coo tensor"),
         ([nn.Linear(1, 1)], "cannot save part/0: it is a torch.nn.modules.linear.Linear"),

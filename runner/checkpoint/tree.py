@@ -62,7 +62,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if value is None or isinstance(value, str | int):
         return value
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one would come back without its names
         return {_TAG: "tuple", "items": _encode(list(value), path, tensors)}
     if isinstance(value, list):
         return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]

@@ -16,6 +16,7 @@ IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer"
 _ORIGIN = ("run.parent", "run.inherit")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+~-]")
+_SEPARATOR = re.compile("[,=]")
 _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add to it
 
 
@@ -78,4 +79,5 @@ def _canonical(value: Any) -> str:
         return "{" + ",".join(f"{k}:{_canonical(v)}" for k, v in sorted(value.items(), key=str)) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_canonical, value)) + "]"
-    return value.name if isinstance(value, Enum) else str(value)
+    text = value.name if isinstance(value, Enum) else str(value)
+    return repr(text) if _SEPARATOR.search(text) else text  # else it could stand for two overrides

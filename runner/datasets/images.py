@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from runner.errors import DataError
+
 
 class LabelledImages:
     """Images in memory: float [N, 1, H, W] in [0, 1] with integer labels [N]; augmented when drawn.
@@ -12,6 +14,8 @@ class LabelledImages:
     """
 
     def __init__(self, images: Tensor, labels: Tensor, *, shift: int = 0, flip: bool = False) -> None:
+        if len(images) != len(labels):
+            raise DataError(f"{len(images)} images and {len(labels)} labels do not belong together")
         self.images = F.pad(images, [shift] * 4)
         self.labels = labels.tolist()
         self.shift = shift

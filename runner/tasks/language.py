@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runner.errors import ConfigError
 from runner.task import Task
 
 
@@ -17,6 +18,8 @@ class LanguageModeling(Task):
     """
 
     def __init__(self, *, prompt: str = "\n", sample_bytes: int = 256, temperature: float = 0.8) -> None:
+        if not prompt:
+            raise ConfigError('task.prompt is empty: a text needs something to go on from, for example "\\n"')
         self.prompt = prompt
         self.sample_bytes = sample_bytes
         self.temperature = temperature
