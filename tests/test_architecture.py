@@ -18,6 +18,7 @@ DOORS = {
     "omegaconf": {"config", "app", "build", "__main__"},
     "fsspec": {"storage"},
     "torchdata": {"data"},
+    "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"checkpoint", "data"},
     "yaml": {"run"},
