@@ -15,7 +15,7 @@ holds this picture against the code.
     3  state (what a resumed run is made of)     evaluation     datasets/
     2  run/ (directory, attempts, records, heartbeat, drift, parent)
        checkpoint/ (tree, tensors, sealing, manifest, retention, store, staging, writer)
-       data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves)
+       data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
        signals     distributed     update     tasks/

@@ -27,6 +27,7 @@ from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded,
 from runner.finish import finish
 from runner.interval import Affordable, Interval
 from runner.introduction import introduce
+from runner.metrics import hparams
 from runner.metrics.lines import MetricLines
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
@@ -60,6 +61,7 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
         lines.open(resumed.step, resumed.facts.get("metrics"))
         attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=list(resumed.unusable))
         before = records.last(location, before=attempt.number)
+        hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
         introduce(opening, parts, resumed, before=before, number=attempt.number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
@@ -123,11 +125,13 @@ def _callbacks(
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     _evaluation(config, parts, callbacks)
+    best = callbacks.get("best")
     report = Report(
         every_steps=config.metrics.every_steps,
         folder=opening.directory.location.folder(TENSORBOARD),
         lines=lines,
         attempt=attempt.number,
+        best=best if isinstance(best, Best) else None,
     )
 
     callbacks["report"] = report

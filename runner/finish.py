@@ -13,8 +13,9 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged, SafetensorsFile
+from runner.metrics import hparams
 from runner.restore import evaluated_weights
-from runner.run.directory import BEST, MODEL
+from runner.run.directory import BEST, MODEL, TENSORBOARD
 from runner.run.opening import Opening
 from runner.storage.location import Buffer, Location
 
@@ -45,6 +46,7 @@ def finish(
         "seconds": loop.elapsed,
         "sha256": {name: export(location, name, tensors) for name, tensors in weights.items()},
     }
+    hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
     opening.directory.finish(opening.identity, result)
     return result
 

@@ -18,6 +18,7 @@ DOORS = {
     "omegaconf": {"config", "job", "app", "build", "sweep", "__main__"},
     "fsspec": {"storage"},
     "torchdata": {"data"},
+    "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"checkpoint", "data"},
     "yaml": {"run"},

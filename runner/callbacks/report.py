@@ -1,4 +1,4 @@
-"""Curves: training metrics as means over a window of steps, evaluation as it comes."""
+"""Curves: training metrics as means over a window of steps, evaluation as it comes, the best of it so far."""
 
 import math
 import time
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
+from runner.callbacks.evaluate import Best
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
 from runner.storage.location import Folder
@@ -21,11 +22,14 @@ class Report(Callback):
     read from its device before its window is full. Values that are not finite count in no mean.
     """
 
-    def __init__(self, *, every_steps: int, folder: Folder, lines: MetricLines, attempt: int) -> None:
+    def __init__(
+        self, *, every_steps: int, folder: Folder, lines: MetricLines, attempt: int, best: Best | None
+    ) -> None:
         self.every_steps = every_steps
         self._folder = folder
         self._attempt = attempt
         self._lines = lines
+        self._best = best
         self._curves: Curves | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
@@ -75,6 +79,9 @@ class Report(Callback):
         if loop.step % self.every_steps == 0 or loop.stop is not None:
             values |= self._training(loop)
         values |= loop.evaluation or {}
+        if loop.evaluation and self._best and self._best.step:
+            # TensorBoard's tables show the last point of each curve; of this one it is the objective.
+            values[f"best/{self._best.metric}"] = self._best.value
         if values:
             assert self._curves is not None
             self._curves.add(loop.step, values)

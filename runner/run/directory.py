@@ -134,7 +134,7 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what killed writes left behind."""
-        for folder in ("", "attempts", "commits", "data", "metrics"):
+        for folder in ("", "attempts", "commits", "data", "metrics", TENSORBOARD):
             self.location.sweep(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
