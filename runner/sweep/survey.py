@@ -100,7 +100,7 @@ def _unfinished(job: Job) -> Found:
     last = history[-1]
     committed = commits(location)
     step = committed[0].step if committed else 0
-    if last.alive():
+    if last.watched():
         return Found(name, RUNNING, step, attempts=last.number, reason=last.owner())
     if _outcome(last) == "diverged":
         return Found(name, DIVERGED, step, attempts=last.number, reason=_reason(last))

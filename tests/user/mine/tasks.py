@@ -76,3 +76,14 @@ class Fails(Classification):
     def training_step(self, model, batch):
         self.step -= 1
         return {**super().training_step(model, batch), "inverse": torch.tensor(1 / self.step)}
+
+
+class Slow(Classification):
+    """Takes the seconds in the environment variable PACE for each training step."""
+
+    def training_step(self, model, batch):
+        import os
+        import time
+
+        time.sleep(float(os.environ.get("PACE", "0")))
+        return super().training_step(model, batch)

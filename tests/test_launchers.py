@@ -1,0 +1,166 @@
+"""The same sweep on other launchers: their processes are killed, stopped, cancelled and queued again."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import servers
+from counts import count
+from lives import Lives
+from results import results
+
+from runner.run import records
+from runner.run.records import Record
+from runner.storage.local import LocalLocation
+
+ROOT = Path(__file__).parent.parent
+USER = Path(__file__).parent / "user"
+SWEEP = (
+    "-m",
+    "--config-dir",
+    str(USER / "conf"),
+    "experiment=smoke",
+    "task=slow",
+    "trainer.max_steps=60",
+    "trainer.evaluate_every_steps=20",
+    "checkpoint.every_steps=5",
+    "runtime.num_threads=1",
+    "runtime.audit=false",
+)
+PACE = 0.05  # seconds per step, so that there is time for a kill
+SEEDS = (1, 2, 3)  # on two processors: one has to wait
+LAUNCHERS = {
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "slurm": ("hydra/launcher=slurm",),
+    "ray": (
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.object_store_memory=100000000",
+        "+hydra.launcher.ray.init.include_dashboard=false",
+        "+hydra.launcher.ray.init._node_ip_address=127.0.0.1",
+        "+hydra.launcher.ray.remote.max_retries=0",
+    ),
+}
+PACKAGES = {"joblib": "hydra_joblib_launcher", "slurm": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Slurm with two processors."""
+    with servers.slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def whole(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep that nobody disturbed, on the basic launcher."""
+    root = tmp_path_factory.mktemp("whole")
+    assert life(*SWEEP, f"seed={','.join(map(str, SEEDS))}", f"run.root={root}", cwd=USER).status == 0
+    return root
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
+    """Call it with a launcher's name to begin the sweep as a user would, in a process group of its own."""
+    begun = []
+
+    def start(launcher: str, *overrides: str) -> subprocess.Popen[str]:
+        if find_spec(f"hydra_plugins.{PACKAGES[launcher]}") is None:
+            pytest.skip(f"{PACKAGES[launcher]} is not installed, which the extra {launcher} does")
+        cluster = request.getfixturevalue("cluster") if launcher == "slurm" else {}
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        environment = {"PATH": path, "PYTHONPATH": f"{ROOT}:{USER}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "runner", *SWEEP, *LAUNCHERS[launcher], *overrides]
+        process = subprocess.Popen(
+            [*command, f"seed={','.join(map(str, SEEDS))}", f"run.root={tmp_path}/runs"],
+            cwd=tmp_path,
+            env=environment | cluster | {"PACE": str(PACE), "USER": "root"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def attempts(root: Path) -> dict[str, list[Record]]:
+    """The attempts at each run."""
+    folders = (path.parent for path in root.glob("runs/smoke/*/run.json"))
+    return {folder.name: records.history(LocalLocation(folder)) for folder in folders}
+
+
+def at_work(root: Path, *, above: int = 0) -> list[Record]:
+    """The attempts that live and have come further than ``above`` steps."""
+    last = [history[-1] for history in attempts(root).values() if history]
+    return [record for record in last if record.alive() and record.beat.get("committed", 0) > above]
+
+
+def until(found: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until something is found while the process lives."""
+    stop = time.monotonic() + 60
+    while not found():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < stop
+        time.sleep(0.02)
+
+
+def outcomes(root: Path) -> list[list[str]]:
+    """How the attempts at each run ended."""
+    return [[record.outcome() for record in history] for _, history in sorted(attempts(root).items())]
+
+
+def assert_equal(root: Path, whole: Path) -> None:
+    """Every run has the results of the one that nobody disturbed."""
+    expected = {path.parent.name: path.parent for path in whole.glob("smoke/*/run.json")}
+    assert len(expected) == len(SEEDS)
+    assert {n: results(root / "runs/smoke" / n).differences(results(path)) for n, path in expected.items()} == {
+        name: [] for name in expected
+    }
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Start, whole: Path, tmp_path: Path) -> None:
+    """A worker is killed and the sweep goes on; stopped, it stops its jobs; killed and run again, it finishes."""
+    chance = random.Random(launcher)
+    sweep = start(launcher)
+    until(lambda: at_work(tmp_path), sweep)
+    killed = chance.choice(at_work(tmp_path))
+    os.kill(killed.claim["pid"], signal.SIGKILL)
+    count("kills")
+    until(lambda: not killed.alive(), sweep)
+    until(lambda: at_work(tmp_path, above=5), sweep)
+    sweep.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
+    output = sweep.communicate(timeout=60)[0]
+    assert sweep.returncode == 75, output
+    assert not at_work(tmp_path)
+    assert "interrupted" in [ends[-1] for ends in outcomes(tmp_path)], output
+
+    sweep = start(launcher)
+    until(lambda: at_work(tmp_path), sweep)
+    sweep.kill()
+    count("kills")
+    sweep.wait()
+
+    sweep = start(launcher)
+    output = sweep.communicate(timeout=120)[0]
+    assert sweep.returncode == 0, output
+    assert f"{len(SEEDS)} done" in output
+    assert_equal(tmp_path, whole)
+    until(lambda: not at_work(tmp_path))
