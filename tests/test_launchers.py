@@ -164,3 +164,29 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     assert f"{len(SEEDS)} done" in output
     assert_equal(tmp_path, whole)
     until(lambda: not at_work(tmp_path))
+
+
+def test_whatever_slurm_does_to_a_job_it_ends_as_if_nothing_had_been(
+    start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    """One reaches its time limit, one is preempted by a signal and then requeued by hand, one is cancelled."""
+    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50")
+
+    def scontrol(*command: str) -> None:
+        subprocess.run(command, env={**os.environ, **cluster}, check=True, timeout=30)
+
+    def working(seed: int, attempt: int) -> bool:
+        return any(f"seed={seed}," in one.location.url and one.number == attempt for one in at_work(tmp_path))
+
+    until(lambda: working(1, 1), sweep)
+    scontrol("scancel", "--signal=USR2", "1_0")
+    until(lambda: working(2, 1), sweep)
+    scontrol("scancel", "1_1")
+    until(lambda: working(1, 2), sweep)
+    scontrol("scontrol", "requeue", "1_0")
+    output = sweep.communicate(timeout=120)[0]
+    print(output)
+    print(outcomes(tmp_path))
+    assert sweep.returncode == 0, output
+    assert_equal(tmp_path, whole)
+    assert 0

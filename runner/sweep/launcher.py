@@ -64,7 +64,8 @@ def install() -> Outcome:
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
-        inner_context = HydraContext(config_loader=hydra_context.config_loader, callbacks=hydra_context.callbacks)
+        loader: Any = _Loader(hydra_context.config_loader)
+        inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         inner = _instantiate(plugins, inner_context, task_function, config)
         jobs = Jobs(hydra_context.config_loader, config)
         hydra_context.config_loader = jobs  # type: ignore[assignment]  # the sweeper's own
@@ -102,6 +103,18 @@ class Jobs:
         if overrides not in self._known:
             self.load_sweep_config(self._master, [*overrides])
         return self._known.pop(overrides)
+
+
+class _Loader:
+    """Hydra's config loader for the inner launcher. Ray's starts Ray, which takes SIGTERM away, and then composes."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """See ``ConfigLoader``."""
+        signals.install()
+        return self._loader.load_sweep_config(master_config, sweep_overrides)
 
 
 class SweepLauncher(Launcher):
