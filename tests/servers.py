@@ -137,7 +137,7 @@ def slurm(folder: Path, *, cpus: int) -> Iterator[dict[str, str]]:
     (folder / "slurm.conf").write_text(
         f"ClusterName=tests\nSlurmctldHost=localhost(127.0.0.1)\nSlurmUser=root\nSlurmdUser=root\n"
         f"SlurmctldPort={control}\nSlurmdPort={node}\nCommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
-        f"AuthType=auth/munge\nAuthInfo=socket={socket_},cred_expire=2\nStateSaveLocation={folder}/state\n"
+        f"AuthType=auth/munge\nAuthInfo=socket={socket_},cred_expire=5\nStateSaveLocation={folder}/state\n"
         f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n"
         "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\n"
         "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"

@@ -29,7 +29,7 @@ SWEEP = (
     str(USER / "conf"),
     "experiment=smoke",
     "task=slow",
-    "trainer.max_steps=60",
+    "trainer.max_steps=40",
     "trainer.evaluate_every_steps=20",
     "checkpoint.every_steps=5",
     "runtime.num_threads=1",
@@ -74,7 +74,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     """Call it with a launcher's name to begin the sweep as a user would, in a process group of its own."""
     begun = []
 
-    def start(launcher: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(launcher: str, *overrides: str, pace: float = PACE) -> subprocess.Popen[str]:
         if find_spec(f"hydra_plugins.{PACKAGES[launcher]}") is None:
             pytest.skip(f"{PACKAGES[launcher]} is not installed, which the extra {launcher} does")
         cluster = request.getfixturevalue("cluster") if launcher == "slurm" else {}
@@ -84,7 +84,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
         process = subprocess.Popen(
             [*command, f"seed={','.join(map(str, SEEDS))}", f"run.root={tmp_path}/runs"],
             cwd=tmp_path,
-            env=environment | cluster | {"PACE": str(PACE), "USER": "root"},
+            env=environment | cluster | {"PACE": str(pace), "USER": "root"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -154,39 +154,60 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
 
     sweep = start(launcher)
     until(lambda: at_work(tmp_path), sweep)
+    orphan = at_work(tmp_path)[0]
     sweep.kill()
     count("kills")
     sweep.wait()
+    if launcher != "slurm":  # where a job belongs to the cluster; here nobody could stop it any more
+        until(lambda: not orphan.alive())
 
     sweep = start(launcher)
     output = sweep.communicate(timeout=120)[0]
     assert sweep.returncode == 0, output
     assert f"{len(SEEDS)} done" in output
+    if launcher == "slurm":
+        assert "in use" in output
+    else:
+        ended = records.read(orphan.location, orphan.name)
+        assert ended
+        assert ended.outcome() == {"joblib": "interrupted", "ray": "killed"}[launcher]
     assert_equal(tmp_path, whole)
-    until(lambda: not at_work(tmp_path))
 
 
-def test_whatever_slurm_does_to_a_job_it_ends_as_if_nothing_had_been(
+def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
-    """One reaches its time limit, one is preempted by a signal and then requeued by hand, one is cancelled."""
-    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50")
+    """The first is preempted by a signal and then queued again by hand, one is cancelled, one reaches its time limit.
+    Only the cancelled one has to be launched again.
+    """
+    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50", pace=0.3)
 
-    def scontrol(*command: str) -> None:
-        subprocess.run(command, env={**os.environ, **cluster}, check=True, timeout=30)
+    def slurm(*command: str) -> str:
+        allowed = {**os.environ, **cluster}
+        return subprocess.run(command, env=allowed, check=True, timeout=30, capture_output=True, text=True).stdout
+
+    def array() -> list[str]:
+        return slurm("squeue", "--noheader", "--format=%F").split()
 
     def working(seed: int, attempt: int) -> bool:
         return any(f"seed={seed}," in one.location.url and one.number == attempt for one in at_work(tmp_path))
 
     until(lambda: working(1, 1), sweep)
-    scontrol("scancel", "--signal=USR2", "1_0")
+    job = array()[0]
+    slurm("scancel", "--signal=USR2", f"{job}_0")
     until(lambda: working(2, 1), sweep)
-    scontrol("scancel", "1_1")
+    slurm("scancel", f"{job}_1")
     until(lambda: working(1, 2), sweep)
-    scontrol("scontrol", "requeue", "1_0")
-    output = sweep.communicate(timeout=120)[0]
-    print(output)
-    print(outcomes(tmp_path))
+    slurm("scontrol", "requeue", f"{job}_0")
+    output = sweep.communicate(timeout=150)[0]
     assert sweep.returncode == 0, output
+    assert output.count("sweep output dir") == 2
+    ends = [[(one.end or {}).get("reason", "") for one in history] for _, history in sorted(attempts(tmp_path).items())]
+    assert [reason.split(":")[1].strip() for reason in (*ends[0][:2], ends[1][0], ends[2][0])] == [
+        "SIGUSR2",
+        "SIGTERM",
+        "SIGTERM",
+        "SIGUSR2",
+    ]
+    assert {lives[-1] for lives in outcomes(tmp_path)} == {"finished"}
     assert_equal(tmp_path, whole)
-    assert 0
