@@ -31,11 +31,10 @@ SWEEP = (
     "task=slow",
     "trainer.max_steps=40",
     "trainer.evaluate_every_steps=20",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=2",
     "runtime.num_threads=1",
     "runtime.audit=false",
 )
-PACE = 0.05  # seconds per step, so that there is time for a kill
 SEEDS = (1, 2, 3)  # on two processors: one has to wait
 LAUNCHERS = {
     "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
@@ -71,20 +70,21 @@ def whole(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
-    """Call it with a launcher's name to begin the sweep as a user would, in a process group of its own."""
+    """Call it to begin the sweep as a user would, with that many seconds per step: there is time for a kill."""
     begun = []
 
-    def start(launcher: str, *overrides: str, pace: float = PACE) -> subprocess.Popen[str]:
+    def start(launcher: str, *overrides: str, pace: float = 0.2) -> subprocess.Popen[str]:
         if find_spec(f"hydra_plugins.{PACKAGES[launcher]}") is None:
             pytest.skip(f"{PACKAGES[launcher]} is not installed, which the extra {launcher} does")
         cluster = request.getfixturevalue("cluster") if launcher == "slurm" else {}
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
         environment = {"PATH": path, "PYTHONPATH": f"{ROOT}:{USER}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        (tmp_path / "pace").write_text(str(pace))
         command = [sys.executable, "-m", "runner", *SWEEP, *LAUNCHERS[launcher], *overrides]
         process = subprocess.Popen(
             [*command, f"seed={','.join(map(str, SEEDS))}", f"run.root={tmp_path}/runs"],
             cwd=tmp_path,
-            env=environment | cluster | {"PACE": str(pace), "USER": "root"},
+            env=environment | cluster | {"PACE": f"{tmp_path}/pace", "USER": "root"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -126,6 +126,11 @@ def outcomes(root: Path) -> list[list[str]]:
     return [[record.outcome() for record in history] for _, history in sorted(attempts(root).items())]
 
 
+def reasons(root: Path) -> list[list[str]]:
+    """Why the attempts at each run ended."""
+    return [[(one.end or {}).get("reason", "") for one in history] for _, history in sorted(attempts(root).items())]
+
+
 def assert_equal(root: Path, whole: Path) -> None:
     """Every run has the results of the one that nobody disturbed."""
     expected = {path.parent.name: path.parent for path in whole.glob("smoke/*/run.json")}
@@ -158,19 +163,18 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     sweep.kill()
     count("kills")
     sweep.wait()
-    if launcher != "slurm":  # where a job belongs to the cluster; here nobody could stop it any more
+    if launcher != "slurm":  # there a job belongs to the cluster; here nobody could stop it any more
         until(lambda: not orphan.alive())
 
     sweep = start(launcher)
     output = sweep.communicate(timeout=120)[0]
     assert sweep.returncode == 0, output
     assert f"{len(SEEDS)} done" in output
-    if launcher == "slurm":
-        assert "in use" in output
-    else:
-        ended = records.read(orphan.location, orphan.name)
-        assert ended
-        assert ended.outcome() == {"joblib": "interrupted", "ray": "killed"}[launcher]
+    assert launcher != "slurm" or "in use" in output
+    if launcher == "joblib":
+        assert "interrupted" in [
+            one.outcome() for one in attempts(tmp_path)[Path(orphan.location.url).name] if one.name == orphan.name
+        ]
     assert_equal(tmp_path, whole)
 
 
@@ -180,7 +184,7 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     """The first is preempted by a signal and then queued again by hand, one is cancelled, one reaches its time limit.
     Only the cancelled one has to be launched again.
     """
-    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50", pace=0.3)
+    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50", pace=1)
 
     def slurm(*command: str) -> str:
         allowed = {**os.environ, **cluster}
@@ -199,15 +203,15 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     slurm("scancel", f"{job}_1")
     until(lambda: working(1, 2), sweep)
     slurm("scontrol", "requeue", f"{job}_0")
+    until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], sweep)
+    (tmp_path / "pace").write_text("0")
     output = sweep.communicate(timeout=150)[0]
     assert sweep.returncode == 0, output
     assert output.count("sweep output dir") == 2
-    ends = [[(one.end or {}).get("reason", "") for one in history] for _, history in sorted(attempts(tmp_path).items())]
-    assert [reason.split(":")[1].strip() for reason in (*ends[0][:2], ends[1][0], ends[2][0])] == [
-        "SIGUSR2",
-        "SIGTERM",
-        "SIGTERM",
-        "SIGUSR2",
-    ]
+    first, second, third = reasons(tmp_path)
+    assert first[0].startswith("Interrupted: SIGUSR2: stopped")
+    assert first[1].startswith("Interrupted: SIGTERM: stopped")
+    assert second[0].startswith("Interrupted: SIGTERM: stopped")
+    assert third[0].startswith("Interrupted: SIGUSR2: stopped")
     assert {lives[-1] for lives in outcomes(tmp_path)} == {"finished"}
     assert_equal(tmp_path, whole)

@@ -79,11 +79,13 @@ class Fails(Classification):
 
 
 class Slow(Classification):
-    """Takes the seconds in the environment variable PACE for each training step."""
+    """Takes as many seconds for each training step as the file says that the environment variable PACE names."""
 
     def training_step(self, model, batch):
         import os
         import time
+        from pathlib import Path
 
-        time.sleep(float(os.environ.get("PACE", "0")))
+        if "PACE" in os.environ:
+            time.sleep(float(Path(os.environ["PACE"]).read_text() or 0))
         return super().training_step(model, batch)
