@@ -184,7 +184,7 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     """The first is preempted by a signal and then queued again by hand, one is cancelled, one reaches its time limit.
     Only the cancelled one has to be launched again.
     """
-    sweep = start("slurm", "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50", pace=1)
+    sweep = start("slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.signal_delay_s=50", pace=1)
 
     def slurm(*command: str) -> str:
         allowed = {**os.environ, **cluster}
@@ -201,6 +201,8 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     slurm("scancel", "--signal=USR2", f"{job}_0")
     until(lambda: working(2, 1), sweep)
     slurm("scancel", f"{job}_1")
+    until(lambda: working(3, 1), sweep)
+    slurm("scontrol", "update", f"jobid={job}_2", "timelimit=1")  # its signal comes within 30 s
     until(lambda: working(1, 2), sweep)
     slurm("scontrol", "requeue", f"{job}_0")
     until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], sweep)
