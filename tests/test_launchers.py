@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import servers
-from counts import count
 from lives import Lives
 from results import results
 
@@ -148,12 +147,12 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     until(lambda: at_work(tmp_path), sweep)
     killed = chance.choice(at_work(tmp_path))
     os.kill(killed.claim["pid"], signal.SIGKILL)
-    count("kills")
     until(lambda: not killed.alive(), sweep)
     until(lambda: at_work(tmp_path, above=5), sweep)
     sweep.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
     output = sweep.communicate(timeout=60)[0]
     assert sweep.returncode == 75, output
+    assert f"failed   smoke/{Path(killed.location.url).name}" not in output, "it had come further"
     assert not at_work(tmp_path)
     assert "interrupted" in [ends[-1] for ends in outcomes(tmp_path)], output
 
@@ -161,7 +160,6 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     until(lambda: at_work(tmp_path), sweep)
     orphan = at_work(tmp_path)[0]
     sweep.kill()
-    count("kills")
     sweep.wait()
     if launcher != "slurm":  # there a job belongs to the cluster; here nobody could stop it any more
         until(lambda: not orphan.alive())
@@ -176,6 +174,18 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
             one.outcome() for one in attempts(tmp_path)[Path(orphan.location.url).name] if one.name == orphan.name
         ]
     assert_equal(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("jobs", "launches", "status"), [(1, 4, 0), (0, 3, 1)])
+def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
+    jobs: int, launches: int, status: int, life: Lives, tmp_path: Path
+) -> None:
+    """What it did not begin has not failed, unless it began nothing: then it is tried thrice."""
+    fragile = ("hydra/launcher=fragile", f"hydra.launcher.jobs={jobs}")
+    ended = life(*SWEEP, "trainer.max_steps=2", *fragile, "seed=1,2,3,4", f"run.root={tmp_path}", cwd=USER)
+    assert ended.status == status, ended.output
+    assert ended.output.count("the launcher ended early: ConnectionError") == launches
+    assert ("4 done" if jobs else "4 failed") in ended.output
 
 
 def test_whatever_slurm_does_to_a_job_it_loses_nothing(
