@@ -164,7 +164,11 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     if launcher != "slurm":  # there a job belongs to the cluster; here nobody could stop it any more
         until(lambda: not orphan.alive())
 
+    submitted = len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")])
     sweep = start(launcher)
+    if launcher == "slurm":  # which had not begun the last job, so that it is submitted again
+        until(lambda: len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")]) > submitted, sweep)
+    (tmp_path / "pace").write_text("0")
     output = sweep.communicate(timeout=120)[0]
     assert sweep.returncode == 0, output
     assert f"{len(SEEDS)} done" in output

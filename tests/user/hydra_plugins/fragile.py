@@ -1,4 +1,4 @@
-"""Launchers that a user might have."""
+"""A launcher that a user might have; Hydra finds it by this folder."""
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
