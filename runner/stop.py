@@ -21,7 +21,7 @@ VARIABLE = "HYDRA_RUNNER_SWEEP"  # names the request in the environment of a job
 
 _LIMIT = 1 << 10
 _LISTEN_SECONDS = 0.2
-_PARENT = os.getppid()  # as long as it lives
+_parent: dict[int, int] = {}  # of this process when it began its first job
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class StopRequest:
         """From now on, the request stops this process as a signal would. So does the death of the process that began
         this one: nobody would be left to stop it.
         """
+        _parent.setdefault(os.getpid(), os.getppid())
         with suppress(StorageError):
             self._obey()
         with _repeated(self._obey, self.location.beat_seconds):
@@ -74,7 +75,7 @@ class StopRequest:
         return name is not None
 
     def _obey(self) -> bool:
-        stop = os.getppid() != _PARENT or self.location.read(self._object, limit=_LIMIT) is not None
+        stop = os.getppid() != _parent[os.getpid()] or self.location.read(self._object, limit=_LIMIT) is not None
         if stop:
             signals.request("SIGTERM")
         return stop
