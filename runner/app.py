@@ -24,7 +24,7 @@ from runner.distributed import world
 from runner.errors import Interrupted, RunnerError
 from runner.job import Job, run_name
 from runner.run.opening import Opening, wait_until_free
-from runner.stop import StopRequest
+from runner.stop import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
@@ -51,27 +51,39 @@ def main(config: DictConfig) -> float | None:
     """Run one job; returns its objective, which is what a sweeper gets.
 
     An error ends a single run with its exit status; in a sweep it is raised, because leaving the process would end
-    the sweep.
+    the sweep. In a process of a launcher it becomes a RunnerError, which can be sent to the sweep.
     """
     logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
         return _job(config)
     except RunnerError as error:
-        if HydraConfig.get().mode is not RunMode.RUN:
-            if isinstance(error, Interrupted):
-                signals.hand_over()
+        if HydraConfig.get().mode is RunMode.RUN:
+            print(error, file=sys.stderr)
+            sys.exit(error.status)
+        if isinstance(error, Interrupted) and VARIABLE in os.environ:
+            _hand_over()
+        raise
+    except Exception as error:
+        if VARIABLE not in os.environ:
             raise
-        print(error, file=sys.stderr)
-        sys.exit(error.status)
+        log.exception("failed")
+        raise RunnerError(f"{type(error).__name__}: {error}") from None
+
+
+def _hand_over() -> None:
+    try:
+        signals.hand_over()
+    except Exception as error:  # the sweep, which gets the job back, starts it again
+        log.warning("not queued again: %s: %s", type(error).__name__, error)
 
 
 def _job(config: DictConfig) -> float | None:
     signals.install()  # a launcher may have begun this process
-    signals.raise_if_received("during start-up, nothing to commit")
     world()
     job = Job.of(config)
     request = StopRequest.named(job.directory.root, job.directory.options)
     with request.obeyed() if request else nullcontext():
+        signals.raise_if_received("during start-up, nothing to commit")
         return _finished(job, config)
 
 

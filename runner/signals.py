@@ -16,6 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
 
 _received: str | None = None
+_arrived: list[str] = []
 _before: dict[str, Any] = {}
 
 
@@ -29,12 +30,17 @@ def install() -> None:
 
 
 def hand_over() -> None:
-    """Have the handler that was there before ``install`` act on the signal that arrived, now that all is committed: a
-    cluster's library has the job queued again. It may end the process.
+    """Forget the signals that arrived, and have the handlers that were there before ``install`` act on them, now that
+    all is committed: a cluster's library has the job queued again. That may end the process, or raise.
     """
-    handler = _before.get(_received or "")
-    if callable(handler) and handler is not signal.default_int_handler:
-        handler(signal.Signals[_received or ""], None)
+    global _received
+    arrived = [*_arrived]
+    _arrived.clear()
+    _received = None
+    for name in arrived:
+        handler = _before.get(name)
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(signal.Signals[name], None)
 
 
 def request(name: str) -> None:
@@ -66,3 +72,4 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     _received = signal.Signals(number).name
+    _arrived.append(_received)

@@ -21,11 +21,12 @@ VARIABLE = "HYDRA_RUNNER_SWEEP"  # names the request in the environment of a job
 
 _LIMIT = 1 << 10
 _LISTEN_SECONDS = 0.2
+_parent: dict[int, int] = {}  # of this process when it began its first job
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequest:
-    """The request of one launch of a sweep; its name is used once."""
+    """The request of one sweep; its name is used once."""
 
     location: Location
     name: str
@@ -46,13 +47,20 @@ class StopRequest:
         """Meanwhile, a stop signal of this process becomes the request."""
         with _repeated(self._pass_on, _LISTEN_SECONDS):
             yield
-        if signals.received():
-            with suppress(StorageError):
-                self.location.remove(self._object)
+
+    def withdraw(self) -> None:
+        """Remove the request: no job is left that could obey it."""
+        with suppress(StorageError):
+            self.location.remove(self._object)
 
     @contextmanager
     def obeyed(self) -> Iterator[None]:
-        """Meanwhile, the request stops this process as a signal would."""
+        """From now on, the request stops this process as a signal would. So does the death of the process that began
+        this one: nobody would be left to stop it.
+        """
+        _parent.setdefault(os.getpid(), os.getppid())
+        with suppress(StorageError):
+            self._obey()
         with _repeated(self._obey, self.location.beat_seconds):
             yield
 
@@ -67,10 +75,10 @@ class StopRequest:
         return name is not None
 
     def _obey(self) -> bool:
-        found = self.location.read(self._object, limit=_LIMIT)
-        if found is not None:
+        stop = os.getppid() != _parent[os.getpid()] or self.location.read(self._object, limit=_LIMIT) is not None
+        if stop:
             signals.request("SIGTERM")
-        return found is not None
+        return stop
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Real stores on this machine's loopback, each with ports and a folder of its own, started and stopped by the tests.
+"""Real stores and a real cluster on this machine's loopback, each with ports and a folder of its own, started and
+stopped by the tests.
 
 A server that is not installed is a reason to skip: ``.ci/run`` installs them all. Azurite's path may be given by the
 environment variable AZURITE.
@@ -119,6 +120,69 @@ def sftp(folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
+def slurm(folder: Path, *, cpus: int) -> Iterator[dict[str, str]]:
+    """One node of Slurm with accounting, without which nobody sees that a job was cancelled. Gives the environment in
+    which its commands find it.
+    """
+    if os.getuid() != 0:
+        pytest.skip("Slurm's daemons need root")
+    daemons = ["munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"]
+    munged, mariadbd, slurmdbd, slurmctld, slurmd = (_program(f"/usr/sbin/{name}") for name in daemons)
+    control, node, accounting = (_free_ports(3) + offset for offset in range(3))
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(mode=0o700)
+    (folder / "munge/key").write_bytes(os.urandom(1024))
+    (folder / "munge/key").chmod(0o600)
+    socket_, environment = f"{folder}/munge/socket", {"SLURM_CONF": f"{folder}/slurm.conf"}
+    (folder / "slurm.conf").write_text(
+        f"ClusterName=tests\nSlurmctldHost=localhost(127.0.0.1)\nSlurmUser=root\nSlurmdUser=root\n"
+        f"SlurmctldPort={control}\nSlurmdPort={node}\nCommunicationParameters=NoInAddrAny,NoCtldInAddrAny\n"
+        f"AuthType=auth/munge\nAuthInfo=socket={socket_},cred_expire=5\nStateSaveLocation={folder}/state\n"
+        f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\n"
+        "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\n"
+        "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+        f"AccountingStoragePort={accounting}\nAccountingStoragePass={socket_}\n"
+        "SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=1\n"
+        "SelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nSlurmdParameters=config_overrides\n"
+        f"NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN\n"
+        "PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP\n"
+    )
+    (folder / "slurmdbd.conf").write_text(
+        f"AuthType=auth/munge\nAuthInfo=socket={socket_}\nCommunicationParameters=NoInAddrAny\nDbdHost=localhost\n"
+        f"DbdAddr=127.0.0.1\nDbdPort={accounting}\nSlurmUser=root\nPidFile={folder}/slurmdbd.pid\n"
+        "StorageType=accounting_storage/mysql\nStorageHost=localhost\nStorageUser=root\nStorageLoc=slurm\n"
+    )
+    (folder / "slurmdbd.conf").chmod(0o600)
+
+    def succeeds(*command: str) -> str:
+        allowed = {**os.environ, **environment}
+        return subprocess.run(command, env=allowed, check=True, capture_output=True, text=True, timeout=30).stdout
+
+    def idle() -> None:
+        assert "idle" in succeeds("sinfo", "--noheader", "--format=%T")
+
+    def nothing_queued() -> None:
+        assert not succeeds("squeue", "--noheader")
+
+    succeeds("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={folder}/db", "--skip-test-db")
+    database = [mariadbd, "--no-defaults", "--user=root", f"--datadir={folder}/db", f"--socket={folder}/db.sock"]
+    database += [f"--pid-file={folder}/db.pid", "--skip-networking", "--skip-grant-tables"]
+    munge = [munged, "--foreground", "--force", f"--key-file={folder}/munge/key", f"--socket={socket_}"]
+    munge += [f"--{name}-file={folder}/munge/{name}" for name in ("pid", "log", "seed")]
+    stored = {"SLURM_CONF": f"{folder}/slurmdbd.conf", "MYSQL_UNIX_PORT": f"{folder}/db.sock"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_running(munge, folder, lambda: succeeds("munge", f"--socket={socket_}", "--no-input")))
+        stack.enter_context(_running(database, folder, (folder / "db.sock").stat))
+        stack.enter_context(_running([slurmdbd, "-D"], folder, lambda: _connect(accounting), stored))
+        succeeds("sacctmgr", "--immediate", "add", "cluster", "tests")
+        stack.enter_context(_running([slurmctld, "-D"], folder, lambda: succeeds("scontrol", "ping"), environment))
+        stack.enter_context(_running([slurmd, "-D", "-N", "localhost"], folder, idle, environment))
+        yield environment
+        succeeds("scancel", "--user=root")
+        _until(nothing_queued, 60)
+
+
+@contextlib.contextmanager
 def silent() -> Iterator[int]:
     """The port of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
@@ -147,7 +211,7 @@ def _free_ports(count: int, *, and_above: int = 0) -> int:
 def _running(
     command: list[str], folder: Path, ready: Callable[[], object], environment: dict[str, str] | None = None
 ) -> Iterator[None]:
-    with (folder.parent / f"{folder.name}.log").open("wb") as log:
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

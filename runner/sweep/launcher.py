@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,8 @@ def install() -> Outcome:
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
-        inner_context = HydraContext(config_loader=hydra_context.config_loader, callbacks=hydra_context.callbacks)
+        loader: Any = _Loader(hydra_context.config_loader)
+        inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         inner = _instantiate(plugins, inner_context, task_function, config)
         jobs = Jobs(hydra_context.config_loader, config)
         hydra_context.config_loader = jobs  # type: ignore[assignment]  # the sweeper's own
@@ -104,6 +105,18 @@ class Jobs:
         return self._known.pop(overrides)
 
 
+class _Loader:
+    """Hydra's config loader for the inner launcher. Ray's starts Ray, which takes SIGTERM away, and then composes."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """See ``ConfigLoader``."""
+        signals.install()
+        return self._loader.load_sweep_config(master_config, sweep_overrides)
+
+
 class SweepLauncher(Launcher):
     """Launches what is not done, with ``inner``, until everything is done or has failed for good."""
 
@@ -114,7 +127,8 @@ class SweepLauncher(Launcher):
         self._jobs = jobs
         self._sweep = config.sweep
         self._steal = config.run.on_conflict.name == "steal"
-        self._root, self._options = absolute_root(config), storage_options(config)
+        self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
+        self._left_behind = False
         self._outcome = outcome
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -137,7 +151,8 @@ class SweepLauncher(Launcher):
             if startable:
                 found |= self._launch(startable, jobs, found, initial_job_idx)
             elif running:
-                time.sleep(_POLL_SECONDS)
+                with self._stop.passed_on() if self._stop else nullcontext():  # some may be ours, left behind
+                    time.sleep(_POLL_SECONDS)
             else:
                 break
             found |= self._look({each: jobs[each] for each in running})
@@ -175,7 +190,11 @@ class SweepLauncher(Launcher):
             self._outcome.launched += len(batch)
             errors = self._run(batch, jobs, index + len(after))
             looked = self._look({each: jobs[each] for each in batch})
-            after |= {each: self._settled(_concluded(before[each], looked[each], errors[each])) for each in batch}
+            moved = {each for each in batch if _moved(before[each], looked[each])}
+            for each in batch:
+                queued = bool(moved) and each not in moved
+                concluded = _concluded(before[each], looked[each], errors[each], queued=queued)
+                after[each] = self._settled(concluded)
             for each in batch:
                 if after[each].status == FAILED:
                     log.error("failed   %s: %s", after[each].run, after[each].reason)
@@ -186,20 +205,25 @@ class SweepLauncher(Launcher):
     ) -> dict[Overrides, BaseException | None]:
         """Why each job did not end well, if it did not."""
         try:
-            if self._serial:
-                returns = self._inner.launch(batch, index)
-            else:
-                request = StopRequest.new(self._root, self._options)
-                mark = f"+hydra.job.env_set.{VARIABLE}={request.name}"
-                with request.passed_on():
-                    returns = self._inner.launch([[*each, mark] for each in batch], index)
+            returns = self._passed_on(batch, index) if self._stop else self._inner.launch(batch, index)
         except Exception as error:  # a worker died, or the cluster refused: the storage knows what became of each job
+            self._left_behind = True
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
         return {
             each: one._return_value if one.status is JobStatus.FAILED else None
             for each, one in zip(batch, returns, strict=True)
         }
+
+    def _passed_on(self, batch: list[Overrides], index: int) -> Sequence[JobReturn]:
+        """Launch jobs in other processes, which a stop signal of this one reaches."""
+        assert self._stop
+        mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
+        with self._stop.passed_on():
+            returns = self._inner.launch([[*each, mark] for each in batch], index)
+        if signals.received() and not self._left_behind:
+            self._stop.withdraw()
+        return returns
 
     def _progress(self, found: dict[Overrides, Found]) -> str:
         done = sum(one.status in (DONE, DIVERGED) for one in found.values())
@@ -210,15 +234,25 @@ class LauncherError(Exception):
     """The launcher itself failed, so that it is not known how its jobs ended."""
 
 
-def _concluded(before: Found, after: Found, error: BaseException | None) -> Found:
-    """What a run is after its job ended with ``error``, and the storage says that it is ``after``."""
+def _moved(before: Found, after: Found) -> bool:
+    """Whether some process has begun the run or finished it."""
+    return after.status == DONE or after.attempts > before.attempts
+
+
+def _concluded(before: Found, after: Found, error: BaseException | None, *, queued: bool) -> Found:
+    """What a run is after its job ended with ``error``, and the storage says that it is ``after``.
+
+    A launcher that ends early says nothing of a single job: it has failed only if it began and came no further. One
+    that did not begin although others did may yet be ``queued``; whichever of it and its successor begins first does
+    the work.
+    """
     if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
         return after
     if error is None:
         error = LauncherError("the job ended and has no result")
-    if isinstance(error, LauncherError) and after.status == RUNNING:
+    if isinstance(error, LauncherError) and (queued or after.status == RUNNING or after.step > before.step):
         return after
-    return failed(replace(before, failures=max(before.failures, after.failures - 1)), error)
+    return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
 
 
 def _returned(overrides: Overrides, found: Found) -> JobReturn:

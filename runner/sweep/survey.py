@@ -21,13 +21,15 @@ _SHOWN = 20  # runs of one status
 class Found:
     """One run: its status, its last committed step and its objective.
 
-    ``failures`` is how many attempts in a row have failed; ``final`` whether trying again is no use.
+    ``attempts`` is the newest one's number, known of what is not done; ``failures`` is how many of them in a row have
+    failed; ``final`` whether trying again is no use.
     """
 
     run: str
     status: str
     step: int = 0
     objective: float | None = None
+    attempts: int = 0
     failures: int = 0
     reason: str = ""
     final: bool = False
@@ -61,6 +63,7 @@ def failed(found: Found, error: BaseException) -> Found:
         found.run,
         FAILED,
         found.step,
+        attempts=found.attempts,
         failures=found.failures + 1,
         reason=reason,
         final=isinstance(error, ConfigError | DriftRefused),
@@ -97,14 +100,15 @@ def _unfinished(job: Job) -> Found:
     last = history[-1]
     committed = commits(location)
     step = committed[0].step if committed else 0
-    if last.alive():
-        return Found(name, RUNNING, step, reason=last.owner())
+    if last.watched():
+        return Found(name, RUNNING, step, attempts=last.number, reason=last.owner())
     if _outcome(last) == "diverged":
-        return Found(name, DIVERGED, step, reason=_reason(last))
+        return Found(name, DIVERGED, step, attempts=last.number, reason=_reason(last))
     failures = 0
     while failures < len(history) and _outcome(history[-1 - failures]) == "failed":
         failures += 1
-    return Found(name, FAILED if failures else CUT, step, failures=failures, reason=_reason(last))
+    status = FAILED if failures else CUT
+    return Found(name, status, step, attempts=last.number, failures=failures, reason=_reason(last))
 
 
 def _outcome(record: Record) -> Any:

@@ -76,3 +76,16 @@ class Fails(Classification):
     def training_step(self, model, batch):
         self.step -= 1
         return {**super().training_step(model, batch), "inverse": torch.tensor(1 / self.step)}
+
+
+class Slow(Classification):
+    """Takes as many seconds for each training step as the file says that the environment variable PACE names."""
+
+    def training_step(self, model, batch):
+        import os
+        import time
+        from pathlib import Path
+
+        if "PACE" in os.environ:
+            time.sleep(float(Path(os.environ["PACE"]).read_text() or 0))
+        return super().training_step(model, batch)
