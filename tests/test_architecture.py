@@ -24,6 +24,7 @@ DOORS = {
     "tabulate": {"run", "runs"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
+    "matplotlib": {"runs"},
     "sklearn": {"datasets"},
 }
 

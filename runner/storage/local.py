@@ -207,14 +207,14 @@ class LocalLock:
         os.close(self._descriptor)
 
 
-def find_folders(root: str, marker: str) -> list[str]:
+def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found = []
     for folder, below, files in os.walk(root, onerror=_explain_listing):
         if marker in files:
             found.append(os.path.relpath(folder, root))
             below.clear()
-    return sorted(found)
+    return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
 
 
 def _explain_listing(error: OSError) -> None:
