@@ -95,11 +95,8 @@ def plain(found: Comparison) -> dict[str, Any]:
 def text(found: Comparison) -> str:
     """The comparison as a table, and what it is about."""
     shown = found.swept[:_MOST_COLUMNS]
-    rows = [
-        {**asdict(run.line), **{key: parameter(run, key) for key in shown}, "objective": run.line.objective}
-        for run in found.runs
-    ]
-    told = [screen.table(rows, ["run", "status", "step", *shown, "objective"]), ""]
+    rows = [{**{key: parameter(run, key) for key in shown}, **asdict(run.line)} for run in found.runs]
+    told = [screen.table(rows, ["run", "objective", "status", "step", *shown]), ""]
     told.append(f"{len(rows)} runs, best first by {title(found.goal)}.")
     if not found.swept:
         told.append("No parameter differs between them.")

@@ -63,11 +63,5 @@ def _key(row: Overview, column: str) -> Any:
 
 
 def _cells(row: Overview) -> dict[str, Any]:
-    steps = str(row.step) if row.max_steps is None else f"{row.step} / {row.max_steps}"
-    known = row.state != "unreadable"
-    return {
-        **asdict(row),
-        "step / max": steps if known else None,
-        "attempts": row.attempts if known else None,
-        "age": screen.age(row.seen),
-    }
+    steps = row.step if row.max_steps is None else f"{row.step} / {row.max_steps}"
+    return {**asdict(row), "step / max": steps, "age": screen.age(row.seen)}

@@ -28,16 +28,16 @@ _UNUSABLE = (RunnerError, TypeError, ValueError, AttributeError, LookupError, Ar
 @dataclass(frozen=True, slots=True)
 class Overview:
     """One run in a line. ``run`` is its place under the root; ``step`` is the last committed one; ``seen`` is when its
-    process last showed itself (ISO 8601, UTC).
+    process last showed itself (ISO 8601, UTC). Of a run that cannot be read only the place is known.
     """
 
     run: str
     experiment: str
     status: str
-    step: int
+    step: int | None
     max_steps: int | None
     objective: float | None
-    attempts: int
+    attempts: int | None
     seen: str | None
     host: str | None
 
@@ -92,7 +92,7 @@ def each(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable
             reason = str(error) if isinstance(error, RunnerError) else repr(error)
             reason = reason.replace(f"{directory.location.url}/", "").replace(directory.location.url, "it")
             status = f"unreadable: {printable(reason)[:300]}"
-            return unreadable(Overview(run, directory.experiment, status, 0, None, None, 0, None, None))
+            return unreadable(Overview(run, directory.experiment, status, None, None, None, None, None, None))
 
     with ThreadPoolExecutor(_READERS) as pool:
         return [*pool.map(one, find(root).items())]

@@ -59,7 +59,7 @@ def page(found: Comparison, png: bytes) -> str:
     """The page, with the picture in it and a table that can be sorted and searched."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    columns = ["place", "run", "status", "step", *found.swept, "objective", "attempts", "last seen"]
+    columns = ["place", "run", "objective", "status", "step", *found.swept, "attempts", "last seen"]
     ranked = len(found.ranked())
     rows = "\n".join(_row(run, found, place if place <= ranked else None) for place, run in enumerate(found.runs, 1))
     name, goal = _text(found.root), _text(title(found.goal))
@@ -82,12 +82,12 @@ def page(found: Comparison, png: bytes) -> str:
 def _row(run: Candidate, found: Comparison, place: int | None) -> str:
     line = run.line
     parameters = [run.parameters.get(key, "") for key in found.swept]
-    cells = [_cell(place), _cell(line.run), _cell(line.status), _cell(line.step)]
+    cells = [_cell(place), _cell(line.run), _cell(line.objective), _cell(line.status), _cell(line.step)]
     cells += [
         _cell(value if number(value) is not None else parameter(run, key))
         for key, value in zip(found.swept, parameters, strict=True)
     ]
-    cells += [_cell(line.objective), _cell(line.attempts), _cell(line.seen)]
+    cells += [_cell(line.attempts), _cell(line.seen)]
     return f"<tr>{''.join(cells)}</tr>"
 
 

@@ -1,12 +1,12 @@
 """The list of runs, live: drawn in place on a terminal, one list after the other elsewhere. Ends with Ctrl-C."""
 
+import contextlib
 import json
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from runner.errors import ConfigError, RunnerError, printable
@@ -28,9 +28,10 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
     pulse = _Pulse(max(_BEATS_SECONDS, 3 * interval))
-    rows, problem = look(), ""
     on_terminal = sys.stdout.isatty() and not as_json
-    with _interruptible(), _screen(on_terminal):
+    with _interruptible(), contextlib.ExitStack() as stack:
+        rows, problem = look(), ""
+        stack.enter_context(_screen(on_terminal))
         while True:
             rows = listing.ordered([pulse.judged(row) for row in rows], "status")
             if as_json:
@@ -78,7 +79,7 @@ def _frame(text: str) -> str:
     return _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
 
 
-@contextmanager
+@contextlib.contextmanager
 def _screen(on_terminal: bool) -> Iterator[None]:
     """A screen to draw on; the former one comes back at the end."""
     if not on_terminal:
@@ -91,7 +92,7 @@ def _screen(on_terminal: bool) -> Iterator[None]:
         print(_LEAVE, end="", flush=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block, not the program."""
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -128,10 +128,11 @@ class LocalLocation:
 
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
-        path = self.path / check_name(name)
-        link = next((part for part in (path, *path.parents) if part.is_symlink() and self.path in part.parents), None)
-        if link is not None:
-            raise StorageError(f"{link} is a link; everything in {self.url} must be there itself")
+        path = self.path
+        for segment in check_name(name).split("/"):
+            path /= segment
+            if path.is_symlink():
+                raise StorageError(f"{path} is a link; everything in {self.url} must be there itself")
         return path
 
     def _prepare(self, name: str) -> Path:
