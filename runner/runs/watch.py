@@ -27,7 +27,7 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
     """
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
-    pulse = _Pulse(max(_BEATS_SECONDS, 3 * interval))
+    pulse = Pulse(max(_BEATS_SECONDS, 3 * interval))
     on_terminal = sys.stdout.isatty() and not as_json
     with _interruptible(), contextlib.ExitStack() as stack:
         rows, problem = look(), ""
@@ -46,7 +46,7 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
                 problem = f"\nnot up to date: {printable(error)}"
 
 
-class _Pulse:
+class Pulse:
     """Knows which runs of other machines live: their beats change while it watches. Clocks need not agree for that."""
 
     def __init__(self, patience: float) -> None:
