@@ -26,7 +26,7 @@ from runner.errors import RunnerError, printable
 from runner.run import records as attempts
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
-from runner.runs.overview import details
+from runner.runs.details import details
 from runner.storage import LocalLocation
 
 MEMORY = 1 << 30  # bytes that looking at a directory may take

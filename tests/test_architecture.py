@@ -25,6 +25,7 @@ DOORS = {
     "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
+    "matplotlib": {"runs"},
     "sklearn": {"datasets"},
 }
 

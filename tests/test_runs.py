@@ -1,7 +1,9 @@
 """``python -m runner.runs``: what a person sees, and what a program reads."""
 
 import json
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,14 +28,10 @@ def root(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_list_shows_every_run_in_a_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(root)]) == 0
     header, _, cut, done = capsys.readouterr().out.splitlines()
-    assert header.split() == ["run", "status", "step", "max_steps", "objective", "attempts", "seen", "host"]
-    assert cut.split()[:5] == ["smoke/cut", "killed", "20", "30", "2"] or cut.split()[:4] == [
-        "smoke/cut",
-        "killed",
-        "20",
-        "30",
-    ]
-    assert done.split()[:4] == ["smoke/done", "complete", "30", "30"]
+    assert header.split() == ["run", "status", "step", "/", "max", "objective", "attempts", "age", "host"]
+    host = socket.gethostname()
+    assert re.fullmatch(rf"smoke/cut +killed +20 / 30 +2 +([0-9]+ (s|min) ago|now) +{host}", cut)
+    assert re.fullmatch(rf"smoke/done +complete +30 / 30 +0\.[0-9]+ +1 +([0-9]+ (s|min) ago|now) +{host}", done)
 
 
 def test_list_for_programs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +52,55 @@ def test_show_tells_how_each_attempt_ended(root: Path, capsys: pytest.CaptureFix
     assert [attempt["committed"] for attempt in found["attempts"]] == [10, 20]
     assert [checkpoint["step"] for checkpoint in found["checkpoints"]][:2] == [20, 10]
     assert found["identity"]["trainer"]["max_steps"] == 30
+
+
+def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(root / "smoke/cut"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["attempts"]
+    assert 0 <= first["lost"] == first["step"] - 10 <= 5, "the kill came after step 15, the last beat before"
+    assert second["lost"] is None, "nobody went on from there"
+    assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
+
+
+def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
+    root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = root / "smoke/done"
+    command = (*COMMAND, f"run.root={tmp_path}", f"run.parent={parent}@20", "run.name=child", "run.on_drift=accept")
+    assert life(*command).status == 0
+    assert life(*command, "trainer.max_steps=40").status == 0
+    assert main(["show", str(tmp_path / "smoke/child")]) == 0
+    text = capsys.readouterr().out
+    assert f"parent     weights of step 20 of {parent}" in text
+    assert re.search(
+        r"\noverrides +.*experiment=smoke .*run.name=child run.on_drift=accept trainer.max_steps=40\n", text
+    )
+    assert re.search(r"accepted changes\n +?attempt.*\n.*\n2 +trainer.max_steps +30 +40\n", text)
+    assert re.search(r"\nresult +step 40 \(max_steps\), val/loss [0-9.]+, val/accuracy [0-9.]+\n", text)
+
+
+def test_diff_tells_what_differs_and_nothing_else(
+    root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ("optimizer.lr=0.02", "+model.activation=null", "trainer.max_steps=3")
+    assert life(*COMMAND, f"run.root={tmp_path}", "run.name=other", *other).status == 2, "the model has no such key"
+    a, b = str(root / "smoke/done"), str(tmp_path / "smoke/other")
+    assert main(["diff", a, b]) == 0
+    text = capsys.readouterr().out
+    assert re.search(
+        r"\nmodel.activation +\(absent\) +null\noptimizer.lr +0.001 +0.02\ntrainer.max_steps +30 +3\n", text
+    )
+    assert re.search(r"\nstatus +complete +failed\nstep +30 +0", text)
+    assert main(["diff", a, b, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["configuration"][0] == {"key": "model.activation", "b": None}, "absent is not null"
+    assert [each["key"] for each in found["configuration"]] == ["model.activation", "optimizer.lr", "trainer.max_steps"]
+    assert {"metrics.val/loss", "objective.value"} <= {each["key"] for each in found["result"]}
+    assert main(["diff", a, a]) == 0
+    text = capsys.readouterr().out
+    assert "The configurations do not differ." in text
+    assert "The results do not differ." in text
 
 
 def test_audit_proves_a_run_that_was_killed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

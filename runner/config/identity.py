@@ -1,14 +1,17 @@
-"""The two halves of a configuration, and the name that its identity half gives a run."""
+"""The two halves of a configuration, and the name that its identity half gives a run.
+
+Hydra is imported where it is needed: who only looks at runs does without, and starts in half the time.
+"""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # What is computed. Every other key says how it is executed and may differ between the attempts of a run.
 IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective")
@@ -20,7 +23,7 @@ _SEPARATOR = re.compile("[,=]")
 _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add to it
 
 
-def identity(config: DictConfig) -> dict[str, Any]:
+def identity(config: "DictConfig") -> dict[str, Any]:
     """The resolved identity half as plain values; enumerations by name."""
     return {key: _plain(config[key]) for key in IDENTITY}
 
@@ -31,6 +34,8 @@ def variant(overrides: Sequence[str]) -> str:
     The same values give the same name however they are spelt (``1e-2``, ``0.010``). Unsafe characters become ``_``
     and a long name is cut; a digest then keeps different runs apart.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     chosen: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
@@ -65,6 +70,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    from omegaconf import OmegaConf
+
     if not OmegaConf.is_config(value):
         return value
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=True, enum_to_str=True)

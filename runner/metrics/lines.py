@@ -91,9 +91,20 @@ class _Segment:
 
 def read(location: Location) -> Iterator[dict[str, Any]]:
     """All lines of a run in order."""
+    yield from map(json.loads, _lines(location))
+
+
+def curve(location: Location, tag: str) -> list[tuple[int, float | None]]:
+    """One scalar over the steps, in order; None where it was not finite. Lines without it are not parsed."""
+    quoted = json.dumps(tag).encode()
+    found = (json.loads(line) for line in _lines(location) if quoted in line)
+    return [(line["step"], line[tag]) for line in found if tag in line]
+
+
+def _lines(location: Location) -> Iterator[bytes]:
     for entry in location.list(_FOLDER):
         if _key(entry.name) is not None:
-            yield from map(json.loads, _read(location, f"{_FOLDER}/{entry.name}"))
+            yield from _read(location, f"{_FOLDER}/{entry.name}")
 
 
 def _read(location: Location, name: str) -> list[bytes]:

@@ -37,6 +37,8 @@ _RUN = "run.json"
 _CONFIG = "config.yaml"
 _RESULT = "result.json"
 _LIMIT = 1 << 20
+_MAX_DEPTH = 100
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 
@@ -117,7 +119,8 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            saved = yaml.load(raw, Loader=_PlainLoader)
+            _check_plain(raw)
+            saved = yaml.load(raw, Loader=_LOADER)
         except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:  # a date without such a month, too
             raise StorageError(f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}") from error
         if not isinstance(saved, dict):
@@ -128,7 +131,10 @@ class RunDirectory:
         """The identity half that the run goes by: the configured one, or what the newest attempt (with a number below
         ``before``) accepted instead.
         """
-        newest = records.last(self.location, before=before)
+        return self.identity_since(records.last(self.location, before=before))
+
+    def identity_since(self, newest: records.Record | None) -> dict[str, Any] | None:
+        """The identity half that the run goes by since its attempt ``newest``, which was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return accepted if isinstance(accepted, dict) else self.configured()
 
@@ -161,13 +167,15 @@ class RunDirectory:
         return value
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values without aliases: a few bytes of those expand to gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
+def _check_plain(raw: bytes) -> None:
+    """Refuse aliases, a few bytes of which expand to gigabytes, and depth, at which what is compiled would crash."""
+    depth = 0
+    for event in yaml.parse(raw, Loader=_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels, which no stored configuration has")
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("an alias, which no stored configuration has")
-        return super().compose_node(parent, index)
 
 
 def _dump(value: dict[str, Any]) -> bytes:

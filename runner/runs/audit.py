@@ -1,14 +1,16 @@
 """The verdict over what a run was trained on, from its ledger."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from runner.checkpoint import manifest
 from runner.data import ledger
 from runner.data.plan import Plan
 from runner.data.proof import Proof, prove
-from runner.errors import ConfigError, StorageError
+from runner.errors import ConfigError, StorageError, printable
 from runner.run.directory import RunDirectory
 from runner.run.parent import Origin
+from runner.runs import screen
 
 # What comes of numbers that no plan has: the ledger may be a stranger's, or damaged.
 _UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
@@ -47,6 +49,25 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         "damaged": [segment.damage for segment in segments if segment.damage],
     }
     return proof, about
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    told = [f"{found['run']}: {found['steps']} steps, {found['positions']} samples, {found['attempts']} attempts\n"]
+    if found["indexed"]:
+        columns = ["source"] * ("source" in found["epochs"][0]) if found["epochs"] else []
+        columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
+        told.append(screen.table(found["epochs"], columns))
+    else:
+        told.append(
+            "The data is an iterable, which alone knows what it gave: nothing is said of samples seen or missed."
+        )
+    steps, samples, differing = found["again"].values()
+    told.append(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
+    told += map(printable, found["damaged"])  # no problem where those steps were done again
+    whole = "Every sample exactly once in every whole epoch."
+    good = whole if found["indexed"] else "No step differed when done again."
+    return "\n".join([*told, *(map(printable, found["problems"]) if found["problems"] else [good])])
 
 
 def _committed(directory: RunDirectory) -> int:

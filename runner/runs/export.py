@@ -1,9 +1,10 @@
 """The weights of one checkpoint, as a file that anyone can load."""
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, printable
 from runner.finish import plain
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
@@ -32,3 +33,8 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
         "bytes": len(data),
         "sha256": sha256(data).hexdigest(),
     }
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    return f"step {found['step']} of {printable(found['run'])}: {found['bytes']} bytes, sha256 {found['sha256']}"

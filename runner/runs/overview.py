@@ -1,81 +1,148 @@
-"""What can be said of a run from its directory alone."""
+"""What can be said of a run from its directory alone, in a line; and of all runs under a root.
 
-from dataclasses import asdict, dataclass
-from typing import Any
+A directory may be damaged or a stranger's: what it says is believed only where it has the type that a run gives it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
 
 from runner.checkpoint import manifest
-from runner.errors import ConfigError
+from runner.errors import ConfigError, RunnerError, printable
 from runner.run import records
 from runner.run.directory import RunDirectory
+from runner.run.records import Record
 from runner.storage import find_folders
 
+T = TypeVar("T")
+
 _MARKER = "run.json"
+_READERS = 8
+# What comes of values that no run has written.
+_UNUSABLE = (RunnerError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """One run in a line. ``step`` is the last committed one; ``seen`` is when its process last showed itself."""
+    """One run in a line. ``run`` is its place under the root; ``step`` is the last committed one; ``seen`` is when its
+    process last showed itself (ISO 8601, UTC). Of a run that cannot be read only the place is known.
+    """
 
     run: str
+    experiment: str
     status: str
-    step: int
+    step: int | None
     max_steps: int | None
     objective: float | None
-    attempts: int
+    attempts: int | None
     seen: str | None
     host: str | None
 
+    @property
+    def state(self) -> str:
+        """The first word of the status, without what explains it."""
+        return self.status.partition(" ")[0].rstrip(":")
 
-def find(root: str) -> list[RunDirectory]:
-    """All runs under a root. Raises ConfigError when there is none."""
-    found = [RunDirectory.at(f"{root}/{folder}") for folder in find_folders(root, _MARKER) if folder != "."]
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the objects of a run directory say, each of them read once."""
+
+    record: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    result: Mapping[str, Any] | None
+    newest: Record | None
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> "Facts":
+        """Read them. Raises ConfigError for what is no run directory, StorageError for a damaged one."""
+        record = directory.record()
+        if record is None:
+            raise ConfigError(f"{directory.location.url} is not a run directory: it has no {_MARKER}")
+        newest = records.last(directory.location)
+        identity = directory.identity_since(newest) or {}
+        return cls(record, identity, directory.result(identity), newest)
+
+
+def find(root: str) -> dict[str, RunDirectory]:
+    """All runs under a root, by their place there. Raises ConfigError when there is none."""
+    found = {
+        folder: RunDirectory(root, *folder.rpartition("/")[::2], location)
+        for folder, location in find_folders(root, _MARKER).items()
+        if folder != "."
+    }
     if not found:
         raise ConfigError(f"no runs under {root}; give the run.root of the runs you mean")
     return found
 
 
-def overview(directory: RunDirectory) -> Overview:
-    """One run in a line."""
-    identity = directory.identity() or {}
-    result = directory.result(identity) or {}
-    newest = records.last(directory.location)
-    commits = manifest.commits(directory.location)
+def each(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable[[Overview], T]) -> list[T]:
+    """What ``look`` says of each run under a root, several at a time; of one that cannot be read, what ``unreadable``
+    makes of a line that says why. Raises ConfigError and StorageError for the root.
+    """
+
+    def one(found: tuple[str, RunDirectory]) -> T:
+        run, directory = found
+        try:
+            return look(run, directory)
+        except _UNUSABLE as error:
+            reason = str(error) if isinstance(error, RunnerError) else repr(error)
+            reason = reason.replace(f"{directory.location.url}/", "").replace(directory.location.url, "it")
+            status = f"unreadable: {printable(reason)[:300]}"
+            return unreadable(Overview(run, directory.experiment, status, None, None, None, None, None, None))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [*pool.map(one, find(root).items())]
+
+
+def overviews(root: str) -> list[Overview]:
+    """All runs under a root in a line each. Raises ConfigError and StorageError for the root."""
+    return each(root, lambda run, directory: overview(run, directory, Facts.of(directory)), lambda line: line)
+
+
+def overview(run: str, directory: RunDirectory, facts: Facts) -> Overview:
+    """One run in a line; asks for its commits only where they are the only ones to know the step."""
+    newest, result = facts.newest, facts.result or {}
+    status = "complete" if facts.result else newest.outcome() if newest else "new"
+    step = integer(result.get("step"))
+    if step is None:
+        commits = manifest.commits(directory.location)
+        step = commits[0].step if commits else 0
     return Overview(
-        run=directory.name,
-        status="complete" if result else newest.outcome() if newest else "new",
-        step=result.get("step", commits[0].step if commits else 0),
-        max_steps=(identity.get("trainer") or {}).get("max_steps"),
-        objective=(result.get("objective") or {}).get("value"),
+        run=run,
+        experiment=str(facts.record.get("experiment")),
+        status=status,
+        step=step,
+        max_steps=integer((facts.identity.get("trainer") or {}).get("max_steps")),
+        objective=number((result.get("objective") or {}).get("value")),
         attempts=newest.number if newest else 0,
-        seen=newest.seen() if newest else None,
-        host=newest.claim.get("host") if newest else None,
+        seen=_time(newest.seen()) if newest else None,
+        host=_text(newest.claim.get("host")) if newest else None,
     )
 
 
-def details(directory: RunDirectory) -> dict[str, Any]:
-    """Everything about one run, as plain values."""
-    identity = directory.identity() or {}
-    return {
-        **asdict(overview(directory)),
-        "url": directory.location.url,
-        "record": directory.record(),
-        "identity": identity,
-        "result": directory.result(identity),
-        "attempts": [_attempt(record) for record in records.history(directory.location)],
-        "checkpoints": [asdict(commit) for commit in manifest.commits(directory.location)],
-    }
+def number(value: Any) -> float | None:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
-def _attempt(record: records.Record) -> dict[str, Any]:
-    end = record.end or {}
-    return {
-        "attempt": record.number,
-        "outcome": record.outcome(),
-        "reason": end.get("reason"),
-        "resumed": record.beat.get("resumed"),
-        "step": record.beat.get("step"),
-        "committed": record.beat.get("committed"),
-        "unusable": record.beat.get("unusable"),
-        "seen": record.seen(),
-        **{key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")},
-    }
+def integer(value: Any) -> int | None:
+    """``value`` if it is a whole number that a step may be."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15 else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _time(value: Any) -> str | None:
+    """``value`` if it is a time with a zone."""
+    try:
+        return value if datetime.fromisoformat(value).tzinfo else None
+    except (TypeError, ValueError):
+        return None

@@ -1,6 +1,7 @@
 """Thinning out the checkpoints of a run that nobody works on, by the policy that runs themselves go by."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from runner.checkpoint.tensors import Damaged
 from runner.errors import ConfigError
 from runner.run import attempts, records
 from runner.run.directory import RunDirectory
+from runner.runs import screen
 
 
 def prune(
@@ -37,6 +39,14 @@ def prune(
     if remove:  # a process that starts now is of a newer attempt, whose files are not touched
         store.remove([one.id for one in known], {*reasons}, attempt=newest.number + 1 if newest else 0)
     return rows
+
+
+def text(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
+    """The same for people."""
+    gone = [row["size"] for row in rows if not row["keep"]]
+    would = "Removed" if removed else "Nothing was changed. --yes would remove"
+    told = screen.table(rows, ["commit", "step", "objective", "size", "keep", "why"])
+    return f"{told}\n\n{would} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB."
 
 
 def _survey(store: CheckpointStore) -> list[Kept]:

@@ -22,8 +22,9 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
     return LocalLocation(local_root(url))
 
 
-def find_folders(url: str, marker: str, options: Mapping[str, Any] | None = None) -> list[str]:
-    """The folders under ``url`` that hold an object called ``marker``, as relative paths; none lies in another.
+def find_folders(url: str, marker: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Location]:
+    """The folders under ``url`` that hold an object called ``marker``, by their relative paths, in order; none lies in
+    another, and those of a store share their connections.
 
     Raises StorageError where a disk has no such folder; a store cannot tell one from an empty one.
     """

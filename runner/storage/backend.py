@@ -5,6 +5,7 @@ no client's own timeouts cover a server that accepts a request and never answers
 """
 
 import asyncio
+import copy
 import os
 import random
 import re
@@ -83,6 +84,14 @@ class Backend:
         self.protocols = {names} if isinstance(names, str) else set(names)
         self._bucket = self.root.partition("/")[0] if self.protocols & _BUCKETS else None
         self._begin()
+
+    def below(self, folder: str) -> "Backend":
+        """A folder that is known to be in this one. What is idle serves both."""
+        other = copy.copy(self)
+        other.url, other.root = f"{self.url}/{folder}", self.path(folder)
+        other._bucket = None  # there is one
+        other._abandoned = {}
+        return other
 
     def path(self, name: str) -> str:
         """The path of an object, or of the folder itself, as the file system calls it."""

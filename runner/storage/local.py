@@ -128,10 +128,11 @@ class LocalLocation:
 
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
-        path = self.path / check_name(name)
-        link = next((part for part in (path, *path.parents) if part.is_symlink() and self.path in part.parents), None)
-        if link is not None:
-            raise StorageError(f"{link} is a link; everything in {self.url} must be there itself")
+        path = self.path
+        for segment in check_name(name).split("/"):
+            path /= segment
+            if path.is_symlink():
+                raise StorageError(f"{path} is a link; everything in {self.url} must be there itself")
         return path
 
     def _prepare(self, name: str) -> Path:
@@ -207,14 +208,14 @@ class LocalLock:
         os.close(self._descriptor)
 
 
-def find_folders(root: str, marker: str) -> list[str]:
+def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found = []
     for folder, below, files in os.walk(root, onerror=_explain_listing):
         if marker in files:
             found.append(os.path.relpath(folder, root))
             below.clear()
-    return sorted(found)
+    return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
 
 
 def _explain_listing(error: OSError) -> None:

@@ -6,6 +6,7 @@ do is make the server sync its disk, so that a power cut there may cost the last
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -121,6 +122,15 @@ class RemoteLocation:
     def locked(self, name: str) -> bool:
         return LocalLocation(_scratch()).locked(self._lock_file(name))
 
+    def _below(self, folder: str) -> "RemoteLocation":
+        """A folder that was found in this one, over the same connections."""
+        if folder == ".":
+            return self
+        other = copy.copy(self)
+        other._backend = self._backend.below(folder)
+        other.url = other._backend.url
+        return other
+
     def _lock_file(self, name: str) -> str:
         return hashlib.sha256(f"{self.url}/{check_name(name)}".encode()).hexdigest()[:32]
 
@@ -150,9 +160,10 @@ class RemoteLocation:
             system.pipe_file(path, content, **limits(system, size))
 
 
-def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> list[str]:
+def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> dict[str, RemoteLocation]:
     """See ``storage.find_folders``. Goes down level by level, and not below a folder that has the marker."""
-    backend = Backend(url, options)
+    root = RemoteLocation(url, options)
+    backend = root._backend
 
     def listing(folder: str) -> dict[str, dict[str, Any]]:
         def operation(system: Any) -> dict[str, dict[str, Any]]:
@@ -173,7 +184,7 @@ def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> list[str]
                 for leaf, about in names.items()
                 if about["type"] == "directory"
             ]
-    return sorted(found)
+    return {folder: root._below(folder) for folder in sorted(found)}
 
 
 def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:

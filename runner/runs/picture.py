@@ -1,0 +1,206 @@
+"""A comparison as a picture: learning curves, and the objective against each parameter. The one door of matplotlib.
+
+However many runs there are, a few of them have colours: the best. Texts come from run directories, so none is taken
+for a formula.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import ConfigError
+from runner.runs import screen
+from runner.runs.compare import Candidate, Comparison, Goal, parameter, title
+from runner.runs.overview import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # of the best; told apart by the colour-blind, too
+_REST = "#9a9a9a"
+_COLUMNS = 3
+_CURVES_INCHES, _PANEL_INCHES = 5.0, 3.0
+_MOST_PANELS = 9
+_FEW = 8  # values that are all on an axis; points that need dots to be seen
+_MOST_NAMED = 10  # categories whose names fit under a panel
+_DECADES = 30.0  # a ratio from which on a scale is logarithmic
+_WIDEST = 44  # characters of a run in the legend, of all names under a panel
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+
+
+def png(found: Comparison) -> bytes:
+    """The picture as a PNG file. Raises ConfigError without matplotlib, or where no run has a value to be shown."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            f"a picture needs matplotlib, which is not installed: pip install 'hydra-runner[compare]' ({error})"
+        ) from error
+    runs = found.ranked()
+    if not runs or found.goal is None:
+        raise ConfigError(f"nothing to draw: no run under {found.root} has a value of its objective yet")
+    target = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of names in a script that no font has
+        _draw(found, found.goal, runs).savefig(target, format="png", dpi=130)
+    return target.getvalue()
+
+
+def _headline(found: Comparison, runs: Sequence[Candidate]) -> str:
+    text = f"{screen.cell(found.root)}: {len(runs)} runs by {title(found.goal)}"
+    without = len(found.runs) - len(runs)
+    text += f", {without} without it" if without else ""
+    hidden = len(found.swept) - _MOST_PANELS
+    return text + (f"; {hidden} more parameters differ than are shown" if hidden > 0 else "")
+
+
+def _draw(found: Comparison, goal: Goal, runs: Sequence[Candidate]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    shown = found.swept[:_MOST_PANELS]
+    rows = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(13, _CURVES_INCHES + _PANEL_INCHES * rows), layout="constrained")
+    figure.suptitle(_headline(found, runs), x=0.01, ha="left", fontsize=11)
+    if not rows:
+        _curves(figure.add_subplot(), goal, runs)
+        return figure
+    grid = figure.add_gridspec(2, height_ratios=[_CURVES_INCHES, _PANEL_INCHES * rows])
+    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+    _curves(above.add_subplot(), goal, runs)
+    for place, key in enumerate(shown, 1):
+        _scatter(below.add_subplot(rows, _COLUMNS, place), goal, runs, key)
+    return figure
+
+
+def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate]) -> None:
+    """All learning curves, the best on top; a curve of few points has dots."""
+    faint = max(0.15, min(0.8, 15 / len(runs)))
+    for place, run in reversed([*enumerate(runs)]):
+        best = place < len(_COLOURS)
+        axes.plot(
+            [step for step, _ in run.curve],
+            [value for _, value in run.curve],
+            color=_colour(place),
+            alpha=1.0 if best else faint,
+            linewidth=1.8 if best else 0.9,
+            marker="o" if len(run.curve) < _FEW else None,
+            markersize=4,
+            zorder=3 if best else 2,
+        )
+    for place, run in enumerate(runs[: len(_COLOURS)]):
+        axes.plot([], [], color=_colour(place), linewidth=1.8, label=_legend(run))
+    if len(runs) > len(_COLOURS):
+        axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel(screen.cell(goal.metric))
+    _fit(axes, goal, [value for run in runs for _, value in run.curve])
+
+
+def _scatter(axes: "Axes", goal: Goal, runs: Sequence[Candidate], key: str) -> None:
+    """The objective of each run over one parameter: by value where all are numbers, else side by side. A triangle
+    stands at the edge for a run beyond it.
+    """
+    known = [value for run in runs if (value := number(run.parameters.get(key))) is not None]
+    positions = _numbers(axes, known) if len(known) == len(runs) else _categories(axes, runs, key)
+    heights = [run.line.objective for run in runs if run.line.objective is not None]
+    _fit(axes, goal, heights)
+    bottom, top = axes.get_ylim()
+    for place, (x, y) in reversed([*enumerate(zip(positions, heights, strict=True))]):
+        best = place < len(_COLOURS)
+        shown = min(max(y, bottom), top)
+        axes.scatter(
+            x,
+            shown,
+            color=_colour(place),
+            marker="o" if shown == y else "^" if y > top else "v",
+            s=32 if best else 18,
+            alpha=1 if best else 0.5,
+            linewidths=0,
+            clip_on=False,
+            zorder=3,
+        )
+    axes.set_title(screen.cell(key))
+
+
+def _numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
+    """Where each run stands by the value of its parameter."""
+    if _spans_decades(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    if len({*values}) <= _FEW:
+        axes.set_xticks(sorted({*values}), [f"{value:g}" for value in sorted({*values})])
+    return values
+
+
+def _categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float]:
+    """Where each run stands; numbers come before texts. Runs of one category stand a little apart."""
+    texts = [parameter(run, key) or "(absent)" for run in runs]
+    values = {text: run.parameters.get(key) for text, run in zip(texts, runs, strict=True)}
+    names = sorted(values, key=lambda text: (number(values[text]) is None, number(values[text]) or 0.0, text))
+    if len(names) <= _MOST_NAMED:
+        plain = [name.rpartition(".")[2] if key.endswith("_target_") else name for name in names]
+        turned = sum(map(len, plain)) > _WIDEST
+        labels = [screen.cell(name, widest=18) for name in plain]
+        axes.set_xticks(range(len(names)), labels, rotation=20 if turned else 0, ha="right" if turned else "center")
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{len(names)} values")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    seats = {name: place for place, name in enumerate(names)}
+    return [seats[text] + 0.3 * ((place * 0.618) % 1 - 0.5) for place, text in enumerate(texts)]
+
+
+def _fit(axes: "Axes", goal: Goal, values: Sequence[float]) -> None:
+    """A scale on which good runs can be told apart: logarithmic over decades; those that went astray leave it."""
+    from matplotlib.ticker import LogLocator
+
+    if not values:
+        return
+    known = sorted(values)
+    few = len(known) // 20
+    low, high = (known[0], known[-1 - few]) if goal.mode == "min" else (known[few], known[-1])
+    if known[-1] - high <= high - low:
+        high = known[-1]
+    if low - known[0] <= high - low:
+        low = known[0]
+    if _spans_decades([low, high]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set_ylim(low / 1.2, high * 1.2)
+    else:
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    """Whether a logarithmic scale suits them better: what lies in the middle is nearer to the geometric mean."""
+    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+    if low <= 0 or high / low < _DECADES:
+        return False
+    return len(values) == 2 or middle < ((low * high) ** 0.5 * (low + high) / 2) ** 0.5
+
+
+def _legend(run: Candidate) -> str:
+    objective: Any = run.line.objective
+    name = screen.cell(run.line.run)
+    return f"{objective:.5g}  {name if len(name) <= _WIDEST else '...' + name[3 - _WIDEST :]}"
+
+
+def _colour(place: int) -> str:
+    return _COLOURS[place] if place < len(_COLOURS) else _REST

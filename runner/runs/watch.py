@@ -1,0 +1,104 @@
+"""The list of runs, live: drawn in place on a terminal, one list after the other elsewhere. Ends with Ctrl-C."""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+
+from runner.errors import ConfigError, RunnerError, printable
+from runner.runs import listing
+from runner.runs.overview import Overview
+
+_BEATS_SECONDS = 15.0  # three beats of a process that works on a remote root
+
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a second screen without a cursor, and back
+_HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool) -> None:
+    """Show what ``look`` finds, those that run first, every ``interval`` seconds until interrupted.
+
+    Raises ConfigError for an interval that cannot be meant, and what the first look raises; what a later one raises
+    may pass, and is shown.
+    """
+    if not 0 < interval < float("inf"):
+        raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
+    pulse = Pulse(max(_BEATS_SECONDS, 3 * interval))
+    on_terminal = sys.stdout.isatty() and not as_json
+    with _interruptible(), contextlib.ExitStack() as stack:
+        rows, problem = look(), ""
+        stack.enter_context(_screen(on_terminal))
+        while True:
+            rows = listing.ordered([pulse.judged(row) for row in rows], "status")
+            if as_json:
+                print(json.dumps([asdict(row) for row in rows]), flush=True)
+            else:
+                text = f"{_summary(rows)}{problem}\n\n{listing.text(rows)}"
+                print(_frame(text) if on_terminal else f"{text}\n", end="" if on_terminal else "\n", flush=True)
+            time.sleep(interval)
+            try:
+                rows, problem = look(), ""
+            except RunnerError as error:
+                problem = f"\nnot up to date: {printable(error)}"
+
+
+class Pulse:
+    """Knows which runs of other machines live: their beats change while it watches. Clocks need not agree for that."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._seen: dict[str, str | None] = {}
+        self._moved: dict[str, float] = {}
+
+    def judged(self, row: Overview) -> Overview:
+        """The row, with ``running`` in place of ``unknown`` where that was seen."""
+        now = time.monotonic()
+        if self._seen.setdefault(row.run, row.seen) != row.seen:
+            self._moved[row.run] = now
+        self._seen[row.run] = row.seen
+        beats = now - self._moved.get(row.run, -float("inf")) < self._patience
+        return replace(row, status="running") if beats and row.state == "unknown" else row
+
+
+def _summary(rows: list[Overview]) -> str:
+    counts = {state: sum(row.state == state for row in rows) for state in listing.STATES}
+    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {told}"
+
+
+def _frame(text: str) -> str:
+    """The text cut to the terminal, to be drawn over what is there."""
+    width, height = shutil.get_terminal_size()
+    lines = text.splitlines()
+    if len(lines) > height:
+        lines = [*lines[: height - 1], f"... {len(lines) - height + 1} more"]
+    return _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
+
+
+@contextlib.contextmanager
+def _screen(on_terminal: bool) -> Iterator[None]:
+    """A screen to draw on; the former one comes back at the end."""
+    if not on_terminal:
+        yield
+        return
+    try:
+        print(_ENTER, end="", flush=True)
+        yield
+    finally:
+        print(_LEAVE, end="", flush=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, not the program."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,356 @@
+"""``python -m runner.runs list|compare|watch``: all runs under a root, on a disk and on S3, also broken and hostile
+ones.
+"""
+
+import base64
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from lives import Lives, lives
+from servers import Server
+
+from runner.runs import compare, listing
+from runner.runs.overview import Overview
+from runner.runs.watch import Pulse
+from runner.runs.__main__ import main
+
+COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
+HOSTILE = "<script>alert(1)<&\x1b[31m$\\frac{$"
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def root(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three finished runs with other learning rates, one that was killed, one that is worse by the other goal."""
+    root = tmp_path_factory.mktemp("root")
+    for rate in (0.001, 0.03, 3.0):
+        assert life(*COMMAND, f"run.root={root}", f"optimizer.lr={rate}", f"run.name=lr{rate}").status == 0
+    killed = (f"run.root={root}", "optimizer.lr=0.01", "run.name=killed", "checkpoint.every_steps=5")
+    assert life(*COMMAND, *killed, step=17).status is None
+    return root
+
+
+@pytest.fixture
+def copy(root: Path, tmp_path: Path) -> Path:
+    """The same, to be broken."""
+    shutil.copytree(root, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+    """The names of the runs that ``list`` prints, in its order."""
+    assert main(["list", "--json", *map(str, arguments)]) == 0
+    return [row["run"].removeprefix("smoke/") for row in json.loads(capsys.readouterr().out)]
+
+
+def test_runs_are_chosen_and_ordered(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rows(capsys, root) == ["killed", "lr0.001", "lr0.03", "lr3.0"]
+    assert rows(capsys, root, "--status", "killed", "failed") == ["killed"]
+    assert rows(capsys, root, "--match", "lr0", "--reverse") == ["lr0.03", "lr0.001"]
+    assert rows(capsys, root, "--experiment", "smoke", "--status", "complete") == ["lr0.001", "lr0.03", "lr3.0"]
+    assert rows(capsys, root, "--experiment", "digits") == []
+    assert rows(capsys, root, "--sort", "age") == ["killed", "lr3.0", "lr0.03", "lr0.001"]
+    assert rows(capsys, root, "--sort", "status")[0] == "killed"
+    assert rows(capsys, root, "--sort", "step")[0] == "killed"
+    rising = rows(capsys, root, "--sort", "objective")
+    assert rising[-1] == "killed", "what has no value is last"
+    assert rows(capsys, root, "--sort", "objective", "--reverse") == [*rising[2::-1], "killed"]
+
+
+def test_a_listing_reads_each_object_once_and_imports_no_torch(root: Path) -> None:
+    program = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == 'open' else None)\n"
+        "from runner.runs.__main__ import main; main(['list', sys.argv[1], '--match', 'lr0.03'])\n"
+        "print(*(path for path in opened if path.startswith(sys.argv[1] + '/smoke/lr0.03')))\n"
+        "print(*{'torch', 'numpy', 'hydra', 'matplotlib'} & {*sys.modules})"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, root], capture_output=True, text=True, check=True)
+    *_, opened, imported = ended.stdout.split("\n")[:-1]
+    names = sorted(re.sub(r"[0-9]+-[0-9a-f]{12}", "attempt", Path(path).name) for path in opened.split())
+    assert names == ["attempt.beat", "attempt.end.json", "attempt.json", "config.yaml", "result.json", "run.json"]
+    assert imported == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("run.json", "{", "run.json is not JSON"),
+        ("run.json", '{"format": 2}', "it has format 2, this version reads 1"),
+        ("config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
+        ("config.yaml", "a: &a [1]\nb: *a", "an alias, which no stored configuration has"),
+        ("config.yaml", "[" * 100_000, "more than 100 levels, which no stored configuration has"),
+        ("config.yaml", "trainer: [1]", "AttributeError"),
+        ("config.yaml", "seed: 2001-01-01", "TypeError"),
+        ("result.json", "[]", "result.json is not a JSON object"),
+    ],
+)
+def test_a_broken_run_is_a_row_among_the_others(
+    name: str, content: str, reason: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "smoke/lr0.03" / name).write_text(content)
+    assert main(["list", str(copy), "--json"]) == 0
+    found = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+    status = found.pop("smoke/lr0.03")["status"]
+    assert status.startswith("unreadable: ")
+    assert reason in status
+    assert str(copy) not in status
+    assert {row["status"] for row in found.values()} == {"complete", "killed"}
+    for command in ("list", "compare"):
+        assert main([command, str(copy)]) == 0
+        assert re.search(r"smoke/lr0.03 .*unreadable: ", capsys.readouterr().out)
+
+
+def test_comparing_shows_what_was_swept_best_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["metric"], found["mode"], found["swept"]) == ("val/accuracy", "max", ["optimizer.lr"])
+    assert {run["run"]: run["parameters"]["optimizer.lr"] for run in found["runs"]} == {
+        "smoke/lr0.001": 0.001,
+        "smoke/lr0.03": 0.03,
+        "smoke/lr3.0": 3.0,
+        "smoke/killed": 0.01,
+    }
+    values = [run["objective"] for run in found["runs"]]
+    assert values == sorted(values, reverse=True)
+    assert None not in values, "of the killed one it is the best until its last checkpoint"
+    assert main(["compare", str(root)]) == 0
+    header, _, best, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "objective", "status", "step", "optimizer.lr"]
+    assert best.split()[0] == found["runs"][0]["run"]
+
+
+def test_comparing_respects_the_mode(copy: Path) -> None:
+    selection = listing.Selection()
+    by_accuracy = compare.compare(str(copy), selection)
+    for config in copy.glob("smoke/*/config.yaml"):
+        config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
+    by_loss = compare.compare(str(copy), selection)  # without results of that identity: by the curves
+    values = [run.line.objective for run in by_loss.ranked()]
+    assert len(values) == 4
+    assert values == sorted(values)
+    for run in by_loss.ranked():
+        assert run.line.objective == min(value for _, value in run.curve)
+        assert [step for step, _ in run.curve] == [5, 10, 15, 20][: len(run.curve)]
+    assert by_accuracy.goal == compare.Goal("val/accuracy", "max")
+
+
+def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
+    for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
+        config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
+    assert list(compare.compare(str(copy), listing.Selection()).swept) == ["optimizer.lr", "model.width"]
+
+
+def test_runs_of_another_goal_come_last(copy: Path) -> None:
+    config = copy / "smoke/lr0.03/config.yaml"
+    config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
+    found = compare.compare(str(copy), listing.Selection())
+    assert found.runs[-1].line.run == "smoke/lr0.03"
+    assert len(found.ranked()) == 3
+
+
+class Page(HTMLParser):
+    """What a browser would load, run and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.policy = ""
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data")]
+        self.policy = next((value or "" for name, value in attrs if name == "content"), self.policy)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1] and not data.isspace():
+            self.rows[-1][-1] += data
+
+
+def test_the_page_holds_everything_and_runs_nothing_of_a_stranger(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy / "smoke/lr0.03/config.yaml"
+    config.write_text(config.read_text() + f"model: {{{json.dumps(HOSTILE)}: {json.dumps(HOSTILE)}}}\n")
+    (copy / "smoke/lr3.0").rename(copy / f"smoke/{HOSTILE}")
+    (copy / "smoke/killed/run.json").write_text(json.dumps({"format": HOSTILE}))
+    page, png = tmp_path / "page.html", tmp_path / "picture.png"
+    assert main(["compare", str(copy), "--html", str(page), "--png", str(png)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    text = page.read_text()
+    assert "\x1b" not in text
+    found = Page(text)
+    assert found.tags.count("script") == 1
+    (image,) = found.links
+    assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == png.read_bytes()
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "default-src 'none'; img-src data:;" in found.policy
+    header, *body = found.rows
+    assert header[:5] == ["place", "run", "objective", "status", "step"]
+    shown = HOSTILE.replace("\x1b", "\\x1b")
+    assert f"model.{shown}" in header
+    assert f"smoke/{shown}" in [row[1] for row in body]
+    assert len(body) == 4
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_path: Path) -> None:
+    """With every kind of parameter: numbers, decades, texts, lists, null, absent; and with a run that went astray."""
+    for place in range(count):
+        run = tmp_path / f"root/smoke/{place}"
+        shutil.copytree(root / "smoke/lr0.03", run, ignore=shutil.ignore_patterns("data", "*.safetensors"))
+        model = {"width": place, "rate": 10.0**-place, "name": f"n{place}", "list": [place], "some": place % 3 or None}
+        model |= {"only": 1} if place % 2 else {}
+        (run / "config.yaml").write_text((run / "config.yaml").read_text() + f"model: {json.dumps(model)}\n")
+        curve = [{"step": step, "val/accuracy": place * 0.01 * step if place else -1e9} for step in (1, 2, 3)]
+        (run / "metrics/s000000000-a000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+    png = tmp_path / "picture.png"
+    assert main(["compare", str(tmp_path / "root"), "--png", str(png)]) == 0
+    assert len(png.read_bytes()) > 10_000
+
+
+def test_what_a_picture_needs_is_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ["--png", str(tmp_path / "picture.png")]
+    shutil.copytree(root, tmp_path / "root")
+    for folder in (tmp_path / "root/smoke").iterdir():
+        shutil.rmtree(folder / "metrics")
+        (folder / "result.json").unlink(missing_ok=True)
+    assert main(["compare", str(tmp_path / "root"), *target]) == 2
+    assert "nothing to draw: no run under" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["compare", str(root), *target]) == 2
+    assert "pip install 'hydra-runner[compare]'" in capsys.readouterr().err
+    assert main(["compare", str(root), "--match", "nowhere"]) == 2
+    assert "--match" in capsys.readouterr().err
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_runs_on_s3_are_listed_compared_and_drawn(
+    s3: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
+    root = f"{s3.url}/compared"
+    with lives(tmp_path) as life:
+        for rate in (0.001, 0.03):
+            assert life(*COMMAND, f"run.root={root}", f"optimizer.lr={rate}", f"run.name=lr{rate}").status == 0
+    import s3fs
+
+    s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).pipe_file("bucket/compared/smoke/broken/run.json", b"{")
+    assert rows(capsys, root, "--sort", "status") == ["lr0.001", "lr0.03", "broken"]
+    assert main(["compare", root, "--html", f"{root}.html"]) == 0
+    assert re.search(r"smoke/lr0.03 +[0-9.]+ +complete +20 +0.03\n", capsys.readouterr().out)
+    page = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).cat_file("bucket/compared.html").decode()
+    assert [row[1] for row in Page(page).rows[1:]][-1] == "smoke/broken"
+
+
+WATCH = [sys.executable, "-m", "runner.runs", "watch", "--interval", "0.1"]
+
+
+@pytest.fixture
+def terminal(root: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """``watch`` on a terminal of 6 lines."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "LINES": "6", "COLUMNS": "50", "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([*WATCH, root], stdin=follower, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    yield process, leader
+    process.kill()
+    process.wait()
+    os.close(leader)
+
+
+def read_until(descriptor: int, pattern: bytes) -> bytes:
+    """What comes, up to the pattern."""
+    found = b""
+    while not re.search(pattern, found):
+        assert select.select([descriptor], [], [], 60)[0], found
+        found += os.read(descriptor, 1 << 16)
+    return found
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_watching_draws_in_place_and_gives_the_screen_back(
+    stop: signal.Signals, terminal: tuple[subprocess.Popen[bytes], int]
+) -> None:
+    process, screen = terminal
+    drawn = read_until(screen, rb"(?s)(\x1b\[H.*){3}")
+    assert drawn.startswith(b"\x1b[?1049h\x1b[?25l\x1b[H")
+    first = drawn.split(b"\x1b[H")[1].decode().replace("\x1b[K", "").replace("\x1b[J", "").split("\r\n")
+    assert re.fullmatch(r"[0-9:]{8}  4 runs: 1 killed, 3 complete", first[0])
+    assert first[4].startswith("smoke/killed")
+    assert first[5:] == ["... 3 more"]
+    assert max(map(len, first)) == 50
+    process.send_signal(stop)
+    assert read_until(screen, rb"\x1b\[\?25h\x1b\[\?1049l")
+    assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_watching_without_a_terminal_prints_each_list(arguments: list[str], root: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([*WATCH, root, *arguments], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        found = read_until(process.stdout.fileno(), rb"(?s)(smoke/killed.*\n){3}").decode()
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(60) == 0
+    assert "\x1b" not in found
+    if arguments:
+        assert [row["status"] for row in json.loads(found.splitlines()[0])] == ["killed", *["complete"] * 3]
+
+
+def test_watching_goes_on_while_a_root_cannot_be_read(copy: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([*WATCH, copy], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        read_until(process.stdout.fileno(), rb"smoke/killed")
+        copy.rename(copy.with_name("away"))
+        assert b"smoke/killed" in read_until(process.stdout.fileno(), rb"(?s)not up to date: cannot list .*lr3.0")
+        copy.with_name("away").rename(copy)
+        read_until(process.stdout.fileno(), rb"complete\n\n")
+        process.kill()
+        process.stdout.read()
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf"])
+def test_an_interval_that_cannot_be_meant_is_refused(
+    interval: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", str(root), f"--interval={interval}"]) == 2
+    assert "--interval" in capsys.readouterr().err
+
+
+def test_a_run_of_another_machine_is_seen_to_live_by_its_beats() -> None:
+
+    pulse = Pulse(patience=60)
+    row = Overview("a/b", "a", "unknown (another host)", 1, 2, None, 1, "2026-01-01T00:00:00+00:00", "far")
+    assert pulse.judged(row) == row, "one beat says nothing"
+    later = replace(row, seen="2026-01-01T00:00:05+00:00")
+    assert pulse.judged(later).status == "running"
+    assert pulse.judged(later).status == "running", "between two beats"
+    ended = replace(later, status="killed", seen="2026-01-01T00:00:09+00:00")
+    assert pulse.judged(ended) == ended
