@@ -6,7 +6,7 @@ holds this picture against the code.
 
     9  __main__ (entry, exit statuses)     runs/ (looking at runs from outside)
     8  app (the Hydra application)
-    7  experiment (one attempt at a run)
+    7  experiment (one attempt at a run)     sweep/ (optuna: studies that go on)
     6  introduction (the first lines on the screen)     finish (exported weights, the result)
     5  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
     4  callbacks/ (guard, evaluate, report, progress, checkpoint)

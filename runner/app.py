@@ -27,6 +27,7 @@ from runner.run.directory import RunDirectory
 from runner.run.opening import Opening, open_run, wait_until_free
 from runner.run.parent import Parent, Which
 from runner.storage.location import is_remote, local_root
+from runner.sweep import optuna
 
 log = logging.getLogger("runner")
 
@@ -39,8 +40,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 def register() -> None:
-    """Make schema and resolvers known to Hydra; comes before composing."""
+    """Make schema, resolvers and studies known to Hydra; comes before composing."""
     schema.register()
+    optuna.register()
     # One directory for one command, alone or as a job of a sweep: Hydra's own files go where the run is.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)

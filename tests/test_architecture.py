@@ -14,8 +14,10 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
 DOORS = {
-    "hydra": {"config", "app", "build", "__main__"},
-    "omegaconf": {"config", "app", "build", "__main__"},
+    "hydra": {"config", "app", "build", "sweep", "__main__"},
+    "omegaconf": {"config", "app", "build", "sweep", "__main__"},
+    "hydra_plugins": {"sweep"},
+    "optuna": {"sweep"},
     "fsspec": {"storage"},
     "torchdata": {"data"},
     "torch.utils.tensorboard": {"metrics"},
