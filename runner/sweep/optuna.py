@@ -101,11 +101,11 @@ class Study(Sweeper):
         """Nothing: Hydra has set up the plugin's sweeper."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what is left of the study. Raises ConfigError, SweepFailed, or the error that no trial is to blame for."""
+        """Run what is left of the study. Raises ConfigError, SweepFailed, or what no trial is to blame for."""
         import optuna
 
         # What these say is said here, without the password that a database's URL may hold.
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(logging.WARNING)
         logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
 
         settings, plugin = self._config.hydra.sweeper, self._plugin
@@ -171,7 +171,7 @@ class _Launcher:
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         jobs = [tuple(overrides) for overrides in job_overrides]
         once = list(dict.fromkeys(jobs))  # a small space is drawn from twice; two would fight for one run directory
-        returns = dict(zip(once, self._launcher.launch(once, initial_job_idx), strict=True))
+        returns = dict(zip(once, self._launcher.launch(once, initial_job_idx=initial_job_idx), strict=True))
         for job in returns.values():
             if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
                 raise job._return_value
