@@ -5,7 +5,7 @@ floor, without cycles inside); each third-party package enters through one door.
 holds this picture against the code.
 
    11  __main__ (entry, exit statuses)
-   10  sweep/ (survey, launcher)     runs/ (looking at runs from outside)
+   10  sweep/ (survey, launcher, optuna)     runs/ (looking at runs from outside)
     9  app (the Hydra application)
     8  job (configuration -> the run it means)     stop (a sweep's request)
     7  experiment (one attempt at a run)

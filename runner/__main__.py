@@ -17,11 +17,12 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
-    from runner.sweep import launcher
+    from runner.sweep import launcher, optuna
 
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     sweep = launcher.install()
+    optuna.register()
     try:
         app.main()
     except (HydraException, OmegaConfBaseException, RunnerError) as error:

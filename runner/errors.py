@@ -10,7 +10,8 @@
     ├── StorageError             1   mend the disk, its permissions or the network
     ├── StateError               1   a part of the state cannot be saved or restored
     ├── DataError                1   mend the data set
-    └── NonFiniteError           1   the loss is no longer a number
+    ├── NonFiniteError           1   the loss is no longer a number
+    └── SweepFailed              1   mend what made every job of a sweep fail
 
 The number is the exit status. A message says what, where, what was expected and found, and the remedy.
 """
@@ -70,6 +71,10 @@ class DataError(RunnerError):
 
 class NonFiniteError(RunnerError):
     """The loss became NaN or infinite."""
+
+
+class SweepFailed(RunnerError):
+    """No job of a sweep has an objective."""
 
 
 def printable(text: object) -> str:

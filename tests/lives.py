@@ -7,7 +7,7 @@ imports are inherited.
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -52,9 +52,10 @@ class Lives:
 
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
-        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; after a
-        ``step``; once it ``restored``. ``without`` drops a part from the state. Checkpoints are waited for unless the
-        arguments say otherwise, so that it is known what is committed after a step.
+        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; at
+        the n-th ``commit`` of a database; after a ``step``; once it ``restored``. ``without`` drops a part from the
+        state. Checkpoints are waited for unless the arguments say otherwise, so that it is known what is committed
+        after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
         waited = [f"{key}={value}" for key, value in _WAITED.items() if key not in given]
@@ -80,7 +81,8 @@ class Lives:
 
 def serve() -> None:
     """Answer requests until the client goes away."""
-    for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment"):
+    optional = [name for name in ("optuna",) if importlib.util.find_spec(name)]
+    for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment", *optional):
         importlib.import_module(module)
     gc.freeze()  # else the first collection in each life copies every page
 
@@ -151,21 +153,15 @@ def _arm(request: dict[str, Any]) -> None:
     from runner import experiment
     from runner.state import TrainState
     from runner.storage import local
-    from runner.trainer import Trainer
 
     if "operation" in request:
         local.os = _MortalOs(request["operation"], request.get("fail"))  # type: ignore[attr-defined]
     if "put" in request:
         _die_at_put(request["put"])
+    if "commit" in request:
+        _die_at_commit(request["commit"], request.get("send", signal.SIGKILL))
     if "step" in request:
-        step = Trainer._step
-
-        def mortal_step(self: Trainer, loop: Any) -> None:
-            step(self, loop)
-            if loop.step == request["step"]:
-                _die()
-
-        Trainer._step = mortal_step  # type: ignore[method-assign]
+        _die_after_step(request["step"])
     if request.get("restored"):
         resume = experiment._resume
 
@@ -196,6 +192,34 @@ def _die_at_put(last: int) -> None:
         return put(self, name, chunks)
 
     RemoteLocation.put = mortal_put  # type: ignore[method-assign]
+
+
+def _die_after_step(last: int) -> None:
+    from runner.trainer import Trainer
+
+    step = Trainer._step
+
+    def mortal_step(self: Trainer, loop: Any) -> None:
+        step(self, loop)
+        if loop.step == last:
+            _die()
+
+    Trainer._step = mortal_step  # type: ignore[method-assign]
+
+
+def _die_at_commit(last: int, send: int) -> None:
+    """The n-th transaction of a database is not committed; by another signal than SIGKILL it is."""
+    from sqlalchemy.orm import Session
+
+    commit, left = Session.commit, [last]
+
+    def mortal_commit(self: Session) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.killpg(0, send)
+        commit(self)
+
+    Session.commit = mortal_commit  # type: ignore[method-assign]
 
 
 class _MortalOs:

@@ -16,6 +16,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 DOORS = {
     "hydra": {"config", "job", "app", "build", "sweep", "__main__"},
     "omegaconf": {"config", "job", "app", "build", "sweep", "__main__"},
+    "hydra_plugins": {"sweep"},
+    "optuna": {"sweep"},
     "fsspec": {"storage"},
     "torchdata": {"data"},
     "tensorboard": {"metrics"},

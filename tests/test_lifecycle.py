@@ -27,9 +27,10 @@ def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_pa
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in kept.items() if path != log)
 
 
-def test_a_finished_run_is_reported_without_importing_torch(life: Lives, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_without_importing_torch_or_optuna(life: Lives, tmp_path: Path) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}").status == 0
-    code = "import sys; from runner.__main__ import main; assert main() == 0; assert 'torch' not in sys.modules"
+    code = "import sys; from runner.__main__ import main; assert main() == 0; "
+    code += "assert not {'torch', 'optuna'} & {*sys.modules}"
     command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}"]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
 

@@ -22,9 +22,9 @@ from lives import Lives, lives
 from servers import Server
 
 from runner.runs import compare, listing
+from runner.runs.__main__ import main
 from runner.runs.overview import Overview
 from runner.runs.watch import Pulse
-from runner.runs.__main__ import main
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
 HOSTILE = "<script>alert(1)<&\x1b[31m$\\frac{$"

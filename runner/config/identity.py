@@ -32,7 +32,7 @@ def variant(overrides: Sequence[str]) -> str:
     """The readable name of a run: the overrides of its identity and origin, sorted; ``base`` when there are none.
 
     The same values give the same name however they are spelt (``1e-2``, ``0.010``). Unsafe characters become ``_``
-    and a long name is cut; a digest then keeps different runs apart.
+    and a long name is cut; a digest then keeps different runs apart. What a sweep goes over is named as it is spelt.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -40,7 +40,8 @@ def variant(overrides: Sequence[str]) -> str:
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if re.split("[./]", key)[0] in IDENTITY or key in _ORIGIN:
-            chosen[key] = f"~{key}" if override.is_delete() else f"{key}={_canonical(override.value())}"
+            value = override.get_value_string() if override.is_sweep_override() else _canonical(override.value())
+            chosen[key] = f"~{key}" if override.is_delete() else f"{key}={value}"
     full = ",".join(chosen[key] for key in sorted(chosen)) or "base"
     safe = _UNSAFE.sub("_", full)
     if safe == full and len(safe) <= _LONGEST:

@@ -256,8 +256,18 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
 
 
 def _returned(overrides: Overrides, found: Found) -> JobReturn:
+    if found.status == FAILED:
+        return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=found.error)
     value = found.objective if found.status == DONE else math.nan
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
+
+
+class _Failed(JobReturn):
+    """Says of itself that it failed, and does not raise: the error was told, and is no reason to end a sweep."""
+
+    @property
+    def return_value(self) -> float:  # type: ignore[override,misc]
+        return math.nan
 
 
 @contextmanager

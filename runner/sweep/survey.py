@@ -34,6 +34,7 @@ class Found:
     reason: str = ""
     final: bool = False
     exit_status: int = 1
+    error: BaseException | None = None
 
 
 def look(job: Job) -> Found:
@@ -52,7 +53,7 @@ def look(job: Job) -> Found:
 def refused(run: str, error: RunnerError) -> Found:
     """A run that cannot begin, and what the user has to do about it."""
     final = isinstance(error, ConfigError | DriftRefused)
-    return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status)
+    return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status, error=error)
 
 
 def failed(found: Found, error: BaseException) -> Found:
@@ -68,6 +69,7 @@ def failed(found: Found, error: BaseException) -> Found:
         reason=reason,
         final=isinstance(error, ConfigError | DriftRefused),
         exit_status=status,
+        error=error,
     )
 
 

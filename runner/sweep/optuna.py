@@ -1,0 +1,240 @@
+"""Optuna studies that can be killed and run again, on top of Hydra's plugin ``hydra-optuna-sweeper``.
+
+The plugin draws, launches and tells; it takes every invocation for the first. Here the study is what is gone on with:
+
+* ``n_trials`` is the total. A trial that ran when the process died is the same trial again, with the parameters that
+  the database has for it; these name the run directory, which resumes, or answers at once if it was finished.
+* Every draw is seeded by the sampler's seed, the trial's number and the parameter. With ``n_jobs=1`` a study that was
+  killed anywhere is therefore the study that nobody killed, bit for bit. With more it is as well, but for a kill in the
+  moment in which results of one batch are told: later draws then knew a part of it.
+* A trial that fails, and one whose objective is not a finite number, is told FAIL, counts, and is not tried again: a
+  made-up worst value would be a lie to the study. An error that says nothing of the parameters ends the sweep and
+  leaves its trials to the next invocation.
+
+One process at a time works on a study. Pruning is not possible: the plugin gives a job its parameters and no trial to
+report to. optuna itself is imported only for a sweep that uses it.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from runner.config.identity import variant
+from runner.errors import (
+    ConfigError,
+    DriftRefused,
+    Interrupted,
+    NoLoadableCheckpoint,
+    RunInUse,
+    StorageError,
+    SweepFailed,
+    printable,
+)
+from runner.seeds import derive
+from runner.storage.location import is_remote
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+log = logging.getLogger("runner")
+
+_PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
+_TARGET = f"{_PLUGIN}.optuna_sweeper.OptunaSweeper"
+_PASSWORD = re.compile(r"(?<=://)[^/]*@")
+# None of these is the doing of a trial's parameters.
+_ENDS_THE_SWEEP = (Interrupted, RunInUse, StorageError, DriftRefused, NoLoadableCheckpoint)
+
+
+@dataclass
+class StudyConfig:
+    """``hydra.sweeper`` of ``hydra/sweeper=optuna``: the plugin's keys, with defaults for a study that goes on."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"optional sampler": "tpe"}])
+    _target_: str = _TARGET
+    sampler: Any = None  # hydra/sweeper/sampler: tpe, random, cmaes, nsgaii, motpe; absent seed: that of the experiment
+    direction: str | None = None  # absent: that of objective.mode
+    storage: str | None = None  # an SQL database as SQLAlchemy's URL; absent: optuna.sqlite3 beside the runs
+    study_name: str | None = None  # absent: made from the experiment, its overrides and the search space
+    n_trials: int = 20  # of the study, over all invocations
+    n_jobs: int = 1  # trials that are drawn and launched together, knowing nothing of each other
+    max_failure_rate: float = 1.0  # of the trials launched together; above it the sweep ends
+    params: dict[str, Any] | None = None  # a search space beside that of the command line
+    search_space: dict[str, Any] | None = None
+    custom_search_space: str | None = None
+
+
+def register() -> None:
+    """Have Hydra go on with studies; comes before composing."""
+    Plugins.instance().instantiate_sweeper = _instantiate_sweeper  # type: ignore[method-assign]
+    # After the plugins have been found, to stand in the place of the plugin's own.
+    ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=StudyConfig)
+
+
+def _instantiate_sweeper(*, config: DictConfig, **context: Any) -> Sweeper:
+    chosen = config.hydra.sweeper is not None and config.hydra.sweeper._target_ == _TARGET
+    if chosen and find_spec(_PLUGIN) is None:
+        raise ConfigError("hydra/sweeper=optuna needs more packages: pip install 'hydra-runner[optuna]'")
+    sweeper = Plugins.instantiate_sweeper(Plugins.instance(), config=config, **context)
+    return Study(sweeper, config) if chosen else sweeper
+
+
+class Study(Sweeper):
+    """The plugin's sweeper, made to go on with its study."""
+
+    def __init__(self, sweeper: Any, config: DictConfig) -> None:
+        self._plugin = sweeper.sweeper
+        self._config = config
+
+    def setup(self, **context: Any) -> None:
+        """Nothing: Hydra has set up the plugin's sweeper."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run what is left of the study. Raises ConfigError, SweepFailed, or what no trial is to blame for."""
+        import optuna
+
+        # What these say is said here, without the password that a database's URL may hold.
+        optuna.logging.set_verbosity(logging.WARNING)
+        logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
+
+        settings, plugin = self._config.hydra.sweeper, self._plugin
+        space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
+        plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
+        plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
+        plugin.storage = _database(self._config)
+        finished = _reopen(plugin, space)
+        log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
+
+        plugin.job_idx = finished
+        plugin.n_trials = max(0, settings.n_trials - finished)
+        plugin.launcher = _Launcher(plugin.launcher)
+        try:
+            plugin.sweep(arguments)
+        except ValueError:  # what the plugin has for the best of none
+            if _trials(plugin, "COMPLETE"):
+                raise
+            raise SweepFailed(
+                f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: all "
+                "failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+            ) from None
+        best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
+        shown = " ".join(f"{key}={value}" for key, value in best.params.items())
+        log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, shown)
+
+
+class _Sampler:
+    """The configured sampler, made anew for every trial and every draw with a seed of its own."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config.hydra.sweeper.get("sampler")
+        if self._config is None or "seed" not in self._config:
+            raise ConfigError(
+                "hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; there are tpe, random, cmaes, "
+                "nsgaii and motpe. A grid needs no study: leave hydra/sweeper=optuna away"
+            )
+        self._seed = config.seed if self._config.seed is None else self._config.seed
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        self._joint = self._seeded(trial.number, "")  # keeps what it finds here for the next call
+        return self._joint.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        return self._joint.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self._seeded(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        self._joint.after_trial(study, trial, state, values)
+
+    def _seeded(self, number: int, name: str) -> Any:
+        return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
+
+
+class _Launcher:
+    """The configured launcher; raises what ends a sweep, before the plugin takes it for a trial's failure."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        jobs = [tuple(overrides) for overrides in job_overrides]
+        once = list(dict.fromkeys(jobs))  # a small space is drawn from twice; two would fight for one run directory
+        returns = dict(zip(once, self._launcher.launch(once, initial_job_idx=initial_job_idx), strict=True))
+        for job in returns.values():
+            if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
+                raise job._return_value
+        return [returns[job] for job in jobs]
+
+
+def _direction(config: DictConfig) -> str:
+    """As the objective has it; raises ConfigError for no objective, and for a direction that contradicts it."""
+    goal, given = config.objective, config.hydra.sweeper.direction
+    if goal.metric is None:
+        raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
+    direction = {"min": "minimize", "max": "maximize"}[goal.mode.name]
+    if given not in (None, direction):
+        raise ConfigError(
+            f"hydra.sweeper.direction={given} contradicts objective.mode={goal.mode.name} of {goal.metric}: leave the "
+            f"direction away, it is then {direction}"
+        )
+    return direction
+
+
+def _database(config: DictConfig) -> "RDBStorage":
+    """Where the study lives on: as configured, or a file beside the runs. Raises ConfigError if it cannot be used."""
+    from optuna.storages import RDBStorage
+
+    url, folder = config.hydra.sweeper.storage, Path(config.hydra.sweep.dir)
+    if url is None and is_remote(config.run.root):
+        raise ConfigError(
+            "run.root is remote, and a study needs a database that stays, too: set hydra.sweeper.storage, for example "
+            "to sqlite:////home/me/study.sqlite3 or postgresql://host/name"
+        )
+    folder.mkdir(parents=True, exist_ok=True)  # the plugin writes optimization_results.yaml there, too
+    try:
+        return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
+    except Exception as error:  # of a driver, of SQLAlchemy, of optuna
+        where = "" if url is None else f"={_PASSWORD.sub('', url)}"
+        raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {printable(error)}") from error
+
+
+def _reopen(plugin: Any, space: list[str]) -> int:
+    """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
+
+    Raises ConfigError for a study of the other direction.
+    """
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from optuna import create_study
+    from optuna.trial import TrialState
+
+    name, storage = plugin.study_name, plugin.storage
+    try:
+        create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
+    except ValueError as error:
+        raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
+    parameters, _ = create_params_from_overrides(space)
+    for trial in _trials(plugin, "RUNNING"):
+        # One of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
+        fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
+        storage.set_trial_state(trial._trial_id, TrialState.WAITING if fits else TrialState.FAIL)
+    return len(_trials(plugin, "COMPLETE", "FAIL", "PRUNED"))
+
+
+def _trials(plugin: Any, *states: str) -> list[Any]:
+    from optuna.trial import TrialState
+
+    study = plugin.storage.get_study_id_from_name(plugin.study_name)
+    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states))
+    return found
