@@ -65,13 +65,13 @@ def undisturbed(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return find
 
 
-COMMITS = (1, 7, 20, 22, 31, 33, 45)  # the study is made; trials are drawn and told
+COMMITS = (1, 7, 20, 22, 31, 33)  # the study is made; trials are drawn and told
 
 
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        (1, [*({"commit": number} for number in COMMITS), {"operation": 20}]),
+        (1, [{"operation": 20}, *({"commit": number} for number in COMMITS)]),
         (2, [{"operation": 60}, {"commit": 38}]),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Pa
 
     ended = life(*command, "optimizer.lr=-1,-2", "hydra.sweeper.n_jobs=6")
     assert ended.status == 1
-    assert "Launching 2 jobs locally" in ended.output
+    assert ended.output.count("Launching 1 jobs locally") == 2, "six trials, two runs"
     assert "none of the 6 trials of study" in ended.output
 
 

@@ -265,9 +265,7 @@ def _returned(overrides: Overrides, found: Found) -> JobReturn:
 class _Failed(JobReturn):
     """Says of itself that it failed, and does not raise: the error was told, and is no reason to end a sweep."""
 
-    @property
-    def return_value(self) -> float:  # type: ignore[override,misc]
-        return math.nan
+    return_value = math.nan
 
 
 @contextmanager

@@ -16,6 +16,7 @@ report to. optuna itself is imported only for a sweep that uses it.
 """
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from runner.errors import (
     DriftRefused,
     Interrupted,
     NoLoadableCheckpoint,
+    NonFiniteError,
     RunInUse,
     StorageError,
     SweepFailed,
@@ -175,7 +177,16 @@ class _Launcher:
         for job in returns.values():
             if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
                 raise job._return_value
-        return [returns[job] for job in jobs]
+        return [_told(returns[job]) for job in jobs]
+
+
+def _told(job: JobReturn) -> JobReturn:
+    """The plugin takes a trial for failed if its return raises; one without a number for an objective is."""
+    value = job._return_value
+    if job.status is JobStatus.COMPLETED and (value is None or math.isfinite(value)):
+        return job
+    error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
+    return JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
 
 
 def _direction(config: DictConfig) -> str:
