@@ -142,7 +142,7 @@ class SweepLauncher(Launcher):
         setup_globals()
         overrides = [tuple(one) for one in job_overrides]
         jobs = {each: self._jobs.job(each) for each in overrides}
-        found = {each: self._settled(one) for each, one in self._look(jobs).items()}
+        found = self._look(jobs)
         print(f"{table([*found.values()])}\n", flush=True)
         while True:
             startable = [each for each in jobs if self._startable(found[each])]
@@ -162,7 +162,7 @@ class SweepLauncher(Launcher):
     def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
         def one(item: tuple[Overrides, Job | RunnerError]) -> Found:
             overrides, job = item
-            return look(job) if isinstance(job, Job) else refused(" ".join(overrides), job)
+            return self._settled(look(job) if isinstance(job, Job) else refused(" ".join(overrides), job))
 
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(zip(jobs, pool.map(one, jobs.items()), strict=True))
