@@ -76,7 +76,7 @@ def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
     assert re.search(
         r"\noverrides +.*experiment=smoke .*run.name=child run.on_drift=accept trainer.max_steps=40\n", text
     )
-    assert re.search(r"accepted changes\n +?attempt.*\n.*\n2 +trainer.max_steps +30 +40\n", text)
+    assert re.search(r"accepted changes\n *attempt.*\n.*\n *2 +trainer\.max_steps +30 +40\n", text)
     assert re.search(r"\nresult +step 40 \(max_steps\), val/loss [0-9.]+, val/accuracy [0-9.]+\n", text)
 
 
