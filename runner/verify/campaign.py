@@ -1,0 +1,149 @@
+"""A run that nobody disturbs, and one that is killed again and again: when, and with how many workers."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from runner.verify.lives import Ended
+from runner.verify.options import Options
+from runner.verify.run import Run, Stage
+
+_STEPS = 100  # unless verify.steps says more
+_SECONDS = 20.0  # of training in which as many of them are done as can be
+_SAVES = 16  # checkpoints in a run, about
+_MOMENTS = ("step", "save", "loaded", "border", "evaluation")
+_LIMIT_OF_FAILURES = 1
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The runs of a proof: so many ``steps``, a checkpoint ``every`` so many, and the ``kills`` as (moment, step)."""
+
+    steps: int
+    every: int
+    epoch: int | None
+    kills: tuple[tuple[str, int], ...]
+    workers: tuple[int, ...]
+
+
+def saving(every: int) -> tuple[str, ...]:
+    """Overrides for a checkpoint every so many steps, all of which are kept."""
+    return (
+        "checkpoint.every=null",
+        "checkpoint.every_seconds=null",
+        f"checkpoint.every_steps={every}",
+        f"checkpoint.keep_every_steps={every}",
+    )
+
+
+def undisturbed(stage: Stage, options: Options) -> Run:
+    """The run to which others are compared."""
+    run = Run("undisturbed")
+    wanted = options.steps or _STEPS
+    limit = None if options.steps else _SECONDS
+    stage.live(run, *saving(interval(wanted)), workers=options.workers[0], steps=wanted, seconds=limit)
+    return run
+
+
+def interval(steps: int) -> int:
+    """Steps between two checkpoints."""
+    return max(1, steps // _SAVES)
+
+
+def plan(run: Run, options: Options) -> Plan:
+    """What the undisturbed run showed to be worth trying: as many steps as it did, kills at moments of every kind."""
+    life = run.lives[0]
+    built = life.of("built")[0]
+    steps = life.last
+    workers = options.workers if built["indexed"] else options.workers[:1]
+    every = interval(options.steps or _STEPS)
+    epochs = (
+        [event["step"] for event in life.of("step") if event["step"] % built["epoch"] == 0] if built["epoch"] else []
+    )
+    evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
+    chance = random.Random(options.seed)
+    kills = _kills(options.kills, steps, every, _borders(life.of("step")) or epochs, evaluated, chance)
+    return Plan(steps, every, built["epoch"], tuple(kills), workers)
+
+
+def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
+    """The same run, killed at every moment of the plan."""
+    run = Run("killed")
+    for number, kill in enumerate([*found.kills, None]):
+        workers = found.workers[(number + 1) % len(found.workers)]
+        background = f"checkpoint.background={'true' if number % 2 else 'false'}"
+        life = stage.live(
+            run,
+            *saving(found.every),
+            background,
+            workers=workers,
+            server=(number + 1) % 2,
+            steps=found.steps,
+            kill=kill,
+        )
+        if life.ended.status not in (None, 0):
+            break
+        tell(told(life.killed, life.first, life.last, workers))
+        if life.ended.status == 0:
+            break
+    return run
+
+
+def told(killed: str | None, first: int, last: int, workers: int) -> str:
+    """A life in words."""
+    how = {
+        None: "to the end",
+        "step": "killed after a step",
+        "save": "killed in a save",
+        "loaded": "killed right after loading",
+        "evaluation": "killed in an evaluation",
+        "start": "killed before the first step",
+    }.get(killed, "killed")
+    return f"steps {first:>5} to {last:>5}, {workers} workers, {how}"
+
+
+def failure(ended: Ended) -> str:
+    """The last lines of a life that failed, without a traceback's frames."""
+    lines = [line for line in ended.output.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    if starts:
+        lines = [line for line in lines[starts[-1] + 1 :] if not line.startswith("  ")]
+    else:
+        lines = [line for line in lines if not line.split(" ")[0] in _SAID]
+    return "\n".join(lines[-12:])
+
+
+_SAID = {"run", "attempt", "data", "device", "model", "step", "moved", "workers"}
+
+
+def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
+    """The steps in which an epoch ends."""
+    pairs = zip(steps, steps[1:], strict=False)
+    return [after["step"] for before, after in pairs if after["epochs"] > before["epochs"]]
+
+
+def _kills(
+    count: int, steps: int, every: int, borders: Sequence[int], evaluated: Sequence[int], chance: random.Random
+) -> list[tuple[str, int]]:
+    """Moments of all kinds, in an order in which the run gets on between them."""
+    found: list[tuple[str, int]] = []
+    for number in range(count):
+        moment = _MOMENTS[number % len(_MOMENTS)]
+        low, high = steps * number // (count + 1), steps * (number + 1) // (count + 1)
+        step = max(1, min(steps - 1, chance.randint(low, max(low, high))))
+        if moment == "border" and borders:
+            near = min(borders, key=lambda border: abs(border - step))
+            found.append(("step", min(steps - 1, near + number % 2)))
+        elif moment == "evaluation" and evaluated:
+            found.append(("evaluation", min(evaluated, key=lambda at: abs(at - step))))
+        elif moment == "save" and steps > every:
+            found.append(("save", min(step, steps - every)))
+        elif moment == "loaded":
+            found.append(("loaded", 0))
+        else:
+            found.append(("step", step))
+    order = [kill if kill[0] != "loaded" else None for kill in found]
+    rest = iter(sorted((kill for kill in order if kill), key=lambda kill: kill[1]))
+    return [next(rest) if kill else ("loaded", 0) for kill in order]

@@ -1,0 +1,138 @@
+"""The first thing in which a run differs from the one that nobody disturbed.
+
+A step is compared in the order in which it happens: its samples, what became of them, the generators, the rate, the
+loss, the gradients, then the state part by part. So the first difference is the nearest to its cause.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.verify.run import Event, Run, by_step
+
+# Fields of a record, and what they are called.
+_GIVEN = {"samples": "data order", "batch": "augmentation", "generators": "generators", "rate": "scheduler"}
+_MADE = {"metrics": "loss", "gradients": "gradients"}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """At ``step``, in the run's life of number ``life`` (from 0), ``part`` differs at ``where``.
+
+    ``restored``: in the state right after loading, before any step. ``remembered`` is what objects remembered beside
+    the state at the last common moment, as (path, expected, found); ``moving`` are those paths whose value changes
+    while the undisturbed run trains.
+    """
+
+    step: int
+    life: int
+    part: str
+    where: str
+    expected: Any
+    found: Any
+    restored: bool = False
+    remembered: tuple[tuple[str, str, str], ...] = ()
+    moving: frozenset[str] = field(default_factory=frozenset)
+
+    def size(self) -> str:
+        """By how much, for numbers."""
+        if not (isinstance(self.expected, float) and isinstance(self.found, float)):
+            return ""
+        gap = abs(self.found - self.expected)
+        relative = gap / abs(self.expected) if self.expected else math.inf
+        return f"by {gap:.3g} ({relative:.2g} of it)"
+
+
+def first(run: Run, undisturbed: Run) -> Difference | None:
+    """The first difference in time in what the lives of ``run`` noted."""
+    known, begun = by_step(undisturbed), _begun(undisturbed)
+    remembered: tuple[tuple[str, str, str], ...] = ()
+    moving = _moving(undisturbed)
+    for life, event in run.steps():
+        step, restored = event["step"], event["event"] == "resumed"
+        expected = begun if restored and step == 0 else known.get(step)
+        if expected is None:
+            continue
+        if restored:
+            remembered = tuple(_unequal(expected["memory"], event["memory"]))
+        for part, where, was, now in _compared(expected, event, restored=restored):
+            return Difference(step, life, part, where, was, now, restored, remembered, moving)
+    return None
+
+
+def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
+    """The first difference in what two finished runs left: checkpoints of common steps, metric lines, result."""
+    expected, found = undisturbed.evidence, run.evidence
+    if expected is None or found is None:
+        return None
+    life = len(run.lives) - 1
+    for step in common_checkpoints(run, undisturbed):
+        ours, theirs = found["checkpoints"][str(step)], expected["checkpoints"][str(step)]
+        for path, was, now in _unequal(_flat(theirs), _flat(ours)):
+            return Difference(step, life, "checkpoint", path, was, now)
+    for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
+        for tag, one, other in _unequal(was, now):
+            return Difference(now.get("step", 0), life, "metric lines", tag, one, other)
+    if len(expected["lines"]) != len(found["lines"]):
+        lengths = len(expected["lines"]), len(found["lines"])
+        return Difference(found["result"]["step"], life, "metric lines", "how many", *lengths)
+    for path, was, now in _unequal(_flat(expected["result"]), _flat(found["result"])):
+        return Difference(found["result"].get("step", 0), life, "result", path, was, now)
+    return None
+
+
+def common_checkpoints(run: Run, undisturbed: Run) -> list[int]:
+    """The steps of which both have a checkpoint."""
+    kept = [(one.evidence or {}).get("checkpoints", {}) for one in (run, undisturbed)]
+    return sorted(int(step) for step in kept[0].keys() & kept[1].keys())
+
+
+def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
+    if not restored:
+        for name, part in (_GIVEN | _MADE).items():
+            yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
+    callbacks = []
+    for path, was, now in _unequal(expected["state"], found["state"]):
+        part = path.partition("/")[0]
+        if part.startswith("callback."):
+            callbacks.append((part, path, was, now))
+        else:
+            yield part, path, was, now
+    if not restored:
+        yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], found["evaluation"]))
+    yield from callbacks
+
+
+def _mapping(event: Event, name: str) -> Mapping[str, Any]:
+    value = event.get(name, {})
+    return value if isinstance(value, dict) else {name: value}
+
+
+def _unequal(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in {**expected, **found}:
+        was, now = expected.get(key), found.get(key)
+        if was != now and not (was != was and now != now):  # NaN is as good as NaN
+            yield key, was, now
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {key: leaf for name, inner in tree.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
+    return {path.strip("/"): tree}
+
+
+def _padded(lines: list[Event], others: list[Event]) -> list[Event]:
+    return [*lines, *([{}] * (len(others) - len(lines)))]
+
+
+def _begun(run: Run) -> Event | None:
+    return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
+
+
+def _moving(run: Run) -> frozenset[str]:
+    """What the objects of a run remember and change."""
+    remembered = [event["memory"] for _, event in run.steps()]
+    if not remembered:
+        return frozenset()
+    return frozenset(path for path, _, _ in _unequal(remembered[0], remembered[-1]))

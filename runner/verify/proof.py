@@ -1,0 +1,114 @@
+"""From a command to a verdict: undisturbed, killed, compared, and if need be explained."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from runner.errors import ConfigError
+from runner.storage.location import is_remote, local_root
+from runner.verify import campaign, difference
+from runner.verify.campaign import Plan, Tell
+from runner.verify.causes import of_refusal
+from runner.verify.cost import cost
+from runner.verify.diagnosis import Detective
+from runner.verify.lives import servers
+from runner.verify.options import Options, new_name
+from runner.verify.run import Run, Stage
+from runner.verify.verdict import Verdict
+
+
+def prove(command: Sequence[str], options: Options, *, tell: Tell) -> Verdict:
+    """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run.
+
+    ``tell`` is given lines on what is going on. Nothing is left behind but the runs of a proof that failed.
+    """
+    began = time.monotonic()
+    scratch = Path(tempfile.mkdtemp(prefix="runner-verify-"))
+    name = new_name()
+    root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{name}"
+    kept = False
+    try:
+        with servers() as two:
+            stage = Stage(tuple(command), scratch, root, two)
+            verdict = _judged(stage, options, tell, began)
+            kept = options.keep or not verdict.holds
+            if not kept:
+                _remove(stage, verdict)
+        return replace(verdict, scratch=_where(scratch, root)) if kept else verdict
+    finally:
+        if not kept:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict:
+    base = campaign.undisturbed(stage, options)
+    run, failed = Run("killed"), base.failed
+    if failed is not None and failed.status == ConfigError.status:
+        raise ConfigError(campaign.failure(failed))
+    verdict = Verdict(stage.command, base, run, 0.0)
+    if failed is not None:
+        said = campaign.failure(failed)
+        return replace(verdict, refusal=said, cause=of_refusal(said), seconds=time.monotonic() - began)
+    plan = campaign.plan(base, options)
+    tell(f"undisturbed: {plan.steps} steps, a checkpoint every {plan.every}")
+    run = campaign.disturbed(stage, plan, tell)
+    verdict = replace(_compared(stage, plan, base, run, tell), notes=_notes(plan, base))
+    return replace(verdict, seconds=time.monotonic() - began)
+
+
+def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verdict:
+    found = difference.first(run, base) or difference.at_the_end(run, base)
+    failed = run.failed
+    verdict = Verdict(
+        stage.command,
+        base,
+        run,
+        0.0,
+        difference=found,
+        refusal=campaign.failure(failed) if failed else "",
+        audit=[problem for one in (base, run) for problem in _problems(one)],
+        cost=cost(base, run, imports=max(server.import_seconds for server in stage.servers)),
+        checkpoints=len(difference.common_checkpoints(run, base)),
+    )
+    if found is not None:
+        tell(f"differs at step {found.step}: {found.part} ({found.where}); looking for the cause")
+        diagnosis = Detective(stage, plan, base, tell).diagnose(run, found)
+        return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
+    return replace(verdict, cause=of_refusal(verdict.refusal)) if failed else verdict
+
+
+def _problems(run: Run) -> list[str]:
+    evidence = run.evidence
+    return [f"{run.name}: {problem}" for problem in evidence["audit"]["problems"]] if evidence else []
+
+
+def _notes(plan: Plan, base: Run) -> list[str]:
+    notes = []
+    if plan.epoch is not None and plan.steps <= plan.epoch:
+        notes.append(
+            f"an epoch has {plan.epoch} steps, so none ended within these {plan.steps}; "
+            f"verify.steps={plan.epoch + plan.epoch // 4 + 1} goes past the end of one"
+        )
+    if plan.epoch is None:
+        notes.append("the data is an iterable, which is resumed with the same number of workers only")
+    if not any(
+        event["evaluation"] for _, event in base.steps() if event["event"] == "step" and event["step"] < plan.steps
+    ):
+        notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
+    return notes
+
+
+def _remove(stage: Stage, verdict: Verdict) -> None:
+    """What a proof that holds left in its root."""
+    if is_remote(stage.root):
+        for run in (verdict.undisturbed, verdict.killed):
+            stage.remove(run)
+    else:
+        shutil.rmtree(local_root(stage.root), ignore_errors=True)
+
+
+def _where(scratch: Path, root: str) -> str:
+    return str(scratch) if root.startswith(str(scratch)) else f"{scratch} and {root}"
