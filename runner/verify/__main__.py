@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         verdict = prove(command, options, tell=lambda line: print(line, file=sys.stderr, flush=True))
         if options.html:
-            from runner.verify import page
+            from runner.verify.page import write
 
-            verdict = page.write(verdict, options.html)
+            verdict = write(verdict, options.html)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from runner.verify.lives import Ended
 from runner.verify.options import Options
@@ -111,7 +112,7 @@ def failure(ended: Ended) -> str:
     if starts:
         lines = [line for line in lines[starts[-1] + 1 :] if not line.startswith("  ")]
     else:
-        lines = [line for line in lines if not line.split(" ")[0] in _SAID]
+        lines = [line for line in lines if line.split(" ")[0] not in _SAID]
     return "\n".join(lines[-12:])
 
 
@@ -120,8 +121,7 @@ _SAID = {"run", "attempt", "data", "device", "model", "step", "moved", "workers"
 
 def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
     """The steps in which an epoch ends."""
-    pairs = zip(steps, steps[1:], strict=False)
-    return [after["step"] for before, after in pairs if after["epochs"] > before["epochs"]]
+    return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
 
 
 def _kills(

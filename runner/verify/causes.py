@@ -1,6 +1,6 @@
 """What makes runs differ, in words: the likely cause of a first difference, and what to do about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runner.verify.difference import Difference
@@ -73,12 +73,13 @@ CAUSES: Mapping[str, Cause] = {
 
 
 def of_process(found: Difference) -> Cause:
-    """Another number of data workers makes another result."""
+    """Another number of data workers makes another result, although nothing was killed."""
+    if _of_data(found.moving):  # each worker has a memory of its own
+        return _data(found)
     return Cause(
         "workers",
         f"the data depends on the process that reads it: another number of workers gives another {found.part}",
-        "make a sample depend on its index and on the global generators alone: no worker number, pid, or memory "
-        "from sample to sample",
+        "make a sample depend on its index and on the global generators alone: no worker number, no pid",
     )
 
 
@@ -103,16 +104,21 @@ def _order(found: Difference) -> Cause:
 
 
 def _data(found: Difference) -> Cause:
-    generators = [entry for entry in _suspects(found, "data.") if "in state" in entry[1]]
-    if generators:
-        path, _, _ = generators[0]
-        return Cause("hidden generator", f"the data set draws from a generator of its own: {path}", _SEEDED)
+    moving = _of_data(found.moving) or _of_data(found.remembered)
+    told = "; ".join(f"{path} was {was}, then {now}" for path, was, now in moving[:3])
+    if any("in state" in was for _, was, _ in moving):
+        return Cause("hidden generator", f"the data set draws from a generator of its own: {told}", _SEEDED)
     return Cause(
         "data memory",
-        f"the data set changes while training, and a new process begins anew{_who(found, 'data.')}",
+        f"the data set changes while training, and a new process begins anew{f': {told}' if told else ''}",
         "make a sample depend on its index and on the global generators alone; a curriculum belongs into the task, "
         "whose state is saved",
     )
+
+
+def _of_data(entries: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """What data sets remember; generators first."""
+    return sorted((entry for entry in entries if entry[0].startswith("data.")), key=lambda e: "in state" not in e[1])
 
 
 def _generators(found: Difference) -> Cause:
@@ -133,33 +139,24 @@ def _scheduler(found: Difference) -> Cause:
 
 
 def _forward(found: Difference) -> Cause:
-    for prefix, kind in (("model", "model memory"), ("task", "task memory"), ("", "memory")):
-        suspects = _suspects(found, prefix)
-        if suspects:
-            break
-    buffer = next((path for path, _, _ in suspects if "persistent=False" in path), None)
+    model, task = _suspects(found, "model"), _suspects(found, "task")
+    buffer = next((entry for entry in model if "persistent=False" in entry[0]), None)
     if buffer:
         return Cause(
             "model memory",
-            f"a buffer of the model that training changes is not saved: {buffer}{_values(suspects, buffer)}",
+            f"a buffer of the model that training changes is not saved: {_told(buffer)}",
             "register it with persistent=True",
         )
-    if suspects and suspects[0][0].startswith("model"):
+    if model:
         return Cause(
-            kind,
+            "model memory",
             f"an attribute of the model matters and is not saved{_who(found, 'model')}",
             "register_buffer it, so that it is in the model's state_dict",
         )
-    if suspects and kind == "task memory":
-        return Cause(
-            kind, f"the task has a memory that is not saved{_who(found, 'task')}", f"for the task: {_STATEFUL}"
-        )
-    return Cause(
-        "memory",
-        f"the same weights, samples and generators give another {found.part}: something remembers beside the state"
-        f"{_who(found, '')}",
-        f"for what remembers: {_STATEFUL}",
-    )
+    if task:
+        what = f"the task has a memory that is not saved{_who(found, 'task')}"
+        return Cause("task memory", what, f"for the task: {_STATEFUL}")
+    return _other(found)
 
 
 def _optimizer(found: Difference) -> Cause:
@@ -174,8 +171,8 @@ def _optimizer(found: Difference) -> Cause:
 def _other(found: Difference) -> Cause:
     return Cause(
         "memory",
-        f"{found.part} differs although all before it is equal{_who(found, '')}",
-        f"for {found.part}: {_STATEFUL}",
+        f"{found.part} differs although all before it is equal: something remembers beside the state{_who(found, '')}",
+        f"for what remembers: {_STATEFUL}",
     )
 
 
@@ -195,42 +192,64 @@ _BY_PART = {
 def _suspects(found: Difference, prefix: str) -> list[tuple[str, str, str]]:
     """What was remembered and is not any more; first what training changes."""
     among = [entry for entry in found.remembered if entry[0].startswith(prefix)]
-    return sorted(among, key=lambda entry: entry[0] not in found.moving)
+    return sorted(among, key=lambda entry: entry[0] not in {path for path, _, _ in found.moving})
 
 
 def _who(found: Difference, prefix: str) -> str:
-    told = [f"{path} was {was} and is {now}" for path, was, now in _suspects(found, prefix)[:3]]
-    return f": {', '.join(told)} after loading" if told else ""
+    """Whoever may have forgotten, and what."""
+    told = "; ".join(map(_told, _suspects(found, prefix)[:3]))
+    return f": {told}" if told else ""
 
 
-def _values(suspects: list[tuple[str, str, str]], path: str) -> str:
-    return next((f", {was} before and {now} after loading" for name, was, now in suspects if name == path), "")
+def _told(entry: tuple[str, str, str]) -> str:
+    path, was, now = entry
+    return f"{path} was {was} and is {now} after loading"
 
 
-def of_refusal(said: str) -> Cause:
-    """A life that ended with an error: the runner's own say what to do, and some of torch's are known."""
-    for word, kind, remedy in _REFUSALS:
+def of_refusal(said: str, moved: str) -> Cause:
+    """A life that ended with an error: the runner's own say what to do, and some of torch's are known. ``moved`` is
+    what was seen to change in the data set.
+    """
+    for word, kind, what, remedy in _REFUSALS:
         if word in said:
-            return Cause(kind, f"refused: {_sentence(said, word)}", remedy)
+            if kind == "data memory" and "in state" in moved:
+                kind, what = "hidden generator", "the data set draws from a generator of its own"
+            return Cause(kind, f"{what}{f': {moved}' if moved else ''} (refused by the runner, above)", remedy)
     return Cause("error", "an attempt ended with an error; above is what it said", "mend that first", sure=False)
 
 
 _REFUSALS = (
+    ("does not have a deterministic implementation", "kernel", CAUSES["kernel"].what, "use another kernel"),
+    ("when it is drawn again with the same seed", "data memory", "a sample is another one every time", _SEEDED),
     (
-        "does not have a deterministic implementation",
-        "kernel",
-        "use another kernel, or CPU and GPU as torch's text says",
+        "in a data worker than in this process",
+        "workers",
+        "a sample depends on the process that reads it",
+        "make it depend on its index alone",
     ),
-    ("when it is drawn again with the same seed", "data memory", _SEEDED),
-    ("in a data worker than in this process", "workers", "make a sample depend on its index alone"),
-    ("draws random numbers, and data.randomness=off", "randomness", "use data.randomness=sample"),
-    ("is done again and has other samples", "data order", "the order of the samples must follow from the position"),
-    ("the data is not what this run began with", "data memory", "samples must be the same in every process"),
-    ("cannot save", "state", "keep plain values and tensors in state_dict"),
-    ("does not fit what step", "restoring", "load_state_dict must take what state_dict gives"),
+    (
+        "draws random numbers, and data.randomness=off",
+        "randomness",
+        "the data set draws random numbers that nobody seeds",
+        "use data.randomness=sample",
+    ),
+    (
+        "is done again and has other samples",
+        "data order",
+        "the samples come in another order after a resume",
+        "the order must follow from the position",
+    ),
+    (
+        "the data is not what this run began with",
+        "data memory",
+        "the samples are others in another process",
+        "make a sample depend on its index and on the global generators alone",
+    ),
+    ("cannot save", "state", "something in a state_dict cannot be saved", "keep plain values and tensors in it"),
+    (
+        "does not fit what step",
+        "restoring",
+        "a part cannot load what it saved",
+        "load_state_dict must take what state_dict gives",
+    ),
 )
-
-
-def _sentence(said: str, word: str) -> str:
-    line = next(line for line in said.splitlines() if word in line)
-    return line if len(line) <= 300 else f"{line[:297]}..."

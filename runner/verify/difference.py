@@ -6,7 +6,7 @@ loss, the gradients, then the state part by part. So the first difference is the
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from runner.verify.run import Event, Run, by_step
@@ -21,8 +21,8 @@ class Difference:
     """At ``step``, in the run's life of number ``life`` (from 0), ``part`` differs at ``where``.
 
     ``restored``: in the state right after loading, before any step. ``remembered`` is what objects remembered beside
-    the state at the last common moment, as (path, expected, found); ``moving`` are those paths whose value changes
-    while the undisturbed run trains.
+    the state at the last common moment, as (path, expected, found); ``moving`` is what changes there while the
+    undisturbed run trains, as (path, first, last).
     """
 
     step: int
@@ -33,7 +33,7 @@ class Difference:
     found: Any
     restored: bool = False
     remembered: tuple[tuple[str, str, str], ...] = ()
-    moving: frozenset[str] = field(default_factory=frozenset)
+    moving: tuple[tuple[str, str, str], ...] = ()
 
     def size(self) -> str:
         """By how much, for numbers."""
@@ -44,15 +44,15 @@ class Difference:
         return f"by {gap:.3g} ({relative:.2g} of it)"
 
 
-def first(run: Run, undisturbed: Run) -> Difference | None:
-    """The first difference in time in what the lives of ``run`` noted."""
+def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:
+    """The first difference in time in what the lives of ``run`` noted, up to a step."""
     known, begun = by_step(undisturbed), _begun(undisturbed)
     remembered: tuple[tuple[str, str, str], ...] = ()
     moving = _moving(undisturbed)
     for life, event in run.steps():
         step, restored = event["step"], event["event"] == "resumed"
         expected = begun if restored and step == 0 else known.get(step)
-        if expected is None:
+        if expected is None or (until is not None and step > until):
             continue
         if restored:
             remembered = tuple(_unequal(expected["memory"], event["memory"]))
@@ -130,9 +130,9 @@ def _begun(run: Run) -> Event | None:
     return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
 
 
-def _moving(run: Run) -> frozenset[str]:
+def _moving(run: Run) -> tuple[tuple[str, str, str], ...]:
     """What the objects of a run remember and change."""
     remembered = [event["memory"] for _, event in run.steps()]
     if not remembered:
-        return frozenset()
-    return frozenset(path for path, _, _ in _unequal(remembered[0], remembered[-1]))
+        return ()
+    return tuple(_unequal(remembered[0], remembered[-1]))

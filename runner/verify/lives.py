@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ _HASH_SEEDS = ("1", "2")
 @dataclass(frozen=True, slots=True)
 class Life:
     """What is asked of one life: the runner's ``arguments``, how much is recorded and where (``record``), and how it
-    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is (moment, step), of ``probe``;
+    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is a moment and a step;
     ``pins`` are things that are held fast; ``dump`` is a step whose state is written beside the record.
     """
 
@@ -61,7 +61,7 @@ class Ended:
 class Server:
     """One process to fork lives from."""
 
-    def __init__(self, hash_seed: str) -> None:
+    def __init__(self, hash_seed: str, cwd: Path | None) -> None:
         environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # one that the user sets is meant for every life
         self.import_seconds = 0.0
         self._began = time.monotonic()
@@ -72,16 +72,18 @@ class Server:
             stdout=subprocess.PIPE,
             env=environment,
             start_new_session=True,
+            cwd=cwd,
         )
 
     def __call__(self, life: Life) -> Ended:
         """Live it."""
-        self._wait()
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(life.request()).encode() + b"\n")
-        self._process.stdin.flush()
+        self._ask(life.request())
         answer = self._answer()
         return Ended(life, answer["status"], answer["seconds"], life.log.read_text(errors="replace"))
+
+    def import_modules(self, names: Sequence[str]) -> None:
+        """Have the next lives find these modules imported; does not wait for it."""
+        self._ask({"modules": [*names]})
 
     def close(self) -> None:
         """End it, and the life in hand."""
@@ -90,6 +92,12 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        self._wait()
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
 
     def _wait(self) -> None:
         if not self._ready:
@@ -105,10 +113,13 @@ class Server:
         return found
 
 
+Servers = tuple[Server, Server]
+
+
 @contextmanager
-def servers() -> Iterator[tuple[Server, Server]]:
+def servers(cwd: Path | None = None) -> Iterator[Servers]:
     """Two servers for the length of a block; their imports go on beside each other."""
-    one, other = map(Server, _HASH_SEEDS)
+    one, other = (Server(seed, cwd) for seed in _HASH_SEEDS)
     try:
         yield one, other
     finally:

@@ -9,17 +9,19 @@ end), ``start`` (before the first step).
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from runner import app, build, experiment
+from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.checkpoint.sealing import digest
 from runner.checkpoint.store import CheckpointStore, Snapshot
-from runner.checkpoint.tensors import bytes_of, digest
+from runner.checkpoint.tensors import bytes_of
 from runner.data.probe import leaves
 from runner.job import Job
 from runner.rng import Generators
@@ -40,7 +42,8 @@ class Probe:
         self.objects: dict[str, Any] = {}
         self.line: dict[str, Any] = {}
         self._file = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._moment, self._step = request["kill"] or ("", 0)
+        kill: tuple[str, int] = tuple(request["kill"] or ("", 0))
+        self.moment, self.step = kill
         self._began = time.monotonic()
 
     def write(self, event: str, **facts: Any) -> None:
@@ -50,7 +53,7 @@ class Probe:
 
     def die(self, moment: str, step: int) -> None:
         """End the whole process group if this is the moment."""
-        if moment == self._moment and step >= self._step:
+        if moment == self.moment and step >= self.step:
             self.write("killed", moment=moment, step=step)
             os.killpg(0, signal.SIGKILL)
 
@@ -70,7 +73,7 @@ def install(request: Mapping[str, Any]) -> None:
     for pin in request["pins"]:
         pins.hold(pin)
     if request["does"] == "remove":
-        app._finished = lambda job, config: evidence.remove(job.directory)  # type: ignore[assignment]
+        app._finished = lambda job, config: evidence.remove(job.directory)
         return
     probe = Probe(request)
     _watch_building(probe)
@@ -88,10 +91,15 @@ def _watch_building(probe: Probe) -> None:
         made = called(node, key, **how)
         if key in ("data.train", "data.validation", "data.collate", "model", "task"):
             probe.objects[key] = made
+            probe.write("made", memory=memory({key: made}))
         return made
 
     def built(config: Any, device: Any) -> Any:
-        found = parts(config, device)
+        try:
+            found = parts(config, device)
+        except Exception:
+            probe.write("refused", memory=memory(probe.objects))
+            raise
         probe.objects |= {"optimizer": found.state.optimizer, "scheduler": found.state.scheduler}
         plan = found.plan
         probe.write(
@@ -104,7 +112,8 @@ def _watch_building(probe: Probe) -> None:
         _hash_batches(probe, found.state.stream)
         return found
 
-    build._instance, experiment.build = instance, built
+    build._instance = instance
+    experiment.build = built  # type: ignore[attr-defined]
 
 
 def _hash_batches(probe: Probe, stream: Any) -> None:
@@ -171,8 +180,7 @@ def _watch_saving(probe: Probe) -> None:
     on_step, save, commit = SaveCheckpoint.on_step, SaveCheckpoint._save, CheckpointStore.commit
 
     def stepped(self: SaveCheckpoint, loop: Loop) -> None:
-        evaluation = {name: value for name, value in (loop.evaluation or {}).items()}
-        probe.write("step", **probe.line, evaluation=evaluation, **probe.known(loop.state))
+        probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
         probe.dump(loop.state, loop.step)
         probe.die("step", loop.step)
         on_step(self, loop)
@@ -183,7 +191,7 @@ def _watch_saving(probe: Probe) -> None:
         probe.write("save", step=loop.step, stall=time.monotonic() - began)
 
     def committed(self: CheckpointStore, snapshot: Snapshot, **how: Any) -> Any:
-        if probe._moment == "save" and snapshot.step >= probe._step:
+        if probe.moment == "save" and snapshot.step >= probe.step:
             _cut_short(probe, type(self.location), snapshot.step)
         began = time.monotonic()
         found = commit(self, snapshot, **how)
@@ -211,7 +219,7 @@ def _cut_short(probe: Probe, kind: Any, step: int) -> None:
 
 
 def _watch_evaluation(probe: Probe) -> None:
-    evaluate = build.evaluate
+    evaluate = evaluation.evaluate
     every = probe.request["evaluations"]
     if every is not None:
         from runner.callbacks.evaluate import Evaluate
@@ -222,25 +230,31 @@ def _watch_evaluation(probe: Probe) -> None:
             begin(self, interval, call)
             self.interval.steps = min(every, self.interval.steps or every)
 
-        Evaluate.__init__ = begun  # type: ignore[method-assign]
+        Evaluate.__init__ = begun  # type: ignore[method-assign,assignment]
 
     def evaluated(*arguments: Any, **keywords: Any) -> Any:
         found = evaluate(*arguments, **keywords)
         probe.die("evaluation", probe.line.get("step", 0))
         return found
 
-    build.evaluate = evaluated
+    build.evaluate = evaluated  # type: ignore[attr-defined]
 
 
 def _watch_the_end(probe: Probe) -> None:
-    finished = app._finished
+    finished, before = app._finished, {*sys.modules}
 
     def ended(job: Job, config: Any) -> Any:
         found = finished(job, config)
         probe.write("finished", **evidence.collect(job.directory))
+        probe.write("imported", modules=[name for name in sys.modules if name not in before and _is_library(name)])
         return found
 
     app._finished = ended
+
+
+def _is_library(name: str) -> bool:
+    """Whether a module is nobody's own code."""
+    return "site-packages" in (getattr(sys.modules[name], "__file__", None) or "")
 
 
 def fingerprint(state: Mapping[str, Any]) -> dict[str, str]:

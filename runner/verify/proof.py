@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from runner.verify.campaign import Plan, Tell
 from runner.verify.causes import of_refusal
 from runner.verify.cost import cost
 from runner.verify.diagnosis import Detective
-from runner.verify.lives import servers
+from runner.verify.lives import Servers, servers
 from runner.verify.options import Options, new_name
 from runner.verify.run import Run, Stage
 from runner.verify.verdict import Verdict
 
 
-def prove(command: Sequence[str], options: Options, *, tell: Tell) -> Verdict:
+def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers | None = None) -> Verdict:
     """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run.
 
-    ``tell`` is given lines on what is going on. Nothing is left behind but the runs of a proof that failed.
+    ``tell`` is given lines on what is going on; lives come from ``two`` servers, if they are there already. Nothing is
+    left behind but the runs of a proof that failed.
     """
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="runner-verify-"))
@@ -31,8 +33,8 @@ def prove(command: Sequence[str], options: Options, *, tell: Tell) -> Verdict:
     root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{name}"
     kept = False
     try:
-        with servers() as two:
-            stage = Stage(tuple(command), scratch, root, two)
+        with nullcontext(two) if two else servers() as both:
+            stage = Stage(tuple(command), scratch, root, both)
             verdict = _judged(stage, options, tell, began)
             kept = options.keep or not verdict.holds
             if not kept:
@@ -51,7 +53,9 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     verdict = Verdict(stage.command, base, run, 0.0)
     if failed is not None:
         said = campaign.failure(failed)
-        return replace(verdict, refusal=said, cause=of_refusal(said), seconds=time.monotonic() - began)
+        return replace(verdict, refusal=said, cause=of_refusal(said, _moved(base)), seconds=time.monotonic() - began)
+    for server in stage.servers:
+        server.import_modules(base.lives[0].of("imported")[0]["modules"])
     plan = campaign.plan(base, options)
     tell(f"undisturbed: {plan.steps} steps, a checkpoint every {plan.every}")
     run = campaign.disturbed(stage, plan, tell)
@@ -77,7 +81,17 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
         tell(f"differs at step {found.step}: {found.part} ({found.where}); looking for the cause")
         diagnosis = Detective(stage, plan, base, tell).diagnose(run, found)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
-    return replace(verdict, cause=of_refusal(verdict.refusal)) if failed else verdict
+    return replace(verdict, cause=of_refusal(verdict.refusal, _moved(run))) if failed else verdict
+
+
+def _moved(run: Run) -> str:
+    """What a data set that was refused remembers and changed while a few of its samples were drawn."""
+    last = run.lives[-1]
+    made = {path: value for event in last.of("made") for path, value in event["memory"].items()}
+    now = {path: value for event in last.of("refused") for path, value in event["memory"].items()}
+    return "; ".join(
+        f"{path} was {made[path]}, then {now[path]}" for path in made if now.get(path, made[path]) != made[path]
+    )
 
 
 def _problems(run: Run) -> list[str]:

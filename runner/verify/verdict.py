@@ -99,8 +99,9 @@ class Verdict:
         """The verdict for people: in one look, and then the reasons."""
         proven = self.proven
         tried = (
-            f"{proven['kills']} kills, {proven['steps']} steps, {proven['attempts']} attempts, {proven['samples']} samples, "
-            f"{' and '.join(map(str, proven['workers']))} workers, {proven['seconds']:.0f} s"
+            f"{proven['kills']} kills, {proven['steps']} steps, {proven['attempts']} attempts, "
+            f"{proven['samples']} samples, {' and '.join(map(str, proven['workers']))} workers, "
+            f"{proven['seconds']:.0f} s"
         )
         said = (
             [f"PASS     {tried}", _PROVEN.format(**proven)] if self.holds else [f"FAIL     {tried}", *self._failure()]
