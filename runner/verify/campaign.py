@@ -12,7 +12,9 @@ from runner.verify.run import Run, Stage
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
 _SAVES = 16  # checkpoints in a run, about
-_MOMENTS = ("step", "save", "loaded", "border", "evaluation")
+_MOMENTS = ("step", "save", "loaded", "border", "evaluation", "clock")
+_AT_A_STEP = {"step", "save", "evaluation"}
+_PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
 _LIMIT_OF_FAILURES = 1
 
 Tell = Callable[[str], None]
@@ -39,6 +41,11 @@ def saving(every: int) -> tuple[str, ...]:
     )
 
 
+def evaluations(options: Options) -> int:
+    """Steps after which there is an evaluation at the latest, so that some are seen."""
+    return max(1, (options.steps or _STEPS) // 3)
+
+
 def undisturbed(stage: Stage, options: Options) -> Run:
     """The run to which others are compared."""
     run = Run("undisturbed")
@@ -60,12 +67,10 @@ def plan(run: Run, options: Options) -> Plan:
     steps = life.last
     workers = options.workers if built["indexed"] else options.workers[:1]
     every = interval(options.steps or _STEPS)
-    epochs = (
-        [event["step"] for event in life.of("step") if event["step"] % built["epoch"] == 0] if built["epoch"] else []
-    )
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
-    kills = _kills(options.kills, steps, every, _borders(life.of("step")) or epochs, evaluated, chance)
+    shown = _Shown(steps, every, _borders(life.of("step")), evaluated, sum(event["took"] for event in life.of("step")))
+    kills = _kills(options.kills, shown, chance)
     return Plan(steps, every, built["epoch"], tuple(kills), workers)
 
 
@@ -101,6 +106,7 @@ def told(killed: str | None, first: int, last: int, workers: int) -> str:
         "loaded": "killed right after loading",
         "evaluation": "killed in an evaluation",
         "start": "killed before the first step",
+        "clock": "killed by the clock",
     }.get(killed, "killed")
     return f"steps {first:>5} to {last:>5}, {workers} workers, {how}"
 
@@ -124,26 +130,43 @@ def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
     return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
 
 
-def _kills(
-    count: int, steps: int, every: int, borders: Sequence[int], evaluated: Sequence[int], chance: random.Random
-) -> list[tuple[str, int]]:
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What the undisturbed run has: steps, a checkpoint every so many, steps in which an epoch ends, steps that were
+    evaluated, seconds.
+    """
+
+    steps: int
+    every: int
+    borders: Sequence[int]
+    evaluated: Sequence[int]
+    seconds: float
+
+
+def _kills(count: int, shown: _Shown, chance: random.Random) -> list[tuple[str, int]]:
     """Moments of all kinds, in an order in which the run gets on between them."""
-    found: list[tuple[str, int]] = []
+    found = []
     for number in range(count):
-        moment = _MOMENTS[number % len(_MOMENTS)]
-        low, high = steps * number // (count + 1), steps * (number + 1) // (count + 1)
-        step = max(1, min(steps - 1, chance.randint(low, max(low, high))))
-        if moment == "border" and borders:
-            near = min(borders, key=lambda border: abs(border - step))
-            found.append(("step", min(steps - 1, near + number % 2)))
-        elif moment == "evaluation" and evaluated:
-            found.append(("evaluation", min(evaluated, key=lambda at: abs(at - step))))
-        elif moment == "save" and steps > every:
-            found.append(("save", min(step, steps - every)))
-        elif moment == "loaded":
-            found.append(("loaded", 0))
-        else:
-            found.append(("step", step))
-    order = [kill if kill[0] != "loaded" else None for kill in found]
-    rest = iter(sorted((kill for kill in order if kill), key=lambda kill: kill[1]))
-    return [next(rest) if kill else ("loaded", 0) for kill in order]
+        low, high = (shown.steps * part // (count + 1) for part in (number, number + 1))
+        step = max(1, min(shown.steps - 1, chance.randint(low, high)))
+        found.append(_kill(_MOMENTS[number % len(_MOMENTS)], step, shown, chance))
+    steady = iter(sorted((kill for kill in found if kill[0] in _AT_A_STEP), key=lambda kill: kill[1]))
+    return [next(steady) if kill[0] in _AT_A_STEP else kill for kill in found]
+
+
+def _kill(moment: str, step: int, shown: _Shown, chance: random.Random) -> tuple[str, int]:
+    if moment == "clock":
+        return "clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000)
+    if moment == "loaded":
+        return "loaded", 0
+    if moment == "border" and shown.borders:  # in the last step of an epoch, or in the first of the next
+        return "step", min(shown.steps - 1, _nearest(shown.borders, step) + chance.randint(0, 1))
+    if moment == "evaluation" and shown.evaluated:
+        return "evaluation", _nearest(shown.evaluated, step)
+    if moment == "save" and shown.steps > shown.every:
+        return "save", min(step, shown.steps - shown.every)
+    return "step", step
+
+
+def _nearest(steps: Sequence[int], step: int) -> int:
+    return min(steps, key=lambda each: abs(each - step))

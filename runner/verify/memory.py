@@ -27,7 +27,7 @@ _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "training", "step"
 def memory(objects: Mapping[str, Any]) -> dict[str, str]:
     """``path -> value in words`` for all that the objects, their classes and the modules of these hold."""
     found: dict[str, str] = {}
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # holds what it has seen, so that no other object gets the same id
     for name, thing in objects.items():
         for path, value in _around(name, thing):
             found |= dict(_walk(path, value, 0, seen))
@@ -63,12 +63,12 @@ def _loose(module: nn.Module) -> list[str]:
     return sorted(module._non_persistent_buffers_set)
 
 
-def _walk(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, str]]:
+def _walk(path: str, value: Any, depth: int, seen: dict[int, Any]) -> Iterator[tuple[str, str]]:
     told = _told(value)
     if told is not None:
         yield path, told
     elif depth < _DEPTH and id(value) not in seen and not isinstance(value, _CODE):
-        seen.add(id(value))
+        seen[id(value)] = value
         for key, inner in _inside(value):
             yield from _walk(f"{path}{key}", inner, depth + 1, seen)
 

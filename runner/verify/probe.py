@@ -3,13 +3,14 @@
 Installed over the runner's own classes, which know nothing of it. After every step it writes a line of JSON: what the
 step was given, what it made of it, and a digest of every tensor and value of the state; a line that is written survives
 the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``loaded``, ``evaluation`` (before its
-end), ``start`` (before the first step).
+end), ``start`` (before the first step), ``clock`` (so many milliseconds after that).
 """
 
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.evaluate import Evaluate
 from runner.checkpoint.sealing import digest
 from runner.checkpoint.store import CheckpointStore, Snapshot
 from runner.checkpoint.tensors import bytes_of
@@ -138,6 +140,8 @@ def _watch_resuming(probe: Probe) -> None:
         probe.write("resumed", step=found.step, took=took, unusable=[*found.unusable], **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
+        if probe.moment == "clock":
+            threading.Timer(probe.step / 1000, probe.die, ("clock", probe.step)).start()
         return found
 
     experiment._resume = resumed
@@ -150,6 +154,7 @@ def _watch_steps(probe: Probe) -> None:
         begin(self, *arguments, **keywords)
         limits = [limit for limit in (self.max_steps, probe.request["steps"]) if limit is not None]
         self.max_steps = min(limits, default=None)
+        self.max_seconds = None  # what ends with the clock ends elsewhere every time
 
     def stepped(self: Trainer, loop: Loop) -> None:
         probe.line = {"generators": fingerprint({"generators": Generators().state_dict()})}
@@ -219,24 +224,20 @@ def _cut_short(probe: Probe, kind: Any, step: int) -> None:
 
 
 def _watch_evaluation(probe: Probe) -> None:
-    evaluate = evaluation.evaluate
-    every = probe.request["evaluations"]
-    if every is not None:
-        from runner.callbacks.evaluate import Evaluate
+    evaluate, begin, every = evaluation.evaluate, Evaluate.__init__, probe.request["evaluations"]
 
-        begin = Evaluate.__init__
-
-        def begun(self: Evaluate, interval: Any, call: Any) -> None:
-            begin(self, interval, call)
-            self.interval.steps = min(every, self.interval.steps or every)
-
-        Evaluate.__init__ = begun  # type: ignore[method-assign,assignment]
+    def begun(self: Evaluate, interval: Any, call: Any) -> None:
+        begin(self, interval, call)
+        if every is not None and (interval.steps or every + 1) > every:
+            interval.steps = every
+            probe.write("oftener", every=every)
 
     def evaluated(*arguments: Any, **keywords: Any) -> Any:
         found = evaluate(*arguments, **keywords)
         probe.die("evaluation", probe.line.get("step", 0))
         return found
 
+    Evaluate.__init__ = begun  # type: ignore[method-assign,assignment]
     build.evaluate = evaluated  # type: ignore[attr-defined]
 
 

@@ -29,20 +29,18 @@ def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers 
     """
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="runner-verify-"))
-    name = new_name()
-    root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{name}"
+    root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{new_name()}"
+    runs: list[Run] = []
     kept = False
     try:
         with nullcontext(two) if two else servers() as both:
-            stage = Stage(tuple(command), scratch, root, both)
+            stage = Stage(tuple(command), scratch, root, both, runs, campaign.evaluations(options))
             verdict = _judged(stage, options, tell, began)
-            kept = options.keep or not verdict.holds
-            if not kept:
-                _remove(stage, verdict)
+        kept = options.keep or not verdict.holds
         return replace(verdict, scratch=_where(scratch, root)) if kept else verdict
     finally:
         if not kept:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(root, scratch, runs, two)
 
 
 def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict:
@@ -108,6 +106,9 @@ def _notes(plan: Plan, base: Run) -> list[str]:
         )
     if plan.epoch is None:
         notes.append("the data is an iterable, which is resumed with the same number of workers only")
+    oftener = base.lives[0].of("oftener")
+    if oftener:
+        notes.append(f"evaluated every {oftener[0]['every']} steps, which is oftener than configured")
     if not any(
         event["evaluation"] for _, event in base.steps() if event["event"] == "step" and event["step"] < plan.steps
     ):
@@ -115,13 +116,15 @@ def _notes(plan: Plan, base: Run) -> list[str]:
     return notes
 
 
-def _remove(stage: Stage, verdict: Verdict) -> None:
-    """What a proof that holds left in its root."""
-    if is_remote(stage.root):
-        for run in (verdict.undisturbed, verdict.killed):
-            stage.remove(run)
-    else:
-        shutil.rmtree(local_root(stage.root), ignore_errors=True)
+def _remove(root: str, scratch: Path, runs: Sequence[Run], two: Servers | None) -> None:
+    """Remove all that a proof made, also where it was cut short."""
+    if is_remote(root) and runs:
+        with nullcontext(two) if two else servers() as (server, _):
+            for run in runs:
+                server(run.removal())
+    elif not is_remote(root):
+        shutil.rmtree(local_root(root), ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _where(scratch: Path, root: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner.verify.lives import Ended, Life, Server
+from runner.verify.lives import Ended, Life, Servers
 
 Event = dict[str, Any]
 
@@ -45,11 +45,17 @@ class Run:
 
     name: str
     lives: list[Lived] = field(default_factory=list)
+    command: Life | None = None  # the one that was asked for last
 
     def steps(self) -> Iterator[tuple[int, Event]]:
         """Everything that was noted of steps and of states after loading: number of the life, event."""
         for number, life in enumerate(self.lives):
             yield from ((number, event) for event in life.events if event["event"] in ("step", "resumed"))
+
+    def removal(self) -> Life:
+        """A life that removes what this run has in its storage."""
+        assert self.command
+        return replace(self.command, does="remove", kill=None, pins=())
 
     @property
     def evidence(self) -> Event | None:
@@ -66,13 +72,15 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Where runs are made: the user's ``command``, ``scratch`` for records, ``root`` for run directories, and two
-    servers to live in."""
+    servers to live in. ``runs`` are all that were made; two evaluations are ``evaluations`` steps apart at most.
+    """
 
     command: tuple[str, ...]
     scratch: Path
     root: str
-    servers: tuple[Server, Server]
-    evaluations: int | None = None
+    servers: Servers
+    runs: list[Run]
+    evaluations: int
 
     def live(self, run: Run, *more: str, workers: int, server: int = 0, **how: Any) -> Lived:
         """One more life of a run."""
@@ -85,15 +93,13 @@ class Stage:
             f"runtime.num_workers={workers}",
             *more,
         )
+        if run not in self.runs:
+            self.runs.append(run)
         life = Life(run.name, arguments, record, evaluations=self.evaluations, **how)
+        run.command = life
         lived = Lived(self.servers[server](life), workers, _read(record))
         run.lives.append(lived)
         return lived
-
-    def remove(self, run: Run) -> None:
-        """Remove what a run left in a remote store."""
-        life = run.lives[0].ended.life
-        self.servers[0](replace(life, does="remove", kill=None, pins=()))
 
 
 def _read(record: Path) -> tuple[Event, ...]:
