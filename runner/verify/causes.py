@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from runner.verify.difference import Difference
+from runner.verify.difference import Difference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
 _SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
@@ -105,8 +105,8 @@ def _order(found: Difference) -> Cause:
 
 def _data(found: Difference) -> Cause:
     moving = _of_data(found.moving) or _of_data(found.remembered)
-    told = "; ".join(f"{path} was {was}, then {now}" for path, was, now in moving[:3])
-    if any("in state" in was for _, was, _ in moving):
+    told = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in moving[:3])
+    if any(_is_generator(entry) for entry in moving):
         return Cause("hidden generator", f"the data set draws from a generator of its own: {told}", _SEEDED)
     return Cause(
         "data memory",
@@ -116,9 +116,13 @@ def _data(found: Difference) -> Cause:
     )
 
 
-def _of_data(entries: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+def _of_data(entries: Sequence[Remembered]) -> list[Remembered]:
     """What data sets remember; generators first."""
-    return sorted((entry for entry in entries if entry[0].startswith("data.")), key=lambda e: "in state" not in e[1])
+    return sorted((entry for entry in entries if entry[0].startswith("data.")), key=lambda e: not _is_generator(e))
+
+
+def _is_generator(entry: Remembered) -> bool:
+    return "in state" in (entry[1] or "")
 
 
 def _generators(found: Difference) -> Cause:
@@ -189,7 +193,7 @@ _BY_PART = {
 }
 
 
-def _suspects(found: Difference, prefix: str) -> list[tuple[str, str, str]]:
+def _suspects(found: Difference, prefix: str) -> list[Remembered]:
     """What was remembered and is not any more; first what training changes."""
     among = [entry for entry in found.remembered if entry[0].startswith(prefix)]
     return sorted(among, key=lambda entry: entry[0] not in {path for path, _, _ in found.moving})
@@ -201,9 +205,9 @@ def _who(found: Difference, prefix: str) -> str:
     return f": {told}" if told else ""
 
 
-def _told(entry: tuple[str, str, str]) -> str:
+def _told(entry: Remembered) -> str:
     path, was, now = entry
-    return f"{path} was {was} and is {now} after loading"
+    return f"{path} was {was or 'absent'} and is {now or 'absent'} after loading"
 
 
 def of_refusal(said: str, moved: str) -> Cause:

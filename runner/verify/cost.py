@@ -30,12 +30,11 @@ class Cost:
 
     def text(self) -> str:
         """The same for people."""
-        lost = self.every_steps / 2
         return (
-            f"a kill costs {self.resume:.1f} s until training goes on, and half of what lies between two checkpoints; "
-            f"a save stalls training for {_time(self.stall)}, a step takes {_time(self.step)}.\n"
-            f"checkpoint.every_steps={self.every_steps} keeps saving below 1 %, and a kill then costs "
-            f"{self.resume + lost * self.step:.1f} s in the mean. (checkpoint.every=auto finds that by itself.)"
+            f"a kill costs {self.resume:.1f} s until training goes on, and half of the steps between two checkpoints;\n"
+            f"a save stalls training for {_time(self.stall)}, a step takes {_time(self.step)}: "
+            f"checkpoint.every_steps={self.every_steps} keeps that\n"
+            "below 1 %, as checkpoint.every=auto does by itself."
         )
 
 

@@ -64,8 +64,10 @@ class Detective:
             return self._held(again)
         other = self._run(server=1)
         found = self._differs("undisturbed, in a process with another hash seed", other)
-        if found:
+        if found and not self._differs("the same again", self._run(server=1), other):
             return CAUSES["hash"].at(found.part)
+        if found:
+            return self._held(other)
         for workers in {*self.plan.workers} - {self.base.lives[0].workers}:
             found = self._differs(f"undisturbed, {workers} data workers", self._run(workers=workers))
             if found:

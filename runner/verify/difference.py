@@ -15,6 +15,9 @@ from runner.verify.run import Event, Run, by_step
 _GIVEN = {"samples": "data order", "batch": "augmentation", "generators": "generators", "rate": "scheduler"}
 _MADE = {"metrics": "loss", "gradients": "gradients"}
 
+# A path, and its value in words then and now; None where it is absent.
+Remembered = tuple[str, str | None, str | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -32,8 +35,8 @@ class Difference:
     expected: Any
     found: Any
     restored: bool = False
-    remembered: tuple[tuple[str, str, str], ...] = ()
-    moving: tuple[tuple[str, str, str], ...] = ()
+    remembered: tuple[Remembered, ...] = ()
+    moving: tuple[Remembered, ...] = ()
 
     def size(self) -> str:
         """By how much, for numbers."""
@@ -47,7 +50,7 @@ class Difference:
 def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:
     """The first difference in time in what the lives of ``run`` noted, up to a step."""
     known, begun = by_step(undisturbed), _begun(undisturbed)
-    remembered: tuple[tuple[str, str, str], ...] = ()
+    remembered: tuple[Remembered, ...] = ()
     moving = _moving(undisturbed)
     for life, event in run.steps():
         step, restored = event["step"], event["event"] == "resumed"
@@ -94,7 +97,8 @@ def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tupl
             yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
     callbacks = []
     for path, was, now in _unequal(expected["state"], found["state"]):
-        part = path.partition("/")[0]
+        # The rate of the next step stands in the optimizer, and the scheduler has put it there.
+        part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
         if part.startswith("callback."):
             callbacks.append((part, path, was, now))
         else:
@@ -130,7 +134,7 @@ def _begun(run: Run) -> Event | None:
     return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
 
 
-def _moving(run: Run) -> tuple[tuple[str, str, str], ...]:
+def _moving(run: Run) -> tuple[Remembered, ...]:
     """What the objects of a run remember and change."""
     remembered = [event["memory"] for _, event in run.steps()]
     if not remembered:

@@ -21,7 +21,16 @@ _WIDE = 40  # characters of a value that is told as it is
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _LIBRARIES = ("torch", "numpy", "builtins", "collections", "runner.data", "runner.models", "runner.tasks")
 # Of torch's own: in every state_dict, or of no consequence.
-_SKIPPED = {"state", "param_groups", "defaults", "optimizer", "training", "step"}
+_SKIPPED = {
+    "state",
+    "param_groups",
+    "defaults",
+    "optimizer",
+    "training",
+    "step",
+    "_opt_called",
+    "_get_lr_called_within_step",
+}
 
 
 def memory(objects: Mapping[str, Any]) -> dict[str, str]:

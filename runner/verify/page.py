@@ -13,7 +13,7 @@ from runner.verify.campaign import told
 from runner.verify.run import Lived, Run, losses
 from runner.verify.verdict import Verdict
 
-_WIDTH, _HEIGHT, _LEFT, _LANE = 1000, 300, 70, 26
+_WIDTH, _HEIGHT, _LEFT, _LANE = 1000, 300, 86, 26
 _PALETTE = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind, too
 _BASE = "#0072b2"
 _STYLE = """

@@ -271,6 +271,9 @@ def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and "$" not in value and 0 < len(value) <= _FEW_KEYS:
         for key, inner in value.items():
             yield from _values(f"{path}/{key}", inner)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for place, inner in enumerate(value):
+            yield from _values(f"{path}/{place}", inner)
     elif not (isinstance(value, dict) and value.get("$") == "tensor"):
         text = json.dumps(value, sort_keys=True)
         yield path, text if len(text) <= _SHORT else digest(text.encode())

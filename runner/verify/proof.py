@@ -72,7 +72,7 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
         difference=found,
         refusal=campaign.failure(failed) if failed else "",
         audit=[problem for one in (base, run) for problem in _problems(one)],
-        cost=cost(base, run, imports=max(server.import_seconds for server in stage.servers)),
+        cost=cost(base, run, imports=min(server.import_seconds for server in stage.servers)),
         checkpoints=len(difference.common_checkpoints(run, base)),
     )
     if found is not None:

@@ -181,7 +181,7 @@ class Noisy(Classification):
         if self.source == "time":
             return time.time() % 10
         if self.source == "pid":
-            return os.getpid() % 10 + 1
+            return os.getpid() % 1000 / 100
         if self.source == "hash":
             return hash("noise") % 1000 / 100
         if self.source == "set":
