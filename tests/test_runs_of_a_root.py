@@ -150,7 +150,7 @@ def test_comparing_respects_the_mode(copy: Path) -> None:
 def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
     for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
         config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
-    assert list(compare.compare(str(copy), listing.Selection()).swept) == ["optimizer.lr", "model.width"]
+    assert [*compare.compare(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
 
 
 def test_runs_of_another_goal_come_last(copy: Path) -> None:
