@@ -3,7 +3,7 @@ these runs.
 
     compose    plain Hydra on the same configurations, with a launcher that starts nothing: it composes every job once,
                to see whether it is legal
-    no-op      plain Hydra, basic launcher, a task that returns at once
+    no-op      plain Hydra, basic launcher, a task that returns at once: each job is composed once more to be launched
     runner     ``python -m runner -m experiment=smoke seed=range(0,N)``; fails where that imports torch or begins a run
     list       ``python -m runner.runs list``, ``--json``
 
@@ -36,6 +36,8 @@ SHORT = "trainer.max_steps=1"
 PLAIN = """
 import sys, hydra
 from runner.app import CONFIGS  # makes the schema and the resolvers known
+from hydra.core.plugins import Plugins
+Plugins.instance()  # imports its plugins anew
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 if sys.argv.pop(1) == "compose":
     BasicLauncher.launch = lambda *_, **__: []
