@@ -14,12 +14,12 @@ holds this picture against the code.
     4  callbacks/ (guard, evaluate, report, progress, checkpoint)
     3  state (what a resumed run is made of)     evaluation     datasets/
     2  run/ (directory, attempts, records, heartbeat, drift, parent)
-       checkpoint/ (tree, tensors, sealing, manifest, retention, store, staging, writer)
+       checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
-       signals     distributed     update     tasks/
-    0  errors     interval     recent     seeds     rng     task     topology     schedules     models/
+       signals     distributed     agreement     update     tasks/
+    0  errors     interval     recent     seeds     rng     ranks     task     topology     schedules     models/
 """
 
 __version__ = "0.1.0"

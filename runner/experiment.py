@@ -12,12 +12,13 @@ import runner
 from runner import signals, topology
 from runner.build import Parts, build, set_up
 from runner.callbacks.base import Callback
-from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
+from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
 from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
+from runner.callbacks.saving import Hooks
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
