@@ -150,6 +150,7 @@ def assert_equal(root: Path, whole: Path) -> None:
     }
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Start, whole: Path, tmp_path: Path) -> None:
     """A worker is killed and the sweep goes on; stopped, it stops its jobs; killed and run again, it finishes."""
@@ -203,6 +204,7 @@ def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
     assert ("4 done" if jobs else "4 failed") in ended.output
 
 
+@pytest.mark.campaign
 def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
