@@ -72,7 +72,7 @@ def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
     life = len(run.lives) - 1
     for step in common_checkpoints(run, undisturbed):
         ours, theirs = found["checkpoints"][str(step)], expected["checkpoints"][str(step)]
-        for path, was, now in _unequal(_flat(theirs), _flat(ours)):
+        for path, was, now in _unequal(theirs, ours):
             return Difference(step, life, "checkpoint", path, was, now)
     for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
         for tag, one, other in _unequal(was, now):

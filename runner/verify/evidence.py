@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
-from runner.errors import RunnerError
 from runner.metrics import lines
 from runner.run import records
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
+from runner.verify.fingerprint import fingerprint
 
 _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "")
 
@@ -38,11 +39,10 @@ def remove(directory: RunDirectory) -> None:
             directory.location.remove(f"{folder}/{entry.name}" if folder else entry.name)
 
 
-def _checkpoint(store: CheckpointStore, commit: Any) -> dict[str, Any]:
-    """What a checkpoint holds: the digests that its bytes were verified against, and its plain values."""
+def _checkpoint(store: CheckpointStore, commit: CommitId) -> dict[str, str]:
+    """What a checkpoint holds, with every byte verified."""
     try:
         found = store.open(commit)
-        found.verify()
-    except (Damaged, RunnerError) as error:
+        return fingerprint({part: found.load(part) for part in found.parts})
+    except Damaged as error:
         return {"damaged": str(error)}
-    return {"parts": found.parts, "tensors": {name: stored.digest for name, stored in found.tensors.items()}}

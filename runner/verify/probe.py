@@ -21,19 +21,16 @@ from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.evaluate import Evaluate
-from runner.checkpoint.sealing import digest
-from runner.checkpoint.store import CheckpointStore, Snapshot
-from runner.checkpoint.tensors import bytes_of
+from runner.checkpoint.snapshot import Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.data.probe import leaves
 from runner.job import Job
 from runner.rng import Generators
 from runner.trainer import Trainer
 from runner.update import WeightUpdate
 from runner.verify import evidence, pins
+from runner.verify.fingerprint import fingerprint, of_value
 from runner.verify.memory import memory
-
-_FEW_KEYS = 64
-_SHORT = 48
 
 
 class Probe:
@@ -123,7 +120,7 @@ def _hash_batches(probe: Probe, stream: Any) -> None:
 
     def hashed() -> Iterator[tuple[float, Any]]:
         for number, (share, batch) in enumerate(step()):
-            found = [(path, _value(value)) for path, value in leaves(batch)]
+            found = [(path, of_value(value)) for path, value in leaves(batch)]
             probe.line.setdefault("batch", {}).update({f"{number}{path}": value for path, value in found})
             yield share, batch
 
@@ -174,7 +171,7 @@ def _watch_steps(probe: Probe) -> None:
 
     def moved(self: WeightUpdate, loss: torch.Tensor) -> Any:
         named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        probe.line["gradients"] = {name: _value(gradient) for name, gradient in named.items()}
+        probe.line["gradients"] = {name: of_value(gradient) for name, gradient in named.items()}
         return move(self, loss)
 
     Trainer.__init__, Trainer._step = begun, stepped  # type: ignore[method-assign]
@@ -182,7 +179,7 @@ def _watch_steps(probe: Probe) -> None:
 
 
 def _watch_saving(probe: Probe) -> None:
-    on_step, save, commit = SaveCheckpoint.on_step, SaveCheckpoint._save, CheckpointStore.commit
+    on_step, act, commit = SaveCheckpoint.on_step, SaveCheckpoint.act, CheckpointStore.commit
 
     def stepped(self: SaveCheckpoint, loop: Loop) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
@@ -190,10 +187,11 @@ def _watch_saving(probe: Probe) -> None:
         probe.die("step", loop.step)
         on_step(self, loop)
 
-    def saved(self: SaveCheckpoint, loop: Loop, **how: Any) -> None:
+    def acted(self: SaveCheckpoint, loop: Loop, order: Any) -> None:
         began = time.monotonic()
-        save(self, loop, **how)
-        probe.write("save", step=loop.step, stall=time.monotonic() - began)
+        act(self, loop, order)
+        if order is not None:
+            probe.write("save", step=loop.step, stall=time.monotonic() - began)
 
     def committed(self: CheckpointStore, snapshot: Snapshot, **how: Any) -> Any:
         if probe.moment == "save" and snapshot.step >= probe.step:
@@ -203,7 +201,7 @@ def _watch_saving(probe: Probe) -> None:
         probe.write("committed", step=snapshot.step, took=time.monotonic() - began)
         return found
 
-    SaveCheckpoint.on_step, SaveCheckpoint._save = stepped, saved  # type: ignore[method-assign]
+    SaveCheckpoint.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
     CheckpointStore.commit = committed  # type: ignore[method-assign]
 
 
@@ -256,32 +254,3 @@ def _watch_the_end(probe: Probe) -> None:
 def _is_library(name: str) -> bool:
     """Whether a module is nobody's own code."""
     return "site-packages" in (getattr(sys.modules[name], "__file__", None) or "")
-
-
-def fingerprint(state: Mapping[str, Any]) -> dict[str, str]:
-    """``path -> digest`` of every tensor, and of every value, or it itself where it is short."""
-    snapshot = Snapshot.of(0, state)
-    found = {name: _value(tensor) for name, tensor in snapshot.tensors.items()}
-    for part, value in snapshot.parts.items():
-        found |= dict(_values(part, value))
-    return found
-
-
-def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and "$" not in value and 0 < len(value) <= _FEW_KEYS:
-        for key, inner in value.items():
-            yield from _values(f"{path}/{key}", inner)
-    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        for place, inner in enumerate(value):
-            yield from _values(f"{path}/{place}", inner)
-    elif not (isinstance(value, dict) and value.get("$") == "tensor"):
-        text = json.dumps(value, sort_keys=True)
-        yield path, text if len(text) <= _SHORT else digest(text.encode())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        return f"{tensor.dtype}{[*tensor.shape]} {digest(bytes_of(tensor))}"
-    text = repr(value)
-    return text if len(text) <= _SHORT else digest(text.encode())
