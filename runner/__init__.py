@@ -4,7 +4,8 @@ The house, top floor first. A module imports only from floors below its own (a f
 floor, without cycles inside); each third-party package enters through one door. ``tests/test_architecture.py``
 holds this picture against the code.
 
-   11  __main__ (entry, exit statuses)     verify/ (proof that an experiment resumes)
+   12  verify/ (the proof that an experiment resumes)
+   11  __main__ (entry, exit statuses)
    10  sweep/ (survey, launcher, optuna)     runs/ (looking at runs from outside)
     9  app (the Hydra application)
     8  job (configuration -> the run it means)     stop (a sweep's request)

@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
+import servers as servers_of_tests
 
 from runner.errors import ConfigError
 from runner.verify import assert_resumes
@@ -90,7 +93,6 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "a kernel without an order": (node("task", "Scatters", mended=False), "kernel", ["put_", "deterministic"]),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
-MENDED = {"Remembers": "RemembersWell", "source:": "source:none", "mended:false": "mended:true"}
 QUICK = (
     "a curriculum in the data set",
     "a hidden generator, refused",
@@ -142,9 +144,8 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
 
 
 def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, *CASES["a task without a state"][0], "+data.train.note=<script>")
-    assert not verdict.holds
-    shown = page(verdict)
+    verdict = judged(two, steps=6, kills=1)
+    shown = page(replace(verdict, command=["<script>"]))
     assert shown.count("<polyline") == 1 + len(verdict.killed.lives)
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
@@ -214,7 +215,7 @@ def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path) -> No
         process.send_signal(signal.SIGINT)
         _, told = process.communicate()
     assert (process.returncode, "nothing is left behind" in told) == (130, True), told
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.glob("runner-verify-*")] == []
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in running
 
@@ -226,3 +227,34 @@ def test_the_helper_fails_with_the_report(monkeypatch: pytest.MonkeyPatch) -> No
     assert_resumes(*common, steps=10, kills=2, workers=[0])
     with pytest.raises(AssertionError, match=r"(?s)does not resume exactly.*FAIL.*task\.seen"):
         assert_resumes(*common, *CASES["a task without a state"][0], steps=10, kills=2, workers=[0])
+
+
+@pytest.mark.campaign
+def test_it_proves_on_s3_and_leaves_nothing_there(
+    s3: servers_of_tests.Server, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
+    with servers(USER) as two:
+        verdict = judged(two, root=f"{s3.url}/proofs")
+        assert verdict.holds, verdict.text()
+        url = (verdict.undisturbed.evidence or {})["url"]
+        assert url.startswith("s3://bucket/proofs/verify-")
+        failed = judged(two, *CASES["hash()"][0], root=f"{s3.url}/failed")
+    system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
+    assert system.find("bucket/proofs") == []
+    assert failed.cause
+    assert failed.cause.kind == "hash"
+    assert system.find("bucket/failed")
+    assert f"{s3.url}/failed" in failed.text()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("experiment", ["smoke", "digits", "gpt", "fashion_mnist"])
+def test_the_experiments_of_this_repository_resume(experiment: str, two: Servers, scratch: Path) -> None:
+    if experiment == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed, which .ci/run does")
+    verdict = prove([f"experiment={experiment}"], Options(), tell=print, two=two)
+    assert verdict.holds, verdict.text()

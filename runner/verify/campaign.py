@@ -51,7 +51,8 @@ def undisturbed(stage: Stage, options: Options) -> Run:
     run = Run("undisturbed")
     wanted = options.steps or _STEPS
     limit = None if options.steps else _SECONDS
-    stage.live(run, *saving(interval(wanted)), workers=options.workers[0], steps=wanted, seconds=limit)
+    more = ("checkpoint.background=false", *saving(interval(wanted)))  # so that none is passed over
+    stage.live(run, *more, workers=options.workers[0], steps=wanted, seconds=limit)
     return run
 
 

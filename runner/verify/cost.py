@@ -43,8 +43,8 @@ def cost(undisturbed: Run, killed: Run, *, imports: float) -> Cost:
     lives = [*undisturbed.lives, *killed.lives]
     resumes = [life.of("resumed")[0]["seconds"] for life in lives if life.of("resumed")]
     steps = [event["took"] for life in undisturbed.lives for event in life.of("step")][1:]
-    # Those that wait for their commit are no stalls of a save beside training.
-    stalls = [event["stall"] for life in undisturbed.lives for event in life.of("save")]
+    beside = [life for life in killed.lives if "checkpoint.background=true" in life.ended.life.arguments]
+    stalls = [event["stall"] for life in beside for event in life.of("save")]
     commits = [event["took"] for life in lives for event in life.of("committed")]
     pairs = zip(killed.lives, killed.lives[1:], strict=False)
     return Cost(

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
 from runner.errors import ConfigError
 
 _PREFIX = "verify."
@@ -69,40 +67,37 @@ def _option(argument: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"verify.{name} needs a value, for example {_EXAMPLES[name]}")
     try:
-        return name, _READ[name](yaml.safe_load(text))
-    except (ValueError, TypeError, yaml.YAMLError):
+        return name, _READ[name](text)
+    except (ValueError, KeyError):
         raise ConfigError(f"verify.{name}={text} cannot be used: {_EXAMPLES[name]}") from None
 
 
-def _at_least(least: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if type(value) is not int or value < least:
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
             raise ValueError
         return value
 
     return read
 
 
-def _workers(value: Any) -> tuple[int, ...]:
-    found = tuple(map(_at_least(0), value if isinstance(value, list) else [value]))
-    if not found:
+def _workers(text: str) -> tuple[int, ...]:
+    """One number, or a list of them."""
+    return tuple(_at_least(0)(each) for each in text.removeprefix("[").removesuffix("]").split(","))
+
+
+def _text(text: str) -> str:
+    if not text:
         raise ValueError
-    return found
+    return text
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
+def _flag(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-_READ: dict[str, Callable[[Any], Any]] = {
+_READ: dict[str, Callable[[str], Any]] = {
     "steps": _at_least(2),
     "kills": _at_least(1),
     "workers": _workers,
