@@ -15,7 +15,6 @@ _SAVES = 16  # checkpoints in a run, about
 _MOMENTS = ("step", "save", "loaded", "border", "evaluation", "clock")
 _AT_A_STEP = {"step", "save", "evaluation"}
 _PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
-_LIMIT_OF_FAILURES = 1
 
 Tell = Callable[[str], None]
 
@@ -67,7 +66,7 @@ def plan(run: Run, options: Options) -> Plan:
     built = life.of("built")[0]
     steps = life.last
     workers = options.workers if built["indexed"] else options.workers[:1]
-    every = interval(options.steps or _STEPS)
+    every = interval(steps)
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
     shown = _Shown(steps, every, _borders(life.of("step")), evaluated, sum(event["took"] for event in life.of("step")))

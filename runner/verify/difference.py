@@ -51,7 +51,7 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
     """The first difference in time in what the lives of ``run`` noted, up to a step."""
     known, begun = by_step(undisturbed), _begun(undisturbed)
     remembered: tuple[Remembered, ...] = ()
-    moving = _moving(undisturbed)
+    changing = moving(undisturbed)
     for life, event in run.steps():
         step, restored = event["step"], event["event"] == "resumed"
         expected = begun if restored and step == 0 else known.get(step)
@@ -60,20 +60,22 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
         if restored:
             remembered = tuple(_unequal(expected["memory"], event["memory"]))
         for part, where, was, now in _compared(expected, event, restored=restored):
-            return Difference(step, life, part, where, was, now, restored, remembered, moving)
+            return Difference(step, life, part, where, was, now, restored, remembered, changing)
     return None
 
 
 def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
-    """The first difference in what two finished runs left: checkpoints of common steps, metric lines, result."""
+    """The first difference in what finished runs left: every checkpoint against the state that the undisturbed run had
+    at that step, then metric lines and result.
+    """
     expected, found = undisturbed.evidence, run.evidence
     if expected is None or found is None:
         return None
-    life = len(run.lives) - 1
-    for step in common_checkpoints(run, undisturbed):
-        ours, theirs = found["checkpoints"][str(step)], expected["checkpoints"][str(step)]
-        for path, was, now in _unequal(theirs, ours):
-            return Difference(step, life, "checkpoint", path, was, now)
+    known, life = by_step(undisturbed), len(run.lives) - 1
+    for evidence in (expected, found):
+        for step, state in evidence["checkpoints"].items():
+            for path, was, now in _unequal(known[int(step)]["state"], state):
+                return Difference(int(step), life, "checkpoint", path, was, now)
     for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
         for tag, one, other in _unequal(was, now):
             return Difference(now.get("step", 0), life, "metric lines", tag, one, other)
@@ -85,10 +87,9 @@ def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
     return None
 
 
-def common_checkpoints(run: Run, undisturbed: Run) -> list[int]:
-    """The steps of which both have a checkpoint."""
-    kept = [(one.evidence or {}).get("checkpoints", {}) for one in (run, undisturbed)]
-    return sorted(int(step) for step in kept[0].keys() & kept[1].keys())
+def checkpoints(*runs: Run) -> int:
+    """How many checkpoints they left."""
+    return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
 
 
 def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
@@ -134,7 +135,7 @@ def _begun(run: Run) -> Event | None:
     return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
 
 
-def _moving(run: Run) -> tuple[Remembered, ...]:
+def moving(run: Run) -> tuple[Remembered, ...]:
     """What the objects of a run remember and change."""
     remembered = [event["memory"] for _, event in run.steps()]
     if not remembered:

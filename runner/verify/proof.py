@@ -17,7 +17,7 @@ from runner.verify.cost import cost
 from runner.verify.diagnosis import Detective
 from runner.verify.lives import Servers, servers
 from runner.verify.options import Options, new_name
-from runner.verify.run import Run, Stage
+from runner.verify.run import Run, Stage, by_step
 from runner.verify.verdict import Verdict
 
 
@@ -70,16 +70,28 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
         run,
         0.0,
         difference=found,
-        refusal=campaign.failure(failed) if failed else "",
+        refusal=campaign.failure(failed) if failed else _incomplete(base, run),
         audit=[problem for one in (base, run) for problem in _problems(one)],
         cost=cost(base, run, imports=min(server.import_seconds for server in stage.servers)),
-        checkpoints=len(difference.common_checkpoints(run, base)),
+        checkpoints=difference.checkpoints(base, run),
     )
     if found is not None:
         tell(f"differs at step {found.step}: {found.part} ({found.where}); looking for the cause")
         diagnosis = Detective(stage, plan, base, tell).diagnose(run, found)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
-    return replace(verdict, cause=of_refusal(verdict.refusal, _moved(run))) if failed else verdict
+    if verdict.refusal:
+        return replace(verdict, cause=of_refusal(verdict.refusal, _moved(run) or _moving(base)))
+    return verdict
+
+
+def _incomplete(base: Run, run: Run) -> str:
+    """Why nothing is proven although nothing differs; empty where the runs did all that they were to do."""
+    if base.evidence is None or run.evidence is None:
+        return "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+    missed = by_step(base).keys() ^ by_step(run).keys()
+    if missed or not by_step(base):
+        return f"steps were not compared: {sorted(missed)[:10]}"
+    return "" if any(life.killed for life in run.lives) else "no kill came before the end; try more verify.steps"
 
 
 def _moved(run: Run) -> str:
@@ -90,6 +102,12 @@ def _moved(run: Run) -> str:
     return "; ".join(
         f"{path} was {made[path]}, then {now[path]}" for path in made if now.get(path, made[path]) != made[path]
     )
+
+
+def _moving(base: Run) -> str:
+    """What its data sets remember and change while it trains."""
+    entries = [entry for entry in difference.moving(base) if entry[0].startswith("data.")]
+    return "; ".join(f"{path} was {was}, then {now}" for path, was, now in entries[:3])
 
 
 def _problems(run: Run) -> list[str]:

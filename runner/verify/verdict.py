@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import printable
-from runner.verify.campaign import told
 from runner.verify.causes import Cause
 from runner.verify.cost import Cost
 from runner.verify.diagnosis import Diagnosis
@@ -145,11 +144,6 @@ _PROVEN = (
     "         Equal to the bit: losses and samples of every step, the state after every step and after every load,\n"
     "         {checkpoints} checkpoints, evaluations, metric lines and final weights."
 )
-
-
-def lane(run: Run) -> list[str]:
-    """A line for each life."""
-    return [told(life.killed, life.first, life.last, life.workers) for life in run.lives]
 
 
 def json_text(verdict: Verdict) -> str:
