@@ -1,7 +1,6 @@
 """``python -m runner.verify`` on real processes: what resumes exactly passes, what users really get wrong is named."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the temporary folders of this test are."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for processes
     return tmp_path
 
 
@@ -185,7 +185,6 @@ def verify(*arguments: str, cwd: Path = USER) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env={**os.environ, "TMPDIR": os.environ.get("TMPDIR", "/tmp")},
     )
 
 
@@ -205,23 +204,20 @@ def test_a_command_that_cannot_run_is_a_configuration_error(two: Servers, scratc
     assert [*scratch.iterdir()] == []
 
 
-def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path))
-        process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
-        assert process.stderr
-        while not list(tmp_path.rglob("*.jsonl")):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate()
+def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> None:
+    process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
+    while not list(scratch.rglob("*.jsonl")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
     assert (process.returncode, "nothing is left behind" in told) == (130, True), told
-    assert [*tmp_path.glob("runner-verify-*")] == []
+    assert [*scratch.glob("runner-verify-*")] == []
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in running
+    assert str(scratch) not in running
 
 
 @pytest.mark.campaign
-def test_the_helper_fails_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_helper_fails_with_the_report(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(USER)
     common = ("--config-dir", "conf", "experiment=broken")
     assert_resumes(*common, steps=10, kills=2, workers=[0])

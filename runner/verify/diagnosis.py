@@ -170,7 +170,9 @@ def _magnitude(run: Run, base: Run) -> str:
     if not differing:
         return ""
     name = max(differing, key=lambda each: differing[each])
-    return f"{len(differing)} of {len(sizes)} tensors, most of all {name} by up to {differing[name]:.3g}"
+    return (
+        f"{len(differing)} of {len(sizes)} tensors after that step, most of all {name} by up to {differing[name]:.3g}"
+    )
 
 
 def _dumped(run: Run) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ class Difference:
             return ""
         gap = abs(self.found - self.expected)
         relative = gap / abs(self.expected) if self.expected else math.inf
-        return f"by {gap:.3g} ({relative:.2g} of it)"
+        return f"a difference of {gap:.3g}, which is {relative:.2g} of it"
 
 
 def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:

@@ -67,7 +67,7 @@ def _curves(verdict: Verdict) -> str:
     scale = _Scale(verdict, low, high if high > low else low + 1)
     drawn = [scale.line(base, _BASE, 6, 0.35)]
     drawn += [scale.line(points, _colour(number), 1.5, 1.0) for number, points in enumerate(lives)]
-    return _picture(_HEIGHT + 40, scale.axes(), *drawn, _mark(verdict, scale))
+    return _picture(_HEIGHT + 40, scale.axes(), *drawn, _mark(verdict, scale, "first difference"))
 
 
 def _lanes(verdict: Verdict) -> str:
@@ -76,7 +76,7 @@ def _lanes(verdict: Verdict) -> str:
     rows += [(life, _colour(n), f"attempt {n + 1}") for n, life in enumerate(verdict.killed.lives)]
     height = _LANE * len(rows)
     drawn = [_lane(scale, row * _LANE, *about) for row, about in enumerate(rows)]
-    return _picture(height + 30, *drawn, scale.ticks(height), _mark(verdict, scale, height))
+    return _picture(height + 30, *drawn, scale.ticks(height), _mark(verdict, scale, height=height))
 
 
 def _picture(height: float, *drawn: str) -> str:
@@ -96,13 +96,13 @@ def _lane(scale: "_Scale", top: float, life: Lived, colour: str, name: str) -> s
     return f"<g>{''.join(parts)}</g>"
 
 
-def _mark(verdict: Verdict, scale: "_Scale", height: float = _HEIGHT) -> str:
+def _mark(verdict: Verdict, scale: "_Scale", label: str = "", *, height: float = _HEIGHT) -> str:
     """Where the first difference is."""
     if verdict.difference is None:
         return ""
     x = scale.x(verdict.difference.step)
     line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#b42318" stroke-dasharray="4 3"/>'
-    return f'{line}<text x="{x + 4:.1f}" y="12" fill="#b42318">first difference</text>'
+    return f'{line}<text x="{x + 4:.1f}" y="12" fill="#b42318">{label}</text>'
 
 
 class _Scale:

@@ -77,7 +77,7 @@ class Verdict:
                 "where": found.where,
                 "expected": found.expected,
                 "found": found.found,
-                "size": self._size(found),
+                "size": "; ".join(self._sizes(found)),
                 "right_after_loading": found.restored,
             },
             "refusal": self.refusal or None,
@@ -121,9 +121,8 @@ class Verdict:
             when = "right after loading" if found.restored else "the first that differs"
             said.append(f"step     {found.step}, {when}; attempt {found.life + 1}")
             said.append(f"part     {found.part}: {found.where}")
-            said.append(
-                f"differs  {_short(found.expected)} undisturbed, {_short(found.found)} killed {self._size(found)}"
-            )
+            said.append(f"differs  {_short(found.expected)} undisturbed, {_short(found.found)} killed")
+            said += [f"         {line}" for line in self._sizes(found)]
         if self.refusal:
             said.append(_indented("error    ", self.refusal))
         said += [f"audit    {problem}" for problem in self.audit[:5]]
@@ -132,9 +131,9 @@ class Verdict:
             said.append(_indented("remedy   ", self.cause.remedy))
         return said
 
-    def _size(self, found: Difference) -> str:
-        magnitude = self.diagnosis.magnitude if self.diagnosis else ""
-        return "; ".join(filter(None, [found.size(), magnitude]))
+    def _sizes(self, found: Difference) -> list[str]:
+        """By how much, as far as it is known."""
+        return [*filter(None, [found.size(), self.diagnosis.magnitude if self.diagnosis else ""])]
 
     def _costs(self, cost: Cost) -> dict[str, Any]:
         return {name: getattr(cost, name) for name in cost.__slots__} | {"every_steps": cost.every_steps}
