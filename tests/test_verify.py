@@ -143,6 +143,13 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
     assert [*scratch.iterdir()] == []
 
 
+def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scratch: Path) -> None:
+    stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
+    verdict = judged(two, "~task", stops)
+    assert not verdict.holds
+    assert "a run did not come to its end" in verdict.text()
+
+
 def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
     verdict = judged(two, steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))

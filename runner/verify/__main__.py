@@ -1,5 +1,6 @@
 """``python -m runner.verify experiment=mine``: prove that this experiment resumes exactly, or name what does not."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or {"-h", "--help"} & {*given}:
         print(_USAGE)
         return 0 if given else 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
         options, command, as_json = parse(given)
         from runner.verify.proof import prove  # imports torch

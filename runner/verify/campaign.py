@@ -21,9 +21,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The runs of a proof: so many ``steps``, a checkpoint ``every`` so many, and the ``kills`` as (moment, step)."""
+    """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
+    checkpoint ``every`` so many, and the ``kills`` as (moment, step).
+    """
 
     steps: int
+    limit: int
     every: int
     epoch: int | None
     kills: tuple[tuple[str, int], ...]
@@ -71,7 +74,8 @@ def plan(run: Run, options: Options) -> Plan:
     chance = random.Random(options.seed)
     shown = _Shown(steps, every, _borders(life.of("step")), evaluated, sum(event["took"] for event in life.of("step")))
     kills = _kills(options.kills, shown, chance)
-    return Plan(steps, every, built["epoch"], tuple(kills), workers)
+    ended = life.of("finished")[0]["result"]["reason"]
+    return Plan(steps, steps if ended == "max_steps" else steps + 1, every, built["epoch"], tuple(kills), workers)
 
 
 def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
@@ -86,7 +90,7 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
             background,
             workers=workers,
             server=(number + 1) % 2,
-            steps=found.steps,
+            steps=found.limit,
             kill=kill,
         )
         if life.ended.status not in (None, 0):

@@ -42,13 +42,13 @@ def cost(undisturbed: Run, killed: Run, *, imports: float) -> Cost:
     """What the lives of a proof cost. ``imports`` are the seconds that a process takes before it reads its command."""
     lives = [*undisturbed.lives, *killed.lives]
     resumes = [life.of("resumed")[0]["seconds"] for life in lives if life.of("resumed")]
-    steps = [event["took"] for life in undisturbed.lives for event in life.of("step")][1:]
+    steps = [event["took"] for life in undisturbed.lives for event in life.of("step")]
     beside = [life for life in killed.lives if "checkpoint.background=true" in life.ended.life.arguments]
     stalls = [event["stall"] for life in beside for event in life.of("save")]
     commits = [event["took"] for life in lives for event in life.of("committed")]
     pairs = zip(killed.lives, killed.lives[1:], strict=False)
     return Cost(
-        step=_middle(steps),
+        step=_middle(steps[1:] or steps),
         resume=imports + _middle(resumes),
         stall=_middle(stalls),
         commit=_middle(commits),

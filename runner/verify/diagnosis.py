@@ -135,7 +135,7 @@ class Detective:
     ) -> None:
         count = self.plan.workers[0] if workers is None else workers
         more = ("checkpoint.background=false", *saving(every or self.plan.every), *overrides)
-        self.stage.live(run, *more, workers=count, steps=min(self._until + 1, self.plan.steps), **how)
+        self.stage.live(run, *more, workers=count, steps=min(self._until + 1, self.plan.limit), **how)
 
     def _new(self) -> Run:
         self._runs += 1

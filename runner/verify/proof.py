@@ -20,6 +20,8 @@ from runner.verify.options import Options, new_name
 from runner.verify.run import Run, Stage, by_step
 from runner.verify.verdict import Verdict
 
+_KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+
 
 def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers | None = None) -> Verdict:
     """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run.
@@ -49,8 +51,8 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     if failed is not None and failed.status == ConfigError.status:
         raise ConfigError(campaign.failure(failed))
     verdict = Verdict(stage.command, base, run, 0.0)
-    if failed is not None:
-        said = campaign.failure(failed)
+    if failed is not None or base.evidence is None:
+        said = campaign.failure(failed) if failed else _KILLED
         return replace(verdict, refusal=said, cause=of_refusal(said, _moved(base)), seconds=time.monotonic() - began)
     for server in stage.servers:
         server.import_modules(base.lives[0].of("imported")[0]["modules"])
@@ -87,7 +89,7 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
 def _incomplete(base: Run, run: Run) -> str:
     """Why nothing is proven although nothing differs; empty where the runs did all that they were to do."""
     if base.evidence is None or run.evidence is None:
-        return "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+        return _KILLED
     missed = by_step(base).keys() ^ by_step(run).keys()
     if missed or not by_step(base):
         return f"steps were not compared: {sorted(missed)[:10]}"
@@ -126,7 +128,7 @@ def _notes(plan: Plan, base: Run) -> list[str]:
         notes.append("the data is an iterable, which is resumed with the same number of workers only")
     oftener = base.lives[0].of("oftener")
     if oftener:
-        notes.append(f"evaluated every {oftener[0]['every']} steps, which is oftener than configured")
+        notes.append(f"evaluated every {oftener[0]['every']} steps, beside what is configured")
     if not any(
         event["evaluation"] for _, event in base.steps() if event["event"] == "step" and event["step"] < plan.steps
     ):
