@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from runner.checkpoint.sealing import digest
@@ -25,10 +26,18 @@ def fingerprint(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_value(value: Any) -> str:
-    """A tensor or any other value in a few characters, which are equal only if the value is, bit for bit."""
+    """A tensor, an array or a plain value in a few characters, which are equal only if it is, bit for bit. Of anything
+    else its kind: its text may hold an address.
+    """
+    if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
+        array = np.ascontiguousarray(value)
+        return f"{array.dtype}{[*array.shape]} {digest(array.tobytes())}"
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(bytes_of(tensor))}"
+        tensor = value.detach().cpu()
+        tensor = (tensor if tensor.layout is torch.strided else tensor.to_dense()).resolve_conj().resolve_neg()
+        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(bytes_of(tensor.contiguous()))}"
+    if not isinstance(value, str | bytes | int | float | bool | None):
+        return type(value).__qualname__
     text = repr(value)
     return text if len(text) <= _SHORT else digest(text.encode())
 

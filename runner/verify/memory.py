@@ -5,6 +5,7 @@ Looks and never changes. Data that is large is told by its size alone.
 
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -16,8 +17,11 @@ from torch import nn
 
 _DEPTH = 4
 _FEW = 16  # items of a container that are looked at one by one
+_MANY = 1000  # items of a container whose values are looked at
 _LARGE = 1 << 20  # bytes of an array
 _WIDE = 40  # characters of a value that is told as it is
+_INTERNAL = frozenset(vars(nn.Module()))
+_PLAIN = (str, bytes, int, float, complex, bool, type(None))
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _LIBRARIES = ("torch", "numpy", "builtins", "collections", "runner.data", "runner.models", "runner.tasks")
 # Of torch's own: in every state_dict, or of no consequence.
@@ -63,7 +67,7 @@ class _OfModule:
     """What a module of torch has beside parameters, buffers of its state and modules."""
 
     def __init__(self, module: nn.Module) -> None:
-        own = {key: value for key, value in vars(module).items() if not key.startswith(("_", "T_destination"))}
+        own = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
         loose = {f"{key} (a buffer, persistent=False)": module._buffers[key] for key in _loose(module)}
         vars(self).update(own | loose)
 
@@ -83,9 +87,9 @@ def _walk(path: str, value: Any, depth: int, seen: dict[int, Any]) -> Iterator[t
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         yield from ((f"[{key!r}]", inner) for key, inner in [*value.items()])
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         yield from ((f"[{place}]", inner) for place, inner in enumerate(value))
     else:
         attributes = getattr(value, "__dict__", {})
@@ -94,7 +98,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _told(value: Any) -> str | None:
     """A value in words; None for what has to be looked into."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    if isinstance(value, _PLAIN):
         return _short(repr(value))
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return _array(value)
@@ -109,10 +113,8 @@ def _told(value: Any) -> str | None:
         return f"random.Random in state {_digest(repr(value.getstate()).encode())}"
     if type(value).__module__ == "itertools":
         return _short(repr(value))
-    if isinstance(value, set | frozenset):
-        return _many(value, repr(sorted(map(repr, value))))
-    if hasattr(value, "__len__") and not hasattr(value, "__dict__") and len(value) > _FEW:
-        return _many(value, repr(value) if len(value) < 1000 else "")
+    if isinstance(value, set | frozenset) or (isinstance(value, dict | list | tuple | deque) and len(value) > _FEW):
+        return _many(value)
     return None
 
 
@@ -124,8 +126,17 @@ def _array(value: Any) -> str:
     return _short(repr(array.item())) if array.size == 1 else f"{value.dtype}{shape} {_digest(array.tobytes())}"
 
 
-def _many(value: Any, text: str) -> str:
-    return f"a {type(value).__name__} of {len(value)} {_digest(text.encode()) if text else ''}".rstrip()
+def _many(value: Any) -> str:
+    """A container in words; one of anything but plain values is told by its length alone."""
+    told = f"a {type(value).__name__} of {len(value)}"
+    items = [*value.items()] if isinstance(value, dict) else [*value]
+    if len(items) > _MANY or not all(map(_is_plain, items)):
+        return told
+    return f"{told} {_digest(repr(sorted(map(repr, items)) if isinstance(value, set | frozenset) else items).encode())}"
+
+
+def _is_plain(item: Any) -> bool:
+    return all(map(_is_plain, item)) if isinstance(item, tuple) else isinstance(item, _PLAIN)
 
 
 def _short(text: str) -> str:

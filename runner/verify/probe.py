@@ -2,8 +2,8 @@
 
 Installed over the runner's own classes, which know nothing of it. After every step it writes a line of JSON: what the
 step was given, what it made of it, and a digest of every tensor and value of the state; a line that is written survives
-the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``loaded``, ``evaluation`` (before its
-end), ``start`` (before the first step), ``clock`` (so many milliseconds after that).
+the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``loaded``, ``evaluation`` (before it
+is noted), ``start`` (before the first step), ``clock`` (so many milliseconds after that).
 """
 
 import json
@@ -47,7 +47,7 @@ class Probe:
 
     def write(self, event: str, **facts: Any) -> None:
         """One line; in the hands of the system when this returns."""
-        text = json.dumps({"event": event, "seconds": time.monotonic() - self._began, **facts})
+        text = json.dumps({"event": event, "seconds": time.monotonic() - self._began, **facts}, default=str)
         os.write(self._file, text.encode() + b"\n")
 
     def die(self, moment: str, step: int) -> None:
@@ -105,8 +105,6 @@ def _watch_building(probe: Probe) -> None:
             "built",
             indexed=plan is not None,
             epoch=plan.steps_of(1) if plan is not None else None,
-            parts=[*found.state.parts()],
-            batch=config.data.batch_size,
         )
         _hash_batches(probe, found.state.stream)
         return found
@@ -131,10 +129,8 @@ def _watch_resuming(probe: Probe) -> None:
     resume = experiment._resume
 
     def resumed(opening: Any, parts: Any, store: Any) -> Any:
-        began = time.monotonic()
         found = resume(opening, parts, store)
-        took = time.monotonic() - began
-        probe.write("resumed", step=found.step, took=took, unusable=[*found.unusable], **probe.known(parts.state))
+        probe.write("resumed", step=found.step, **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
         if probe.moment == "clock":
