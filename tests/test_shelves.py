@@ -250,10 +250,10 @@ def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
     name = next(name for name in location.objects if ".00002.00000." in name)
     raw = bytearray(location.objects[name])
     raw[20 if place == "header" else -1] ^= 1
-    location.objects[name] = bytes(raw)
+    damaged = MemoryLocation(location.objects | {name: bytes(raw)})
 
     def load(ranks: ThreadRanks) -> Any:
-        checkpoint = CheckpointStore(location).open(commit, ranks)
+        checkpoint = CheckpointStore(damaged if ranks.rank == 2 else location).open(commit, ranks)
         return [checkpoint.load(part) for part in checkpoint.parts]
 
     ends = ends_among(4, load)
