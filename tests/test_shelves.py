@@ -160,6 +160,20 @@ def test_a_rank_reads_little_more_than_what_it_needs() -> None:
             assert needed <= location.read_bytes <= needed + 2 * len(found) * BLOCK
 
 
+def test_a_manifest_grows_with_the_tensors_and_the_files_and_not_with_their_product() -> None:
+    many = {f"model/{number}": torch.rand(64, 2) for number in range(500)}
+
+    def size(ranks: int) -> int:
+        def work(seat: ThreadRanks) -> CommitId:
+            made = snapshot(deal(many, (((0, ranks),), 1), seat), seat)
+            return CheckpointStore(location, seat).commit(made, attempt=1, successor=lambda: None)
+
+        location = MemoryLocation()
+        return len(location.objects[among(ranks, work)[0].commit])
+
+    assert size(32) - size(1) < 32 * 1000 < size(1)
+
+
 def nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
