@@ -160,6 +160,20 @@ def test_a_rank_reads_little_more_than_what_it_needs() -> None:
             assert needed <= location.read_bytes <= needed + 2 * len(found) * BLOCK
 
 
+def test_a_manifest_grows_with_the_tensors_and_the_files_and_not_with_their_product() -> None:
+    many = {f"model/{number}": torch.rand(64, 2) for number in range(500)}
+
+    def size(ranks: int) -> int:
+        def work(seat: ThreadRanks) -> CommitId:
+            made = snapshot(deal(many, (((0, ranks),), 1), seat), seat)
+            return CheckpointStore(location, seat).commit(made, attempt=1, successor=lambda: None)
+
+        location = MemoryLocation()
+        return len(location.objects[among(ranks, work)[0].commit])
+
+    assert size(32) - size(1) < 32 * 1000 < size(1)
+
+
 def nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
@@ -250,10 +264,10 @@ def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
     name = next(name for name in location.objects if ".00002.00000." in name)
     raw = bytearray(location.objects[name])
     raw[20 if place == "header" else -1] ^= 1
-    location.objects[name] = bytes(raw)
+    damaged = MemoryLocation(location.objects | {name: bytes(raw)})
 
     def load(ranks: ThreadRanks) -> Any:
-        checkpoint = CheckpointStore(location).open(commit, ranks)
+        checkpoint = CheckpointStore(damaged if ranks.rank == 2 else location).open(commit, ranks)
         return [checkpoint.load(part) for part in checkpoint.parts]
 
     ends = ends_among(4, load)

@@ -39,6 +39,8 @@ class Box:
 
     def run(self, outer: "Box") -> int | None:
         """The element of ``outer`` that is this box's first, if in row-major order all of this box follows it."""
+        if self == outer:
+            return 0
         full, first = True, 0
         for size, room in zip(reversed(self.shape), reversed(outer.shape), strict=True):
             if not full and size != 1:
@@ -78,9 +80,15 @@ def deal(tensors: Mapping[str, Any], ranks: Ranks) -> dict[str, Dealt]:
             continue
         try:
             how = _grid(tensor.device_mesh, tensor.placements, ranks.size)
-            found[name] = Dealt(tensor._local_tensor.detach(), tuple(tensor.shape), *how)
+            found[name] = Dealt(local(tensor), tuple(tensor.shape), *how)
         except ValueError as error:
             raise StateError(f"cannot save {name}: {error}") from None
+    return found
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank has of a tensor."""
+    found: Tensor = tensor._local_tensor.detach() if is_distributed(tensor) else tensor
     return found
 
 
@@ -117,6 +125,9 @@ def cells(cuts: Cuts) -> int:
 def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int, Box, Box]]:
     """The cells that share elements with a box of a tensor of that shape: number, cell, and what they share."""
     if 0 in box.shape:
+        return
+    if not cuts:
+        yield 0, Box.whole(shape), box
         return
     touched = []
     for dimension, count in cuts:

@@ -157,8 +157,8 @@ def _places(shelves: list[Any], files: int) -> Iterator[tuple[str, Place]]:
         if not all(type(number) is int for cut in cuts for number in cut):
             raise ValueError(f"cuts {cuts}")
         shelf = Shelf(cuts, kinds)
-        if not kinds or not names.isdisjoint(kinds) or shelf.cells > files - first:
-            raise ValueError("a shelf without tensors, a tensor twice, or fewer files than cells")
+        if not kinds or not names.isdisjoint(kinds):
+            raise ValueError("a shelf without tensors, or a tensor twice")
         names.update(kinds)
         yield from ((name, Place(shelf, name, first)) for name in kinds)
         first += shelf.cells

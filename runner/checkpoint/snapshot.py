@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from runner.checkpoint.layout import deal
+from runner.checkpoint.layout import deal, local
 from runner.checkpoint.manifest import FORMAT, CommitId
 from runner.checkpoint.sealing import digest
 from runner.checkpoint.shelves import Plan, Shelf, plan
@@ -41,11 +41,11 @@ class Snapshot:
         own = {name for name, state in parts.items() if isinstance(state, Own) and ranks.size > 1}
         encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in parts.items()}
         found = {name: value for name, (value, _) in encoded.items() if name not in own}
-        dealt = deal(_tensors(encoded, {*encoded} - own), ranks)
-        alone = _tensors(encoded, own)
+        shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
         told = encode(facts, "facts")[0]
         if ranks.size == 1:
-            return cls(step, found, {name: one.local for name, one in dealt.items()}, told)
+            return cls(step, found, {name: local(tensor) for name, tensor in shared.items()}, told)
+        dealt = deal(shared, ranks)
         how = plan(dealt, alone)
         tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
         return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how)
