@@ -29,6 +29,8 @@ def introduce(
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %s", parts.state.stream.guarantee)
+    if parts.layout.told:
+        log.info("together %s", parts.layout.told)
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.state.stream.workers)
     log.info("model    %s parameters", f"{count:,}")
 
