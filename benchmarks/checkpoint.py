@@ -41,8 +41,9 @@ from torch.nn import functional as F
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
 from runner.checkpoint.retention import Retention
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging
-from runner.checkpoint.store import CheckpointStore, Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import bytes_of
 from runner.interval import Interval
 from runner.storage.local import LocalLocation

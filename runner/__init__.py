@@ -14,7 +14,7 @@ holds this picture against the code.
     5  callbacks/ (guard, evaluate, report, progress, checkpoint)
     4  state (what a resumed run is made of)     evaluation     datasets/
     3  run/ (directory, attempts, records, heartbeat, drift, parent)
-       checkpoint/ (tree, tensors, sealing, manifest, retention, store, staging, writer)
+       checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)     update
     2  distributed/ (world, team, watch, layouts)

@@ -86,10 +86,10 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """The bytes of a safetensors file that anyone can load. Shared tensors are written once each, for strict
+    """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
     loading.
     """
-    return SafetensorsFile(weights, metadata={"format": "pt"}, copies=True).chunks()
+    return SafetensorsFile(weights, metadata={"format": "pt"}).chunks()
 
 
 def _number(value: float) -> float | None:

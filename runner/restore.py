@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from runner.agreement import led
 from runner.checkpoint.manifest import CommitId, parse_commit
+from runner.checkpoint.opened import Checkpoint
 from runner.checkpoint.retention import ranked
-from runner.checkpoint.store import Checkpoint, CheckpointStore
+from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.errors import ConfigError, NoLoadableCheckpoint, StorageError, printable
+from runner.ranks import ALONE, Ranks
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
@@ -46,44 +49,47 @@ def restore_newest(
     *,
     evidence: Callable[[], str | None],
     fresh: Callable[[], Resumed],
+    ranks: Ranks = ALONE,
 ) -> Resumed:
     """Load the newest good checkpoint, or begin (``fresh``) on positive evidence that nothing was ever committed.
 
-    ``evidence`` names a trace of a commit, if there is one. Raises NoLoadableCheckpoint; then nothing was changed.
+    ``evidence`` names a trace of a commit, if there is one. Raises NoLoadableCheckpoint; then nothing was changed. All
+    ``ranks`` load the same one: what is damaged for one of them is damaged.
     """
     unusable: list[str] = []
-    for commit in store.commits():
+    names = led(ranks, lambda: [commit.commit for commit in store.commits()])
+    for commit in filter(None, (parse_commit(name.rpartition("/")[2]) for name in names)):
         try:
-            checkpoint = store.open(commit)
+            checkpoint = store.open(commit, ranks)
             _restore(state, checkpoint, identity)
             store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
             store.damaged.add(commit)
             unusable.append(_why(commit, error))
-    trace = evidence()
+    trace = led(ranks, evidence)
     if trace is not None:
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
     return replace(fresh(), unusable=tuple(unusable))
 
 
-def begin(state: TrainState, identity: dict[str, Any], origin: Origin | None) -> Resumed:
+def begin(state: TrainState, identity: dict[str, Any], origin: Origin | None, ranks: Ranks = ALONE) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent.
 
     Raises NoLoadableCheckpoint, StateError.
     """
     if origin is None:
-        _start(state, identity["seed"])
+        _start(state, identity["seed"], ranks.rank)
         return Resumed()
     parent, commit = CheckpointStore(open_location(origin.run)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
     try:
         if origin.inherit == "model":
-            state.inherit(parent.open(commit))
-            _start(state, identity["seed"])
+            state.inherit(parent.open(commit, ranks))
+            _start(state, identity["seed"], ranks.rank)
             return Resumed(origin=origin)
-        _fork(state, parent.open(commit), identity)
+        _fork(state, parent.open(commit, ranks), identity)
         return Resumed(commit, origin=origin)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
@@ -143,10 +149,10 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
     return found
 
 
-def _start(state: TrainState, seed: int) -> None:
-    """Open what draws random numbers, then seed what training draws."""
+def _start(state: TrainState, seed: int, rank: int) -> None:
+    """Open what draws random numbers, then seed what training draws, on each rank something else."""
     state.stream.open()
-    seed_all(derive("train", seed))
+    seed_all(derive("train", seed, *([rank] if rank else [])))
 
 
 def _fork(state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

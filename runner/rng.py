@@ -24,8 +24,9 @@ class Generators:
     def state_dict(self) -> dict[str, Any]:
         """All generator states; tensors and plain values only."""
         kind, keys, position, has_gauss, cached = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+        version, words, gauss = random.getstate()
         return {
-            "python": random.getstate(),
+            "python": [version, torch.tensor(words), gauss],
             "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -33,7 +34,8 @@ class Generators:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore every generator; CUDA devices that this machine lacks are passed over, and the topology says so."""
-        random.setstate(state["python"])
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
         kind, keys, position, has_gauss, cached = state["numpy"]
         np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
         torch.set_rng_state(state["torch"])

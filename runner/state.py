@@ -4,13 +4,17 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
-from runner.checkpoint.store import Checkpoint
+from runner.agreement import together
+from runner.checkpoint.opened import Checkpoint
 from runner.checkpoint.tensors import Damaged
 from runner.data.stream import Stream
 from runner.errors import RunnerError, StateError
-from runner.rng import Generators
+from runner.ranks import Own
+from runner.rng import Generators, seed_all
+from runner.seeds import derive
 
 _MEMORY = "callback."
 
@@ -83,7 +87,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
-        return {name: part.state_dict() for name, part in self.parts().items()}
+        found = {name: part.state_dict() for name, part in self.parts().items()}
+        return found | {"generators": Own(found["generators"])}
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
         """Load every part except those of ``without``, and the callbacks' unless ``memories``.
@@ -96,6 +101,8 @@ class TrainState:
         for name, part in parts.items():
             if name not in without:
                 _load(name, part, checkpoint)
+        if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
+            seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
         """Take over the weights alone; the averaged ones, too, where both have them.
@@ -110,9 +117,11 @@ class TrainState:
 
 
 def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
-    state = checkpoint.load(name)
+    """Load a part; one that is sharded knows by its live state, or by what it has ``like`` that, what it needs."""
+    live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
+    state = checkpoint.load(name, like=live and live())
     try:
-        part.load_state_dict(state)
+        together(checkpoint.among, lambda: part.load_state_dict(state), kinds=(Damaged,))
     except (RunnerError, Damaged):
         raise
     except Exception as error:

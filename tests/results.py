@@ -6,7 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.manifest import commits, unseal
+from runner.checkpoint.manifest import commits
+from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.tensors import bytes_of
 from runner.storage.local import LocalLocation
 
 
@@ -28,14 +30,17 @@ class Results:
 def results(folder: Path) -> Results:
     """The results of a finished run."""
     location = LocalLocation(folder)
-    manifest = unseal((folder / commits(location)[0].commit).read_bytes())
-    assert manifest is not None
+    checkpoint = CheckpointStore(location).open(commits(location)[0])
     result = json.loads((folder / "result.json").read_text())
     return Results(
         weights={path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))},
         lines=metric_lines(folder),
-        parts=manifest["parts"],
-        tensors={name: tensor["digest"] for name, tensor in manifest["tensors"].items()},
+        parts=checkpoint.parts,
+        tensors={
+            name: sha256(bytes_of(tensor.contiguous())).hexdigest()
+            for part in checkpoint.parts
+            for name, tensor in checkpoint.tensors_of(part).items()
+        },
         result={key: value for key, value in result.items() if key != "seconds"},
     )
 

@@ -19,7 +19,8 @@ from faults import MemoryLocation, save
 from runner.checkpoint import tensors
 from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, unseal
 from runner.checkpoint.sealing import seal_of
-from runner.checkpoint.store import MAX_TENSORS, CheckpointStore, Snapshot
+from runner.checkpoint.snapshot import MAX_TENSORS, Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged
 from runner.data.ledger import Ledger
 from runner.data.plan import Plan

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from runner.checkpoint.store import CheckpointStore, Snapshot
+from runner.checkpoint.snapshot import Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.run.parent import Which
 from runner.runs.__main__ import main
 from runner.state import Progress, TrainState

@@ -13,8 +13,9 @@ import torch
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging
-from runner.checkpoint.store import CheckpointStore, Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.errors import StorageError, Superseded
 from runner.interval import Affordable, Interval
 from runner.storage import LocalLocation

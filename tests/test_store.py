@@ -10,7 +10,8 @@ import torch
 
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore, Snapshot, Torn
+from runner.checkpoint.snapshot import Snapshot
+from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensors import Damaged
 from runner.errors import StorageError, Superseded
 from runner.storage import LocalLocation

@@ -8,8 +8,9 @@ from typing import Any
 
 from runner.callbacks.base import Callback, Loop
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging
-from runner.checkpoint.store import CheckpointStore, Snapshot
+from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.writer import Writer
 from runner.errors import StorageError, printable
 from runner.interval import Affordable, Interval

@@ -18,13 +18,13 @@ from runner.checkpoint.sealing import is_seal_of, refusal, seal_of
 from runner.errors import StateError
 from runner.storage.location import Location
 
-FORMAT = 1
+FORMAT = 2
 LIMIT = 64 << 20  # bytes of a manifest
 MAX_VALUES = 1 << 22  # in a manifest; the smallest of JSON's values takes 2 bytes there and 90 in memory
 MAX_DEPTH = 200  # of nested lists and objects; what reads them recurses
 
 _COMMIT = re.compile(r"a([0-9]{6,15})-s([0-9]{9,15})-([0-9a-f]{12})\.json")
-_DATA = re.compile(r"s([0-9]{9,15})-a([0-9]{6,15})-([0-9a-f]{12})\.[0-9]{5}\.safetensors")
+_DATA = re.compile(r"s([0-9]{9,15})-a([0-9]{6,15})-([0-9a-f]{12})(?:\.[0-9]{5}){1,2}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,9 +45,10 @@ class CommitId:
         """The manifest's name."""
         return f"commits/{self}.json"
 
-    def data(self, part: int) -> str:
-        """The name of a data file."""
-        return f"data/s{self.step:09d}-a{self.attempt:06d}-{self.nonce}.{part:05d}.safetensors"
+    def data(self, part: int, rank: int | None = None) -> str:
+        """The name of a data file, of a rank where there are several."""
+        number = f"{part:05d}" if rank is None else f"{rank:05d}.{part:05d}"
+        return f"data/s{self.step:09d}-a{self.attempt:06d}-{self.nonce}.{number}.safetensors"
 
     def __str__(self) -> str:
         return f"a{self.attempt:06d}-s{self.step:09d}-{self.nonce}"

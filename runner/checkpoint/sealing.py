@@ -45,15 +45,16 @@ def refusal(seal: bytes) -> str:
     return "does not unseal"
 
 
-def digest(data: Buffer) -> str:
-    """The digest of a tensor's bytes: ``xxh3:<hex>`` (128 bits), or ``blake2b:<hex>`` with a key, because xxh3 resists
-    accidents and no attacker.
+def digest(*data: Buffer) -> str:
+    """The digest of bytes, in one piece or several: ``xxh3:<hex>`` (128 bits), or ``blake2b:<hex>`` with a key, because
+    xxh3 resists accidents and no attacker.
     """
     key = _key()
-    if key is None:
-        return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
-    # Hashed, as blake2b takes at most 64 bytes of key.
-    return f"blake2b:{blake2b(data, digest_size=32, key=sha256(key).digest()).hexdigest()}"
+    # The key is hashed, as blake2b takes at most 64 bytes of it.
+    hasher = xxhash.xxh3_128() if key is None else blake2b(digest_size=32, key=sha256(key).digest())
+    for piece in data:
+        hasher.update(piece)
+    return f"{'xxh3' if key is None else 'blake2b'}:{hasher.hexdigest()}"
 
 
 def _key() -> bytes | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from runner.checkpoint.store import Snapshot
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.tensors import memory_key
 
 
@@ -32,7 +32,7 @@ class Staging:
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         first: dict[object, str] = {}
-        alias = {name: first.setdefault(memory_key(tensor, name), name) for name, tensor in tensors.items()}
+        alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
         rooms = {name: self._room(name, tensors[name]) for name in first.values()}
         self._rooms = rooms  # what is no longer part of the state is given back
         on_device = False

@@ -4,90 +4,35 @@ The invariants, on which every resume rests: a manifest names only objects whose
 object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-
+from runner.agreement import gathered, led, together
 from runner.checkpoint import manifest as manifests
-from runner.checkpoint import tensors as files
+from runner.checkpoint.layout import deal
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.opened import Checkpoint, no_tensor, objective, parsed
 from runner.checkpoint.retention import Kept, Retention
-from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, StoredFile
-from runner.checkpoint.tree import decode, encode, names_in
-from runner.errors import StateError, StorageError, Superseded
+from runner.checkpoint.shelves import Plan, Shelf, plan
+from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
+from runner.checkpoint.tensors import Damaged, SafetensorsFile, StoredFile
+from runner.checkpoint.tree import decode
+from runner.errors import StorageError, Superseded
+from runner.ranks import ALONE, Ranks
 from runner.storage.location import Location
-
-MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The state at a step, as it will be committed: JSON by part, and tensors by name."""
-
-    step: int
-    parts: dict[str, Any]
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, step: int, parts: Mapping[str, Any], **facts: Any) -> "Snapshot":
-        """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
-        encoded = {name: encode(state, name) for name, state in parts.items()}
-        tensors = {name: tensor for _, found in encoded.values() for name, tensor in found.items()}
-        return cls(step, {name: value for name, (value, _) in encoded.items()}, tensors, encode(facts, "facts")[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A commit whose manifest unsealed and whose data files are there in full size; tensors are verified as they are
-    read.
-    """
-
-    id: CommitId
-    files: dict[str, StoredFile]
-    parts: dict[str, Any]
-    tensors: dict[str, Stored]
-    facts: dict[str, Any]
-    location: Location
-
-    @property
-    def step(self) -> int:
-        return self.id.step
-
-    def load(self, part: str) -> Any:
-        """The state dict of one part. Raises Damaged; nothing that failed its digest is returned."""
-        try:
-            return decode(self.parts[part], self.tensors_of(part).__getitem__)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
-            raise Damaged(f"{self.id.commit} has no state of {part} that can be read: {error!r}") from error
-
-    def tensors_of(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part by their names in the checkpoint."""
-        names = names_in(self.parts[part])
-        if len({*names}) < len(names):  # a few bytes of references could stand for any amount of memory
-            raise ValueError("a tensor is named twice")
-        missing = next((name for name in names if name not in self.tensors), None)
-        if missing is not None:
-            raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
-        return files.read(self.location, {name: self.tensors[name] for name in names})
-
-    def verify(self) -> None:
-        """Read every byte, one tensor at a time. Raises Damaged."""
-        for name, stored in self.tensors.items():
-            files.read(self.location, {name: stored})
 
 
 class CheckpointStore:
     """The checkpoints of one run.
 
-    ``damaged`` are commits that were found unusable, ``verified`` those that this process made or read in full.
+    Among several ranks ``commit`` is called by all, ``open`` and what it gives by those that are named to it; all else
+    is done by rank 0 alone. ``damaged`` are commits that were found unusable, ``verified`` those that this process made
+    or read in full.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, ranks: Ranks = ALONE) -> None:
         self.location = location
+        self.ranks = ranks
         self.damaged: set[CommitId] = set()
         self.verified: set[CommitId] = set()
         self._objectives: dict[CommitId, float | None] = {}
@@ -95,57 +40,64 @@ class CheckpointStore:
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
 
-        Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit.
+        Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit. What fails
+        on one rank fails on all, and nothing is committed.
         """
-        if len(snapshot.tensors) > MAX_TENSORS:
-            raise StateError(f"cannot save {len(snapshot.tensors)} tensors; a checkpoint has at most {MAX_TENSORS}")
-        commit = CommitId.new(attempt, snapshot.step)
-        written = self._put(commit, snapshot)
-        manifest = {
-            "format": manifests.FORMAT,
-            "attempt": attempt,
-            "step": snapshot.step,
-            "files": {name: _json(file) for name, (file, _) in written.items()},
-            "tensors": {key: _json(entry) for _, stored in written.values() for key, entry in stored.items()},
-            "parts": snapshot.parts,
-            "facts": snapshot.facts,
-        }
-        self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
-        self.location.put(commit.commit, [manifests.seal(manifest)])
-        self.damaged.discard(commit)
-        # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
-        self.require_newest(successor)
+        nonce = led(self.ranks, lambda: CommitId.new(attempt, snapshot.step).nonce)
+        commit = CommitId(attempt, snapshot.step, nonce)
+        how = snapshot.plan or plan(deal(snapshot.tensors, ALONE), {})
+        how = how.split(self.location.part_bytes)
+        reports = gathered(self.ranks, lambda: self._put(commit, snapshot, how))
+
+        def conclude() -> None:
+            assert reports is not None
+            raw = manifests.seal(assemble(commit, snapshot, how, reports))
+            self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
+            self.location.put(commit.commit, [raw])
+            self.damaged.discard(commit)
+            # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
+            self._require_newest(successor)
+
+        led(self.ranks, conclude)
         self.verified.add(commit)
-        self._objectives[commit] = _objective(decode(snapshot.facts, _no_tensor))
+        self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
         return commit
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""
+        led(self.ranks, lambda: self._require_newest(successor))
+
+    def _require_newest(self, successor: Callable[[], str | None]) -> None:
         newer = successor()
         if newer is not None:
             raise Superseded(
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
 
-    def _put(self, commit: CommitId, snapshot: Snapshot) -> dict[str, tuple[StoredFile, dict[str, Stored]]]:
-        """Write the tensors; the files by name, with what is in them."""
+    def _put(self, commit: CommitId, snapshot: Snapshot, how: Plan) -> Report:
+        """Write this rank's tensors; what is told of it."""
+        rank = None if self.ranks.size == 1 else self.ranks.rank
 
-        def put(number: int, tensors: dict[str, Tensor]) -> tuple[str, tuple[StoredFile, dict[str, Stored]]]:
+        def put(number: int, shelf: Shelf) -> tuple[str, StoredFile]:
+            tensors = {name: snapshot.tensors[name] for name in shelf.tensors}
             file = SafetensorsFile(tensors, metadata={"step": str(snapshot.step)})
-            name = commit.data(number)
-            size = self.location.put(name, file.chunks())
-            return name, (file.stored_file(size), file.stored(name))
+            name = commit.data(number, rank)
+            return name, file.stored(self.location.put(name, file.chunks()))
 
-        parts = files.split(snapshot.tensors, self.location.part_bytes)
+        shelves = [how.shelves[number] for number in how.mine] + ([how.own] if how.own.tensors else [])
         with ThreadPoolExecutor(self.location.parallel) as pool:
-            return dict(pool.map(put, range(len(parts)), parts))
+            files = [*pool.map(put, range(len(shelves)), shelves)]
+        return report(snapshot, how, files)
 
     def commits(self) -> list[CommitId]:
         """All commits, the one to resume from first."""
         return manifests.commits(self.location)
 
-    def open(self, commit: CommitId) -> Checkpoint:
+    def open(self, commit: CommitId, ranks: Ranks = ALONE) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""
+        return together(ranks, lambda: self._open(commit, ranks), kinds=(Damaged, Torn))
+
+    def _open(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         manifest = None if raw is None else manifests.unseal(raw)
         if manifest is None:
@@ -155,10 +107,13 @@ class CheckpointStore:
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
                 f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
             )
-        sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
-        checkpoint = _checked(commit, manifest, sizes, self.location)
-        for name, file in checkpoint.files.items():
-            files.check_header(self.location, name, file)
+        checkpoint = parsed(commit, manifest, self.location, ranks)
+        if ranks.rank == 0:  # one listing is enough
+            sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
+            for name, file in checkpoint.files.items():
+                if sizes.get(name) != file.size:
+                    raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {file.size}")
+        checkpoint.check()
         return checkpoint
 
     def survey(self) -> list[Kept]:
@@ -173,7 +128,7 @@ class CheckpointStore:
     def _known(self, commit: CommitId) -> Kept:
         if commit not in self._objectives and commit not in self.damaged:  # once: manifests never change
             try:
-                self._objectives[commit] = _objective(self.open(commit).facts)
+                self._objectives[commit] = objective(self.open(commit).facts)
             except Damaged:
                 self.damaged.add(commit)
         return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
@@ -191,58 +146,3 @@ class CheckpointStore:
 
 class Torn(Damaged):
     """A manifest that does not unseal: torn while it was written, so that it never was a commit, or damaged since."""
-
-
-def _json(entry: StoredFile | Stored) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in entry.__slots__}  # asdict takes ten times as long
-
-
-def _checked(commit: CommitId, manifest: dict[str, Any], sizes: dict[str, int], location: Location) -> Checkpoint:
-    """The checkpoint that a manifest describes, if everything it names can be what it says."""
-    try:
-        found = {name: StoredFile(**file) for name, file in manifest["files"].items()}
-        for name, file in found.items():
-            if sizes.get(name) != file.size:
-                raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {file.size}")
-        if len(manifest["tensors"]) > MAX_TENSORS:
-            raise Damaged(f"{commit.commit} has more than {MAX_TENSORS} tensors")
-        tensors = {name: _stored(entry, found) for name, entry in manifest["tensors"].items()}
-        _require_disjoint(tensors.values())
-        if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
-            raise Damaged(f"{commit.commit} is the manifest of another commit")
-        facts = decode(manifest["facts"], _no_tensor)
-        return Checkpoint(commit, found, dict(manifest["parts"]), tensors, dict(facts), location)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
-        raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
-
-
-def _stored(entry: dict[str, Any], found: Mapping[str, StoredFile]) -> Stored:
-    shape = tuple(entry["shape"])
-    numbers = (*shape, entry["offset"], entry["length"])
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"sizes {numbers}")
-    stored = Stored(entry["dtype"], shape, entry["part"], entry["offset"], entry["length"], entry["digest"])
-    file = found[stored.part]
-    if not file.header <= stored.offset <= file.size - stored.length:
-        raise Damaged(f"{stored.part} has no room for {stored.length} bytes of a tensor at {stored.offset}")
-    return stored
-
-
-def _require_disjoint(tensors: Iterable[Stored]) -> None:
-    """Raise Damaged for tensors that overlap: a few bytes could stand for any amount of memory. Two names of the same
-    tensor are fine.
-    """
-    part, end = "", 0
-    for entry in sorted({*tensors}, key=lambda entry: (entry.part, entry.offset, entry.length)):
-        if entry.part == part and entry.offset < end:
-            raise Damaged(f"{part}: two tensors in the bytes from {entry.offset} to {end}")
-        part, end = entry.part, entry.offset + entry.length
-
-
-def _objective(facts: Mapping[str, Any]) -> float | None:
-    value = facts.get("objective")
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _no_tensor(name: str) -> Tensor:
-    raise ValueError(f"a tensor {name!r} among the facts")

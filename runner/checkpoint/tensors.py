@@ -1,12 +1,13 @@
-"""Tensors as bytes: streaming safetensors files with a digest for every tensor.
+"""Tensors as bytes: streaming safetensors files with a digest for every block of them.
 
 The files are valid safetensors, so anyone can open them with that library; writing them here is what allows to digest
-while streaming, to make them durable, and to store a shared tensor once.
+while streaming and to make them durable. A digest is of a block, not of a tensor: whoever needs a few rows of a large
+tensor reads little more than those, and a thousand small ones need one digest.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from runner.checkpoint.sealing import digest
 from runner.errors import StateError
-from runner.storage.location import Buffer, Location
+from runner.storage.location import Buffer
+
+BLOCK = 1 << 20  # bytes, counted from the end of a file's header; frozen: stored checkpoints depend on it
 
 _NAMES = {
     torch.float64: "F64",
@@ -36,8 +39,6 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_PIECE = 8 << 20  # bytes that are read at once
-_READERS = 8
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_DIMENSIONS = 64  # torch's own
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own
@@ -55,179 +56,116 @@ class Damaged(Exception):
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One data file. Its first ``header`` bytes, which only other readers of the format use, have a digest of their
-    own; all that follow belong to tensors.
+    own; all that follow belong to tensors, with a digest for each block.
     """
 
     size: int
     header: int
     digest: str
+    blocks: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if not all(type(number) is int for number in (self.size, self.header)):
             raise Damaged(f"sizes {self.size!r} and {self.header!r}")
         if not 0 <= self.header <= min(self.size, _MAX_HEADER):
             raise Damaged(f"a file of {self.size} bytes cannot have a header of {self.header}")
+        if len(self.blocks) != -(-self.data // BLOCK):
+            raise Damaged(f"{len(self.blocks)} digests cannot be those of {self.data} bytes")
+
+    @property
+    def data(self) -> int:
+        """Bytes of tensors."""
+        return self.size - self.header
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor within a data file. ``offset`` counts from the beginning of the file, ``length`` is in bytes."""
+class Kind:
+    """Type and shape of a whole tensor, which may lie in several files."""
 
     dtype: str
     shape: tuple[int, ...]
-    part: str
-    offset: int
-    length: int
-    digest: str
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise Damaged(f"unknown dtype {self.dtype!r}")
-        itemsize = _DTYPES[self.dtype].itemsize
+        if not all(type(size) is int for size in self.shape):
+            raise Damaged(f"sizes {self.shape!r}")
         # Strides are products of the sizes, too; those of an empty tensor can be too large for torch all the same.
         strides = math.prod(max(size, 1) for size in self.shape) if len(self.shape) <= _MAX_DIMENSIONS else math.inf
-        possible = min(self.shape, default=0) >= 0 and strides * itemsize < 1 << 63
-        if not possible or self.length != math.prod(self.shape) * itemsize:
-            raise Damaged(f"{self.length} bytes cannot be a {self.dtype} tensor of shape {self.shape}")
+        if min(self.shape, default=0) < 0 or strides * self.itemsize >= 1 << 63:
+            raise Damaged(f"there is no {self.dtype} tensor of shape {self.shape}")
+
+    @classmethod
+    def of(cls, tensor: Tensor, shape: tuple[int, ...], name: str) -> "Kind":
+        """That of a tensor which is a part of one of that shape. Raises StateError for a type the format lacks."""
+        if tensor.dtype not in _NAMES:
+            raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
+        return cls(_NAMES[tensor.dtype], shape)
+
+    @property
+    def itemsize(self) -> int:
+        return _DTYPES[self.dtype].itemsize
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for elements of this type."""
+        return torch.empty(shape, dtype=_DTYPES[self.dtype])
 
 
 class SafetensorsFile:
-    """Tensors about to be written as one safetensors file; consume ``chunks``, then ask for ``stored``.
-
-    Tensors that share all their memory are written once unless ``copies`` asks for one copy each.
+    """Tensors about to be written as one safetensors file, one copy under each name; consume ``chunks``, then ask for
+    ``stored``.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], copies: bool = False) -> None:
-        tensors = {name: tensor.resolve_conj().resolve_neg() for name, tensor in tensors.items()}
-        self._alias: dict[str, str] = {}
-        first: dict[Any, str] = {}
-        for name, tensor in tensors.items():
-            if tensor.dtype not in _NAMES:
-                raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
-            self._alias[name] = name if copies else first.setdefault(memory_key(tensor, name), name)
-        # Wide types first keeps every tensor aligned, as readers that map the file expect.
-        unique = sorted({*self._alias.values()}, key=lambda name: (-tensors[name].itemsize, name))
-        self._tensors = {name: tensors[name] for name in unique}
-        self._header, self._offsets = _header(self._tensors, metadata)
-        self._digests: dict[str, str] = {}
+    def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+        kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()}
+        self._tensors = {name: tensors[name].resolve_conj().resolve_neg() for name in in_order(kinds)}
+        self._header = _header({name: kinds[name] for name in self._tensors}, metadata)
+        self._digests: tuple[str, ...] = ()
 
     def chunks(self) -> Iterator[Buffer]:
         """The bytes of the file in order; the tensors are digested meanwhile."""
         with ThreadPoolExecutor(1) as pool:
-            digests = pool.submit(lambda: {name: digest(view) for name, view in self._views()})
+            digests = pool.submit(lambda: tuple(digest(*block) for block in blocks(self._views())))
             yield self._header
-            yield from (view for _, view in self._views())
+            yield from self._views()
             self._digests = digests.result()
 
-    def _views(self) -> Iterator[tuple[str, memoryview]]:
-        return ((name, bytes_of(tensor.cpu().contiguous())) for name, tensor in self._tensors.items())
+    def _views(self) -> Iterator[memoryview]:
+        return (bytes_of(tensor.cpu().contiguous()) for tensor in self._tensors.values())
 
-    def stored_file(self, size: int) -> StoredFile:
+    def stored(self, size: int) -> StoredFile:
         """The written file, which has ``size`` bytes."""
-        return StoredFile(size, len(self._header), digest(self._header))
-
-    def stored(self, part: str) -> dict[str, Stored]:
-        """Where every tensor lies in the written file, which is called ``part``."""
-        return {name: self._stored(alias, part) for name, alias in self._alias.items()}
-
-    def _stored(self, name: str, part: str) -> Stored:
-        tensor = self._tensors[name]
-        return Stored(
-            _NAMES[tensor.dtype],
-            tuple(tensor.shape),
-            part,
-            self._offsets[name],
-            tensor.numel() * tensor.itemsize,
-            self._digests[name],
-        )
+        return StoredFile(size, len(self._header), digest(self._header), self._digests)
 
 
-def split(tensors: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """The tensors for each of several files of about ``size`` bytes; those that share memory stay together."""
-    parts: list[dict[str, Tensor]] = [{}]
-    homes: dict[Any, dict[str, Tensor]] = {}
-    filled = 0
-    for name, tensor in tensors.items():
-        key = memory_key(tensor, name)
-        if key not in homes:
-            if parts[-1] and filled + tensor.nbytes > size:
-                parts.append({})
-                filled = 0
-            homes[key] = parts[-1]
-            filled += tensor.nbytes
-        homes[key][name] = tensor
-    return parts
-
-
-_Targets = list[tuple[str, int, int]]  # name, and the range of its bytes
-
-
-def read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Tensors by name, with their digests verified on the very bytes that are returned. Those that were one tensor when
-    they were written are one again.
-
-    Reads ranges in parallel, straight into their places.
+def in_order(kinds: Mapping[str, Kind]) -> list[str]:
+    """The names in the order in which a file has the tensors: wide types first keeps every one aligned, as readers
+    that map the file expect.
     """
-    first: dict[Stored, str] = {}
-    names = {name: first.setdefault(entry, name) if entry.length else name for name, entry in stored.items()}
-    tensors = _read(location, {name: stored[name] for name in names.values()})
-    return {name: tensors[other] for name, other in names.items()}
+    return sorted(kinds, key=lambda name: (-kinds[name].itemsize, name))
 
 
-def _read(location: Location, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype]) for name, entry in stored.items()}
-    views = {name: bytes_of(tensor) for name, tensor in tensors.items()}
-
-    def fill(part: str, offset: int, targets: _Targets) -> dict[str, str]:
-        location.read_into(part, offset, [views[name][begin:end] for name, begin, end in targets])
-        # While the bytes are in the processor's cache.
-        return {name: digest(views[name]) for name, begin, end in targets if end - begin == len(views[name])}
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(item for done in pool.map(lambda piece: fill(*piece), _pieces(stored)) for item in done.items())
-        large = [name for name in stored if name not in found]
-        found.update(zip(large, pool.map(lambda name: digest(views[name]), large), strict=True))
-    for name, entry in stored.items():
-        if found[name] != entry.digest:
-            end = entry.offset + entry.length
-            raise Damaged(f"{entry.part} bytes {entry.offset} to {end}: digest {found[name]}, expected {entry.digest}")
-    return tensors
+def blocks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """The same bytes block by block, each as the pieces that it is made of."""
+    block: list[memoryview] = []
+    room = BLOCK
+    for view in views:
+        while len(view) >= room:
+            yield [*block, view[:room]]
+            view, block, room = view[room:], [], BLOCK
+        if view:
+            block.append(view)
+            room -= len(view)
+    if block:
+        yield block
 
 
-def _pieces(stored: Mapping[str, Stored]) -> Iterator[tuple[str, int, _Targets]]:
-    """What to read at once: part, offset, and whose bytes those are. Neighbours come together, a large tensor in
-    several pieces.
-    """
-    part, first, last = "", 0, 0
-    targets: _Targets = []
-    for name, entry in sorted(stored.items(), key=lambda item: (item[1].part, item[1].offset)):
-        for begin in range(0, max(entry.length, 1), _PIECE):
-            end = min(begin + _PIECE, entry.length)
-            if targets and ((entry.part, entry.offset + begin) != (part, last) or entry.offset + end > first + _PIECE):
-                yield part, first, targets
-                targets = []
-            if not targets:
-                part, first = entry.part, entry.offset + begin
-            targets.append((name, begin, end))
-            last = entry.offset + end
-    if targets:
-        yield part, first, targets
-
-
-def memory_key(tensor: Tensor, name: str) -> Any:
+def memory_key(tensor: Tensor) -> Any:
     """A key that two tensors have in common when they are the same bytes in the same shape."""
-    if not tensor.numel():
-        return name
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def check_header(location: Location, name: str, stored: StoredFile) -> None:
-    """Raise Damaged unless the header of a data file is as it was written."""
-    header = memoryview(bytearray(stored.header))
-    location.read_into(name, 0, [header])
-    found = digest(header)
-    if found != stored.digest:
-        raise Damaged(f"{name} bytes 0 to {stored.header}: digest {found}, expected {stored.digest}")
+    # Those without a byte have no address; their storages tell them apart.
+    place = tensor.data_ptr() if tensor.numel() else tensor.untyped_storage()._cdata
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype, lazy
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -236,17 +174,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file (its length, then JSON), and the offset of each tensor in the file."""
-    begins: dict[str, int] = {}
+def _header(kinds: Mapping[str, Kind], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: its length, then JSON."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
-    for name, tensor in tensors.items():
-        begins[name] = position
-        end = position + tensor.numel() * tensor.itemsize
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, kind in kinds.items():
+        end = position + math.prod(kind.shape) * kind.itemsize
+        entries[name] = {"dtype": kind.dtype, "shape": list(kind.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return head, {name: len(head) + begin for name, begin in begins.items()}
+    return len(text).to_bytes(8, "little") + text

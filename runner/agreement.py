@@ -1,0 +1,77 @@
+"""Ranks that act as one: what rank 0 decides all do, and what fails on one of them fails on all."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from runner.errors import RunnerError
+from runner.ranks import Ranks
+
+T = TypeVar("T")
+Kinds = tuple[type[Exception], ...]
+
+
+def led(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
+    """What ``work`` returns on rank 0, where alone it is done; a value of JSON.
+
+    Raises what it raises there on all ranks: any RunnerError or one of ``kinds`` as itself, others as RunnerError.
+    """
+    if ranks.size == 1:
+        return work()
+    value, error = _tried(work) if ranks.rank == 0 else (None, None)
+    told = ranks.broadcast({"value": value, "error": None if error is None else _told(error)})
+    _raise(told["error"], error, kinds)
+    return told["value"]
+
+
+def together(ranks: Ranks, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
+    """Do ``work`` on every rank; returns once it is done on all. Raises on all what it raises on any."""
+    found: list[T] = []
+    gathered(ranks, lambda: found.append(work()), kinds=kinds)
+    return found[0]
+
+
+def gathered(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
+    """Do ``work`` on every rank; on rank 0 what it returns on each (values of JSON), None on the others.
+
+    Raises on all ranks what it raises on any of them, with the rank in the message.
+    """
+    if ranks.size == 1:
+        return [work()]
+    value, error = _tried(work)
+    reports = ranks.gather({"value": value, "error": None if error is None else _told(error, ranks.rank)})
+    failed = next((report["error"] for report in reports or () if report["error"]), None)
+    _raise(ranks.broadcast(failed), error, kinds)
+    return None if reports is None else [report["value"] for report in reports]
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # the others wait to hear of it
+        return None, error
+
+
+def _told(error: Exception, rank: int | None = None) -> dict[str, Any]:
+    text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+    return {"kind": type(error).__name__, "text": text if rank is None else f"rank {rank}: {text}"}
+
+
+def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
+    """Raise the error that was told, which ``own`` may be; nothing if none was. One that is not this rank's says that
+    it is from ``elsewhere``, so that it can be shown once.
+    """
+    if told is None:
+        return
+    every: Kinds = (RunnerError, *_below(RunnerError), *kinds)
+    found = {kind.__name__: kind for kind in every}.get(told["kind"])
+    if found is None and own is not None:
+        raise own
+    error: Any = (found or RunnerError)(told["text"])
+    error.elsewhere = own is None
+    raise error from own
+
+
+def _below(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _below(child)

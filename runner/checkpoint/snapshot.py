@@ -1,0 +1,133 @@
+"""The state at a step on its way to the storage: what each rank writes and tells of it, and the manifest of all."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from runner.checkpoint.layout import deal
+from runner.checkpoint.manifest import FORMAT, CommitId
+from runner.checkpoint.sealing import digest
+from runner.checkpoint.shelves import Plan, Shelf, plan
+from runner.checkpoint.tensors import StoredFile
+from runner.checkpoint.tree import encode
+from runner.errors import StateError
+from runner.ranks import ALONE, Own, Ranks
+
+MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
+
+Report = dict[str, Any]  # what a rank tells of what it wrote; JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state at a step, as it will be committed: JSON by part, and tensors by name, those that this rank writes.
+
+    Among several ranks ``plan`` is how the tensors are dealt out, and ``own`` has the parts that each has to itself.
+    """
+
+    step: int
+    parts: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    @classmethod
+    def of(cls, step: int, parts: Mapping[str, Any], *, ranks: Ranks = ALONE, **facts: Any) -> "Snapshot":
+        """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
+        own = {name for name, state in parts.items() if isinstance(state, Own) and ranks.size > 1}
+        encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in parts.items()}
+        found = {name: value for name, (value, _) in encoded.items() if name not in own}
+        dealt = deal(_tensors(encoded, {*encoded} - own), ranks)
+        alone = _tensors(encoded, own)
+        told = encode(facts, "facts")[0]
+        if ranks.size == 1:
+            return cls(step, found, {name: one.local for name, one in dealt.items()}, told)
+        how = plan(dealt, alone)
+        tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
+        return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how)
+
+
+def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], of: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for part, (_, found) in encoded.items() if part in of for name, tensor in found.items()}
+
+
+def report(snapshot: Snapshot, how: Plan, files: Sequence[tuple[str, StoredFile]]) -> Report:
+    """What a rank tells of the ``files`` that it wrote, one for each of its shelves and one for what it has to itself,
+    and of the state that all ranks have alike: a digest for each part.
+    """
+    told = [[name, *_fields(file)] for name, file in files]
+    shelves = [[number, cell] for number, cell in how.mine.items()]
+    if snapshot.plan is None:
+        return {"files": told, "shelves": shelves}
+    return {
+        "files": told,
+        "shelves": shelves,
+        "tensors": _kinds(how.own),
+        "own": snapshot.own,
+        "alike": _alike(snapshot, how),
+    }
+
+
+def assemble(commit: CommitId, snapshot: Snapshot, how: Plan, reports: Sequence[Report]) -> dict[str, Any]:
+    """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
+    files: dict[tuple[int, int], list[Any]] = {}
+    own: list[tuple[dict[str, Any], list[Any]]] = []
+    for rank, told in enumerate(reports):
+        _require_alike(rank, told, reports[0])
+        for (number, cell), file in zip(told["shelves"], told["files"], strict=False):
+            assert (number, cell) not in files, "two ranks wrote the same"
+            files[number, cell] = file
+        if told.get("tensors"):
+            own.append((told["tensors"], told["files"][-1]))
+    ordered = [files[number, cell] for number, shelf in enumerate(how.shelves) for cell in range(shelf.cells)]
+    shelves = [{"cuts": shelf.cuts, "tensors": _kinds(shelf)} for shelf in how.shelves]
+    names = {name for shelf in shelves for name in shelf["tensors"]}.union(how.same, *(tensors for tensors, _ in own))
+    if len(names) > MAX_TENSORS:
+        raise StateError(f"cannot save {len(names)} tensors; a checkpoint has at most {MAX_TENSORS}")
+    return {
+        "format": FORMAT,
+        "attempt": commit.attempt,
+        "step": commit.step,
+        "ranks": len(reports),
+        "files": {name: fields for name, *fields in (*ordered, *(file for _, file in own))},
+        "shelves": [*shelves, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
+        "same": how.same,
+        "parts": snapshot.parts | {part: _of_ranks(part, reports) for part in snapshot.own},
+        "facts": snapshot.facts,
+    }
+
+
+def _fields(file: StoredFile) -> list[Any]:
+    return [file.size, file.header, file.digest, list(file.blocks)]
+
+
+def _kinds(shelf: Shelf) -> dict[str, Any]:
+    return {name: [kind.dtype, kind.shape] for name, kind in shelf.tensors.items()}
+
+
+def _of_ranks(part: str, reports: Sequence[Report]) -> dict[str, Any]:
+    return {"$": "ranks", "items": [told["own"][part] for told in reports]}
+
+
+def _alike(snapshot: Snapshot, how: Plan) -> dict[str, str]:
+    """A digest of each part, of its values as of its tensors' names, shapes and places."""
+    lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
+    for number, shelf in enumerate(how.shelves):
+        for name, kind in shelf.tensors.items():
+            lines[name.partition("/")[0]].append(f"{number} {shelf.cuts} {name} {kind.dtype} {kind.shape}")
+    for name, other in how.same.items():
+        lines[name.partition("/")[0]].append(f"{name} {other}")
+    return {part: digest("\n".join(found).encode()) for part, found in lines.items()}
+
+
+def _require_alike(rank: int, told: Report, first: Report) -> None:
+    ours, others = first.get("alike", {}), told.get("alike", {})
+    if differing := [part for part in {**ours, **others} if ours.get(part) != others.get(part)]:
+        raise StateError(
+            f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
+            "What is not sharded must be the same on all ranks, or it cannot be restored."
+        )
