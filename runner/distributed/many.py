@@ -73,7 +73,7 @@ class Many:
 
     def union(self, names: Sequence[str]) -> list[str]:
         told = self.ranks.gather([*names])
-        found: list[str] = self.ranks.broadcast(sorted({name for one in told or [] for name in one}))
+        found: list[str] = self.ranks.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
         return found
 
     def added(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
