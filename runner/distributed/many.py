@@ -35,6 +35,7 @@ class Many:
         self._served: Store | None = None
         if world.rank == 0 and not place.kept:
             self._served = self._connect(serve=True)
+        self._own = self._store("watch")
         self.watch = Watch(self._store("watch"), world, timeout=timeout)
         self.ranks = self.channel("main")
         self._group: dist.ProcessGroup | None = None
@@ -122,7 +123,7 @@ class Many:
 
     def _left(self) -> None:
         with suppress(RuntimeError):
-            self._store("watch").set(f"left/{self.world.rank}", "")
+            self._own.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
         self.watch.moved()

@@ -97,5 +97,6 @@ def _add_up(part: Any) -> None:
     """Have gradients added up, not averaged: losses come with their share of the batch."""
     if hasattr(part, "set_gradient_divide_factor"):
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
     else:  # torch before 2.8
         part.set_reduce_scatter_divide_factor(1.0)
