@@ -166,7 +166,7 @@ def _saver(
         pins=retention.pins,
         max_unsaved=checkpoint.max_unsaved,
         background=checkpoint.background,
-        # ranks=ranks,
+        ranks=ranks,
     )
 
 

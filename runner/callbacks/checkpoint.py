@@ -92,7 +92,7 @@ class SaveCheckpoint(Callback):
         self._cost = _Cost(clock)
 
     def on_start(self, loop: Loop) -> None:
-        Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.store.ranks)  # what cannot be saved is an error now, not hours later
+        Snapshot.of(loop.step, loop.state.state_dict())  # what cannot be saved is an error now, not hours later
         self._saved = loop.step
         self._restart()
         if loop.improved:  # evaluated only now: the checkpoint that this attempt began from does not say so
@@ -144,7 +144,7 @@ class SaveCheckpoint(Callback):
         facts = self.hooks.mark(loop.step)
         if loop.objective is not None:
             facts["objective"] = loop.objective
-        snapshot = Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.store.ranks, elapsed=loop.elapsed, **facts)
+        snapshot = Snapshot.of(loop.step, loop.state.state_dict(), elapsed=loop.elapsed, **facts)
         staging = self._rooms.pop() if self._rooms else Staging()
         return Job(staging.stage(snapshot), staging, exact)
 
