@@ -39,7 +39,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.nn import functional as F
 
 from runner.callbacks.base import Loop
-from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
+from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.saving import Hooks
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging

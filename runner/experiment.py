@@ -14,6 +14,7 @@ from runner.agreement import led
 from runner.build import Parts, build, set_up
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnConflict
@@ -73,7 +74,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
             layout=parts.layout,
         )
         saver = callbacks["checkpoint"]
-        assert isinstance(saver, SaveCheckpoint)
+        assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         with closing(saver):
             loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
         if loop.stop in signals.NAMES:

@@ -6,15 +6,17 @@ from typing import Any
 
 from runner.build import Parts
 from runner.callbacks.base import Callback
-from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
+from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
+from runner.callbacks.follow import FollowCheckpoint
 from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
 from runner.callbacks.progress import Heartbeat, Progress
 from runner.callbacks.report import Report
+from runner.callbacks.saving import Hooks
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import CheckpointConfig, Config, Every, OnNonfinite
+from runner.config.schema import Config, Every, OnNonfinite
 from runner.data.ledger import Ledger
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
@@ -81,9 +83,7 @@ def callbacks_of(
     if books is not None:
         callbacks["progress"] = Progress()
         callbacks["heartbeat"] = Heartbeat(books.attempt)
-    retention = _retention(config)
-    hooks = _idle(guard) if books is None else _hooks(opening, books, guard, report, store, retention)
-    callbacks["checkpoint"] = _saver(config.checkpoint, store, attempt, retention, hooks, ranks)
+    callbacks["checkpoint"] = _saver(config, opening, store, attempt, books, guard, report, ranks)
     return callbacks
 
 
@@ -116,22 +116,6 @@ def _hooks(
     )
 
 
-def _idle(guard: FiniteLoss) -> Hooks:
-    """Of a process that keeps no records."""
-
-    def mark(step: int) -> dict[str, Any]:
-        guard.check()
-        return {}
-
-    return Hooks(
-        mark=mark,
-        flush=lambda: None,
-        successor=lambda: None,
-        committed=lambda commit: None,
-        retain=lambda: None,
-    )
-
-
 def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
     """Add what evaluates, and what looks at evaluations."""
     if parts.evaluate is None:
@@ -150,18 +134,24 @@ def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) ->
 
 
 def _saver(
-    checkpoint: CheckpointConfig,
+    config: Config,
+    opening: Opening,
     store: CheckpointStore,
     attempt: int,
-    retention: Retention,
-    hooks: Hooks,
+    books: Books | None,
+    guard: FiniteLoss,
+    report: Report,
     ranks: Ranks,
-) -> SaveCheckpoint:
+) -> Callback:
+    checkpoint = config.checkpoint
+    if books is None:
+        return FollowCheckpoint(store, attempt=attempt, background=checkpoint.background, ranks=ranks)
+    retention = _retention(config)
     return SaveCheckpoint(
         store,
         Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
         Affordable() if checkpoint.every is Every.auto else None,
-        hooks,
+        _hooks(opening, books, guard, report, store, retention),
         attempt=attempt,
         pins=retention.pins,
         max_unsaved=checkpoint.max_unsaved,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from runner.callbacks.base import Loop
-from runner.callbacks.checkpoint import Hooks, SaveCheckpoint
+from runner.callbacks.checkpoint import SaveCheckpoint
+from runner.callbacks.saving import Hooks
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging

@@ -3,48 +3,24 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
+from runner.agreement import led
 from runner.callbacks.base import Callback, Loop
-from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.snapshot import Snapshot
-from runner.checkpoint.staging import Staging
+from runner.callbacks.saving import Hooks, Job, Saves
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.writer import Writer
 from runner.errors import StorageError, printable
 from runner.interval import Affordable, Interval
+from runner.ranks import ALONE, Ranks
 
 log = logging.getLogger("runner")
 
+Order = dict[str, Any]  # JSON: whether the copy is ``exact``, or which step's is tried ``again``, and which to ``drop``
+
 _LONGEST_PAUSE = 60.0  # seconds between two tries to save
 _PATIENCE = 60.0  # seconds that a save may take in any case
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A snapshot on its way to the storage, and the room its tensors take meanwhile. An ``exact`` one
-    must be of this step; instead of another, a newer one will do as well."""
-
-    snapshot: Snapshot
-    staging: Staging
-    exact: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What else a commit is made of.
-
-    ``mark`` is called at the step, in the training thread; what it returns goes into the commit as facts. The others
-    are called in the thread that writes: ``flush`` before the commit, to make durable what was marked; ``successor``
-    after it, to name a newer attempt; ``committed`` when it is acknowledged; ``retain`` to remove what is not kept.
-    """
-
-    mark: Callable[[int], dict[str, Any]]
-    flush: Callable[[], None]
-    successor: Callable[[], str | None]
-    committed: Callable[[CommitId], None]
-    retain: Callable[[], None]
 
 
 class SaveCheckpoint(Callback):
@@ -57,6 +33,8 @@ class SaveCheckpoint(Callback):
 
     A storage that fails does not stop training: the next save is tried after a growing pause. Only when it has gone on
     for ``max_unsaved`` seconds, training ends with the cause. At the end, tries go on for as long.
+
+    Of several ranks the first decides, and has this callback; the others have ``FollowCheckpoint``.
     """
 
     def __init__(
@@ -70,20 +48,21 @@ class SaveCheckpoint(Callback):
         pins: Callable[[int], bool],
         max_unsaved: float,
         background: bool,
+        ranks: Ranks = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store = store
+        self.ranks = ranks
+        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks)
         self.interval = interval
         self.affordable = affordable
-        self.hooks = hooks
-        self.attempt = attempt
         self.pins = pins
         self.max_unsaved = max_unsaved
         self.background = background
         self._clock = clock
         self._writer = Writer(self._commit)
-        self._rooms: list[Staging] = []
         self._failed_exact: Job | None = None  # to be tried again as it is
+        self._again: Job | None = None  # it is tried again now
+        self._dropped: list[int] = []  # steps whose copies are no longer needed, for the other ranks
         self._saved = 0  # the step of the last acknowledged commit
         self._owed = False  # a save was due and could not begin
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
@@ -92,76 +71,83 @@ class SaveCheckpoint(Callback):
         self._cost = _Cost(clock)
 
     def on_start(self, loop: Loop) -> None:
-        Snapshot.of(loop.step, loop.state.state_dict())  # what cannot be saved is an error now, not hours later
+        self.saves.check(loop)
         self._saved = loop.step
         self._restart()
-        if loop.improved:  # evaluated only now: the checkpoint that this attempt began from does not say so
-            self._save(loop, exact=True)
+        # Evaluated only now: the checkpoint that this attempt began from does not say so.
+        self.act(loop, led(self.ranks, lambda: self._order(exact=True) if loop.improved else None))
 
     def on_step(self, loop: Loop) -> None:
+        self.act(loop, led(self.ranks, lambda: self.decide(loop)))
+
+    def decide(self, loop: Loop) -> Order | None:
+        """What is to be saved now, for all ranks to ``act`` on. Raises what training must not survive."""
         self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         self._look()
         pinned = self.pins(loop.step) and self._writer.waiting is None and self._failed_exact is None
         if loop.improved or pinned:
-            self._save(loop, exact=True)
-        elif self._owed or self.interval.due(loop.step) or (self.affordable is not None and self.affordable.due()):
+            return self._order(exact=True)
+        if self._owed or self.interval.due(loop.step) or (self.affordable is not None and self.affordable.due()):
             self._owed = True
             self._unsaved_since = self._unsaved_since or self._clock()
             if self._writer.idle and self._clock() >= self._retry_at:
-                self._save(loop)
+                return self._order()
+        return None
+
+    def act(self, loop: Loop, order: Order | None) -> None:
+        """Do what was decided."""
+        if order is None:
+            return
+        began = self._clock()
+        job, self._again = self._again, None
+        self._writer.put(job or self.saves.stage(loop, exact=order["exact"]))
+        if not self.background:
+            self._writer.wait()
+            led(self.ranks, self._look)
+        self._cost.saved(stall=self._clock() - began)
 
     def on_end(self, loop: Loop) -> None:
         self._writer.wait()
-        self._look()
-        while self._saved != loop.step or self._failed_exact:
-            self._save(loop)
+        tries = count()
+        while (order := led(self.ranks, lambda: self._last(loop, again=next(tries) > 0))) is not None:
+            self.act(loop, order)
             self._writer.wait()
-            self._look()
-            if self._owed:
-                time.sleep(min(self._pause, 5.0))
 
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         since = self._unsaved_since or self._clock()
         self._writer.close(max(since + self.max_unsaved - self._clock(), 5.0))
 
-    def _save(self, loop: Loop, *, exact: bool = False) -> None:
-        began = self._clock()
+    def _last(self, loop: Loop, *, again: bool) -> Order | None:
+        """What is left to be saved at the end."""
+        self._look()
+        if again and self._owed:
+            time.sleep(min(self._pause, 5.0))
+        return self._order() if self._saved != loop.step or self._failed_exact else None
+
+    def _order(self, *, exact: bool = False) -> Order:
+        """Have a copy made, or one that could not be written tried again."""
         job = None if exact else self._failed_exact
         for unwanted in (self._writer.cancel(), self._failed_exact):
             if unwanted is not None and unwanted is not job:
-                self._rooms.append(unwanted.staging)
-        self._failed_exact = None
+                self._drop(unwanted)
+        self._failed_exact, self._again = None, job
         self._owed = job is not None
-        self._writer.put(job or self._stage(loop, exact))
         self._restart()
-        if not self.background:
-            self._writer.wait()
-            self._look()
-        self._cost.saved(stall=self._clock() - began)
+        dropped, self._dropped = self._dropped, []
+        return {"exact": exact, "again": job and job.step, "drop": dropped}
 
-    def _stage(self, loop: Loop, exact: bool) -> Job:
-        facts = self.hooks.mark(loop.step)
-        if loop.objective is not None:
-            facts["objective"] = loop.objective
-        snapshot = Snapshot.of(loop.step, loop.state.state_dict(), elapsed=loop.elapsed, **facts)
-        staging = self._rooms.pop() if self._rooms else Staging()
-        return Job(staging.stage(snapshot), staging, exact)
+    def _drop(self, job: Job) -> None:
+        self.saves.rooms.append(job.staging)
+        self._dropped.append(job.step)
 
     def _commit(self, job: Job) -> None:
         """In the thread that writes."""
         self._unsaved_since = self._unsaved_since or self._clock()
-        job.staging.wait()
-        self.store.require_newest(self.hooks.successor)  # what is flushed is not fenced by the number in its name alone
-        self.hooks.flush()
-        commit = self.store.commit(job.snapshot, attempt=self.attempt, successor=self.hooks.successor)
+        self.saves.store.ranks.broadcast(job.step)  # of the copies that are there, this one
+        commit = self.saves.commit(job)
         self._saved, self._unsaved_since, self._pause = commit.step, None, 1.0
-        self._rooms.append(job.staging)
-        self.hooks.committed(commit)
-        try:
-            self.hooks.retain()
-        except StorageError as error:
-            log.warning("older checkpoints were not removed: %s", printable(error))
+        self.saves.settle(commit)
 
     def _look(self) -> None:
         """Take over what happened in the thread that writes. Raises what training must not survive."""
@@ -177,7 +163,7 @@ class SaveCheckpoint(Callback):
             raise StorageError(f"a checkpoint has been on its way for {unsaved:.0f} seconds. {self._remedy()}")
 
     def _failed(self, job: Job, error: StorageError) -> None:
-        step, left = job.snapshot.step, self.max_unsaved - self._unsaved()
+        step, left = job.step, self.max_unsaved - self._unsaved()
         if left <= 0:
             raise StorageError(
                 f"the checkpoint of step {step} could not be written: {error}.\n{self._remedy()}"
@@ -185,7 +171,7 @@ class SaveCheckpoint(Callback):
         if job.exact and not self._failed_exact:
             self._failed_exact = job
         else:
-            self._rooms.append(job.staging)
+            self._drop(job)
         self._owed, self._retry_at = True, self._clock() + self._pause
         log.warning(
             "the checkpoint of step %d could not be written: %s. Training goes on and tries again in %.0f seconds; "

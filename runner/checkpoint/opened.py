@@ -39,8 +39,8 @@ class Checkpoint:
         return self.id.step
 
     def load(self, part: str, *, like: Any = None) -> Any:
-        """The state dict of one part; of one that each rank had to itself this rank's if there were as many ranks, or
-        that of rank 0. Where the state ``like`` it has a distributed tensor, so has the loaded one.
+        """The state dict of one part; of one that each rank had to itself this rank's, or that of rank 0 where there was
+        no such rank. Where the state ``like`` it has a distributed tensor, so has the loaded one.
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """
@@ -95,7 +95,7 @@ class Checkpoint:
         if isinstance(value, dict) and value.get("$") == "ranks":
             if len(value["items"]) != self.ranks:
                 raise ValueError(f"{len(value['items'])} states of {self.ranks} ranks")
-            return value["items"][self.among.rank if self.among.size == self.ranks else 0]
+            return value["items"][self.among.rank if self.among.rank < self.ranks else 0]
         return value
 
     def _box(self, name: str, dealt: Dealt | None) -> Box:

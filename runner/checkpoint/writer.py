@@ -1,4 +1,7 @@
-"""One thread that writes while training goes on: one job at a time, and at most one waits."""
+"""One thread that writes while training goes on: one job at a time, and at most one waits.
+
+Where several ranks write, the first chooses among the jobs that wait, and the others follow.
+"""
 
 import threading
 from collections import deque
@@ -69,3 +72,88 @@ class Writer(Generic[Job]):
             with self._changed:
                 self._busy = self.waiting is not None
                 self._changed.notify_all()
+
+
+class Follower(Generic[Job]):
+    """Does in the background the jobs that another rank begins; ``begun`` waits for the number of the next one.
+
+    A job that raised waits to be taken back: whoever chooses knows of it. What ``begun`` raises ends it, and is raised
+    where its jobs are waited for.
+    """
+
+    def __init__(self, work: Callable[[Job], None], begun: Callable[[], int]) -> None:
+        self._work = work
+        self._begun = begun
+        self._changed = threading.Condition()
+        self._waiting: dict[int, Job] = {}
+        self._failed: dict[int, Job] = {}
+        self._busy = False
+        self._closed = False
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def put(self, number: int, job: Job) -> None:
+        """Have it done when it is begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        with self._changed:
+            self._waiting[number], self._busy = job, True
+            self._changed.notify_all()
+
+    def take(self, number: int) -> Job:
+        """Take back a job that is not going to be begun, or that failed; waits while it is still failing."""
+        with self._changed:
+            self._wait_for(lambda: number in self._waiting or number in self._failed)
+            return self._waiting.pop(number) if number in self._waiting else self._failed.pop(number)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until all jobs are done, or so many seconds; whether they are done."""
+        with self._changed:
+            return self._wait_for(lambda: not self._busy, seconds)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Finish what is in hand, for so many seconds at most, and end the thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy or self._error is not None, seconds)
+            self._closed = True
+            self._changed.notify_all()
+
+    def _wait_for(self, what: Callable[[], bool], seconds: float | None = None) -> bool:
+        done = self._changed.wait_for(lambda: what() or self._error is not None, seconds)
+        if self._error is not None:
+            raise self._error
+        return done
+
+    def _run(self) -> None:
+        while job := self._next():
+            failed = self._raises(job[1])
+            with self._changed:
+                if failed:
+                    self._failed[job[0]] = job[1]
+                self._busy = bool(self._waiting)
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[int, Job] | None:
+        """The job that is begun, which may not be here yet; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+            if self._closed:
+                return None
+        try:
+            number = self._begun()
+        except Exception as error:  # for the owner; a thread has nobody else to tell
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+            return None
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._waiting or self._closed)
+            return None if self._closed else (number, self._waiting.pop(number))
+
+    def _raises(self, job: Job) -> bool:
+        try:
+            self._work(job)
+        except Exception:  # the rank that chooses has it, too, and tells what it means
+            return True
+        return False

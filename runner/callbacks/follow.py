@@ -1,0 +1,61 @@
+"""Saving on the ranks other than the first: they copy and commit the same steps, and decide nothing."""
+
+from runner.agreement import led
+from runner.callbacks.base import Callback, Loop
+from runner.callbacks.checkpoint import Order
+from runner.callbacks.saving import Hooks, Job, Saves
+from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.writer import Follower
+from runner.ranks import Ranks
+
+
+class FollowCheckpoint(Callback):
+    """Does what ``SaveCheckpoint`` on the first rank decides, at the same steps.
+
+    What could not be written is kept until that says whether it is to be tried again: an error of one rank is one of
+    all, and what it means is decided there.
+    """
+
+    def __init__(self, store: CheckpointStore, *, attempt: int, background: bool, ranks: Ranks) -> None:
+        hooks = Hooks(lambda step: {}, lambda: None, lambda: None, lambda commit: None, lambda: None)
+        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks)
+        self.ranks = ranks
+        self.background = background
+        self._writer: Follower[Job] = Follower(self._commit, lambda: int(store.ranks.broadcast(None)))
+
+    def on_start(self, loop: Loop) -> None:
+        self.saves.check(loop)
+        self._act(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        self._act(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        self._writer.wait()
+        while self._act(loop):
+            self._writer.wait()
+
+    def act(self, loop: Loop, order: Order | None) -> None:
+        """Do what was decided."""
+        if order is None:
+            return
+        for step in order["drop"]:
+            self.saves.rooms.append(self._writer.take(step).staging)
+        again = order["again"]
+        job = self.saves.stage(loop, exact=order["exact"]) if again is None else self._writer.take(again)
+        self._writer.put(job.step, job)
+        if not self.background:
+            self._writer.wait()
+            led(self.ranks, lambda: None)  # what the first rank makes of it
+
+    def close(self) -> None:
+        """Finish the commit in flight, if there is one."""
+        self._writer.close(5.0)
+
+    def _act(self, loop: Loop) -> bool:
+        order = led(self.ranks, lambda: None)
+        self.act(loop, order)
+        return order is not None
+
+    def _commit(self, job: Job) -> None:
+        self.saves.settle(self.saves.commit(job))

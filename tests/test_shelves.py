@@ -1,0 +1,320 @@
+"""Tensors that are dealt out over ranks: saved by so many in one way, loaded by so many in another, the same bits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from faults import MemoryLocation
+from threads import ThreadRanks, among, ends_among
+from torch import Tensor
+
+from runner.checkpoint.layout import Box, Cuts, Dealt, cell_of, cells_in
+from runner.checkpoint.manifest import CommitId, parse_data, seal, unseal
+from runner.checkpoint.shelves import plan
+from runner.checkpoint.snapshot import Snapshot
+from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.tensors import BLOCK, Damaged
+from runner.checkpoint.tree import encode
+from runner.errors import RunnerError, StateError, StorageError, Superseded
+
+Layout = tuple[Cuts, int]  # the chunks along dimensions, and how many ranks have the same
+
+LAYOUTS: dict[int, list[Layout]] = {
+    1: [((), 1), (((0, 1),), 1)],
+    2: [((), 2), (((0, 2),), 1), (((1, 2),), 1)],
+    3: [((), 3), (((0, 3),), 1), (((1, 3),), 1)],
+    4: [((), 4), (((0, 4),), 1), (((1, 4),), 1), (((0, 2),), 2), (((0, 2), (1, 2)), 1), (((1, 2), (0, 2)), 1)],
+}
+WORLDS = [(size, layout) for size, layouts in LAYOUTS.items() for layout in layouts]
+
+
+def whole() -> dict[str, Tensor]:
+    """Tensors of every kind of shape: even, uneven, smaller than the world, empty, without a dimension."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 4), (7, 5), (2, 3), (1, 9), (0, 3), (3, 0), (12,), (5,), (1,), (), (3, 5, 2), (4, 1, 4)]
+    found = {f"model/{number}": torch.rand(shape, generator=generator) for number, shape in enumerate(shapes)}
+    found["model/half"] = torch.rand(9, 6, generator=generator).half()
+    found["model/truth"] = torch.rand(6, 7, generator=generator) > 0.5
+    return found
+
+
+def deal(tensors: dict[str, Tensor], layout: Layout, ranks: "ThreadRanks | Seat") -> dict[str, Dealt]:
+    """What a rank has of them, those with too few dimensions whole; two names are of one tensor each."""
+    cuts, replicas = layout
+    found = {}
+    for name, tensor in tensors.items():
+        shape, cell = tuple(tensor.shape), ranks.rank // replicas
+        if cuts and max(dimension for dimension, _ in cuts) < len(shape):
+            local = tensor[cell_of(shape, cuts, cell).within(Box.whole(shape))].clone()
+            found[name] = Dealt(local, shape, cuts, cell, replicas, ranks.rank % replicas, "mesh")
+        else:
+            found[name] = Dealt(tensor, shape, (), 0, ranks.size, ranks.rank, ())
+    ties = {"model/tied": "model/1", "model/tied empty": "model/4"}
+    return found | {name: found[other] for name, other in ties.items() if other in found}
+
+
+def snapshot(found: dict[str, Dealt], ranks: ThreadRanks, *, step: int = 7, **more: Any) -> Snapshot:
+    """As of a state with these tensors in one part, and a part that each rank has to itself."""
+    model, _ = encode({name.partition("/")[2]: one.local for name, one in found.items()} | more, "model")
+    own, tensors = encode({"seed": torch.tensor([ranks.rank, 9]), "number": ranks.rank}, f"rng/{ranks.rank}")
+    how = plan(found, tensors)
+    kept = {name: tensors[name] if name in tensors else found[name].local for name in how.names()}
+    return Snapshot(step, {"model": model}, kept, {"identity": {}}, {"rng": own}, how)
+
+
+def save(location: Any, layout: Layout, ranks: ThreadRanks, **how: Any) -> CommitId:
+    made = snapshot(deal(whole(), layout, ranks), ranks, **how)
+    return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+
+
+def saved(size: int, layout: Layout) -> tuple[MemoryLocation, CommitId]:
+    location = MemoryLocation()
+    ids = among(size, lambda ranks: save(location, layout, ranks))
+    assert len({*ids}) == 1, "one commit, of which all know"
+    return location, ids[0]
+
+
+@pytest.mark.parametrize(("size", "layout"), WORLDS)
+def test_every_layout_of_every_world_loads_into_every_other_one(size: int, layout: Layout) -> None:
+    location, commit = saved(size, layout)
+    expected = whole() | {"model/tied": whole()["model/1"], "model/tied empty": whole()["model/4"]}
+    for other, wanted in WORLDS:
+
+        def load(ranks: ThreadRanks, wanted: Layout = wanted) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+            checkpoint = CheckpointStore(location).open(commit, ranks)
+            target = deal(whole(), wanted, ranks)
+            return checkpoint.tensors_of("model", target), deal(whole(), wanted, ranks), checkpoint.load("rng")
+
+        for rank, (found, parts, own) in enumerate(among(other, load)):
+            assert found.keys() == expected.keys()
+            assert [name for name in found if not torch.equal(found[name], parts[name].local)] == []
+            assert [name for name in found if found[name].dtype != expected[name].dtype] == []
+            assert found["model/tied"] is found["model/1"]
+            number = rank if rank < size else 0
+            assert own["number"] == number
+            assert own["seed"].tolist() == [number, 9]
+
+
+@pytest.mark.parametrize(("size", "layout"), WORLDS)
+def test_every_byte_is_written_once_and_the_work_is_shared(size: int, layout: Layout) -> None:
+    location, commit = saved(size, layout)
+    checkpoint = CheckpointStore(location).open(commit)
+    bytes_of_all = sum(tensor.nbytes for tensor in whole().values()) + size * 16
+    assert sum(file.data for file in checkpoint.files.values()) == bytes_of_all
+    written = [0] * size
+    for name, file in checkpoint.files.items():
+        written[int(name.split(".")[1]) if size > 1 else 0] += file.data
+    largest = max(tensor.nbytes for tensor in whole().values())
+    assert max(written) - min(written) <= 2 * largest
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 0, 3), (4, 3, 2)])
+def test_cells_are_disjoint_and_cover_and_are_those_of_chunk(shape: tuple[int, ...]) -> None:
+    one = torch.arange(prod(shape)).view(shape)
+    for dimension in range(len(shape)):
+        for count in (1, 2, 3, 5, 9):
+            found = [one[cell_of(shape, ((dimension, count),), n).within(Box.whole(shape))] for n in range(count)]
+            chunks = one.chunk(count, dimension)
+            for n, cell in enumerate(found):
+                assert torch.equal(cell, chunks[n]) if n < len(chunks) else cell.numel() == 0
+    grid = tuple((dimension, 2) for dimension in range(len(shape)))
+    met = torch.zeros(shape, dtype=torch.int64)
+    for number, _, common in cells_in(Box.whole(shape), shape, grid):
+        assert common == cell_of(shape, grid, number)
+        met[common.within(Box.whole(shape))] += 1
+    assert bool((met == 1).all())
+
+
+class Measured(MemoryLocation):
+    """Counts the bytes that are read of data."""
+
+    read_bytes = 0
+
+    def read_into(self, name: str, offset: int, buffers: Any) -> None:
+        self.read_bytes += sum(map(len, buffers)) if offset else 0
+        super().read_into(name, offset, buffers)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A rank that nobody tells anything."""
+
+    rank: int
+    size: int
+
+
+def test_a_rank_reads_little_more_than_what_it_needs() -> None:
+    location = Measured()
+    large = {"model/large": torch.rand(16 << 20 >> 2, 1), "model/other": torch.rand(8 << 20 >> 2, 1)}
+    made = CheckpointStore(location).commit(Snapshot.of(1, {"model": nested(large)}), attempt=1, successor=lambda: None)
+    for size in (2, 4, 16):
+        for rank in range(size):
+            target = deal(large, (((0, size),), 1), Seat(rank, size))
+            location.read_bytes = 0
+            found = CheckpointStore(location).open(made).tensors_of("model", target)
+            assert all(torch.equal(found[name], target[name].local) for name in found)
+            needed = sum(tensor.nbytes for tensor in found.values())
+            assert needed <= location.read_bytes <= needed + 2 * len(found) * BLOCK
+
+
+def nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+
+
+def broken(location: MemoryLocation, how: Callable[[str], bool]) -> MemoryLocation:
+    """Puts of objects of such names fail."""
+
+    def fault(_: int, verb: str, name: str, done: bool) -> None:
+        if verb == "put" and not done and how(name):
+            raise StorageError(f"no space left for {name}")
+
+    location.arm(fault)
+    return location
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_what_fails_on_one_rank_fails_on_all_and_nothing_is_committed(failing: int) -> None:
+    location = broken(MemoryLocation(), lambda name: f".{failing:05d}.000" in name)
+    ends = ends_among(4, lambda ranks: save(location, (((0, 4),), 1), ranks))
+    assert {type(end) for end in ends} == {StorageError}
+    assert len({str(end) for end in ends}) == 1
+    assert str(ends[0]).startswith(f"rank {failing}: no space left")
+    assert [getattr(end, "elsewhere") for end in ends] == [rank != failing for rank in range(4)]  # noqa: B009
+    assert [name for name in location.objects if name.startswith("commits/")] == []
+
+
+def test_what_only_one_rank_can_explain_ends_all() -> None:
+    def work(ranks: ThreadRanks) -> CommitId:
+        made = snapshot(deal(whole(), ((), 2), ranks), ranks)
+        if ranks.rank == 1:
+            made.tensors.clear()
+        return CheckpointStore(MemoryLocation(), ranks).commit(made, attempt=1, successor=lambda: None)
+
+    first, second = ends_among(2, work)
+    assert isinstance(first, RunnerError)
+    assert str(first).startswith("rank 1: KeyError: ")
+    assert isinstance(second, KeyError)
+
+
+def test_a_superseded_commit_is_so_on_all_ranks_and_one_asked() -> None:
+    asked: list[int] = []
+
+    def work(ranks: ThreadRanks) -> CommitId:
+        def successor() -> str:
+            asked.append(ranks.rank)
+            return "attempt 2"
+
+        made = snapshot(deal(whole(), ((), 3), ranks), ranks)
+        return CheckpointStore(MemoryLocation(), ranks).commit(made, attempt=1, successor=successor)
+
+    ends = ends_among(3, work)
+    assert {type(end) for end in ends} == {Superseded}
+    assert asked == [0]
+
+
+def test_the_manifest_is_written_when_all_ranks_have_written() -> None:
+    location, commit = saved(4, (((0, 2),), 2))
+    events = [(name, done) for verb, name, done in location.log if verb == "put"]
+    manifest = events.index((commit.commit, False))
+    data = [name for name, done in events[:manifest] if done]
+    assert {parse_data(name.partition("/")[2]) for name in data} == {commit}
+    assert {*data, commit.commit} == location.objects.keys()
+
+
+@pytest.mark.parametrize("differing", ["value", "shape", "name"])
+def test_ranks_with_another_state_are_told_apart(differing: str) -> None:
+    def work(ranks: ThreadRanks) -> CommitId:
+        tensors, more = whole(), {}
+        if ranks.rank == 1 and differing == "value":
+            more = {"epoch": 1}
+        if ranks.rank == 1 and differing == "shape":
+            tensors["model/0"] = tensors["model/0"].t()
+        if ranks.rank == 1 and differing == "name":
+            tensors["model/new"] = tensors.pop("model/half")
+        made = snapshot(deal(tensors, ((), 2), ranks), ranks, **more)
+        return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+
+    location = MemoryLocation()
+    ends = ends_among(2, work)
+    assert [type(end) for end in ends] == [StateError, StateError]
+    assert "the state of model on rank 1 is not that on rank 0" in str(ends[0])
+    assert [name for name in location.objects if name.startswith("commits/")] == []
+
+
+@pytest.mark.parametrize("place", ["header", "data"])
+def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
+    location, commit = saved(4, (((0, 4),), 1))
+    name = next(name for name in location.objects if ".00002.00000." in name)
+    raw = bytearray(location.objects[name])
+    raw[20 if place == "header" else -1] ^= 1
+    location.objects[name] = bytes(raw)
+
+    def load(ranks: ThreadRanks) -> Any:
+        checkpoint = CheckpointStore(location).open(commit, ranks)
+        return [checkpoint.load(part) for part in checkpoint.parts]
+
+    ends = ends_among(4, load)
+    assert {type(end) for end in ends} == {Damaged}
+    assert all(name in str(end) for end in ends)
+
+
+def test_one_rank_lists_for_all() -> None:
+    location, commit = saved(4, (((0, 4),), 1))
+    location.log.clear()
+    among(4, lambda ranks: CheckpointStore(location).open(commit, ranks).load("model"))
+    assert [event for event in location.log if event[0] == "list"] == [("list", "data", False), ("list", "data", True)]
+
+
+def rewritten(location: MemoryLocation, commit: CommitId, change: Callable[[Any], object]) -> None:
+    manifest = unseal(location.objects[commit.commit])
+    assert manifest is not None
+    change(manifest)
+    location.objects[commit.commit] = seal(manifest)
+
+
+def last(files: dict[str, Any]) -> list[Any]:
+    found: list[Any] = [*files.values()][-1]
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["files"].popitem(),
+        lambda m: m["files"].update({"data/another": last(m["files"])}),
+        lambda m: m["shelves"][0].update(cuts=[]),
+        lambda m: m["shelves"][0].update(cuts=[[0, 3]]),
+        lambda m: m["shelves"][0].update(cuts=[[0, 5]]),
+        lambda m: m["shelves"][0].update(cuts=[[0, 1 << 70]]),
+        lambda m: m["shelves"][0].update(cuts=[[0, -4]]),
+        lambda m: m["shelves"][0].update(cuts=[[1, 4]]),
+        lambda m: m["shelves"][0].update(cuts=[[7, 4]]),
+        lambda m: m["shelves"][0].update(cuts=[[-1, 4]]),
+        lambda m: m["shelves"][0].update(cuts=[[0, 2], [0, 2]]),
+        lambda m: m["shelves"][0].update(cuts=[[0, 4.0]]),
+        lambda m: m["shelves"][0].update(cuts=[[False, 4]]),
+        lambda m: m["shelves"].append(m["shelves"][0]),
+        lambda m: m["shelves"].append({"cuts": [], "tensors": {}}),
+        lambda m: m["shelves"].pop(),
+        lambda m: m["shelves"][0]["tensors"].popitem(),
+        lambda m: m["shelves"][0]["tensors"].update({"model/more": ["F32", [4]]}),
+        lambda m: m["shelves"][0]["tensors"].update({"model/0": ["F32", [9, 4]]}),
+        lambda m: last(m["files"])[3].clear(),
+        lambda m: last(m["files"])[3].append(last(m["files"])[2]),
+        lambda m: m["same"].update({"model/alias": "model/nothing"}),
+        lambda m: m["same"].update({"model/alias": ["model/0"]}),
+        lambda m: m.update(ranks=0),
+        lambda m: m.update(ranks=[4]),
+        lambda m: m["parts"]["rng"]["items"].pop(),
+        lambda m: m["parts"]["rng"].update(items={}),
+    ],
+)
+def test_places_that_cannot_be_true_are_damage(change: Callable[[Any], object]) -> None:
+    """Cells that do not cover a tensor, files of no cell, cells of no file, bytes without a digest."""
+    location, commit = saved(4, (((0, 4),), 1))
+    rewritten(location, commit, change)
+    with pytest.raises(Damaged):
+        [CheckpointStore(location).open(commit).load(part) for part in ("model", "rng")]
