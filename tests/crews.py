@@ -129,7 +129,7 @@ class _Crew:
 
     def _due(self, seconds: float) -> bool:
         if "when" in self.request:
-            return any(Path(self.request["cwd"]).glob(self.request["when"]))
+            return any(Path("/").glob(self.request["when"].lstrip("/")))
         return "after" in self.request and seconds >= self.request["after"]
 
     def _send(self, ranks: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """From the environment of a launcher to the team of a process."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ def joined(world: World, *, timeout: float) -> Iterator[Team]:
     if world.size == 1:
         yield Alone()
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # whoever died is told, without stack traces of sockets
     from runner.distributed.many import met
 
     with met(world, meeting(), timeout=timeout) as team:

@@ -160,7 +160,7 @@ class Watch:
 
     def _lose(self) -> None:
         """The store does not answer: the process that keeps it is gone, unless this one is about to leave, too."""
-        if not self._ended.wait(4 * _BEAT_SECONDS) and self.failure is None:
+        if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
             self.failure = self._lost("is gone")
 
     def _lost(self, how: str) -> Failure:

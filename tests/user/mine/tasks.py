@@ -1,5 +1,8 @@
 """Tasks that a user might write."""
 
+import os
+import time
+
 import torch
 
 from runner.tasks.classification import Classification
@@ -88,4 +91,20 @@ class Slow(Classification):
 
         if "PACE" in os.environ:
             time.sleep(float(Path(os.environ["PACE"]).read_text() or 0))
+        return super().training_step(model, batch)
+
+
+class Hangs(Classification):
+    """In one rank, never comes back from its training step of a number; or ``fails`` there."""
+
+    def __init__(self, *, rank: int, step: int, fails: bool = False) -> None:
+        super().__init__()
+        self.here, self.step, self.fails = int(os.environ.get("RANK", "0")) == rank, step, fails
+
+    def training_step(self, model, batch):
+        self.step -= 1
+        if self.here and self.step == 0:
+            if self.fails:
+                raise RuntimeError("mine")
+            time.sleep(3600)
         return super().training_step(model, batch)

@@ -1,0 +1,207 @@
+"""Many processes, one run: real ranks on gloo, killed, stopped and started again with others, to the bit."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from crews import Crews, Ended, crews
+from lives import Lives
+from results import Results, metric_lines, results
+from safetensors.torch import load_file
+
+KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
+USER = Path(__file__).parent / "user"
+
+COMMON = (
+    "runtime.num_threads=1",
+    "runtime.timeout=20",
+    "runtime.audit=false",
+    "checkpoint.every_seconds=null",
+    "metrics.every_steps=10",
+)
+SMOKE = (
+    "experiment=smoke",
+    "trainer.max_steps=30",
+    "trainer.evaluate_every_steps=10",
+    "trainer.clip_norm=1.0",
+    "checkpoint.every_steps=4",
+    *COMMON,
+)
+GPT = (
+    "experiment=gpt",
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=32",
+    "model.dropout=0.1",
+    "data.train.block_size=32",
+    "data.validation.limit=32",
+    "task.sample_bytes=8",
+    "data.randomness=sample",
+    "trainer.max_steps=20",
+    "trainer.evaluate_every_steps=10",
+    "checkpoint.every_steps=4",
+    f"data.train.path={os.path.dirname(json.__file__)}/*.py",
+    *COMMON,
+)
+EVERYTHING = (
+    "trainer.ema_decay=0.9",
+    "trainer.accumulate=8",
+    "trainer.precision=bf16",
+    "trainer.on_nonfinite=skip",
+)
+DDP, FSDP = "runtime.parallel=ddp", "runtime.parallel=fsdp"
+LAYOUTS = {
+    "ddp": (2, *SMOKE, DDP),
+    "fsdp": (2, *SMOKE, FSDP, "trainer.ema_decay=0.9"),
+    "three": (3, *SMOKE, DDP, "data.batch_size=48", "model=convnet", "model.image_size=8", "model.channels=[4,8]"),
+    "gpt": (4, *GPT, *EVERYTHING, FSDP, "runtime.shard=2"),
+}
+
+Uninterrupted = Callable[[str], tuple[Results, float]]
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
+    with crews(tmp_path_factory.mktemp("crews")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(crew: Crews, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """The results of a layout's command that nothing interrupted, and the seconds it took; each is run once."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    known: dict[str, tuple[Results, float]] = {}
+
+    def find(name: str) -> tuple[Results, float]:
+        if name not in known:
+            ended = finished(crew(*LAYOUTS[name], f"run.root={root}", f"run.name={name}"))
+            known[name] = results(folder(root, name)), ended.seconds
+        return known[name]
+
+    return find
+
+
+def folder(root: Path, name: str) -> Path:
+    (found,) = root.glob(f"*/{name}")
+    return found
+
+
+def finished(ended: Ended) -> Ended:
+    assert not any(ended.statuses), ended.output
+    return ended
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    """SIGKILL of one rank, or of all of them, at random moments: the others end by themselves, none hangs."""
+    expected, whole = uninterrupted(name)
+    size, *command = LAYOUTS[name]
+    chance, kills, runs = random.Random(name), 0, 0
+    while kills < max(1, KILLS // 10):
+        runs += 1
+        while True:
+            to = chance.choice([*([rank] for rank in range(size)), [*range(size)]])
+            background = f"checkpoint.background={chance.choice(['true', 'false'])}"
+            more = (f"run.root={tmp_path}", f"run.name=r{runs}", background)
+            ended = crew(size, *command, *more, to=to, after=chance.uniform(0.2, 1.1) * whole)
+            if None not in ended.statuses:
+                break
+            assert all(status in (None, 1, 2) for status in ended.statuses), ended.output
+            kills += 1
+        finished(ended)
+        assert not results(folder(tmp_path, f"r{runs}")).differences(expected), f"run {runs}"
+
+
+@pytest.mark.parametrize(("name", "victim"), [("ddp", 0), ("fsdp", 1), ("three", 2)])
+def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
+    name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    size, *command = LAYOUTS[name]
+    more = (f"run.root={tmp_path}", "run.name=cut")
+    ended = crew(size, *command, *more, to=[victim], step=17)
+    assert ended.statuses == [None if rank == victim else 1 for rank in range(size)]
+    told = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
+    assert told in ended.output
+    assert "Traceback" not in ended.output
+    resumed = finished(crew(size, *command, *more))
+    assert "attempt  2, resumed from step 16 of attempt 1" in resumed.output
+    assert not results(folder(tmp_path, "cut")).differences(uninterrupted(name)[0])
+
+
+def test_a_signal_to_any_rank_stops_all_after_the_same_step(
+    crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    size, *command = LAYOUTS["ddp"]
+    more = (f"run.root={tmp_path}", "run.name=stopped", "checkpoint.every_steps=1")
+    ended = crew(size, *command, *more, to=[1], send=signal.SIGTERM, when=f"{tmp_path}/smoke/stopped/commits/*")
+    assert ended.statuses == [75, 75], ended.output
+    assert ended.output.count("SIGTERM: stopped after step") == 1
+    finished(crew(size, *command, *more[:2]))
+    assert not results(folder(tmp_path, "stopped")).differences(uninterrupted("ddp")[0])
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    more = (f"run.root={tmp_path}", "run.name=stop", "runtime.timeout=3", "checkpoint.every_steps=1")
+    when = f"{tmp_path}/smoke/stop/commits/*"
+    ended = crew(size, *command, *more, to=[stopped], send=signal.SIGSTOP, when=when)
+    assert ended.statuses == [None if rank == stopped else 1 for rank in range(size)]
+    assert f"rank {stopped}" in ended.outputs[1 - stopped]
+    assert "(runtime.timeout)" in ended.outputs[1 - stopped]
+    assert ended.seconds < 30
+
+
+def test_a_rank_that_hangs_is_named_with_the_place(crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    task = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=5")
+    ended = crew(size, *command, *task, f"run.root={tmp_path}", "runtime.timeout=2", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert "rank 1 (pid" in ended.output
+    assert "mine/tasks.py" in ended.output
+    assert "in training_step" in ended.output
+
+
+def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    task = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=5", "+task.fails=true")
+    ended = crew(size, *command, *task, f"run.root={tmp_path}", "run.name=fails", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert ended.output.count("RuntimeError: mine") == 1
+    assert ended.output.count("Traceback") == 1
+    assert "RuntimeError: mine" in json.loads(next((tmp_path / "smoke/fails/attempts").glob("*.end.json")).read_text())["reason"]
+
+
+def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    command = (*LAYOUTS["ddp"], f"run.root={tmp_path}", "run.name=both")
+    first, second = crew.side_by_side(command, command)
+    assert sorted([first.statuses, second.statuses]) == [[0, 0], [4, 4]], first.output + second.output
+    assert "is in use by attempt" in (first.output if first.statuses[0] else second.output)
+    assert not results(folder(tmp_path, "both")).differences(uninterrupted("ddp")[0])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(
+    life: Lives, crew: Crews, tmp_path: Path
+) -> None:
+    """4 -> 1 -> 2 -> 4, and from ddp to fsdp: every line of the ledger is that of one process."""
+    command = (*SMOKE, "trainer.max_steps=36", "trainer.accumulate=2", f"run.root={tmp_path}")
+    assert life(*command, "run.name=one").status == 0
+    hops = [(4, FSDP, 9), (1, DDP, 18), (2, DDP, 27), (4, FSDP, None)]
+    for size, layout, cut in hops:
+        ended = crew(size, *command, "run.name=hops", layout, **({"step": cut} if cut else {}))
+    finished(ended)
+    assert "moved    processes 2 -> 4" in ended.output
+    assert "4 processes" in ended.output
+    one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
+    assert ledger(hops_) == ledger(one)
+
+
+def ledger(run: Path) -> dict[int, str]:
+    """The line of every step, by whichever attempt."""
+    lines = (line for path in sorted(run.glob("ledger/*.txt")) for line in path.read_text().splitlines()[1:])
+    return {int(line.split()[0]): line for line in lines}
