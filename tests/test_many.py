@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from crews import Crews, Ended, crews
 from lives import Lives
-from results import Results, metric_lines, results
-from safetensors.torch import load_file
+from results import Results, results
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
@@ -169,12 +168,21 @@ def test_a_rank_that_hangs_is_named_with_the_place(crew: Crews, tmp_path: Path) 
 
 def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
-    task = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=5", "+task.fails=true")
+    task = (
+        "task._target_=mine.tasks.Hangs",
+        "~task.label_smoothing",
+        "+task.rank=1",
+        "+task.step=5",
+        "+task.fails=true",
+    )
     ended = crew(size, *command, *task, f"run.root={tmp_path}", "run.name=fails", cwd=USER)
     assert ended.statuses == [1, 1]
     assert ended.output.count("RuntimeError: mine") == 1
     assert ended.output.count("Traceback") == 1
-    assert "RuntimeError: mine" in json.loads(next((tmp_path / "smoke/fails/attempts").glob("*.end.json")).read_text())["reason"]
+    assert (
+        "RuntimeError: mine"
+        in json.loads(next((tmp_path / "smoke/fails/attempts").glob("*.end.json")).read_text())["reason"]
+    )
 
 
 def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
@@ -185,9 +193,7 @@ def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterr
     assert not results(folder(tmp_path, "both")).differences(uninterrupted("ddp")[0])
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(
-    life: Lives, crew: Crews, tmp_path: Path
-) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
     """4 -> 1 -> 2 -> 4, and from ddp to fsdp: every line of the ledger is that of one process."""
     command = (*SMOKE, "trainer.max_steps=36", "trainer.accumulate=2", f"run.root={tmp_path}")
     assert life(*command, "run.name=one").status == 0
