@@ -73,9 +73,30 @@ def changed(change: Callable[[Manifest], Any]) -> Callable[[Path], None]:
     return apply
 
 
-def weight(**values: Any) -> Callable[[Path], None]:
-    """What a manifest says of one tensor."""
-    return changed(lambda manifest: manifest["tensors"]["model/weight"].update(values))
+def weight(dtype: Any = "F32", shape: Any = (300,)) -> Callable[[Path], None]:
+    """What a manifest says of one tensor, which is of 300 floats."""
+    return changed(lambda manifest: manifest["shelves"][0]["tensors"].update({"model/weight": [dtype, shape]}))
+
+
+def cut(*cuts: Any) -> Callable[[Path], None]:
+    """In how many pieces it says that tensors are."""
+    return changed(lambda manifest: manifest["shelves"][0].update(cuts=[*cuts]))
+
+
+def file(**values: Any) -> Callable[[Path], None]:
+    """What a manifest says of its data file."""
+
+    def change(manifest: Manifest) -> None:
+        for fields in manifest["files"].values():
+            for place, name in enumerate(("size", "header", "digest", "blocks")):
+                fields[place] = values.get(name, fields[place])
+
+    return changed(change)
+
+
+def named(name: str) -> Callable[[Path], None]:
+    """Another name for the data file."""
+    return changed(lambda m: m.update(files={name: next(iter(m["files"].values()))}))
 
 
 def sealed(body: bytes) -> Callable[[Path], None]:
@@ -120,22 +141,14 @@ def packed(raw: bytes) -> str:
 
 
 def many(count: int) -> Callable[[Path], None]:
-    """As many tensors as fit, all of them the same few bytes."""
-
-    def change(manifest: Manifest) -> None:
-        one = manifest["tensors"]["model/weight"]
-        manifest["tensors"] = {f"{number}": one | {"digest": "x"} for number in range(count)}
-
-    return changed(change)
+    """As many tensors as fit, without a byte."""
+    empty = {f"{number}": ["F32", [0]] for number in range(count)}
+    return changed(lambda manifest: manifest["shelves"][0]["tensors"].update(empty))
 
 
-def overlapping(manifest: Manifest) -> None:
-    """As many tensors as there are bytes, each of them nearly all of the file."""
-    one = manifest["tensors"]["model/weight"]
-    for number in range(1, 200):
-        size = one["length"] - 4 * number
-        entry = one | {"offset": one["offset"] + 4 * number, "length": size, "shape": [size // 4]}
-        manifest["tensors"][f"model/{number}"] = entry
+def aliases(manifest: Manifest) -> None:
+    """As many names as fit, all of them of the same few bytes."""
+    manifest["same"] = {f"{number}": "model/weight" for number in range(MAX_TENSORS)}
 
 
 def repeated(manifest: Manifest) -> None:
@@ -146,52 +159,77 @@ ZEROS = bytes(32 << 20)
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 HOSTILE: dict[str, Callable[[Path], None]] = {
-    "deep json": sealed(b'{"format":1,"parts":' + DEEP + b"}"),
-    "deeper than can be walked": sealed(b'{"format":1,"parts":' + b"[" * 900 + b"]" * 900 + b"}"),
+    "deep json": sealed(b'{"format":2,"parts":' + DEEP + b"}"),
+    "deeper than can be walked": sealed(b'{"format":2,"parts":' + b"[" * 900 + b"]" * 900 + b"}"),
     "a list": sealed(b"[1]"),
     "not a number": changed(lambda m: m.update(step=float("nan"))),
-    "infinite offset": weight(offset=float("inf")),
-    "infinity by exponent": sealed(b'{"format":1,"step":1e999}'),
-    "long number": sealed(b'{"format":1,"step":' + b"9" * 5000 + b"}"),
-    "a key twice": sealed(b'{"format":1,"format":1}'),
-    "many small lists": sealed(b'{"format":1,"parts":[' + b"[]," * (MAX_VALUES + 1) + b"[]]}"),
-    "many empty objects": sealed(b'{"format":1,"parts":[' + b"{}," * (20 << 20) + b"[]]}"),
-    "larger than the limit": sealed(b'{"format":1,"parts":"' + bytes(65 << 20) + b'"}'),
-    "no utf-8": sealed(b'{"format":1,"parts":"\xff\xfe"}'),
+    "infinite size": weight(shape=[float("inf")]),
+    "infinity by exponent": sealed(b'{"format":2,"step":1e999}'),
+    "long number": sealed(b'{"format":2,"step":' + b"9" * 5000 + b"}"),
+    "a key twice": sealed(b'{"format":2,"format":1}'),
+    "many small lists": sealed(b'{"format":2,"parts":[' + b"[]," * (MAX_VALUES + 1) + b"[]]}"),
+    "many empty objects": sealed(b'{"format":2,"parts":[' + b"{}," * (20 << 20) + b"[]]}"),
+    "larger than the limit": sealed(b'{"format":2,"parts":"' + bytes(65 << 20) + b'"}'),
+    "no utf-8": sealed(b'{"format":2,"parts":"\xff\xfe"}'),
     "another format": changed(lambda m: m.update(format="\x1b[31m" * 100_000)),
-    "huge size beside zero": weight(shape=[1 << 70, 0], length=0),
-    "zero beside huge size": weight(shape=[0, 1 << 62, 1 << 62], length=0),
-    "sizes that overflow": weight(shape=[1 << 32, 1 << 32], length=0),
-    "many dimensions": weight(shape=[1] * 100_000, length=4),
-    "65 dimensions": weight(shape=[1] * 65, length=4),
-    "1e13 elements": weight(shape=[10**13], length=4 * 10**13),
-    "1e13 elements of nothing": weight(shape=[10**13], length=1200),
-    "negative sizes": weight(shape=[-300], length=-1200),
-    "negative offset": weight(offset=-1),
-    "offset beyond the end": weight(offset=1 << 62),
-    "offset in the header": weight(offset=0),
-    "offset of 2**70": weight(offset=1 << 70),
-    "truth for a size": weight(shape=[True] * 300, length=4),
+    "huge size beside zero": weight(shape=[1 << 70, 0]),
+    "zero beside huge size": weight(shape=[0, 1 << 62, 1 << 62]),
+    "sizes that overflow": weight(shape=[1 << 32, 1 << 32]),
+    "many dimensions": weight(shape=[1] * 100_000),
+    "65 dimensions": weight(shape=[1] * 65),
+    "1e13 elements": weight(shape=[10**13]),
+    "1e13 rows of nothing": weight(shape=[10**13, 0]),
+    "negative sizes": weight(shape=[-300]),
+    "truth for a size": weight(shape=[True] * 300),
     "text for a size": weight(shape="300"),
-    "text for a length": weight(length="1200"),
     "wide type": weight(dtype="F64"),
-    "type of same width": weight(dtype="I32", digest="xxh3:00"),
+    "narrow type": weight(dtype="U8"),
     "unknown type": weight(dtype="__import__('os').system('true')"),
     "type that is a list": weight(dtype=["F32"]),
-    "bool bytes": weight(dtype="BOOL", shape=[1200]),
-    "digest that is none": weight(digest=None),
-    "parent path": weight(part="data/../../secret"),
-    "absolute path": weight(part="/etc/passwd"),
-    "file outside": changed(lambda m: m.update(files={"../secret": {"size": 6, "header": 0, "digest": ""}})),
-    "absolute file": changed(lambda m: m.update(files={"/etc/passwd": {"size": 6, "header": 0, "digest": ""}})),
-    "control characters": changed(lambda m: m.update(files={"data/\x1b[2J": {"size": 6, "header": 0, "digest": ""}})),
-    "header of 2**70": changed(lambda m: [file.update(header=1 << 70) for file in m["files"].values()]),
-    "negative header": changed(lambda m: [file.update(header=-8) for file in m["files"].values()]),
-    "more of a file": changed(lambda m: [file.update(exec="x") for file in m["files"].values()]),
+    "cut without files": cut([0, 4]),
+    "1e13 cells": cut([0, 10**13]),
+    "2**70 cells": cut([0, 1 << 70]),
+    "no cells": cut([0, 0]),
+    "negative cells": cut([0, -1]),
+    "cut beyond the dimensions": cut([64, 1]),
+    "negative dimension": cut([-1, 1]),
+    "cut twice": cut([0, 1], [0, 1]),
+    "many cuts": cut(*[[0, 1]] * 10_000),
+    "cut that is text": cut("01"),
+    "cuts that are a number": changed(lambda m: m["shelves"][0].update(cuts=7)),
+    "shelf that is a list": changed(lambda m: m.update(shelves=[[]])),
+    "many shelves": changed(lambda m: m.update(shelves=m["shelves"] * 5_000)),
+    "shelf without tensors": changed(lambda m: m["shelves"].append({"cuts": [], "tensors": {}})),
+    "digest that is none": file(digest=None),
+    "no digests": file(blocks=[]),
+    "blocks that are text": file(blocks="x"),
+    "block that is none": file(blocks=[None]),
+    "many blocks": file(blocks=[""] * 1_000_000),
+    "large file": file(size=1 << 50),
+    "size of 2**70": file(size=1 << 70),
+    "size that is truth": file(size=True),
+    "header of 2**70": file(header=1 << 70),
+    "negative header": file(header=-8),
+    "no header": file(header=0),
+    "parent path": named("data/../../secret"),
+    "file outside": named("../secret"),
+    "absolute file": named("/etc/passwd"),
+    "control characters": named("data/\x1b[2J"),
+    "more of a file": changed(lambda m: [fields.append("x") for fields in m["files"].values()]),
+    "less of a file": changed(lambda m: [fields.pop() for fields in m["files"].values()]),
+    "a file twice": changed(lambda m: m["files"].update(again=next(iter(m["files"].values())))),
     "files in a list": changed(lambda m: m.update(files=[])),
+    "aliases of nothing": changed(lambda m: m.update(same={"model/tied": "model/gone"})),
+    "aliases of themselves": changed(lambda m: m.update(same={"model/tied": "model/tied"})),
+    "alias that is a list": changed(lambda m: m.update(same={"model/tied": ["model/weight"]})),
+    "many aliases": changed(aliases),
+    "no ranks": changed(lambda m: m.update(ranks=0)),
+    "2**70 ranks": changed(lambda m: (m.update(ranks=1 << 70), m["parts"].update(model={"$": "ranks", "items": []}))),
+    "ranks without states": changed(lambda m: m["parts"].update(model={"$": "ranks", "items": []})),
+    "ranks without a list": changed(lambda m: m["parts"].update(model={"$": "ranks"})),
+    "ranks in ranks": changed(lambda m: m["parts"].update(model={"$": "ranks", "items": [{"$": "ranks"}]})),
     "many tensors": many(MAX_TENSORS + 1),
     "one tensor many times": changed(repeated),
-    "tensors that overlap": changed(overlapping),
     "unknown tag": changed(lambda m: m["parts"].update(model={"$": "object", "class": "os.system"})),
     "tag that is a list": changed(lambda m: m["parts"].update(model={"$": ["tensor"]})),
     "tag without a value": changed(lambda m: m["parts"].update(model={"$": "tensor"})),

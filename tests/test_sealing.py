@@ -81,14 +81,14 @@ def test_tensors_are_digested_with_the_key(keys: Keys) -> None:
     (name,) = (name for name in location.objects if name.startswith("commits/"))
     manifest = unseal(location.objects[name])
     assert manifest is not None
-    found = [entry["digest"] for kind in ("files", "tensors") for entry in manifest[kind].values()]
-    assert len(found) == 5
+    found = [one for _, _, header, blocks in manifest["files"].values() for one in (header, *blocks)]
+    assert len(found) == 2
     assert all(one.startswith("blake2b:") for one in found)
     use(keys, OTHER)
     assert digest(b"x") != (use(keys, KEY), digest(b"x"))[1]
 
 
-@pytest.mark.parametrize("kind", ["tensors", "files"])
+@pytest.mark.parametrize("kind", ["blocks", "headers"])
 def test_with_a_key_a_digest_without_one_is_refused(kind: str, keys: Keys) -> None:
     """Even in a manifest with the right seal."""
     location = sealed(keys, KEY)
@@ -96,11 +96,13 @@ def test_with_a_key_a_digest_without_one_is_refused(kind: str, keys: Keys) -> No
     (data,) = (name for name in location.objects if name.startswith("data/"))
     manifest = unseal(location.objects[name])
     assert manifest is not None
-    for entry in manifest[kind].values():
-        start, length = (entry["offset"], entry["length"]) if kind == "tensors" else (0, entry["header"])
-        use(keys, None)
-        entry["digest"] = digest(location.objects[data][start : start + length])
-        use(keys, KEY)
+    ((_, header, _, _),) = manifest["files"].values()
+    use(keys, None)
+    if kind == "blocks":
+        manifest["files"][data][3] = [digest(location.objects[data][header:])]
+    else:
+        manifest["files"][data][2] = digest(location.objects[data][:header])
+    use(keys, KEY)
     location.objects[name] = seal(manifest)
     step, (reason,) = newest(CheckpointStore(location))
     assert step is None

@@ -244,39 +244,56 @@ def test_a_manifest_under_the_name_of_another_commit_is_damage(store: Checkpoint
 
 def test_a_newer_format_is_refused_and_not_taken_for_damage(store: CheckpointStore) -> None:
     made = commit(store, 5)
-    rewrite(store, made, lambda manifest: manifest.update(format=2))
-    with pytest.raises(StorageError, match=r"has format 2, this version reads 1\. Use the version"):
+    rewrite(store, made, lambda manifest: manifest.update(format=3))
+    with pytest.raises(StorageError, match=r"has format 3, this version reads 2\. Use the version"):
         store.open(made)
 
 
-def weight(manifest: dict[str, Any], **change: Any) -> None:
-    manifest["tensors"]["model/weight"].update(change)
+def weight(manifest: dict[str, Any], *values: Any) -> None:
+    manifest["shelves"][0]["tensors"]["model/weight"] = [*values]
+
+
+def file(manifest: dict[str, Any], place: int, value: Any) -> None:
+    for fields in manifest["files"].values():
+        fields[place] = value
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: weight(m, shape=[1 << 50], length=4 << 50),
-        lambda m: weight(m, offset=1 << 50),
-        lambda m: weight(m, offset=-8),
-        lambda m: weight(m, shape=[-4], length=-16),
-        lambda m: weight(m, shape=[4.0]),
-        lambda m: weight(m, shape=[True] * 4),
-        lambda m: weight(m, shape="4"),
-        lambda m: weight(m, shape=None),
-        lambda m: weight(m, dtype="F31"),
-        lambda m: weight(m, dtype=["F32"]),
-        lambda m: weight(m, part="data/other"),
-        lambda m: weight(m, part="../../etc/passwd"),
-        lambda m: m["tensors"].update({"model/weight": None}),
+        lambda m: weight(m, "F32", [1 << 50]),
+        lambda m: weight(m, "F32", [5]),
+        lambda m: weight(m, "F64", [4]),
+        lambda m: weight(m, "F32", [-4]),
+        lambda m: weight(m, "F32", [4.0]),
+        lambda m: weight(m, "F32", [True] * 4),
+        lambda m: weight(m, "F32", "4"),
+        lambda m: weight(m, "F32", None),
+        lambda m: weight(m, "F31", [4]),
+        lambda m: weight(m, ["F32"], [4]),
+        lambda m: weight(m, "F32", [4], "data/other"),
+        lambda m: weight(m),
+        lambda m: file(m, 0, 1 << 50),
+        lambda m: file(m, 1, 0),
+        lambda m: file(m, 1, -8),
+        lambda m: file(m, 2, None),
+        lambda m: file(m, 3, []),
+        lambda m: file(m, 3, ["xxh3:00"] * 2),
+        lambda m: file(m, 3, "x"),
+        lambda m: file(m, 3, {"x": 1}),
+        lambda m: m["shelves"][0]["tensors"].update({"model/weight": None}),
         lambda m: m.update(files=[]),
+        lambda m: m.update(files={"../run.json": next(iter(m["files"].values()))}),
         lambda m: m.update(files={"../run.json": 3}),
-        lambda m: m.update(tensors=[]),
+        lambda m: m.update(shelves=[]),
+        lambda m: m.update(same=[]),
         lambda m: m.update(parts=3),
         lambda m: m.update(facts=None),
         lambda m: m.update(step="5"),
         lambda m: m.pop("files"),
         lambda m: m.pop("parts"),
+        lambda m: m.pop("shelves"),
+        lambda m: m.pop("ranks"),
     ],
 )
 def test_a_manifest_that_cannot_be_true_is_damage(store: CheckpointStore, change: Callable[[Any], object]) -> None:
@@ -289,9 +306,38 @@ def test_a_manifest_that_cannot_be_true_is_damage(store: CheckpointStore, change
 
 def test_a_part_that_names_an_unknown_tensor_is_damage(store: CheckpointStore) -> None:
     made = commit(store, 5)
-    rewrite(store, made, lambda manifest: manifest["tensors"].pop("model/weight"))
-    with pytest.raises(Damaged, match="has no tensor 'model/weight'"):
+    rewrite(
+        store, made, lambda manifest: manifest["parts"]["model"].update(weight={"$": "tensor", "name": "model/gone"})
+    )
+    with pytest.raises(Damaged, match="has no tensor 'model/gone'"):
         store.open(made).load("model")
+
+
+def test_the_manifest_that_an_older_version_wrote_is_refused_by_its_format(store: CheckpointStore) -> None:
+    made = commit(store, 5)
+    rewrite(store, made, lambda manifest: manifest.update(format=1))
+    with pytest.raises(StorageError, match=r"has format 1, this version reads 2\. Use the version"):
+        store.open(made)
+
+
+def test_a_shared_tensor_is_written_once_and_read_under_each_name(store: CheckpointStore) -> None:
+    weight, empty = torch.rand(1000), torch.empty(0)
+    state = {"head": weight, "tokens": weight.view(1000), "other": weight.clone(), "a": empty, "b": torch.empty(0, 7)}
+    checkpoint = store.open(store.commit(Snapshot.of(1, {"model": state}), attempt=1, successor=lambda: None))
+    assert sum(file.data for file in checkpoint.files.values()) == 2 * 4000
+    found = checkpoint.load("model")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert found["head"].data_ptr() == found["tokens"].data_ptr() != found["other"].data_ptr()
+    assert (found["a"].shape, found["b"].shape) == ((0,), (0, 7))
+
+
+def test_views_of_one_memory_that_differ_are_not_taken_for_shared(store: CheckpointStore) -> None:
+    base, z = torch.arange(16.0).view(4, 4), torch.tensor([1 + 2j])
+    views = {"base": base, "flat": base.view(16), "part": base[0], "turned": base.t(), "bits": base.view(torch.int32)}
+    views |= {"z": z, "conjugate": z.conj(), "negative": torch._neg_view(base)}
+    checkpoint = store.open(store.commit(Snapshot.of(1, {"model": views}), attempt=1, successor=lambda: None))
+    found = checkpoint.load("model")
+    assert [name for name, view in views.items() if not torch.equal(found[name], view)] == []
 
 
 def test_equal_names_in_different_parts_do_not_meet(store: CheckpointStore) -> None:

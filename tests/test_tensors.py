@@ -1,7 +1,7 @@
 """Tensors as safetensors files with digests."""
 
 import io
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +9,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from runner.checkpoint.layout import Box
+from runner.checkpoint.reading import Place, Reader
 from runner.checkpoint.sealing import digest
-from runner.checkpoint.tensors import Damaged, SafetensorsFile, Stored, bytes_of, read
+from runner.checkpoint.shelves import Shelf
+from runner.checkpoint.tensors import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_order
 from runner.errors import StateError
 from runner.storage import LocalLocation
 
+FILE = "file.safetensors"
 WIDTHS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -62,10 +66,28 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a.contiguous()) == bytes_of(b.contiguous())
 
 
-def write(location: LocalLocation, found: dict[str, Tensor], *, copies: bool = False) -> dict[str, Stored]:
-    file = SafetensorsFile(found, metadata={"step": "7"}, copies=copies)
-    location.put("file.safetensors", file.chunks())
-    return file.stored("file.safetensors")
+@dataclass(frozen=True)
+class Written:
+    """A file of tensors, and how to read them."""
+
+    shelf: Shelf
+    file: StoredFile
+    location: LocalLocation
+
+    def read(self, *names: str) -> dict[str, Tensor]:
+        kinds = self.shelf.tensors
+        places = {name: (Place(self.shelf, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
+        return Reader(self.location, {FILE: self.file}).read(places)
+
+    def begin(self, name: str) -> int:
+        return self.file.header + self.shelf.offsets(0, self.file.data)[name]
+
+
+def write(location: LocalLocation, found: dict[str, Tensor]) -> Written:
+    kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in found.items()}
+    file = SafetensorsFile(found, metadata={"step": "7"})
+    size = location.put(FILE, file.chunks())
+    return Written(Shelf((), {name: kinds[name] for name in in_order(kinds)}), file.stored(size), location)
 
 
 @pytest.fixture
@@ -73,14 +95,12 @@ def location(tmp_path: Path) -> LocalLocation:
     return LocalLocation(tmp_path)
 
 
-def one(location: LocalLocation, stored: Stored) -> torch.Tensor:
-    return read(location, {"tensor": stored})["tensor"]
-
-
 def test_tensors_come_back_to_the_bit(location: LocalLocation) -> None:
-    stored = write(location, tensors())
-    assert stored.keys() == tensors().keys()
-    assert [name for name, tensor in tensors().items() if not same(one(location, stored[name]), tensor)] == []
+    written = write(location, tensors())
+    found = written.read()
+    assert found.keys() == tensors().keys()
+    assert [name for name, tensor in tensors().items() if not same(found[name], tensor)] == []
+    assert [name for name, tensor in tensors().items() if not same(written.read(name)[name], tensor)] == []
 
 
 def test_the_safetensors_library_reads_the_same(location: LocalLocation, tmp_path: Path) -> None:
@@ -93,92 +113,98 @@ def test_the_safetensors_library_reads_the_same(location: LocalLocation, tmp_pat
 
 
 def test_types_have_the_names_of_the_format(location: LocalLocation) -> None:
-    stored = write(location, tensors())
-    assert {dtype: stored[f"of {dtype}"].dtype for dtype in WIDTHS} == WIDTHS
+    kinds = write(location, tensors()).shelf.tensors
+    assert {dtype: kinds[f"of {dtype}"].dtype for dtype in WIDTHS} == WIDTHS
 
 
 def test_a_file_without_tensors_is_a_file(location: LocalLocation, tmp_path: Path) -> None:
-    assert write(location, {}) == {}
+    assert write(location, {}).file.blocks == ()
     assert safetensors.torch.load_file(tmp_path / "file.safetensors") == {}
 
 
 def test_every_tensor_is_aligned(location: LocalLocation) -> None:
     found = tensors()
-    assert all(stored.offset % found[name].itemsize == 0 for name, stored in write(location, found).items())
+    written = write(location, found)
+    assert all(written.begin(name) % tensor.itemsize == 0 for name, tensor in found.items())
 
 
-def test_a_shared_tensor_is_written_once_and_read_under_each_name(location: LocalLocation, tmp_path: Path) -> None:
+def test_a_tensor_is_written_under_each_of_its_names(location: LocalLocation, tmp_path: Path) -> None:
     weight = torch.rand(1000)
-    stored = write(location, {"head": weight, "tokens": weight.view(1000), "other": weight.clone()})
-    assert stored["head"] == stored["tokens"] != stored["other"]
-    assert (tmp_path / "file.safetensors").stat().st_size < 2 * 4000 + 500
-    found = read(location, stored)
-    assert [same(found[name], weight) for name in ("head", "tokens", "other")] == [True] * 3
-    assert found["head"].data_ptr() == found["tokens"].data_ptr() != found["other"].data_ptr()
-
-
-def test_copies_are_written_under_each_name(location: LocalLocation, tmp_path: Path) -> None:
-    weight = torch.rand(1000)
-    stored = write(location, {"head": weight, "tokens": weight}, copies=True)
-    assert stored["head"].offset != stored["tokens"].offset
-    found = safetensors.torch.load_file(tmp_path / "file.safetensors")
+    written = write(location, {"head": weight, "tokens": weight})
+    assert written.begin("head") != written.begin("tokens")
+    found = safetensors.torch.load_file(tmp_path / FILE)
     assert same(found["head"], weight)
     assert same(found["tokens"], weight)
 
 
-def test_views_of_one_memory_that_differ_are_not_taken_for_shared(location: LocalLocation) -> None:
-    base = torch.arange(16.0).view(4, 4)
-    views = {"base": base, "flat": base.view(16), "part": base[0], "turned": base.t(), "bits": base.view(torch.int32)}
-    stored = write(location, views)
-    assert len({entry.offset for entry in stored.values()}) == len(views)
-    assert [name for name, view in views.items() if not same(one(location, stored[name]), view)] == []
+def test_the_bytes_between_those_that_are_wanted_are_verified_too(location: LocalLocation, tmp_path: Path) -> None:
+    written = write(location, {name: torch.rand(1000) for name in "abc"})
+    raw = bytearray((tmp_path / FILE).read_bytes())
+    raw[written.begin("b")] ^= 1
+    (tmp_path / FILE).write_bytes(raw)
+    with pytest.raises(Damaged):
+        written.read("a", "c")
 
 
-def test_empty_tensors_are_not_taken_for_shared(location: LocalLocation) -> None:
-    stored = write(location, {"a": torch.empty(0), "b": torch.empty(0, 7)})
-    assert one(location, stored["a"]).shape == (0,)
-    assert one(location, stored["b"]).shape == (0, 7)
+def test_large_tensors_are_of_many_blocks(location: LocalLocation, tmp_path: Path) -> None:
+    """Tensors that end before, at and behind the end of a block, and one of several."""
+    sizes = {"a": BLOCK - 8, "b": 8, "c": 3 * BLOCK + 5, "d": BLOCK, "e": 1}
+    found = {name: of(torch.uint8, size) for name, size in sizes.items()}
+    written = write(location, found)
+    assert len(written.file.blocks) == -(-sum(sizes.values()) // BLOCK)
+    assert all(same(tensor, found[name]) for name, tensor in written.read().items())
+    raw = bytearray((tmp_path / FILE).read_bytes())
+    raw[written.begin("c") + 2 * BLOCK] ^= 1
+    (tmp_path / FILE).write_bytes(raw)
+    assert all(same(written.read(name)[name], found[name]) for name in "ab")
+    with pytest.raises(Damaged):
+        written.read("c")
 
 
 def test_one_flipped_bit_is_damage(location: LocalLocation, tmp_path: Path) -> None:
-    found = {"a": of(torch.float32, 3), "b": of(torch.bfloat16, 2, 2), "c": of(torch.bool, 3)}
-    stored = write(location, found)
-    path = tmp_path / "file.safetensors"
-    good = path.read_bytes()
-    for entry in stored.values():
-        for bit in range(8 * entry.offset, 8 * (entry.offset + entry.length)):
-            bad = bytearray(good)
-            bad[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(bad)
-            with pytest.raises(Damaged, match=rf"file\.safetensors bytes {entry.offset} to .* digest"):
-                one(location, entry)
+    written = write(location, {"a": of(torch.float32, 3), "b": of(torch.bfloat16, 2, 2), "c": of(torch.bool, 3)})
+    good = (tmp_path / FILE).read_bytes()
+    for bit in range(8 * written.file.header, 8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / FILE).write_bytes(bad)
+        with pytest.raises(Damaged, match=rf"file\.safetensors bytes {written.file.header} to {len(good)}: digest"):
+            written.read()
 
 
 def test_bytes_of_another_place_are_damage(location: LocalLocation) -> None:
-    stored = write(location, {"a": of(torch.int64, 4), "b": of(torch.int64, 4) + 1})
+    written = write(location, {"a": of(torch.uint8, BLOCK), "b": of(torch.uint8, BLOCK) + 1})
+    exchanged = replace(written.file, blocks=written.file.blocks[::-1])
     with pytest.raises(Damaged):
-        one(location, replace(stored["a"], offset=stored["b"].offset))
+        replace(written, file=exchanged).read()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "length", "told"),
+    ("dtype", "shape", "told"),
     [
-        ("F32", (1 << 50,), 4, "4 bytes cannot be"),
-        ("F32", (2, 2), 1 << 50, "cannot be a F32 tensor"),
-        ("F32", (-2, -2), 16, "cannot be"),
-        ("F32", (0, -1), 0, "cannot be"),
-        ("F32", (), 0, "cannot be"),
-        ("F32", (1 << 70, 0), 0, "cannot be"),
-        ("U8", (0, 1 << 32, 1 << 32), 0, "cannot be"),
-        ("U8", (1,) * 65, 1, "cannot be"),
-        ("F31", (1,), 4, "unknown dtype 'F31'"),
+        ("F32", (-2, -2), "there is no"),
+        ("F32", (0, -1), "there is no"),
+        ("F32", (1 << 70, 0), "there is no"),
+        ("F32", (1 << 61,), "there is no"),
+        ("U8", (0, 1 << 32, 1 << 32), "there is no"),
+        ("U8", (1,) * 65, "there is no"),
+        ("U8", (1.0,), "sizes"),
+        ("U8", (True,), "sizes"),
+        ("F31", (1,), "unknown dtype 'F31'"),
     ],
 )
-def test_impossible_sizes_are_damage_before_anything_is_allocated(
-    dtype: str, shape: tuple[int, ...], length: int, told: str
-) -> None:
+def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told: str) -> None:
     with pytest.raises(Damaged, match=told):
-        Stored(dtype, shape, "file.safetensors", 0, length, "")
+        Kind(dtype, shape)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1 << 50,), 4), ((2, 2), 20), ((), 0), ((3,), 11)])
+def test_sizes_that_are_not_those_of_the_file_are_damage_before_anything_is_allocated(
+    location: LocalLocation, shape: tuple[int, ...], size: int
+) -> None:
+    shelf, file = Shelf((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
+    with pytest.raises(Damaged, match="bytes cannot be the tensors"):
+        Reader(location, {FILE: file}).read({"a": (Place(shelf, "a", 0), Box.whole(shape))})
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])
@@ -191,6 +217,7 @@ def test_a_digest_is_that_of_the_bytes() -> None:
     """Frozen: stored checkpoints depend on it."""
     assert digest(b"") == "xxh3:99aa06d3014798d86001c324468d497f"
     assert digest(b"runner") == digest(memoryview(bytearray(b"runner"))) != digest(b"runnes")
+    assert digest(b"run", b"", memoryview(b"ner")) == digest(b"runner")
 
 
 def test_a_file_may_be_written_anywhere(location: LocalLocation, tmp_path: Path) -> None:
@@ -205,5 +232,5 @@ def test_a_file_may_be_written_anywhere(location: LocalLocation, tmp_path: Path)
 def test_lazy_views_are_stored_as_the_values_they_stand_for(location: LocalLocation) -> None:
     z, x = torch.tensor([1 + 2j, 3 - 4j]), torch.tensor([1.0, 2.0])
     views = {"z": z, "conjugate": z.conj(), "x": x, "negative": torch._neg_view(x), "imaginary": z.conj().imag}
-    stored = write(location, views)
-    assert [name for name, view in views.items() if not torch.equal(one(location, stored[name]), view)] == []
+    found = write(location, views).read()
+    assert [name for name, view in views.items() if not torch.equal(found[name], view)] == []

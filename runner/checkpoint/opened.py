@@ -39,8 +39,8 @@ class Checkpoint:
         return self.id.step
 
     def load(self, part: str, *, like: Any = None) -> Any:
-        """The state dict of one part; of one that each rank had to itself this rank's, or that of rank 0 where there was
-        no such rank. Where the state ``like`` it has a distributed tensor, so has the loaded one.
+        """The state dict of one part; of one that each rank had to itself this rank's, or that of rank 0 where there
+        was no such rank. Where the state ``like`` it has a distributed tensor, so has the loaded one.
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """
@@ -150,6 +150,8 @@ def _places(shelves: list[Any], files: int) -> Iterator[tuple[str, Place]]:
     first = 0
     names: set[str] = set()
     for entry in shelves:
+        if len(names) + len(entry["tensors"]) > MAX_TENSORS:
+            raise ValueError(f"more than {MAX_TENSORS} tensors")
         kinds = {name: Kind(dtype, tuple(shape)) for name, (dtype, shape) in entry["tensors"].items()}
         cuts = tuple((dimension, count) for dimension, count in entry["cuts"])
         if not all(type(number) is int for cut in cuts for number in cut):

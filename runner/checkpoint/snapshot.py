@@ -72,6 +72,13 @@ def report(snapshot: Snapshot, how: Plan, files: Sequence[tuple[str, StoredFile]
     }
 
 
+def require_few(how: Plan, *, more: int = 0) -> None:
+    """Raise StateError for so many tensors that they could not be loaded again."""
+    found = sum(len(shelf.tensors) for shelf in how.shelves) + len(how.same) + more
+    if found > MAX_TENSORS:
+        raise StateError(f"cannot save {found} tensors; a checkpoint has at most {MAX_TENSORS}")
+
+
 def assemble(commit: CommitId, snapshot: Snapshot, how: Plan, reports: Sequence[Report]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
@@ -85,9 +92,7 @@ def assemble(commit: CommitId, snapshot: Snapshot, how: Plan, reports: Sequence[
             own.append((told["tensors"], told["files"][-1]))
     ordered = [files[number, cell] for number, shelf in enumerate(how.shelves) for cell in range(shelf.cells)]
     shelves = [{"cuts": shelf.cuts, "tensors": _kinds(shelf)} for shelf in how.shelves]
-    names = {name for shelf in shelves for name in shelf["tensors"]}.union(how.same, *(tensors for tensors, _ in own))
-    if len(names) > MAX_TENSORS:
-        raise StateError(f"cannot save {len(names)} tensors; a checkpoint has at most {MAX_TENSORS}")
+    require_few(how, more=sum(len(tensors) for tensors, _ in own))
     return {
         "format": FORMAT,
         "attempt": commit.attempt,

@@ -14,7 +14,7 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.opened import Checkpoint, no_tensor, objective, parsed
 from runner.checkpoint.retention import Kept, Retention
 from runner.checkpoint.shelves import Plan, Shelf, plan
-from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
+from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, StoredFile
 from runner.checkpoint.tree import decode
 from runner.errors import StorageError, Superseded
@@ -76,6 +76,7 @@ class CheckpointStore:
 
     def _put(self, commit: CommitId, snapshot: Snapshot, how: Plan) -> Report:
         """Write this rank's tensors; what is told of it."""
+        require_few(how)
         rank = None if self.ranks.size == 1 else self.ranks.rank
 
         def put(number: int, shelf: Shelf) -> tuple[str, StoredFile]:
