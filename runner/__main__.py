@@ -27,7 +27,8 @@ def main() -> int:
         app.main()
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
-        print(own or _as_hydra_says(error), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of many processes that got the same command, one says it
+            print(own or _as_hydra_says(error), file=sys.stderr)
         return own.status if own else 2
     except OSError as error:
         if any(frame.f_globals.get("__name__") == app.__name__ for frame, _ in walk_tb(error.__traceback__)):

@@ -4,13 +4,17 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from crews import Crews, Ended, crews
 from lives import Lives
-from results import Results, results
+from results import Results, metric_lines, results
+from safetensors.torch import load_file
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
@@ -211,3 +215,78 @@ def ledger(run: Path) -> dict[int, str]:
     """The line of every step, by whichever attempt."""
     lines = (line for path in sorted(run.glob("ledger/*.txt")) for line in path.read_text().splitlines()[1:])
     return {int(line.split()[0]): line for line in lines}
+
+
+def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
+    """Losses, gradient norms and the means over 360 samples in four batches, which three processes have unequally."""
+    command = (*SMOKE, "data.batch_size=48", "model.dropout=0.0", "trainer.accumulate=2", "trainer.ema_decay=0.9")
+    command = (*command, "data.evaluation_batch_size=100", f"run.root={tmp_path}")
+    assert life(*command, "run.name=one").status == 0
+    expected = metric_lines(folder(tmp_path, "one"))
+    assert {"train/loss", "train/grad_norm", "val/loss", "val/accuracy"} <= expected[0].keys()
+    weights = load_file(folder(tmp_path, "one") / "model.safetensors")
+    for size, layout in [(3, DDP), (2, FSDP)]:
+        finished(crew(size, *command, layout, f"run.name={size}"))
+        for line, found in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
+            assert found == pytest.approx(line, rel=1e-4)
+        for name, tensor in load_file(folder(tmp_path, f"{size}") / "model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_one_process_imports_nothing_of_many(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = {*sys.modules}
+import runner.experiment
+from runner.__main__ import main
+more = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
+assert not [name for name in {*sys.modules} - before if name.startswith(more)]
+assert main() == 0
+ours = {name.removeprefix("runner.distributed.") for name in sys.modules if name.startswith("runner.distributed.")}
+assert ours == {"joining", "layout", "team", "world"}, ours
+"""
+    command = [sys.executable, "-c", code, "experiment=smoke", "trainer.max_steps=2", f"run.root={tmp_path}"]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(USER.parent.parent)})
+
+
+def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
+    """A rank is killed in the middle, and torchrun begins all of them anew."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    task = ["task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=15"]
+    waited = ["checkpoint.every_steps=1", "checkpoint.background=false", f"run.root={tmp_path}"]
+    ended = subprocess.run(
+        [*torchrun, "--max-restarts=1", "-m", "runner", *SMOKE, *task, "+task.dies=true", *waited],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{USER.parent.parent}:{USER}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "attempt  2, resumed from step 14 of attempt 1" in ended.stdout
+    assert "finished step 30" in ended.stdout
+    assert [path.name for path in tmp_path.rglob("*.log")] == ["runner.log"]
+
+
+MISTAKES = {
+    "uneven": (("data.batch_size=9",), "data.batch_size=9 samples of a step cannot be shared out among 2 processes"),
+    "uneven, what fits": (("data.batch_size=9",), "start 1, 3, 9 of them"),
+    "shard": ((FSDP, "runtime.shard=3"), "runtime.shard=3 does not divide the 2 processes into equal replicas"),
+    "fp16": ((FSDP, "trainer.precision=fp16"), "trainer.precision=fp16 needs runtime.parallel=ddp"),
+    "iterable": (
+        ("data.train._target_=mine.data.Stateless", "~data.train.split", "~data.train.shift", "+data.train.size=64"),
+        "would read all of it. Make it map-style",
+    ),
+    "typo": (("trainer.max_step=3",), "Key 'max_step' not in 'TrainerConfig'"),
+    "sweep": (("-m", "seed=1,2"), "a sweep (-m) was started in 2 processes"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_once(name: str, crew: Crews, tmp_path: Path) -> None:
+    overrides, message = MISTAKES[name]
+    ended = crew(2, *overrides, *SMOKE, f"run.root={tmp_path}", cwd=USER)
+    assert ended.statuses == [2, 2], ended.output
+    assert ended.output.count(message) == 1, ended.output
+    assert "Traceback" not in ended.output

@@ -1,6 +1,7 @@
 """Tasks that a user might write."""
 
 import os
+import signal
 import time
 
 import torch
@@ -95,16 +96,20 @@ class Slow(Classification):
 
 
 class Hangs(Classification):
-    """In one rank, never comes back from its training step of a number; or ``fails`` there."""
+    """In one rank, never comes back from its training step of a number; or ``fails`` there, or ``dies`` once."""
 
-    def __init__(self, *, rank: int, step: int, fails: bool = False) -> None:
+    def __init__(self, *, rank: int, step: int, fails: bool = False, dies: bool = False) -> None:
         super().__init__()
-        self.here, self.step, self.fails = int(os.environ.get("RANK", "0")) == rank, step, fails
+        self.here, self.step, self.fails, self.dies = os.environ.get("RANK") == str(rank), step, fails, dies
 
     def training_step(self, model, batch):
         self.step -= 1
         if self.here and self.step == 0:
             if self.fails:
                 raise RuntimeError("mine")
-            time.sleep(3600)
+            if self.dies and not os.path.exists("died"):
+                open("died", "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif not self.dies:
+                time.sleep(3600)
         return super().training_step(model, batch)
