@@ -211,9 +211,11 @@ def _free_ports(count: int, *, and_above: int = 0) -> int:
 def _running(
     command: list[str], folder: Path, ready: Callable[[], object], environment: dict[str, str] | None = None
 ) -> Iterator[None]:
+    # It ends with the tests, also where they are killed and nobody ends it.
+    bound = [setpriv, "--pdeathsig", "KILL"] if (setpriv := shutil.which("setpriv")) else []
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         process = subprocess.Popen(
-            command,
+            [*bound, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

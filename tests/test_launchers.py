@@ -49,7 +49,7 @@ LAUNCHERS = {
 }
 PACKAGES = {"joblib": "hydra_joblib_launcher", "slurm": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     """Call it to begin the sweep as a user would, with that many seconds per step: there is time for a kill."""
     begun = []
 
-    def start(launcher: str, *overrides: str, pace: float = 0.2) -> subprocess.Popen[str]:
+    def start(launcher: str, *overrides: str, pace: float = 0.2) -> subprocess.Popen[bytes]:
         if find_spec(f"hydra_plugins.{PACKAGES[launcher]}") is None:
             pytest.skip(f"{PACKAGES[launcher]} is not installed, which the extra {launcher} does")
         cluster = request.getfixturevalue("cluster") if launcher == "slurm" else {}
@@ -80,15 +80,17 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
         environment = {"PATH": path, "PYTHONPATH": f"{ROOT}:{USER}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
         (tmp_path / "pace").write_text(str(pace))
         command = [sys.executable, "-m", "runner", *SWEEP, *LAUNCHERS[launcher], *overrides]
-        process = subprocess.Popen(
-            [*command, f"seed={','.join(map(str, SEEDS))}", f"run.root={tmp_path}/runs"],
-            cwd=tmp_path,
-            env=environment | cluster | {"PACE": f"{tmp_path}/pace", "USER": "root"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        # Into a file: what outlives the sweep, as daemons of Ray do for a while, would hold a pipe open.
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, f"seed={','.join(map(str, SEEDS))}", f"run.root={tmp_path}/runs"],
+                cwd=tmp_path,
+                env=environment | cluster | {"PACE": f"{tmp_path}/pace", "USER": "root"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         begun.append(process)
         return process
 
@@ -96,7 +98,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     for process in begun:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait(10)
 
 
 def attempts(root: Path) -> dict[str, list[Record]]:
@@ -111,13 +113,22 @@ def at_work(root: Path, *, above: int = 0) -> list[Record]:
     return [record for record in last if record.alive() and record.beat.get("committed", 0) > above]
 
 
-def until(found: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def until(found: Callable[[], object], root: Path, process: subprocess.Popen[bytes] | None = None) -> None:
     """Wait until something is found while the process lives."""
     stop = time.monotonic() + 60
     while not found():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < stop
+        assert process is None or process.poll() is None, (root / "log").read_text()
+        assert time.monotonic() < stop, (root / "log").read_text()
         time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen[bytes], root: Path, *, seconds: float) -> str:
+    """What the sweep has said when it has ended, within so many seconds."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    output = (root / "log").read_text(errors="replace")
+    assert process.returncode is not None, output
+    return output
 
 
 def outcomes(root: Path) -> list[list[str]]:
@@ -139,37 +150,38 @@ def assert_equal(root: Path, whole: Path) -> None:
     }
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Start, whole: Path, tmp_path: Path) -> None:
     """A worker is killed and the sweep goes on; stopped, it stops its jobs; killed and run again, it finishes."""
     chance = random.Random(launcher)
     sweep = start(launcher)
-    until(lambda: at_work(tmp_path), sweep)
+    until(lambda: at_work(tmp_path), tmp_path, sweep)
     killed = chance.choice(at_work(tmp_path))
     os.kill(killed.claim["pid"], signal.SIGKILL)
-    until(lambda: not killed.alive(), sweep)
-    until(lambda: at_work(tmp_path, above=5), sweep)
+    until(lambda: not killed.alive(), tmp_path, sweep)
+    until(lambda: at_work(tmp_path, above=5), tmp_path, sweep)
     sweep.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
-    output = sweep.communicate(timeout=60)[0]
+    output = ended(sweep, tmp_path, seconds=60)
     assert sweep.returncode == 75, output
     assert f"failed   smoke/{Path(killed.location.url).name}" not in output, "it had come further"
     assert not at_work(tmp_path)
     assert "interrupted" in [ends[-1] for ends in outcomes(tmp_path)], output
 
     sweep = start(launcher)
-    until(lambda: at_work(tmp_path), sweep)
+    until(lambda: at_work(tmp_path), tmp_path, sweep)
     orphan = at_work(tmp_path)[0]
     sweep.kill()
-    sweep.wait()
+    sweep.wait(10)
     if launcher != "slurm":  # there a job belongs to the cluster; here nobody could stop it any more
-        until(lambda: not orphan.alive())
+        until(lambda: not orphan.alive(), tmp_path)
 
     submitted = len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")])
     sweep = start(launcher)
     if launcher == "slurm":  # which had not begun the last job, so that it is submitted again
-        until(lambda: len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")]) > submitted, sweep)
+        until(lambda: len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")]) > submitted, tmp_path, sweep)
     (tmp_path / "pace").write_text("0")
-    output = sweep.communicate(timeout=120)[0]
+    output = ended(sweep, tmp_path, seconds=120)
     assert sweep.returncode == 0, output
     assert f"{len(SEEDS)} done" in output
     assert launcher != "slurm" or "in use" in output
@@ -192,6 +204,7 @@ def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
     assert ("4 done" if jobs else "4 failed") in ended.output
 
 
+@pytest.mark.campaign
 def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
@@ -210,18 +223,18 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
     def working(seed: int, attempt: int) -> bool:
         return any(f"seed={seed}," in one.location.url and one.number == attempt for one in at_work(tmp_path))
 
-    until(lambda: working(1, 1), sweep)
+    until(lambda: working(1, 1), tmp_path, sweep)
     job = array()[0]
     slurm("scancel", "--signal=USR2", f"{job}_0")
-    until(lambda: working(2, 1), sweep)
+    until(lambda: working(2, 1), tmp_path, sweep)
     slurm("scancel", f"{job}_1")
-    until(lambda: working(3, 1), sweep)
+    until(lambda: working(3, 1), tmp_path, sweep)
     slurm("scontrol", "update", f"jobid={job}_2", "timelimit=1")  # its signal comes within 30 s
-    until(lambda: working(1, 2), sweep)
+    until(lambda: working(1, 2), tmp_path, sweep)
     slurm("scontrol", "requeue", f"{job}_0")
-    until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], sweep)
+    until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], tmp_path, sweep)
     (tmp_path / "pace").write_text("0")
-    output = sweep.communicate(timeout=150)[0]
+    output = ended(sweep, tmp_path, seconds=150)
     assert sweep.returncode == 0, output
     assert output.count("sweep output dir") == 2
     first, second, third = reasons(tmp_path)

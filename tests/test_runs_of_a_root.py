@@ -21,7 +21,7 @@ import pytest
 from lives import Lives, lives
 from servers import Server
 
-from runner.runs import compare, listing
+from runner.runs import compare, listing, picture
 from runner.runs.__main__ import main
 from runner.runs.overview import Overview
 from runner.runs.watch import Pulse
@@ -150,7 +150,7 @@ def test_comparing_respects_the_mode(copy: Path) -> None:
 def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
     for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
         config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
-    assert list(compare.compare(str(copy), listing.Selection()).swept) == ["optimizer.lr", "model.width"]
+    assert [*compare.compare(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
 
 
 def test_runs_of_another_goal_come_last(copy: Path) -> None:
@@ -228,6 +228,16 @@ def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_p
     assert len(png.read_bytes()) > 10_000
 
 
+def test_a_legend_says_what_sets_a_run_apart() -> None:
+    row = Overview("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
+    run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
+    assert picture._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
+    assert picture._legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
+        "0.25  lr=0.1, model.width=3, task.width=4"
+    )
+    assert picture._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
+
+
 def test_what_a_picture_needs_is_told(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,11 +294,12 @@ def terminal(root: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 def read_until(descriptor: int, pattern: bytes) -> bytes:
-    """What comes, up to the pattern."""
+    """What comes, up to the pattern; of all that a process says that says something else, not more than a megabyte."""
     found = b""
     while not re.search(pattern, found):
         assert select.select([descriptor], [], [], 60)[0], found
         found += os.read(descriptor, 1 << 16)
+        assert len(found) < 1 << 20, found[-1000:]
     return found
 
 
@@ -297,7 +308,7 @@ def test_watching_draws_in_place_and_gives_the_screen_back(
     stop: signal.Signals, terminal: tuple[subprocess.Popen[bytes], int]
 ) -> None:
     process, screen = terminal
-    drawn = read_until(screen, rb"(?s)(\x1b\[H.*){3}")
+    drawn = read_until(screen, rb"(?s)(\x1b\[H.*?){3}")
     assert drawn.startswith(b"\x1b[?1049h\x1b[?25l\x1b[H")
     first = drawn.split(b"\x1b[H")[1].decode().replace("\x1b[K", "").replace("\x1b[J", "").split("\r\n")
     assert re.fullmatch(r"[0-9:]{8}  4 runs: 1 killed, 3 complete", first[0])
@@ -314,7 +325,7 @@ def test_watching_without_a_terminal_prints_each_list(arguments: list[str], root
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen([*WATCH, root, *arguments], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout
-        found = read_until(process.stdout.fileno(), rb"(?s)(smoke/killed.*\n){3}").decode()
+        found = read_until(process.stdout.fileno(), rb"(?s)(smoke/killed[^\n]*\n.*?){3}").decode()
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(60) == 0

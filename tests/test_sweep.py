@@ -1,5 +1,7 @@
 """The same sweep again does what is missing: killed, stopped, failing, started twice."""
 
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 USER = Path(__file__).parent / "user"
 SEARCH = ("--config-dir", str(USER / "conf"))
 EVERY = 5
+SEEDS = (
+    12 if int(os.environ.get("RUNNER_KILLS", "50")) > 50 else 2
+)  # of the sweep that is killed, for each of two rates
 COMMAND = (
     "-m",
     "experiment=smoke",
@@ -51,22 +56,25 @@ def environment(folder: Path) -> dict[str, str]:
     return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.campaign
 def test_a_sweep_killed_until_it_is_done_has_the_results_of_one_that_was_not(life: Lives, tmp_path: Path) -> None:
-    """24 jobs. What is computed twice is what was lost since the last checkpoint, and nothing of a finished run."""
-    grid = ("seed=range(0,12)", "optimizer.lr=0.01,0.1")
+    """Killed at random changes to the disk. What is computed twice is what was lost since the
+    last checkpoint, and nothing of a finished run.
+    """
+    grid = (f"seed=range(0,{SEEDS})", "optimizer.lr=0.01,0.1")
     ended = life(*COMMAND, *grid, f"run.root={tmp_path}/whole")
     assert ended.status == 0, ended.output
-    takes, chance, kills = ended.seconds, random.Random(0), 0
-    while True:
-        ended = life(*COMMAND, *grid, f"run.root={tmp_path}/cut", after=takes * chance.uniform(0.3, 0.7))
+    chance, kills = random.Random(0), 0
+    while kills < 100 * SEEDS:
+        ended = life(*COMMAND, *grid, f"run.root={tmp_path}/cut", operation=chance.randrange(60, 260))
         if ended.status is not None:
             break
         kills += 1
     assert ended.status == 0, ended.output
-    assert kills > 1
+    assert kills >= SEEDS
     whole, cut = runs(tmp_path / "whole"), runs(tmp_path / "cut")
     assert whole.keys() == cut.keys()
-    assert len(whole) == 24
+    assert len(whole) == 2 * SEEDS
     assert [name for name in whole if results(cut[name]).differences(results(whole[name]))] == []
     again = [audit(RunDirectory.at(str(path)))[1]["again"]["steps"] for path in cut.values()]
     assert sum(again) <= kills * EVERY
@@ -181,13 +189,17 @@ def test_two_who_start_one_sweep_execute_every_run_once(
         store, allowed = options(server, tmp_path)
         command.append(store)
     command.append(f"run.root={root}")
-    starters = [
-        subprocess.Popen(
-            command, cwd=tmp_path, env=allowed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs = [starter.communicate(timeout=150)[0] for starter in starters]
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    with contextlib.ExitStack() as stack:
+        starters = []
+        for log in logs:
+            out = stack.enter_context(log.open("wb"))
+            how: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
+            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **how))
+            stack.callback(starters[-1].kill)
+        for starter in starters:
+            starter.wait(150)
+    outputs = [log.read_text() for log in logs]
     assert [starter.returncode for starter in starters] == [0, 0], outputs
     assert sum(output.count("from scratch") for output in outputs) == 6
     assert ["resumed from" in output for output in outputs] == [False, False]

@@ -6,6 +6,7 @@ for a formula.
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +75,17 @@ def _draw(found: Comparison, goal: Goal, runs: Sequence[Candidate]) -> "Figure":
     figure = Figure(figsize=(13, _CURVES_INCHES + _PANEL_INCHES * rows), layout="constrained")
     figure.suptitle(_headline(found, runs), x=0.01, ha="left", fontsize=11)
     if not rows:
-        _curves(figure.add_subplot(), goal, runs)
+        _curves(figure.add_subplot(), goal, runs, shown)
         return figure
     grid = figure.add_gridspec(2, height_ratios=[_CURVES_INCHES, _PANEL_INCHES * rows])
     above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    _curves(above.add_subplot(), goal, runs)
+    _curves(above.add_subplot(), goal, runs, shown)
     for place, key in enumerate(shown, 1):
         _scatter(below.add_subplot(rows, _COLUMNS, place), goal, runs, key)
     return figure
 
 
-def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate]) -> None:
+def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate], swept: Sequence[str]) -> None:
     """All learning curves, the best on top; a curve of few points has dots."""
     faint = max(0.15, min(0.8, 15 / len(runs)))
     for place, run in reversed([*enumerate(runs)]):
@@ -100,7 +101,7 @@ def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate]) -> None:
             zorder=3 if best else 2,
         )
     for place, run in enumerate(runs[: len(_COLOURS)]):
-        axes.plot([], [], color=_colour(place), linewidth=1.8, label=_legend(run))
+        axes.plot([], [], color=_colour(place), linewidth=1.8, label=_legend(run, swept))
     if len(runs) > len(_COLOURS):
         axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
@@ -196,10 +197,13 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return len(values) == 2 or middle < ((low * high) ** 0.5 * (low + high) / 2) ** 0.5
 
 
-def _legend(run: Candidate) -> str:
+def _legend(run: Candidate, swept: Sequence[str]) -> str:
+    """Its objective and what sets it apart: a name says too much for a legend, where all runs share most of it."""
     objective: Any = run.line.objective
-    name = screen.cell(run.line.run)
-    return f"{objective:.5g}  {name if len(name) <= _WIDEST else '...' + name[3 - _WIDEST :]}"
+    last = Counter(key.rpartition(".")[2] for key in swept)
+    short = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in swept}
+    told = [f"{short[key]}={parameter(run, key)}" for key in swept if key in run.parameters]
+    return f"{objective:.5g}  {screen.cell(', '.join(told) or run.line.run, widest=_WIDEST)}"
 
 
 def _colour(place: int) -> str:
