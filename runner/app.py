@@ -48,6 +48,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
     OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
+    OmegaConf.register_new_resolver("runner.rank", lambda: world().rank, replace=True)
     OmegaConf.register_new_resolver("runner.log_handlers", _log_handlers, replace=True)
 
 

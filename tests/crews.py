@@ -64,7 +64,8 @@ class Crews:
         for number, (size, *arguments) in enumerate(crews):
             given = {argument.partition("=")[0] for argument in arguments}
             waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
-            argv = ["runner", *arguments[:1], *waited, *arguments[1:]]
+            place = next(n for n, argument in enumerate(arguments) if argument.startswith("experiment="))
+            argv = ["runner", *arguments[:place], *waited, *arguments[place:]]
             logs = [str(self._folder / f"crew{number}.rank{rank}.log") for rank in range(size)]
             requests.append({"argv": argv, "cwd": str(cwd or self._folder), "logs": logs, **how})
         self._server.stdin.write(json.dumps(requests) + "\n")
