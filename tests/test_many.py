@@ -16,6 +16,9 @@ from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 
+from runner.run.directory import RunDirectory
+from runner.runs.audit import audit
+
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
 
@@ -209,6 +212,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
     assert "4 processes" in ended.output
     one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
     assert ledger(hops_) == ledger(one)
+    proof, about = audit(RunDirectory.at(str(hops_)))
+    assert not proof.problems
+    assert (about["steps"], about["attempts"]) == (36, 4)
 
 
 def ledger(run: Path) -> dict[int, str]:
