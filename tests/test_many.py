@@ -113,7 +113,8 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
         while True:
             to = chance.choice([*([rank] for rank in range(size)), [*range(size)]])
             background = f"checkpoint.background={chance.choice(['true', 'false'])}"
-            more = (f"run.root={tmp_path}", f"run.name=r{runs}", background)
+            workers = f"runtime.num_workers={chance.choice([0, 0, 1])}"
+            more = (f"run.root={tmp_path}", f"run.name=r{runs}", background, workers)
             ended = crew(size, *command, *more, to=to, after=chance.uniform(0.2, 1.1) * whole)
             if None not in ended.statuses:
                 break
@@ -209,7 +210,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
         ended = crew(size, *command, "run.name=hops", layout, **({"step": cut} if cut else {}))
     finished(ended)
     assert "moved    processes 2 -> 4" in ended.output
-    assert "4 processes" in ended.output
+    assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
     one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
     assert ledger(hops_) == ledger(one)
     proof, about = audit(RunDirectory.at(str(hops_)))

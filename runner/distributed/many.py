@@ -166,7 +166,8 @@ def met(world: World, place: Meeting, *, timeout: float) -> Iterator[Many]:
     """In the team meanwhile; what it raises was told by one process, or is told by its caller here."""
     team = Many(world, place, timeout=timeout)
     try:
-        yield team
+        with team.explaining():
+            yield team
     except BaseException as error:
         if isinstance(error, RunnerError) and error.agreed:
             team.leave()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runner.distributed.buffers import take_over
 from runner.errors import ConfigError
 
 _BUCKET_BYTES = 25 << 20
@@ -45,8 +46,8 @@ class Replicated:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     partial(self._ready, number, place)
                 )
-        for tensor in (*models[0].parameters(), *self._buffers):
-            dist.broadcast(tensor.detach(), 0)
+        for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
+            take_over([tensor])
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -69,8 +70,7 @@ class Replicated:
         return verdict
 
     def settle(self) -> None:
-        for buffer in self._buffers:
-            dist.broadcast(buffer, 0)
+        take_over(self._buffers)
 
     def state_of(self, optimizer: Any) -> Any:
         return optimizer

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from runner.distributed.buffers import take_over
 from runner.distributed.layout import blocks
 
 
@@ -55,8 +56,7 @@ class Sharded:
         return verdict
 
     def settle(self) -> None:
-        for buffer in self._buffers:
-            dist.broadcast(buffer, 0)
+        take_over(self._buffers)
 
     def state_of(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)
