@@ -114,7 +114,7 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
             to = chance.choice([*([rank] for rank in range(size)), [*range(size)]])
             background = f"checkpoint.background={chance.choice(['true', 'false'])}"
             workers = f"runtime.num_workers={chance.choice([0, 0, 1])}"
-            more = (f"run.root={tmp_path}", f"run.name=r{runs}", background, workers)
+            more = (f"run.root={tmp_path}", f"run.name=r{runs}", "runtime.timeout=10", background, workers)
             ended = crew(size, *command, *more, to=to, after=chance.uniform(0.2, 1.1) * whole)
             if None not in ended.statuses:
                 break
