@@ -277,8 +277,10 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "uneven": (("data.batch_size=9",), "data.batch_size=9 samples of a step cannot be shared out among 2 processes"),
-    "uneven, what fits": (("data.batch_size=9",), "start 1, 3, 9 of them"),
+    "uneven": (
+        ("data.batch_size=9",),
+        "data.batch_size=9 samples of a step cannot be shared out among 2 processes equally; start 1, 3, 9 of them",
+    ),
     "shard": ((FSDP, "runtime.shard=3"), "runtime.shard=3 does not divide the 2 processes into equal replicas"),
     "fp16": ((FSDP, "trainer.precision=fp16"), "trainer.precision=fp16 needs runtime.parallel=ddp"),
     "iterable": (
