@@ -4,6 +4,7 @@ The house, top floor first. A module imports only from floors below its own (a f
 floor, without cycles inside); each third-party package enters through one door. ``tests/test_architecture.py``
 holds this picture against the code.
 
+   13  verify/ (the proof that an experiment resumes)
    12  __main__ (entry, exit statuses)
    11  sweep/ (survey, launcher, optuna)     runs/ (looking at runs from outside)
    10  app (the Hydra application)

@@ -1,0 +1,54 @@
+"""``python -m runner.verify experiment=mine``: prove that this experiment resumes exactly, or name what does not."""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from runner.errors import RunnerError
+from runner.verify.options import parse
+
+_USAGE = """\
+python -m runner.verify experiment=NAME [KEY=VALUE ...] [verify.KEY=VALUE ...] [--json]
+
+Runs the experiment undisturbed, then again with SIGKILLs, and compares the two to the bit.
+  verify.steps=N          so many optimizer steps (default: 100, or as many as 20 seconds of training have)
+  verify.kills=N          so many kills (default: 8)
+  verify.workers=[0,2]    numbers of data workers that attempts take in turn
+  verify.root=PATH|URL    where the runs are made and removed again (default: a temporary folder)
+  verify.html=FILE        write a report with the two loss curves and a lane per attempt
+  verify.seed=N           other moments for the kills
+  verify.keep=true        leave the runs where they are
+Exit status: 0 it resumes exactly, 1 it does not, 2 configuration error, 130 Ctrl-C."""
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one proof; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or {"-h", "--help"} & {*given}:
+        print(_USAGE)
+        return 0 if given else 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
+    try:
+        options, command, as_json = parse(given)
+        from runner.verify.proof import prove  # imports torch
+
+        verdict = prove(command, options, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        if options.html:
+            from runner.verify.page import write
+
+            verdict = write(verdict, options.html)
+    except RunnerError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left behind", file=sys.stderr)
+        return _INTERRUPTED
+    from runner.verify.verdict import json_text
+
+    print(json_text(verdict) if as_json else verdict.text())
+    return 0 if verdict.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The first thing in which a run differs from the one that nobody disturbed.
+
+A step is compared in the order in which it happens: its samples, what became of them, the generators, the rate, the
+loss, the gradients, then the state part by part. So the first difference is the nearest to its cause.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.verify.run import Event, Run, by_step
+
+# Fields of a record, and what they are called.
+_GIVEN = {"samples": "data order", "batch": "augmentation", "generators": "generators", "rate": "scheduler"}
+_MADE = {"metrics": "loss", "gradients": "gradients"}
+
+# A path, and its value in words then and now; None where it is absent.
+Remembered = tuple[str, str | None, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """At ``step``, in the run's life of number ``life`` (from 0), ``part`` differs at ``where``.
+
+    ``restored``: in the state right after loading, before any step. ``remembered`` is what objects remembered beside
+    the state at the last common moment, as (path, expected, found); ``moving`` is what changes there while the
+    undisturbed run trains, as (path, first, last).
+    """
+
+    step: int
+    life: int
+    part: str
+    where: str
+    expected: Any
+    found: Any
+    restored: bool = False
+    remembered: tuple[Remembered, ...] = ()
+    moving: tuple[Remembered, ...] = ()
+
+    def size(self) -> str:
+        """By how much, for numbers."""
+        if not (isinstance(self.expected, float) and isinstance(self.found, float)):
+            return ""
+        gap = abs(self.found - self.expected)
+        relative = gap / abs(self.expected) if self.expected else math.inf
+        return f"a difference of {gap:.3g}, which is {relative:.2g} of it"
+
+
+def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:
+    """The first difference in time in what the lives of ``run`` noted, up to a step."""
+    known, begun = by_step(undisturbed), _begun(undisturbed)
+    remembered: tuple[Remembered, ...] = ()
+    changing = moving(undisturbed)
+    for life, event in run.steps():
+        step, restored = event["step"], event["event"] == "resumed"
+        expected = begun if restored and step == 0 else known.get(step)
+        if expected is None or (until is not None and step > until):
+            continue
+        if restored:
+            remembered = tuple(_unequal(expected["memory"], event["memory"]))
+        for part, where, was, now in _compared(expected, event, restored=restored):
+            return Difference(step, life, part, where, was, now, restored, remembered, changing)
+    return None
+
+
+def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
+    """The first difference in what finished runs left: every checkpoint against the state that the undisturbed run had
+    at that step, then metric lines and result.
+    """
+    expected, found = undisturbed.evidence, run.evidence
+    if expected is None or found is None:
+        return None
+    known, life = by_step(undisturbed), len(run.lives) - 1
+    for evidence in (expected, found):
+        for step, state in evidence["checkpoints"].items():
+            for path, was, now in _unequal(known[int(step)]["state"], state):
+                return Difference(int(step), life, "checkpoint", path, was, now)
+    for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
+        for tag, one, other in _unequal(was, now):
+            return Difference(now.get("step", 0), life, "metric lines", tag, one, other)
+    if len(expected["lines"]) != len(found["lines"]):
+        lengths = len(expected["lines"]), len(found["lines"])
+        return Difference(found["result"]["step"], life, "metric lines", "how many", *lengths)
+    for path, was, now in _unequal(_flat(expected["result"]), _flat(found["result"])):
+        return Difference(found["result"].get("step", 0), life, "result", path, was, now)
+    return None
+
+
+def checkpoints(*runs: Run) -> int:
+    """How many checkpoints they left."""
+    return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
+
+
+def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
+    if not restored:
+        for name, part in (_GIVEN | _MADE).items():
+            yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
+    callbacks = []
+    for path, was, now in _unequal(expected["state"], found["state"]):
+        # The rate of the next step stands in the optimizer, and the scheduler has put it there.
+        part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
+        if part.startswith("callback."):
+            callbacks.append((part, path, was, now))
+        else:
+            yield part, path, was, now
+    if not restored:
+        yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], found["evaluation"]))
+    yield from callbacks
+
+
+def _mapping(event: Event, name: str) -> Mapping[str, Any]:
+    value = event.get(name, {})
+    return value if isinstance(value, dict) else {name: value}
+
+
+def _unequal(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in {**expected, **found}:
+        was, now = expected.get(key), found.get(key)
+        if was != now and not (was != was and now != now):  # NaN is as good as NaN
+            yield key, was, now
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {key: leaf for name, inner in tree.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
+    return {path.strip("/"): tree}
+
+
+def _padded(lines: list[Event], others: list[Event]) -> list[Event]:
+    return [*lines, *([{}] * (len(others) - len(lines)))]
+
+
+def _begun(run: Run) -> Event | None:
+    return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
+
+
+def moving(run: Run) -> tuple[Remembered, ...]:
+    """What the objects of a run remember and change."""
+    remembered = [event["memory"] for _, event in run.steps()]
+    if not remembered:
+        return ()
+    return tuple(_unequal(remembered[0], remembered[-1]))

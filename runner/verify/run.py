@@ -1,0 +1,122 @@
+"""One run of a proof: its lives, and what they told."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runner.verify.lives import Ended, Life, Servers
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Lived:
+    """One life that has ended, and its record: events in the order in which they happened."""
+
+    ended: Ended
+    workers: int
+    events: tuple[Event, ...]
+
+    def of(self, kind: str) -> list[Event]:
+        """The events of one kind."""
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def first(self) -> int:
+        """The step that it began after."""
+        return next((event["step"] for event in self.of("resumed")), 0)
+
+    @property
+    def last(self) -> int:
+        """The last step that it did."""
+        return max((event["step"] for event in self.of("step")), default=self.first)
+
+    @property
+    def killed(self) -> str | None:
+        """The moment at which it was killed, if it was."""
+        return next((event["moment"] for event in self.of("killed")), "?") if self.ended.status is None else None
+
+
+@dataclass(slots=True)
+class Run:
+    """The lives of one run, oldest first."""
+
+    name: str
+    lives: list[Lived] = field(default_factory=list)
+    command: Life | None = None  # the one that was asked for last
+
+    def steps(self) -> Iterator[tuple[int, Event]]:
+        """Everything that was noted of steps and of states after loading: number of the life, event."""
+        for number, life in enumerate(self.lives):
+            yield from ((number, event) for event in life.events if event["event"] in ("step", "resumed"))
+
+    def removal(self) -> Life:
+        """A life that removes what this run has in its storage."""
+        assert self.command
+        return replace(self.command, does="remove", kill=None, pins=())
+
+    @property
+    def evidence(self) -> Event | None:
+        """What it left behind; None unless it finished."""
+        found = self.lives[-1].of("finished") if self.lives else []
+        return found[-1] if found else None
+
+    @property
+    def failed(self) -> Ended | None:
+        """The life that ended with an error, if one did."""
+        return next((life.ended for life in self.lives if life.ended.status not in (0, None)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where runs are made: the user's ``command``, ``scratch`` for records, ``root`` for run directories, and two
+    servers to live in. ``runs`` are all that were made; two evaluations are ``evaluations`` steps apart at most.
+    """
+
+    command: tuple[str, ...]
+    scratch: Path
+    root: str
+    servers: Servers
+    runs: list[Run]
+    evaluations: int
+
+    def live(self, run: Run, *more: str, workers: int, server: int = 0, **how: Any) -> Lived:
+        """One more life of a run."""
+        record = self.scratch / f"{run.name}-{len(run.lives) + 1}.jsonl"
+        arguments = (
+            *self.command,
+            f"run.root={self.root}",
+            f"run.name={run.name}",
+            f"hydra.run.dir={self.scratch}/hydra/{run.name}",
+            f"runtime.num_workers={workers}",
+            *more,
+        )
+        if run not in self.runs:
+            self.runs.append(run)
+        life = Life(run.name, arguments, record, evaluations=self.evaluations, **how)
+        run.command = life
+        lived = Lived(self.servers[server](life), workers, _read(record))
+        run.lives.append(lived)
+        return lived
+
+
+def _read(record: Path) -> tuple[Event, ...]:
+    """The whole lines of a record."""
+    text = record.read_bytes() if record.exists() else b""
+    return tuple(map(json.loads, text[: text.rfind(b"\n") + 1].splitlines()))
+
+
+def by_step(run: Run) -> dict[int, Event]:
+    """The last that was noted of every step."""
+    return {event["step"]: event for _, event in run.steps() if event["event"] == "step"}
+
+
+def losses(run: Run) -> Sequence[tuple[int, int, float]]:
+    """Life, step and loss of everything that was done."""
+    return [
+        (number, event["step"], event["metrics"]["loss"])
+        for number, event in run.steps()
+        if event["event"] == "step" and "loss" in event["metrics"]
+    ]

@@ -1,0 +1,263 @@
+"""``python -m runner.verify`` on real processes: what resumes exactly passes, what users really get wrong is named."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+import servers as servers_of_tests
+
+from runner.errors import ConfigError
+from runner.verify import assert_resumes
+from runner.verify.lives import Servers, servers
+from runner.verify.options import Options, parse
+from runner.verify.page import page
+from runner.verify.proof import prove
+from runner.verify.verdict import Verdict
+
+USER = Path(__file__).parent / "user"
+BROKEN = "mine.broken."
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two servers to live in, beside a user's package."""
+    with servers(USER) as both:
+        yield both
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the temporary folders of this test are."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for processes
+    return tmp_path
+
+
+def judged(two: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
+    """The verdict on the small experiment, with something changed."""
+    command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=4", *more)
+    return prove(command, Options(steps=steps, kills=kills, **options), tell=print, two=two)  # type: ignore[arg-type]
+
+
+def node(key: str, target: str, **values: object) -> tuple[str, ...]:
+    """Another object in place of that of the experiment."""
+    inner = "".join(f",{name}:{str(value).lower()}" for name, value in values.items())
+    return f"~{key}", f"+{key}={{_target_:{BROKEN}{target}{inner}}}"
+
+
+def data(target: str) -> tuple[str, ...]:
+    return f"data.train._target_={BROKEN}{target}", "+data.train.mended=false"
+
+
+def model(target: str) -> tuple[str, ...]:
+    return f"model._target_={BROKEN}{target}", "+model.mended=false"
+
+
+UNCHECKED = "runtime.audit=false"
+# What is broken -> the overrides that break it, the kind of cause, words of the report.
+CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
+    "a curriculum in the data set": (data("Harder"), "data memory", ["data.train.drawn was "]),
+    "a cache of augmentations": (data("Cached"), "data memory", ["data.train.cache"]),
+    "a hidden generator": ((*data("Hidden"), UNCHECKED), "hidden generator", ["data.train.generator"]),
+    "a hidden generator, refused": (data("Hidden"), "hidden generator", ["drawn again", "data.train.generator"]),
+    "an unseeded generator": ((*data("Unseeded"), UNCHECKED), "entropy", ["seeded by the system"]),
+    "a buffer that is not persistent": (model("Centred"), "model memory", ["model.mean (a buffer, persistent=False)"]),
+    "an attribute of the model": (model("Annealed"), "model memory", ["model.temperature was ", "register_buffer"]),
+    "a task without a state": (node("task", "Remembers"), "task memory", ["task.seen was ", "is 0 after loading"]),
+    "a scheduler that forgets": (
+        node("scheduler", "Decays", mended=False),
+        "scheduler memory",
+        ["part     scheduler", "scheduler.factor"],
+    ),
+    "an optimizer that forgets": (
+        node("optimizer", "Momentum", mended=False, lr=0.01),
+        "optimizer memory",
+        ["part     model", "optimizer.last"],
+    ),
+    "an optimizer that does not take over": (
+        node("optimizer", "Restarts", mended=False, lr=0.01),
+        "restoring",
+        ["optimizer/state", "right after loading"],
+    ),
+    "the time": (node("task", "Noisy", source="time"), "time", ["the time is used"]),
+    "the pid": (node("task", "Noisy", source="pid"), "pid", ["os.getpid"]),
+    "hash()": (node("task", "Noisy", source="hash"), "hash", ["hash() of a text or the order of a set"]),
+    "the order of a set": (node("task", "Noisy", source="set"), "hash", ["the order of a set"]),
+    "the number of attempts": (node("task", "Starts", source="starts"), "attempts", ["how often the run was started"]),
+    "a kernel without an order": (node("task", "Scatters", mended=False), "kernel", ["put_", "deterministic"]),
+    "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
+}
+QUICK = (
+    "a curriculum in the data set",
+    "a hidden generator, refused",
+    "a task without a state",
+    "hash()",
+    "a kernel without an order",
+)
+
+
+def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The same experiment with the cause mended."""
+    found = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
+    found = [each.replace("broken.Remembers}", "broken.RemembersWell}") for each in found]
+    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in found)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
+def test_what_is_broken_is_named(name: str, two: Servers, scratch: Path) -> None:
+    overrides, kind, words = CASES[name]
+    verdict = judged(two, *overrides)
+    text = verdict.text()
+    assert not verdict.holds, text
+    assert verdict.cause, text
+    assert verdict.cause.kind == kind, "\n".join([text, *verdict.plain()["tried"]])
+    assert [word for word in words if word not in text] == [], text
+    assert verdict.scratch
+    assert Path(verdict.scratch).is_dir()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_mended_passes(name: str, two: Servers, scratch: Path) -> None:
+    verdict = judged(two, *mended(CASES[name][0]))
+    assert verdict.holds, verdict.text()
+
+
+def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> None:
+    verdict = judged(two, steps=16, kills=6)
+    proven = verdict.proven
+    assert verdict.holds, verdict.text()
+    assert {"step", "save", "loaded", "evaluation"} <= proven["moments"].keys()
+    assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (6, 7, 16, 256)
+    assert proven["workers"] == [0, 2]
+    assert proven["checkpoints"] > 3
+    assert proven["steps_done_again"] > 0
+    assert verdict.cost
+    assert "checkpoint.every_steps=" in verdict.text()
+    assert [*scratch.iterdir()] == []
+
+
+def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scratch: Path) -> None:
+    stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
+    verdict = judged(two, "~task", stops)
+    assert not verdict.holds
+    assert "a run did not come to its end" in verdict.text()
+
+
+def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
+    verdict = judged(two, steps=6, kills=1)
+    shown = page(replace(verdict, command=["<script>"]))
+    assert shown.count("<polyline") == 1 + len(verdict.killed.lives)
+    assert "http" not in shown.replace("http-equiv", "")
+    assert "<script" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("verify.step=3", "there is no option verify.step; did you mean verify.steps?"),
+        ("verify.steps=many", "verify.steps=many cannot be used"),
+        ("verify.steps=1", "at least 2"),
+        ("verify.workers=[0,-1]", "numbers of data workers"),
+        ("verify.kills", "verify.kills needs a value"),
+        ("run.root=here", "verify.root"),
+        ("runtime.num_workers=2", "verify.workers"),
+        ("-m", "one run"),
+    ],
+)
+def test_a_mistyped_option_is_told(given: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("?", r"\?").replace("[", r"\[")):
+        parse(["experiment=smoke", given])
+
+
+def test_options_are_taken_out_of_the_command() -> None:
+    options, command, as_json = parse(
+        ["experiment=smoke", "verify.workers=[0,3]", "--json", "seed=1", "verify.kills=2"]
+    )
+    assert (options, command, as_json) == (Options(workers=(0, 3), kills=2), ["experiment=smoke", "seed=1"], True)
+
+
+def verify(*arguments: str, cwd: Path = USER) -> subprocess.Popen[str]:
+    """The command, as a user gives it, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "runner.verify", *arguments],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.campaign
+def test_the_command_has_statuses_and_json(scratch: Path) -> None:
+    common = ("--config-dir", "conf", "experiment=broken", "verify.steps=10", "verify.kills=2", "--json")
+    told, _ = verify(*common).communicate()
+    assert json.loads(told)["verdict"] == "PASS"
+    failing = verify(*common, *CASES["a kernel without an order"][0])
+    told, _ = failing.communicate()
+    assert (failing.returncode, json.loads(told)["cause"]["kind"]) == (1, "kernel")
+
+
+def test_a_command_that_cannot_run_is_a_configuration_error(two: Servers, scratch: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Could not override 'trainer\.max_step'"):
+        judged(two, "trainer.max_step=3")
+    assert [*scratch.iterdir()] == []
+
+
+def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> None:
+    process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
+    while not list(scratch.rglob("*.jsonl")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert (process.returncode, "nothing is left behind" in told) == (130, True), told
+    assert [*scratch.glob("runner-verify-*")] == []
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(scratch) not in running
+
+
+@pytest.mark.campaign
+def test_the_helper_fails_with_the_report(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(USER)
+    common = ("--config-dir", "conf", "experiment=broken")
+    assert_resumes(*common, steps=10, kills=2, workers=[0])
+    with pytest.raises(AssertionError, match=r"(?s)does not resume exactly.*FAIL.*task\.seen"):
+        assert_resumes(*common, *CASES["a task without a state"][0], steps=10, kills=2, workers=[0])
+
+
+@pytest.mark.campaign
+def test_it_proves_on_s3_and_leaves_nothing_there(
+    s3: servers_of_tests.Server, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
+    with servers(USER) as two:
+        verdict = judged(two, root=f"{s3.url}/proofs")
+        assert verdict.holds, verdict.text()
+        url = (verdict.undisturbed.evidence or {})["url"]
+        assert url.startswith("s3://bucket/proofs/verify-")
+        failed = judged(two, *CASES["hash()"][0], root=f"{s3.url}/failed")
+    system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
+    assert [name for name in system.find("bucket/proofs") if "verify-" in name] == []  # the server keeps the folder
+    assert failed.cause
+    assert failed.cause.kind == "hash"
+    assert system.find("bucket/failed")
+    assert f"{s3.url}/failed" in failed.text()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("experiment", ["smoke", "digits", "gpt", "fashion_mnist"])
+def test_the_experiments_of_this_repository_resume(experiment: str, two: Servers, scratch: Path) -> None:
+    if experiment == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed, which .ci/run does")
+    verdict = prove([f"experiment={experiment}"], Options(), tell=print, two=two)
+    assert verdict.holds, verdict.text()

@@ -1,0 +1,238 @@
+"""What users really get wrong: each of these trains well, and goes on otherwise after a resume. ``mended`` mends it."""
+
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mine.data import Rows, row
+from runner.models.mlp import MLP
+from runner.tasks.classification import Classification
+
+
+class Harder(Rows):
+    """A curriculum: the noise grows with the samples that were drawn."""
+
+    def __init__(self, size, mended):
+        super().__init__(size)
+        self.mended = mended
+        self.drawn = 0
+
+    def __getitem__(self, index):
+        self.drawn += 1
+        level = index % 4 if self.mended else self.drawn // 100
+        return row(index) + 0.1 * level * torch.randn(8), index % 3
+
+
+class Cached(Rows):
+    """Keeps the first augmentation that it draws for every tenth sample."""
+
+    def __init__(self, size, mended):
+        super().__init__(size)
+        self.mended = mended
+        self.cache = {}
+
+    def __getitem__(self, index):
+        found = self.cache.get(index)
+        if found is None:
+            found = row(index) + 0.1 * torch.randn(8)
+        if index % 10 == 5 and not self.mended:
+            self.cache[index] = found
+        return found, index % 3
+
+
+class Hidden(Rows):
+    """Draws from a generator of its own."""
+
+    def __init__(self, size, mended, seed=0):
+        super().__init__(size)
+        self.mended = mended
+        self.generator = np.random.default_rng(seed)
+
+    def __getitem__(self, index):
+        noise = np.random.standard_normal() if self.mended else self.generator.standard_normal()
+        return row(index) + float(noise), index % 3
+
+
+class Unseeded(Hidden):
+    """Draws from a generator that nobody seeded."""
+
+    def __init__(self, size, mended):
+        super().__init__(size, mended)
+        self.generator = random.Random()
+
+    def __getitem__(self, index):
+        noise = random.gauss(0, 1) if self.mended else self.generator.gauss(0, 1)
+        return row(index) + noise, index % 3
+
+
+class Centred(MLP):
+    """Takes a running mean from what comes in, and keeps it in a buffer that is not saved."""
+
+    def __init__(self, mended, **how):
+        super().__init__(**how)
+        self.register_buffer("mean", torch.zeros(8), persistent=mended)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return super().forward(x - self.mean)
+
+
+class Annealed(MLP):
+    """Sharpens its outputs with every batch."""
+
+    def __init__(self, mended, **how):
+        super().__init__(**how)
+        self.mended = mended
+        self.temperature = 2.0
+        self.register_buffer("saved", torch.tensor(2.0))
+
+    def forward(self, x):
+        if self.training:
+            self.temperature *= 0.99
+            self.saved.mul_(0.99)
+        return super().forward(x) / (self.saved if self.mended else self.temperature)
+
+
+class Remembers(Classification):
+    """A task that smooths labels the more, the more it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def training_step(self, model, batch):
+        self.seen += 1
+        self.label_smoothing = min(0.5, self.seen / 100)
+        return super().training_step(model, batch)
+
+
+class RemembersWell(Remembers):
+    """The same, with a state."""
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+class Decays(torch.optim.lr_scheduler.LRScheduler):
+    """Lowers the rate by a factor of its own; its state has the rest."""
+
+    def __init__(self, optimizer, mended):
+        self.mended = mended
+        self.factor = 1.0
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        self.factor *= 0.98
+        return [rate * self.factor for rate in self.base_lrs]
+
+    def state_dict(self):
+        state = super().state_dict()
+        return state if self.mended else {key: value for key, value in state.items() if key != "factor"}
+
+
+class Momentum(torch.optim.SGD):
+    """Keeps the direction of the last step outside of its state."""
+
+    def __init__(self, params, mended, lr):
+        super().__init__(params, lr=lr)
+        self.mended = mended
+        self.last = {}
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for number, parameter in enumerate(group["params"]):
+                memory = self.state[parameter] if self.mended else self.last.setdefault(number, {})
+                before = memory.get("direction", torch.zeros_like(parameter))
+                memory["direction"] = parameter.grad = parameter.grad + 0.9 * before
+        return super().step(closure)
+
+
+class Restarts(torch.optim.AdamW):
+    """Saves everything, and takes over only the groups."""
+
+    def __init__(self, params, mended, lr):
+        super().__init__(params, lr=lr)
+        self.mended = mended
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state if self.mended else {**state, "state": {}})
+
+
+class Noisy(Classification):
+    """Adds noise to what the model gets; the amount depends on ``source``."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+
+    def training_step(self, model, batch):
+        x, y = batch
+        return super().training_step(model, (x + 0.01 * self.amount(), y))
+
+    def amount(self):
+        if self.source == "time":
+            return time.time() % 10
+        if self.source == "pid":
+            return os.getpid() % 1000 / 100
+        if self.source == "hash":
+            return hash("noise") % 1000 / 100
+        if self.source == "set":
+            return ["a", "b", "c", "d", "e", "f", "g", "h"].index(next(iter(set("abcdefgh"))))
+        return 1.0
+
+
+class Starts(Noisy):
+    """Adds more noise with every start."""
+
+    def __init__(self, source):
+        super().__init__("constant")
+        from hydra.core.hydra_config import HydraConfig
+
+        file = Path(HydraConfig.get().runtime.output_dir) / "starts"
+        file.write_text("x" + (file.read_text() if file.exists() else ""))
+        self.starts = len(file.read_text()) if source == "starts" else 1
+
+    def amount(self):
+        return self.starts
+
+
+class Scatters(Classification):
+    """Writes with a kernel that has no order."""
+
+    def __init__(self, mended):
+        super().__init__()
+        self.mended = mended
+
+    def training_step(self, model, batch):
+        x, y = batch
+        if not self.mended:
+            x = x.clone().put_(torch.tensor([0, 0]), torch.tensor([0.0, 1.0]))
+        return super().training_step(model, (x, y))
+
+
+class Draws(Classification):
+    """Evaluates under noise from the generator at which training looks, too."""
+
+    def __init__(self, mended):
+        super().__init__()
+        self.mended = mended
+        self.generator = torch.Generator().manual_seed(1)
+
+    def training_step(self, model, batch):
+        x, y = batch
+        look = torch.Generator()
+        look.set_state(self.generator.get_state())
+        return super().training_step(model, (x + 0.1 * torch.randn(x.shape, generator=look), y))
+
+    def evaluation_step(self, model, batch):
+        x, y = batch
+        generator = torch.Generator().manual_seed(2) if self.mended else self.generator
+        return super().training_step(model, (x + 0.1 * torch.randn(x.shape, generator=generator), y))
