@@ -64,6 +64,7 @@ from runner.data.ledger import Ledger, Line
 from runner.data.stream import Stream
 from runner.data.training import training_data
 from runner.datasets.digits import Digits
+from runner.distributed.world import World
 from runner.shards.__main__ import main as scan_shards
 from runner.shards.records import Records
 from runner.shards.tokens import Tokens
@@ -172,7 +173,7 @@ def stream_of(samples: Any, *, workers: int = 0, audit: bool = True, collate: An
     for key, value in data.items():
         setattr(config.data, key, value)
     loading = Loading(workers, config.runtime.prefetch, config.runtime.start_method)
-    return training_data(config, samples, loading, torch.device("cpu"), collate)[0]
+    return training_data(config, samples, loading, torch.device("cpu"), collate, World())[0]
 
 
 def drawn(stream: Stream) -> Iterator[Any]:

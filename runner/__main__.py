@@ -5,6 +5,7 @@ import sys
 from traceback import walk_tb
 
 from runner import signals
+from runner.distributed.world import world
 from runner.errors import RunnerError
 
 
@@ -27,7 +28,8 @@ def main() -> int:
         app.main()
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
-        print(own or _as_hydra_says(error), file=sys.stderr)
+        if _speaks():
+            print(own or _as_hydra_says(error), file=sys.stderr)
         return own.status if own else 2
     except OSError as error:
         if any(frame.f_globals.get("__name__") == app.__name__ for frame, _ in walk_tb(error.__traceback__)):
@@ -40,6 +42,14 @@ def main() -> int:
     if summary := sweep.summary():
         print(f"\n{summary}")
     return sweep.status
+
+
+def _speaks() -> bool:
+    """Whether this is the process that says what all find out alike, before they have met."""
+    try:
+        return world().rank == 0
+    except RunnerError:
+        return True
 
 
 def _own(error: BaseException | None) -> RunnerError | None:

@@ -18,11 +18,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
+from runner.agreement import led
 from runner.config import schema
 from runner.config.checks import literal_secret
-from runner.distributed import world
+from runner.distributed.joining import joined
+from runner.distributed.team import Team
+from runner.distributed.world import world
 from runner.errors import Interrupted, RunnerError
 from runner.job import Job, run_name
+from runner.ranks import Ranks
 from runner.run.opening import Opening, wait_until_free
 from runner.stop import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
@@ -44,6 +48,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
     OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
+    OmegaConf.register_new_resolver("runner.rank", lambda: world().rank, replace=True)
+    OmegaConf.register_new_resolver("runner.log_handlers", _log_handlers, replace=True)
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
@@ -58,7 +64,8 @@ def main(config: DictConfig) -> float | None:
         return _job(config)
     except RunnerError as error:
         if HydraConfig.get().mode is RunMode.RUN:
-            print(error, file=sys.stderr)
+            if str(error):  # else another process of the run says it
+                print(error, file=sys.stderr)
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
             _hand_over()
@@ -79,26 +86,38 @@ def _hand_over() -> None:
 
 def _job(config: DictConfig) -> float | None:
     signals.install()  # a launcher may have begun this process
-    world()
-    job = Job.of(config)
-    request = StopRequest.named(job.directory.root, job.directory.options)
-    with request.obeyed() if request else nullcontext():
-        signals.raise_if_received("during start-up, nothing to commit")
-        return _finished(job, config)
+    with joined(world(), timeout=config.runtime.timeout) as team:
+        job = Job.of(config)
+        request = StopRequest.named(job.directory.root, job.directory.options)
+        with request.obeyed() if request else nullcontext():
+            signals.raise_if_received("during start-up, nothing to commit")
+            return _finished(job, config, team)
 
 
-def _finished(job: Job, config: DictConfig) -> float | None:
-    if config.run.on_conflict is schema.OnConflict.wait:
-        wait_until_free(job.directory, lambda: signals.raise_if_received("while waiting for the run"))
-    opening = job.open()
+def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
+    opening = _opened(job, config, team.ranks)
     result = opening.result
     if result is None:
         from runner import experiment  # imports torch
 
-        result = experiment.run(opening, config, overrides=job.overrides)  # type: ignore[arg-type]
+        result = experiment.run(opening, config, team, overrides=job.overrides)  # type: ignore[arg-type]
     _conclude(opening, result)
     goal: float | None = (result.get("objective") or {}).get("value")
     return goal
+
+
+def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
+    """The run as rank 0 finds it: the others believe what it saw, since the storage may change meanwhile."""
+    found: list[Opening] = []
+
+    def open_run() -> dict[str, Any]:
+        if config.run.on_conflict is schema.OnConflict.wait:
+            wait_until_free(job.directory, lambda: signals.raise_if_received("while waiting for the run"))
+        found.append(job.open())
+        return {"variant": found[0].directory.variant, "result": found[0].result}
+
+    seen = led(ranks, open_run)
+    return found[0] if found else job.following(**seen)
 
 
 def _conclude(opening: Opening, result: dict[str, Any]) -> None:
@@ -129,7 +148,12 @@ def _directory(*, _root_: DictConfig) -> str:
 def _hydra_files(*, _root_: DictConfig) -> str | None:
     """Hydra's folder for the configuration; none where that would write a secret."""
     has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
-    return None if has_secret else ".hydra"
+    return None if has_secret or world().rank else ".hydra"
+
+
+def _log_handlers() -> list[str]:
+    """The first process of a run speaks and writes the log; of the others one hears what goes wrong."""
+    return ["others"] if world().rank else ["console", "file"]
 
 
 def _variant(*, _root_: DictConfig) -> str:

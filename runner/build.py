@@ -10,13 +10,17 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.config.schema import Config, OnNonfinite, Precision
+from runner.config.schema import Config, OnNonfinite, Parallel, Precision
 from runner.data.engine import Loading
 from runner.data.held_out import EvaluationData, checked
 from runner.data.plan import Plan
 from runner.data.training import training_data
+from runner.distributed.layout import Layout, Single
+from runner.distributed.team import Team
+from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.rng import seed_all
@@ -33,12 +37,13 @@ class Parts:
     state: TrainState
     task: Task
     update: WeightUpdate
+    layout: Layout
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # of the order of the samples, for the ledger
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
 
 
-def set_up(config: Config) -> torch.device:
+def set_up(config: Config, world: World) -> torch.device:
     """Set threads and determinism for this process; the device to train on. Raises ConfigError for one that is not
     there.
     """
@@ -52,25 +57,30 @@ def set_up(config: Config) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     else:
         torch.set_deterministic_debug_mode("default")
-    return _device(config.runtime.device)
+    return _device(config.runtime.device, world)
 
 
-def build(config: Config, device: torch.device) -> Parts:
+def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build data, model, task, optimizer and scheduler, each from a random seed of its own."""
     trainer, loading = config.trainer, _loading(config, device)
     seed_all(derive("data", config.seed))
     collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
-    stream, plan = training_data(config, _instance(config.data.train, "data.train"), loading, device, collate)
-    validation = _validation(config, loading, device, collate)
+    stream, plan = training_data(
+        config, _instance(config.data.train, "data.train"), loading, device, collate, team.world
+    )
+    validation = _validation(config, loading, device, collate, team.world)
 
     seed_all(derive("model", config.seed))
     model = _instance(config.model, "model").to(device)
     task = _instance(config.task, "task")
-    optimizer = _called(_partial(config.optimizer, "optimizer"), [*model.named_parameters()], "optimizer")
-    scheduler = _called(_partial(config.scheduler, "scheduler"), optimizer, "scheduler")
     average = None
     if trainer.ema_decay is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trainer.ema_decay))  # type: ignore[no-untyped-call]
+    layout = _layout(config, model, average, plan, device, team.world)
+    if config.runtime.compile:
+        model.compile()
+    optimizer = _called(_partial(config.optimizer, "optimizer"), [*model.named_parameters()], "optimizer")
+    scheduler = _called(_partial(config.scheduler, "scheduler"), optimizer, "scheduler")
     update = WeightUpdate(
         model,
         optimizer,
@@ -80,10 +90,11 @@ def build(config: Config, device: torch.device) -> Parts:
         clip_norm=trainer.clip_norm,
         skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
         average=average,
+        layout=layout,
     )
     state = TrainState(
         model=model,
-        optimizer=optimizer,
+        optimizer=layout.state_of(optimizer),
         scheduler=scheduler,
         update=update,
         average=average,
@@ -92,12 +103,48 @@ def build(config: Config, device: torch.device) -> Parts:
         progress=Progress(),
     )
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, validation)
-    return Parts(state, task, update, plan, recipe, evaluation)
+    evaluation = _evaluation(config.seed, task, update, validation, team)
+    return Parts(state, task, update, layout, plan, recipe, evaluation)
+
+
+def _layout(
+    config: Config,
+    model: nn.Module,
+    average: AveragedModel | None,
+    plan: Plan | None,
+    device: torch.device,
+    world: World,
+) -> Layout:
+    """Spread the model over the processes. Raises ConfigError for what does not go together."""
+    if world.size == 1:
+        return Single()
+    assert plan is not None, "iterable data was refused"
+    runtime = config.runtime
+    models = [model] if average is None else [model, average.module]
+    if not _sharded(runtime.parallel, model, device):
+        from runner.distributed.replicated import Replicated
+
+        return Replicated(models, micro_batches=plan.micro_batches)
+    from runner.distributed.sharded import Sharded
+
+    shard = runtime.shard or world.size
+    if world.size % shard:
+        raise ConfigError(f"runtime.shard={shard} does not divide the {world.size} processes into equal replicas")
+    if config.trainer.precision is Precision.fp16:
+        raise ConfigError("trainer.precision=fp16 needs runtime.parallel=ddp: losses are not scaled in slices; or bf16")
+    return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
+
+
+def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool:
+    """``auto``: where weights, gradients and two moments would take more than half of the memory of the device."""
+    if parallel is not Parallel.auto or device.type != "cuda":
+        return parallel is Parallel.fsdp
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
 
 
 def _validation(
-    config: Config, loading: Loading, device: torch.device, collate: Callable[..., Any] | None
+    config: Config, loading: Loading, device: torch.device, collate: Callable[..., Any] | None, world: World
 ) -> EvaluationData | None:
     if config.data.validation is None:
         return None
@@ -109,19 +156,20 @@ def _validation(
         loading=loading,
         device=device,
         collate=collate,
+        world=world,
         audit=config.runtime.audit,
     )
 
 
 def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, data: EvaluationData | None
+    seed: int, task: Task, update: WeightUpdate, data: EvaluationData | None, team: Team
 ) -> Callable[[TrainState], dict[str, float | str]] | None:
     if data is None:
         return None
 
     def report(state: TrainState) -> dict[str, float | str]:
         key = derive("evaluation", seed, state.progress.step)
-        found = evaluate(task, state.evaluated_model, data, key=key, autocast=update.autocast)
+        found = evaluate(task, state.evaluated_model, data, key=key, autocast=update.autocast, team=team)
         return {f"val/{name}": value for name, value in found.items()}
 
     return report
@@ -132,9 +180,11 @@ def _loading(config: Config, device: torch.device) -> Loading:
     return Loading(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, world: World) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

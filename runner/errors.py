@@ -21,6 +21,7 @@ class RunnerError(Exception):
     """Root of all errors that are meant for the user; shown without a traceback."""
 
     status = 1
+    agreed = False  # whether all processes of the run raise it at the same place
 
 
 class ConfigError(RunnerError):

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner import signals
 from runner.data.held_out import EvaluationData
+from runner.distributed.team import Team
 from runner.rng import isolated
 from runner.task import Task
+
+_SAMPLES = ""  # no metric has this name
 
 
 class EvaluationInterrupted(Exception):
@@ -18,9 +20,16 @@ class EvaluationInterrupted(Exception):
 
 
 def evaluate(
-    task: Task, model: nn.Module, data: EvaluationData, *, key: int, autocast: Callable[[], AbstractContextManager[Any]]
+    task: Task,
+    model: nn.Module,
+    data: EvaluationData,
+    *,
+    key: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    team: Team,
 ) -> Mapping[str, float | str]:
-    """The task's report over all of ``data``: means weighted by batch size, summed in double precision.
+    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The
+    team shares the batches out.
 
     Runs without gradients, in evaluation mode and under the random seed ``key``. Raises EvaluationInterrupted.
     """
@@ -28,21 +37,27 @@ def evaluate(
     model.eval()
     try:
         with isolated(key), torch.no_grad(), autocast():
-            return task.evaluation_end(model, _means(task, model, data))
+            report: Mapping[str, float | str] = team.ranks.broadcast(
+                task.evaluation_end(model, _means(task, model, data, team))
+            )
+            return report
     finally:
         for module, mode in modes.items():  # one by one: a part that the user froze stays frozen
             module.training = mode
 
 
-def _means(task: Task, model: nn.Module, data: EvaluationData) -> dict[str, float]:
+def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     samples = 0
     for count, batch in data:
-        if signals.received():
+        if team.poll():
             raise EvaluationInterrupted
         found = task.evaluation_step(model, batch)
-        for name, value in found.items() if count else ():
-            weighted = value.detach().double() * count
+        for name, value in found.items():
+            weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count
-    return {name: value.item() / samples for name, value in sums.items()}
+    nothing = torch.zeros((), dtype=torch.double, device=data.device)
+    shares = {name: sums.get(name, nothing) for name in team.union([*sums])}
+    totals = team.added({**shares, _SAMPLES: nothing + samples})
+    return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}

@@ -10,26 +10,20 @@ from typing import Any
 
 import runner
 from runner import signals, topology
+from runner.agreement import led
 from runner.build import Parts, build, set_up
-from runner.callbacks.base import Callback
+from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
-from runner.callbacks.guard import FiniteLoss
-from runner.callbacks.ledger import KeepLedger
-from runner.callbacks.progress import Heartbeat, Progress
-from runner.callbacks.report import Report
-from runner.callbacks.saving import Hooks
+from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.manifest import commits
-from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import CheckpointConfig, Config, Every, OnConflict, OnNonfinite
-from runner.data.ledger import Ledger
+from runner.config.schema import Config, OnConflict
+from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, printable
 from runner.finish import finish
-from runner.interval import Affordable, Interval
 from runner.introduction import introduce
 from runner.metrics import hparams
-from runner.metrics.lines import MetricLines
+from runner.ranks import Ranks
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts, records
@@ -37,33 +31,36 @@ from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import Opening, begin
 from runner.run.parent import Origin
-from runner.run.records import Record
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
+from runner.wiring import Books, callbacks_of
 
 
-def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, Any]:
+def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
     """Begin the run or go on with it until it is finished; returns its result.
 
-    Raises Interrupted after a stop signal, with everything committed, and RunInUse while another process has the run.
+    All processes of the team do it together; rank 0 alone keeps the records. Raises Interrupted after a stop signal,
+    with everything committed, and RunInUse while another process has the run.
     """
-    device = set_up(config)
+    device = set_up(config, team.world)
+    team.begin(device)
     location = opening.directory.location
-    here = topology.describe(device)
-    with _attempt(opening, config, {"overrides": overrides, "topology": here}) as attempt:
-        parts = build(config, device)
-        store = CheckpointStore(location)
-        lines = MetricLines(location, attempt=attempt.number)
-        callbacks = _callbacks(config, opening, parts, store, attempt, lines)
+    here = topology.describe(device, team.world.size, config.runtime.parallel.name)
+    facts = {"overrides": overrides, "topology": here}
+    with _attempt(opening, config, team, facts) as (number, attempt), team.explaining():
+        parts = build(config, device, team)
+        store = CheckpointStore(location, team.channel("writer"))
+        books = None if attempt is None else Books.of(attempt, location, config, parts)
+        callbacks = callbacks_of(config, opening, parts, store, number, books, team.ranks)
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
-        resumed = _resume(opening, parts, store)
-        lines.open(resumed.step, resumed.facts.get("metrics"))
-        attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=list(resumed.unusable))
-        before = records.last(location, before=attempt.number)
-        hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
-        introduce(opening, parts, resumed, before=before, number=attempt.number, here=here)
+        resumed = _resume(opening, parts, store, team.ranks)
+        if books is not None:
+            books.open(resumed)
+            before = records.last(location, before=number)
+            hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
+            introduce(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
         trainer = Trainer(
@@ -73,32 +70,51 @@ def run(opening: Opening, config: Config, *, overrides: list[str]) -> dict[str, 
             max_steps=_max_steps(config, parts),
             max_epochs=config.trainer.max_epochs,
             max_seconds=config.trainer.max_seconds,
+            team=team,
+            layout=parts.layout,
         )
         saver = callbacks["checkpoint"]
-        assert isinstance(saver, SaveCheckpoint)
+        assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         with closing(saver):
             loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
         if loop.stop in signals.NAMES:
-            raise Interrupted(
-                f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
-            )
-        return finish(opening, parts, store, callbacks, loop)
+            raise _interrupted(loop)
+        return finish(opening, parts, store, callbacks, loop, team.ranks)
+
+
+def _interrupted(loop: Loop) -> Interrupted:
+    error = Interrupted(
+        f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+    )
+    error.agreed = True
+    return error
 
 
 @contextmanager
-def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterator[Attempt]:
-    """Claim the run for this process, and record how its life ended unless it is killed."""
-    directory = opening.directory
+def _attempt(
+    opening: Opening, config: Config, team: Team, facts: dict[str, Any]
+) -> Iterator[tuple[int, Attempt | None]]:
+    """Claim the run for this team, in the name of rank 0: the attempt's number, and itself there. Records how its life
+    ended unless it is killed.
+    """
     signals.raise_if_received("during start-up, nothing to commit")
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
-    # Claims may have been cleared away by hand; what was committed under their numbers counts all the same.
-    above = max((commit.attempt for commit in commits(directory.location)), default=0)
-    attempt = attempts.claim(directory.location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
-    begin(opening, attempt, parent=_origin(opening))
+    claimed: list[Attempt] = []
+
+    def claim() -> int:
+        claimed.append(_claim(opening, config, facts))
+        return claimed[0].number
+
+    number = led(team.ranks, claim)
+    if not claimed:
+        yield number, None
+        return
+    (attempt,) = claimed
+    team.at_failure(lambda why: attempt.end("failed", reason=why))
     outcome, reason = "failed", ""
     try:
-        directory.sweep()
-        yield attempt
+        opening.directory.sweep()
+        yield number, attempt
         outcome = "finished"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
@@ -114,87 +130,13 @@ def _attempt(opening: Opening, config: Config, facts: dict[str, Any]) -> Iterato
             attempt.end(outcome, reason=reason)
 
 
-def _callbacks(
-    config: Config, opening: Opening, parts: Parts, store: CheckpointStore, attempt: Attempt, lines: MetricLines
-) -> dict[str, Callback]:
-    """All callbacks, in the order in which they run, by the name that one with a memory has in the state."""
-    ledger = Ledger(
-        opening.directory.location, attempt=attempt.number, recipe=parts.recipe, grouping=config.data.batch_size
-    )
-    callbacks: dict[str, Callback] = {"ledger": KeepLedger(ledger)}
-    guard = FiniteLoss()
-    if config.trainer.on_nonfinite is OnNonfinite.stop:
-        callbacks["finite_loss"] = guard
-    _evaluation(config, parts, callbacks)
-    best = callbacks.get("best")
-    report = Report(
-        every_steps=config.metrics.every_steps,
-        folder=opening.directory.location.folder(TENSORBOARD),
-        lines=lines,
-        attempt=attempt.number,
-        best=best if isinstance(best, Best) else None,
-    )
-
-    callbacks["report"] = report
-    callbacks["progress"] = Progress()
-    callbacks["heartbeat"] = Heartbeat(attempt)
-
-    def mark(step: int) -> dict[str, Any]:
-        guard.check()
-        ledger.mark(step)
-        return {"identity": opening.identity, "metrics": report.mark(step)}
-
-    def flush() -> None:
-        ledger.flush()
-        report.flush()
-
-    retention = _retention(config)
-    hooks = Hooks(
-        mark=mark,
-        flush=flush,
-        successor=lambda: _name(attempt.successor()),
-        committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
-        retain=lambda: store.retain(retention, attempt=attempt.number),
-    )
-    callbacks["checkpoint"] = _saver(config.checkpoint, store, attempt.number, retention, hooks)
-    return callbacks
-
-
-def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
-    """Add what evaluates, and what looks at evaluations."""
-    if parts.evaluate is None:
-        return
-    trainer, goal = config.trainer, config.objective
-    interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-    callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
-    if goal.metric is None:
-        return
-    callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=config.checkpoint.keep_best)
-    stopping = trainer.early_stopping
-    if stopping.patience is not None:
-        callbacks["early_stopping"] = EarlyStopping(
-            goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
-        )
-
-
-def _saver(
-    checkpoint: CheckpointConfig, store: CheckpointStore, attempt: int, retention: Retention, hooks: Hooks
-) -> SaveCheckpoint:
-    return SaveCheckpoint(
-        store,
-        Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
-        Affordable() if checkpoint.every is Every.auto else None,
-        hooks,
-        attempt=attempt,
-        pins=retention.pins,
-        max_unsaved=checkpoint.max_unsaved,
-        background=checkpoint.background,
-    )
-
-
-def _retention(config: Config) -> Retention:
-    keep, goal = config.checkpoint, config.objective
-    return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, goal.mode.name if goal.metric else None)
+def _claim(opening: Opening, config: Config, facts: dict[str, Any]) -> Attempt:
+    # Claims may have been cleared away by hand; what was committed under their numbers counts all the same.
+    location = opening.directory.location
+    above = max((commit.attempt for commit in commits(location)), default=0)
+    attempt = attempts.claim(location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
+    begin(opening, attempt, parent=_origin(opening))
+    return attempt
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
@@ -205,10 +147,10 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: Opening, parts: Parts, store: CheckpointStore) -> Resumed:
+def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
     fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory))
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
 
 
 def _evidence(location: Location) -> str | None:
@@ -225,7 +167,3 @@ def _origin(opening: Opening) -> dict[str, Any] | None:
     if opening.parent is None or opening.directory.record() is not None:
         return None
     return resolve(opening.parent).record()
-
-
-def _name(record: Record | None) -> str | None:
-    return None if record is None else record.owner()

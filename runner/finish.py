@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from runner.agreement import led
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged, SafetensorsFile
 from runner.metrics import hparams
+from runner.ranks import Ranks
 from runner.restore import evaluated_weights
 from runner.run.directory import BEST, MODEL, TENSORBOARD
 from runner.run.opening import Opening
@@ -23,11 +25,30 @@ log = logging.getLogger("runner")
 
 
 def finish(
-    opening: Opening, parts: Parts, store: CheckpointStore, callbacks: Mapping[str, Callback], loop: Loop
+    opening: Opening,
+    parts: Parts,
+    store: CheckpointStore,
+    callbacks: Mapping[str, Callback],
+    loop: Loop,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Export the weights and declare the run finished; returns its result. Safe to repeat after a kill."""
-    location, state = opening.directory.location, parts.state
-    weights = {MODEL: state.evaluated_model.state_dict()}
+    state = parts.state
+    weights = {name: parts.layout.whole(tensor) for name, tensor in state.evaluated_model.state_dict().items()}
+    result: dict[str, Any] = led(ranks, lambda: _finish(opening, parts, store, callbacks, loop, weights))
+    return result
+
+
+def _finish(
+    opening: Opening,
+    parts: Parts,
+    store: CheckpointStore,
+    callbacks: Mapping[str, Callback],
+    loop: Loop,
+    final: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    location = opening.directory.location
+    weights = {MODEL: final}
     evaluate, best = callbacks.get("evaluate"), callbacks.get("best")
     goal = None
     if isinstance(best, Best) and best.step:
@@ -42,7 +63,7 @@ def finish(
         "metrics": {n: _number(v) for n, v in evaluate.scalars.items()} if isinstance(evaluate, Evaluate) else {},
         "objective": goal,
         "skipped_steps": parts.update.skipped,
-        "substituted_samples": state.stream.substituted,
+        "substituted_samples": parts.state.stream.substituted,
         "seconds": loop.elapsed,
         "sha256": {name: export(location, name, tensors) for name, tensors in weights.items()},
     }

@@ -29,8 +29,18 @@ def introduce(
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %s", parts.state.stream.guarantee)
+    if parts.layout.told:
+        log.info("together %s; %s", parts.layout.told, _share(parts))
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.state.stream.workers)
     log.info("model    %s parameters", f"{count:,}")
+
+
+def _share(parts: Parts) -> str:
+    """What each of many processes takes of a step."""
+    plan = parts.plan
+    assert plan is not None, "iterable data was refused"
+    each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
+    return f"each takes {each} of {'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
 
 
 def _from_where(resumed: Resumed, before: Record | None) -> str:

@@ -48,6 +48,12 @@ class Job:
         command = shlex.join([Path(sys.executable).name, "-m", "runner", *self.overrides])
         return open_run(self.directory, self.identity, on_drift=self.on_drift, command=command, parent=self.parent)
 
+    def following(self, variant: str, result: dict[str, Any] | None) -> Opening:
+        """The run as another process of it has found it, which also begins it and keeps its records."""
+        place = self.directory
+        directory = RunDirectory.under(place.root, place.experiment, variant, place.options)
+        return Opening(directory, self.identity, [], None, None, result, "")
+
 
 def absolute_root(config: DictConfig) -> str:
     """The folder or URL under which the runs are."""

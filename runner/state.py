@@ -87,8 +87,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
-        found = {name: part.state_dict() for name, part in self.parts().items()}
-        return found | {"generators": Own(found["generators"])}
+        return {name: _state_of(part) for name, part in self.parts().items()}
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
         """Load every part except those of ``without``, and the callbacks' unless ``memories``.
@@ -114,6 +113,11 @@ class TrainState:
             _load("average", self.average, checkpoint)
         elif self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
+
+
+def _state_of(part: Stateful) -> dict[str, Any]:
+    state = part.state_dict()
+    return Own(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
 def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:

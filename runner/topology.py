@@ -18,14 +18,16 @@ _BITWISE = (
     "cpu_capability",
     "threads",
     "device",
+    "processes",
+    "parallel",
     "gpus",
     "cuda",
     "deterministic",
 )
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """The topology of this process, as plain JSON values. Call it after threads and device were set."""
+def describe(device: torch.device, processes: int, parallel: str) -> dict[str, Any]:
+    """The topology of a run's processes, as plain JSON values. Call it after threads and device were set."""
     on_cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -35,6 +37,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": device.type,
+        "processes": processes,
+        "parallel": parallel if processes > 1 else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_cuda else [],
         "cuda": torch.version.cuda if on_cuda else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -45,6 +49,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed since another attempt that floats may depend on, as ``name before -> now``."""
+    before = {"processes": 1, **before}
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in _BITWISE if before.get(key) != now.get(key)]
 
 

@@ -3,14 +3,19 @@
 import time
 from collections.abc import Sequence
 
-from runner import signals
 from runner.callbacks.base import Callback, Loop
+from runner.data.stream import Read
+from runner.distributed.layout import Layout, Single
+from runner.distributed.team import Alone, News, Team
 from runner.state import TrainState
-from runner.task import Task, Update
+from runner.task import Metrics, Task, Update
+from runner.update import MEASURED
 
 
 class Trainer:
-    """Runs optimizer steps until a limit, a callback or a signal ends it. Saves nothing itself: callbacks do."""
+    """Runs optimizer steps until a limit, a callback or a signal ends it, in all processes of the ``team`` after the
+    same step. Saves nothing itself: callbacks do.
+    """
 
     def __init__(
         self,
@@ -21,6 +26,8 @@ class Trainer:
         max_steps: int | None,
         max_epochs: int | None = None,
         max_seconds: float | None = None,
+        team: Team | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.task = task
         self.update = update
@@ -28,6 +35,8 @@ class Trainer:
         self.max_steps = max_steps
         self.max_epochs = max_epochs
         self.max_seconds = max_seconds
+        self.team = team or Alone()
+        self.layout = layout or Single()
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0) -> Loop:
         """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
@@ -38,29 +47,37 @@ class Trainer:
         loop = self._start(state, elapsed)
         on_step = [callback.on_step for callback in self.callbacks]
         while loop.stop is None:
-            self._step(loop)
-            loop.elapsed = time.monotonic() - began
+            self._step(loop, began)
             loop.stop = self._limit(loop)
             for call in on_step:
                 call(loop)
-            loop.stop = loop.stop or signals.received()
+            loop.stop = loop.stop or self.team.stop
+        self.team.rest()
         for callback in reversed(self.callbacks):  # the checkpoint first: the others still have what it asks for
             callback.on_end(loop)
         return loop
 
-    def _step(self, loop: Loop) -> None:
+    def _step(self, loop: Loop, began: float) -> None:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.objective, loop.improved = None, None, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = state.scheduler.get_last_lr()[0]
 
-        loop.metrics = self.task.optimization_step(state.model, stream.step(), self.update)
+        metrics = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
         state.scheduler.step()
-        stream.advance()
+        news = self.team.exchange(News(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
+        stream.advance(Read(news.digest, news.swaps))
+        loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
 
         loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
         loop.waited = stream.waited
+
+    def _whole(self, metrics: Metrics, names: Sequence[str]) -> Metrics:
+        """Means over the global batch, of those over shares of it."""
+        zero = metrics["loss"].new_zeros(())  # what this process has of a metric that only others measured
+        shares = {name: metrics.get(name, zero) for name in names if name not in MEASURED}
+        return {**metrics, **self.team.added(shares)}
 
     def _start(self, state: TrainState, elapsed: float) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
@@ -70,7 +87,7 @@ class Trainer:
         loop.stop = self._limit(loop) if loop.step else None
         for callback in self.callbacks:
             callback.on_start(loop)
-        loop.stop = loop.stop or signals.received()
+        loop.stop = loop.stop or self.team.poll()
         return loop
 
     def _limit(self, loop: Loop) -> str | None:

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from runner.distributed.layout import Layout, Single
+
+MEASURED = frozenset({"grad_norm"})  # by the update itself, over all processes
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +32,7 @@ class WeightUpdate:
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
         average: AveragedModel | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -39,6 +44,7 @@ class WeightUpdate:
         self._clip_norm = clip_norm
         self._skip_nonfinite = skip_nonfinite
         self._average = average
+        self._layout = layout or Single()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)
@@ -48,16 +54,18 @@ class WeightUpdate:
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
+        self._layout.gather_gradients()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         measured = {}
         if self._clip_norm is not None:
-            measured["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            measured["grad_norm"] = self._clip(self._clip_norm)
         if self._skip_nonfinite and not self._finite(loss):
             self.skipped += 1
         else:
             self._move()
         self.optimizer.zero_grad(set_to_none=True)
+        self._layout.settle()
         if self._scaler is not None:
             self._scaler.update()
         return measured
@@ -78,7 +86,15 @@ class WeightUpdate:
         if self._average is not None:
             self._average.update_parameters(self.model)
 
+    def _clip(self, most: float) -> Tensor:
+        """What ``nn.utils.clip_grad_norm_`` does, whose norm may lie in pieces."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = self._layout.whole(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(self._parameters, most, norm)
+        return norm
+
     def _finite(self, loss: Tensor) -> bool:
         """Reads the device once per step, which is what skipping costs."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return bool(torch.isfinite(torch.stack([loss, *torch._foreach_norm(gradients)])).all())
+        norms = map(self._layout.whole, torch._foreach_norm(gradients))
+        return bool(self._layout.all(torch.isfinite(torch.stack([loss, *norms])).all()))

@@ -23,7 +23,7 @@ from typing import Any
 
 from counts import count
 
-_WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
+WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Lives:
         after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
-        waited = [f"{key}={value}" for key, value in _WAITED.items() if key not in given]
+        waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
         place = next((n for n, argument in enumerate(arguments) if argument.startswith("experiment=")), None)
         if place is not None:
             arguments = (*arguments[:place], *waited, *arguments[place:])
@@ -79,19 +79,23 @@ class Lives:
         self._server.stdout.close()
 
 
-def serve() -> None:
-    """Answer requests until the client goes away."""
+def preload() -> None:
+    """Import all that a life will import."""
     optional = [name for name in ("optuna",) if importlib.util.find_spec(name)]
     for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment", *optional):
         importlib.import_module(module)
     gc.freeze()  # else the first collection in each life copies every page
 
+
+def serve() -> None:
+    """Answer requests until the client goes away."""
+    preload()
     for line in sys.stdin:
         request = json.loads(line)
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _live(request)
+            become(request)
         status = _wait(pid, request)
         if status is None:
             count("kills")
@@ -120,7 +124,7 @@ def _wait(pid: int, request: dict[str, Any]) -> int | None:
     return None if code == -signal.SIGKILL else code
 
 
-def _live(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any]) -> None:
     """Become a process of the runner, and never return."""
     os.setpgid(0, 0)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -199,8 +203,8 @@ def _die_after_step(last: int) -> None:
 
     step = Trainer._step
 
-    def mortal_step(self: Trainer, loop: Any) -> None:
-        step(self, loop)
+    def mortal_step(self: Trainer, loop: Any, began: float) -> None:
+        step(self, loop, began)
         if loop.step == last:
             _die()
 

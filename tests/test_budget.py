@@ -11,7 +11,7 @@ from runner.data import budget
 from runner.data.budget import Budgeted
 from runner.data.order import Permuted
 from runner.data.plan import Plan, Slice
-from runner.distributed import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CHANCE = np.random.default_rng(0)

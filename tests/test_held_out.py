@@ -7,7 +7,7 @@ import torch
 
 from runner.data.engine import Loading
 from runner.data.held_out import EvaluationData
-from runner.distributed import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]

@@ -14,6 +14,7 @@ from runner.data.opaque import OpaqueStream
 from runner.data.stream import BatchStream, Stream
 from runner.data.training import training_data
 from runner.data.windows import Streams
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ class Shards:
 
 def made(samples: Any, *, workers: int = 0, **data: Any) -> tuple[Stream, Any]:
     config = OmegaConf.merge(OmegaConf.structured(Config), {"data": {"batch_size": 16, "randomness": "off"} | data})
-    return training_data(config, samples, Loading(workers), CPU, None)  # type: ignore[arg-type]
+    return training_data(config, samples, Loading(workers), CPU, None, World())  # type: ignore[arg-type]
 
 
 def test_a_list_is_shuffled_as_a_whole() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
-from runner.storage.location import Folder
+from runner.metrics.silence import Silence
 
 
 class Report(Callback):
@@ -20,17 +20,22 @@ class Report(Callback):
 
     The window is part of the state: a mean over steps of two attempts is that of the uninterrupted run. No metric is
     read from its device before its window is full. Values that are not finite count in no mean.
+    ``curves`` begins the curves anew from a step on.
     """
 
     def __init__(
-        self, *, every_steps: int, folder: Folder, lines: MetricLines, attempt: int, best: Best | None
+        self,
+        *,
+        every_steps: int,
+        curves: Callable[[int], Curves | Silence],
+        lines: MetricLines | Silence,
+        best: Best | None,
     ) -> None:
         self.every_steps = every_steps
-        self._folder = folder
-        self._attempt = attempt
+        self._begun = curves
         self._lines = lines
         self._best = best
-        self._curves: Curves | None = None
+        self._curves: Curves | Silence | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
@@ -39,7 +44,7 @@ class Report(Callback):
     def on_start(self, loop: Loop) -> None:
         # A step whose evaluation was cut short was not reported; it is reported now, or after the next resume.
         again = loop.evaluation is not None or loop.evaluation_due
-        self._curves = Curves(self._folder, purge_step=loop.step + (not again), attempt=self._attempt)
+        self._curves = self._begun(loop.step + (not again))
         self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)
         self._report(loop)
 

@@ -28,6 +28,8 @@ _AT_LEAST = {
     "checkpoint.keep_best": 1,
     "metrics.every_steps": 1,
     "runtime.num_workers": 0,
+    "runtime.shard": 1,
+    "runtime.timeout": 2,
     "sweep.max_retries": 0,
     "runtime.prefetch": 1,
     "runtime.num_threads": 1,

@@ -18,6 +18,12 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class Parallel(Enum):
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 class OnNonfinite(Enum):
     stop = "stop"
     skip = "skip"
@@ -103,7 +109,7 @@ class TrainerConfig:
     max_seconds: float | None = None  # of training, over all attempts
     evaluate_every_steps: int | None = None
     evaluate_every_epochs: int | None = None  # with neither of the two: once, at the end
-    accumulate: int = 1  # micro-batches per optimizer step
+    accumulate: int = 1  # micro-batches per optimizer step; several processes share them out
     clip_norm: float | None = None
     precision: Precision = Precision.fp32
     on_nonfinite: OnNonfinite = OnNonfinite.stop
@@ -137,6 +143,10 @@ class MetricsConfig:
 @dataclass
 class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    parallel: Parallel = Parallel.auto  # of several processes, started by torchrun: ddp has the whole model in each
+    shard: int | None = None  # fsdp: processes that a replica of the model lies on; absent: all
+    timeout: float = 600.0  # seconds in which a process that stopped, or keeps the others waiting, ends all of them
+    compile: bool = False  # the model, by torch.compile
     num_workers: int = 0  # processes that load data; 0 loads in the training process
     prefetch: int = 2  # batches in flight per worker
     start_method: str | None = None  # fork, spawn, forkserver; absent: Python's default

@@ -11,7 +11,7 @@ from runner.data.fetch import Collate, Fetcher, Samples, unreadable
 from runner.data.plan import Plan, Slice
 from runner.data.probe import require_pure
 from runner.data.stream import to_device
-from runner.distributed import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 
@@ -47,7 +47,7 @@ class EvaluationData:
         if audit:
             require_pure(fetcher)
         self._loader = Loader(fetcher, self._slices, loading)
-        self._device = device
+        self.device = device
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Batches on the device, each with its number of samples (0: padding)."""
@@ -55,7 +55,7 @@ class EvaluationData:
             for bad in fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
                 raise unreadable(bad, self._samples, remedy=remedy)
-            yield weight, to_device(fetched.batch, self._device)
+            yield weight, to_device(fetched.batch, self.device)
 
 
 def checked(samples: Any, key: str) -> Samples:

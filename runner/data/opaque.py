@@ -18,7 +18,7 @@ from runner.data.engine import Loading, sendable, start_worker, watch, without_n
 from runner.data.fetch import Collate
 from runner.data.ledger import Line
 from runner.data.passes import Batch, Making, Passes, stateful
-from runner.data.stream import to_device
+from runner.data.stream import Read, to_device
 from runner.errors import DataError
 
 _log = logging.getLogger("runner")
@@ -130,7 +130,12 @@ class OpaqueStream:
             self.digest = content.intdigest()
             yield 1 / self._micro_batches, to_device(batch.content, self._device)
 
-    def advance(self) -> None:
+    @property
+    def read(self) -> Read:
+        """The content of the current step."""
+        return Read(self.digest)
+
+    def advance(self, whole: Read | None = None) -> None:
         """The step that used the current batches is done."""
         self._saved = self._batches.state_dict()
         self.consumed += self.count

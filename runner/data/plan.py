@@ -15,7 +15,7 @@ from runner.data.budget import Budgeted
 from runner.data.mixture import Mixed
 from runner.data.order import Order, Permuted
 from runner.data.windows import Streams, Windowed
-from runner.distributed import World
+from runner.distributed.world import World
 from runner.errors import DataError
 from runner.seeds import derive
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,15 @@ from runner.errors import DataError, printable
 log = logging.getLogger("runner")
 
 _TOLD = 20  # bad records that are logged; the rest is counted
+
+
+class Read(NamedTuple):
+    """The samples of a step: 64 bits of which they are, which add up over processes, and those that took the place of
+    others, as the ledger has them.
+    """
+
+    digest: int
+    swaps: str = ""
 
 
 class Stream(Protocol):
@@ -43,6 +52,10 @@ class Stream(Protocol):
     @property
     def substituted(self) -> int: ...
 
+    @property
+    def read(self) -> Read:
+        """What this process read of the current step, once it has been handed out."""
+
     def open(self) -> None:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
         restored.
@@ -51,8 +64,8 @@ class Stream(Protocol):
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
-    def advance(self) -> None:
-        """The step that used the current batch is done."""
+    def advance(self, whole: Read | None = None) -> None:
+        """The step that used the current batch is done; ``whole`` is what all processes read, if there are others."""
 
     def line(self, step: int) -> Line:
         """What the ledger says of the last finished step, which has that number."""
@@ -99,7 +112,7 @@ class BatchStream:
         self._steps: Iterator[list[Slice]] = iter(())
         self._batches: Iterator[Any] | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
-        self._line: tuple[int, int, int, str] | None = None  # of the current step, once it is handed out whole
+        self._step: tuple[int, int, Read] | None = None  # first position, count: of the current step, once handed out
 
     @property
     def epochs(self) -> int:
@@ -139,7 +152,7 @@ class BatchStream:
         slices = next(self._steps)
         total = sum(piece.count for piece in slices)
         ours = slices[self.plan.world.rank :: self.plan.world.size]
-        digest, swaps, self._line = 0, "", None
+        digest, swaps, self._step = 0, "", None
         for number, piece in enumerate(ours, 1):
             asked = time.perf_counter()
             first, batch, found, bad = next(self._batches)
@@ -148,24 +161,33 @@ class BatchStream:
             digest += found
             swaps += self._tell(bad)
             if number == len(ours):
-                self._line = (slices[0].first, total, digest % 2**64, swaps)
+                self._step = slices[0].first, total, Read(digest % 2**64, swaps)
             yield piece.count / total, to_device(batch, self._device)
 
-    def advance(self) -> None:
-        """The step that used the current batch is done. Raises DataError if it did not take all of it."""
-        if self._line is None:
+    @property
+    def read(self) -> Read:
+        """What this process read of the current step. Raises DataError if its task did not take all of it."""
+        if self._step is None:
             raise DataError(
                 f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
                 "their samples would be missed. Go through all that it is given"
             )
+        return self._step[2]
+
+    def advance(self, whole: Read | None = None) -> None:
+        """The step that used the current batch is done. Raises DataError if it did not take all of it."""
+        read = whole or self.read
+        assert self._step is not None, "step() comes first"
+        first, count, _ = self._step
+        self._step = first, count, read
         self.epochs_before = self.epochs
-        self.substituted += self._line[3].count(">")
-        self.consumed += self._line[1]
+        self.substituted += read.swaps.count(">")
+        self.consumed += count
 
     def line(self, step: int) -> Line:
         """What the ledger says of the last finished step, which has that number."""
-        assert self._line is not None, "advance() comes first"
-        first, count, digest, swaps = self._line
+        assert self._step is not None, "advance() comes first"
+        first, count, (digest, swaps) = self._step
         return Line(step, first, first + count - 1, digest, swaps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,18 +18,19 @@ from runner.data.opaque import OpaqueStream
 from runner.data.plan import Plan, Source
 from runner.data.stream import BatchStream, Stream
 from runner.data.windows import Streams
-from runner.distributed import world
-from runner.errors import DataError
+from runner.distributed.world import World
+from runner.errors import ConfigError, DataError
 
 log = logging.getLogger("runner")
 
 
 def training_data(
-    config: Config, samples: Any, loading: Loading, device: torch.device, collate: Collate | None
+    config: Config, samples: Any, loading: Loading, device: torch.device, collate: Collate | None, world: World
 ) -> tuple[Stream, Plan | None]:
     """The stream of ``data.train``, and its plan if positions say which sample comes next. Raises DataError."""
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
+        _require_one(world, samples)
         return OpaqueStream(
             samples,
             seed=config.seed,
@@ -42,7 +43,7 @@ def training_data(
             drop_last=data.tail.name == "drop",
             replay=data.replay,
         ), None
-    plan = plan_of(config, checked(samples, "data.train"))
+    plan = plan_of(config, checked(samples, "data.train"), world)
     if plan.streams is not None:
         loading = _without_overlap(loading, plan, samples)
     stream = BatchStream(
@@ -57,8 +58,8 @@ def training_data(
     return stream, plan
 
 
-def plan_of(config: Config, samples: Samples) -> Plan:
-    """The plan of the configuration for these samples. Raises DataError."""
+def plan_of(config: Config, samples: Samples, world: World) -> Plan:
+    """The plan of the configuration for these samples, in that world. Raises DataError, ConfigError."""
     data = config.data
     in_streams = data.streams.count > 0 and data.shuffle
     shards = _shards(samples) if in_streams else ()
@@ -73,7 +74,7 @@ def plan_of(config: Config, samples: Samples) -> Plan:
         samples=len(samples),
         seed=config.seed,
         batch_size=data.batch_size,
-        micro_batches=config.trainer.accumulate,
+        micro_batches=_micro_batches(config, world),
         shuffle=data.shuffle,
         tail=data.tail.name,
         randomness=data.randomness.name,
@@ -82,8 +83,43 @@ def plan_of(config: Config, samples: Samples) -> Plan:
         sources=sources,
         max_tokens=data.max_tokens,
         lengths=() if data.max_tokens is None else _lengths(samples),
-        world=world(),
+        world=world,
     )
+
+
+def _micro_batches(config: Config, world: World) -> int:
+    """How many each process takes in a step, so that the step stays what it is: the same samples, and none of the
+    micro-batches larger than in one process. Raises ConfigError for a world among which it cannot be shared out.
+    """
+    size, wanted = config.data.batch_size, config.trainer.accumulate
+    if world.size == 1:
+        return wanted
+    if config.data.max_tokens is not None:  # these are planned ahead, for as many in a step
+        if wanted % world.size:
+            fits = [number for number in range(1, wanted + 1) if wanted % number == 0]
+            raise ConfigError(_cannot_share(world, f"trainer.accumulate={wanted} micro-batches", fits))
+        return wanted // world.size
+    if size % world.size:
+        fits = [number for number in range(1, size + 1) if size % number == 0]
+        raise ConfigError(_cannot_share(world, f"data.batch_size={size} samples", fits))
+    share = size // world.size
+    equal = (number for number in range(-(-wanted // world.size), share + 1) if share % number == 0)
+    return next(equal, wanted)
+
+
+def _cannot_share(world: World, what: str, fits: Sequence[int]) -> str:
+    return (
+        f"{what} of a step cannot be shared out among {world.size} processes equally; "
+        f"start {', '.join(map(str, fits))} of them. Another number is no other run"
+    )
+
+
+def _require_one(world: World, samples: Any) -> None:
+    if world.size > 1:
+        raise ConfigError(
+            f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read all "
+            "of it. Make it map-style (__len__, __getitem__), which is dealt out to them, or train in one process"
+        )
 
 
 def _streams(data: DataConfig, micro_batches: int) -> Streams:

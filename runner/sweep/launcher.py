@@ -23,7 +23,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from runner import signals
-from runner.errors import Interrupted, RunInUse, RunnerError
+from runner.distributed.world import World, world
+from runner.errors import ConfigError, Interrupted, RunInUse, RunnerError
 from runner.job import Job, absolute_root, storage_options
 from runner.stop import VARIABLE, StopRequest
 from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, failed, look, refused, table
@@ -64,6 +65,7 @@ def install() -> Outcome:
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
+        _require_one(world())
         loader: Any = _Loader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         inner = _instantiate(plugins, inner_context, task_function, config)
@@ -73,6 +75,14 @@ def install() -> Outcome:
 
     Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign,assignment]
     return outcome
+
+
+def _require_one(here: World) -> None:
+    if here.size > 1:
+        raise ConfigError(
+            f"a sweep (-m) was started in {here.size} processes, each of which would run all jobs. Start it in one, "
+            "with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
+        )
 
 
 class Jobs:

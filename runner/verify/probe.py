@@ -72,7 +72,7 @@ def install(request: Mapping[str, Any]) -> None:
     for pin in request["pins"]:
         pins.hold(pin)
     if request["does"] == "remove":
-        app._finished = lambda job, config: evidence.remove(job.directory)
+        app._finished = lambda job, config, team: evidence.remove(job.directory)
         return
     probe = Probe(request)
     _watch_building(probe)
@@ -93,9 +93,9 @@ def _watch_building(probe: Probe) -> None:
             probe.write("made", memory=memory({key: made}))
         return made
 
-    def built(config: Any, device: Any) -> Any:
+    def built(config: Any, device: Any, team: Any) -> Any:
         try:
-            found = parts(config, device)
+            found = parts(config, device, team)
         except Exception:
             probe.write("refused", memory=memory(probe.objects))
             raise
@@ -128,8 +128,8 @@ def _hash_batches(probe: Probe, stream: Any) -> None:
 def _watch_resuming(probe: Probe) -> None:
     resume = experiment._resume
 
-    def resumed(opening: Any, parts: Any, store: Any) -> Any:
-        found = resume(opening, parts, store)
+    def resumed(opening: Any, parts: Any, store: Any, ranks: Any) -> Any:
+        found = resume(opening, parts, store, ranks)
         probe.write("resumed", step=found.step, **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
@@ -149,13 +149,13 @@ def _watch_steps(probe: Probe) -> None:
         self.max_steps = min(limits, default=None)
         self.max_seconds = None  # what ends with the clock ends elsewhere every time
 
-    def stepped(self: Trainer, loop: Loop) -> None:
+    def stepped(self: Trainer, loop: Loop, began: float) -> None:
         probe.line = {"generators": fingerprint({"generators": Generators().state_dict()})}
-        began = time.monotonic()
-        step(self, loop)
+        before = time.monotonic()
+        step(self, loop, began)
         probe.line |= {
             "step": loop.step,
-            "took": time.monotonic() - began,
+            "took": time.monotonic() - before,
             "epochs": loop.epochs,
             "samples": str(loop.state.stream.line(loop.step)),
             "rate": loop.rate,
@@ -238,8 +238,8 @@ def _watch_evaluation(probe: Probe) -> None:
 def _watch_the_end(probe: Probe) -> None:
     finished, before = app._finished, {*sys.modules}
 
-    def ended(job: Job, config: Any) -> Any:
-        found = finished(job, config)
+    def ended(job: Job, config: Any, team: Any) -> Any:
+        found = finished(job, config, team)
         probe.write("finished", **evidence.collect(job.directory))
         probe.write("imported", modules=[name for name in sys.modules if name not in before and _is_library(name)])
         return found

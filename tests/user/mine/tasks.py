@@ -1,5 +1,9 @@
 """Tasks that a user might write."""
 
+import os
+import signal
+import time
+
 import torch
 
 from runner.tasks.classification import Classification
@@ -88,4 +92,24 @@ class Slow(Classification):
 
         if "PACE" in os.environ:
             time.sleep(float(Path(os.environ["PACE"]).read_text() or 0))
+        return super().training_step(model, batch)
+
+
+class Hangs(Classification):
+    """In one rank, never comes back from its training step of a number; or ``fails`` there, or ``dies`` once."""
+
+    def __init__(self, *, rank: int, step: int, fails: bool = False, dies: bool = False) -> None:
+        super().__init__()
+        self.here, self.step, self.fails, self.dies = os.environ.get("RANK") == str(rank), step, fails, dies
+
+    def training_step(self, model, batch):
+        self.step -= 1
+        if self.here and self.step == 0:
+            if self.fails:
+                raise RuntimeError("mine")
+            if self.dies and not os.path.exists("died"):
+                open("died", "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif not self.dies:
+                time.sleep(3600)
         return super().training_step(model, batch)

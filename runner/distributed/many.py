@@ -1,0 +1,193 @@
+"""Several processes: how they meet, what they exchange, and how all of them leave when one has to."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from runner import signals
+from runner.distributed.channel import Channel, OthersFailed, raise_if_failed
+from runner.distributed.circle import Circle
+from runner.distributed.team import News
+from runner.distributed.watch import Failure, Watch
+from runner.distributed.world import Meeting, World
+from runner.errors import ConfigError, RunnerError
+from runner.ranks import Ranks
+
+_CONSEQUENCE_SECONDS = 3.0  # in which the cause of an error becomes known, if it is the fault of another process
+_READ_SECONDS = 1.5  # in which every process reads that another has failed
+_NANOSECONDS = 10**9
+
+
+class Many:
+    """Implements ``team.Team`` over a store, in which small values are exchanged, and torch's process groups."""
+
+    def __init__(self, world: World, place: Meeting, *, timeout: float) -> None:
+        self.world = world
+        self.place = place
+        self.stop: str | None = None
+        self._timeout = timeout
+        self._served: Store | None = None
+        if world.rank == 0 and not place.kept:
+            self._served = self._connect(serve=True)
+        self._own = self._store("watch")
+        self.watch = Watch(self._store("watch"), world, timeout=timeout)
+        self.ranks = self.channel("main")
+        self._group: dist.ProcessGroup | None = None
+
+    def channel(self, name: str) -> Ranks:
+        return Channel(self._store(name), self.world, self.watch)
+
+    def begin(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=self._store("group"),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            timeout=timedelta(seconds=10 * self._timeout),  # the watch knows before, and says whose fault it is
+        )
+        self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
+        assert self._group is not None
+        self.ranks = Circle(self._store("circle"), self.world, self.watch, self._group)
+
+    def exchange(self, news: News) -> News:
+        names = crc32(",".join(news.metrics).encode()) >> 8  # its square must have room
+        elapsed = 0 if self.world.rank else round(news.elapsed * _NANOSECONDS)
+        digest = news.digest - (news.digest >> 63 << 64)  # the same bits as a signed number
+        told = self._sums([digest, len(news.swaps), elapsed, names, names**2, *_arrived()])
+        digest, swapped, elapsed, names, squares, *arrived = told
+        self.stop = self.stop or _signal(arrived)
+        swaps = self._swaps(news.swaps) if swapped else ""
+        # Equal on all ranks if and only if the mean of the squares is the square of the mean.
+        metrics = news.metrics if squares * self.world.size == names**2 else self.union(news.metrics)
+        return News(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
+
+    def poll(self) -> str | None:
+        self.stop = self.stop or _signal(self._sums(_arrived()))
+        return self.stop
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        told = self.ranks.gather([*names])
+        found: list[str] = self.ranks.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
+        return found
+
+    def added(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not values:
+            return values
+        sums = torch.stack([value.detach().double() for value in values.values()])
+        dist.all_reduce(sums)
+        return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), sums, strict=True)}
+
+    def rest(self) -> None:
+        self.watch.rest()
+
+    def at_failure(self, last_words: Callable[[str], None]) -> None:
+        self.watch.last_words = last_words
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except RunnerError:
+            raise
+        except RuntimeError:  # of a collective, perhaps
+            if self.watch.wait(_CONSEQUENCE_SECONDS):
+                raise_if_failed(self.watch)
+            raise
+
+    def leave(self) -> None:
+        """The end of all, in good order. Rank 0 is the last to go: it may keep the store."""
+        self.watch.rest()
+        self._left()
+        self.ranks.gather(None)
+        self.watch.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> Failure:
+        """Have all others end as well; the reason why all do, which may be another one's failure."""
+        status = error.status if isinstance(error, RunnerError) else 1
+        failure = self.watch.failure or self.watch.fail(
+            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", told=True)
+        )
+        self._left()
+        if self._served is not None:
+            time.sleep(_READ_SECONDS)
+        return failure
+
+    def _left(self) -> None:
+        with suppress(RuntimeError):
+            self._own.set(f"left/{self.world.rank}", "")
+
+    def _sums(self, numbers: Sequence[int]) -> list[int]:
+        self.watch.moved()
+        told = torch.tensor(numbers)
+        dist.all_reduce(told, group=self._group)
+        self.watch.moved()
+        found: list[int] = told.tolist()
+        return found
+
+    def _swaps(self, swaps: str) -> str:
+        told = self.ranks.gather(swaps)
+        found = sorted("".join(told or []).split(), key=lambda swap: int(swap.partition(":")[0]))
+        ordered: str = self.ranks.broadcast("".join(f" {swap}" for swap in found))
+        return ordered
+
+    def _store(self, name: str) -> Store:
+        """A connection of its own: a thread that waits for an answer holds up no other."""
+        return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
+
+    def _connect(self, *, serve: bool = False) -> Store:
+        place = self.place
+        try:
+            return TCPStore(
+                place.host,
+                place.port,
+                is_master=serve,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=self._timeout),
+            )
+        except RuntimeError as error:
+            what = "keep the store of the processes" if serve else "reach the store of the processes"
+            raise ConfigError(f"cannot {what} at {place.host}:{place.port}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def met(world: World, place: Meeting, *, timeout: float) -> Iterator[Many]:
+    """In the team meanwhile; what it raises was told by one process, or is told by its caller here."""
+    team = Many(world, place, timeout=timeout)
+    try:
+        with team.explaining():
+            yield team
+    except BaseException as error:
+        if isinstance(error, RunnerError) and error.agreed:
+            team.leave()
+            if world.rank == 0:
+                raise
+            raise OthersFailed("", error.status) from None
+        failure = team.fail(error)
+        if failure.told and failure.rank == world.rank:
+            raise
+        told = "" if failure.told or world.rank != (failure.rank == 0) else failure.message
+        raise OthersFailed(told, failure.status) from None
+    team.leave()
+
+
+def _arrived() -> list[int]:
+    """For each of the stop signals, whether it arrived here."""
+    here = signals.received()
+    return [int(number.name == here) for number in signals.STOP_SIGNALS]
+
+
+def _signal(arrived: Sequence[int]) -> str | None:
+    """The first of the stop signals that arrived anywhere."""
+    return next((number.name for number, count in zip(signals.STOP_SIGNALS, arrived, strict=True) if count), None)

@@ -1,0 +1,141 @@
+"""Data parallel training: every process has the whole model, and gradients are added up while backward goes on.
+
+torch's ``DistributedDataParallel`` forms its buckets anew after the first step of a process, by the order in which
+gradients came. From three processes on, where a gradient lies in a bucket decides in which order it is added up: the
+first step after a resume would have other last bits than the same step of a run that was not interrupted. Here buckets
+never change. Nor is the model wrapped: a task may use all that it has, and need not use all of it in every step.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runner.distributed.buffers import take_over
+from runner.errors import ConfigError
+
+_BUCKET_BYTES = 25 << 20
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Parameters whose gradients travel together; ``flat`` holds those on their way, and which there are."""
+
+    parameters: list[nn.Parameter]
+    ready: set[int] = field(default_factory=set)
+    flat: Tensor | None = None
+    work: Any = None
+
+
+class Replicated:
+    """Implements ``layout.Layout``: the whole model in every process."""
+
+    def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
+        self.told = f"ddp: {dist.get_world_size()} processes, each with the whole model"
+        self._micro_batches = micro_batches
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
+        self._last = False
+        self._next = 0  # the bucket that is sent next: all processes send them in one order
+        for number, bucket in enumerate(self._buckets):
+            for place, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(self._ready, number, place)
+                )
+        for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
+            take_over([tensor])
+
+    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self._last = number == self._micro_batches
+            yield micro_batch
+
+    def gather_gradients(self) -> None:
+        for bucket in self._buckets[self._next :]:
+            _send(bucket)
+        for bucket in self._buckets:
+            _receive(bucket)
+        self._next, self._last = 0, False
+
+    def whole(self, value: Tensor) -> Tensor:
+        return value
+
+    def all(self, verdict: Tensor) -> Tensor:
+        verdict = verdict.int()
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return verdict
+
+    def settle(self) -> None:
+        take_over(self._buffers)
+
+    def state_of(self, optimizer: Any) -> Any:
+        return optimizer
+
+    def _ready(self, number: int, place: int, parameter: Tensor) -> None:
+        """A gradient is there: send what can be sent."""
+        if not self._last:
+            return
+        if number < self._next:
+            raise RuntimeError(
+                "a gradient was added to after it had been sent to the other processes. Differentiate each micro-batch "
+                "once, with all of its losses together"
+            )
+        self._buckets[number].ready.add(place)
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if len(bucket.ready) < len(bucket.parameters):
+                return
+            _send(bucket)
+            self._next += 1
+
+
+def _split(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Trained parameters in about the order in which backward gives their gradients, in buckets of one kind."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for name, parameter in reversed([*model.named_parameters()]):
+        if not parameter.requires_grad:
+            continue
+        if parameter.layout != torch.strided:
+            raise ConfigError(
+                f"model: {name} is a {parameter.layout} parameter; several processes train dense ones only"
+            )
+        other = bucket and (bucket[0].dtype != parameter.dtype or bucket[0].device != parameter.device)
+        if other or size >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    if bucket:
+        yield bucket
+
+
+def _send(bucket: _Bucket) -> None:
+    """Begin to add up; a gradient that is not here counts as zeros, and only if it is somewhere."""
+    gradients = [parameter.grad for parameter in bucket.parameters]
+    pieces = [
+        torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
+        for parameter, gradient in zip(bucket.parameters, gradients, strict=True)
+    ]
+    here = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)
+    bucket.flat = torch.cat([*pieces, here.to(pieces[0].device, non_blocking=True)])
+    bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+
+
+def _receive(bucket: _Bucket) -> None:
+    """Put the sums where the gradients are."""
+    assert bucket.flat is not None
+    bucket.work.wait()
+    count = len(bucket.parameters)
+    sums = torch.split(bucket.flat[:-count], [parameter.numel() for parameter in bucket.parameters])
+    absent = [number for number, parameter in enumerate(bucket.parameters) if parameter.grad is None]
+    somewhere = bucket.flat[-count:].tolist() if absent else [1.0] * count
+    for parameter, total, found in zip(bucket.parameters, sums, somewhere, strict=True):
+        if found:
+            total = total.view_as(parameter)
+            parameter.grad = parameter.grad.copy_(total) if parameter.grad is not None else total.clone()
+    bucket.flat, bucket.work, bucket.ready = None, None, set()

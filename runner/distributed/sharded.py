@@ -1,0 +1,102 @@
+"""Fully sharded training (FSDP2): each process keeps a slice of every parameter, its gradient and its moments.
+
+A replica of the model lies on ``shard`` processes, and there are as many replicas as the world has room for. Repeated
+layers (``layout.blocks``) are brought together one at a time, what is left of the model as one.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from runner.distributed.buffers import take_over
+from runner.distributed.layout import blocks
+
+
+class Sharded:
+    """Implements ``layout.Layout``: a slice of the model in every process."""
+
+    def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int) -> None:
+        replicas = dist.get_world_size() // shard
+        shape, names = ((replicas, shard), ("replicate", "shard")) if replicas > 1 else ((shard,), ("shard",))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for model in models:
+            found = blocks(model)
+            for part in (*found, model):
+                fully_shard(part, mesh=mesh)
+                _add_up(part)
+        self.told = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
+        self._model = models[0]
+        self._micro_batches = micro_batches
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
+
+    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+        assert isinstance(self._model, FSDPModule)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            last = number == self._micro_batches
+            self._model.set_is_last_backward(last)
+            self._model.set_requires_gradient_sync(last)
+            yield micro_batch
+
+    def gather_gradients(self) -> None:
+        pass  # done by the hooks of FSDP
+
+    def whole(self, value: Tensor) -> Tensor:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def all(self, verdict: Tensor) -> Tensor:
+        verdict = self.whole(verdict).int()
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return verdict
+
+    def settle(self) -> None:
+        take_over(self._buffers)
+
+    def state_of(self, optimizer: Any) -> Any:
+        return _ShardedOptimizer(optimizer)
+
+
+class _ShardedOptimizer:
+    """The optimizer as a part of the state, which can tell how it will lie before it has any."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def like(self) -> dict[str, Any]:
+        """A state with the tensors of one that has made a step, each as it lies on the processes."""
+        if self.optimizer.state:
+            return self.state_dict()
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = self.optimizer.state_dict()
+        self.optimizer.state.clear()
+        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        return state
+
+
+def _add_up(part: Any) -> None:
+    """Have gradients added up, not averaged: losses come with their share of the batch."""
+    if hasattr(part, "set_gradient_divide_factor"):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+    else:  # torch before 2.8
+        part.set_reduce_scatter_divide_factor(1.0)

@@ -1,0 +1,95 @@
+"""Exchanges between processes over a store: threads stand for processes, each with a connection of its own."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from runner.agreement import gathered, led
+from runner.distributed.channel import Channel, OthersFailed
+from runner.distributed.watch import Failure, Watch
+from runner.distributed.world import World
+from runner.errors import DataError
+
+SIZE = 3
+Work = Callable[[Channel, Watch], Any]
+
+
+@pytest.fixture
+def server() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def together(server: TCPStore, work: Work) -> list[Any]:
+    """What each of three returns."""
+
+    def connect(name: str) -> PrefixStore:
+        return PrefixStore(name, TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False))
+
+    def one(rank: int) -> Any:
+        world = World(rank, SIZE)
+        watch = Watch(connect("watch"), world, timeout=60)
+        try:
+            return work(Channel(connect("channel"), world, watch), watch)
+        finally:
+            watch.close()
+
+    with ThreadPoolExecutor(SIZE) as pool:
+        return [*pool.map(one, range(SIZE))]
+
+
+def test_all_get_what_the_first_has_and_the_first_what_all_have(server: TCPStore) -> None:
+    def work(channel: Channel, watch: Watch) -> Any:
+        return channel.broadcast({"from": channel.rank}), channel.gather([channel.rank, 1.5, None])
+
+    assert together(server, work) == [
+        ({"from": 0}, [[0, 1.5, None], [1, 1.5, None], [2, 1.5, None]]),
+        ({"from": 0}, None),
+        ({"from": 0}, None),
+    ]
+
+
+def test_what_was_exchanged_is_not_kept(server: TCPStore) -> None:
+    def work(channel: Channel, watch: Watch) -> None:
+        for number in range(50):
+            assert channel.broadcast(number if channel.rank == 0 else None) == number
+            channel.gather("x" * 100)
+
+    together(server, work)
+    assert server.num_keys() <= 2 * SIZE + 2  # beats, and what the store has of its own
+
+
+def test_what_one_raises_all_raise(server: TCPStore) -> None:
+    def refuse() -> None:
+        raise DataError("mine")
+
+    def work(channel: Channel, watch: Watch) -> list[str]:
+        told = []
+        for act in (lambda: led(channel, refuse), lambda: gathered(channel, refuse if channel.rank == 2 else str)):
+            with pytest.raises(DataError) as error:
+                act()
+            told.append(str(error.value))
+        return told
+
+    assert together(server, work) == [["mine", "rank 2: mine"]] * SIZE
+
+
+def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:
+    failed = threading.Event()
+
+    def work(channel: Channel, watch: Watch) -> Failure | None:
+        if channel.rank == 2:
+            watch.fail(Failure(2, 5, "gone"))
+            failed.set()
+            return watch.failure
+        failed.wait(30)
+        later = watch.fail(Failure(channel.rank, 1, "another reason")) if channel.rank == 1 else None
+        with pytest.raises(OthersFailed, match="gone") as error:
+            channel.gather(None) if channel.rank == 0 else channel.broadcast(None)
+        assert error.value.status == 5
+        return later or watch.failure
+
+    assert together(server, work) == [Failure(2, 5, "gone")] * SIZE

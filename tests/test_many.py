@@ -1,0 +1,301 @@
+"""Many processes, one run: real ranks on gloo, killed, stopped and started again with others, to the bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from crews import Crews, Ended, crews
+from lives import Lives
+from results import Results, metric_lines, results
+from safetensors.torch import load_file
+
+from runner.run.directory import RunDirectory
+from runner.runs.audit import audit
+
+KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
+USER = Path(__file__).parent / "user"
+
+COMMON = (
+    "runtime.num_threads=1",
+    "runtime.timeout=20",
+    "runtime.audit=false",
+    "checkpoint.every_seconds=null",
+    "metrics.every_steps=10",
+)
+SMOKE = (
+    "experiment=smoke",
+    "trainer.max_steps=30",
+    "trainer.evaluate_every_steps=10",
+    "trainer.clip_norm=1.0",
+    "checkpoint.every_steps=4",
+    *COMMON,
+)
+GPT = (
+    "experiment=gpt",
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=32",
+    "model.dropout=0.1",
+    "data.train.block_size=32",
+    "data.validation.limit=32",
+    "task.sample_bytes=8",
+    "data.randomness=sample",
+    "trainer.max_steps=20",
+    "trainer.evaluate_every_steps=10",
+    "checkpoint.every_steps=4",
+    f"data.train.path={os.path.dirname(json.__file__)}/*.py",
+    *COMMON,
+)
+EVERYTHING = (
+    "trainer.ema_decay=0.9",
+    "trainer.accumulate=8",
+    "trainer.precision=bf16",
+    "trainer.on_nonfinite=skip",
+)
+DDP, FSDP = "runtime.parallel=ddp", "runtime.parallel=fsdp"
+LAYOUTS = {
+    "ddp": (2, *SMOKE, DDP),
+    "fsdp": (2, *SMOKE, FSDP, "trainer.ema_decay=0.9"),
+    "three": (3, *SMOKE, DDP, "data.batch_size=48", "model=convnet", "model.image_size=8", "model.channels=[4,8]"),
+    "gpt": (4, *GPT, *EVERYTHING, FSDP, "runtime.shard=2"),
+}
+
+Uninterrupted = Callable[[str], tuple[Results, float]]
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
+    with crews(tmp_path_factory.mktemp("crews")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(crew: Crews, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """The results of a layout's command that nothing interrupted, and the seconds it took; each is run once."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    known: dict[str, tuple[Results, float]] = {}
+
+    def find(name: str) -> tuple[Results, float]:
+        if name not in known:
+            ended = finished(crew(*LAYOUTS[name], f"run.root={root}", f"run.name={name}"))
+            known[name] = results(folder(root, name)), ended.seconds
+        return known[name]
+
+    return find
+
+
+def folder(root: Path, name: str) -> Path:
+    (found,) = root.glob(f"*/{name}")
+    return found
+
+
+def finished(ended: Ended) -> Ended:
+    assert not any(ended.statuses), ended.output
+    return ended
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    """SIGKILL of one rank, or of all of them, at random moments: the others end by themselves, none hangs."""
+    expected, whole = uninterrupted(name)
+    size, *command = LAYOUTS[name]
+    chance, kills, runs = random.Random(name), 0, 0
+    while kills < max(1, KILLS // 10):
+        runs += 1
+        while True:
+            to = chance.choice([*([rank] for rank in range(size)), [*range(size)]])
+            background = f"checkpoint.background={chance.choice(['true', 'false'])}"
+            workers = f"runtime.num_workers={chance.choice([0, 0, 1])}"
+            more = (f"run.root={tmp_path}", f"run.name=r{runs}", "runtime.timeout=10", background, workers)
+            ended = crew(size, *command, *more, to=to, after=chance.uniform(0.2, 1.1) * whole)
+            if None not in ended.statuses:
+                break
+            assert all(status in (None, 1, 2) for status in ended.statuses), ended.output
+            kills += 1
+        finished(ended)
+        assert not results(folder(tmp_path, f"r{runs}")).differences(expected), f"run {runs}"
+
+
+@pytest.mark.parametrize(("name", "victim"), [("ddp", 0), ("fsdp", 1), ("three", 2)])
+def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
+    name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    size, *command = LAYOUTS[name]
+    more = (f"run.root={tmp_path}", "run.name=cut")
+    ended = crew(size, *command, *more, to=[victim], step=17)
+    assert ended.statuses == [None if rank == victim else 1 for rank in range(size)]
+    told = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
+    assert told in ended.output
+    assert "Traceback" not in ended.output
+    resumed = finished(crew(size, *command, *more))
+    assert "attempt  2, resumed from step 16 of attempt 1" in resumed.output
+    assert not results(folder(tmp_path, "cut")).differences(uninterrupted(name)[0])
+
+
+def test_a_signal_to_any_rank_stops_all_after_the_same_step(
+    crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
+) -> None:
+    size, *command = LAYOUTS["ddp"]
+    more = (f"run.root={tmp_path}", "run.name=stopped", "checkpoint.every_steps=1")
+    ended = crew(size, *command, *more, to=[1], send=signal.SIGTERM, when=f"{tmp_path}/smoke/stopped/commits/*")
+    assert ended.statuses == [75, 75], ended.output
+    assert ended.output.count("SIGTERM: stopped after step") == 1
+    finished(crew(size, *command, *more[:2]))
+    assert not results(folder(tmp_path, "stopped")).differences(uninterrupted("ddp")[0])
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    more = (f"run.root={tmp_path}", "run.name=stop", "runtime.timeout=3", "checkpoint.every_steps=1")
+    when = f"{tmp_path}/smoke/stop/commits/*"
+    ended = crew(size, *command, *more, to=[stopped], send=signal.SIGSTOP, when=when)
+    assert ended.statuses == [None if rank == stopped else 1 for rank in range(size)]
+    assert f"rank {stopped}" in ended.outputs[1 - stopped]
+    assert "(runtime.timeout)" in ended.outputs[1 - stopped]
+    assert ended.seconds < 30
+
+
+def test_a_rank_that_hangs_is_named_with_the_place(crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    task = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=5")
+    ended = crew(size, *command, *task, f"run.root={tmp_path}", "runtime.timeout=2", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert "rank 1 (pid" in ended.output
+    assert "mine/tasks.py" in ended.output
+    assert "in training_step" in ended.output
+
+
+def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    task = (
+        "task._target_=mine.tasks.Hangs",
+        "~task.label_smoothing",
+        "+task.rank=1",
+        "+task.step=5",
+        "+task.fails=true",
+    )
+    ended = crew(size, *command, *task, f"run.root={tmp_path}", "run.name=fails", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert ended.output.count("RuntimeError: mine") == 1
+    assert ended.output.count("Traceback") == 1
+    assert (
+        "RuntimeError: mine"
+        in json.loads(next((tmp_path / "smoke/fails/attempts").glob("*.end.json")).read_text())["reason"]
+    )
+
+
+def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+    command = (*LAYOUTS["ddp"], f"run.root={tmp_path}", "run.name=both")
+    first, second = crew.side_by_side(command, command)
+    assert sorted([first.statuses, second.statuses]) == [[0, 0], [4, 4]], first.output + second.output
+    assert "is in use by attempt" in (first.output if first.statuses[0] else second.output)
+    assert not results(folder(tmp_path, "both")).differences(uninterrupted("ddp")[0])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
+    """4 -> 1 -> 2 -> 4, and from ddp to fsdp: every line of the ledger is that of one process."""
+    command = (*SMOKE, "trainer.max_steps=36", "trainer.accumulate=2", f"run.root={tmp_path}")
+    assert life(*command, "run.name=one").status == 0
+    hops = [(4, FSDP, 9), (1, DDP, 18), (2, DDP, 27), (4, FSDP, None)]
+    for size, layout, cut in hops:
+        ended = crew(size, *command, "run.name=hops", layout, **({"step": cut} if cut else {}))
+    finished(ended)
+    assert "moved    processes 2 -> 4" in ended.output
+    assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
+    one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
+    assert ledger(hops_) == ledger(one)
+    proof, about = audit(RunDirectory.at(str(hops_)))
+    assert not proof.problems
+    assert (about["steps"], about["attempts"]) == (36, 4)
+
+
+def ledger(run: Path) -> dict[int, str]:
+    """The line of every step, by whichever attempt."""
+    lines = (line for path in sorted(run.glob("ledger/*.txt")) for line in path.read_text().splitlines()[1:])
+    return {int(line.split()[0]): line for line in lines}
+
+
+def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
+    """Losses, gradient norms and the means over 360 samples in four batches, which three processes have unequally."""
+    command = (*SMOKE, "data.batch_size=48", "model.dropout=0.0", "trainer.accumulate=2", "trainer.ema_decay=0.9")
+    command = (*command, "data.evaluation_batch_size=100", f"run.root={tmp_path}")
+    assert life(*command, "run.name=one").status == 0
+    expected = metric_lines(folder(tmp_path, "one"))
+    assert {"train/loss", "train/grad_norm", "val/loss", "val/accuracy"} <= expected[0].keys()
+    weights = load_file(folder(tmp_path, "one") / "model.safetensors")
+    for size, layout in [(3, DDP), (2, FSDP)]:
+        finished(crew(size, *command, layout, f"run.name={size}"))
+        for line, found in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
+            assert found == pytest.approx(line, rel=1e-4)
+        for name, tensor in load_file(folder(tmp_path, f"{size}") / "model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_one_process_imports_nothing_of_many(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = {*sys.modules}
+import runner.experiment
+from runner.__main__ import main
+more = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
+assert not [name for name in {*sys.modules} - before if name.startswith(more)]
+assert main() == 0
+ours = {name.removeprefix("runner.distributed.") for name in sys.modules if name.startswith("runner.distributed.")}
+assert ours == {"joining", "layout", "team", "world"}, ours
+"""
+    command = [sys.executable, "-c", code, "experiment=smoke", "trainer.max_steps=2", f"run.root={tmp_path}"]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(USER.parent.parent)})
+
+
+def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
+    """A rank is killed in the middle, and torchrun begins all of them anew."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    task = ["task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=15"]
+    waited = ["checkpoint.every_steps=1", "checkpoint.background=false", f"run.root={tmp_path}"]
+    ended = subprocess.run(
+        [*torchrun, "--max-restarts=1", "-m", "runner", *SMOKE, *task, "+task.dies=true", *waited],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{USER.parent.parent}:{USER}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "attempt  2, resumed from step 14 of attempt 1" in ended.stdout
+    assert "finished step 30" in ended.stdout
+    assert [path.name for path in tmp_path.rglob("*.log")] == ["runner.log"]
+
+
+MISTAKES = {
+    "uneven": (
+        ("data.batch_size=9",),
+        "data.batch_size=9 samples of a step cannot be shared out among 2 processes equally; start 1, 3, 9 of them",
+    ),
+    "shard": ((FSDP, "runtime.shard=3"), "runtime.shard=3 does not divide the 2 processes into equal replicas"),
+    "fp16": ((FSDP, "trainer.precision=fp16"), "trainer.precision=fp16 needs runtime.parallel=ddp"),
+    "iterable": (
+        ("data.train._target_=mine.data.Stateless", "~data.train.split", "~data.train.shift", "+data.train.size=64"),
+        "would read all of it. Make it map-style",
+    ),
+    "typo": (("trainer.max_step=3",), "Key 'max_step' not in 'TrainerConfig'"),
+    "sweep": (("-m", "seed=1,2"), "a sweep (-m) was started in 2 processes"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_once(name: str, crew: Crews, tmp_path: Path) -> None:
+    overrides, message = MISTAKES[name]
+    ended = crew(2, *overrides, *SMOKE, f"run.root={tmp_path}", cwd=USER)
+    assert ended.statuses == [2, 2], ended.output
+    assert ended.output.count(message) == 1, ended.output
+    assert "Traceback" not in ended.output
