@@ -1,6 +1,7 @@
 """``python -m runner.verify`` on real processes: what resumes exactly passes, what users really get wrong is named."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,43 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
     assert [*scratch.iterdir()] == []
 
 
+def test_a_run_of_several_processes_passes(two: Servers, scratch: Path) -> None:
+    verdict = judged(two, steps=12, kills=3, processes=2, workers=(0,))
+    proven = verdict.proven
+    assert verdict.holds, verdict.text()
+    assert (proven["processes"], proven["kills"], proven["kills_of_one_process"]) == (2, 3, 1)
+    assert "3 kills (1 of one process alone), 2 processes, 12 steps" in verdict.text()
+    noted = next(event for _, event in verdict.killed.steps() if event["event"] == "step" and "cut" not in event)
+    for field in ("batch", "generators", "gradients", "others"):  # what each process has to itself is compared, too
+        assert any(path.endswith(" (rank 1)") for path in noted[field]), field
+    assert [*scratch.iterdir()] == []
+
+
+def test_processes_that_cannot_share_a_batch_are_a_configuration_error(two: Servers, scratch: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size"):
+        judged(two, processes=3)
+    assert [*scratch.iterdir()] == []
+
+
+@pytest.mark.campaign
+def test_what_is_broken_in_several_processes_is_named(two: Servers, scratch: Path) -> None:
+    overrides, kind, words = CASES["a task without a state"]
+    verdict = judged(two, *overrides, processes=2)
+    assert not verdict.holds, verdict.text()
+    assert verdict.cause
+    assert verdict.cause.kind == kind, "\n".join([verdict.text(), *verdict.plain()["tried"]])
+    assert [word for word in words if word not in verdict.text()] == [], verdict.text()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_every_layout_of_several_processes_resumes(layout: str, two: Servers, scratch: Path) -> None:
+    options = Options(steps=10, kills=6, processes=2)
+    command = ["experiment=gpt", "model.layers=2", "model.dropout=0.1", f"runtime.parallel={layout}"]
+    verdict = prove(command, options, tell=print, two=two)
+    assert verdict.holds, verdict.text()
+
+
 def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scratch: Path) -> None:
     stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
     verdict = judged(two, "~task", stops)
@@ -168,13 +206,14 @@ def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
         ("verify.steps=1", "at least 2"),
         ("verify.workers=[0,-1]", "numbers of data workers"),
         ("verify.kills", "verify.kills needs a value"),
+        ("verify.processes=0", "verify.processes=2 (at least 1)"),
         ("run.root=here", "verify.root"),
         ("runtime.num_workers=2", "verify.workers"),
         ("-m", "one run"),
     ],
 )
 def test_a_mistyped_option_is_told(given: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told.replace("?", r"\?").replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=re.escape(told)):
         parse(["experiment=smoke", given])
 
 

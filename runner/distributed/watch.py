@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from os import getpid
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,7 +101,7 @@ class Watch:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
-                self._store.set(f"beat/{self._world.rank}", json.dumps([number, os.getpid(), _host()]))
+                self._store.set(f"beat/{self._world.rank}", json.dumps([number, getpid(), _host()]))
                 self._look()
                 self._answered = time.monotonic()
             except RuntimeError:
@@ -144,7 +145,7 @@ class Watch:
         """Everybody waits for somebody, so that each says where it is, and the first one draws the conclusion."""
         frame = sys._current_frames().get(self._main or 0)
         waits, where = _place(frame)
-        self._store.set(f"place/{self._world.rank}", json.dumps([waits, os.getpid(), _host(), where]))
+        self._store.set(f"place/{self._world.rank}", json.dumps([waits, getpid(), _host(), where]))
         time.sleep(4 * _BEAT_SECONDS)
         found: dict[int, Any] = {}
         for rank in range(self._world.size):

@@ -14,6 +14,7 @@ Runs the experiment undisturbed, then again with SIGKILLs, and compares the two 
   verify.steps=N          so many optimizer steps (default: 100, or as many as 20 seconds of training have)
   verify.kills=N          so many kills (default: 8)
   verify.workers=[0,2]    numbers of data workers that attempts take in turn
+  verify.processes=N      every attempt is of N processes, as torchrun starts them; some kills hit one alone
   verify.root=PATH|URL    where the runs are made and removed again (default: a temporary folder)
   verify.html=FILE        write a report with the two loss curves and a lane per attempt
   verify.seed=N           other moments for the kills

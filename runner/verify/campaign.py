@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from runner.verify.lives import Ended
 from runner.verify.options import Options
-from runner.verify.run import Run, Stage
+from runner.verify.run import Lived, Run, Stage
 
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
@@ -22,7 +22,8 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
-    checkpoint ``every`` so many, and the ``kills`` as (moment, step).
+    checkpoint ``every`` so many, and the ``kills`` as (moment, step). Of each kill a rank may be the only one of the
+    ``victims``; None: all are.
     """
 
     steps: int
@@ -30,6 +31,7 @@ class Plan:
     every: int
     epoch: int | None
     kills: tuple[tuple[str, int], ...]
+    victims: tuple[int | None, ...]
     workers: tuple[int, ...]
 
 
@@ -73,15 +75,16 @@ def plan(run: Run, options: Options) -> Plan:
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
     shown = _Shown(steps, every, _borders(life.of("step")), evaluated, sum(event["took"] for event in life.of("step")))
-    kills = _kills(options.kills, shown, chance)
+    kills = tuple(_kills(options.kills, shown, chance))
+    victims = _victims(options, chance)
     ended = life.of("finished")[0]["result"]["reason"]
-    return Plan(steps, steps if ended == "max_steps" else steps + 1, every, built["epoch"], tuple(kills), workers)
+    return Plan(steps, steps if ended == "max_steps" else steps + 1, every, built["epoch"], kills, victims, workers)
 
 
 def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
     """The same run, killed at every moment of the plan."""
     run = Run("killed")
-    for number, kill in enumerate([*found.kills, None]):
+    for number, (kill, victim) in enumerate([*zip(found.kills, found.victims, strict=True), (None, None)]):
         workers = found.workers[(number + 1) % len(found.workers)]
         background = f"checkpoint.background={'true' if number % 2 else 'false'}"
         life = stage.live(
@@ -92,16 +95,17 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
             server=(number + 1) % 2,
             steps=found.limit,
             kill=kill,
+            victim=victim,
         )
         if life.ended.status not in (None, 0):
             break
-        tell(told(life.killed, life.first, life.last, workers))
+        tell(told(life))
         if life.ended.status == 0:
             break
     return run
 
 
-def told(killed: str | None, first: int, last: int, workers: int) -> str:
+def told(life: Lived) -> str:
     """A life in words."""
     how = {
         None: "to the end",
@@ -111,8 +115,9 @@ def told(killed: str | None, first: int, last: int, workers: int) -> str:
         "evaluation": "killed in an evaluation",
         "start": "killed before the first step",
         "clock": "killed by the clock",
-    }.get(killed, "killed")
-    return f"steps {first:>5} to {last:>5}, {workers} workers, {how}"
+    }.get(life.killed, "killed")
+    alone = "" if life.victim is None else f", rank {life.victim} alone"
+    return f"steps {life.first:>5} to {life.last:>5}, {life.workers} workers, {how}{alone}"
 
 
 def failure(ended: Ended) -> str:
@@ -156,6 +161,14 @@ def _kills(count: int, shown: _Shown, chance: random.Random) -> list[tuple[str, 
         found.append(_kill(_MOMENTS[number % len(_MOMENTS)], step, shown, chance))
     steady = iter(sorted((kill for kill in found if kill[0] in _AT_A_STEP), key=lambda kill: kill[1]))
     return [next(steady) if kill[0] in _AT_A_STEP else kill for kill in found]
+
+
+def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
+    """All processes and a single one in turn; every moment has both in time."""
+    if options.processes == 1:
+        return (None,) * options.kills
+    alone = [(number + number // len(_MOMENTS)) % 2 for number in range(options.kills)]
+    return tuple(chance.randrange(options.processes) if one else None for one in alone)
 
 
 def _kill(moment: str, step: int, shown: _Shown, chance: random.Random) -> tuple[str, int]:

@@ -55,7 +55,7 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
     for life, event in run.steps():
         step, restored = event["step"], event["event"] == "resumed"
         expected = begun if restored and step == 0 else known.get(step)
-        if expected is None or (until is not None and step > until):
+        if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:
             remembered = tuple(_unequal(expected["memory"], event["memory"]))
@@ -97,7 +97,7 @@ def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tupl
         for name, part in (_GIVEN | _MADE).items():
             yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
     callbacks = []
-    for path, was, now in _unequal(expected["state"], found["state"]):
+    for path, was, now in _unequal(*(event["state"] | event.get("others", {}) for event in (expected, found))):
         # The rate of the next step stands in the optimizer, and the scheduler has put it there.
         part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
         if part.startswith("callback."):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner.checkpoint.layout import is_distributed
 from runner.checkpoint.sealing import digest
 from runner.checkpoint.tensors import bytes_of
 from runner.checkpoint.tree import encode
@@ -27,19 +28,24 @@ def fingerprint(state: Mapping[str, Any]) -> dict[str, str]:
 
 def of_value(value: Any) -> str:
     """A tensor, an array or a plain value in a few characters, which are equal only if it is, bit for bit. Of anything
-    else its kind: its text may hold an address.
+    else its kind: its text may hold an address. One tensor of several processes is put together: all of them must ask.
     """
     if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
         array = np.ascontiguousarray(value)
         return f"{array.dtype}{[*array.shape]} {digest(array.tobytes())}"
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu()
+        tensor = _whole(value).detach().cpu()
         tensor = (tensor if tensor.layout is torch.strided else tensor.to_dense()).resolve_conj().resolve_neg()
         return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(bytes_of(tensor.contiguous()))}"
     if not isinstance(value, str | bytes | int | float | bool | None):
         return type(value).__qualname__
     text = repr(value)
     return text if len(text) <= _SHORT else digest(text.encode())
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    found: torch.Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor
+    return found
 
 
 def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:

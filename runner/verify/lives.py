@@ -22,8 +22,9 @@ _HASH_SEEDS = ("1", "2")
 @dataclass(frozen=True, slots=True)
 class Life:
     """What is asked of one life: the runner's ``arguments``, how much is recorded and where (``record``), and how it
-    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is a moment and a step;
-    ``pins`` are things that are held fast; ``dump`` is a step whose state is written beside the record.
+    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is a moment and a step, and
+    ``victim`` the only rank that is killed, where not all of its ``processes`` are; ``pins`` are things that are held
+    fast; ``dump`` is a step whose state is written beside the record.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Life:
     steps: int | None = None
     seconds: float | None = None
     kill: tuple[str, int] | None = None
+    victim: int | None = None
+    processes: int = 1
     pins: tuple[str, ...] = ()
     dump: int | None = None
     evaluations: int | None = None
@@ -40,11 +43,17 @@ class Life:
     def request(self) -> dict[str, Any]:
         """The life as JSON."""
         found = {name: getattr(self, name) for name in self.__slots__}
-        return found | {"record": str(self.record), "log": str(self.log)}
+        return found | {"record": None, "records": [*map(str, self.records)], "log": str(self.log)}
+
+    @property
+    def records(self) -> list[Path]:
+        """What each rank notes."""
+        others = [self.record.with_name(f"{self.record.name}.rank{rank}") for rank in range(1, self.processes)]
+        return [self.record, *others]
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """What it printed, all ranks together."""
         return self.record.with_suffix(".log")
 
 

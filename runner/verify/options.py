@@ -23,13 +23,14 @@ class Options:
     """How much is tried, and where.
 
     ``steps`` None: as many as show something, within about 20 seconds of training. ``workers`` are the numbers of data
-    workers that lives take in turn; the first is that of the uninterrupted run. ``root`` None: a temporary folder.
-    ``html`` is where a page is written. ``seed`` decides the moments of the kills.
+    workers that lives take in turn; the first is that of the uninterrupted run. Each life has so many ``processes``.
+    ``root`` None: a temporary folder. ``html`` is where a page is written. ``seed`` decides the moments of the kills.
     """
 
     steps: int | None = None
     kills: int = 8
     workers: tuple[int, ...] = (0, 2)
+    processes: int = 1
     root: str | None = None
     html: str | None = None
     seed: int = 0
@@ -101,6 +102,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "steps": _at_least(2),
     "kills": _at_least(1),
     "workers": _workers,
+    "processes": _at_least(1),
     "root": _text,
     "html": _text,
     "seed": _at_least(0),
@@ -110,6 +112,7 @@ _EXAMPLES = {
     "steps": "verify.steps=200 (at least 2)",
     "kills": "verify.kills=20 (at least 1)",
     "workers": "verify.workers=[0,2] (numbers of data workers)",
+    "processes": "verify.processes=2 (at least 1)",
     "root": "verify.root=s3://bucket/scratch, or a folder",
     "html": "verify.html=report.html",
     "seed": "verify.seed=1 (at least 0)",

@@ -87,7 +87,7 @@ def _lane(scale: "_Scale", top: float, life: Lived, colour: str, name: str) -> s
     start, end, middle = scale.x(life.first), scale.x(life.last), top + _LANE / 2
     size = f'x="{start:.1f}" y="{top + 6}" width="{max(end - start, 2):.1f}" height="{_LANE - 12}"'
     parts = [
-        f"<title>{escape(told(life.killed, life.first, life.last, life.workers))}</title>",
+        f"<title>{escape(told(life))}</title>",
         f'<text x="0" y="{middle + 4}">{escape(name)}</text>',
         f'<rect {size} fill="{colour}" opacity=".75"/>',
     ]

@@ -68,8 +68,10 @@ def _time() -> None:
 
 
 def _entropy() -> None:
-    """What the system gives as chance: seeds of generators that are made without one."""
-    count, seed = itertools.count(), random.Random.seed
+    """What the system gives as chance: seeds of generators that are made without one. Ranks draw apart, since
+    names of files come from it.
+    """
+    count, seed = itertools.count(int(os.environ.get("RANK", 0)) << 32), random.Random.seed
 
     def urandom(size: int) -> bytes:
         return random.Random(next(count)).randbytes(size)

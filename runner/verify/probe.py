@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.evaluate import Evaluate
+from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.data.probe import leaves
@@ -41,7 +42,9 @@ class Probe:
         self.objects: dict[str, Any] = {}
         self.line: dict[str, Any] = {}
         self._file = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        kill: tuple[str, int] = tuple(request["kill"] or ("", 0))
+        self.rank: int = request["rank"]
+        chosen = self.rank == (request["victim"] or 0)  # who kills all does it as the first
+        kill: tuple[str, int] = tuple((request["kill"] if chosen else None) or ("", 0))
         self.moment, self.step = kill
         self._began = time.monotonic()
 
@@ -51,9 +54,11 @@ class Probe:
         os.write(self._file, text.encode() + b"\n")
 
     def die(self, moment: str, step: int) -> None:
-        """End the whole process group if this is the moment."""
+        """End the whole process group, or this process alone, if this is the moment."""
         if moment == self.moment and step >= self.step:
             self.write("killed", moment=moment, step=step)
+            if self.request["victim"] is not None:
+                signal.raise_signal(signal.SIGKILL)
             os.killpg(0, signal.SIGKILL)
 
     def known(self, state: Any) -> dict[str, Any]:
@@ -175,9 +180,11 @@ def _watch_steps(probe: Probe) -> None:
 
 
 def _watch_saving(probe: Probe) -> None:
-    on_step, act, commit = SaveCheckpoint.on_step, SaveCheckpoint.act, CheckpointStore.commit
+    act, commit = SaveCheckpoint.act, CheckpointStore.commit
+    kind = FollowCheckpoint if probe.rank else SaveCheckpoint
+    on_step: Callable[[Any, Loop], None] = kind.on_step
 
-    def stepped(self: SaveCheckpoint, loop: Loop) -> None:
+    def stepped(self: Any, loop: Loop) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
         probe.dump(loop.state, loop.step)
         probe.die("step", loop.step)
@@ -197,7 +204,7 @@ def _watch_saving(probe: Probe) -> None:
         probe.write("committed", step=snapshot.step, took=time.monotonic() - began)
         return found
 
-    SaveCheckpoint.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
+    kind.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
     CheckpointStore.commit = committed  # type: ignore[method-assign]
 
 
@@ -240,6 +247,8 @@ def _watch_the_end(probe: Probe) -> None:
 
     def ended(job: Job, config: Any, team: Any) -> Any:
         found = finished(job, config, team)
+        if probe.rank:
+            return found
         probe.write("finished", **evidence.collect(job.directory))
         probe.write("imported", modules=[name for name in sys.modules if name not in before and _is_library(name)])
         return found

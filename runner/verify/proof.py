@@ -36,7 +36,8 @@ def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers 
     kept = False
     try:
         with nullcontext(two) if two else servers() as both:
-            stage = Stage(tuple(command), scratch, root, both, runs, campaign.evaluations(options))
+            evaluations = campaign.evaluations(options)
+            stage = Stage(tuple(command), scratch, root, both, runs, evaluations, options.processes)
             verdict = _judged(stage, options, tell, began)
         kept = options.keep or not verdict.holds
         return replace(verdict, scratch=_where(scratch, root)) if kept else verdict

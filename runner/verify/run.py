@@ -10,6 +10,10 @@ from runner.verify.lives import Ended, Life, Servers
 
 Event = dict[str, Any]
 
+_COMPARED = ("step", "resumed")
+# What every rank has to itself, and where it is put; ``state`` alone is compared to what a checkpoint holds.
+_OF_EACH = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
+
 
 @dataclass(frozen=True, slots=True)
 class Lived:
@@ -35,8 +39,13 @@ class Lived:
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it was killed, if it was."""
+        """The moment at which it was killed, or one of its processes, if any was."""
         return next((event["moment"] for event in self.of("killed")), "?") if self.ended.status is None else None
+
+    @property
+    def victim(self) -> int | None:
+        """The rank that was killed alone, if one was."""
+        return self.ended.life.victim if self.ended.status is None and self.of("killed") else None
 
 
 @dataclass(slots=True)
@@ -50,12 +59,12 @@ class Run:
     def steps(self) -> Iterator[tuple[int, Event]]:
         """Everything that was noted of steps and of states after loading: number of the life, event."""
         for number, life in enumerate(self.lives):
-            yield from ((number, event) for event in life.events if event["event"] in ("step", "resumed"))
+            yield from ((number, event) for event in life.events if event["event"] in _COMPARED)
 
     def removal(self) -> Life:
         """A life that removes what this run has in its storage."""
         assert self.command
-        return replace(self.command, does="remove", kill=None, pins=())
+        return replace(self.command, does="remove", kill=None, victim=None, pins=(), processes=1)
 
     @property
     def evidence(self) -> Event | None:
@@ -72,7 +81,8 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Where runs are made: the user's ``command``, ``scratch`` for records, ``root`` for run directories, and two
-    servers to live in. ``runs`` are all that were made; two evaluations are ``evaluations`` steps apart at most.
+    servers to live in. ``runs`` are all that were made, each of so many ``processes``; two evaluations are
+    ``evaluations`` steps apart at most.
     """
 
     command: tuple[str, ...]
@@ -81,6 +91,7 @@ class Stage:
     servers: Servers
     runs: list[Run]
     evaluations: int
+    processes: int
 
     def live(self, run: Run, *more: str, workers: int, server: int = 0, **how: Any) -> Lived:
         """One more life of a run."""
@@ -95,11 +106,32 @@ class Stage:
         )
         if run not in self.runs:
             self.runs.append(run)
-        life = Life(run.name, arguments, record, evaluations=self.evaluations, **how)
+        life = Life(run.name, arguments, record, evaluations=self.evaluations, processes=self.processes, **how)
         run.command = life
-        lived = Lived(self.servers[server](life), workers, _read(record))
+        lived = Lived(self.servers[server](life), workers, _gathered(life.records))
         run.lives.append(lived)
         return lived
+
+
+def _gathered(records: Sequence[Path]) -> tuple[Event, ...]:
+    """What the first rank noted, with what the others had to themselves, and which of them was killed."""
+    events, *others = map(_read, records)
+    for rank, noted in enumerate(others, 1):
+        told = {(event["event"], event["step"]): event for event in noted if event["event"] in _COMPARED}
+        for event in events:
+            if event["event"] in _COMPARED:
+                _add(event, rank, told.get((event["event"], event["step"])))
+    return (*events, *(event for noted in others for event in noted if event["event"] == "killed"))
+
+
+def _add(event: Event, rank: int, other: Event | None) -> None:
+    """Put the rank's own under names of its own. An event that it did not come to note is ``cut`` short."""
+    if other is None:
+        event["cut"] = True
+        return
+    for its, ours in _OF_EACH.items():
+        found = {f"{path} (rank {rank})": value for path, value in other.get(its, {}).items()}
+        event[ours] = event.get(ours, {}) | found
 
 
 def _read(record: Path) -> tuple[Event, ...]:

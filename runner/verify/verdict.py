@@ -54,6 +54,8 @@ class Verdict:
             "samples": evidence.get("audit", {}).get("positions", 0),
             "kills": sum(moments.values()),
             "moments": dict(moments),
+            "kills_of_one_process": sum(life.victim is not None for life in lives),
+            "processes": max((life.ended.life.processes for life in self.undisturbed.lives), default=1),
             "attempts": len(lives),
             "workers": sorted({life.workers for life in [*self.undisturbed.lives, *lives]}),
             "checkpoints": self.checkpoints,
@@ -97,8 +99,10 @@ class Verdict:
     def text(self) -> str:
         """The verdict for people: in one look, and then the reasons."""
         proven = self.proven
+        one, processes = proven["kills_of_one_process"], proven["processes"]
+        many = f" ({one} of one process alone), {processes} processes" if processes > 1 else ""
         tried = (
-            f"{proven['kills']} kills, {proven['steps']} steps, {proven['attempts']} attempts, "
+            f"{proven['kills']} kills{many}, {proven['steps']} steps, {proven['attempts']} attempts, "
             f"{proven['samples']} samples, {' and '.join(map(str, proven['workers']))} workers, "
             f"{proven['seconds']:.0f} s"
         )
