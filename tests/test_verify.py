@@ -148,6 +148,8 @@ def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scra
     verdict = judged(two, "~task", stops)
     assert not verdict.holds
     assert "a run did not come to its end" in verdict.text()
+    assert verdict.cause
+    assert verdict.cause.kind == "incomplete"
 
 
 def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:

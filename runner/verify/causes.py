@@ -68,6 +68,11 @@ CAUSES: Mapping[str, Cause] = {
             "evaluation leaves a trace in training: without it a resumed run is equal",
             "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
         ),
+        Cause(
+            "incomplete",
+            "nothing differs, but not enough was done to prove anything",
+            "look at what the attempts printed, and try again with more verify.steps or memory",
+        ),
     )
 }
 

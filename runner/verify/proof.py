@@ -12,7 +12,7 @@ from runner.errors import ConfigError
 from runner.storage.location import is_remote, local_root
 from runner.verify import campaign, difference
 from runner.verify.campaign import Plan, Tell
-from runner.verify.causes import of_refusal
+from runner.verify.causes import CAUSES, of_refusal
 from runner.verify.cost import cost
 from runner.verify.diagnosis import Detective
 from runner.verify.lives import Servers, servers
@@ -53,7 +53,8 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     verdict = Verdict(stage.command, base, run, 0.0)
     if failed is not None or base.evidence is None:
         said = campaign.failure(failed) if failed else _KILLED
-        return replace(verdict, refusal=said, cause=of_refusal(said, _moved(base)), seconds=time.monotonic() - began)
+        cause = of_refusal(said, _moved(base)) if failed else CAUSES["incomplete"]
+        return replace(verdict, refusal=said, cause=cause, seconds=time.monotonic() - began)
     for server in stage.servers:
         server.import_modules(base.lives[0].of("imported")[0]["modules"])
     plan = campaign.plan(base, options)
@@ -81,9 +82,9 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
         tell(f"differs at step {found.step}: {found.part} ({found.where}); looking for the cause")
         diagnosis = Detective(stage, plan, base, tell).diagnose(run, found)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
-    if verdict.refusal:
+    if failed:
         return replace(verdict, cause=of_refusal(verdict.refusal, _moved(run) or _moving(base)))
-    return verdict
+    return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
 
 
 def _incomplete(base: Run, run: Run) -> str:
