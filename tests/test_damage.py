@@ -8,6 +8,10 @@ import pytest
 from lives import Lives
 from results import results
 
+from runner.run.directory import RunDirectory
+from runner.storage.local import LocalLocation
+from runner.storage.location import Entry
+
 COMMAND = ("experiment=smoke", "checkpoint.every_steps=10", "runtime.num_threads=1")
 
 
@@ -114,3 +118,14 @@ def test_what_a_run_directory_says_reaches_the_terminal_escaped(run: Path, life:
     assert ended.status == 3
     assert "\x1b" not in ended.output
     assert "[31mred" in ended.output
+
+
+def test_a_run_that_another_process_begins_between_two_looks_is_no_foreign_directory(tmp_path: Path) -> None:
+    class Between(LocalLocation):
+        def list(self, folder: str) -> list[Entry]:
+            RunDirectory.under(str(tmp_path), "smoke", "r").create({"seed": 0}, parent=None)
+            return super().list(folder)
+
+    record = RunDirectory(str(tmp_path), "smoke", "r", Between(tmp_path / "smoke/r")).record()
+    assert record is not None
+    assert record["variant"] == "r"

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,15 +257,28 @@ assert ours == {"joining", "layout", "team", "world"}, ours
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(USER.parent.parent)})
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+WHERE = {**os.environ, "PYTHONPATH": f"{USER.parent.parent}:{USER}", "OMP_NUM_THREADS": "1"}
+HANGS = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=15")
+EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.background=false")
+
+
 def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
     """A rank is killed in the middle, and torchrun begins all of them anew."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    task = ["task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=15"]
-    waited = ["checkpoint.every_steps=1", "checkpoint.background=false", f"run.root={tmp_path}"]
     ended = subprocess.run(
-        [*torchrun, "--max-restarts=1", "-m", "runner", *SMOKE, *task, "+task.dies=true", *waited],
+        [
+            *TORCHRUN,
+            "--max-restarts=1",
+            "-m",
+            "runner",
+            *SMOKE,
+            *HANGS,
+            "+task.dies=true",
+            *EVERY_STEP,
+            f"run.root={tmp_path}",
+        ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{USER.parent.parent}:{USER}", "OMP_NUM_THREADS": "1"},
+        env=WHERE,
         capture_output=True,
         text=True,
         timeout=120,
@@ -274,6 +288,38 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
     assert "attempt  2, resumed from step 14 of attempt 1" in ended.stdout
     assert "finished step 30" in ended.stdout
     assert [path.name for path in tmp_path.rglob("*.log")] == ["runner.log"]
+
+
+def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
+    """It is killed while one of them hangs and the other waits for that one, which both would do for an hour."""
+    command = [*TORCHRUN, "-m", "runner", *SMOKE, *HANGS, "runtime.timeout=3600", *EVERY_STEP, f"run.root={tmp_path}"]
+    with (tmp_path / "said").open("wb") as said:
+        torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=said, stderr=said)
+    try:
+        until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], torchrun.poll)
+        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    until(lambda: not any(runs(int(rank)) for rank in ranks), lambda: None)
+    assert b"the launcher that started it, is gone" in (tmp_path / "said").read_bytes()
+
+
+def until(found: Callable[[], object], ended: Callable[[], int | None]) -> None:
+    """Wait until something is found, before something else has ended, for a minute at most."""
+    stop = time.monotonic() + 60
+    while not found():
+        assert ended() is None
+        assert time.monotonic() < stop
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 MISTAKES = {

@@ -25,6 +25,7 @@ from runner.distributed.world import World
 
 _BEAT_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # for a training thread that has to end; one that waits for a storage may take that long
+_FUTILE_BEATS = 4  # of a training thread that waits for other processes, which do not come
 _FAILURE = "failure"
 _WAITING = ("torch/distributed/", "torch/autograd/", "torch/_tensor.py", "runner/distributed/")
 
@@ -168,8 +169,12 @@ class Watch:
         return Failure(0, 1, f"rank 0, or the launcher that started it, {how}. {_AGAIN}")
 
     def _end(self, failure: Failure) -> None:
-        if self._ended.wait(_GRACE_SECONDS):
-            return
+        until, waiting = time.monotonic() + _GRACE_SECONDS, 0
+        while waiting < _FUTILE_BEATS and time.monotonic() < until:
+            if self._ended.wait(_BEAT_SECONDS):
+                return
+            waits, _ = _place(sys._current_frames().get(self._main or 0))
+            waiting = waiting + 1 if waits else 0
         with suppress(Exception):
             self.last_words(failure.message)
         print(f"rank {self._world.rank} ends: {failure.message}", file=sys.stderr, flush=True)

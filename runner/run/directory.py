@@ -83,6 +83,8 @@ class RunDirectory:
         record = self._json(_RUN)
         if record is None:
             foreign = [e.name for e in self.location.list("") if e.name not in _HYDRA_LEAVES]
+            if _RUN in foreign:  # another process began the run between the two looks
+                return self.record()
             if foreign:
                 raise ConfigError(
                     f"{self.location.url} is not a run directory: it has no {_RUN} but holds {printable(foreign[0])}. "
