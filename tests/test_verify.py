@@ -175,8 +175,8 @@ def test_what_is_broken_in_several_processes_is_named(two: Servers, scratch: Pat
 @pytest.mark.campaign
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_every_layout_of_several_processes_resumes(layout: str, two: Servers, scratch: Path) -> None:
-    options = Options(steps=10, kills=6, processes=2)
-    command = ["experiment=gpt", "model.layers=2", "model.dropout=0.1", f"runtime.parallel={layout}"]
+    options = Options(steps=6, kills=2, workers=(0,), processes=2)
+    command = ["experiment=gpt", "model.layers=1", "model.dropout=0.1", f"runtime.parallel={layout}"]
     verdict = prove(command, options, tell=print, two=two)
     assert verdict.holds, verdict.text()
 
