@@ -11,9 +11,7 @@ def take_over(tensors: Sequence[Tensor]) -> None:
     """Give these the values that they have in rank 0, with one message."""
     if not tensors:
         return
-    ordered = sorted(
-        tensors, key=lambda tensor: -tensor.element_size()
-    )  # so that each begins at a multiple of its size
+    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())  # each begins at a multiple of its size
     pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)

@@ -56,7 +56,6 @@ class Watch:
         self._seen = (b"", time.monotonic())  # the last beat of the next one, and since when
         self._moved: float | None = None  # when the training thread last came to the others; None: it need not
         self._main = threading.main_thread().ident
-        self._told: set[str] = set()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._answered = time.monotonic()  # when the store last did
