@@ -24,7 +24,7 @@ from runner.config.checks import literal_secret
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import Interrupted, RunnerError
+from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
 from runner.job import Job, run_name
 from runner.ranks import Ranks
 from runner.run.opening import Opening, wait_until_free
@@ -100,7 +100,10 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
     if result is None:
         from runner import experiment  # imports torch
 
-        result = experiment.run(opening, config, team, overrides=job.overrides)  # type: ignore[arg-type]
+        try:
+            result = experiment.run(opening, config, team, overrides=job.overrides)  # type: ignore[arg-type]
+        except FinishedMeanwhile:
+            return _finished(job, config, team)
     _conclude(opening, result)
     goal: float | None = (result.get("objective") or {}).get("value")
     return goal

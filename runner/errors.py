@@ -5,6 +5,7 @@
     ├── DriftRefused             3   decide what the changed configuration means
     ├── RunInUse                 4   another live process owns the run
     │   └── Superseded           4   a newer attempt took this run over
+    ├── FinishedMeanwhile        1   nothing: the command takes the result that another process has just stored
     ├── NoLoadableCheckpoint     5   a checkpoint was committed, none can be loaded
     ├── Interrupted             75   run the same command again to go on
     ├── StorageError             1   mend the disk, its permissions or the network
@@ -44,6 +45,10 @@ class RunInUse(RunnerError):
 
 class Superseded(RunInUse):
     """A newer attempt has claimed the run; what this one still writes will not be used."""
+
+
+class FinishedMeanwhile(RunnerError):
+    """Another process finished the run after this one had looked and before it had claimed it."""
 
 
 class NoLoadableCheckpoint(RunnerError):

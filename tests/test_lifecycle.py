@@ -151,6 +151,28 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
     assert waited.output.startswith("finished step 400")
 
 
+def test_a_run_that_another_finished_before_it_was_claimed_is_not_begun_again(tmp_path: Path) -> None:
+    """Both found it unfinished; the slower one takes the result, and leaves no attempt."""
+    code = """
+import subprocess, sys
+from runner.__main__ import main
+from runner.job import Job
+opened = Job.open
+def slowly(job):
+    found = opened(job)
+    if found.result is None:
+        subprocess.run([sys.executable, "-m", "runner", *sys.argv[1:]], check=True, capture_output=True)
+    return found
+Job.open = slowly
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}", "run.name=r"]
+    slower = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert slower.stdout.startswith("finished step 30 (max_steps), val/loss"), slower.stdout
+    assert len([*(tmp_path / "smoke/r/attempts").glob("*.end.json")]) == 1
+    assert len([*(tmp_path / "smoke/r/attempts").iterdir()]) <= 4  # claim, lock, beat, end
+
+
 @pytest.mark.parametrize("operation", [30, 60, 90])
 def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}")

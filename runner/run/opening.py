@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.config.identity import digest
-from runner.errors import DriftRefused, RunInUse, StorageError
+from runner.errors import DriftRefused, FinishedMeanwhile, RunInUse, StorageError
 from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
@@ -61,8 +61,9 @@ def open_run(
 def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
     """Write the run's record and configuration unless they are there.
 
-    Withdraws the attempt if it raises: DriftRefused if the run is no longer the one that was opened: another command
-    with the same run.name began it, or changed it, before this one had claimed it.
+    Withdraws the attempt if it raises, for a run that is no longer the one that was opened: DriftRefused if another
+    command with the same run.name began it, or changed it, before this one had claimed it; FinishedMeanwhile if it now
+    has the result.
     """
     directory = opening.directory
     try:
@@ -71,6 +72,8 @@ def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) 
         differences = drift.compare(saved, opening.identity)
         if differences and drift.table(differences) != drift.table(opening.drift):
             raise DriftRefused(_refusal(directory, differences, opening.command))
+        if not differences and directory.result(opening.identity) is not None:
+            raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
             attempt.withdraw()
