@@ -15,6 +15,7 @@ HANGS = {
     "dataset": (1, DATA, "mine/data.py"),
     "training": (1, (*TASK, "+task.step=5"), "mine/tasks.py"),
     "evaluation": (1, (*TASK, "+task.step=3", "+task.during=evaluation"), "mine/tasks.py"),
+    "writer": (1, ("checkpoint.max_unsaved=1",), "runner/checkpoint/store.py"),
     "end": (0, (*CALLBACK, "+callbacks.own.at=end"), "mine/callbacks.py"),
 }
 
@@ -38,7 +39,7 @@ def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Cre
         f"run.root={tmp_path}",
         "run.name=hangs",
     )
-    ended = crew(2, *command, "runtime.timeout=2", cwd=USER)
+    ended = crew(2, *command, "runtime.timeout=2", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
     assert f"rank {1 - rank} (pid" not in ended.output, "that one only waits"

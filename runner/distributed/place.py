@@ -10,19 +10,21 @@ from types import FrameType
 
 import torch
 
-WAITS, SAVES, WORKS = "waits", "saves", "works"  # for other processes; or reads, or exports; anything else
+# For other processes; for its own thread that writes; saves, reads or exports; anything else.
+WAITS, JOINS, SAVES, WORKS = "waits", "joins", "saves", "works"
 
 _RUNNER = f"{Path(__file__).parents[1]}/"
 _TORCH = f"{Path(torch.__file__).parent}/"
 _STANDARD = f"{Path(os.__file__).parent}/"
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _EXCHANGES = (f"{_RUNNER}distributed/", f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
+_WRITER = f"{_RUNNER}checkpoint/writer.py"
 _STORES = (f"{_RUNNER}checkpoint/", f"{_RUNNER}finish.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``does`` is one of the three words above; ``line`` is for people: in their code, where it is in theirs."""
+    """``does`` is one of the four words above; ``line`` is for people: in their code, where it is in theirs."""
 
     does: str
     line: str
@@ -35,6 +37,8 @@ def place(thread: int) -> Place:
     inner = takewhile(lambda file: file.startswith((_TORCH, _EXCHANGES[0])), files)
     if any(file.startswith(_EXCHANGES) for file in inner):
         return Place(WAITS, _line(frames))
+    if next((file for file in files if not _foreign(file)), "") == _WRITER:
+        return Place(JOINS, _line(frames))
     return Place(SAVES if any(file.startswith(_STORES) for file in files) else WORKS, _line(frames))
 
 

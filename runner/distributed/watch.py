@@ -2,7 +2,9 @@
 
 A thread shows every half second that its process lives and where it is, and reads the same of the next one in the ring.
 Whoever has waited for others for too long asks where all of them are. While training goes on the processes have to meet
-within the time-out; at any other time, one may take as long as it likes as long as nobody waits for it.
+within the time-out; at any other time, one may take as long as it likes as long as nobody waits for it. A wait may be
+legitimate, such as for one that builds a data set which the others find built: nobody can tell that from a hang, so
+that the message names the place and the option to raise.
 
 The first failure is written down once for all. Every process that reads it lets its training thread come to an end by
 itself (its collectives fail, as a rule) and ends the process when it does not; that is done by a second thread, which
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
-from runner.distributed.place import SAVES, WAITS, place
+from runner.distributed.place import JOINS, SAVES, WAITS, place
 from runner.distributed.world import World
 
 _BEAT_SECONDS = 0.5
@@ -55,10 +57,16 @@ class Beat:
     places: dict[str, tuple[str, str]]
 
     @property
-    def does(self) -> str:
-        return self.places[MAIN][0]
+    def thread(self) -> str:
+        """The one that others may wait for: where the training thread waits for the one that writes, that one."""
+        others = [name for name in self.places if name != MAIN]
+        return others[0] if others and self.places[MAIN][0] == JOINS else MAIN
 
-    def at(self, rank: int, thread: str = MAIN) -> str:
+    @property
+    def does(self) -> str:
+        return self.places[self.thread][0]
+
+    def at(self, rank: int, thread: str) -> str:
         """Who this is and where, for people."""
         where = f" is at {self.places[thread][1]}" if thread in self.places else ""
         return f"{_who(rank, self.pid, self.host)}{where}"
@@ -200,8 +208,10 @@ class Watch:
         if all(beat.does == SAVES for beat in late.values()):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
         if waited > bound:
-            told = "\n".join(f"  {beat.at(rank)}" for rank, beat in late.items())
-            message = f"for {waited:.0f} s the processes have waited for one of them ({key}):\n{told}\n{_AGAIN}"
+            told = "\n".join(f"  {beat.at(rank, beat.thread)}" for rank, beat in late.items())
+            message = (
+                f"for {waited:.0f} s the processes have waited for one of them ({key}):\n{told}\n{_LONGER} {_AGAIN}"
+            )
             self.fail(Failure(min(late), 1, message))
 
     def _has_left(self, rank: int) -> bool:
@@ -234,6 +244,7 @@ class Watch:
 
 
 _TIMEOUT = "runtime.timeout"
+_LONGER = "If that takes so long by right, set a longer one."
 _AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
 
 
