@@ -8,7 +8,10 @@ import pytest
 from crews import Crews, crews
 from results import results
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+pytestmark = [
+    pytest.mark.campaign,  # it is the compiler that takes so long
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
 
 COMMAND = (
     "experiment=smoke",
