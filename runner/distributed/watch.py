@@ -207,7 +207,7 @@ class Watch:
         bound, key = self._timeout, _TIMEOUT
         if all(beat.does == SAVES for beat in late.values()):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
-        if waited > bound + 1e9:
+        if waited > bound:
             told = "\n".join(f"  {beat.at(rank, beat.thread)}" for rank, beat in late.items())
             message = (
                 f"for {waited:.0f} s the processes have waited for one of them ({key}):\n{told}\n{_LONGER} {_AGAIN}"
