@@ -26,7 +26,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
         yield server
 
 
-@pytest.mark.parametrize("name", HANGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.campaign) if n == "end" else n for n in HANGS])
 def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Crews, tmp_path: Path) -> None:
     rank, more, place = HANGS[name]
     command = (
