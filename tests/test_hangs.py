@@ -39,7 +39,7 @@ def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Cre
         f"run.root={tmp_path}",
         "run.name=hangs",
     )
-    ended = crew(2, *command, "runtime.timeout=2", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
+    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
     assert f"rank {1 - rank} (pid" not in ended.output, "that one only waits"
