@@ -150,6 +150,15 @@ def test_read_into_fills_the_buffer_from_the_offset(location: Location) -> None:
     location.read_into("a", 10, [memoryview(bytearray())])
 
 
+def test_read_into_fills_more_buffers_than_one_call_takes(location: Location) -> None:
+    data = bytes(range(251)) * 40
+    location.put("a", [data])
+    sizes = [0, 1, 0, 2, 3, *[1] * 5000, 700, 0]
+    buffers = [bytearray(size) for size in sizes]
+    location.read_into("a", 5, [memoryview(buffer) for buffer in buffers])
+    assert b"".join(buffers) == data[5 : 5 + sum(sizes)]
+
+
 @pytest.mark.parametrize("offset", [7, 10, 1000])
 def test_read_into_past_the_end_is_an_error(location: Location, offset: int) -> None:
     location.put("a", [b"0123456789"])
