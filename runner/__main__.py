@@ -60,7 +60,11 @@ def _own(error: BaseException | None) -> RunnerError | None:
 
 
 def _as_hydra_says(error: BaseException) -> str:
-    return f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
+    told = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
+    if told.startswith("LexerNoViableAltException: "):  # which is all that Hydra says
+        key, _, value = getattr(error, "override", "").partition("=")
+        told += f"\nA value with other characters than letters, digits and -./:%+@ needs quotes: '{key}=\"{value}\"'"
+    return told
 
 
 if __name__ == "__main__":

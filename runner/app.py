@@ -15,6 +15,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
@@ -136,7 +137,7 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
         log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
     url = opening.directory.location.url
     if not is_remote(url):
-        url = os.path.relpath(url)
+        url = os.path.relpath(url, to_absolute_path("."))  # from where the command was given: see hydra.job.chdir
     log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 

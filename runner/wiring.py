@@ -18,6 +18,7 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, Every, OnNonfinite
 from runner.data.ledger import Ledger
+from runner.errors import ConfigError
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
@@ -62,7 +63,7 @@ def callbacks_of(
     ranks: Ranks,
 ) -> dict[str, Callback]:
     """All callbacks, in the order in which they run, by the name that one with a memory has in the state. Those with
-    one are the same in all processes.
+    one are the same in all processes. Raises ConfigError for one of the user's that cannot be used.
     """
     callbacks: dict[str, Callback] = {}
     if books is not None:
@@ -71,6 +72,7 @@ def callbacks_of(
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     _evaluation(config, parts, callbacks)
+    callbacks |= {f"own.{name}": _checked(name, own) for name, own in parts.callbacks.items()}
     best = callbacks.get("best")
     report = Report(
         every_steps=config.metrics.every_steps,
@@ -131,6 +133,13 @@ def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) ->
         callbacks["early_stopping"] = EarlyStopping(
             goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
         )
+
+
+def _checked(name: str, own: Any) -> Callback:
+    if not isinstance(own, Callback):
+        kind = f"{type(own).__module__}.{type(own).__qualname__}"
+        raise ConfigError(f"callbacks.{name} is a {kind}; its class needs runner.callbacks.base.Callback as its base")
+    return own
 
 
 def _saver(

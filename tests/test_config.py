@@ -72,6 +72,7 @@ MISTAKES = {
         2,
         "run.root=nosuch://...: no kind of storage for runs",
     ),
+    "unquoted": (("experiment=smoke", "run.root=~/x"), 2, "needs quotes: 'run.root=\"~/x\"'"),
     "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
     "no such metric": (
         ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),

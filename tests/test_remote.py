@@ -355,6 +355,7 @@ def test_what_is_remote() -> None:
     for path in ("outputs", "/a/b", "file:///a", "FILE:///a", "local:///a", "a:b", "./a::b"):
         assert not is_remote(path)
     assert local_root("FILE:///a") == "/a"
+    assert local_root("~/a") == f"{Path.home()}/a"
     assert open_location("MEMORY://x").url == "memory://x"
 
 

@@ -86,6 +86,11 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         "restoring",
         ["optimizer/state", "right after loading"],
     ),
+    "a callback without a state": (
+        ("+callbacks.weight={_target_:mine.broken.Weighs}",),
+        "callback memory",
+        ["callbacks.weight.seen was "],
+    ),
     "the time": (node("task", "Noisy", source="time"), "time", ["the time is used"]),
     "the pid": (node("task", "Noisy", source="pid"), "pid", ["os.getpid"]),
     "hash()": (node("task", "Noisy", source="hash"), "hash", ["hash() of a text or the order of a set"]),
@@ -106,7 +111,7 @@ QUICK = (
 def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The same experiment with the cause mended."""
     found = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
-    found = [each.replace("broken.Remembers}", "broken.RemembersWell}") for each in found]
+    found = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in found]
     return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in found)
 
 

@@ -31,12 +31,17 @@ class Loop:
 
 
 class Callback:
-    """Does nothing; override what matters. A callback with ``state_dict`` and ``load_state_dict`` is part of the
-    state.
+    """Does nothing; override what matters. One with ``state_dict`` and ``load_state_dict`` is part of the state.
+
+    Those of ``callbacks`` in the configuration are called in their order, in every process of the run: after an
+    evaluation has been made, and before anything is written. They may add to ``loop.metrics``, and end the training
+    with a word in ``loop.stop``; in all processes alike.
     """
 
     def on_start(self, loop: Loop) -> None:
-        """Before the first step of this attempt: at step 0, or right after a restore."""
+        """Before the first step of this attempt: at step 0, or right after a restore. ``loop.evaluation`` is then the
+        one that the attempt before should have made and could not.
+        """
 
     def on_step(self, loop: Loop) -> None:
         """After every step."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # What is computed. Every other key says how it is executed and may differ between the attempts of a run.
-IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective")
+IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
 # What a run begins from: recorded by the run itself (run.json), and as much a part of its name.
 _ORIGIN = ("run.parent", "run.inherit")
 

@@ -1,6 +1,6 @@
 """Every key of a configuration, with its type. A misspelt key or a wrong type is refused by Hydra itself.
 
-The first eight keys of ``Config`` say *what is computed* and make the identity of a run; the rest say *how it is
+The first nine keys of ``Config`` say *what is computed* and make the identity of a run; the rest say *how it is
 executed* and may change between attempts (``identity.IDENTITY`` spells the split).
 """
 
@@ -182,6 +182,7 @@ class Config:
     scheduler: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # by name: _target_ of a runner.callbacks.base.Callback
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

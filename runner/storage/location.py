@@ -4,6 +4,7 @@ A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``; 
 be named. Every implementation keeps the promises below, so nothing above this package asks which one it has.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def is_remote(url: str) -> bool:
 
 
 def local_root(root: str) -> str:
-    """``root`` as a path of this machine. Raises ConfigError for a URL of another store."""
+    """``root`` as a path of this machine, also ``~/...``. Raises ConfigError for a URL of another store."""
     if is_remote(root):
         raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
     found = _URL.match(root)
-    return root[found.end() :] if found else root
+    return os.path.expanduser(root[found.end() :] if found else root)

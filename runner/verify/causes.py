@@ -100,6 +100,20 @@ def of_part(found: Difference) -> Cause:
     return _BY_PART.get(found.part, _other)(found)
 
 
+def has_callbacks(found: Difference) -> bool:
+    """Whether a callback of the user's remembers something that it did not get back."""
+    return bool(_suspects(found, "callbacks."))
+
+
+def of_callbacks(found: Difference) -> Cause:
+    """Without the user's callbacks a resumed run is equal."""
+    return Cause(
+        "callback memory",
+        f"a callback has a memory that is not saved{_who(found, 'callbacks.')}",
+        f"for the callback: {_STATEFUL}",
+    )
+
+
 def _order(found: Difference) -> Cause:
     return Cause(
         "data order",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runner.verify.campaign import Plan, Tell, saving
-from runner.verify.causes import CAUSES, Cause, of_part, of_process
+from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_process
 from runner.verify.difference import Difference, first
 from runner.verify.run import Run, Stage
 
@@ -105,6 +105,10 @@ class Detective:
         found, magnitude = self._killed("killed once and resumed", cut)
         if found is None:
             return replace(of_part(difference), sure=False), ""
+        if has_callbacks(found):
+            without, _ = self._killed("the same without your callbacks", cut, pins=("callbacks",))
+            if without is None:
+                return of_callbacks(found), magnitude
         if difference.part != "data order" and self._evaluated(cut):
             without, _ = self._killed("the same without evaluation", cut, pins=("evaluation",))
             if without is None:

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+from runner import build
 from runner.callbacks.base import Loop
 from runner.callbacks.evaluate import Evaluate
 from runner.data.stream import BatchStream
@@ -37,6 +39,16 @@ def _evaluation() -> None:
         return loop.stop is not None
 
     Evaluate._due = due  # type: ignore[method-assign]
+
+
+def _callbacks() -> None:
+    """None of the user's own."""
+    every = build.build
+
+    def built(config: Any, device: Any, team: Any) -> build.Parts:
+        return replace(every(config, device, team), callbacks={})
+
+    build.build = built
 
 
 def _batches() -> None:
@@ -141,6 +153,7 @@ def _entropy() -> None:
 
 _HOLD: dict[str, Callable[[], None]] = {
     "evaluation": _evaluation,
+    "callbacks": _callbacks,
     "batches": _batches,
     "pid": _pid,
     "time": _time,

@@ -93,7 +93,7 @@ def _watch_building(probe: Probe) -> None:
 
     def instance(node: Any, key: str, **how: Any) -> Any:
         made = called(node, key, **how)
-        if key in ("data.train", "data.validation", "data.collate", "model", "task"):
+        if key in ("data.train", "data.validation", "data.collate", "model", "task") or key.startswith("callbacks."):
             probe.objects[key] = made
             probe.write("made", memory=memory({key: made}))
         return made

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mine.data import Rows, row
+from runner.callbacks.base import Callback
 from runner.models.mlp import MLP
 from runner.tasks.classification import Classification
 
@@ -202,6 +203,26 @@ class Starts(Noisy):
 
     def amount(self):
         return self.starts
+
+
+class Weighs(Callback):
+    """Lets weights decay more with every evaluation."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def on_step(self, loop):
+        self.seen += loop.evaluation is not None
+        for group in loop.state.optimizer.param_groups:
+            group["weight_decay"] = self.seen / 10
+
+
+class WeighsWell(Weighs):
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
 
 
 class Scatters(Classification):

@@ -1,0 +1,44 @@
+"""Callbacks that a user might write."""
+
+from runner.callbacks.base import Callback
+
+
+class Plateau(Callback):
+    """Doubles the weight decay after every bad evaluation, ends the training after so many, and draws their number."""
+
+    def __init__(self, *, most):
+        self.most = most
+        self.best = float("inf")
+        self.bad = 0
+
+    def on_start(self, loop):
+        self.look(loop)
+
+    def on_step(self, loop):
+        self.look(loop)
+        loop.metrics = {**loop.metrics, "bad": loop.metrics["loss"].new_tensor(float(self.bad))}
+
+    def look(self, loop):
+        if loop.evaluation is None:
+            return
+        if loop.evaluation["val/loss"] < self.best:
+            self.best = loop.evaluation["val/loss"]
+            return
+        self.bad += 1
+        for group in loop.state.optimizer.param_groups:
+            group["weight_decay"] *= 2
+        if self.bad == self.most:
+            loop.stop = "plateau"
+
+    def state_dict(self):
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state):
+        self.best, self.bad = state["best"], state["bad"]
+
+
+class Recorder:
+    """Not derived from Callback."""
+
+    def on_step(self, loop):
+        pass
