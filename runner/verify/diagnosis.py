@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runner.verify.campaign import Plan, Tell, saving
-from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_process
+from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
 from runner.verify.difference import Difference, first
 from runner.verify.run import Run, Stage
 
@@ -22,6 +22,7 @@ _PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("time", ("time",), ()),
     ("entropy", ("entropy",), ()),
     ("threads", (), _ONE_THREAD),
+    ("turns", ("turns",), ()),
     ("kernel", (), _STRICT),
 )
 
@@ -88,7 +89,7 @@ class Detective:
                 continue
             if not self._differs(f"undisturbed twice, {name} held fast", other, one):
                 return CAUSES[name].at(found.part)
-        return CAUSES["chance"].at(found.part)
+        return of_chance(found).at(found.part, _names(found))
 
     def _of_restarting(self) -> Cause | None:
         """Whether it differs although nothing was resumed: killed before the first step, and begun again."""

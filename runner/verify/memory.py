@@ -3,6 +3,7 @@
 Looks and never changes. Of data that is large a sample of the values is looked at.
 """
 
+import os
 import random
 import sys
 from collections import deque
@@ -27,6 +28,7 @@ RESTING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 LEFT_OUT = " (a parameter, not in its state_dict)"
 LOOSE = " (a buffer, persistent=False)"
+PROCESS = "process: "
 
 _DEPTH = 4
 _FEW = 16  # items of a container that are looked at one by one
@@ -53,6 +55,23 @@ def memory(objects: Mapping[str, Any]) -> dict[str, str]:
         for path, value in _around(name, thing):
             found |= dict(_walk(path, value, 0, seen))
     return found
+
+
+def settings() -> dict[str, str]:
+    """What holds for the whole process, and may be changed while training; of its environment digests alone."""
+    found = {
+        "torch.backends.mkldnn.enabled": torch.backends.mkldnn.enabled,
+        "torch.backends.cudnn.enabled": torch.backends.cudnn.enabled,
+        "torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "torch.backends.cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "torch.backends.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+    }
+    environment = {f"os.environ[{key!r}]": _digest(value.encode()) for key, value in [*os.environ.items()]}
+    return {f"{PROCESS}{name}": str(value) for name, value in (found | environment).items()}
 
 
 def _around(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
