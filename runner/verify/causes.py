@@ -50,7 +50,7 @@ CAUSES: Mapping[str, Cause] = {
         ),
         Cause(
             "turns",
-            "threads that your code starts race: the result depends on which of them is done first",
+            "two undisturbed runs differ: your code starts threads, and the result depends on which is done first",
             "use what threads give in the order in which they were started (executor.map), not as it arrives",
         ),
         Cause(
