@@ -290,7 +290,7 @@ class Arrives(Classification):
     def training_step(self, model, batch):
         x, y = batch
         with ThreadPoolExecutor(4) as pool:
-            jobs = [pool.submit(torch.sum, part * part) for part in x.flatten().split(2)]
+            jobs = [pool.submit(torch.sum, part * part) for part in x.flatten().split(1)]
             energy = sum(job.result() for job in (jobs if self.mended else as_completed(jobs)))
         return super().training_step(model, (x * (energy / x.numel()), y))
 
