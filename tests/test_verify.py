@@ -208,11 +208,12 @@ def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scra
 
 
 def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, steps=6, kills=1)
+    verdict = judged(two, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
     assert shown.count("<polyline") == 1 + len(verdict.killed.lives)
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
+    assert "note     trainer.max_seconds was left out" in shown
 
 
 @pytest.mark.parametrize(
