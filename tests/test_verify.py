@@ -104,7 +104,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         ["two undisturbed runs differ", "executor.map"],
     ),
     "freezing that is not saved": (node("task", "Unfreezes", mended=False), "freezing", ["requires_grad=False"]),
-    "an environment that changes": (node("task", "Declares", mended=False), "process", ["os.environ['NOISE']"]),
+    "an environment that changes": (node("task", "Declares", mended=False), "process", ["os.environ['LOUDER']"]),
     "gradients kept between steps": (node("task", "Gathers", mended=False), "gradients", ["part     gradients"]),
     "an average of weights": (node("task", "Teaches", mended=False), "task memory", ["task.teacher.layers"]),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),

@@ -316,23 +316,23 @@ class Counts(Classification):
 
 
 class Unfreezes(Counts):
-    """Trains the last layer alone from the third step on."""
+    """Freezes a layer in the first step of all."""
 
     def before(self, model, done):
-        if done == 3 or (self.mended and done > 3):
+        if done == 0 or self.mended:
             next(model.parameters()).requires_grad_(False)
 
 
 class Declares(Counts):
-    """Says in the environment that the time of noise has come."""
+    """Says in the environment, in the first step of all, how much louder losses are."""
 
     def before(self, model, done):
-        if done == 3 or (self.mended and done > 3):
-            os.environ["NOISE"] = "0.5"
+        if done == 0 or self.mended:
+            os.environ["LOUDER"] = "0.5"
 
     def training_step(self, model, batch):
         metrics = super().training_step(model, batch)
-        return {**metrics, "loss": metrics["loss"] * (1 + float(os.environ.get("NOISE", "0")))}
+        return {**metrics, "loss": metrics["loss"] * (1 + float(os.environ.get("LOUDER", "0")))}
 
 
 class Gathers(Counts):
