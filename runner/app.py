@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
 from runner.job import Job, run_name
 from runner.ranks import Ranks
-from runner.run.opening import Opening, wait_until_free
+from runner.run.opening import Opening, is_free
 from runner.stop import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
 
@@ -37,6 +38,7 @@ log = logging.getLogger("runner")
 _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a clone beside it.
 CONFIGS = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+_POLL_SECONDS = 0.5
 _LOCAL_FILES = "outputs/remote"
 _USER = re.compile(r"(?<=://)[^/]*@")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
@@ -87,7 +89,7 @@ def _hand_over() -> None:
 
 def _job(config: DictConfig) -> float | None:
     signals.install()  # a launcher may have begun this process
-    with joined(world(), timeout=config.runtime.timeout) as team:
+    with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         job = Job.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
@@ -115,13 +117,26 @@ def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
     found: list[Opening] = []
 
     def open_run() -> dict[str, Any]:
-        if config.run.on_conflict is schema.OnConflict.wait:
-            wait_until_free(job.directory, lambda: signals.raise_if_received("while waiting for the run"))
         found.append(job.open())
         return {"variant": found[0].directory.variant, "result": found[0].result}
 
+    if config.run.on_conflict is schema.OnConflict.wait:
+        _wait_until_free(job, ranks)
     seen = led(ranks, open_run)
     return found[0] if found else job.following(**seen)
+
+
+def _wait_until_free(job: Job, ranks: Ranks) -> None:
+    """Return once no living process holds the run. All ask, so that nobody waits long for the first, which looks."""
+
+    def free() -> bool:
+        found = is_free(job.directory)
+        if not found:
+            signals.raise_if_received("while waiting for the run")
+        return found
+
+    while not led(ranks, free):
+        time.sleep(_POLL_SECONDS)
 
 
 def _conclude(opening: Opening, result: dict[str, Any]) -> None:

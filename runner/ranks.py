@@ -26,6 +26,9 @@ class Ranks(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0; those of others are not looked at."""
 
+    def awaited(self) -> str:
+        """For people, from any thread: the rank that an exchange waits for, or this one, and where it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alone:
@@ -39,6 +42,9 @@ class Alone:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def awaited(self) -> str:
+        return ""
 
 
 class Own(dict[str, Any]):

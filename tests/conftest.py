@@ -1,7 +1,9 @@
 """Fixtures of all tests."""
 
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,12 @@ from lives import Lives, lives
 
 # A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch_of_all(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What killed processes leave in the temporary folder goes with the folders of the tests."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("t"))
 
 
 @pytest.fixture(scope="session")

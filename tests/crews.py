@@ -51,8 +51,8 @@ class Crews:
 
     def __call__(self, size: int, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life of ``size`` ranks. ``send`` (SIGKILL) goes to the ranks ``to`` (all of them): ``after`` so many
-        seconds, or once the file ``when`` is there. ``step`` kills rank ``to[0]`` by itself after that step. A rank
-        that was stopped is killed when the others have ended.
+        seconds, or once the file ``when`` is there. ``step`` kills rank ``to[0]`` by itself after that step,
+        ``hang`` has its n-th put never return. A rank that was stopped is killed when the others have ended.
         """
         return self.side_by_side((size, *arguments), cwd=cwd, **how)[0]
 
@@ -154,8 +154,8 @@ def _started(request: dict[str, Any], rank: int, size: int, port: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = {"argv": request["argv"], "cwd": request["cwd"], "log": request["logs"][rank]}
-        if "step" in request and rank == request.get("to", [0])[0]:
-            own["step"] = request["step"]
+        if rank == request.get("to", [0])[0]:
+            own |= {how: request[how] for how in ("step", "hang") if how in request}
         become(own)
     return pid
 

@@ -164,6 +164,8 @@ def _arm(request: dict[str, Any]) -> None:
         _die_at_put(request["put"])
     if "commit" in request:
         _die_at_commit(request["commit"], request.get("send", signal.SIGKILL))
+    if "hang" in request:
+        _hang_at_put(request["hang"])
     if "step" in request:
         _die_after_step(request["step"])
     if request.get("restored"):
@@ -196,6 +198,21 @@ def _die_at_put(last: int) -> None:
         return put(self, name, chunks)
 
     RemoteLocation.put = mortal_put  # type: ignore[method-assign]
+
+
+def _hang_at_put(last: int) -> None:
+    """The n-th object never gets onto the disk, and its thread never goes on."""
+    from runner.storage.local import LocalLocation
+
+    put, left = LocalLocation.put, [last]
+
+    def stuck_put(self: LocalLocation, name: str, chunks: Any) -> int:
+        left[0] -= 1
+        if left[0] == 0:
+            threading.Event().wait()
+        return put(self, name, chunks)
+
+    LocalLocation.put = stuck_put  # type: ignore[method-assign]
 
 
 def _die_after_step(last: int) -> None:

@@ -23,7 +23,7 @@ from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Sup
 from runner.run import attempts, records
 from runner.run.attempts import Attempt, claim
 from runner.run.directory import RunDirectory
-from runner.run.opening import begin, open_run, wait_until_free
+from runner.run.opening import begin, is_free, open_run
 from runner.run.records import Name
 from runner.storage import open_location
 from runner.storage.local import LocalLocation
@@ -326,12 +326,10 @@ def test_another_machine_that_ends_or_withdraws_is_not_waited_for(location: Loca
 def test_waiting_is_for_the_living(location: LocalLocation) -> None:
     directory = RunDirectory("", "a", "b", location)
     name = stranger(location)
-    polls = []
     with beating(location, name):
-        stop = threading.Timer(0.5, lambda: location.replace(f"{name}.end.json", [b"{}"]))
-        stop.start()
-        wait_until_free(directory, lambda: polls.append(1))
-    assert polls
+        assert not is_free(directory)
+        location.replace(f"{name}.end.json", [b"{}"])
+        assert is_free(directory)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from runner.agreement import gathered, led
 from runner.distributed.channel import Channel, OthersFailed
-from runner.distributed.watch import Failure, Watch
+from runner.distributed.watch import MAIN, Failure, Watch
 from runner.distributed.world import World
 from runner.errors import DataError
 
@@ -31,9 +31,9 @@ def together(server: TCPStore, work: Work) -> list[Any]:
 
     def one(rank: int) -> Any:
         world = World(rank, SIZE)
-        watch = Watch(connect("watch"), world, timeout=60)
+        watch = Watch(connect("watch"), world, timeout=60, patience=0)
         try:
-            return work(Channel(connect("channel"), world, watch), watch)
+            return work(Channel(connect("channel"), world, watch, thread=MAIN), watch)
         finally:
             watch.close()
 

@@ -165,16 +165,6 @@ def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: 
     assert ended.seconds < 30
 
 
-def test_a_rank_that_hangs_is_named_with_the_place(crew: Crews, tmp_path: Path) -> None:
-    size, *command = LAYOUTS["ddp"]
-    task = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=1", "+task.step=5")
-    ended = crew(size, *command, *task, f"run.root={tmp_path}", "runtime.timeout=2", cwd=USER)
-    assert ended.statuses == [1, 1]
-    assert "rank 1 (pid" in ended.output
-    assert "mine/tasks.py" in ended.output
-    assert "in training_step" in ended.output
-
-
 def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
     task = (
@@ -274,6 +264,7 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
             *SMOKE,
             *HANGS,
             "+task.dies=true",
+            "+task.once=died",
             *EVERY_STEP,
             f"run.root={tmp_path}",
         ],

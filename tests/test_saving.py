@@ -145,6 +145,8 @@ def test_a_storage_that_hangs_for_too_long_ends_training(run: Run) -> None:
     run.now += 101
     with pytest.raises(StorageError, match="has been on its way for 101 seconds"):
         run.step()
+    with pytest.raises(StorageError, match="has been on its way for 101 seconds"):
+        run.saver.on_end(run.loop)
 
 
 def test_whoever_is_superseded_stops_at_the_next_step(run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.retention import Retention
@@ -338,6 +339,53 @@ def test_views_of_one_memory_that_differ_are_not_taken_for_shared(store: Checkpo
     checkpoint = store.open(store.commit(Snapshot.of(1, {"model": views}), attempt=1, successor=lambda: None))
     found = checkpoint.load("model")
     assert [name for name, view in views.items() if not torch.equal(found[name], view)] == []
+
+
+def test_tensors_lie_in_memory_as_they_did(store: CheckpointStore) -> None:
+    usual = torch.arange(48.0).view(2, 4, 3, 2)
+    last = usual.to(memory_format=torch.channels_last)
+    state = {"usual": usual, "last": last, "tied": last, "turned": usual.permute(3, 1, 0, 2), "thinned": usual[:, ::2]}
+    made = store.commit(Snapshot.of(1, {"model": state}), attempt=1, successor=lambda: None)
+    found = store.open(made).load("model")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert all(found[name].stride() == state[name].stride() for name in ("usual", "last", "tied", "turned"))
+    assert found["thinned"].is_contiguous(), "what does not lie densely need not lie so again"
+    assert found["last"] is found["tied"]
+
+
+@pytest.mark.parametrize("order", [[0, 0, 1], [0], [0, 1, 3], [2.0, 1.0, 0.0], "210", 7, [[0], [1], [2]]])
+def test_an_order_that_is_none_is_damage(store: CheckpointStore, order: Any) -> None:
+    state = {"model": {"weight": torch.rand(2, 3, 4).permute(2, 0, 1)}}
+    made = store.commit(Snapshot.of(1, state), attempt=1, successor=lambda: None)
+    rewrite(store, made, lambda manifest: manifest["parts"]["model"]["weight"].update(order=order))
+    with pytest.raises(Damaged):
+        store.open(made).load("model")
+
+
+def test_a_fused_optimizer_of_weights_with_channels_last_goes_on_as_if_never_saved(store: CheckpointStore) -> None:
+    """It takes weights and moments pairwise, as they lie, and does not look at their strides."""
+
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def trained(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            model(torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = built()
+    trained(model, optimizer, range(3))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    made = store.commit(Snapshot.of(3, state), attempt=1, successor=lambda: None)
+    trained(model, optimizer, range(3, 6))
+    resumed, other = built()
+    resumed.load_state_dict(store.open(made).load("model"))
+    other.load_state_dict(store.open(made).load("optimizer"))
+    trained(resumed, other, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
 def test_equal_names_in_different_parts_do_not_meet(store: CheckpointStore) -> None:

@@ -53,7 +53,13 @@ def options(server: Server, folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    return {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.mark.campaign

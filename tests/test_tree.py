@@ -87,6 +87,25 @@ def test_a_float_of_numpy_is_kept_to_the_bit() -> None:
     assert math.isnan(there_and_back(np.float64("nan")))
 
 
+class Halved(torch.Tensor):
+    """Stands for twice what it has: the kind of tensor in which optimizers of few bits keep their state."""
+
+    def __new__(cls, inner: torch.Tensor) -> "Halved":
+        made: Halved = cls._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    inner: torch.Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, _: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        whole = [2 * one.inner if isinstance(one, Halved) else one for one in arguments]
+        return function(*whole, **(keywords or {}))
+
+
 class Pair(NamedTuple):
     first: int
     second: int
@@ -101,7 +120,9 @@ class Pair(NamedTuple):
         ({3: np.zeros(2)}, "cannot save part/3: it is a numpy.ndarray"),
         ([Pair(1, 2)], "cannot save part/0: it is a test_tree.Pair"),
         ([b"bytes"], "cannot save part/0: it is a builtins.bytes"),
-        ([torch.ones(2).to_sparse()], "cannot save part/0: a torch.sparse_coo tensor"),
+        ([torch.ones(2).to_sparse()], "cannot save part/0: Tensor, torch.sparse_coo, on cpu"),
+        ([torch.ones(2, device="meta")], "cannot save part/0: Tensor, torch.strided, on meta"),
+        ([Halved(torch.ones(2))], "cannot save part/0: Halved"),
         ([nn.Linear(1, 1)], "cannot save part/0: it is a torch.nn.modules.linear.Linear"),
         ({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}, "cannot save part/a/b: two tensors"),
         ({1: torch.ones(1), "1": torch.ones(1)}, "cannot save part/1: two tensors"),

@@ -48,6 +48,9 @@ class ThreadRanks:
     def broadcast(self, value: Any) -> Any:
         return self.meeting.exchange(self.rank, value if self.rank == 0 else None)[0]
 
+    def awaited(self) -> str:
+        return f"rank {self.rank} is not alone"
+
 
 def among(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
     """What ``work`` returns on each of so many ranks. Raises what it raised on the first rank on which it did."""

@@ -20,6 +20,7 @@ log = logging.getLogger("runner")
 Order = dict[str, Any]  # JSON: whether the copy is ``exact``, or which step's is tried ``again``, and which to ``drop``
 
 _LONGEST_PAUSE = 60.0  # seconds between two tries to save
+_LOOK_SECONDS = 1.0  # between two looks whether a save that is waited for takes too long
 _PATIENCE = 60.0  # seconds that a save may take in any case
 
 
@@ -102,21 +103,26 @@ class SaveCheckpoint(Callback):
         job, self._again = self._again, None
         self._writer.put(job or self.saves.stage(loop, exact=order["exact"]))
         if not self.background:
-            self._writer.wait()
+            self._wait()
             led(self.ranks, self._look)
         self._cost.saved(stall=self._clock() - began)
 
     def on_end(self, loop: Loop) -> None:
-        self._writer.wait()
+        self._wait()
         tries = count()
         while (order := led(self.ranks, lambda: self._last(loop, again=next(tries) > 0))) is not None:
             self.act(loop, order)
-            self._writer.wait()
+            self._wait()
 
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         since = self._unsaved_since or self._clock()
         self._writer.close(max(since + self.max_unsaved - self._clock(), 5.0))
+
+    def _wait(self) -> None:
+        """Wait until all copies are written."""
+        while not self._writer.wait(_LOOK_SECONDS):
+            self._raise_if_stuck()
 
     def _last(self, loop: Loop, *, again: bool) -> Order | None:
         """What is left to be saved at the end."""
@@ -158,9 +164,15 @@ class SaveCheckpoint(Callback):
             if not isinstance(error, StorageError):
                 raise error
             self._failed(job, error)
+        self._raise_if_stuck()
+
+    def _raise_if_stuck(self) -> None:
         unsaved = self._unsaved()
         if unsaved > max(self.max_unsaved, _PATIENCE):
-            raise StorageError(f"a checkpoint has been on its way for {unsaved:.0f} seconds. {self._remedy()}")
+            where = self.saves.store.ranks.awaited()
+            raise StorageError(
+                f"a checkpoint has been on its way for {unsaved:.0f} seconds. {where and f'{where}. '}{self._remedy()}"
+            )
 
     def _failed(self, job: Job, error: StorageError) -> None:
         step, left = job.step, self.max_unsaved - self._unsaved()

@@ -28,6 +28,7 @@ class Box:
     shape: tuple[int, ...]
 
     @classmethod
+    @lru_cache(maxsize=4096)  # many tensors have few shapes
     def whole(cls, shape: tuple[int, ...]) -> "Box":
         """All of a tensor."""
         return cls((0,) * len(shape), shape)
@@ -108,6 +109,8 @@ def rebuilt(local: Tensor, like: Any) -> Tensor:
 
 def cell_of(shape: tuple[int, ...], cuts: Cuts, number: int) -> Box:
     """The cell of that number."""
+    if not cuts:
+        return Box.whole(shape)
     offset, sizes = [0] * len(shape), [*shape]
     for dimension, count in reversed(cuts):
         number, index = divmod(number, count)

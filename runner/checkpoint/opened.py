@@ -13,7 +13,7 @@ from runner.checkpoint.reading import Place, Reader
 from runner.checkpoint.shelves import Shelf
 from runner.checkpoint.snapshot import MAX_TENSORS
 from runner.checkpoint.tensors import Damaged, Kind, StoredFile
-from runner.checkpoint.tree import decode, encode, names_in
+from runner.checkpoint.tree import decode, encode, laid_out, orders
 from runner.errors import StateError
 from runner.ranks import ALONE, Ranks
 from runner.storage.location import Location
@@ -62,8 +62,9 @@ class Checkpoint:
         """The tensors of one part by their names in the checkpoint, whole, or as they are ``dealt`` to this rank.
         Those that were one tensor when they were written are one again.
         """
-        names = names_in(self._value(part))
-        if len({*names}) < len(names):  # a few bytes of references could stand for any amount of memory
+        entries = orders(self._value(part))
+        names = dict(entries)
+        if len(names) < len(entries):  # a few bytes of references could stand for any amount of memory
             raise ValueError("a tensor is named twice")
         missing = next((name for name in names if name not in self.places), None)
         if missing is not None:
@@ -71,7 +72,8 @@ class Checkpoint:
         wanted = {name: (self.places[name], self._box(name, (dealt or {}).get(name))) for name in names}
         first: dict[Any, str] = {}
         alike = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
-        found = self.reader.read({name: wanted[name] for name in first.values()})
+        read = self.reader.read({name: wanted[name] for name in first.values()})
+        found = {name: laid_out(tensor, names[name]) for name, tensor in read.items()}
         return {name: found[other] for name, other in alike.items()}
 
     def check(self) -> None:

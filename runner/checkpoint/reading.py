@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
 from runner.checkpoint.layout import Box, cells_in
 from runner.checkpoint.sealing import digest
 from runner.checkpoint.shelves import Shelf
-from runner.checkpoint.tensors import BLOCK, Damaged, StoredFile, bytes_of
+from runner.checkpoint.tensors import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.storage.location import Location
 
 _AT_ONCE = 8  # blocks that are read at once
@@ -27,6 +28,15 @@ class Place:
     shelf: Shelf
     name: str
     first: int
+
+
+class _Source(NamedTuple):
+    """A cell that shares elements with a box: its file, where in that the tensor begins, and what they share."""
+
+    file: str
+    begin: int
+    cell: Box
+    common: Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +71,9 @@ class Reader:
         found: dict[str, Tensor] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for name, (place, box) in wanted.items():
-            self._prepare(place, box)
-            found[name] = place.shelf.tensors[place.name].empty(box.shape)
-            copies += self._into(found[name], place, box, blocks)
+            kind, sources = place.shelf.tensors[place.name], self._sources(place, box)
+            found[name] = kind.empty(box.shape)
+            copies += _into(found[name], kind, box, sources, blocks)
         self._fill(blocks.values())
         for to, tensor in copies:
             to.copy_(tensor)
@@ -89,33 +99,13 @@ class Reader:
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None
 
-    def _prepare(self, place: Place, box: Box) -> None:
-        """Raise Damaged, before anything is allocated, unless the files have room for what is wanted of them."""
-        kind = place.shelf.tensors[place.name]
-        for number, _, _ in cells_in(box, kind.shape, place.shelf.cuts):
-            self.offsets(place.shelf, number, self._names[place.first + number])
-
-    def _into(
-        self, target: Tensor, place: Place, box: Box, blocks: dict[tuple[str, int], _Block]
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Add what is to be read, into ``target`` or, where its bytes do not lie alike, beside it; returns what is then
-        to be copied.
-        """
-        kind = place.shelf.tensors[place.name]
-        view = bytes_of(target)
+    def _sources(self, place: Place, box: Box) -> list[_Source]:
+        """What holds some of a box. Raises Damaged unless the files have room for it: before anything is allocated."""
+        kind, found = place.shelf.tensors[place.name], []
         for number, cell, common in cells_in(box, kind.shape, place.shelf.cuts):
             file = self._names[place.first + number]
-            begin = self.offsets(place.shelf, number, file)[place.name]
-            to, at = common.run(box), common.run(cell)
-            if to is None or at is None:
-                rows = Box((*common.offset[:1], *cell.offset[1:]), (*common.shape[:1], *cell.shape[1:]))
-                beside, at = kind.empty(rows.shape), rows.run(cell)
-                assert at is not None
-                yield target[common.within(box)], beside[common.within(rows)]
-                piece = bytes_of(beside)
-            else:
-                piece = view[to * kind.itemsize : (to + prod(common.shape)) * kind.itemsize]
-            _add(blocks, file, begin + at * kind.itemsize, piece)
+            found.append(_Source(file, self.offsets(place.shelf, number, file)[place.name], cell, common))
+        return found
 
     def _fill(self, blocks: Iterable[_Block]) -> None:
         """Read whole blocks, neighbours at once."""
@@ -144,6 +134,26 @@ class Reader:
                 begin = file.header + block.number * BLOCK
                 end = min(begin + BLOCK, file.size)
                 raise Damaged(f"{block.file} bytes {begin} to {end}: digest {found}, expected {expected}")
+
+
+def _into(
+    target: Tensor, kind: Kind, box: Box, sources: Iterable[_Source], blocks: dict[tuple[str, int], _Block]
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Add what is to be read of a box, into ``target`` or, where its bytes do not lie alike, beside it; returns what is
+    then to be copied.
+    """
+    view = bytes_of(target)
+    for file, begin, cell, common in sources:
+        to, at = common.run(box), common.run(cell)
+        if to is None or at is None:
+            rows = Box((*common.offset[:1], *cell.offset[1:]), (*common.shape[:1], *cell.shape[1:]))
+            beside, at = kind.empty(rows.shape), rows.run(cell)
+            assert at is not None
+            yield target[common.within(box)], beside[common.within(rows)]
+            piece = bytes_of(beside)
+        else:
+            piece = view[to * kind.itemsize : (to + prod(common.shape)) * kind.itemsize]
+        _add(blocks, file, begin + at * kind.itemsize, piece)
 
 
 def _add(blocks: dict[tuple[str, int], _Block], file: str, offset: int, view: memoryview) -> None:

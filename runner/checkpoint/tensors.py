@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Kind:
         """That of a tensor which is a part of one of that shape. Raises StateError for a type the format lacks."""
         if tensor.dtype not in _NAMES:
             raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
-        return cls(_NAMES[tensor.dtype], shape)
+        return _kind(_NAMES[tensor.dtype], shape)
 
     @property
     def itemsize(self) -> int:
@@ -109,6 +110,12 @@ class Kind:
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """Room for elements of this type."""
         return torch.empty(shape, dtype=_DTYPES[self.dtype])
+
+
+@lru_cache(maxsize=4096)
+def _kind(dtype: str, shape: tuple[int, ...]) -> Kind:
+    """A state has many tensors of few kinds."""
+    return Kind(dtype, shape)
 
 
 class SafetensorsFile:

@@ -2,6 +2,9 @@
 
 Tensors leave the tree and are named by their path (``model/head.weight``). Tuples, mappings whose keys are not strings,
 and non-finite floats are tagged, because JSON has none of them.
+
+A tensor's entry has the order in which its dimensions lie in memory, where that is not the usual one (channels last):
+fused optimizers take a weight's bytes and those of its moments pairwise, as they lie.
 """
 
 import math
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.checkpoint.layout import is_distributed
 from runner.errors import StateError
 
 _TAG = "$"
@@ -28,7 +32,7 @@ def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The state that ``encode`` was given; ``tensor`` supplies tensors by name."""
+    """The state that ``encode`` was given; ``tensor`` supplies tensors by name, laid out as ``orders`` says."""
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
@@ -48,16 +52,27 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
             raise StateError(f"a stored state holds the unknown tag {unknown!r}")
 
 
-def names_in(value: Any) -> list[str]:
-    """The names of all tensors that ``decode`` will ask for."""
-    names: list[str] = []
-    decode(value, names.append)  # type: ignore[arg-type]  # what stands for a tensor does not matter
-    return names
+def orders(value: Any) -> list[tuple[str, Any]]:
+    """The names of all tensors that ``decode`` will ask for, each with its order."""
+    if isinstance(value, dict) and value.get(_TAG) == "tensor":
+        return [(value["name"], value.get("order"))]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [found for item in inner for found in orders(item)]
+
+
+def laid_out(tensor: Tensor, order: Any) -> Tensor:
+    """The tensor with its dimensions in that order in memory. Raises ValueError for what is no order of them."""
+    if order is None:
+        return tensor
+    if sorted(order) != [*range(tensor.ndim)]:
+        raise ValueError(f"dimensions in the order {order!r}")
+    return torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype).copy_(tensor)
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return {_TAG: "tensor", "name": _add(value, path, tensors)}
+        entry, order = {_TAG: "tensor", "name": _add(value, path, tensors)}, _order(value)
+        return entry if order is None else {**entry, "order": order}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if value is None or isinstance(value, str | int):
@@ -78,9 +93,27 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise StateError(f"cannot save {path}: a {tensor.layout} tensor; only dense tensors can be saved")
+    if not _is_dense(tensor):
+        kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
+        raise StateError(f"cannot save {path}: {kind}; only dense tensors with bytes of their own can be saved")
     if path in tensors:
         raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
     tensors[path] = tensor.detach()
     return path
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its bytes are its elements. What wraps others (of fewer bits, say) would come back as what it stands for,
+    and training go on differently.
+    """
+    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
+    return tensor.layout == torch.strided and not (wraps or tensor.is_quantized or tensor.is_meta)
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """The dimensions, outermost in memory first; None where they are in order already, or do not lie densely."""
+    if tensor.is_contiguous() or is_distributed(tensor):
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dimension: -strides[dimension])
+    return order if tensor.permute(order).is_contiguous() else None

@@ -145,7 +145,9 @@ class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     parallel: Parallel = Parallel.auto  # of several processes, started by torchrun: ddp has the whole model in each
     shard: int | None = None  # fsdp: processes that a replica of the model lies on; absent: all
-    timeout: float = 600.0  # seconds in which a process that stopped, or keeps the others waiting, ends all of them
+    # Seconds until a process that stopped, or keeps the others waiting, ends all of them; one that saves or restores
+    # has max_unsaved more. Where one builds its data for longer than the others, this has to be longer, too.
+    timeout: float = 600.0
     compile: bool = False  # the model, by torch.compile
     num_workers: int = 0  # processes that load data; 0 loads in the training process
     prefetch: int = 2  # batches in flight per worker

@@ -28,11 +28,13 @@ class Channel:
     All processes take part in every exchange, in the same order. Raises OthersFailed once one of them has failed.
     """
 
-    def __init__(self, store: Store, world: World, watch: Watch) -> None:
+    def __init__(self, store: Store, world: World, watch: Watch, *, thread: str) -> None:
         self.rank = world.rank
         self.size = world.size
         self._store = store
         self._watch = watch
+        self._thread = thread  # for which it is
+        self._awaited: int | None = None  # the rank that it waits for
         self._number = 0
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -41,7 +43,7 @@ class Channel:
         if self.rank:
             self._store.set(names[self.rank], json.dumps(value))
             return None
-        return [value, *(self._taken(name) for name in names[1:])]
+        return [value, *(self._taken(name, rank) for rank, name in enumerate(names[1:], 1))]
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, for all."""
@@ -49,27 +51,33 @@ class Channel:
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
             return value
-        found = self._read(name)
+        found = self._read(name, 0)
         if self._store.add(f"{name}/read", 1) == self.size - 1:
             self._store.delete_key(name)
             self._store.delete_key(f"{name}/read")
         return found
 
+    def awaited(self) -> str:
+        rank = self.rank if self._awaited is None else self._awaited
+        return self._watch.whereabouts(rank, self._thread)
+
     def _names(self) -> Sequence[str]:
+        self._watch.met(self._thread)
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
-    def _taken(self, name: str) -> Any:
-        found = self._read(name)
+    def _taken(self, name: str, rank: int) -> Any:
+        found = self._read(name, rank)
         self._store.delete_key(name)
         return found
 
-    def _read(self, name: str) -> Any:
-        pause = _SHORTEST
+    def _read(self, name: str, rank: int) -> Any:
+        pause, self._awaited = _SHORTEST, rank
         while not self._store.check([name]):
             raise_if_failed(self._watch)
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST)
+        self._awaited = None
         return json.loads(self._store.get(name))
 
 

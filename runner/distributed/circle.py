@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Store
 
 from runner.distributed.channel import Channel
-from runner.distributed.watch import Watch
+from runner.distributed.watch import MAIN, Watch
 from runner.distributed.world import World
 
 _ROOM = 256  # bytes of a message that comes at once, with its length in front
@@ -21,11 +21,12 @@ class Circle(Channel):
     """A channel that broadcasts over a group of processes on the CPU."""
 
     def __init__(self, store: Store, world: World, watch: Watch, group: ProcessGroup) -> None:
-        super().__init__(store, world, watch)
+        super().__init__(store, world, watch, thread=MAIN)
         self._group = group
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, for all."""
+        self._watch.met(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
         text = len(text).to_bytes(_LENGTH, "big") + text
         head = self._sent(text[:_ROOM].ljust(_ROOM, b"\0"))

@@ -9,8 +9,9 @@ from runner.distributed.world import World, meeting
 
 
 @contextmanager
-def joined(world: World, *, timeout: float) -> Iterator[Team]:
-    """Be in the team of that world meanwhile. Raises ConfigError where the others cannot be found.
+def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
+    """Be in the team of that world meanwhile, in which nobody may keep the others waiting for longer than ``timeout``
+    seconds, or ``patience`` more at its storage. Raises ConfigError where the others cannot be found.
 
     Whatever one process raises ends all of them, with the same exit status. It is told by one: what is raised in the
     others has no text.
@@ -21,5 +22,5 @@ def joined(world: World, *, timeout: float) -> Iterator[Team]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # whoever died is told, without stack traces of sockets
     from runner.distributed.many import met
 
-    with met(world, meeting(), timeout=timeout) as team:
+    with met(world, meeting(), timeout=timeout, patience=patience) as team:
         yield team

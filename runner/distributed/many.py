@@ -15,7 +15,7 @@ from runner import signals
 from runner.distributed.channel import Channel, OthersFailed, raise_if_failed
 from runner.distributed.circle import Circle
 from runner.distributed.team import News
-from runner.distributed.watch import Failure, Watch
+from runner.distributed.watch import MAIN, Failure, Watch
 from runner.distributed.world import Meeting, World
 from runner.errors import ConfigError, RunnerError
 from runner.ranks import Ranks
@@ -28,7 +28,7 @@ _NANOSECONDS = 10**9
 class Many:
     """Implements ``team.Team`` over a store, in which small values are exchanged, and torch's process groups."""
 
-    def __init__(self, world: World, place: Meeting, *, timeout: float) -> None:
+    def __init__(self, world: World, place: Meeting, *, timeout: float, patience: float) -> None:
         self.world = world
         self.place = place
         self.stop: str | None = None
@@ -37,12 +37,12 @@ class Many:
         if world.rank == 0 and not place.kept:
             self._served = self._connect(serve=True)
         self._own = self._store("watch")
-        self.watch = Watch(self._store("watch"), world, timeout=timeout)
-        self.ranks = self.channel("main")
+        self.watch = Watch(self._store("watch"), world, timeout=timeout, patience=patience)
+        self.ranks = self.channel(MAIN)
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Ranks:
-        return Channel(self._store(name), self.world, self.watch)
+        return Channel(self._store(name), self.world, self.watch, thread=name)
 
     def begin(self, device: torch.device) -> None:
         cuda = device.type == "cuda"
@@ -129,10 +129,10 @@ class Many:
             self._own.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
-        self.watch.moved()
+        self.watch.met(MAIN, training=True)
         told = torch.tensor(numbers)
         dist.all_reduce(told, group=self._group)
-        self.watch.moved()
+        self.watch.met(MAIN)
         found: list[int] = told.tolist()
         return found
 
@@ -162,9 +162,9 @@ class Many:
 
 
 @contextmanager
-def met(world: World, place: Meeting, *, timeout: float) -> Iterator[Many]:
+def met(world: World, place: Meeting, *, timeout: float, patience: float) -> Iterator[Many]:
     """In the team meanwhile; what it raises was told by one process, or is told by its caller here."""
-    team = Many(world, place, timeout=timeout)
+    team = Many(world, place, timeout=timeout, patience=patience)
     try:
         with team.explaining():
             yield team

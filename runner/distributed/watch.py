@@ -1,8 +1,14 @@
 """Each process watches over the next one, and over itself: nobody waits for ever for one that died, stopped or hangs.
 
-A thread shows every half second that its process lives, and reads the same of the next one in the ring. The first
-failure is written down once for all. Every process that reads it lets its training thread come to an end by itself (its
-collectives fail, as a rule) and ends the process when it does not; that is done by a second thread, which asks nobody.
+A thread shows every half second that its process lives and where it is, and reads the same of the next one in the ring.
+Whoever has waited for others for too long asks where all of them are. While training goes on the processes have to meet
+within the time-out; at any other time, one may take as long as it likes as long as nobody waits for it. A wait may be
+legitimate, such as for one that builds a data set which the others find built: nobody can tell that from a hang, so
+that the message names the place and the option to raise.
+
+The first failure is written down once for all. Every process that reads it lets its training thread come to an end by
+itself (its collectives fail, as a rule) and ends the process when it does not; that is done by a second thread, which
+asks nobody.
 """
 
 import json
@@ -16,18 +22,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import getpid
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from torch._C._distributed_c10d import Store
 
+from runner.distributed.place import JOINS, SAVES, WAITS, place
 from runner.distributed.world import World
 
 _BEAT_SECONDS = 0.5
 _GRACE_SECONDS = 10.0  # for a training thread that has to end; one that waits for a storage may take that long
 _FUTILE_BEATS = 4  # of a training thread that waits for other processes, which do not come
 _FAILURE = "failure"
-_WAITING = ("torch/distributed/", "torch/autograd/", "torch/_tensor.py", "runner/distributed/")
+_LAG_SECONDS = 2.0  # by which one that is silent is found before those that wait for it are at a loss
+_CROWD = 64  # processes of which each may ask for all at every beat; more take turns
+MAIN = "main"  # the training thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +47,50 @@ class Failure:
     told: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a process shows of itself. Each has another number; ``places`` has what its threads do, and the line."""
+
+    number: int
+    pid: int
+    host: str
+    places: dict[str, tuple[str, str]]
+
+    @property
+    def thread(self) -> str:
+        """The one that others may wait for: where the training thread waits for the one that writes, that one."""
+        others = [name for name in self.places if name != MAIN]
+        return others[0] if others and self.places[MAIN][0] == JOINS else MAIN
+
+    @property
+    def does(self) -> str:
+        return self.places[self.thread][0]
+
+    def at(self, rank: int, thread: str) -> str:
+        """Who this is and where, for people."""
+        where = f" is at {self.places[thread][1]}" if thread in self.places else ""
+        return f"{_who(rank, self.pid, self.host)}{where}"
+
+
 class Watch:
     """The threads. ``failure`` is what ended this life, once something has.
 
-    ``last_words`` is called with its message before the process is ended from here.
+    ``last_words`` is called with its message before the process is ended from here. A process that reads or writes a
+    checkpoint has ``patience`` seconds beyond the time-out, for its storage.
     """
 
-    def __init__(self, store: Store, world: World, *, timeout: float) -> None:
+    def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
         self.failure: Failure | None = None
         self.last_words: Callable[[str], None] = lambda reason: None
         self._store = store
         self._world = world
         self._timeout = timeout
+        self._patience = patience
         self._next = (world.rank + 1) % world.size
         self._seen = (b"", time.monotonic())  # the last beat of the next one, and since when
-        self._moved: float | None = None  # when the training thread last came to the others; None: it need not
-        self._main = threading.main_thread().ident
+        self._idents = {MAIN: threading.main_thread().ident or 0}  # of the threads that have exchanges
+        self._training = False  # then the training thread has to meet the others within the time-out
+        self._since = time.monotonic()  # when it last did, or was seen at something else than to wait for them
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._answered = time.monotonic()  # when the store last did
@@ -63,13 +98,24 @@ class Watch:
         for thread in self._threads:
             thread.start()
 
-    def moved(self) -> None:
-        """The training thread was with the others just now, and will be again within the time-out."""
-        self._moved = time.monotonic()
+    def met(self, thread: str, *, training: bool | None = None) -> None:
+        """That thread, which is the one that calls, is at an exchange."""
+        self._idents[thread] = threading.get_ident()
+        if thread == MAIN:
+            self._training = self._training if training is None else training
+            self._since = time.monotonic()
 
     def rest(self) -> None:
-        """The training thread may take its time from now on."""
-        self._moved = None
+        """From now on nobody has to meet the others."""
+        self._training = False
+
+    def whereabouts(self, rank: int, thread: str) -> str:
+        """Where a thread of that process is, for people."""
+        name = f"beat/{rank}"
+        try:
+            return _beat(self._store.get(name)).at(rank, thread) if self._store.check([name]) else f"rank {rank}"
+        except RuntimeError:  # the store is gone
+            return f"rank {rank}"
 
     def fail(self, failure: Failure) -> Failure:
         """Write down why all have to end, if nobody did before; what is written."""
@@ -101,8 +147,10 @@ class Watch:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
-                self._store.set(f"beat/{self._world.rank}", json.dumps([number, getpid(), _host()]))
+                self._show(number)
                 self._look()
+                if number % (1 + self._world.size // _CROWD) == 0:
+                    self._judge()
                 self._answered = time.monotonic()
             except RuntimeError:
                 self._lose()
@@ -110,10 +158,17 @@ class Watch:
     def _guard(self) -> None:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS):
             silent = time.monotonic() - self._answered
-            if silent > self._timeout + 4 * _BEAT_SECONDS:
+            if silent > self._timeout + _LAG_SECONDS:
                 self.failure = self._lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
         if self.failure is not None and not self._ended.is_set():
             self._end(self.failure)
+
+    def _show(self, number: int) -> None:
+        places = {thread: place(ident) for thread, ident in [*self._idents.items()]}
+        if not self._training and places[MAIN].does != WAITS:
+            self._since = time.monotonic()
+        beat = Beat(number, getpid(), _host(), {thread: (at.does, at.line) for thread, at in places.items()})
+        self._store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
 
     def _look(self) -> None:
         with self._lock:
@@ -121,8 +176,6 @@ class Watch:
                 self.failure = Failure(**json.loads(self._store.get(_FAILURE)))
         if self.failure is None:
             self._look_at_next()
-        if self.failure is None and self._moved is not None and time.monotonic() - self._moved > self._timeout:
-            self._hang()
 
     def _look_at_next(self) -> None:
         name, now = f"beat/{self._next}", time.monotonic()
@@ -131,33 +184,38 @@ class Watch:
             self._seen = (beat, now)
             return
         silent = now - self._seen[1]
-        if self._store.check([f"left/{self._next}"]):
+        if self._has_left(self._next):
             return
-        _, pid, host = json.loads(beat) if beat else (0, 0, "")
-        who = f"rank {self._next} (pid {pid} on {host})" if beat else f"rank {self._next}"
-        if host == _host() and not _lives(pid):
+        last = _beat(beat) if beat else None
+        who = _who(self._next, last.pid, last.host) if last else f"rank {self._next}"
+        if last and last.host == _host() and not _lives(last.pid):
             self.fail(Failure(self._next, 1, f"{who} died. {_AGAIN}"))
         elif silent > self._timeout:
             what = "has shown no sign of life" if beat else "has not come"
             self.fail(Failure(self._next, 1, f"{who} {what} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
 
-    def _hang(self) -> None:
-        """Everybody waits for somebody, so that each says where it is, and the first one draws the conclusion."""
-        frame = sys._current_frames().get(self._main or 0)
-        waits, where = _place(frame)
-        self._store.set(f"place/{self._world.rank}", json.dumps([waits, getpid(), _host(), where]))
-        time.sleep(4 * _BEAT_SECONDS)
-        found: dict[int, Any] = {}
-        for rank in range(self._world.size):
-            if self._store.check([f"place/{rank}"]):
-                found[rank] = json.loads(self._store.get(f"place/{rank}"))
-        late = {rank: place for rank, place in found.items() if not place[0]} or found
-        lines = [f"  rank {rank} (pid {pid} on {host}) is at {where}" for rank, (_, pid, host, where) in late.items()]
-        absent = [str(rank) for rank in range(self._world.size) if rank not in found]
-        lines += [f"  rank {', '.join(absent)} did not say where"] if absent else []
-        told = "\n".join(lines)
-        message = f"for {self._timeout:.0f} s the processes wait for one of them ({_TIMEOUT}):\n{told}\n{_AGAIN}"
-        self.fail(Failure(min(late), 1, message))
+    def _judge(self) -> None:
+        """End all if one of them has kept this one waiting for too long."""
+        waited = time.monotonic() - self._since
+        if self.failure is not None or waited <= self._timeout + _LAG_SECONDS:
+            return
+        names = [f"beat/{rank}" for rank in range(self._world.size)]
+        if not self._store.check(names):
+            return  # whoever has not come is missed by the one before
+        beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
+        late = {rank: beat for rank, beat in beats.items() if beat.does != WAITS and not self._has_left(rank)} or beats
+        bound, key = self._timeout, _TIMEOUT
+        if all(beat.does == SAVES for beat in late.values()):
+            bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
+        if waited > bound:
+            told = "\n".join(f"  {beat.at(rank, beat.thread)}" for rank, beat in late.items())
+            message = (
+                f"for {waited:.0f} s the processes have waited for one of them ({key}):\n{told}\n{_LONGER} {_AGAIN}"
+            )
+            self.fail(Failure(min(late), 1, message))
+
+    def _has_left(self, rank: int) -> bool:
+        return self._store.check([f"left/{rank}"])
 
     def _lose(self) -> None:
         """The store does not answer: the process that keeps it is gone, unless this one is about to leave, too."""
@@ -168,19 +226,25 @@ class Watch:
         return Failure(0, 1, f"rank 0, or the launcher that started it, {how}. {_AGAIN}")
 
     def _end(self, failure: Failure) -> None:
-        until, waiting = time.monotonic() + _GRACE_SECONDS, 0
+        at_fault = failure.rank == self._world.rank and not failure.told
+        until, waiting = time.monotonic() + (0 if at_fault else _GRACE_SECONDS), 0
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):
                 return
-            waits, _ = _place(sys._current_frames().get(self._main or 0))
-            waiting = waiting + 1 if waits else 0
-        with suppress(Exception):
-            self.last_words(failure.message)
+            waiting = waiting + 1 if place(self._idents[MAIN]).does == WAITS else 0
+        words = threading.Thread(target=self._say, args=[failure.message], daemon=True)
+        words.start()
+        words.join(_GRACE_SECONDS)  # what hangs may be the storage
         print(f"rank {self._world.rank} ends: {failure.message}", file=sys.stderr, flush=True)
         os._exit(failure.status)
 
+    def _say(self, message: str) -> None:
+        with suppress(Exception):
+            self.last_words(message)
+
 
 _TIMEOUT = "runtime.timeout"
+_LONGER = "If that takes so long by right, set a longer one."
 _AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
 
 
@@ -199,11 +263,9 @@ def _lives(pid: int) -> bool:
         return True
 
 
-def _place(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether that code waits for other processes, and where it is outside of torch."""
-    waits = frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
-    while frame is not None and frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
-        frame = frame.f_back
-    if frame is None:
-        return waits, "an unknown place"
-    return waits, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+def _beat(raw: bytes) -> Beat:
+    return Beat(**json.loads(raw))
+
+
+def _who(rank: int, pid: int, host: str) -> str:
+    return f"rank {rank} (pid {pid} on {host})"

@@ -1,8 +1,6 @@
 """From a command to the run directory it means: the same one every time."""
 
 import shlex
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +11,6 @@ from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
 from runner.run.parent import Parent, Which, require_same
-
-_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +76,13 @@ def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) 
         raise
 
 
-def wait_until_free(directory: RunDirectory, check: Callable[[], None]) -> None:
-    """Return once no living process holds the run; ``check`` may raise to give up."""
-    while True:
-        try:
-            return attempts.raise_if_live(directory.location)
-        except RunInUse:
-            check()
-            time.sleep(_POLL_SECONDS)
+def is_free(directory: RunDirectory) -> bool:
+    """Whether no living process holds the run."""
+    try:
+        attempts.raise_if_live(directory.location)
+    except RunInUse:
+        return False
+    return True
 
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opening:

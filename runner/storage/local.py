@@ -5,7 +5,6 @@ Every mutation is a short fixed sequence of system calls through ``os``, so that
 
 import contextlib
 import fcntl
-import io
 import os
 import secrets
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 
-_READ_AHEAD = 1 << 17  # bytes; larger buffers are filled without a copy
+_AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call fills
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 TEMPORARY = ".tmp-"
 LEFTOVER_SECONDS = 3600.0
@@ -71,13 +70,12 @@ class LocalLocation:
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), io.BufferedReader(io.FileIO(self._path(name)), _READ_AHEAD) as file:
+        with self._explained("read", name), open(self._path(name), "rb", buffering=0) as file:
             file.seek(offset)
-            for buffer in buffers:
-                if file.readinto(buffer) < len(buffer):
-                    size = os.fstat(file.fileno()).st_size
-                    end = offset + sum(map(len, buffers))
-                    raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {size}, {end} are needed")
+            if not _fill(file.fileno(), buffers):
+                size = os.fstat(file.fileno()).st_size
+                end = offset + sum(map(len, buffers))
+                raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {size}, {end} are needed")
 
     def list(self, folder: str) -> list[Entry]:
         with self._explained("list", folder):
@@ -244,6 +242,22 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
     finally:
         os.close(descriptor)
     return size
+
+
+def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
+    """Fill the buffers, one after the other; whether there was enough to read."""
+    left = [buffer for buffer in buffers if buffer]
+    first = 0
+    while first < len(left):
+        count = os.readv(descriptor, left[first : first + _AT_ONCE])
+        if not count:
+            return False
+        while first < len(left) and count >= len(left[first]):
+            count -= len(left[first])
+            first += 1
+        if count:
+            left[first] = left[first][count:]
+    return True
 
 
 def _entry(found: "os.DirEntry[str]") -> Entry | None:

@@ -1,5 +1,9 @@
 """Callbacks that a user might write."""
 
+import os
+import threading
+
+from mine.tasks import first
 from runner.callbacks.base import Callback
 
 
@@ -42,3 +46,29 @@ class Recorder:
 
     def on_step(self, loop):
         pass
+
+
+class Stuck(Callback):
+    """In one rank, never comes back from ``at``: its ``start``, its ``end``, or when its state is restored. Not where
+    the file ``once`` is, which it makes.
+    """
+
+    def __init__(self, *, rank, at, once):
+        self.at = at if os.environ.get("RANK") == str(rank) else None
+        self.once = once
+
+    def on_start(self, loop):
+        self.maybe("start")
+
+    def on_end(self, loop):
+        self.maybe("end")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        self.maybe("load")
+
+    def maybe(self, at):
+        if at == self.at and first(self.once):
+            threading.Event().wait()

@@ -3,9 +3,13 @@
 import json
 import os
 import random
+import threading
 
 import numpy as np
 import torch
+
+from mine.tasks import first
+from runner.datasets.digits import Digits
 
 
 class Rows:
@@ -20,6 +24,15 @@ class Rows:
     def __getitem__(self, index):
         noise = torch.randn(8) + random.gauss(0, 1) + np.random.standard_normal()
         return row(index) + 0.1 * noise.float(), index % 3
+
+
+class Stuck(Digits):
+    """In one rank, is never built. Not where the file ``once`` is, which it makes."""
+
+    def __init__(self, *, rank, once, **how):
+        super().__init__(**how)
+        if os.environ.get("RANK") == str(rank) and first(once):
+            threading.Event().wait()
 
 
 class Hidden(Rows):

@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 
 import torch
 
@@ -96,20 +96,38 @@ class Slow(Classification):
 
 
 class Hangs(Classification):
-    """In one rank, never comes back from its training step of a number; or ``fails`` there, or ``dies`` once."""
+    """In one rank, never comes back from its step of a number, ``during`` training or evaluation; or ``fails`` there,
+    or ``dies``. Not where the file ``once`` is, which it makes.
+    """
 
-    def __init__(self, *, rank: int, step: int, fails: bool = False, dies: bool = False) -> None:
+    def __init__(self, *, rank: int, step: int, during="training", fails=False, dies=False, once=None) -> None:
         super().__init__()
-        self.here, self.step, self.fails, self.dies = os.environ.get("RANK") == str(rank), step, fails, dies
+        self.here, self.step, self.during, self.once = os.environ.get("RANK") == str(rank), step, during, once
+        self.fails, self.dies = fails, dies
 
     def training_step(self, model, batch):
-        self.step -= 1
-        if self.here and self.step == 0:
-            if self.fails:
-                raise RuntimeError("mine")
-            if self.dies and not os.path.exists("died"):
-                open("died", "w").close()
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif not self.dies:
-                time.sleep(3600)
+        self._maybe("training")
         return super().training_step(model, batch)
+
+    def evaluation_step(self, model, batch):
+        self._maybe("evaluation")
+        return super().evaluation_step(model, batch)
+
+    def _maybe(self, what):
+        self.step -= what == self.during
+        if not self.here or self.step or what != self.during or (self.once and not first(self.once)):
+            return
+        if self.fails:
+            raise RuntimeError("mine")
+        if self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+
+def first(once):
+    """Whether nobody has asked before."""
+    try:
+        open(once, "x").close()
+    except FileExistsError:
+        return False
+    return True
