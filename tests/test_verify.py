@@ -97,6 +97,16 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "the order of a set": (node("task", "Noisy", source="set"), "hash", ["the order of a set"]),
     "the number of attempts": (node("task", "Starts", source="starts"), "attempts", ["how often the run was started"]),
     "a kernel without an order": (node("task", "Scatters", mended=False), "kernel", ["put_", "deterministic"]),
+    "a cache of a function": (data("Memoized"), "data memory", ["mine.broken.noise", "a cache of "]),
+    "threads that race": (
+        node("task", "Arrives", mended=False),
+        "turns",
+        ["two undisturbed runs differ", "executor.map"],
+    ),
+    "freezing that is not saved": (node("task", "Unfreezes", mended=False), "freezing", ["requires_grad=False"]),
+    "an environment that changes": (node("task", "Declares", mended=False), "process", ["os.environ['LOUDER']"]),
+    "gradients kept between steps": (node("task", "Gathers", mended=False), "gradients", ["part     gradients"]),
+    "an average of weights": (node("task", "Teaches", mended=False), "task memory", ["task.teacher.layers"]),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
 QUICK = (
@@ -105,6 +115,8 @@ QUICK = (
     "a task without a state",
     "hash()",
     "a kernel without an order",
+    "threads that race",
+    "freezing that is not saved",
 )
 
 
@@ -196,11 +208,12 @@ def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scra
 
 
 def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, steps=6, kills=1)
+    verdict = judged(two, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
     assert shown.count("<polyline") == 1 + len(verdict.killed.lives)
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
+    assert "note     trainer.max_seconds was left out" in shown
 
 
 @pytest.mark.parametrize(

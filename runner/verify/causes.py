@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from runner.verify import memory
 from runner.verify.difference import Difference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
-_SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
+SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,17 @@ CAUSES: Mapping[str, Cause] = {
         Cause(
             "entropy",
             "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
-            f"{_SEEDED}, or seed it from the configuration and save its state",
+            f"{SEEDED}, or seed it from the configuration and save its state",
         ),
         Cause(
             "threads",
             "the result depends on how threads take turns",
             "runtime.num_threads=1, or a kernel whose sums have one order",
+        ),
+        Cause(
+            "turns",
+            "two undisturbed runs differ: your code starts threads, and the result depends on which is done first",
+            "use what threads give in the order in which they were started (executor.map), not as it arrives",
         ),
         Cause(
             "kernel",
@@ -56,7 +62,8 @@ CAUSES: Mapping[str, Cause] = {
             "chance",
             "two undisturbed runs differ, so there is nothing that a resume could bring back; neither pid, time, "
             "seeds, threads nor torch's kernels explain it",
-            "look at what this part reads from outside: files, the network, other processes, a kernel of your own",
+            "look at what this part reads from outside: files, the network, other processes, id() of an object, a "
+            "kernel of your own",
         ),
         Cause(
             "attempts",
@@ -75,6 +82,11 @@ CAUSES: Mapping[str, Cause] = {
         ),
     )
 }
+
+
+def of_chance(found: Difference) -> Cause:
+    """Nothing that can be held fast explains why two undisturbed runs differ."""
+    return CAUSES["entropy" if any(map(_is_generator, found.remembered)) else "chance"]
 
 
 def of_process(found: Difference) -> Cause:
@@ -126,7 +138,7 @@ def _data(found: Difference) -> Cause:
     moving = _of_data(found.moving) or _of_data(found.remembered)
     told = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in moving[:3])
     if any(_is_generator(entry) for entry in moving):
-        return Cause("hidden generator", f"the data set draws from a generator of its own: {told}", _SEEDED)
+        return Cause("hidden generator", f"the data set draws from a generator of its own: {told}", SEEDED)
     return Cause(
         "data memory",
         f"the data set changes while training, and a new process begins anew{f': {told}' if told else ''}",
@@ -153,6 +165,8 @@ def _generators(found: Difference) -> Cause:
 
 
 def _scheduler(found: Difference) -> Cause:
+    if not _suspects(found, "scheduler") and _culprits(found):
+        return _forward(found)
     return Cause(
         "scheduler memory",
         f"the scheduler goes on with another rate: it remembers something that its state_dict lacks"
@@ -161,34 +175,75 @@ def _scheduler(found: Difference) -> Cause:
     )
 
 
-def _forward(found: Difference) -> Cause:
-    model, task = _suspects(found, "model"), _suspects(found, "task")
-    buffer = next((entry for entry in model if "persistent=False" in entry[0]), None)
-    if buffer:
-        return Cause(
-            "model memory",
-            f"a buffer of the model that training changes is not saved: {_told(buffer)}",
-            "register it with persistent=True",
-        )
-    if model:
-        return Cause(
-            "model memory",
-            f"an attribute of the model matters and is not saved{_who(found, 'model')}",
-            "register_buffer it, so that it is in the model's state_dict",
-        )
-    if task:
-        what = f"the task has a memory that is not saved{_who(found, 'task')}"
-        return Cause("task memory", what, f"for the task: {_STATEFUL}")
-    return _other(found)
-
-
 def _optimizer(found: Difference) -> Cause:
+    if not _suspects(found, "optimizer") and _culprits(found):
+        return _forward(found)
     return Cause(
         "optimizer memory",
         f"the same gradients move the weights elsewhere: the optimizer remembers something that its state_dict lacks"
         f"{_who(found, 'optimizer')}",
         "keep it in optimizer.state or param_groups, or add it in state_dict and load_state_dict",
     )
+
+
+def _forward(found: Difference) -> Cause:
+    """The likeliest of those that remember, and whoever else does."""
+    culprits = _culprits(found)
+    if not culprits:
+        return _other(found)
+    (cause, entries), *others = culprits
+    what = f"{cause.what}: {'; '.join(map(_told, entries[:3]))}"
+    other = "; ".join(_told(entry) for _, more in others for entry in more[:1])
+    return replace(cause, what=f"{what}. Or it is this: {other}" if other else what)
+
+
+def _culprits(found: Difference) -> list[tuple[Cause, list[Remembered]]]:
+    """What may have been forgotten where a step is computed, the likeliest first."""
+    named = [(cause, [entry for entry in _suspects(found, "model") if mark in entry[0]]) for mark, cause in _OF_MODEL]
+    marked = {entry for _, entries in named for entry in entries}
+    plain = [entry for entry in _suspects(found, "model") if entry not in marked]
+    changed = {path for path, _, _ in found.moving}
+    process = [entry for entry in _suspects(found, memory.PROCESS) if entry[0] in changed]
+    every = [*named[:2], (_ATTRIBUTE, plain), (_TASK, _suspects(found, "task")), *named[2:], (_PROCESS, process)]
+    return [(cause, entries) for cause, entries in every if entries]
+
+
+_ANEW = "set it in every step, from a count that the task's state_dict has, and not only once"
+_OF_MODEL = (
+    (
+        memory.LEFT_OUT,
+        Cause(
+            "model memory",
+            "a parameter of the model is not in its state_dict",
+            "have the model's state_dict give all that it trains",
+        ),
+    ),
+    (
+        memory.LOOSE,
+        Cause(
+            "model memory",
+            "a buffer of the model that training changes is not saved",
+            "register it with persistent=True",
+        ),
+    ),
+    (memory.FROZEN, Cause("freezing", "which parameters are trained is in no state_dict, and is changed", _ANEW)),
+    (memory.RESTING, Cause("freezing", "which modules are in eval mode is in no state_dict, and is changed", _ANEW)),
+    (
+        memory.GRADIENTS,
+        Cause(
+            "gradients",
+            "gradients are kept from one step to the next, and are in no state_dict",
+            "accumulate them within one step: trainer.accumulate, or several backward() before each update.step",
+        ),
+    ),
+)
+_ATTRIBUTE = Cause(
+    "model memory",
+    "an attribute of the model matters and is not saved",
+    "register_buffer it, so that it is in the model's state_dict",
+)
+_TASK = Cause("task memory", "the task has a memory that is not saved", f"for the task: {_STATEFUL}")
+_PROCESS = Cause("process", "training changes what holds for the whole process, and a new one begins without", _ANEW)
 
 
 def _other(found: Difference) -> Cause:
@@ -227,52 +282,3 @@ def _who(found: Difference, prefix: str) -> str:
 def _told(entry: Remembered) -> str:
     path, was, now = entry
     return f"{path} was {was or 'absent'} and is {now or 'absent'} after loading"
-
-
-def of_refusal(said: str, moved: str) -> Cause:
-    """A life that ended with an error: the runner's own say what to do, and some of torch's are known. ``moved`` is
-    what was seen to change in the data set.
-    """
-    for word, kind, what, remedy in _REFUSALS:
-        if word in said:
-            if kind == "data memory" and "in state" in moved:
-                kind, what = "hidden generator", "the data set draws from a generator of its own"
-            return Cause(kind, f"{what}{f': {moved}' if moved else ''} (refused by the runner, above)", remedy)
-    return Cause("error", "an attempt ended with an error; above is what it said", "mend that first", sure=False)
-
-
-_REFUSALS = (
-    ("does not have a deterministic implementation", "kernel", CAUSES["kernel"].what, "use another kernel"),
-    ("when it is drawn again with the same seed", "data memory", "a sample is another one every time", _SEEDED),
-    (
-        "in a data worker than in this process",
-        "workers",
-        "a sample depends on the process that reads it",
-        "make it depend on its index alone",
-    ),
-    (
-        "draws random numbers, and data.randomness=off",
-        "randomness",
-        "the data set draws random numbers that nobody seeds",
-        "use data.randomness=sample",
-    ),
-    (
-        "is done again and has other samples",
-        "data order",
-        "the samples come in another order after a resume",
-        "the order must follow from the position",
-    ),
-    (
-        "the data is not what this run began with",
-        "data memory",
-        "the samples are others in another process",
-        "make a sample depend on its index and on the global generators alone",
-    ),
-    ("cannot save", "state", "something in a state_dict cannot be saved", "keep plain values and tensors in it"),
-    (
-        "does not fit what step",
-        "restoring",
-        "a part cannot load what it saved",
-        "load_state_dict must take what state_dict gives",
-    ),
-)

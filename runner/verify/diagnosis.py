@@ -1,7 +1,7 @@
 """Why two runs differ: the run is repeated, undisturbed and killed once, with one thing after the other held fast,
 until the difference goes away.
 
-Every repetition ends right after the step that differed first, so together they cost about as much as the proof.
+Every repetition ends soon after the step that differed first, so together they cost about as much as the proof.
 """
 
 from dataclasses import dataclass, replace
@@ -10,18 +10,21 @@ from typing import Any
 import torch
 
 from runner.verify.campaign import Plan, Tell, saving
-from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_process
+from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
 from runner.verify.difference import Difference, first
 from runner.verify.run import Run, Stage
 
 _ONE_THREAD = ("runtime.num_threads=1",)
 _STRICT = ("runtime.deterministic=true",)
+_MORE = 8  # steps after the first that differed: what varies may be equal in one by chance
+_OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
 # What may make two undisturbed runs differ, and how it is held fast: pins of the process, overrides.
 _PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("pid", ("pid",), ()),
     ("time", ("time",), ()),
     ("entropy", ("entropy",), ()),
     ("threads", (), _ONE_THREAD),
+    ("turns", ("turns",), ()),
     ("kernel", (), _STRICT),
 )
 
@@ -50,10 +53,11 @@ class Detective:
 
     def diagnose(self, run: Run, difference: Difference) -> Diagnosis:
         """Find the cause of a difference between a killed run and the undisturbed one."""
-        self._until = max(difference.step, 1)
+        self._until = min(difference.step + _MORE, self.plan.steps)
         cause = self._of_undisturbed() or self._of_restarting()
         magnitude = ""
         if cause is None:
+            self._until = max(difference.step, 1)
             cause, magnitude = self._of_resuming(run, difference)
         return Diagnosis(difference, cause, tuple(self.tried), magnitude)
 
@@ -69,9 +73,12 @@ class Detective:
         if found:
             return self._held(other)
         for workers in {*self.plan.workers} - {self.base.lives[0].workers}:
-            found = self._differs(f"undisturbed, {workers} data workers", self._run(workers=workers))
-            if found:
+            again = self._run(workers=workers)
+            found = self._differs(f"undisturbed, {workers} data workers", again)
+            if found and found.part in _OF_WORKERS:
                 return of_process(found)
+            if found:  # the same data makes something else, as it happens
+                return self._held(again)
         return None
 
     def _held(self, again: Run) -> Cause:
@@ -86,9 +93,10 @@ class Detective:
             if one.failed:
                 self._note(f"undisturbed twice, {name} held fast", "does not run")
                 continue
-            if not self._differs(f"undisturbed twice, {name} held fast", other, one):
+            equal = not self._differs(f"undisturbed twice, {name} held fast", other, one)
+            if equal and not self._differs("the same once more", self._run(*overrides, pins=pins), one):
                 return CAUSES[name].at(found.part)
-        return CAUSES["chance"].at(found.part)
+        return of_chance(found).at(found.part, _names(found))
 
     def _of_restarting(self) -> Cause | None:
         """Whether it differs although nothing was resumed: killed before the first step, and begun again."""

@@ -3,12 +3,18 @@
 A pin changes what is computed; only runs under the same pins are compared.
 """
 
+import concurrent.futures
+import datetime
 import itertools
 import os
 import random
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from runner import build
@@ -18,6 +24,7 @@ from runner.data.stream import BatchStream
 
 _PID = 4242
 _NOW = 1_700_000_000.0
+_PATIENCE_SECONDS = 1.0  # for a thread that waits for others
 
 
 def hold(name: str) -> None:
@@ -66,17 +73,65 @@ def _pid() -> None:
 
 
 def _time() -> None:
-    """The clocks that people read: each call finds them a little later than the one before, in every life alike."""
+    """The clocks that people read: each call finds them a little later than the one before, in every life alike. The
+    runner reads the true ones.
+    """
     ticks = itertools.count()
 
-    def seconds() -> float:
-        return _NOW + next(ticks) * 1e-3
+    class Datetime(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls.fromtimestamp(time.time(), tz)
 
-    def nanoseconds() -> int:
-        return int(seconds() * 1e9)
+        @classmethod
+        def utcnow(cls) -> Any:
+            return cls.now(datetime.timezone.utc).replace(tzinfo=None)
 
-    time.time, time.perf_counter, time.monotonic = seconds, seconds, time.monotonic
-    time.time_ns, time.perf_counter_ns = nanoseconds, nanoseconds
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        setattr(time, name, _ticking(getattr(time, name), lambda: _NOW + next(ticks) * 1e-3))
+        setattr(
+            time, f"{name}_ns", _ticking(getattr(time, f"{name}_ns"), lambda: int(_NOW * 1e9) + next(ticks) * 10**6)
+        )
+    datetime.datetime = Datetime  # type: ignore[misc]
+
+
+def _ticking(clock: Callable[[], Any], ticks: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: clock() if _asking().startswith("runner.") else ticks()
+
+
+def _turns() -> None:
+    """Threads of the user's do not overlap: each is done before the next begins, and is looked at in that order."""
+    start, pools, futures = threading.Thread.start, ThreadPoolExecutor, concurrent.futures
+
+    def whole(self: threading.Thread) -> None:
+        start(self)
+        if "site-packages" not in _asking() and not _asking().startswith("runner."):
+            self.join(_PATIENCE_SECONDS)
+
+    def submit(self: ThreadPoolExecutor, call: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **keywords))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def in_turn(given: Iterable[Future[Any]], timeout: float | None = None) -> Iterator[Future[Any]]:
+        return iter([*given])
+
+    threading.Thread.start, pools.submit = whole, submit  # type: ignore[method-assign,assignment]
+    futures.as_completed = in_turn  # type: ignore[assignment]
+
+
+def _asking() -> str:
+    """Who asks: module and file of the first caller beyond python's own library."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.partition(".")[0] not in sys.stdlib_module_names:
+            return f"{name} {frame.f_code.co_filename}"
+        frame = frame.f_back
+    return ""
 
 
 def _entropy() -> None:
@@ -103,4 +158,5 @@ _HOLD: dict[str, Callable[[], None]] = {
     "pid": _pid,
     "time": _time,
     "entropy": _entropy,
+    "turns": _turns,
 }

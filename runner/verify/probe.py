@@ -31,7 +31,7 @@ from runner.trainer import Trainer
 from runner.update import WeightUpdate
 from runner.verify import evidence, pins
 from runner.verify.fingerprint import fingerprint, of_value
-from runner.verify.memory import memory
+from runner.verify.memory import memory, settings
 
 
 class Probe:
@@ -63,7 +63,7 @@ class Probe:
 
     def known(self, state: Any) -> dict[str, Any]:
         """The state, and what the objects remember beside it."""
-        return {"state": fingerprint(state.state_dict()), "memory": memory(self.objects)}
+        return {"state": fingerprint(state.state_dict()), "memory": memory(self.objects) | settings()}
 
     def dump(self, state: Any, step: int) -> None:
         """Write the tensors of the state where a step's are asked for."""
@@ -152,6 +152,8 @@ def _watch_steps(probe: Probe) -> None:
         begin(self, *arguments, **keywords)
         limits = [limit for limit in (self.max_steps, probe.request["steps"]) if limit is not None]
         self.max_steps = min(limits, default=None)
+        if self.max_seconds is not None:
+            probe.write("unlimited")
         self.max_seconds = None  # what ends with the clock ends elsewhere every time
 
     def stepped(self: Trainer, loop: Loop, began: float) -> None:

@@ -12,11 +12,12 @@ from runner.errors import ConfigError
 from runner.storage.location import is_remote, local_root
 from runner.verify import campaign, difference
 from runner.verify.campaign import Plan, Tell
-from runner.verify.causes import CAUSES, of_refusal
+from runner.verify.causes import CAUSES
 from runner.verify.cost import cost
 from runner.verify.diagnosis import Detective
 from runner.verify.lives import Servers, servers
 from runner.verify.options import Options, new_name
+from runner.verify.refusal import of_refusal
 from runner.verify.run import Run, Stage, by_step
 from runner.verify.verdict import Verdict
 
@@ -128,6 +129,8 @@ def _notes(plan: Plan, base: Run) -> list[str]:
         )
     if plan.epoch is None:
         notes.append("the data is an iterable, which is resumed with the same number of workers only")
+    if base.lives[0].of("unlimited"):
+        notes.append("trainer.max_seconds was left out: what ends by the clock ends at another step every time")
     oftener = base.lives[0].of("oftener")
     if oftener:
         notes.append(f"evaluated every {oftener[0]['every']} steps, beside what is configured")

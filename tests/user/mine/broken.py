@@ -1,8 +1,11 @@
 """What users really get wrong: each of these trains well, and goes on otherwise after a resume. ``mended`` mends it."""
 
+import copy
+import functools
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,24 @@ class Cached(Rows):
         if index % 10 == 5 and not self.mended:
             self.cache[index] = found
         return found, index % 3
+
+
+@functools.lru_cache
+def noise(index):
+    """Drawn once for every sample."""
+    return 0.1 * torch.randn(8)
+
+
+class Memoized(Rows):
+    """Has every tenth sample's noise from a function that remembers it."""
+
+    def __init__(self, size, mended):
+        super().__init__(size)
+        self.mended = mended
+
+    def __getitem__(self, index):
+        fixed = index % 10 == 5 and not self.mended
+        return row(index) + (noise(index) if fixed else noise.__wrapped__(index)), index % 3
 
 
 class Hidden(Rows):
@@ -257,3 +278,100 @@ class Draws(Classification):
         x, y = batch
         generator = torch.Generator().manual_seed(2) if self.mended else self.generator
         return super().training_step(model, (x + 0.1 * torch.randn(x.shape, generator=generator), y))
+
+
+class Arrives(Classification):
+    """Scales by an energy that threads add up in the order in which they are done."""
+
+    def __init__(self, mended):
+        super().__init__()
+        self.mended = mended
+
+    def training_step(self, model, batch):
+        x, y = batch
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(torch.sum, part * part) for part in x.flatten().split(1)]
+            energy = sum(job.result() for job in (jobs if self.mended else as_completed(jobs)))
+        return super().training_step(model, (x * (energy / x.numel()), y))
+
+
+class Counts(Classification):
+    """Knows how many steps were done, also after a resume."""
+
+    def __init__(self, mended):
+        super().__init__()
+        self.mended = mended
+        self.done = 0
+
+    def training_step(self, model, batch):
+        self.before(model, self.done)
+        self.done += 1
+        return super().training_step(model, batch)
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+class Unfreezes(Counts):
+    """Freezes a layer in the first step of all."""
+
+    def before(self, model, done):
+        if done == 0 or self.mended:
+            next(model.parameters()).requires_grad_(False)
+
+
+class Declares(Counts):
+    """Says in the environment, in the first step of all, how much louder losses are."""
+
+    def before(self, model, done):
+        if done == 0 or self.mended:
+            os.environ["LOUDER"] = "0.5"
+
+    def training_step(self, model, batch):
+        metrics = super().training_step(model, batch)
+        return {**metrics, "loss": metrics["loss"] * (1 + float(os.environ.get("LOUDER", "0")))}
+
+
+class Gathers(Counts):
+    """Moves the weights in every other step, by the gradients of two."""
+
+    def before(self, model, done):
+        pass
+
+    def optimization_step(self, model, micro_batches, update):
+        for _, batch in micro_batches:
+            metrics = self.training_step(model, batch)
+            update.backward(metrics["loss"] / 2)
+        if self.mended or self.done % 2 == 0:
+            update.step(metrics["loss"])
+        return {name: value.detach() for name, value in metrics.items()}
+
+
+class Teaches(Classification):
+    """Learns from an average of its own weights."""
+
+    def __init__(self, mended):
+        super().__init__()
+        self.mended = mended
+        self.teacher = None
+
+    def training_step(self, model, batch):
+        self.teacher = self.teacher or copy.deepcopy(model).requires_grad_(False)
+        for mean, weight in zip(self.teacher.parameters(), model.parameters(), strict=True):
+            mean.lerp_(weight.detach(), 0.1)
+        metrics = super().training_step(model, batch)
+        apart = (self.teacher(batch[0]) - model(batch[0])).square().mean()
+        return {**metrics, "loss": metrics["loss"] + apart}
+
+    def state_dict(self):
+        return {"teacher": self.teacher and self.teacher.state_dict()} if self.mended else {}
+
+    def load_state_dict(self, state):
+        if state.get("teacher"):
+            from runner.models.mlp import MLP
+
+            self.teacher = MLP(inputs=8, hidden=[16], outputs=3, dropout=0.1).requires_grad_(False)
+            self.teacher.load_state_dict(state["teacher"])
