@@ -117,21 +117,22 @@ def test_a_reader_sees_the_old_object_or_the_new_one(location: Location, server:
     done = threading.Event()
 
     def write() -> None:
-        for data in itertools.islice(itertools.cycle(sizes), 24):
+        for data in itertools.takewhile(lambda _: not done.is_set(), itertools.cycle(sizes)):
             location.replace("a", [data])
-        done.set()
 
     reader, seen = again(server), set()
     writer = threading.Thread(target=write)
     writer.start()
-    while not done.is_set():
-        data = read(reader, "a")
-        assert data
-        assert data == sizes[data[0] - 1]
-        assert [entry.name for entry in reader.list("")] == ["a"]
-        seen.add(data[0])
-    writer.join()
-    assert len(seen) > 1
+    try:
+        while len(seen) < 4:
+            data = read(reader, "a")
+            assert data
+            assert data == sizes[data[0] - 1]
+            assert [entry.name for entry in reader.list("")] == ["a"]
+            seen.add(data[0])
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_an_object_larger_than_the_limit_is_refused(location: Location) -> None:
