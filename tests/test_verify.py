@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import servers as servers_of_tests
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, StorageError
 from runner.verify import assert_resumes
 from runner.verify.lives import Servers, servers
 from runner.verify.options import Options, parse
@@ -267,6 +267,12 @@ def test_the_command_has_statuses_and_json(scratch: Path) -> None:
 def test_a_command_that_cannot_run_is_a_configuration_error(two: Servers, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"Could not override 'trainer\.max_step'"):
         judged(two, "trainer.max_step=3")
+    assert [*scratch.iterdir()] == []
+
+
+def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scratch: Path) -> None:
+    with pytest.raises(StorageError, match="/proc/nowhere"):
+        judged(two, root="/proc/nowhere")
     assert [*scratch.iterdir()] == []
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify import campaign, difference
 from runner.verify.campaign import Plan, Tell
@@ -25,7 +25,8 @@ _KILLED = "a run did not come to its end: a process was killed by somebody else,
 
 
 def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers | None = None) -> Verdict:
-    """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run.
+    """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run,
+    and StorageError for a root where none can.
 
     ``tell`` is given lines on what is going on; lives come from ``two`` servers, if they are there already. Nothing is
     left behind but the runs of a proof that failed.
@@ -52,6 +53,8 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     run, failed = Run("killed"), base.failed
     if failed is not None and failed.status == ConfigError.status:
         raise ConfigError(campaign.failure(failed))
+    if failed is not None and not base.lives[0].of("made"):  # it did not get as far as the experiment
+        raise StorageError(campaign.failure(failed))
     verdict = Verdict(stage.command, base, run, 0.0)
     if failed is not None or base.evidence is None:
         said = campaign.failure(failed) if failed else _KILLED
