@@ -225,4 +225,7 @@ def _called(maker: Callable[..., Any], argument: Any, key: str) -> Any:
         return maker(argument)
     except (TypeError, ValueError) as error:
         target = maker.func if isinstance(maker, partial) else maker
-        raise ConfigError(f"{key}: {target.__module__}.{target.__qualname__}: {error}") from error
+        told = f"{key}: {target.__module__}.{target.__qualname__}: {error}"
+        if "unexpected keyword argument" in str(error):  # of the group that Hydra lays the experiment's own over
+            told += f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+        raise ConfigError(told) from error

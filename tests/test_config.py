@@ -66,6 +66,11 @@ MISTAKES = {
     "no end": (("experiment=smoke", "trainer.max_steps=null"), 2, "the training has no end: set trainer.max_steps"),
     "no such class": (("experiment=smoke", "model._target_=mine.Net"), 2, "model: Error locating target 'mine.Net'"),
     "wrong argument": (("experiment=smoke", "+optimizer.x=1"), 2, "unexpected keyword argument 'x'"),
+    "an argument of the default": (
+        ("experiment=smoke", "optimizer._target_=torch.optim.SGD"),
+        2,
+        "'betas'. If the default optimizer gave it, leave that out: `defaults: [override /optimizer: null]`",
+    ),
     "no target": (("experiment=smoke", "~model._target_"), 2, "model needs a _target_"),
     "remote root": (
         ("experiment=smoke", "run.root=nosuch://b/x"),
