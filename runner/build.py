@@ -62,7 +62,7 @@ def set_up(config: Config, world: World) -> torch.device:
 
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
-    """Build data, model, task, optimizer and scheduler, each from a random seed of its own."""
+    """Build the parts; the data and the model each from a random seed of its own."""
     trainer, loading = config.trainer, _loading(config, device)
     seed_all(derive("data", config.seed))
     collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None

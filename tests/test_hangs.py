@@ -16,6 +16,7 @@ HANGS = {
     "training": (1, (*TASK, "+task.step=5"), "mine/tasks.py"),
     "evaluation": (1, (*TASK, "+task.step=3", "+task.during=evaluation"), "mine/tasks.py"),
     "writer": (1, ("checkpoint.max_unsaved=1",), "runner/checkpoint/store.py"),
+    "restore": (0, (*CALLBACK, "+callbacks.own.at=load", "checkpoint.every_steps=1"), "mine/callbacks.py"),
     "end": (0, (*CALLBACK, "+callbacks.own.at=end"), "mine/callbacks.py"),
 }
 
@@ -26,7 +27,9 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
         yield server
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.campaign) if n == "end" else n for n in HANGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.campaign) if n in ("restore", "end") else n for n in HANGS]
+)
 def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Crews, tmp_path: Path) -> None:
     rank, more, place = HANGS[name]
     command = (
@@ -39,6 +42,8 @@ def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Cre
         f"run.root={tmp_path}",
         "run.name=hangs",
     )
+    if name == "restore":
+        crew(2, *command, cwd=USER, step=3)
     ended = crew(2, *command, "runtime.timeout=4", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output

@@ -49,16 +49,13 @@ class Recorder:
 
 
 class Stuck(Callback):
-    """In one rank, never comes back from ``at``: its ``start``, its ``end``, or when its state is restored. Not where
-    the file ``once`` is, which it makes.
+    """In one rank, never comes back from ``at``: its ``end``, or the ``load`` of its state. Not where the file ``once``
+    is, which it makes.
     """
 
     def __init__(self, *, rank, at, once):
         self.at = at if os.environ.get("RANK") == str(rank) else None
         self.once = once
-
-    def on_start(self, loop):
-        self.maybe("start")
 
     def on_end(self, loop):
         self.maybe("end")
