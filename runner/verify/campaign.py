@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from runner.verify import difference
 from runner.verify.lives import Ended
 from runner.verify.options import Options
 from runner.verify.run import Lived, Run, Stage
@@ -12,8 +13,8 @@ from runner.verify.run import Lived, Run, Stage
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
 _SAVES = 16  # checkpoints in a run, about
-_MOMENTS = ("step", "save", "loaded", "border", "evaluation", "clock")
-_AT_A_STEP = {"step", "save", "evaluation"}
+_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "clock")
+_AT_A_STEP = {"step", "committed", "save", "evaluation"}
 _PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
 
 Tell = Callable[[str], None]
@@ -74,7 +75,14 @@ def plan(run: Run, options: Options) -> Plan:
     every = interval(steps)
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
-    shown = _Shown(steps, every, _borders(life.of("step")), evaluated, sum(event["took"] for event in life.of("step")))
+    shown = _Shown(
+        steps,
+        every,
+        _borders(life.of("step")),
+        evaluated,
+        _telling(run, steps),
+        sum(event["took"] for event in life.of("step")),
+    )
     kills = tuple(_kills(options.kills, shown, chance))
     victims = _victims(options, chance)
     ended = life.of("finished")[0]["result"]["reason"]
@@ -110,6 +118,7 @@ def told(life: Lived) -> str:
     how = {
         None: "to the end",
         "step": "killed after a step",
+        "committed": "killed right after a save",
         "save": "killed in a save",
         "loaded": "killed right after loading",
         "evaluation": "killed in an evaluation",
@@ -139,16 +148,25 @@ def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
     return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
 
 
+def _telling(run: Run, steps: int) -> list[int]:
+    """The steps before the last after which most of what objects remember is not as it was at first: what lies in no
+    checkpoint is missed after a resume from there, and perhaps, where it comes and goes, from nowhere else.
+    """
+    moved = {step: len(entries) for step, entries in difference.moved(run).items() if 0 < step < steps or step == 1}
+    return [step for step, many in moved.items() if many == max(moved.values())]
+
+
 @dataclass(frozen=True, slots=True)
 class _Shown:
     """What the undisturbed run has: steps, a checkpoint every so many, steps in which an epoch ends, steps that were
-    evaluated, seconds.
+    evaluated, steps after which most is remembered that a new process does not know, seconds.
     """
 
     steps: int
     every: int
     borders: Sequence[int]
     evaluated: Sequence[int]
+    telling: Sequence[int]
     seconds: float
 
 
@@ -176,10 +194,13 @@ def _kill(moment: str, step: int, shown: _Shown, chance: random.Random) -> tuple
         return "clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000)
     if moment == "loaded":
         return "loaded", 0
-    if moment == "border" and shown.borders:  # in the last step of an epoch, or in the first of the next
-        return "step", min(shown.steps - 1, _nearest(shown.borders, step) + chance.randint(0, 1))
+    if moment == "border" and shown.borders:  # when an epoch has just ended, or in the first step of the next
+        border = min(shown.steps - 1, _nearest(shown.borders, step))
+        return chance.choice([("committed", border), ("step", min(shown.steps - 1, border + 1))])
     if moment == "evaluation" and shown.evaluated:
         return "evaluation", _nearest(shown.evaluated, step)
+    if moment == "committed":
+        return "committed", _nearest(shown.telling, step)
     if moment == "save" and shown.steps > shown.every:
         return "save", min(step, shown.steps - shown.every)
     return "step", step

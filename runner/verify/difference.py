@@ -137,7 +137,11 @@ def _begun(run: Run) -> Event | None:
 
 def moving(run: Run) -> tuple[Remembered, ...]:
     """What the objects of a run remember and change."""
-    remembered = [event["memory"] for _, event in run.steps()]
-    if not remembered:
-        return ()
-    return tuple(_unequal(remembered[0], remembered[-1]))
+    last = {entry[0]: entry for entries in moved(run).values() for entry in entries}
+    return tuple(last.values())
+
+
+def moved(run: Run) -> dict[int, list[Remembered]]:
+    """By step, what the objects of a run remember that is not as it was at first."""
+    remembered = [(event["step"], event["memory"]) for _, event in run.steps()]
+    return {step: [*_unequal(remembered[0][1], memory)] for step, memory in remembered}

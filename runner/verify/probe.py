@@ -2,8 +2,9 @@
 
 Installed over the runner's own classes, which know nothing of it. After every step it writes a line of JSON: what the
 step was given, what it made of it, and a digest of every tensor and value of the state; a line that is written survives
-the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``loaded``, ``evaluation`` (before it
-is noted), ``start`` (before the first step), ``clock`` (so many milliseconds after that).
+the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``committed`` (by a save that is made
+at that step), ``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step), ``clock`` (so many
+milliseconds after that).
 """
 
 import json
@@ -182,9 +183,15 @@ def _watch_steps(probe: Probe) -> None:
 
 
 def _watch_saving(probe: Probe) -> None:
-    act, commit = SaveCheckpoint.act, CheckpointStore.commit
+    begin, act, commit = SaveCheckpoint.__init__, SaveCheckpoint.act, CheckpointStore.commit
     kind = FollowCheckpoint if probe.rank else SaveCheckpoint
     on_step: Callable[[Any, Loop], None] = kind.on_step
+
+    wanted, at = probe.request["kill"] or ("", 0)
+
+    def begun(self: SaveCheckpoint, *arguments: Any, pins: Callable[[int], bool], **keywords: Any) -> None:
+        pinned = pins if wanted != "committed" else lambda step: step == at or pins(step)
+        begin(self, *arguments, pins=pinned, **keywords)
 
     def stepped(self: Any, loop: Loop) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
@@ -204,8 +211,10 @@ def _watch_saving(probe: Probe) -> None:
         began = time.monotonic()
         found = commit(self, snapshot, **how)
         probe.write("committed", step=snapshot.step, took=time.monotonic() - began)
+        probe.die("committed", snapshot.step)
         return found
 
+    SaveCheckpoint.__init__ = begun  # type: ignore[method-assign]
     kind.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
     CheckpointStore.commit = committed  # type: ignore[method-assign]
 
