@@ -18,10 +18,10 @@ holds this picture against the code.
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)     update
-    2  distributed/ (world, team, watch, layouts)
+    2  distributed/ (world, team, watch, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
-       signals     agreement     tasks/
-    0  errors     interval     recent     seeds     rng     task     topology     schedules     models/     ranks
+       signals     agreement     task (the interface)
+    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks
 """
 
 __version__ = "0.1.0"

@@ -2,7 +2,10 @@
 
 import os
 import sys
-from traceback import walk_tb
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any
 
 from runner import signals
 from runner.distributed.world import world
@@ -16,6 +19,7 @@ def main() -> int:
 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from runner import app
     from runner.sweep import launcher, optuna
@@ -29,23 +33,29 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
         if _speaks():
-            print(own or _as_hydra_says(error), file=sys.stderr)
+            print(own or _explained(error), file=sys.stderr)
         return own.status if own else 2
-    except OSError as error:
-        if any(frame.f_globals.get("__name__") == app.__name__ for frame, _ in walk_tb(error.__traceback__)):
-            raise  # the job's own; the directory had been made
-        print(
-            f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root.",
-            file=sys.stderr,
-        )
-        return 1
+    except YAMLError as error:
+        if _speaks():
+            print(f"a configuration file is not YAML: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        job = _from_module(app.__name__, error.__traceback__)
+        if isinstance(error, OSError) and job is None:
+            print(
+                f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root.",
+                file=sys.stderr,
+            )
+            return 1
+        # Above the frames of the attempt stand forty of Hydra's, which tell nothing of the cause.
+        raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
     if summary := sweep.summary():
         print(f"\n{summary}")
     return sweep.status
 
 
 def _speaks() -> bool:
-    """Whether this is the process that says what all find out alike, before they have met."""
+    """Whether this process prints what all processes of the run find out alike, before they have met."""
     try:
         return world().rank == 0
     except RunnerError:
@@ -59,12 +69,39 @@ def _own(error: BaseException | None) -> RunnerError | None:
     return error
 
 
-def _as_hydra_says(error: BaseException) -> str:
+def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback that begins with the first frame of a module; None if it has no such frame."""
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") != name:
+        trace = trace.tb_next
+    return trace
+
+
+def _explained(error: BaseException) -> str:
+    """What Hydra and OmegaConf say, without the names of their types, and with a remedy where they give none."""
     told = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
-    if told.startswith("LexerNoViableAltException: "):  # which is all that Hydra says
-        key, _, value = getattr(error, "override", "").partition("=")
-        told += f"\nA value with other characters than letters, digits and -./:%+@ needs quotes: '{key}=\"{value}\"'"
-    return told
+    lines = [line for line in told.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
+    key, equals, value = str(getattr(error, "override", "")).partition("=")
+    if equals and told.startswith("LexerNoViableAltException: "):  # which is all that Hydra says
+        lines.append(f"A value with characters besides letters, digits and -./:%+@ needs quotes: '{key}=\"{value}\"'")
+    if remedy := _known_keys(error):
+        lines = [line for line in lines if not line.startswith("To append to your config use")]  # it would be refused
+        lines.append(remedy)
+    return "\n".join(lines)
+
+
+def _known_keys(error: BaseException | None) -> str:
+    """The remedy for a key that the schema does not have; empty for any other error."""
+    while error is not None and not hasattr(error, "object_type"):
+        error = error.__cause__ or error.__context__
+    schema: Any = getattr(error, "object_type", None)
+    if not is_dataclass(schema) or "not in" not in str(error):
+        return ""
+    key, full_key = str(getattr(error, "key", "")), str(getattr(error, "full_key", ""))
+    if full_key == "experiment":
+        return "The first line of a file in experiment/ must be: # @package _global_"
+    known, parent = [field.name for field in fields(schema)], full_key.removesuffix(key)
+    near = get_close_matches(key, known, 1)
+    return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in known)}"
 
 
 if __name__ == "__main__":

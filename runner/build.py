@@ -1,6 +1,7 @@
 """From a configuration to live objects: the one place that instantiates what a configuration names."""
 
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from runner.callbacks.base import Callback
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision
 from runner.data.engine import Loading
 from runner.data.held_out import EvaluationData, checked
@@ -41,7 +43,7 @@ class Parts:
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # of the order of the samples, for the ledger
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
-    callbacks: dict[str, Any]  # the user's
+    callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
 def set_up(config: Config, world: World) -> torch.device:
@@ -72,8 +74,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     validation = _validation(config, loading, device, collate, team.world)
 
     seed_all(derive("model", config.seed))
-    model = _instance(config.model, "model").to(device)
-    task = _instance(config.task, "task")
+    model = _instance(config.model, "model", kind=nn.Module).to(device)
+    task = _instance(config.task, "task", kind=Task)
     average = None
     if trainer.ema_decay is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trainer.ema_decay))  # type: ignore[no-untyped-call]
@@ -105,7 +107,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, validation, team)
-    callbacks = {str(name): _instance(node, f"callbacks.{name}") for name, node in config.callbacks.items()}
+    callbacks: dict[str, Callback] = {
+        str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
+    }
     return Parts(state, task, update, layout, plan, recipe, evaluation, callbacks)
 
 
@@ -201,18 +205,24 @@ def _device(name: str, world: World) -> torch.device:
     return device
 
 
-def _instance(node: Any, key: str, **how: Any) -> Any:
-    """What the configuration names under ``key``. The runner's own errors pass through; Hydra's say which key is
-    wrong.
+def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:
+    """The object that the configuration names under ``key``. Raises ConfigError if it cannot be made, or is not of that
+    ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it")
+        raise ConfigError(
+            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in "
+            f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
+        )
     try:
-        return instantiate(node, **{"_convert_": node.get("_convert_", "all"), **how})  # plain lists and dicts
+        made = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **how})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(_why(node, key, error)) from error
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
+    return made
 
 
 def _partial(node: Any, key: str) -> Callable[..., Any]:
@@ -224,8 +234,28 @@ def _called(maker: Callable[..., Any], argument: Any, key: str) -> Any:
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
-        target = maker.func if isinstance(maker, partial) else maker
-        told = f"{key}: {target.__module__}.{target.__qualname__}: {error}"
-        if "unexpected keyword argument" in str(error):  # of the group that Hydra lays the experiment's own over
-            told += f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
-        raise ConfigError(told) from error
+        told = f"{key}: {_path(maker.func if isinstance(maker, partial) else maker)}: {error}"
+        raise ConfigError(told + _hint(str(error), key)) from error
+
+
+def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
+    """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
+    cause = error.__cause__
+    if cause is None:
+        return f"{key}: {error}"
+    if str(error).startswith("Error locating target"):
+        return f"{key}._target_: {cause}"
+    lines = traceback.format_list(traceback.extract_tb(cause.__traceback__)[1:])  # the first is Hydra's call
+    told = "".join([*lines, f"{type(cause).__name__}: {cause}"])
+    return f"{key}: {node._target_} cannot be called with the configured arguments:\n{told}{_hint(told, key)}"
+
+
+def _hint(told: str, key: str) -> str:
+    """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
+    if "unexpected keyword argument" not in told:
+        return ""
+    return f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+
+
+def _path(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

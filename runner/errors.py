@@ -11,6 +11,7 @@
     ├── StorageError             1   mend the disk, its permissions or the network
     ├── StateError               1   a part of the state cannot be saved or restored
     ├── DataError                1   mend the data set
+    ├── TaskError                1   mend what the task returns
     ├── NonFiniteError           1   the loss is no longer a number
     └── SweepFailed              1   mend what made every job of a sweep fail
 
@@ -73,6 +74,10 @@ class StateError(RunnerError):
 
 class DataError(RunnerError):
     """The data set cannot be used as configured, or is not the one the run began with."""
+
+
+class TaskError(RunnerError):
+    """A step of the task returned something that cannot be differentiated, averaged or reported."""
 
 
 class NonFiniteError(RunnerError):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from runner.data.held_out import EvaluationData
 from runner.distributed.team import Team
+from runner.errors import TaskError
 from runner.rng import isolated
-from runner.task import Task
+from runner.task import Task, checked
 
 _SAMPLES = ""  # no metric has this name
 
@@ -37,9 +38,8 @@ def evaluate(
     model.eval()
     try:
         with isolated(key), torch.no_grad(), autocast():
-            report: Mapping[str, float | str] = team.ranks.broadcast(
-                task.evaluation_end(model, _means(task, model, data, team))
-            )
+            told = _checked(task.evaluation_end(model, _means(task, model, data, team)), type(task).__name__)
+            report: Mapping[str, float | str] = team.ranks.broadcast(told)
             return report
     finally:
         for module, mode in modes.items():  # one by one: a part that the user froze stays frozen
@@ -52,7 +52,7 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team) -> di
     for count, batch in data:
         if team.poll():
             raise EvaluationInterrupted
-        found = task.evaluation_step(model, batch)
+        found = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
         for name, value in found.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted
@@ -61,3 +61,15 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team) -> di
     shares = {name: sums.get(name, nothing) for name in team.union([*sums])}
     totals = team.added({**shares, _SAMPLES: nothing + samples})
     return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
+
+
+def _checked(report: Any, task: str) -> Mapping[str, float | str]:
+    values = report.values() if isinstance(report, Mapping) else [report]
+    wrong = [value for value in values if not isinstance(value, int | float | str)]
+    if wrong:
+        raise TaskError(
+            f"{task}.evaluation_end returned a {type(wrong[0]).__name__}; expected a dict of numbers and texts, as in "
+            "{**metrics, 'perplexity': math.exp(metrics['loss'])}"
+        )
+    found: Mapping[str, float | str] = report
+    return found

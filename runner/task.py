@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runner.errors import TaskError
+
 Metrics = Mapping[str, Tensor]
 
 
@@ -61,10 +63,35 @@ class Task(ABC):
         total: dict[str, Tensor] = {}
         for share, batch in micro_batches:
             with update.autocast():
-                metrics = self.training_step(model, batch)
+                metrics = checked(self.training_step(model, batch), f"{type(self).__name__}.training_step")
             update.backward(metrics["loss"] * share if share != 1 else metrics["loss"])
             for name, value in metrics.items():
                 value = value.detach() * share if share != 1 else value.detach()
                 total[name] = total[name] + value if name in total else value
         total.update(update.step(total["loss"]))
         return total
+
+
+def checked(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
+    """The metrics that a ``step`` returned, with a ``"loss"`` if there has to be one. Raises TaskError for all else."""
+    if not isinstance(metrics, Mapping):
+        raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor) or value.dim():
+            raise TaskError(
+                f"{step} returned {name!r} as a {_kind(value)}; expected a tensor of shape []: a mean over the samples "
+                f"of the batch, as in {_EXAMPLE}"
+            )
+    if loss and "loss" not in metrics:
+        raise TaskError(
+            f"{step} returned {', '.join(map(repr, metrics)) or 'nothing'} and no 'loss', which is what is minimised; "
+            f"expected a dict as in {_EXAMPLE}"
+        )
+    return metrics
+
+
+def _kind(value: Any) -> str:
+    return f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
+
+
+_EXAMPLE = '{"loss": loss, "accuracy": hits.float().mean()}'

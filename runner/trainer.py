@@ -8,7 +8,7 @@ from runner.data.stream import Read
 from runner.distributed.layout import Layout, Single
 from runner.distributed.team import Alone, News, Team
 from runner.state import TrainState
-from runner.task import Metrics, Task, Update
+from runner.task import Metrics, Task, Update, checked
 from runner.update import MEASURED
 
 
@@ -63,7 +63,8 @@ class Trainer:
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = state.scheduler.get_last_lr()[0]
 
-        metrics = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
+        found = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
+        metrics = checked(found, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
         news = self.team.exchange(News(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
         stream.advance(Read(news.digest, news.swaps))

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.distributed.layout import Layout, Single
+from runner.errors import TaskError
 
 MEASURED = frozenset({"grad_norm"})  # by the update itself, over all processes
 
@@ -50,6 +51,11 @@ class WeightUpdate:
         return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)
 
     def backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise TaskError(
+                "the loss depends on no parameter that is trained: it was detached or computed without gradients, or "
+                "every parameter of the model has requires_grad=False"
+            )
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 

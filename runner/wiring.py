@@ -18,7 +18,6 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, Every, OnNonfinite
 from runner.data.ledger import Ledger
-from runner.errors import ConfigError
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
@@ -62,8 +61,9 @@ def callbacks_of(
     books: Books | None,
     ranks: Ranks,
 ) -> dict[str, Callback]:
-    """All callbacks, in the order in which they run, by the name that one with a memory has in the state. Those with
-    one are the same in all processes. Raises ConfigError for one of the user's that cannot be used.
+    """All callbacks in the order in which they run, by the names under which a checkpoint holds their state.
+
+    Callbacks with a state are the same in all processes.
     """
     callbacks: dict[str, Callback] = {}
     if books is not None:
@@ -72,7 +72,7 @@ def callbacks_of(
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     _evaluation(config, parts, callbacks)
-    callbacks |= {f"own.{name}": _checked(name, own) for name, own in parts.callbacks.items()}
+    callbacks |= {f"own.{name}": own for name, own in parts.callbacks.items()}
     best = callbacks.get("best")
     report = Report(
         every_steps=config.metrics.every_steps,
@@ -133,13 +133,6 @@ def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) ->
         callbacks["early_stopping"] = EarlyStopping(
             goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
         )
-
-
-def _checked(name: str, own: Any) -> Callback:
-    if not isinstance(own, Callback):
-        kind = f"{type(own).__module__}.{type(own).__qualname__}"
-        raise ConfigError(f"callbacks.{name} is a {kind}; its class needs runner.callbacks.base.Callback as its base")
-    return own
 
 
 def _saver(

@@ -57,14 +57,31 @@ MISTAKES = {
     "no experiment, the list": ((), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
     "unknown experiment": (("experiment=nope",), 2, "Could not find 'experiment/nope'"),
     "unknown experiment, the list": (("experiment=nope",), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
-    "misspelt key": (("experiment=smoke", "trainer.max_step=3"), 2, "Key 'max_step' not in 'TrainerConfig'"),
+    "misspelt key": (("experiment=smoke", "trainer.max_step=3"), 2, "Did you mean trainer.max_steps?"),
+    "unknown key": (("experiment=smoke", "sweep.many=3"), 2, "There are: sweep.max_retries, sweep.retry_failed"),
     "misspelt free key": (("experiment=smoke", "optimizer.lrr=3"), 2, "Key 'lrr' is not in struct"),
     "wrong type": (("experiment=smoke", "trainer.max_steps=many"), 2, "could not be converted to Integer"),
     "wrong choice": (("experiment=smoke", "run.on_drift=maybe"), 2, "expected one of [refuse, accept, fork]"),
     "unknown option": (("experiment=smoke", "optimizer=adamm"), 2, "Available options in 'optimizer':\n\tadamw\n\tsgd"),
     "too small": (("experiment=smoke", "checkpoint.keep_last=1"), 2, "checkpoint.keep_last=1 is too small: at least 2"),
     "no end": (("experiment=smoke", "trainer.max_steps=null"), 2, "the training has no end: set trainer.max_steps"),
-    "no such class": (("experiment=smoke", "model._target_=mine.Net"), 2, "model: Error locating target 'mine.Net'"),
+    "no such class": (("experiment=smoke", "model._target_=mine.Net"), 2, "Are you sure that module 'mine' is installed?"),
+    "no value": (("experiment=smoke", "task=???"), 2, "task not set: give a value in the experiment"),
+    "no model": (
+        ("experiment=smoke", "model._target_=collections.Counter"),
+        2,
+        "model is a collections.Counter; expec",
+    ),
+    "no task": (
+        ("experiment=smoke", "task._target_=collections.Counter"),
+        2,
+        "an object of a subclass of runner.task.Task",
+    ),
+    "no total": (
+        ("experiment=smoke", "scheduler=warmup_cosine", "trainer.max_steps=null", "trainer.max_epochs=1"),
+        2,
+        "total_steps is null; set trainer.max_steps, or scheduler.total_steps",
+    ),
     "wrong argument": (("experiment=smoke", "+optimizer.x=1"), 2, "unexpected keyword argument 'x'"),
     "an argument of the default": (
         ("experiment=smoke", "optimizer._target_=torch.optim.SGD"),
@@ -103,6 +120,29 @@ def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
     assert message in ended.output
     assert "Traceback" not in ended.output
     assert ended.status == status
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {_target_: mine.Net\ntask: x", 'mine.yaml", line 2, column 5'),
+        ("trainer: {max_steps: 5}", "must be: # @package _global_"),
+        ("# @package _global_\ntrainer: {max_step: 5}", "Did you mean trainer.max_steps?"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told(text: str, message: str, life: Lives, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    ended = life("--config-dir", str(tmp_path), "experiment=mine", cwd=tmp_path)
+    assert (ended.status, message in ended.output, "Traceback" in ended.output) == (2, True, False), ended.output
+
+
+def test_an_error_of_the_user_shows_the_users_frames_and_none_of_hydra(life: Lives, tmp_path: Path) -> None:
+    task = ("task._target_=mine.tasks.Breaks", "~task.label_smoothing")
+    ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
+    assert ended.status == 1
+    assert 'raise KeyError("mine")' in ended.output
+    assert "hydra/_internal" not in ended.output
 
 
 def test_state_that_cannot_be_saved_is_told_before_the_first_step(life: Lives, tmp_path: Path) -> None:

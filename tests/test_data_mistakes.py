@@ -57,6 +57,10 @@ def using(name: str) -> str:
         ),
         ((using("Broken"), "runtime.num_workers=2"), ["of Broken cannot be read", 'raise KeyError("label")']),
         (
+            ("data.collate={_target_:json.dumps}", "runtime.num_workers=1"),
+            ["data.train: the ", " samples from position 0 on cannot be collated", "TypeError", "set data.collate to"],
+        ),
+        (
             ("data.validation._target_=mine.data.Unreadable",),
             ["sample 0 of Unreadable cannot be read", "take it out of data.validation"],
         ),

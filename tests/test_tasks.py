@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runner.errors import ConfigError
-from runner.task import Task
+from runner.errors import ConfigError, TaskError
+from runner.task import Task, checked
 from runner.tasks.classification import Classification
 from runner.tasks.language import LanguageModeling
 from runner.update import WeightUpdate
@@ -168,3 +168,34 @@ def test_a_sample_that_is_no_text_is_shown_all_the_same() -> None:
 def test_a_prompt_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task\.prompt is empty"):
         LanguageModeling(prompt="")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        (None, "Mine.training_step returned a NoneType; expected a dict of scalar tensors"),
+        (torch.tensor(1.0), "Mine.training_step returned a tensor of shape []; expected a dict"),
+        ({"loss": torch.ones(4)}, "returned 'loss' as a tensor of shape [4]; expected a tensor of shape []"),
+        ({"loss": torch.tensor(1.0), "name": "x"}, "returned 'name' as a str; expected a tensor of shape []"),
+        ({"los": torch.tensor(1.0)}, "returned 'los' and no 'loss'"),
+        ({}, "returned nothing and no 'loss'"),
+    ],
+)
+def test_metrics_that_cannot_be_used_are_told_with_an_example(metrics: Any, told: str) -> None:
+    with pytest.raises(TaskError) as error:
+        checked(metrics, "Mine.training_step")
+    assert told in str(error.value)
+    assert '{"loss": loss, ' in str(error.value)
+
+
+def test_an_evaluation_needs_no_loss() -> None:
+    metrics = {"accuracy": torch.tensor(1.0)}
+    assert checked(metrics, "Mine.evaluation_step", loss=False) is metrics
+
+
+def test_a_loss_that_trains_nothing_is_told() -> None:
+    model = Weight().requires_grad_(False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    update = WeightUpdate(model, optimizer, device=torch.device("cpu"))
+    with pytest.raises(TaskError, match="requires_grad=False"):
+        Descent().optimization_step(model, [(1.0, torch.ones(2))], update)

@@ -119,7 +119,10 @@ def objective(report: Mapping[str, float | str], metric: str) -> float:
     value = report.get(metric)
     if value is None or isinstance(value, str):
         known = ", ".join(sorted(name for name, found in report.items() if not isinstance(found, str)))
-        raise ConfigError(f"objective.metric={metric} is not among the metrics of the evaluation: {known}")
+        raise ConfigError(
+            f"objective.metric={metric} is not among the metrics of the evaluation: {known}. Set it to one of them; "
+            "a run that has begun goes on with run.on_drift=accept"
+        )
     return value
 
 

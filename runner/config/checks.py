@@ -39,11 +39,8 @@ _START_METHODS = ("fork", "spawn", "forkserver")
 
 
 def check(config: DictConfig) -> None:
-    """Raise ConfigError for the first value that cannot work, naming key, value and remedy."""
-    for key, least in _AT_LEAST.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value < least:
-            raise ConfigError(f"{key}={value} is too small: at least {least}")
+    """Raise ConfigError for the first value that is missing or cannot work, naming key, value and remedy."""
+    _check_values(config)
     trainer = config.trainer
     if trainer.max_steps is None and trainer.max_epochs is None and trainer.max_seconds is None:
         raise ConfigError("the training has no end: set trainer.max_steps, trainer.max_epochs or trainer.max_seconds")
@@ -67,6 +64,16 @@ def check(config: DictConfig) -> None:
     method = config.runtime.start_method
     if method is not None and method not in _START_METHODS:
         raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")
+
+
+def _check_values(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} not set: give a value in the experiment or on the command line")
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value < least:
+            raise ConfigError(f"{key}={value} is too small: at least {least}")
 
 
 def literal_secret(options: DictConfig) -> str | None:

@@ -52,13 +52,14 @@ class Fetched(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
     Digests of slices add up (modulo 2^64) to that of all, in whatever order. ``bad`` tells of samples that could not be
-    read; one without a substitute leaves no batch.
+    read; one without a substitute leaves no batch. ``failure`` is the message of a collate function that raised.
     """
 
     first: int
     batch: Any
     digest: int = 0
     bad: tuple[Bad, ...] = ()
+    failure: str = ""
 
 
 class Fetcher(Dataset[Fetched]):
@@ -98,7 +99,11 @@ class Fetcher(Dataset[Fetched]):
                 return Fetched(piece.first, None, bad=(error.bad,))
             if self.plan.randomness != "off":
                 seed_all(self._key("collate", piece))
-            return Fetched(piece.first, self.collate(rows), self._digest % 2**64, tuple(self._bad))
+            try:
+                batch = self.collate(rows)
+            except Exception as error:
+                return Fetched(piece.first, None, failure=_not_collated(rows, piece.first, error))
+            return Fetched(piece.first, batch, self._digest % 2**64, tuple(self._bad))
 
     def sample(self, index: int, key: int) -> Any:
         """One sample as ``randomness=sample`` draws it with that key."""
@@ -194,6 +199,13 @@ def unreadable(bad: Bad, samples: Samples, *, remedy: str) -> DataError:
     """The error for a bad record that ends the run."""
     return DataError(
         f"{bad.where} of {type(samples).__qualname__} cannot be read (position {bad.position}):\n{bad.why}\n{remedy}"
+    )
+
+
+def _not_collated(rows: list[Any], first: int, error: Exception) -> str:
+    return (
+        f"the {len(rows)} samples from position {first} on cannot be collated to a batch:\n{_told(error)}\n"
+        "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
     )
 
 

@@ -55,6 +55,8 @@ class EvaluationData:
             for bad in fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
                 raise unreadable(bad, self._samples, remedy=remedy)
+            if fetched.failure:
+                raise DataError(f"data.validation: {fetched.failure}")
             yield weight, to_device(fetched.batch, self.device)
 
 

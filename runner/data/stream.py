@@ -155,8 +155,10 @@ class BatchStream:
         digest, swaps, self._step = 0, "", None
         for number, piece in enumerate(ours, 1):
             asked = time.perf_counter()
-            first, batch, found, bad = next(self._batches)
+            first, batch, found, bad, failure = next(self._batches)
             self.waited += time.perf_counter() - asked
+            if failure:
+                raise DataError(f"data.train: {failure}")
             assert first == piece.first, f"the loader delivered position {first} where {piece.first} was due"
             digest += found
             swaps += self._tell(bad)
