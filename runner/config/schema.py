@@ -73,109 +73,124 @@ class OnConflict(Enum):
 
 @dataclass
 class StreamsConfig:
-    count: int = 96  # divisible by data workers x processes x streams per micro-batch; 0: samples in any order
-    window: int = 128  # consecutive samples of a stream that are shuffled together; what is held in memory
-    chunk: int | None = None  # samples from one stream before the next one's turn; absent: a quarter of a micro-batch
+    """How shards are read almost sequentially (``data.windows``). ``count: 0`` shuffles all samples with each other."""
+
+    count: int = 96  # streams; best a multiple of data workers x processes x streams per micro-batch
+    window: int = 128  # consecutive samples of a stream that are shuffled together and held in memory
+    chunk: int | None = None  # samples taken from one stream before the next; null: a quarter of a micro-batch
 
 
 @dataclass
 class DataConfig:
-    train: Any = MISSING  # _target_ of a dataset with __len__ and __getitem__, or of an iterable one
-    validation: Any = None  # the same; absent: no evaluation
-    batch_size: int = MISSING  # samples per optimizer step, over all micro-batches
+    train: Any = MISSING  # _target_ of a data set with __len__ and __getitem__, or of an iterable
+    validation: Any = None  # _target_ of a data set with __len__ and __getitem__; null: no evaluation
+    batch_size: int = MISSING  # samples per optimizer step, over all micro-batches and processes
     evaluation_batch_size: int = 256
     shuffle: bool = True
-    tail: Tail = Tail.carry  # the last batch of an epoch: goes on into the next epoch, or is dropped
-    randomness: Randomness = Randomness.sample  # seeds python, numpy and torch before each sample, each batch, never
-    collate: Any = None  # _target_ (with _partial_) of a collate function; absent: torch's default
-    streams: StreamsConfig = field(default_factory=StreamsConfig)  # for data in shards, read nearly in sequence
-    max_tokens: int | None = None  # per micro-batch, padding included; needs a length for each sample
-    on_bad_record: OnBadRecord = (
-        OnBadRecord.stop
-    )  # a sample that cannot be read ends the run, or another takes its place
-    replay: bool = False  # an iterable without a state is read again from its start at every resume
+    tail: Tail = Tail.carry  # carry: an epoch's last, short batch is filled from the next epoch; drop: it is left out
+    randomness: Randomness = (
+        Randomness.sample
+    )  # when python, numpy and torch are seeded: per sample, per batch, or never
+    collate: Any = None  # _target_ of a function that makes a batch of a list of samples; null: torch's default_collate
+    streams: StreamsConfig = field(default_factory=StreamsConfig)  # for data in shards
+    max_tokens: int | None = None  # per micro-batch, padding included; the data set needs ``lengths``
+    # If a sample cannot be read: stop ends the run, substitute trains on another sample in its place.
+    on_bad_record: OnBadRecord = OnBadRecord.stop
+    replay: bool = False  # for an iterable without a state: every resume reads the current pass again from its start
 
 
 @dataclass
 class EarlyStoppingConfig:
-    patience: int | None = None  # evaluations in a row without an improvement of the objective; absent: never stop
-    min_delta: float = 0.0
+    patience: int | None = None  # stop after so many evaluations in a row without an improvement; null: never
+    min_delta: float = 0.0  # a smaller improvement of the objective does not count
 
 
 @dataclass
 class TrainerConfig:
-    max_steps: int | None = None
+    max_steps: int | None = None  # at least one of these three limits is required
     max_epochs: int | None = None
-    max_seconds: float | None = None  # of training, over all attempts
+    max_seconds: float | None = None  # of training, summed over all attempts
     evaluate_every_steps: int | None = None
-    evaluate_every_epochs: int | None = None  # with neither of the two: once, at the end
-    accumulate: int = 1  # micro-batches per optimizer step; several processes share them out
-    clip_norm: float | None = None
+    evaluate_every_epochs: int | None = None  # if neither of the two is set, evaluate once, at the end
+    accumulate: int = 1  # micro-batches per optimizer step; several processes divide them among themselves
+    clip_norm: float | None = None  # the largest norm of all gradients together
     precision: Precision = Precision.fp32
-    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # if the loss is NaN or infinite: stop the run, or skip the step
     ema_decay: float | None = None  # evaluate and export an exponential moving average of the weights
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 
 @dataclass
 class ObjectiveConfig:
-    metric: str | None = None
+    """The metric that decides about the best checkpoint, early stopping, sweeps and comparisons."""
+
+    metric: str | None = None  # of an evaluation, for example val/loss
     mode: Mode = Mode.min
 
 
 @dataclass
 class CheckpointConfig:
-    every: Every | None = Every.auto  # as often as costs less than a hundredth of the time; comes beside the next two
+    """When to save, and what to keep. A checkpoint is saved whenever one of the three ``every`` settings is due."""
+
+    every: Every | None = Every.auto  # auto: as often as saving costs less than 1 % of the time; null: not at all
     every_steps: int | None = None
     every_seconds: float | None = None
-    max_unsaved: float = 1800.0  # seconds of training that may be lost to a storage that fails; then the run ends
-    background: bool = True  # write while training goes on; false: wait for each checkpoint
-    keep_last: int = 2
-    keep_every_steps: int | None = None  # of every multiple one is made and stays
-    keep_best: int = 1  # by the objective
+    max_unsaved: float = 1800.0  # seconds of training after which a run whose storage keeps failing ends
+    background: bool = True  # write while training continues; false: wait for each checkpoint
+    keep_last: int = 2  # the newest ones
+    keep_every_steps: int | None = None  # also save and keep one at every multiple of so many steps
+    keep_best: int = 1  # also keep the best ones by the objective
 
 
 @dataclass
 class MetricsConfig:
-    every_steps: int = 10  # training metrics are means over so many steps
+    every_steps: int = 10  # training metrics are written as means over so many steps
 
 
 @dataclass
 class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    parallel: Parallel = Parallel.auto  # of several processes, started by torchrun: ddp has the whole model in each
-    shard: int | None = None  # fsdp: processes that a replica of the model lies on; absent: all
-    # Seconds until a process that stopped, or keeps the others waiting, ends all of them; one that saves or restores
-    # has max_unsaved more. Where one builds its data for longer than the others, this has to be longer, too.
+    # For several processes (torchrun). ddp: each has the whole model; fsdp: each has a slice of it; auto: fsdp for
+    # models that would fill more than half of a GPU.
+    parallel: Parallel = Parallel.auto
+    shard: int | None = None  # fsdp: processes that together hold one replica of the model; null: all
+    # For several processes: seconds after which a process that does not respond, or keeps the others waiting, ends the
+    # run. While a process saves or restores, max_unsaved is added. Must exceed the longest time to build the data.
     timeout: float = 600.0
-    compile: bool = False  # the model, by torch.compile
-    num_workers: int = 0  # processes that load data; 0 loads in the training process
-    prefetch: int = 2  # batches in flight per worker
-    start_method: str | None = None  # fork, spawn, forkserver; absent: Python's default
-    num_threads: int | None = None  # absent: torch's default
-    audit: bool = True  # at the start, draw a few samples twice and compare them
-    deterministic: bool = True  # refuse kernels whose result varies from call to call
+    compile: bool = False  # the model, with torch.compile
+    num_workers: int = 0  # processes that load data; 0: the training process does
+    prefetch: int = 2  # batches that each worker loads ahead
+    start_method: str | None = None  # of data workers: fork, spawn, forkserver; null: Python's default
+    num_threads: int | None = None  # of torch on the CPU; null: torch's default
+    audit: bool = True  # at the start, draw a few samples twice and require that they are equal
+    deterministic: bool = True  # refuse operations whose result can differ from call to call
 
 
 @dataclass
 class RunConfig:
-    root: str = "outputs"  # a folder, or a URL of any store that fsspec knows: s3://bucket/experiments
-    storage_options: dict[str, Any] = field(default_factory=dict)  # fsspec's, for a URL; secrets as ${oc.env:NAME}
-    name: str | None = None  # instead of the name made from the overrides
-    parent: str | None = None  # a run's directory, @step or @best: begin from its state instead of from scratch
-    inherit: Inherit = Inherit.model  # from the parent: only weights, or all: also optimizer, position, step
-    on_drift: OnDrift = OnDrift.refuse
-    on_conflict: OnConflict = OnConflict.fail
+    root: str = "outputs"  # a folder, or a URL of any store that fsspec supports: s3://bucket/experiments
+    storage_options: dict[str, Any] = field(default_factory=dict)  # for fsspec; secrets only as ${oc.env:NAME}
+    name: str | None = None  # of the run's directory; null: made from the overrides
+    parent: str | None = None  # start from a checkpoint of another run: <its directory>, ...@<step> or ...@best
+    inherit: Inherit = (
+        Inherit.model
+    )  # what to take from the parent. model: weights; all: also optimizer, data position, step
+    on_drift: OnDrift = (
+        OnDrift.refuse
+    )  # if the configuration of an existing run changed: refuse, accept it, or fork the run
+    on_conflict: OnConflict = OnConflict.fail  # if another process is working on the run: fail, wait, or steal the run
 
 
 @dataclass
 class SweepConfig:
-    max_retries: int = 2  # of a run whose attempts fail one after the other, over all commands
+    max_retries: int = 2  # of a run that fails repeatedly, counted over all commands
     retry_failed: bool = True
 
 
 @dataclass
 class Config:
+    """The whole configuration."""
+
     seed: int = 0
     model: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -184,7 +199,7 @@ class Config:
     scheduler: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    callbacks: dict[str, Any] = field(default_factory=dict)  # by name: _target_ of a runner.callbacks.base.Callback
+    callbacks: dict[str, Any] = field(default_factory=dict)  # name -> _target_ of a runner.callbacks.base.Callback
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -193,5 +208,5 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra as ``schema``, the first of the defaults."""
+    """Register the schema with Hydra as ``schema``, the first entry of the defaults list."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -1,1 +1,4 @@
-"""Runs from outside: reads what their processes wrote, needs no torch, and changes nothing; but prune and export do."""
+"""Commands that look at runs from outside, by reading what their processes wrote.
+
+None needs torch or changes a run, except prune, which removes checkpoints, and export, which reads weights.
+"""

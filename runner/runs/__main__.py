@@ -1,5 +1,5 @@
-"""``python -m runner.runs list|show|diff|compare|watch|audit|prune|export``: look at runs, thin out their checkpoints,
-take weights.
+"""``python -m runner.runs list|show|diff|compare|watch|audit|prune|export``: look at runs, remove old checkpoints,
+export weights.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from runner.run.directory import RunDirectory
 from runner.runs import compare, details, diff, listing
 from runner.runs.overview import Overview, overviews
 
-_Commands = Any  # of argparse, which keeps the name of their type to itself
+_Commands = Any  # argparse's type for subcommands is private
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,55 +32,65 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runner.runs", description="Look at runs and use them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.runs", description="Look at runs, remove old checkpoints, export weights."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_of_roots(commands)
-    _add_of_runs(commands)
+    _add_commands_for_roots(commands)
+    _add_commands_for_runs(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 
 
-def _add_of_roots(commands: _Commands) -> None:
-    """The commands that look at all runs under a root."""
+def _add_commands_for_roots(commands: _Commands) -> None:
+    """The commands for all runs under a root."""
     listed = commands.add_parser("list", help="all runs under a root, one line each")
     listed.set_defaults(command=_list)
-    compared = commands.add_parser("compare", help="the parameters in which runs differ, and their objective")
-    compared.add_argument("--png", metavar="FILE", help="draw learning curves, and the objective by parameter")
-    compared.add_argument("--html", metavar="FILE", help="the same, with a table to sort, as a page of one file")
+    compared = commands.add_parser("compare", help="the parameters in which the runs differ, and their objective")
+    compared.add_argument("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
+    compared.add_argument("--html", metavar="FILE", help="the same with a sortable table, as one HTML file")
     compared.set_defaults(command=_compare)
-    watched = commands.add_parser("watch", help="the list, live; Ctrl-C ends it")
-    watched.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="default: 5")
+    watched = commands.add_parser("watch", help="the list, updated until Ctrl-C")
+    watched.add_argument(
+        "--interval", type=float, default=5.0, metavar="SECONDS", help="between two updates (default: 5)"
+    )
     watched.set_defaults(command=_watch)
     for each in (listed, compared, watched):
-        each.add_argument("root", nargs="?", default="outputs", help="the run.root of the runs (default: outputs)")
-        each.add_argument("--status", nargs="+", choices=listing.STATES, metavar="STATUS", help="only runs with these")
+        each.add_argument("root", nargs="?", default="outputs", help="their run.root (default: outputs)")
+        each.add_argument(
+            "--status", nargs="+", choices=listing.STATES, metavar="STATUS", help="only runs with one of these statuses"
+        )
         each.add_argument("--experiment", metavar="NAME", help="only runs of this experiment")
-        each.add_argument("--match", metavar="TEXT", help="only runs with this text in their names")
-    listed.add_argument("--sort", choices=listing.SORTS, default="name", help="by this column (default: name)")
+        each.add_argument("--match", metavar="TEXT", help="only runs whose name contains this text")
+    listed.add_argument("--sort", choices=listing.SORTS, default="name", help="sort by this column (default: name)")
     listed.add_argument("--reverse", action="store_true", help="in descending order")
 
 
-def _add_of_runs(commands: _Commands) -> None:
-    """The commands that look at one run, or two."""
+def _add_commands_for_runs(commands: _Commands) -> None:
+    """The commands for one run, or two."""
     showing = commands.add_parser("show", help="one run: configuration, attempts, checkpoints, result")
     showing.set_defaults(command=_show)
-    differing = commands.add_parser("diff", help="what two runs compute differently, and what came of it")
+    differing = commands.add_parser("diff", help="how the configurations and the results of two runs differ")
     differing.set_defaults(command=_diff)
-    auditing = commands.add_parser("audit", help="which samples were seen, repeated and missed; status 1 if any were")
+    auditing = commands.add_parser(
+        "audit", help="whether each sample was used exactly once per epoch; exit status 1 if not"
+    )
     auditing.set_defaults(command=_audit)
-    pruning = commands.add_parser("prune", help="which checkpoints would be kept and removed; with --yes, remove them")
-    pruning.add_argument("--last", type=int, default=2, metavar="N", help="keep the newest (default and least: 2)")
-    pruning.add_argument("--every-steps", type=int, metavar="N", help="keep one of every multiple of so many steps")
-    pruning.add_argument("--best", type=int, default=1, metavar="N", help="keep the best by the objective (default: 1)")
-    pruning.add_argument("--yes", action="store_true", help="remove; without it nothing is changed")
+    pruning = commands.add_parser("prune", help="show which checkpoints are not needed; with --yes, remove them")
+    pruning.add_argument("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
+    pruning.add_argument("--every-steps", type=int, metavar="N", help="keep one at every multiple of N steps")
+    pruning.add_argument(
+        "--best", type=int, default=1, metavar="N", help="keep the N best by the objective (default: 1)"
+    )
+    pruning.add_argument("--yes", action="store_true", help="remove them; without --yes nothing is changed")
     pruning.set_defaults(command=_prune)
     for each in (showing, auditing, pruning):
         each.add_argument("run", help="its directory, for example outputs/digits/base")
     differing.add_argument("a", metavar="run", help="a directory, for example outputs/digits/base")
     differing.add_argument("b", metavar="other", help="the directory of another")
     exporting = commands.add_parser("export", help="the weights of a checkpoint as a plain safetensors file")
-    exporting.add_argument("run", help="its directory; outputs/digits/base@best, ...@100: not the newest checkpoint")
+    exporting.add_argument("run", help="its directory; append @best or @STEP for another checkpoint than the newest")
     exporting.add_argument("target", help="the file to write, a path or URL")
     exporting.add_argument("--force", action="store_true", help="overwrite the target")
     exporting.set_defaults(command=_export)

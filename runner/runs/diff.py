@@ -1,4 +1,4 @@
-"""What two runs compute differently, and what came of it."""
+"""How the configurations and the results of two runs differ."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

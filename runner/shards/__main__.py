@@ -34,12 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runner.shards", description="Make a manifest of shards.")
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.shards",
+        description="Scan shards once and write a manifest of them, which data sets read instead of scanning again.",
+    )
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="a file, a folder or a glob; any fsspec path")
-    parser.add_argument("--out", required=True, help="the manifest, for example shards.json; any fsspec path")
-    parser.add_argument("--format", choices=KINDS, help="of the shards (default: as their suffixes say)")
+    parser.add_argument("--out", required=True, help="the manifest to write, for example shards.json; any fsspec path")
+    parser.add_argument("--format", choices=KINDS, help="of the shards (default: by their suffixes)")
     parser.add_argument("--dtype", choices=DTYPES, help="of tokens in files without a header (default: uint16)")
-    parser.add_argument("--jobs", type=int, default=4, help="shards scanned at a time (default: 4)")
+    parser.add_argument("--jobs", type=int, default=4, help="shards to scan at the same time (default: 4)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser
 

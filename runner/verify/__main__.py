@@ -10,15 +10,15 @@ from runner.verify.options import parse
 _USAGE = """\
 python -m runner.verify experiment=NAME [KEY=VALUE ...] [verify.KEY=VALUE ...] [--json]
 
-Runs the experiment undisturbed, then again with SIGKILLs, and compares the two to the bit.
-  verify.steps=N          so many optimizer steps (default: 100, or as many as 20 seconds of training have)
-  verify.kills=N          so many kills (default: 8)
-  verify.workers=[0,2]    numbers of data workers that attempts take in turn
-  verify.processes=N      every attempt is of N processes, as torchrun starts them; some kills hit one alone
-  verify.root=PATH|URL    where the runs are made and removed again (default: a temporary folder)
-  verify.html=FILE        write a report with the two loss curves and a lane per attempt
-  verify.seed=N           other moments for the kills
-  verify.keep=true        leave the runs where they are
+Runs the experiment once undisturbed and once with SIGKILLs, and compares the two bit for bit.
+  verify.steps=N          optimizer steps (default: 100, or fewer if these take more than 20 seconds of training)
+  verify.kills=N          number of kills (default: 8)
+  verify.workers=[0,2]    numbers of data workers; the attempts alternate between them
+  verify.processes=N      run every attempt in N processes, as torchrun does; some kills hit only one of them
+  verify.root=PATH|URL    where to make the runs (default: a temporary folder); they are removed afterwards
+  verify.html=FILE        write a report with both loss curves and a time line of the attempts
+  verify.seed=N           choose other moments for the kills
+  verify.keep=true        do not remove the runs
 Exit status: 0 it resumes exactly, 1 it does not, 2 configuration error, 130 Ctrl-C."""
 _INTERRUPTED = 130
 
