@@ -1,4 +1,4 @@
-"""Ranks that act as one: what rank 0 decides all do, and what fails on one of them fails on all."""
+"""Ranks that act as one: rank 0 decides for all of them, and what fails on one rank fails on all."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -11,9 +11,9 @@ Kinds = tuple[type[Exception], ...]
 
 
 def led(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
-    """What ``work`` returns on rank 0, where alone it is done; a value of JSON.
+    """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks.
 
-    Raises what it raises there on all ranks: any RunnerError or one of ``kinds`` as itself, others as RunnerError.
+    If it raises, all ranks raise: a RunnerError and one of ``kinds`` as that class, any other error as RunnerError.
     """
     if ranks.size == 1:
         return work()
@@ -24,16 +24,16 @@ def led(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
 
 
 def together(ranks: Ranks, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
-    """Do ``work`` on every rank; returns once it is done on all. Raises on all what it raises on any."""
+    """Do ``work`` on every rank and return this rank's result once all are done. If it raises on any rank, all raise."""
     found: list[T] = []
     gathered(ranks, lambda: found.append(work()), kinds=kinds)
     return found[0]
 
 
 def gathered(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
-    """Do ``work`` on every rank; on rank 0 what it returns on each (values of JSON), None on the others.
+    """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others.
 
-    Raises on all ranks what it raises on any of them, with the rank in the message.
+    If it raises on any rank, all ranks raise, with the number of that rank in the message.
     """
     if ranks.size == 1:
         return [work()]
@@ -47,7 +47,7 @@ def gathered(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> lis
 def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except Exception as error:  # the others wait to hear of it
+    except Exception as error:  # raised later: the other ranks wait for this one's message
         return None, error
 
 
@@ -57,8 +57,8 @@ def _told(error: Exception, rank: int | None = None) -> dict[str, Any]:
 
 
 def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
-    """Raise the error that was told, which ``own`` may be; nothing if none was. One that is not this rank's says that
-    it is from ``elsewhere``, so that it can be shown once.
+    """Raise the error that ``told`` describes, if any. ``own`` is this rank's own error, if it had one; without one the
+    raised error is marked as from ``elsewhere``, so that only one rank prints it.
     """
     if told is None:
         return

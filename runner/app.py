@@ -45,9 +45,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 def register() -> None:
-    """Make schema and resolvers known to Hydra; done when this module is imported, as a worker of a launcher does."""
+    """Register schema and resolvers with Hydra; done on import, because a launcher's workers only import this module."""
     schema.register()
-    # One directory for one command, alone or as a job of a sweep: Hydra's own files go where the run is.
+    # Hydra's own files go into the run directory, for a single run as for a job of a sweep.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
     OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
@@ -57,17 +57,17 @@ def register() -> None:
 
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
 def main(config: DictConfig) -> float | None:
-    """Run one job; returns its objective, which is what a sweeper gets.
+    """Run one job and return its objective to the sweeper.
 
-    An error ends a single run with its exit status; in a sweep it is raised, because leaving the process would end
-    the sweep. In a process of a launcher it becomes a RunnerError, which can be sent to the sweep.
+    On an error a single run exits with the error's status. A job of a sweep raises it instead, because an exit would end
+    the whole sweep. In another process of a launcher any error becomes a RunnerError, which can be pickled and sent back.
     """
     logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
         return _job(config)
     except RunnerError as error:
         if HydraConfig.get().mode is RunMode.RUN:
-            if str(error):  # else another process of the run says it
+            if str(error):  # empty if another process of the run prints it
                 print(error, file=sys.stderr)
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
@@ -83,12 +83,12 @@ def main(config: DictConfig) -> float | None:
 def _hand_over() -> None:
     try:
         signals.hand_over()
-    except Exception as error:  # the sweep, which gets the job back, starts it again
+    except Exception as error:  # not queued again by the cluster; the sweep starts the job again
         log.warning("not queued again: %s: %s", type(error).__name__, error)
 
 
 def _job(config: DictConfig) -> float | None:
-    signals.install()  # a launcher may have begun this process
+    signals.install()  # again, because a launcher may have started this process without ``__main__``
     with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         job = Job.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
@@ -113,7 +113,7 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
 
 
 def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
-    """The run as rank 0 finds it: the others believe what it saw, since the storage may change meanwhile."""
+    """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
     found: list[Opening] = []
 
     def open_run() -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
 
 
 def _wait_until_free(job: Job, ranks: Ranks) -> None:
-    """Return once no living process holds the run. All ask, so that nobody waits long for the first, which looks."""
+    """Return once no living process holds the run. Rank 0 looks; all ranks take part, so that none runs into a timeout."""
 
     def free() -> bool:
         found = is_free(job.directory)
@@ -152,12 +152,12 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
         log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
     url = opening.directory.location.url
     if not is_remote(url):
-        url = os.path.relpath(url, to_absolute_path("."))  # from where the command was given: see hydra.job.chdir
+        url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
     log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 
 def _directory(*, _root_: DictConfig) -> str:
-    """Where Hydra puts its own files: into the run directory, or beside other runs when that is remote."""
+    """Where Hydra puts its own files: the run directory, or, for a remote one, a local folder named after it."""
     root = _root_.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
@@ -165,13 +165,13 @@ def _directory(*, _root_: DictConfig) -> str:
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
-    """Hydra's folder for the configuration; none where that would write a secret."""
+    """The name of Hydra's folder for the configuration; None if that would write a secret, and on ranks above 0."""
     has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
     return None if has_secret or world().rank else ".hydra"
 
 
 def _log_handlers() -> list[str]:
-    """The first process of a run speaks and writes the log; of the others one hears what goes wrong."""
+    """Rank 0 prints and writes the log; other ranks print only warnings and errors."""
     return ["others"] if world().rank else ["console", "file"]
 
 

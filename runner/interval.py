@@ -1,4 +1,4 @@
-"""When something is due, apart from what it is."""
+"""When something periodic is due."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Interval:
-    """Every so many steps, epochs or seconds, whichever comes first; what is ``None`` never comes.
+    """Due every ``steps`` steps, ``epochs`` epochs or ``seconds`` seconds, whichever comes first; None: never.
 
-    Steps and epochs are pure functions of the position, so a resumed run is due where the uninterrupted one is.
-    Seconds are of this process's monotonic clock and may only drive what leaves no trace in the results.
+    Steps and epochs depend on the position alone, so a resumed run is due at the same steps as an uninterrupted one.
+    Seconds depend on the clock: use them only for what does not change the results.
     """
 
     steps: int | None = None
@@ -23,7 +23,7 @@ class Interval:
         self._since = self.clock()
 
     def due(self, step: int, *, epochs_before: int = 0, epochs: int = 0) -> bool:
-        """Whether the moment after ``step`` is due; the two epoch counts are of epochs finished before and after it."""
+        """Whether it is due after ``step``, with ``epochs_before`` epochs finished before the step and ``epochs`` after it."""
         if self.steps is not None and step % self.steps == 0:
             return True
         if self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs:
@@ -37,9 +37,9 @@ class Interval:
 
 @dataclass(slots=True)
 class Affordable:
-    """Due as often as keeps what is ``spent`` on it below ``share`` of the time.
+    """Due as often as its cost (reported by ``spent``) stays below ``share`` of the time.
 
-    ``least`` and ``most`` are seconds between two; the first comes after ``least``.
+    The seconds between two are at least ``least`` and at most ``most``; the first is due after ``least``.
     """
 
     share: float = 0.01
@@ -61,5 +61,5 @@ class Affordable:
         self._since = self.clock()
 
     def spent(self, seconds: float) -> None:
-        """What the last one cost."""
+        """Report that the last one cost so many seconds."""
         self._pause = min(max(seconds / self.share, self.least), self.most)

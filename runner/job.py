@@ -1,4 +1,4 @@
-"""One composed configuration, and the run that it means."""
+"""From a composed configuration to the run that it names."""
 
 import shlex
 import sys
@@ -22,7 +22,7 @@ from runner.storage.location import is_remote, local_root
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that a command wants: where it is, what it computes, what it begins from."""
+    """The run that a command asks for: its directory, what it computes, and the parent that it starts from."""
 
     directory: RunDirectory
     identity: dict[str, Any]
@@ -32,7 +32,7 @@ class Job:
 
     @classmethod
     def of(cls, config: DictConfig) -> "Job":
-        """The job of a composed configuration, which is the one that HydraConfig has. Reads nothing of any run.
+        """The job of ``config``, which must be the configuration that HydraConfig holds. Reads no run directory.
 
         Raises ConfigError for values that cannot work.
         """
@@ -44,12 +44,12 @@ class Job:
         return cls(directory, identity(config), overrides, _parent(config.run), config.run.on_drift.name)
 
     def open(self) -> Opening:
-        """The run as this command finds it; see ``open_run``."""
+        """Look at the run directory; see ``open_run``."""
         command = shlex.join([Path(sys.executable).name, "-m", "runner", *self.overrides])
         return open_run(self.directory, self.identity, on_drift=self.on_drift, command=command, parent=self.parent)
 
     def following(self, variant: str, result: dict[str, Any] | None) -> Opening:
-        """The run as another process of it has found it, which also begins it and keeps its records."""
+        """The opening on ranks above 0, from what rank 0 found; rank 0 alone writes the run's records."""
         place = self.directory
         directory = RunDirectory.under(place.root, place.experiment, variant, place.options)
         return Opening(directory, self.identity, [], None, None, result, "")
@@ -68,7 +68,7 @@ def storage_options(config: DictConfig) -> dict[str, Any]:
 
 
 def run_name(config: DictConfig, overrides: Sequence[str]) -> str:
-    """The name of the run's directory: ``run.name``, or what is made from the overrides. Raises ConfigError."""
+    """The name of the run's directory: ``run.name``, or one made from the overrides. Raises ConfigError."""
     name = config.run.name
     if name is None:
         return variant(overrides)

@@ -1,6 +1,6 @@
-"""The processes of one run, as few words as possible: who this one is, and how they tell each other something.
+"""The interface between the processes of one run: which rank this process is, and how ranks exchange values.
 
-Knows nothing of how: over a network store, or among threads in a test.
+Knows nothing of the transport: a network store and a process group, or threads in a test.
 """
 
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 
 class Ranks(Protocol):
-    """One of ``size`` ranks, which all call the same verbs in the same order.
+    """One of ``size`` ranks. All ranks call the same methods in the same order; values are JSON values.
 
-    Values are those of JSON. An instance belongs to one thread: what the thread that writes tells must not come between
-    what training tells.
+    An instance belongs to one thread: messages of the checkpoint writer must not mix with those of the training thread.
     """
 
     @property
@@ -24,10 +23,10 @@ class Ranks(Protocol):
         """On rank 0 the values of all ranks, in their order; None on the others."""
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0; those of others are not looked at."""
+        """The value of rank 0; the values that other ranks pass are ignored."""
 
     def awaited(self) -> str:
-        """For people, from any thread: the rank that an exchange waits for, or this one, and where it is."""
+        """For error messages, from any thread: the rank that a running exchange waits for, and where that rank is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Alone:
 
 
 class Own(dict[str, Any]):
-    """The state dict of a part that each rank has to itself, like its random generators."""
+    """A state dict that differs from rank to rank, such as that of the random generators."""
 
 
 ALONE = Alone()

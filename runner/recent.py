@@ -1,4 +1,4 @@
-"""The values that were asked for last."""
+"""A small cache of the values used last."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -7,14 +7,14 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """Keeps the ``capacity`` values used last and makes the others again. A pickled one arrives empty."""
+    """Keeps the ``capacity`` values used last. Pickles as an empty cache, so that workers are not sent its content."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._held: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of ``key``, from ``make`` where it is not held."""
+        """The value of ``key``; ``make`` computes it if it is not in the cache."""
         try:
             value = self._held.pop(key)
         except KeyError:

@@ -30,8 +30,9 @@ def install() -> None:
 
 
 def hand_over() -> None:
-    """Forget the signals that arrived, and have the handlers that were there before ``install`` act on them, now that
-    all is committed: a cluster's library has the job queued again. That may end the process, or raise.
+    """Call the handlers that were installed before ours for the signals that arrived, and forget these signals.
+
+    For use after everything is committed: submitit's handler then queues the job again. May end the process, or raise.
     """
     global _received
     arrived = [*_arrived]
@@ -50,7 +51,7 @@ def request(name: str) -> None:
 
 
 def ignore() -> None:
-    """Ignore the stop signals: for data workers, which get the terminal's Ctrl-C and Slurm's SIGTERM as well."""
+    """Ignore the stop signals; for data workers, which also receive the terminal's Ctrl-C and Slurm's SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -61,14 +62,14 @@ def received() -> str | None:
 
 
 def raise_if_received(where: str) -> None:
-    """Leave at once where nothing has to be committed first."""
+    """Raise Interrupted if a stop signal arrived; for places where nothing has to be committed first."""
     if _received is not None:
         raise Interrupted(f"{_received} {where}; run the same command again to go on")
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    if number == signal.SIGINT and _received == "SIGINT":  # the second Ctrl-C: the user will not wait
+    if number == signal.SIGINT and _received == "SIGINT":  # the second Ctrl-C: do not wait for the step
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     _received = signal.Signals(number).name

@@ -1,7 +1,7 @@
-"""A sweep's request that its jobs stop, wherever they run: it travels by the storage that they all write to.
+"""A sweep's request to its jobs to stop, sent through the storage that all of them write to.
 
-Signals reach the processes of one machine at best. The request is an object under the root of the runs, which exists
-from the signal until the sweep has ended.
+Signals reach only processes of the same machine. The request is an object under the root of the runs; it exists from
+the moment the sweep receives a signal until the sweep has ended.
 """
 
 import os
@@ -17,46 +17,46 @@ from runner.errors import StorageError
 from runner.storage import open_location
 from runner.storage.location import Location
 
-VARIABLE = "HYDRA_RUNNER_SWEEP"  # names the request in the environment of a job
+VARIABLE = "HYDRA_RUNNER_SWEEP"  # environment variable of a job: the name of its sweep's request
 
 _LIMIT = 1 << 10
 _LISTEN_SECONDS = 0.2
-_parent: dict[int, int] = {}  # of this process when it began its first job
+_parent: dict[int, int] = {}  # pid -> pid of its parent when it began its first job
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequest:
-    """The request of one sweep; its name is used once."""
+    """The stop request of one sweep; every sweep uses a new name."""
 
     location: Location
     name: str
 
     @classmethod
     def new(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest":
-        """A request of a new name under the root of the runs; nothing is written."""
+        """A request with a new name under the root of the runs. Writes nothing."""
         return cls(open_location(root, options), f"s{secrets.token_hex(8)}")
 
     @classmethod
     def named(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
-        """The request that this process has to obey, if a sweep began it."""
+        """The request that this process has to obey, if a sweep started it."""
         name = os.environ.get(VARIABLE)
         return cls(open_location(root, options), name) if name else None
 
     @contextmanager
     def passed_on(self) -> Iterator[None]:
-        """Meanwhile, a stop signal of this process becomes the request."""
+        """Within the block, a stop signal that this process receives is written as the request."""
         with _repeated(self._pass_on, _LISTEN_SECONDS):
             yield
 
     def withdraw(self) -> None:
-        """Remove the request: no job is left that could obey it."""
+        """Remove the request once no job is left that could obey it."""
         with suppress(StorageError):
             self.location.remove(self._object)
 
     @contextmanager
     def obeyed(self) -> Iterator[None]:
-        """From now on, the request stops this process as a signal would. So does the death of the process that began
-        this one: nobody would be left to stop it.
+        """Within the block, the request stops this process as a signal would. So does the death of the parent process,
+        after which nobody could stop this one.
         """
         _parent.setdefault(os.getpid(), os.getppid())
         with suppress(StorageError):
@@ -83,7 +83,7 @@ class StopRequest:
 
 @contextmanager
 def _repeated(action: Callable[[], bool], seconds: float) -> Iterator[None]:
-    """Meanwhile, do it every so many seconds in a thread, until it says that it is done."""
+    """Within the block, call ``action`` every ``seconds`` in a thread until it returns True."""
     ended = threading.Event()
 
     def work() -> None:

@@ -11,7 +11,7 @@ from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
 from runner.callbacks.follow import FollowCheckpoint
 from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
-from runner.callbacks.progress import Heartbeat, Progress
+from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.report import Report
 from runner.callbacks.saving import Hooks
 from runner.checkpoint.retention import Retention
@@ -21,7 +21,7 @@ from runner.data.ledger import Ledger
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
-from runner.metrics.silence import Silence
+from runner.metrics.null import NullMetrics
 from runner.ranks import Ranks
 from runner.restore import Resumed
 from runner.run.attempts import Attempt
@@ -77,21 +77,21 @@ def callbacks_of(
     report = Report(
         every_steps=config.metrics.every_steps,
         curves=partial(_curves, opening, attempt, books),
-        lines=Silence() if books is None else books.lines,
+        lines=NullMetrics() if books is None else books.lines,
         best=best if isinstance(best, Best) else None,
     )
 
     callbacks["report"] = report
     if books is not None:
-        callbacks["progress"] = Progress()
-        callbacks["heartbeat"] = Heartbeat(books.attempt)
+        callbacks["progress"] = ShowProgress()
+        callbacks["heartbeat"] = NoteProgress(books.attempt)
     callbacks["checkpoint"] = _saver(config, opening, store, attempt, books, guard, report, ranks)
     return callbacks
 
 
-def _curves(opening: Opening, attempt: int, books: Books | None, step: int) -> Curves | Silence:
+def _curves(opening: Opening, attempt: int, books: Books | None, step: int) -> Curves | NullMetrics:
     if books is None:
-        return Silence()
+        return NullMetrics()
     return Curves(opening.directory.location.folder(TENSORBOARD), purge_step=step, attempt=attempt)
 
 

@@ -65,8 +65,16 @@ MISTAKES = {
     "unknown option": (("experiment=smoke", "optimizer=adamm"), 2, "Available options in 'optimizer':\n\tadamw\n\tsgd"),
     "too small": (("experiment=smoke", "checkpoint.keep_last=1"), 2, "checkpoint.keep_last=1 is too small: at least 2"),
     "no end": (("experiment=smoke", "trainer.max_steps=null"), 2, "the training has no end: set trainer.max_steps"),
-    "no such class": (("experiment=smoke", "model._target_=mine.Net"), 2, "Are you sure that module 'mine' is installed?"),
-    "no value": (("experiment=smoke", "task=???"), 2, "task not set: give a value in the experiment"),
+    "no such class": (
+        ("experiment=smoke", "model._target_=mine.Net"),
+        2,
+        "Are you sure that module 'mine' is inst",
+    ),
+    "no value": (
+        ("experiment=smoke", "data.batch_size=???"),
+        2,
+        "data.batch_size not set: give a value in the experiment",
+    ),
     "no model": (
         ("experiment=smoke", "model._target_=collections.Counter"),
         2,

@@ -17,7 +17,7 @@ _BAR_SECONDS = 0.1
 _LINE_SECONDS = 15.0
 
 
-class Progress(Callback):
+class ShowProgress(Callback):
     """Shows step, loss, rate and time left; reads the loss from its device only when it draws."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Progress(Callback):
             self._bar.refresh()
 
 
-class Heartbeat(Callback):
+class NoteProgress(Callback):
     """Notes the step, for others to see and for the next attempt to know what was lost.
 
     Raises Superseded at the first step after another attempt was found to have taken the run over.

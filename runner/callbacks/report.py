@@ -12,7 +12,7 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
-from runner.metrics.silence import Silence
+from runner.metrics.null import NullMetrics
 
 
 class Report(Callback):
@@ -27,15 +27,15 @@ class Report(Callback):
         self,
         *,
         every_steps: int,
-        curves: Callable[[int], Curves | Silence],
-        lines: MetricLines | Silence,
+        curves: Callable[[int], Curves | NullMetrics],
+        lines: MetricLines | NullMetrics,
         best: Best | None,
     ) -> None:
         self.every_steps = every_steps
         self._begun = curves
         self._lines = lines
         self._best = best
-        self._curves: Curves | Silence | None = None
+        self._curves: Curves | NullMetrics | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step

@@ -1,21 +1,25 @@
-"""Exchanges of small values over the store in which the processes met: one channel for each thread that has some."""
+"""Exchanges of small JSON values between the processes of a run, with one channel per thread that needs them."""
 
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from torch._C._distributed_c10d import Store
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup, Store
 
-from runner.distributed.watch import Watch
+from runner.distributed.watch import MAIN, Watch
 from runner.distributed.world import World
 from runner.errors import RunnerError
 
-_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two looks
+_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two looks at the store
+_FIRST_BYTES = 256  # of a broadcast over a process group: its length, and as much of the message as fits
+_LENGTH_BYTES = 4
 
 
 class OthersFailed(RunnerError):
-    """Another process of the run failed, which it tells itself; this one ends with the same status."""
+    """Another process of the run failed and prints why; this one ends with the same exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -23,9 +27,10 @@ class OthersFailed(RunnerError):
 
 
 class Channel:
-    """Implements ``ranks.Ranks``. Every exchange has a number; what was read by all is removed, so that nothing grows.
+    """Implements ``ranks.Ranks`` over a key-value store.
 
-    All processes take part in every exchange, in the same order. Raises OthersFailed once one of them has failed.
+    Every exchange has a number, from which its keys are made; keys are removed once all have read them. Raises
+    OthersFailed once another process has failed.
     """
 
     def __init__(self, store: Store, world: World, watch: Watch, *, thread: str) -> None:
@@ -33,9 +38,9 @@ class Channel:
         self.size = world.size
         self._store = store
         self._watch = watch
-        self._thread = thread  # for which it is
-        self._awaited: int | None = None  # the rank that it waits for
-        self._number = 0
+        self._thread = thread  # that uses this channel
+        self._awaited: int | None = None  # the rank that this one is waiting for
+        self._number = 0  # of exchanges so far
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all ranks in order, for rank 0."""
@@ -43,7 +48,7 @@ class Channel:
         if self.rank:
             self._store.set(names[self.rank], json.dumps(value))
             return None
-        return [value, *(self._taken(name, rank) for rank, name in enumerate(names[1:], 1))]
+        return [value, *(self._take(name, rank) for rank, name in enumerate(names[1:], 1))]
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, for all."""
@@ -66,7 +71,7 @@ class Channel:
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
-    def _taken(self, name: str, rank: int) -> Any:
+    def _take(self, name: str, rank: int) -> Any:
         found = self._read(name, rank)
         self._store.delete_key(name)
         return found
@@ -79,6 +84,34 @@ class Channel:
             pause = min(1.5 * pause, _LONGEST)
         self._awaited = None
         return json.loads(self._store.get(name))
+
+
+class GroupChannel(Channel):
+    """The channel of the training thread, which exchanges values at every step: it broadcasts over a process group on
+    the CPU, which takes a tenth of the time of the store.
+    """
+
+    def __init__(self, store: Store, world: World, watch: Watch, group: ProcessGroup) -> None:
+        super().__init__(store, world, watch, thread=MAIN)
+        self._group = group
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, for all."""
+        self._watch.met(MAIN)
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
+        head = self._broadcast_bytes(text[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
+        length = int.from_bytes(head[:_LENGTH_BYTES], "big")
+        body, rest = head[_LENGTH_BYTES:], length + _LENGTH_BYTES - _FIRST_BYTES
+        if rest > 0:
+            body += self._broadcast_bytes(text[_FIRST_BYTES:].ljust(rest, b"\0"))
+        return json.loads(body[:length])
+
+    def _broadcast_bytes(self, text: bytes) -> bytes:
+        """The bytes of rank 0; ``text`` has the same length on all ranks."""
+        buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self._group)
+        return buffer.numpy().tobytes()
 
 
 def raise_if_failed(watch: Watch) -> None:

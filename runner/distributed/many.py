@@ -12,8 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from runner import signals
-from runner.distributed.channel import Channel, OthersFailed, raise_if_failed
-from runner.distributed.circle import Circle
+from runner.distributed.channel import Channel, GroupChannel, OthersFailed, raise_if_failed
 from runner.distributed.team import News
 from runner.distributed.watch import MAIN, Failure, Watch
 from runner.distributed.world import Meeting, World
@@ -57,7 +56,7 @@ class Many:
         )
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
-        self.ranks = Circle(self._store("circle"), self.world, self.watch, self._group)
+        self.ranks = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
 
     def exchange(self, news: News) -> News:
         names = crc32(",".join(news.metrics).encode()) >> 8  # its square must have room

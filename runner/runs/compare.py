@@ -12,7 +12,7 @@ from runner.run import drift
 from runner.run.directory import RunDirectory
 from runner.runs import screen
 from runner.runs.listing import Selection
-from runner.runs.overview import Facts, Overview, each, integer, number, overview
+from runner.runs.overview import Facts, Overview, integer, number, of_each_run, overview
 
 _MOST_COLUMNS = 8  # parameters in a table for people
 
@@ -60,7 +60,7 @@ class Comparison:
 
 def compare(root: str, selection: Selection) -> Comparison:
     """Read the selected runs. Raises ConfigError if there are none, StorageError for the root."""
-    found = [run for run in each(root, _candidate, Candidate) if selection.takes(run.line)]
+    found = [run for run in of_each_run(root, _candidate, Candidate) if selection.takes(run.line)]
     if not found:
         raise ConfigError(f"none of the runs under {root} is meant by --status, --experiment and --match")
     goals = Counter(run.goal for run in found if run.goal is not None)

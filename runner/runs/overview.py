@@ -79,7 +79,7 @@ def find(root: str) -> dict[str, RunDirectory]:
     return found
 
 
-def each(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable[[Overview], T]) -> list[T]:
+def of_each_run(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable[[Overview], T]) -> list[T]:
     """What ``look`` says of each run under a root, several at a time; of one that cannot be read, what ``unreadable``
     makes of a line that says why. Raises ConfigError and StorageError for the root.
     """
@@ -100,7 +100,7 @@ def each(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable
 
 def overviews(root: str) -> list[Overview]:
     """All runs under a root in a line each. Raises ConfigError and StorageError for the root."""
-    return each(root, lambda run, directory: overview(run, directory, Facts.of(directory)), lambda line: line)
+    return of_each_run(root, lambda run, directory: overview(run, directory, Facts.of(directory)), lambda line: line)
 
 
 def overview(run: str, directory: RunDirectory, facts: Facts) -> Overview:

@@ -1,11 +1,11 @@
-"""Where the curves of a process go that is not the one to write them."""
+"""The metrics of a process that does not write them: only rank 0 of a run does."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
-class Silence:
-    """Has the verbs of ``Curves`` and of ``MetricLines``, and writes nothing."""
+class NullMetrics:
+    """Has the methods of ``Curves`` and of ``MetricLines``, and writes nothing."""
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         pass
