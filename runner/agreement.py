@@ -24,7 +24,7 @@ def led(ranks: Ranks, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
 
 
 def together(ranks: Ranks, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
-    """Do ``work`` on every rank and return this rank's result once all are done. If it raises on any rank, all raise."""
+    """Do ``work`` on every rank; returns this rank's result once all are done. If one rank raises, all ranks raise."""
     found: list[T] = []
     gathered(ranks, lambda: found.append(work()), kinds=kinds)
     return found[0]

@@ -45,7 +45,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 def register() -> None:
-    """Register schema and resolvers with Hydra; done on import, because a launcher's workers only import this module."""
+    """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
     # Hydra's own files go into the run directory, for a single run as for a job of a sweep.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
@@ -59,8 +59,8 @@ def register() -> None:
 def main(config: DictConfig) -> float | None:
     """Run one job and return its objective to the sweeper.
 
-    On an error a single run exits with the error's status. A job of a sweep raises it instead, because an exit would end
-    the whole sweep. In another process of a launcher any error becomes a RunnerError, which can be pickled and sent back.
+    On an error a single run exits with the error's status. A job of a sweep raises it instead: an exit would end the
+    whole sweep. In a launcher's worker process any error becomes a RunnerError, which can be pickled and sent back.
     """
     logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
@@ -127,7 +127,7 @@ def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
 
 
 def _wait_until_free(job: Job, ranks: Ranks) -> None:
-    """Return once no living process holds the run. Rank 0 looks; all ranks take part, so that none runs into a timeout."""
+    """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
 
     def free() -> bool:
         found = is_free(job.directory)

@@ -34,21 +34,21 @@ from runner.update import WeightUpdate
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The live objects of an experiment. ``evaluate`` is None without validation data."""
+    """The live objects of an experiment. ``evaluate`` is None if there is no validation data."""
 
     state: TrainState
     task: Task
     update: WeightUpdate
     layout: Layout
     plan: Plan | None  # None for iterable data
-    recipe: dict[str, Any]  # of the order of the samples, for the ledger
+    recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
 def set_up(config: Config, world: World) -> torch.device:
-    """Set threads and determinism for this process; the device to train on. Raises ConfigError for one that is not
-    there.
+    """Set the number of threads and determinism for this process, and return the device to train on. Raises ConfigError
+    for a device that this machine does not have.
     """
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
@@ -64,7 +64,7 @@ def set_up(config: Config, world: World) -> torch.device:
 
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
-    """Build the parts; the data and the model each from a random seed of its own."""
+    """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
     trainer, loading = config.trainer, _loading(config, device)
     seed_all(derive("data", config.seed))
     collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
@@ -121,7 +121,7 @@ def _layout(
     device: torch.device,
     world: World,
 ) -> Layout:
-    """Spread the model over the processes. Raises ConfigError for what does not go together."""
+    """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
         return Single()
     assert plan is not None, "iterable data was refused"
@@ -142,7 +142,7 @@ def _layout(
 
 
 def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool:
-    """``auto``: where weights, gradients and two moments would take more than half of the memory of the device."""
+    """Whether to shard. ``auto``: if weights, gradients and two moments need more than half of the device's memory."""
     if parallel is not Parallel.auto or device.type != "cuda":
         return parallel is Parallel.fsdp
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

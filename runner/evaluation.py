@@ -17,7 +17,7 @@ _SAMPLES = ""  # no metric has this name
 
 
 class EvaluationInterrupted(Exception):
-    """A stop signal arrived; the evaluation will be made after the resume."""
+    """A stop signal arrived during the evaluation; the resumed run repeats it."""
 
 
 def evaluate(
@@ -29,8 +29,8 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]],
     team: Team,
 ) -> Mapping[str, float | str]:
-    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The
-    team shares the batches out.
+    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The batches are
+    divided among the processes of the team.
 
     Runs without gradients, in evaluation mode and under the random seed ``key``. Raises EvaluationInterrupted.
     """

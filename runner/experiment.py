@@ -38,10 +38,10 @@ from runner.wiring import Books, callbacks_of
 
 
 def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
-    """Begin the run or go on with it until it is finished; returns its result.
+    """Start the run, or resume it, and train until it is finished; returns its result.
 
-    All processes of the team do it together; rank 0 alone keeps the records. Raises Interrupted after a stop signal,
-    with everything committed, and RunInUse while another process has the run.
+    All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
+    everything committed, and RunInUse while another process works on the run.
     """
     device = set_up(config, team.world)
     team.begin(device)
@@ -94,8 +94,9 @@ def _interrupted(loop: Loop) -> Interrupted:
 def _attempt(
     opening: Opening, config: Config, team: Team, facts: dict[str, Any]
 ) -> Iterator[tuple[int, Attempt | None]]:
-    """Claim the run for this team, in the name of rank 0: the attempt's number, and itself there. Records how its life
-    ended unless it is killed.
+    """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
+
+    Records how the attempt ended, unless the process is killed.
     """
     signals.raise_if_received("during start-up, nothing to commit")
     facts |= {"version": runner.__version__, "accepted": opening.accepted}
@@ -131,7 +132,7 @@ def _attempt(
 
 
 def _claim(opening: Opening, config: Config, facts: dict[str, Any]) -> Attempt:
-    # Claims may have been cleared away by hand; what was committed under their numbers counts all the same.
+    # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
     location = opening.directory.location
     above = max((commit.attempt for commit in commits(location)), default=0)
     attempt = attempts.claim(location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
@@ -140,7 +141,7 @@ def _claim(opening: Opening, config: Config, facts: dict[str, Any]) -> Attempt:
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
-    """The earlier of ``max_steps`` and the end of ``max_epochs``, where that is known."""
+    """The smaller of ``max_steps`` and the steps in ``max_epochs``; the latter are unknown for some data."""
     trainer = config.trainer
     epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
     limits = [trainer.max_steps, epochs]
@@ -154,7 +155,7 @@ def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks
 
 
 def _evidence(location: Location) -> str | None:
-    """A trace that some attempt committed, whatever ``commits/`` holds now."""
+    """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
     for record in records.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):
@@ -163,7 +164,7 @@ def _evidence(location: Location) -> str | None:
 
 
 def _origin(opening: Opening) -> dict[str, Any] | None:
-    """What a new run begins from, for its record; one that is there has it already."""
+    """The parent of a new run, for its record; None for a run that exists, whose record has it already."""
     if opening.parent is None or opening.directory.record() is not None:
         return None
     return resolve(opening.parent).record()

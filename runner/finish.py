@@ -86,19 +86,19 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
-    loading.
+    """The bytes of a plain safetensors file. A shared tensor is written once under each of its names, as strict loading
+    needs it.
     """
     return SafetensorsFile(weights, metadata={"format": "pt"}).chunks()
 
 
 def _number(value: float) -> float | None:
-    """The value as JSON has it: NaN and infinity become null."""
+    """The value for JSON: None in place of NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def _weights_at(store: CheckpointStore, step: int) -> dict[str, Tensor] | None:
-    """The evaluated weights of the commit at ``step``, which retention has kept; None (said) if they are damaged."""
+    """The evaluated weights of the kept commit at ``step``; None, with a warning, if they are damaged."""
     reasons = ["its checkpoint is gone"]
     for commit in store.commits():
         if commit.step == step:

@@ -23,7 +23,7 @@ class Interval:
         self._since = self.clock()
 
     def due(self, step: int, *, epochs_before: int = 0, epochs: int = 0) -> bool:
-        """Whether it is due after ``step``, with ``epochs_before`` epochs finished before the step and ``epochs`` after it."""
+        """Whether it is due after ``step``, before which ``epochs_before`` epochs were finished, and now ``epochs``."""
         if self.steps is not None and step % self.steps == 0:
             return True
         if self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs:

@@ -16,7 +16,7 @@ log = logging.getLogger("runner")
 def introduce(
     opening: Opening, parts: Parts, resumed: Resumed, *, before: Record | None, number: int, here: dict[str, Any]
 ) -> None:
-    """Say it, once per attempt. ``before`` is the attempt before this one, ``here`` the topology of this process."""
+    """Print the lines, once per attempt. ``before`` is the previous attempt, ``here`` the topology of this process."""
     count = sum(parameter.numel() for parameter in parts.state.model.parameters())
     log.info("run      %s", opening.directory.location.url)
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
@@ -36,7 +36,7 @@ def introduce(
 
 
 def _share(parts: Parts) -> str:
-    """What each of many processes takes of a step."""
+    """How many micro-batches and samples of a step each process gets."""
     plan = parts.plan
     assert plan is not None, "iterable data was refused"
     each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)

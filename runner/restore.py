@@ -1,4 +1,4 @@
-"""The way up: from whatever a run directory holds to a state to go on from."""
+"""From whatever a run directory holds to the state from which training continues."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,8 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where an attempt goes on: at ``commit``, or at step 0. ``unusable`` tells of newer commits that are bad,
-    ``origin`` of the parent where the state is from there.
+    """Where an attempt continues: after ``commit``, or at step 0.
+
+    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from one.
     """
 
     commit: CommitId | None = None
@@ -51,10 +52,10 @@ def restore_newest(
     fresh: Callable[[], Resumed],
     ranks: Ranks = ALONE,
 ) -> Resumed:
-    """Load the newest good checkpoint, or begin (``fresh``) on positive evidence that nothing was ever committed.
+    """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
-    ``evidence`` names a trace of a commit, if there is one. Raises NoLoadableCheckpoint; then nothing was changed. All
-    ``ranks`` load the same one: what is damaged for one of them is damaged.
+    ``evidence`` returns a description of any trace of an earlier commit, or None. Raises NoLoadableCheckpoint, and then
+    has changed nothing. All ``ranks`` load the same checkpoint: one that is damaged for one rank is damaged for all.
     """
     unusable: list[str] = []
     names = led(ranks, lambda: [commit.commit for commit in store.commits()])
@@ -107,7 +108,7 @@ def resolve(parent: Parent) -> Origin:
 
 
 def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
-    """The newest good checkpoint (that of a step, or the ``best`` by the objective), and what ``take`` made of it.
+    """The newest undamaged checkpoint (or that of a step, or the ``best``), and what ``take`` returned for it.
 
     Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
     """
@@ -123,7 +124,7 @@ def read(directory: RunDirectory, which: int | str | None, take: Callable[[Check
 
 
 def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights that were evaluated: the averaged ones where there are any. Raises Damaged."""
+    """The weights that were evaluated: the averaged ones if there are any. Raises Damaged."""
     if "average" not in checkpoint.parts:
         return dict(checkpoint.load("model"))
     prefix = "module."
@@ -132,7 +133,7 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
-    """The commits that will do, the one to be preferred first."""
+    """The commits that ``which`` allows, the preferred one first."""
     commits = store.commits()
     if which is None:
         return commits
@@ -150,15 +151,13 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
 
 
 def _start(state: TrainState, seed: int, rank: int) -> None:
-    """Open what draws random numbers, then seed what training draws, on each rank something else."""
+    """Open the data, which draws random numbers; then seed the generators, differently on each rank."""
     state.stream.open()
     seed_all(derive("train", seed, *([rank] if rank else [])))
 
 
 def _fork(state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Take over another run's state without what its callbacks remember; the position in the data where it means the
-    same samples.
-    """
+    """Load another run's state except that of its callbacks; its data position only if it means the same samples."""
     same_data = not state.stream.changes(checkpoint.load("data"))
     if not same_data:
         state.stream.open()
@@ -173,7 +172,7 @@ def _restore(
     without: tuple[str, ...] = (),
     memories: bool = True,
 ) -> None:
-    """Load all parts. Settings of optimizer and scheduler changed since (and accepted) win over the saved ones."""
+    """Load all parts, but keep settings of optimizer and scheduler that were changed since, and accepted."""
     changed = compare(checkpoint.facts.get("identity", identity), identity)
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
         state.restore(checkpoint, without=without, memories=memories)

@@ -43,11 +43,11 @@ class Progress:
 
 @dataclass(slots=True)
 class TrainState:
-    """The live objects of a run. The order of the fields is the order of restoring; the generators are last, because
-    building and opening things draws random numbers.
+    """The live objects of a run, in the order in which they are restored. The random generators come last, because
+    opening the data draws random numbers.
 
-    ``update`` remembers loss scaling and skipped steps. ``average``, ``task`` and the members of ``memories``
-    (callbacks that remember) are there when they have a state.
+    ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
+    ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``.
     """
 
     model: nn.Module
@@ -63,7 +63,7 @@ class TrainState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that are evaluated and exported: the averaged ones where there are any."""
+        """The model that is evaluated and exported: the averaged one if there is one."""
         if self.average is None:
             return self.model
         averaged: nn.Module = self.average.module  # type: ignore[assignment]
@@ -100,11 +100,11 @@ class TrainState:
         for name, part in parts.items():
             if name not in without:
                 _load(name, part, checkpoint)
-        if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
+        if checkpoint.among.rank >= checkpoint.ranks:  # a new rank got rank 0's generators; it must not draw the same
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
-        """Take over the weights alone; the averaged ones, too, where both have them.
+        """Load the weights only, and the averaged weights if both the checkpoint and this run have them.
 
         Raises StateError for weights that do not fit, Damaged for bad bytes.
         """
@@ -121,9 +121,11 @@ def _state_of(part: Stateful) -> dict[str, Any]:
 
 
 def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
-    """Load a part; one that is sharded knows by its live state, or by what it has ``like`` that, what it needs."""
-    live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
-    state = checkpoint.load(name, like=live and live())
+    """Load one part on all ranks. Among several ranks the live state shows which slices of tensors this rank needs; a
+    part whose state is empty before its first step, such as an optimizer, shows it by a method ``like``.
+    """
+    live = getattr(part, "like", part.state_dict)() if checkpoint.among.size > 1 else None
+    state = checkpoint.load(name, like=live)
     try:
         together(checkpoint.among, lambda: part.load_state_dict(state), kinds=(Damaged,))
     except (RunnerError, Damaged):

@@ -1,4 +1,4 @@
-"""What is learned: the seam between the loop and a user's objective."""
+"""The interface between the training loop and what a user wants to learn."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ Metrics = Mapping[str, Tensor]
 
 
 class Update(Protocol):
-    """How weights are moved: precision, loss scaling, clipping and averaging, as configured."""
+    """One optimizer step with the configured precision, loss scaling, clipping and weight averaging."""
 
     optimizer: Optimizer
 
@@ -25,29 +25,29 @@ class Update(Protocol):
         """Accumulate the gradients of ``loss``."""
 
     def step(self, loss: Tensor) -> Metrics:
-        """Move the weights by the accumulated gradients and clear them; returns what it measured.
+        """Update the weights by the accumulated gradients and clear these; returns metrics of the update.
 
-        ``loss`` is the sum that was differentiated, looked at only to decide whether the step can be used.
+        ``loss`` is the loss of the whole step; it is used only to decide whether the step is skipped as not finite.
         """
 
 
 class Task(ABC):
     """One way to turn a batch into a loss and metrics.
 
-    A task whose memory matters for training gives it ``state_dict`` and ``load_state_dict``; it is then saved and
-    restored with the model. Metrics are scalar tensors, means over the samples of the batch, left on their device.
+    A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
+    with the model. Metrics are tensors of shape [], means over the samples of the batch, left on their device.
     """
 
     @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:
-        """The metrics of one (micro-)batch; ``"loss"`` among them is what gets differentiated."""
+        """The metrics of one micro-batch; the one called ``"loss"`` is minimised."""
 
     def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one evaluation batch, without gradients. By default those of training."""
         return self.training_step(model, batch)
 
     def evaluation_end(self, model: nn.Module, metrics: dict[str, float]) -> Mapping[str, float | str]:
-        """What one evaluation reports, from the means over the whole data set; a string is shown as text.
+        """What an evaluation reports, made from ``metrics``, the means over all samples; strings are shown as text.
 
         Runs under a random seed of its own, so it may sample.
         """
@@ -58,7 +58,8 @@ class Task(ABC):
     ) -> Metrics:
         """One optimizer step over the micro-batches of a global batch, each with its share of the samples.
 
-        Override for several optimizers or another update rule. Returns means over the global batch.
+        Override this for several optimizers or another update rule. Consume all micro-batches, and return means over
+        the global batch.
         """
         total: dict[str, Tensor] = {}
         for share, batch in micro_batches:

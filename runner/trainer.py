@@ -13,8 +13,8 @@ from runner.update import MEASURED
 
 
 class Trainer:
-    """Runs optimizer steps until a limit, a callback or a signal ends it, in all processes of the ``team`` after the
-    same step. Saves nothing itself: callbacks do.
+    """Runs optimizer steps until a limit, a callback or a signal ends training, after the same step in all processes of
+    the ``team``. Callbacks do everything else, such as saving.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Trainer:
                 call(loop)
             loop.stop = loop.stop or self.team.stop
         self.team.rest()
-        for callback in reversed(self.callbacks):  # the checkpoint first: the others still have what it asks for
+        for callback in reversed(self.callbacks):  # the checkpoint first, while the others are still open
             callback.on_end(loop)
         return loop
 
@@ -75,13 +75,13 @@ class Trainer:
         loop.waited = stream.waited
 
     def _whole(self, metrics: Metrics, names: Sequence[str]) -> Metrics:
-        """Means over the global batch, of those over shares of it."""
-        zero = metrics["loss"].new_zeros(())  # what this process has of a metric that only others measured
+        """Metrics over the global batch, from those over this process's share of it."""
+        zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
         shares = {name: metrics.get(name, zero) for name in names if name not in MEASURED}
         return {**metrics, **self.team.added(shares)}
 
     def _start(self, state: TrainState, elapsed: float) -> Loop:
-        """The record as it stood after the last step, so that what is due there and was cut short is done now."""
+        """The record as after the last step, so that what was due then and was interrupted is done now."""
         stream = state.stream
         loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from runner.distributed.layout import Layout, Single
 from runner.errors import TaskError
 
-MEASURED = frozenset({"grad_norm"})  # by the update itself, over all processes
+MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,14 +93,14 @@ class WeightUpdate:
             self._average.update_parameters(self.model)
 
     def _clip(self, most: float) -> Tensor:
-        """What ``nn.utils.clip_grad_norm_`` does, whose norm may lie in pieces."""
+        """``nn.utils.clip_grad_norm_`` for a norm that may be distributed over processes."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = self._layout.whole(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(self._parameters, most, norm)
         return norm
 
     def _finite(self, loss: Tensor) -> bool:
-        """Reads the device once per step, which is what skipping costs."""
+        """Whether loss and gradients are finite. Synchronises with the device, once per step."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norms = map(self._layout.whole, torch._foreach_norm(gradients))
         return bool(self._layout.all(torch.isfinite(torch.stack([loss, *norms])).all()))

@@ -1,4 +1,4 @@
-"""Which callbacks an attempt has, in which order, and what the process keeps that owns it."""
+"""The callbacks of an attempt in their order, and the records that rank 0 keeps."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from runner.storage.location import Location
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What the one process keeps that owns the attempt."""
+    """The records that rank 0 writes, because it owns the attempt: heartbeat, metric lines, ledger."""
 
     attempt: Attempt
     lines: MetricLines
@@ -41,12 +41,12 @@ class Books:
 
     @classmethod
     def of(cls, attempt: Attempt, location: Location, config: Config, parts: Parts) -> "Books":
-        """Those of an attempt, not opened."""
+        """The records of an attempt, not opened yet."""
         lines, grouping = MetricLines(location, attempt=attempt.number), config.data.batch_size
         return cls(attempt, lines, Ledger(location, attempt=attempt.number, recipe=parts.recipe, grouping=grouping))
 
     def open(self, resumed: Resumed) -> None:
-        """Go on where the state does; the ledger is opened by its callback."""
+        """Continue after the step that was resumed from. The ledger is opened by its callback."""
         self.lines.open(resumed.step, resumed.facts.get("metrics"))
         unusable = [*resumed.unusable]
         self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=unusable)
@@ -119,7 +119,7 @@ def _hooks(
 
 
 def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
-    """Add what evaluates, and what looks at evaluations."""
+    """Add the callback that evaluates, and those that use its results."""
     if parts.evaluate is None:
         return
     trainer, goal = config.trainer, config.objective

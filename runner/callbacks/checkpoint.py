@@ -1,9 +1,8 @@
-"""Commits the state every so often, when the objective improved, and at the end, while training goes on."""
+"""Saves checkpoints in the background: periodically, when the objective improved, and at the end."""
 
 import logging
 import time
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 from runner.agreement import led
@@ -17,25 +16,27 @@ from runner.ranks import ALONE, Ranks
 
 log = logging.getLogger("runner")
 
-Order = dict[str, Any]  # JSON: whether the copy is ``exact``, or which step's is tried ``again``, and which to ``drop``
+# What rank 0 decides and all ranks do, as JSON: copy the state now (``exact``: this very step is needed), or write the
+# copy of the step ``again`` once more; and give up the copies of the steps in ``drop``.
+Order = dict[str, Any]
 
-_LONGEST_PAUSE = 60.0  # seconds between two tries to save
-_LOOK_SECONDS = 1.0  # between two looks whether a save that is waited for takes too long
-_PATIENCE = 60.0  # seconds that a save may take in any case
+_LONGEST_PAUSE = 60.0  # seconds between two attempts to save
+_LOOK_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
+_PATIENCE = 60.0  # seconds that a save may always take
 
 
 class SaveCheckpoint(Callback):
-    """Copies the state at a step boundary and has it committed in the background. Runs last, when the step has been
+    """Copies the state between two steps and commits the copy in the background. Runs last, after the step has been
     evaluated and reported.
 
-    One copy is enough for what is merely due: it waits for the one in flight and is taken then, so that the newest
-    state is saved. A state that improved the objective is copied at its own step, into a second room if need be; so
-    is that of a step that retention ``pins``, unless the second room is taken.
+    A periodic save waits until the previous one is written, and then copies the state of that moment, so that one copy
+    in memory is enough. A state that improved the objective must be saved at its own step: it is copied at once, into a
+    second buffer if needed. So is the state of a step that retention ``pins``, if the second buffer is free.
 
-    A storage that fails does not stop training: the next save is tried after a growing pause. Only when it has gone on
-    for ``max_unsaved`` seconds, training ends with the cause. At the end, tries go on for as long.
+    A storage that fails does not stop training: the next save is tried after a growing pause. Only after it has failed
+    for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for just as long.
 
-    Of several ranks the first decides, and has this callback; the others have ``FollowCheckpoint``.
+    Rank 0 decides, and has this callback; other ranks have ``FollowCheckpoint``.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class SaveCheckpoint(Callback):
         self.background = background
         self._clock = clock
         self._writer = Writer(self._commit)
-        self._failed_exact: Job | None = None  # to be tried again as it is
-        self._again: Job | None = None  # it is tried again now
-        self._dropped: list[int] = []  # steps whose copies are no longer needed, for the other ranks
+        self._failed_exact: Job | None = None  # an exact copy that could not be written, to be tried again
+        self._again: Job | None = None  # the copy that the current order is to write once more
+        self._dropped: list[int] = []  # steps whose copies other ranks must give up, too
         self._saved = 0  # the step of the last acknowledged commit
         self._owed = False  # a save was due and could not begin
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
@@ -75,14 +76,14 @@ class SaveCheckpoint(Callback):
         self.saves.check(loop)
         self._saved = loop.step
         self._restart()
-        # Evaluated only now: the checkpoint that this attempt began from does not say so.
+        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it.
         self.act(loop, led(self.ranks, lambda: self._order(exact=True) if loop.improved else None))
 
     def on_step(self, loop: Loop) -> None:
         self.act(loop, led(self.ranks, lambda: self.decide(loop)))
 
     def decide(self, loop: Loop) -> Order | None:
-        """What is to be saved now, for all ranks to ``act`` on. Raises what training must not survive."""
+        """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
         self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         self._look()
         pinned = self.pins(loop.step) and self._writer.waiting is None and self._failed_exact is None
@@ -96,7 +97,7 @@ class SaveCheckpoint(Callback):
         return None
 
     def act(self, loop: Loop, order: Order | None) -> None:
-        """Do what was decided."""
+        """Do what ``decide`` returned."""
         if order is None:
             return
         began = self._clock()
@@ -109,10 +110,11 @@ class SaveCheckpoint(Callback):
 
     def on_end(self, loop: Loop) -> None:
         self._wait()
-        tries = count()
-        while (order := led(self.ranks, lambda: self._last(loop, again=next(tries) > 0))) is not None:
+        order = led(self.ranks, lambda: self._last(loop, pause=False))
+        while order is not None:
             self.act(loop, order)
             self._wait()
+            order = led(self.ranks, lambda: self._last(loop, pause=True))
 
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
@@ -124,15 +126,15 @@ class SaveCheckpoint(Callback):
         while not self._writer.wait(_LOOK_SECONDS):
             self._raise_if_stuck()
 
-    def _last(self, loop: Loop, *, again: bool) -> Order | None:
-        """What is left to be saved at the end."""
+    def _last(self, loop: Loop, *, pause: bool) -> Order | None:
+        """What is left to be saved at the end; with a ``pause`` before a save that failed is tried again."""
         self._look()
-        if again and self._owed:
+        if pause and self._owed:
             time.sleep(min(self._pause, 5.0))
         return self._order() if self._saved != loop.step or self._failed_exact else None
 
     def _order(self, *, exact: bool = False) -> Order:
-        """Have a copy made, or one that could not be written tried again."""
+        """Order a new copy, or another try to write an exact one that failed."""
         job = None if exact else self._failed_exact
         for unwanted in (self._writer.cancel(), self._failed_exact):
             if unwanted is not None and unwanted is not job:
@@ -148,15 +150,15 @@ class SaveCheckpoint(Callback):
         self._dropped.append(job.step)
 
     def _commit(self, job: Job) -> None:
-        """In the thread that writes."""
+        """Commit one copy; runs in the writer's thread."""
         self._unsaved_since = self._unsaved_since or self._clock()
-        self.saves.store.ranks.broadcast(job.step)  # of the copies that are there, this one
+        self.saves.store.ranks.broadcast(job.step)  # tells the other ranks which of their copies to write
         commit = self.saves.commit(job)
         self._saved, self._unsaved_since, self._pause = commit.step, None, 1.0
         self.saves.settle(commit)
 
     def _look(self) -> None:
-        """Take over what happened in the thread that writes. Raises what training must not survive."""
+        """Handle what happened in the writer's thread. Raises errors that must end training."""
         if self.affordable is not None and self._writer.idle and (spent := self._cost.of_last_save()) is not None:
             self.affordable.spent(spent)
         while self._writer.failures:
@@ -196,7 +198,7 @@ class SaveCheckpoint(Callback):
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _unsaved(self) -> float:
-        """Seconds since a save was due that has not been acknowledged."""
+        """Seconds since the oldest save that was due and is not acknowledged."""
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
@@ -212,7 +214,7 @@ class SaveCheckpoint(Callback):
 
 
 class _Cost:
-    """What a save takes from training: the stall, and how much longer the steps beside it take than others."""
+    """What a save costs training: the stall, and by how much it slows down the steps beside it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -221,7 +223,7 @@ class _Cost:
         self._spent: float | None = None
 
     def step(self, *, writing: bool, counts: bool) -> None:
-        """A step ended; ``writing`` if a save went on beside it; ``counts`` if it is like other steps."""
+        """A step ended. ``writing``: a save was running; ``counts``: it was an ordinary step, without an evaluation."""
         now = self._clock()
         took, self._last = now - self._last, now
         if not counts:
@@ -232,11 +234,11 @@ class _Cost:
             self._spent += took - self._usual
 
     def saved(self, *, stall: float) -> None:
-        """A save began, for which training waited so many seconds."""
+        """A save began; training waited ``stall`` seconds for it."""
         self._spent = stall
         self._last = self._clock()
 
     def of_last_save(self) -> float | None:
-        """Seconds; None if that was told already."""
+        """The cost in seconds, once; None when asked again."""
         spent, self._spent = self._spent, None
         return None if spent is None else max(spent, 0.0)

@@ -1,4 +1,4 @@
-"""Evaluation every so often, and what is concluded from it: the best weights, and when to give up."""
+"""Periodic evaluation, and what follows from it: the best checkpoint, and early stopping."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from runner.state import TrainState
 
 
 class Evaluate(Callback):
-    """Evaluates when due and at the last step. Remembers the step, so that one that was cut short is made after the
-    resume.
+    """Evaluates when due and after the last step. Remembers the last evaluated step, so that an evaluation that was
+    interrupted is repeated after the resume.
     """
 
     def __init__(self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]]) -> None:
@@ -50,9 +50,9 @@ class Evaluate(Callback):
 
 
 class Best(Callback):
-    """Remembers the best value of the objective and its step; the weights are those of the checkpoint made there.
+    """Remembers the best value of the objective and its step, whose checkpoint holds the best weights.
 
-    ``keep`` is how many of the best are worth a checkpoint.
+    ``keep``: an evaluation among so many of the best ones is worth a checkpoint.
     """
 
     def __init__(self, metric: str, *, mode: str, keep: int = 1) -> None:
@@ -127,7 +127,7 @@ def objective(report: Mapping[str, float | str], metric: str) -> float:
 
 
 def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:
-    """Whether ``value`` beats ``than`` by more than ``by``; anything beats NaN, which beats nothing."""
+    """Whether ``value`` is better than ``than`` by more than ``by``. Any number is better than NaN."""
     if math.isnan(than):
         return not math.isnan(value)
     return value > than + by if mode == "max" else value < than - by

@@ -1,4 +1,4 @@
-"""Saving on the ranks other than the first: they copy and commit the same steps, and decide nothing."""
+"""Saving on ranks other than 0: they copy and commit the same steps as rank 0, and decide nothing."""
 
 from runner.agreement import led
 from runner.callbacks.base import Callback, Loop
@@ -10,10 +10,10 @@ from runner.ranks import Ranks
 
 
 class FollowCheckpoint(Callback):
-    """Does what ``SaveCheckpoint`` on the first rank decides, at the same steps.
+    """Does what ``SaveCheckpoint`` on rank 0 decides, at the same steps.
 
-    What could not be written is kept until that says whether it is to be tried again: an error of one rank is one of
-    all, and what it means is decided there.
+    A copy that could not be written is kept until rank 0 decides whether to try again: an error on one rank is an error
+    of all ranks, and rank 0 decides what follows.
     """
 
     def __init__(self, store: CheckpointStore, *, attempt: int, background: bool, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number, before that reaches a checkpoint or a curve."""
+"""Stops a run whose loss is NaN or infinite, before a checkpoint or a curve contains it."""
 
 import math
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 from runner.callbacks.base import Callback, Loop
 from runner.errors import NonFiniteError
 
-_WINDOW = 32  # steps between looks at the device: one synchronisation for so many steps
+_WINDOW = 32  # steps between two checks, each of which synchronises with the device
 
 
 class FiniteLoss(Callback):
-    """Looks at the losses of many steps at once, and names the first step that was not finite."""
+    """Checks the losses of many steps at once, and names the first step whose loss was not finite."""
 
     def __init__(self) -> None:
         self._unseen: list[tuple[int, int, int, Tensor]] = []
@@ -34,6 +34,6 @@ class FiniteLoss(Callback):
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "
-                    "The last checkpoint is from before it. Lower the rate, set trainer.clip_norm, or pass over "
+                    "The last checkpoint is older. Lower the learning rate, set trainer.clip_norm, or skip "
                     "such steps with trainer.on_nonfinite=skip."
                 )

@@ -1,11 +1,11 @@
-"""Notes what every step was trained on, and compares it with what attempts before this one did there."""
+"""Records which samples every step was trained on, and compares them with those of earlier attempts."""
 
 from runner.callbacks.base import Callback, Loop
 from runner.data.ledger import Ledger
 
 
 class KeepLedger(Callback):
-    """Runs first, so that a step with other samples than the first time is not reported, evaluated or committed."""
+    """Runs first, so that a repeated step with other samples than before is not reported, evaluated or committed."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -1,4 +1,4 @@
-"""The screen: a bar on a terminal, a plain line now and then anywhere else."""
+"""Progress on the screen (a bar on a terminal, otherwise a line every 15 seconds) and in the heartbeat."""
 
 import logging
 import sys
@@ -74,9 +74,9 @@ class ShowProgress(Callback):
 
 
 class NoteProgress(Callback):
-    """Notes the step, for others to see and for the next attempt to know what was lost.
+    """Puts the step into the heartbeat, for others to see, and for the next attempt to know how many steps were lost.
 
-    Raises Superseded at the first step after another attempt was found to have taken the run over.
+    Raises Superseded at the first step after the heartbeat found that another attempt took the run over.
     """
 
     def __init__(self, attempt: Attempt) -> None:

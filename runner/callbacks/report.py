@@ -1,4 +1,4 @@
-"""Curves: training metrics as means over a window of steps, evaluation as it comes, the best of it so far."""
+"""Writes metrics: training metrics as means over a window of steps, evaluations, and the best objective so far."""
 
 import math
 import time
@@ -16,11 +16,11 @@ from runner.metrics.null import NullMetrics
 
 
 class Report(Callback):
-    """Writes curves and metric lines every so many steps.
+    """Writes curves and metric lines every ``every_steps`` steps.
 
-    The window is part of the state: a mean over steps of two attempts is that of the uninterrupted run. No metric is
-    read from its device before its window is full. Values that are not finite count in no mean.
-    ``curves`` begins the curves anew from a step on.
+    The window is part of the state, so a mean over steps of two attempts equals that of the uninterrupted run. Metrics
+    stay on their device until their window is full. Means leave out values that are not finite. ``curves`` opens the
+    curves for writing from a step on.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Report(Callback):
         self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
 
     def on_start(self, loop: Loop) -> None:
-        # A step whose evaluation was cut short was not reported; it is reported now, or after the next resume.
+        # A step whose evaluation was interrupted was not reported; it is reported now, or after the next resume.
         again = loop.evaluation is not None or loop.evaluation_due
         self._curves = self._begun(loop.step + (not again))
         self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)

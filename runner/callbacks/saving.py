@@ -1,4 +1,4 @@
-"""What all ranks do alike when a state is saved: copy it at its step, and commit the copy together."""
+"""What all ranks do when a state is saved: copy it at its step, and commit the copies together."""
 
 import logging
 from collections.abc import Callable
@@ -19,8 +19,9 @@ log = logging.getLogger("runner")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A snapshot on its way to the storage, and the room its tensors take meanwhile. An ``exact`` one
-    must be of this step; instead of another, a newer one will do as well."""
+    """A snapshot to be written, and the buffers that hold its tensors until then. An ``exact`` one is needed itself;
+    any other may be replaced by a newer one.
+    """
 
     snapshot: Snapshot
     staging: Staging
@@ -33,11 +34,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What else a commit is made of.
+    """What else happens with a commit.
 
-    ``mark`` is called at the step, in the training thread; what it returns goes into the commit as facts. The others
-    are called in the thread that writes: ``flush`` before the commit, to make durable what was marked; ``successor``
-    after it, to name a newer attempt; ``committed`` when it is acknowledged; ``retain`` to remove what is not kept.
+    ``mark`` is called at the step, in the training thread; the commit stores what it returns as facts. The others are
+    called in the writer's thread: ``flush`` before the commit, to make durable what was marked; ``successor`` after it,
+    for the name of a newer attempt; ``committed`` when it is acknowledged; ``retain`` to remove old checkpoints.
     """
 
     mark: Callable[[int], dict[str, Any]]
@@ -48,7 +49,7 @@ class Hooks:
 
 
 class Saves:
-    """Copies of the state, and their commits. ``rooms`` are those of copies that are no longer needed."""
+    """Copies of the state, and their commits. ``rooms`` are buffers that can be reused."""
 
     def __init__(self, store: CheckpointStore, hooks: Hooks, *, attempt: int, ranks: Ranks) -> None:
         self.store = store
@@ -58,11 +59,11 @@ class Saves:
         self.rooms: list[Staging] = []
 
     def check(self, loop: Loop) -> None:
-        """Raise StateError for a state that cannot be saved: now, not hours later."""
+        """Raise StateError for a state that cannot be saved, at the start instead of hours later."""
         Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.ranks)
 
     def stage(self, loop: Loop, *, exact: bool) -> Job:
-        """Copy what this rank writes of the state."""
+        """Copy the part of the state that this rank writes."""
         facts = self.hooks.mark(loop.step)
         if loop.objective is not None:
             facts["objective"] = loop.objective
@@ -72,8 +73,8 @@ class Saves:
         return Job(staging.stage(snapshot), staging, exact)
 
     def commit(self, job: Job) -> CommitId:
-        """Commit a copy; in the thread that writes, on all ranks at once."""
-        # What is flushed is not fenced by the number in its name alone.
+        """Commit a copy; in the writer's thread, on all ranks together."""
+        # Metrics and ledger are flushed before the commit: a superseded attempt must not do so.
         self.store.require_newest(self.hooks.successor)
         together(self.store.ranks, lambda: self._prepare(job))
         commit = self.store.commit(job.snapshot, attempt=self.attempt, successor=self.hooks.successor)
@@ -81,7 +82,7 @@ class Saves:
         return commit
 
     def settle(self, commit: CommitId) -> None:
-        """What follows a commit that is acknowledged."""
+        """Tell that a commit is acknowledged, and remove old checkpoints."""
         self.hooks.committed(commit)
         try:
             self.hooks.retain()
