@@ -1,19 +1,19 @@
 """Kill it anywhere, run the same command again, get the same result.
 
-The house, top floor first. A module imports only from floors below its own (a folder is one room of its
-floor, without cycles inside); each third-party package enters through one door. ``tests/test_architecture.py``
-holds this picture against the code.
+All modules by layer, the highest first. A module imports only from lower layers; inside a folder, which is one
+module here, there are no import cycles. Each third-party package is imported by as few modules as possible.
+``tests/test_architecture.py`` checks the code against this picture.
 
    13  verify/ (the proof that an experiment resumes)
    12  __main__ (entry, exit statuses)
-   11  sweep/ (survey, launcher, optuna)     runs/ (looking at runs from outside)
+   11  sweep/ (survey, launcher, optuna)     runs/ (commands that look at runs)
    10  app (the Hydra application)
-    9  job (configuration -> the run it means)     stop (a sweep's request)
+    9  job (configuration -> the run it names)     stop (a sweep's request to stop)
     8  experiment (one attempt at a run)
-    7  introduction (the first lines on the screen)     finish (exported weights, the result)     wiring (callbacks)
-    6  trainer (the loop, on one screen)     build (configuration -> live objects)     restore (the way up)
+    7  introduction (the first lines printed)     finish (exported weights, the result)     wiring (callbacks)
+    6  trainer (the training loop)     build (configuration -> live objects)     restore (checkpoint -> state)
     5  callbacks/ (guard, evaluate, report, progress, checkpoint)
-    4  state (what a resumed run is made of)     evaluation     datasets/
+    4  state (all that is restored)     evaluation     datasets/
     3  run/ (directory, attempts, records, heartbeat, drift, parent)
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)

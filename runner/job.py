@@ -1,5 +1,6 @@
 """From a composed configuration to the run that it names."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +31,7 @@ class Job:
     overrides: list[str]
     parent: Parent | None
     on_drift: str
+    command: str  # that starts this job alone, for messages
 
     @classmethod
     def of(cls, config: DictConfig) -> "Job":
@@ -41,12 +44,12 @@ class Job:
         overrides = list(about.overrides.task)
         experiment, name = about.runtime.choices["experiment"], run_name(config, overrides)
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
-        return cls(directory, identity(config), overrides, _parent(config.run), config.run.on_drift.name)
+        command = _command(about, overrides)
+        return cls(directory, identity(config), overrides, _parent(config.run), config.run.on_drift.name, command)
 
     def open(self) -> Opening:
         """Look at the run directory; see ``open_run``."""
-        command = shlex.join([Path(sys.executable).name, "-m", "runner", *self.overrides])
-        return open_run(self.directory, self.identity, on_drift=self.on_drift, command=command, parent=self.parent)
+        return open_run(self.directory, self.identity, on_drift=self.on_drift, command=self.command, parent=self.parent)
 
     def following(self, variant: str, result: dict[str, Any] | None) -> Opening:
         """The opening on ranks above 0, from what rank 0 found; rank 0 alone writes the run's records."""
@@ -75,6 +78,13 @@ def run_name(config: DictConfig, overrides: Sequence[str]) -> str:
     if not is_name(name):
         raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
     return str(name)
+
+
+def _command(about: HydraConf, overrides: Sequence[str]) -> str:
+    given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
+    folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
+    searched = [override for override in about.overrides.hydra if override.startswith("hydra.searchpath=")]
+    return shlex.join([Path(sys.executable).name, "-m", "runner", *folders, *searched, *overrides])
 
 
 def _parent(run: DictConfig) -> Parent | None:

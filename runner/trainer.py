@@ -1,4 +1,4 @@
-"""The loop, on one screen."""
+"""The training loop."""
 
 import time
 from collections.abc import Sequence

@@ -68,6 +68,17 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     assert life(*command).status == 0, "the run was left as it was"
 
 
+def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Lives, tmp_path: Path) -> None:
+    experiment = tmp_path / "conf/experiment/mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    smoke = (Path(__file__).parent.parent / "conf/experiment/smoke.yaml").read_text()
+    for steps in (2, 3):
+        experiment.write_text(smoke.replace("max_steps: 60", f"max_steps: {steps}"))
+        ended = life("--config-dir", "conf", "experiment=mine", f"run.root={tmp_path}", cwd=tmp_path)
+    assert ended.status == 3
+    assert " -m runner --config-dir=conf experiment=mine " in ended.output
+
+
 def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Path) -> None:
     """A longer run with another rate: position and moments go on, rate and schedule are the new ones."""
     command = (*COMMAND, "scheduler=warmup_cosine", "scheduler.warmup_steps=3", f"run.root={tmp_path}", "run.name=r")
@@ -244,3 +255,11 @@ def test_the_language_model_shows_what_it_writes(life: Lives, tmp_path: Path) ->
     assert [event.step for event in texts] == [2, 4]
     assert texts[0].tensor_proto.string_val[0].decode().startswith("```\nimport")
     assert "val/bits_per_byte" in events.Tags()["scalars"]
+
+
+def test_a_run_needs_neither_output_nor_errors_open(tmp_path: Path) -> None:
+    """As a service manager or ``>&- 2>&-`` starts it."""
+    command = f"{sys.executable} -m runner experiment=smoke trainer.max_steps=2 run.root={tmp_path} >&- 2>&-"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run(["sh", "-c", command], env=environment, cwd=tmp_path, check=False).returncode == 0
+    assert list(tmp_path.glob("smoke/*/result.json"))

@@ -21,7 +21,7 @@ class ShowProgress(Callback):
     """Shows step, loss, rate and time left; reads the loss from its device only when it draws."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when the process was started
         self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
         self._bar: tqdm[Any] | None = None
         self._drawn = (0, 0.0)

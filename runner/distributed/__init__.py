@@ -1,5 +1,5 @@
-"""What a process of a run is to the others: which one it is, how they agree, who watches over whom.
+"""Several processes that train one run: ranks, exchange of values, detection of failures, layout of the model.
 
-One process alone has the same objects, in their trivial form. Only what several processes need imports
-``torch.distributed`` further than torch itself does, and only once there are several.
+A single process uses the same interfaces with trivial implementations. Only modules that are needed for several
+processes import ``torch.distributed``, and they are imported only once there are several.
 """

@@ -1,4 +1,4 @@
-"""What all processes are to have alike and nobody adds up: running means, counters."""
+"""Buffers that must be equal in all processes, such as running means: rank 0's values are copied to the others."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 
 def take_over(tensors: Sequence[Tensor]) -> None:
-    """Give these the values that they have in rank 0, with one message."""
+    """Set these tensors to their values on rank 0, with one broadcast."""
     if not tensors:
         return
-    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())  # each begins at a multiple of its size
+    ordered = sorted(
+        tensors, key=lambda tensor: -tensor.element_size()
+    )  # largest elements first, so that every tensor is aligned in the message
     pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)

@@ -1,4 +1,4 @@
-"""From the environment of a launcher to the team of a process."""
+"""From a launcher's environment variables to the team of this process."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,19 @@ from runner.distributed.world import World, meeting
 
 @contextmanager
 def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
-    """Be in the team of that world meanwhile, in which nobody may keep the others waiting for longer than ``timeout``
-    seconds, or ``patience`` more at its storage. Raises ConfigError where the others cannot be found.
+    """Within the block, this process is a member of the team of ``world``. Raises ConfigError if it cannot reach the
+    other processes.
 
-    Whatever one process raises ends all of them, with the same exit status. It is told by one: what is raised in the
-    others has no text.
+    A process that keeps the others waiting for more than ``timeout`` seconds (plus ``patience`` while it saves or
+    restores) ends the run. An error in one process ends all of them with the same exit status; only one prints it, and
+    the errors raised in the others have an empty text.
     """
     if world.size == 1:
         yield Alone()
         return
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # whoever died is told, without stack traces of sockets
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else torch prints C++ stack traces when another process dies
     from runner.distributed.many import met
 
     with met(world, meeting(), timeout=timeout, patience=patience) as team:

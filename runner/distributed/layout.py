@@ -1,4 +1,4 @@
-"""How the model lies on the processes: what a task is given, and when gradients, buffers and norms are whole."""
+"""How the model is distributed over the processes (not at all, replicated, sharded), and what follows for a step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -7,31 +7,31 @@ from torch import Tensor, nn
 
 
 class Layout(Protocol):
-    """The same calls in every process, in the same order."""
+    """All processes make the same calls in the same order."""
 
-    told: str  # for people
+    told: str  # a description for people
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        """The micro-batches of a step. Only the last one's backward pass brings gradients together."""
+        """The micro-batches of a step. Only the backward pass of the last one reduces gradients over processes."""
 
     def gather_gradients(self) -> None:
-        """After the last backward pass: every gradient is the sum over all processes."""
+        """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
 
     def whole(self, value: Tensor) -> Tensor:
-        """A result that each process may have a part of."""
+        """The full tensor of a value of which each process may hold a part."""
 
     def all(self, verdict: Tensor) -> Tensor:
-        """Whether it is true in all processes."""
+        """Whether ``verdict`` is true in all processes."""
 
     def settle(self) -> None:
-        """After a step: what is not trained, such as running means, is that of rank 0 everywhere."""
+        """After a step: copy rank 0's buffers, such as running means, to all processes."""
 
     def state_of(self, optimizer: Any) -> Any:
-        """The optimizer as a part of the state."""
+        """The optimizer as a part of the training state."""
 
 
 class Single:
-    """One process has all of it."""
+    """A single process with the whole model."""
 
     told = ""
 

@@ -1,4 +1,4 @@
-"""What the loop asks of the other processes, and the answers of a process that is alone."""
+"""What the training loop needs from the other processes, and the trivial answers of a single process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What one process has to tell after a step; and, as an answer, what all of them know together.
+    """What one process reports after a step, and, as the answer, the same combined over all processes.
 
-    ``digest`` and ``swaps`` are of the samples it read (``Stream.read``), ``elapsed`` is that of rank 0, ``metrics``
-    the names of what the step measured.
+    ``digest`` and ``swaps`` describe the samples that were read (``Stream.read``), ``elapsed`` is the training time on
+    rank 0 in seconds, ``metrics`` are the names of the step's metrics.
     """
 
     digest: int
@@ -30,8 +30,8 @@ class News:
 class Team(Protocol):
     """The processes of a run. All of them make the same calls in the same order.
 
-    ``ranks`` is for the training thread. ``stop`` is the stop signal that all know of: what ``exchange`` and ``poll``
-    found last.
+    ``ranks`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
+    ``poll`` found in any process.
     """
 
     world: World
@@ -41,35 +41,35 @@ class Team(Protocol):
     def stop(self) -> str | None: ...
 
     def channel(self, name: str) -> Ranks:
-        """For another thread."""
+        """Exchanges for another thread of that name."""
 
     def begin(self, device: Any) -> None:
-        """Be ready to add up tensors of that device."""
+        """Set up process groups for tensors on that device."""
 
     def exchange(self, news: News) -> News:
-        """Once after every step."""
+        """Combine the reports of all processes; once after every step."""
 
     def poll(self) -> str | None:
         """The stop signal that arrived anywhere, if one did."""
 
     def union(self, names: Sequence[str]) -> list[str]:
-        """All names that some process has, in one order."""
+        """All names that any process has, in the same order on all."""
 
     def added(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
-        """Scalars of the same names, added up over all processes in double precision."""
+        """The sums over all processes, in double precision; all processes pass the same names."""
 
     def rest(self) -> None:
-        """From now on nobody is missed who takes long."""
+        """Training is over: from now on a process may take longer than the timeout."""
 
     def at_failure(self, last_words: Callable[[str], None]) -> None:
-        """Have this called with the reason, if this process must end and cannot do so by itself."""
+        """Register a function that is called with the reason if this process hangs and is ended by its watchdog."""
 
     def explaining(self) -> AbstractContextManager[Any]:
-        """Within, an error that is but the consequence of another process's becomes OthersFailed."""
+        """Within the block, an error that is only a consequence of another process's failure becomes OthersFailed."""
 
 
 class Alone:
-    """The team of one."""
+    """The team of a single process."""
 
     def __init__(self) -> None:
         self.world = World()

@@ -1,4 +1,4 @@
-"""One run's place and life: its directory, its attempts, and what happens when the configuration drifts.
+"""The run directory, the attempts at a run, and what happens when its configuration has changed.
 
-Imports nothing of torch: finding out that a run is finished must cost no more than reading three files.
+Does not import torch: to find out that a run is finished must take no longer than to read three files.
 """

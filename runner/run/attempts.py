@@ -1,4 +1,4 @@
-"""This process's life in a run, from the claim to the end.
+"""One attempt at a run, which is the life of one process (or team of processes), from the claim to the end.
 
 Attempt numbers only grow. A process that finds a higher number than its own has been superseded.
 """
@@ -19,13 +19,13 @@ from runner.run.heartbeat import Heartbeat, dump, now
 from runner.run.records import Name, Record
 from runner.storage.location import Location, Lock
 
-_CHANCE = secrets.SystemRandom()  # not the generator that the run's own randomness comes from
+_CHANCE = secrets.SystemRandom()  # not the global generator, which is part of the run's state
 _PAUSE_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The newest attempt of the run; holds the lock that says that it lives, and has a heart that beats."""
+    """The newest attempt of the run. Holds a lock while its process lives, and writes a heartbeat."""
 
     location: Location
     name: Name
@@ -38,16 +38,16 @@ class Attempt:
         return self.name.number
 
     def note(self, step: int) -> None:
-        """Have the next beats tell the step; costs nothing."""
+        """Put the step into the next heartbeat; costs nothing."""
         self._heart.note(step=step)
 
     def beat(self, **facts: Any) -> None:
-        """Have these facts in the beats, from now on and at once."""
+        """Put these facts into all further heartbeats, and write one now."""
         self._heart.note(**facts)
         self._heart.beat()
 
     def raise_if_superseded(self) -> None:
-        """Raise Superseded if a beat has found a newer attempt; costs nothing."""
+        """Raise Superseded if the heartbeat's thread has found a newer attempt; costs nothing."""
         newer = self._heart.superseded
         if newer is not None:
             raise Superseded(
@@ -60,7 +60,7 @@ class Attempt:
         return records.successor(self.location, self.number)
 
     def end(self, outcome: str, **facts: Any) -> None:
-        """Record how this life ended and let go of the run."""
+        """Record how this attempt ended and release the run."""
         self._heart.stop()
         record = self._heart.facts() | facts | {"outcome": outcome}
         try:
@@ -69,21 +69,21 @@ class Attempt:
             self._lock.release()
 
     def withdraw(self) -> None:
-        """End as if the run had never been claimed; for one that has changed nothing."""
+        """Undo the claim; only for an attempt that has changed nothing."""
         self._heart.stop()
         _withdraw(self.location, self.name, self._lock)
         self.location.remove(f"{self.name}.beat")
 
 
 def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: bool = False) -> Attempt:
-    """Become the newest attempt of the run, with a number ``above`` those that the run is known to have had. Raises
-    RunInUse while the newest one lives, unless it is to be stolen from: then it finds itself superseded at its next
-    beat or commit.
+    """Become the newest attempt of the run, with a number greater than ``above``. Raises RunInUse while the newest
+    attempt lives; with ``steal``, that one finds itself superseded at its next heartbeat or commit instead.
 
-    No storage has to refuse the second of two claims. Each is an object of its own, and its process owns the run if a
-    listing *after* the write shows what it saw before, and its own claim besides. Two cannot both own it: of two that
-    wrote, the one that listed last saw the other. Whoever is not alone withdraws and looks again, so claims that nobody
-    stands behind do not stay; and as one only leaves for good when it sees another that lives, someone wins.
+    The storage need not support exclusive creation. Each claim is an object with a name of its own, and its process
+    owns the run if a listing *after* the write shows exactly what a listing before it showed, plus its own claim. Two
+    processes cannot both own the run: of two that wrote, the one that lists last sees the other's claim. A process that
+    sees another claim withdraws its own and starts over, so abandoned claims do not stay. It gives up for good only if
+    it sees a live attempt, so one process wins.
     """
     dead: set[Name] = set()
     for tries in count():
@@ -99,7 +99,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
 
 
 def raise_if_live(location: Location) -> None:
-    """Raise RunInUse while the process of the newest attempt lives."""
+    """Raise RunInUse if the process of the newest attempt lives."""
     _raise_if_live(location, records.names(location), set())
 
 
@@ -114,11 +114,11 @@ def _raise_if_live(location: Location, found: list[Name], dead: set[Name]) -> No
 
 
 def _try(location: Location, facts: dict[str, Any], before: list[Name], above: int) -> Attempt | None:
-    """Claim the next number; None if anything else than this claim has come or gone since ``before``."""
+    """Claim the next number; None if the claims differ from those of ``before`` by more than this one."""
     name = Name(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
     if name.number > records.HIGHEST:
         raise StorageError(f"{location.url}: no attempt can follow number {name.number - 1}, which no run has reached")
-    lock = location.lock(f"{name}.lock")  # first, so that nobody sees a claim of a living process without it
+    lock = location.lock(f"{name}.lock")  # before the claim, so that nobody sees a living process's claim unlocked
     assert lock is not None, "nobody else has this name"
     try:
         location.put(f"{name}.json", [dump(_self(location) | facts | {"attempt": name.number})])

@@ -1,4 +1,4 @@
-"""One run's directory: what lies where, and what may be concluded from it.
+"""The directory of one run: its layout, and its record, configuration and result.
 
     run.json            run id, format version, lineage; marks the directory as a run's
     config.yaml         the resolved identity half; written once, only ever compared
@@ -9,7 +9,7 @@
     model.safetensors   final weights; best.safetensors beside it when there is an objective
     result.json         present when the run is finished
 
-An error is never taken for absence: what cannot be read raises.
+An error is never mistaken for absence: what cannot be read raises.
 """
 
 import json
@@ -56,7 +56,7 @@ class RunDirectory:
     def under(
         cls, root: str, experiment: str, variant: str, options: Mapping[str, Any] | None = None
     ) -> "RunDirectory":
-        """The directory of one run; nothing is made or read. ``options`` are those of a remote storage."""
+        """The directory of one run. Creates and reads nothing. ``options`` are those of a remote storage."""
         return cls(
             root, experiment, variant, open_location(f"{root.rstrip('/')}/{experiment}/{variant}", options), options
         )
@@ -72,7 +72,7 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
-        """``experiment/variant``, which is also how a person calls the run."""
+        """``experiment/variant``, the name of the run in messages."""
         return f"{self.experiment}/{self.variant}"
 
     def record(self) -> dict[str, Any] | None:
@@ -116,7 +116,7 @@ class RunDirectory:
             self.location.replace(_CONFIG, [yaml.safe_dump(identity, sort_keys=False).encode()])
 
     def configured(self) -> dict[str, Any] | None:
-        """The identity half that the run was made with; None between the two writes of ``create``."""
+        """The configuration that the run was created with; None between the two writes of ``create``."""
         raw = self.location.read(_CONFIG, limit=_LIMIT)
         if raw is None:
             return None
@@ -130,23 +130,23 @@ class RunDirectory:
         return saved
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
-        """The identity half that the run goes by: the configured one, or what the newest attempt (with a number below
-        ``before``) accepted instead.
+        """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
+        a number below ``before``) accepted instead.
         """
         return self.identity_since(records.last(self.location, before=before))
 
     def identity_since(self, newest: records.Record | None) -> dict[str, Any] | None:
-        """The identity half that the run goes by since its attempt ``newest``, which was read already."""
+        """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return accepted if isinstance(accepted, dict) else self.configured()
 
     def sweep(self) -> None:
-        """Remove what killed writes left behind."""
+        """Remove temporary files of processes that were killed while they wrote."""
         for folder in ("", "attempts", "commits", "data", "metrics", TENSORBOARD):
             self.location.sweep(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of the finished run; None while it is not finished, or not under that identity."""
+        """The result of the run; None if it is not finished, or was finished with another configuration."""
         result = self._json(_RESULT)
         return result if result is not None and result.get("identity") == digest(identity) else None
 
@@ -170,7 +170,7 @@ class RunDirectory:
 
 
 def _check_plain(raw: bytes) -> None:
-    """Refuse aliases, a few bytes of which expand to gigabytes, and depth, at which what is compiled would crash."""
+    """Refuse aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash the C parser."""
     depth = 0
     for event in yaml.parse(raw, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,4 +1,4 @@
-"""What changed between the configuration a run was made with and the one of this command."""
+"""Differences between the configuration that a run was created with and the one of this command."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
 
 
 def table(differences: list[Difference]) -> str:
-    """``key | saved | now``, fit for a terminal whoever wrote the saved half."""
+    """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
     rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
     return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
 

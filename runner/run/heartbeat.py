@@ -1,4 +1,4 @@
-"""The thread that shows that an attempt lives, and looks whether another has taken its run over."""
+"""The thread that shows that an attempt lives, and that notices if another attempt has taken over its run."""
 
 import json
 import threading
@@ -17,10 +17,10 @@ _JOIN_SECONDS = 1.0
 
 
 class Heartbeat:
-    """Writes ``attempts/<name>.beat`` every ``location.beat_seconds``; a storage that refuses is no reason to stop.
+    """Writes ``attempts/<name>.beat`` every ``location.beat_seconds``, and ignores errors of the storage.
 
-    ``superseded`` is the attempt that took the run over, once one has. The thread takes no lock but its own, which a
-    forked data worker never asks for.
+    ``superseded`` is the attempt that took over the run, once there is one. The thread takes no lock but its own, which
+    forked data workers never use, so that a fork cannot deadlock.
     """
 
     def __init__(self, location: Location, name: Name) -> None:
@@ -36,22 +36,22 @@ class Heartbeat:
         self._thread.start()
 
     def note(self, **facts: Any) -> None:
-        """Have these facts in the beats from now on; costs nothing."""
+        """Put these facts into all further heartbeats; costs nothing."""
         self._facts.update(facts)
 
     def facts(self) -> dict[str, Any]:
-        """All that was noted, and when."""
+        """All facts noted so far, with the current time."""
         return {**self._facts, "time": now()}
 
     def beat(self) -> None:
-        """Have a beat written now. Waits for it a moment, but not for a storage that does not answer."""
+        """Write a heartbeat now. Waits for it only a moment, in case the storage does not answer."""
         with self._changed:
             self._asked = asked = self._asked + 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._done >= asked, timeout=_PATIENCE_SECONDS)
 
     def stop(self) -> None:
-        """Let the thread end; one that waits for a storage that does not answer is left to itself."""
+        """End the thread; one that still waits for the storage is abandoned."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -83,10 +83,10 @@ class Heartbeat:
 
 
 def now() -> str:
-    """The time as records have it (ISO 8601, UTC)."""
+    """The current time as records contain it (ISO 8601, UTC)."""
     return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
 
 
 def dump(value: dict[str, Any]) -> bytes:
-    """A record as it is stored."""
+    """A record as bytes to be stored."""
     return json.dumps(value, indent=1).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""From a command to the run directory it means: the same one every time."""
+"""From a command to the state of its run: new, to be resumed, finished, or with a changed configuration."""
 
 import shlex
 from contextlib import suppress
@@ -15,11 +15,11 @@ from runner.run.parent import Parent, Which, require_same
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A run directory as this command finds it, before any process claims it.
+    """A run directory as this command finds it, before it claims the run.
 
-    ``drift`` is what this command changes and the user accepts; ``accepted`` is the identity to go by from now on
-    where it is not the configured one; ``parent`` is what the run begins from, if it is new; ``command`` is this
-    command.
+    ``drift``: changes of the configuration that the user accepted. ``accepted``: the configuration from now on, if it
+    is not the one that the run was created with. ``parent``: what a new run starts from. ``result``: that of a finished
+    run. ``command``: this command, for messages.
     """
 
     directory: RunDirectory
@@ -34,7 +34,7 @@ class Opening:
 def open_run(
     directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str, parent: Parent | None = None
 ) -> Opening:
-    """Find out what the run is to this command, which begins it from ``parent``. Reads, and writes nothing.
+    """Find out in which state the run is; a new one starts from ``parent``. Only reads.
 
     Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
     """
@@ -57,9 +57,8 @@ def open_run(
 def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
     """Write the run's record and configuration unless they are there.
 
-    Withdraws the attempt if it raises, for a run that is no longer the one that was opened: DriftRefused if another
-    command with the same run.name began it, or changed it, before this one had claimed it; FinishedMeanwhile if it now
-    has the result.
+    Raises, and withdraws the attempt, if the run has changed since it was opened: DriftRefused if another command with
+    the same run.name created or changed it, FinishedMeanwhile if it now has a result.
     """
     directory = opening.directory
     try:
@@ -77,7 +76,7 @@ def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) 
 
 
 def is_free(directory: RunDirectory) -> bool:
-    """Whether no living process holds the run."""
+    """Whether no living process works on the run."""
     try:
         attempts.raise_if_live(directory.location)
     except RunInUse:
@@ -86,7 +85,7 @@ def is_free(directory: RunDirectory) -> bool:
 
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opening:
-    """The fork's name comes from its configuration, so that the same command finds it again."""
+    """The fork's name is made from its configuration, so that the same command finds it again."""
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     finished = fork.result(identity) if fork.record() is not None else None

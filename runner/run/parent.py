@@ -1,4 +1,4 @@
-"""The run that another one begins from: as a command asks for it, and as it was recorded."""
+"""The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it."""
 
 import re
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Which:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a new run is to begin from. ``asked`` is the command's ``run.parent``; a fork after drift has none."""
+    """What a new run is to start from. ``asked`` is the command's ``run.parent``; None for a fork after drift."""
 
     which: Which
     inherit: str  # model, all
@@ -41,7 +41,7 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a run did begin from, as ``run.json`` has it: one commit of the run ``run``, whatever is newer there."""
+    """What a run started from, as recorded in its ``run.json``: one particular commit of the run ``run``."""
 
     run: str
     step: int
@@ -51,7 +51,7 @@ class Origin:
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "Origin | None":
-        """The recorded one; None for a run that began from scratch, and for one that was not begun."""
+        """The recorded origin; None for a run that started from scratch or does not exist."""
         record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
         if record is None:
             return None
@@ -64,16 +64,16 @@ class Origin:
 
     @property
     def begun(self) -> int:
-        """The step after which the run began."""
+        """The step after which the run started."""
         return 0 if self.inherit == "model" else self.step
 
     def record(self) -> dict[str, Any]:
-        """Itself as plain values."""
+        """As plain values, for ``run.json``."""
         return asdict(self)
 
 
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
-    """Raise DriftRefused if the run, which there is, was begun from something else than this command asks for."""
+    """Raise DriftRefused if the existing run started from something else than this command asks for."""
     origin = Origin.of(directory)
     then = (origin.asked, origin.inherit) if origin and origin.asked else None
     now = (parent.asked, parent.inherit) if parent else None

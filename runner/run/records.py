@@ -1,11 +1,11 @@
-"""What is stored of the lives of a run's processes, and what follows from it.
+"""The stored records of a run's attempts, and what follows from them.
 
     attempts/000003-<nonce>.json       the claim: who, where, since when; its number is the fencing token
     attempts/000003-<nonce>.lock       locked by the process as long as it lives
     attempts/000003-<nonce>.beat       where it is: step, last committed step; a hint, never trusted
     attempts/000003-<nonce>.end.json   how it ended; absent after a kill
 
-Anyone may have written these objects. One that cannot be parsed says nothing, but its name still counts.
+Anyone may have written these objects. The content of one that cannot be parsed is ignored, but its name counts.
 """
 
 import json
@@ -41,7 +41,7 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is stored of one attempt; ``end`` is None for one that lives or was killed."""
+    """The records of one attempt. ``end`` is None if it lives or was killed."""
 
     location: Location
     name: Name
@@ -55,11 +55,11 @@ class Record:
         return self.name.number
 
     def owner(self) -> str:
-        """Who it is, for a message."""
+        """Attempt, pid and host, for a message."""
         return printable(f"attempt {self.number} (pid {self.claim.get('pid')} on {self.claim.get('host')})")
 
     def alive(self) -> bool | None:
-        """Whether its process lives; None where that cannot be known from this machine at once."""
+        """Whether its process lives; None if this machine cannot tell without watching its heartbeat."""
         if self.end is not None:
             return False
         if self.location.locked(f"{self.name}.lock"):
@@ -67,10 +67,10 @@ class Record:
         return False if self.claim.get("machine") == machine(self.location) else None
 
     def watched(self) -> bool:
-        """Whether its process lives; where ``alive`` cannot tell, whether its beat changes while this one watches.
+        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes.
 
-        Waits for three beats, by the clock of this process alone: those of two machines need not agree. Raises
-        Interrupted after a stop signal.
+        Uses only this process's clock, because clocks of two machines need not agree. Raises Interrupted after a stop
+        signal.
         """
         now, alive = self, self.alive()
         until = time.monotonic() + _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
@@ -78,13 +78,13 @@ class Record:
             signals.raise_if_received("while watching whether another attempt lives")
             time.sleep(self._beat_seconds() / 4)
             again = read(self.location, self.name)
-            if again is None:  # it withdrew
+            if again is None:  # it withdrew its claim
                 return False
             now, alive = again, again.alive()
         return now.beat != self.beat if alive is None else alive
 
     def seen(self) -> str | None:
-        """When it last showed itself (ISO 8601, UTC)."""
+        """The time of its last sign of life (ISO 8601, UTC)."""
         latest = self.end or self.beat
         return latest.get("time") or self.claim.get("started")
 
@@ -115,15 +115,16 @@ def history(location: Location) -> list[Record]:
 def last(location: Location, *, before: int | None = None) -> Record | None:
     """The newest attempt, or the newest with a number below ``before``, if there is one.
 
-    Of two with the same number one was killed while it withdrew, and only the other was ever at work.
+    If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
     """
     newest = _newest([name for name in names(location) if before is None or name.number < before])
     return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
 
 
 def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | None:
-    """The one of the newest of ``found`` whose process lives, if one does; those that do not are added to ``dead``,
-    and those that are there already are not asked again.
+    """The newest attempt among ``found`` if its process lives, else None.
+
+    Attempts that are found dead are added to ``dead``, and those that are in it already are not looked at again.
     """
     for name in _newest(found):
         record = read(location, name) if name not in dead else None
@@ -136,7 +137,7 @@ def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | 
 def successor(location: Location, number: int) -> Record | None:
     """The newest attempt with a higher number, if there is one.
 
-    Looks twice before it says so: a starter that finds another at work takes its claim back.
+    Looks twice, because a process that finds the run in use withdraws the claim that it has just made.
     """
     higher = _higher(location, number)
     if higher:
@@ -146,7 +147,7 @@ def successor(location: Location, number: int) -> Record | None:
 
 
 def read(location: Location, name: Name) -> Record | None:
-    """The record of one attempt; None if its claim is not there. What cannot be parsed is as good as empty."""
+    """The record of one attempt; None if it has no claim. What cannot be parsed counts as empty."""
     claimed = location.read(f"{name}.json", limit=_LIMIT)
     if claimed is None:
         return None
@@ -156,9 +157,10 @@ def read(location: Location, name: Name) -> Record | None:
 
 
 def machine(location: Location) -> str:
-    """This machine: processes of the same one find each other's locks, and none outlives a boot or its namespace.
+    """A name of this machine such that processes with the same name see each other's locks, until it is rebooted.
 
-    A container, another user or a job with a temporary folder of its own is another machine where that hides locks.
+    A container, another user, or a job with its own temporary folder counts as another machine if it cannot see the
+    same locks.
     """
     return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.locks}"
 

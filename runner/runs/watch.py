@@ -28,7 +28,7 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
     pulse = Pulse(max(_BEATS_SECONDS, 3 * interval))
-    on_terminal = sys.stdout.isatty() and not as_json
+    on_terminal = sys.stdout is not None and sys.stdout.isatty() and not as_json
     with _interruptible(), contextlib.ExitStack() as stack:
         rows, problem = look(), ""
         stack.enter_context(_screen(on_terminal))

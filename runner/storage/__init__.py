@@ -11,7 +11,7 @@ __all__ = ["LocalLocation", "find_folders", "is_remote", "open_location"]
 
 
 def open_location(url: str, options: Mapping[str, Any] | None = None) -> Location:
-    """The location that a path or URL names; nothing is made or read. Raises ConfigError for a store it cannot use.
+    """The location at a path or URL. Creates and reads nothing. Raises ConfigError for a store that cannot be used.
 
     ``options`` are fsspec's for a URL: credentials, endpoints.
     """
@@ -23,10 +23,10 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
 
 
 def find_folders(url: str, marker: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Location]:
-    """The folders under ``url`` that hold an object called ``marker``, by their relative paths, in order; none lies in
-    another, and those of a store share their connections.
+    """The folders under ``url`` that hold an object called ``marker``, by relative path, sorted. Folders inside a found
+    one are not searched. Locations of a remote store share their connections.
 
-    Raises StorageError where a disk has no such folder; a store cannot tell one from an empty one.
+    Raises StorageError if a local ``url`` does not exist; a remote one without objects counts as empty.
     """
     if is_remote(url):
         from runner.storage import remote

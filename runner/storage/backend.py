@@ -1,7 +1,7 @@
-"""An fsspec store behind deadlines, retries and errors of ours.
+"""Access to an fsspec store with deadlines, retries and clear errors.
 
-Every operation is a function of a file system. It runs in a daemon thread that is abandoned when its time is up, since
-no client's own timeouts cover a server that accepts a request and never answers. All operations can be repeated.
+An operation is a function of a file system. It runs in a daemon thread, which is abandoned when its time is up, because
+no client's own timeout covers a server that accepts a request and never answers. All operations can be repeated.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from runner.storage.location import protocol
 T = TypeVar("T")
 
 DEADLINE = 30.0  # seconds for an operation, and more for its bytes:
-RATE = 256 << 10  # bytes per second that the slowest usable line carries
+RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 
@@ -43,8 +43,8 @@ _EXTRAS = {
 _BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
 _READ_ONLY = {"http", "https"}
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
-_ENDPOINT = re.compile(r"https?://[^@?]*")  # of an address that lets nobody in
-# One part in memory at a time is enough, s3fs would hold ten of 50 MB; and what is tried again here need not be there.
+_ENDPOINT = re.compile(r"https?://[^@?]*")  # an address without credentials
+# s3fs would upload ten parts of 50 MB at once; and this module retries, so botocore need not.
 _S3: dict[str, Any] = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
 _DEFAULTS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
@@ -86,10 +86,10 @@ class Backend:
         self._begin()
 
     def below(self, folder: str) -> "Backend":
-        """A folder that is known to be in this one. What is idle serves both."""
+        """A folder that is known to exist in this one; both share idle connections."""
         other = copy.copy(self)
         other.url, other.root = f"{self.url}/{folder}", self.path(folder)
-        other._bucket = None  # there is one
+        other._bucket = None  # known to exist
         other._abandoned = {}
         return other
 
@@ -98,9 +98,9 @@ class Backend:
         return f"{self.root}/{name}" if name else self.root or "/"
 
     def run(self, verb: str, name: str, operation: Callable[[Any], T], *, size: int = 0) -> T:
-        """What ``operation`` returns for a file system, tried again after errors that may pass. Raises StorageError.
+        """The result of ``operation``, which is retried after errors that may be temporary. Raises StorageError.
 
-        ``size`` is how many bytes it moves. Two tries to write one name never run at the same time.
+        ``size`` is how many bytes it transfers. Two attempts to write the same name never run at the same time.
         """
         for again in range(TRIES):
             if again:
@@ -156,7 +156,7 @@ class Backend:
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
-            # Kept, but not used: what the parent still speaks over must not hear a goodbye from here.
+            # After a fork: keep the parent's connections alive, unused, because closing them here would end them there.
             self._inherited = [self._idle, self._abandoned]
             self._begin()
         try:
@@ -180,7 +180,7 @@ class Backend:
         return system
 
     def _discard(self, system: Any) -> None:
-        """No further use of a file system that failed; whoever still waits for it in an abandoned thread, fails."""
+        """Stop using a file system that failed, and close its connection, so that abandoned threads end, too."""
         self._idle[:] = [other for other in self._idle if other is not system]
         client = getattr(system, "client", None)
         if client is not None and not isinstance(system, AsyncFileSystem):
@@ -230,7 +230,7 @@ def _file_system(kind: str) -> Any:
 
 
 def _start(function: Callable[[], T]) -> "Future[T]":
-    """Run a function in a thread that a process need not wait for when it ends."""
+    """Run a function in a daemon thread, which does not keep the process from ending."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -244,7 +244,7 @@ def _start(function: Callable[[], T]) -> "Future[T]":
 
 
 def _is_final(error: BaseException | None) -> bool:
-    """Whether trying again is no use: refused, missing, misconfigured."""
+    """Whether a retry is pointless: access denied, object missing, wrong configuration."""
     while error is not None:
         if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
             return True

@@ -21,7 +21,7 @@ from fsspec.utils import infer_compression
 
 from runner.errors import DataError, RunnerError, StorageError
 
-# What tells one content of a file from the next, best first, by the names that stores give it.
+# Attributes that change when a file does, under the names that various stores give them; the best first.
 _MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -43,7 +43,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def listing(pattern: str) -> dict[str, Stat]:
-    """What ``expand`` names, with sizes; asks each file only where the store's listing does not tell them."""
+    """The files of ``expand`` with their sizes, from the store's listing if it has them."""
     with _Explained(pattern):
         found = _find(pattern)
     return {url: stat(url) if about.get("size") is None else _stat(about) for url, about in found}
@@ -102,7 +102,7 @@ def pieces(path: str, size: int) -> Iterator[bytes]:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """The bytes [start, stop) as they are stored. Raises DataError when it is not exactly those that come."""
+    """The bytes [start, stop) as they are stored. Raises DataError if the store returns fewer or more."""
     if start == stop:
         return b""
     with _Explained(path):
@@ -126,7 +126,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a whole file: whoever looks, at any time, finds the old one or the new one. Raises StorageError."""
+    """Write a file atomically: a reader sees either the old or the new one. Raises StorageError."""
     with _Explained(path, "write", StorageError):
         system, name = fsspec.core.url_to_fs(path)
         if isinstance(system, LocalFileSystem):
@@ -173,7 +173,7 @@ def _stat(about: dict[str, Any]) -> Stat:
 
 
 class _Explained:
-    """Turns what fsspec and its backends raise into an error of ours that names the path."""
+    """Within the block, errors of fsspec and its backends become an error of the runner that names the path."""
 
     def __init__(self, path: str, verb: str = "read", kind: type[RunnerError] = DataError) -> None:
         self.path, self.verb, self.kind = path, verb, kind

@@ -1,6 +1,6 @@
 """A location on a local or mounted disk: durable by fsync, locked by the kernel.
 
-Every mutation is a short fixed sequence of system calls through ``os``, so that a test can kill it between any two.
+Every change is a short sequence of system calls through ``os``, so that tests can kill a process between any two.
 """
 
 import contextlib
@@ -153,13 +153,13 @@ class LocalLocation:
 
 
 class LocalJournal:
-    """A file that grows; what was appended outlives this process in the page cache."""
+    """A file that grows. Appended data is in the page cache, so it survives the death of this process."""
 
     def __init__(self, descriptor: int, url: str) -> None:
         self._descriptor = descriptor
         self._url = url
         self._waiting = b""
-        self._writing = threading.Lock()  # two writers of what waits would write it twice
+        self._writing = threading.Lock()  # else two threads would both write the waiting data
 
     def append(self, data: bytes) -> None:
         with self._writing, contextlib.suppress(OSError):
@@ -183,7 +183,7 @@ class LocalJournal:
 
 
 class LocalFolder:
-    """A folder that lies where it belongs; what is written there outlives this process in the page cache."""
+    """A folder at its final place: nothing needs to be uploaded."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -221,9 +221,7 @@ def _explain_listing(error: OSError) -> None:
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
-    """Write a file of byte buffers that does not exist yet; a failure removes what was written, to give a full disk
-    its room back.
-    """
+    """Write a new file and return its size. A failed write removes the file, so that it does not fill a full disk."""
     descriptor = os.open(path, _NEW, 0o644)
     size = 0
     try:
@@ -245,7 +243,7 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
 
 
 def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
-    """Fill the buffers, one after the other; whether there was enough to read."""
+    """Fill the buffers one after the other; returns whether the file had enough bytes."""
     left = [buffer for buffer in buffers if buffer]
     first = 0
     while first < len(left):
@@ -261,7 +259,7 @@ def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
 
 
 def _entry(found: "os.DirEntry[str]") -> Entry | None:
-    """None for what is no file, or was removed since the scan began."""
+    """The entry of a file; None for anything else, and for a file that was removed since the scan began."""
     try:
         if found.is_file(follow_symlinks=False):
             return Entry(found.name, found.stat(follow_symlinks=False).st_size)

@@ -1,7 +1,7 @@
-"""The one interface between the runner and a place that keeps bytes, with its promises.
+"""The interface between the runner and anything that stores bytes, with the guarantees that it gives.
 
 A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``; nothing above or beside the location can
-be named. Every implementation keeps the promises below, so nothing above this package asks which one it has.
+be named. Every implementation gives the guarantees below, so no other package needs to know which one it has.
 """
 
 import os
@@ -39,12 +39,12 @@ class Journal(Protocol):
     """A new object that grows at its end. One thread may append while another makes it durable."""
 
     def append(self, data: bytes) -> None:
-        """Add to the end; survives the death of this process where the storage can do that. Never fails and never
-        waits for a network: what cannot be written now is tried again later.
+        """Add to the end. On a local disk the data survives the death of this process. Never fails and never waits for
+        a network: what cannot be written now is written with the next call.
         """
 
     def sync(self) -> None:
-        """Make everything so far durable. Raises StorageError; it can be tried again."""
+        """Make everything so far durable. Raises StorageError, after which it can be called again."""
 
     def close(self) -> None:
         """Let go of it, without a promise for what was not synced."""
@@ -56,38 +56,38 @@ class Folder(Protocol):
     path: str
 
     def sync(self) -> None:
-        """Bring every file that changed to the location, whole. Raises StorageError; it can be tried again."""
+        """Upload every file that changed, as a whole. Raises StorageError, after which it can be called again."""
 
     def close(self) -> None:
         """Let go of it, without a promise for what was not synced."""
 
 
 class Location(Protocol):
-    """A folder of objects, local or remote. Every verb raises StorageError when the storage refuses, and may be called
-    from any thread.
+    """A folder of objects, local or remote. Every method may be called from any thread, and raises StorageError if the
+    storage fails.
 
-    All that is asked of a storage is this: an object whose write returned can be read and is in every listing after it,
-    by anyone. Nothing asks it to create exclusively, to rename or to lock.
+    The only requirement on a storage: once the write of an object has returned, everyone can read it and sees it in
+    listings. It need not support exclusive creation, renaming or locks.
     """
 
     url: str
-    part_bytes: int  # what is larger than this is better written as several objects
-    parallel: int  # how many of them at a time
+    part_bytes: int  # larger data is better written as several objects of this size
+    parallel: int  # how many of these to write at the same time
     beat_seconds: float  # how often a process that works here shows that it lives
 
     @property
     def locks(self) -> str:
-        """Where the locks are: of two processes of a machine that differ in this, neither sees the other's."""
+        """Where the locks are. Two processes of a machine see each other's locks only if this is equal."""
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         """Write a new object and return its size; durable, and visible to every reader, once this returns.
 
-        For names that are used once: it may be repeated with the same bytes. A failed put leaves no object that it did
-        not complete, or an incomplete one of that same name: readers must be able to tell (a seal, a size).
+        Every name is used once, so a put may be repeated with the same bytes. A put that failed or was killed may leave
+        an incomplete object of that name: readers must detect that, by a checksum or a size.
         """
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
-        """Write an object whole, over an older one if there is one: a reader sees the one or the other."""
+        """Write an object, or replace an older one atomically: a reader sees either the old or the new one."""
 
     def journal(self, name: str) -> Journal:
         """Begin an object that grows; its name is used once."""
@@ -105,10 +105,10 @@ class Location(Protocol):
         """The objects directly in ``folder`` in order of name, never from a cache; empty if there is no such folder."""
 
     def remove(self, name: str) -> None:
-        """Remove one object; one that is not there is as good as removed."""
+        """Remove one object; no error if it does not exist."""
 
     def sweep(self, folder: str) -> None:
-        """Remove what writes into ``folder`` left behind when they died, an hour or more ago. Never an object."""
+        """Remove temporary files in ``folder`` that processes left when they died an hour or more ago."""
 
     def lock(self, name: str) -> Lock | None:
         """Take the lock of that name among the processes of this machine, or return None while another has it."""

@@ -27,15 +27,15 @@ from runner.storage.location import Buffer, Entry, check_name
 from runner.storage.uploads import UploadedFolder, UploadedJournal
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
-_MEMORY_BYTES = 64 << 20  # what is larger waits for its upload in a temporary file
+_MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
 _LISTERS = 8
 
 
 class RemoteLocation:
-    """A folder of a store named by a URL; nothing is connected to before the first verb.
+    """A folder of a remote store. Connects to nothing before the first method call.
 
-    ``options`` go to fsspec's file system (credentials, endpoints) and are shown nowhere. Raises ConfigError for a URL
-    that cannot be used.
+    ``options`` are for fsspec's file system (credentials, endpoints) and are never printed or stored. Raises
+    ConfigError for a URL that cannot be used.
     """
 
     beat_seconds = 5.0
@@ -200,7 +200,7 @@ def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) -> None:
-    """A whole file under its name, for stores that show a file while it is written."""
+    """Write under a temporary name and rename, for stores that show a file while it is being written."""
     temporary = f"{path}{TEMPORARY}{secrets.token_hex(6)}"
     try:
         RemoteLocation._upload(system, temporary, content, size)
@@ -212,9 +212,9 @@ def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) 
 
 @contextlib.contextmanager
 def _gathered(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[bytes | Path, int]]:
-    """All chunks and their size, before anything is sent: a store may take a sequence that breaks off for a whole.
+    """All chunks as bytes, or in a temporary file if they are many, with their size.
 
-    The bytes themselves, or a temporary file of them when they are many.
+    They are collected before anything is sent, because a store may take an interrupted upload for a complete one.
     """
     memory = io.BytesIO()
     remaining = iter(chunks)
@@ -236,7 +236,7 @@ def _gathered(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[b
 
 
 def _scratch() -> Path:
-    """This user's own folder for locks. Raises StorageError for one that somebody else could have prepared."""
+    """This user's folder for lock files. Raises StorageError for a folder that another user could have prepared."""
     path = Path(tempfile.gettempdir()) / f"hydra-runner-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What grows on this machine and is uploaded whole: to stores whose objects cannot be appended to."""
+"""Objects that grow on this machine and are uploaded as a whole, for stores that cannot append to objects."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from runner.storage.location import Location
 
 
 class UploadedJournal:
-    """A growing object, kept in memory and uploaded whole by each ``sync``: the rest dies with its process."""
+    """A growing object in memory, uploaded as a whole by each ``sync``. Later data is lost with the process."""
 
     def __init__(self, location: Location, name: str) -> None:
         self._location = location
@@ -38,8 +38,8 @@ class UploadedJournal:
 
 
 class UploadedFolder:
-    """A temporary folder of this machine. Objects are named like its files, in lower case and with ``-`` for what no
-    name of an object may have.
+    """A temporary folder on this machine. Objects are named like its files, in lower case and with ``-`` in place of
+    characters that names of objects may not have.
     """
 
     def __init__(self, location: Location, name: str) -> None:
