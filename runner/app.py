@@ -161,7 +161,8 @@ def _directory(*, _root_: DictConfig) -> str:
     root = _root_.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
-    return f"{local_root(root)}/{_root_.hydra.runtime.choices.experiment}"
+    experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
+    return f"{local_root(root)}/{experiment}" if experiment else local_root(root)  # without: a sweep over experiments
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:

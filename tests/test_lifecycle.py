@@ -53,6 +53,12 @@ def test_a_sweep_uses_the_directories_of_single_runs_and_skips_what_is_done(life
     assert folders == ["seed=1,trainer.max_steps=30", "seed=2,trainer.max_steps=30"]
 
 
+def test_a_sweep_may_go_over_experiments(life: Lives, tmp_path: Path) -> None:
+    ended = life("-m", "experiment=smoke,digits", "trainer.max_steps=1", f"run.root={tmp_path}")
+    assert ended.status == 0, ended.output
+    assert len([*tmp_path.glob("smoke/*/result.json"), *tmp_path.glob("digits/*/result.json")]) == 2
+
+
 def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
     assert life(*command, step=15).status is None

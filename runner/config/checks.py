@@ -1,10 +1,11 @@
 """What types cannot say about a configuration."""
 
 import re
+from dataclasses import fields
 
 from omegaconf import DictConfig, OmegaConf
 
-from runner.config.schema import Inherit
+from runner.config.schema import Config, Inherit
 from runner.errors import ConfigError
 
 _AT_LEAST = {
@@ -67,7 +68,8 @@ def check(config: DictConfig) -> None:
 
 
 def _check_values(config: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(config))
+    ours = OmegaConf.masked_copy(config, [key.name for key in fields(Config)])  # without what Hydra adds in a sweep
+    missing = sorted(OmegaConf.missing_keys(ours))
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set: give a value in the experiment or on the command line")
     for key, least in _AT_LEAST.items():

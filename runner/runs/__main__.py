@@ -14,6 +14,7 @@ from runner.run.directory import RunDirectory
 from runner.runs import compare, details, diff, listing
 from runner.runs.overview import Overview, overviews
 
+_USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would be taken for one more status
 _Commands = Any  # argparse's type for subcommands is private
 
 
@@ -45,13 +46,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_commands_for_roots(commands: _Commands) -> None:
     """The commands for all runs under a root."""
-    listed = commands.add_parser("list", help="all runs under a root, one line each")
+    listed = commands.add_parser("list", usage=_USAGE, help="all runs under a root, one line each")
     listed.set_defaults(command=_list)
-    compared = commands.add_parser("compare", help="the parameters in which the runs differ, and their objective")
+    compared = commands.add_parser(
+        "compare", usage=_USAGE, help="the parameters in which the runs differ, and their objective"
+    )
     compared.add_argument("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
     compared.add_argument("--html", metavar="FILE", help="the same with a sortable table, as one HTML file")
     compared.set_defaults(command=_compare)
-    watched = commands.add_parser("watch", help="the list, updated until Ctrl-C")
+    watched = commands.add_parser("watch", usage=_USAGE, help="the list, updated until Ctrl-C")
     watched.add_argument(
         "--interval", type=float, default=5.0, metavar="SECONDS", help="between two updates (default: 5)"
     )
