@@ -1,9 +1,13 @@
 """A user's own callbacks: by name in the configuration, part of the state, with a word in how training ends."""
 
+import sys
 from pathlib import Path
 
+import pytest
 from lives import Lives
 from results import metric_lines, results
+
+from runner.callbacks.progress import ShowProgress
 
 USER = Path(__file__).parent / "user"
 COMMAND = (
@@ -48,3 +52,9 @@ def test_what_is_no_callback_is_refused(life: Lives, tmp_path: Path) -> None:
     assert "runner.callbacks.base.Callback" in ended.output
     ended = life("experiment=smoke", "+callbacks.mine=3", f"run.root={tmp_path}", cwd=USER)
     assert (ended.status, "callbacks.mine needs a _target_" in ended.output) == (2, True)
+
+
+def test_progress_is_no_reason_to_need_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no ``sys.stderr`` where it was closed: by ``2>&-``, or by a service manager."""
+    monkeypatch.setattr(sys, "stderr", None)
+    ShowProgress()

@@ -82,7 +82,7 @@ def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Li
         experiment.write_text(smoke.replace("max_steps: 60", f"max_steps: {steps}"))
         ended = life("--config-dir", "conf", "experiment=mine", f"run.root={tmp_path}", cwd=tmp_path)
     assert ended.status == 3
-    assert " -m runner --config-dir=conf experiment=mine " in ended.output
+    assert ended.output.count(" -m runner --config-dir=conf ") == 3
 
 
 def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Path) -> None:
@@ -261,11 +261,3 @@ def test_the_language_model_shows_what_it_writes(life: Lives, tmp_path: Path) ->
     assert [event.step for event in texts] == [2, 4]
     assert texts[0].tensor_proto.string_val[0].decode().startswith("```\nimport")
     assert "val/bits_per_byte" in events.Tags()["scalars"]
-
-
-def test_a_run_needs_neither_output_nor_errors_open(tmp_path: Path) -> None:
-    """As a service manager or ``>&- 2>&-`` starts it."""
-    command = f"{sys.executable} -m runner experiment=smoke trainer.max_steps=2 run.root={tmp_path} >&- 2>&-"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    assert subprocess.run(["sh", "-c", command], env=environment, cwd=tmp_path, check=False).returncode == 0
-    assert list(tmp_path.glob("smoke/*/result.json"))

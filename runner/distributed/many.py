@@ -1,4 +1,4 @@
-"""Several processes: how they meet, what they exchange, and how all of them leave when one has to."""
+"""The team of several processes: how they connect, what they exchange, and how all of them end when one fails."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ from runner.distributed.world import Meeting, World
 from runner.errors import ConfigError, RunnerError
 from runner.ranks import Ranks
 
-_CONSEQUENCE_SECONDS = 3.0  # in which the cause of an error becomes known, if it is the fault of another process
-_READ_SECONDS = 1.5  # in which every process reads that another has failed
+_CONSEQUENCE_SECONDS = 3.0  # to wait, after an error, for the news that another process failed and caused it
+_READ_SECONDS = 1.5  # that rank 0, which keeps the store, gives the others to read why it failed
 _NANOSECONDS = 10**9
 
 
 class Many:
-    """Implements ``team.Team`` over a store, in which small values are exchanged, and torch's process groups."""
+    """Implements ``team.Team`` with a key-value store for small values and torch's process groups for tensors."""
 
     def __init__(self, world: World, place: Meeting, *, timeout: float, patience: float) -> None:
         self.world = world
@@ -52,14 +52,14 @@ class Many:
             store=self._store("group"),
             rank=self.world.rank,
             world_size=self.world.size,
-            timeout=timedelta(seconds=10 * self._timeout),  # the watch knows before, and says whose fault it is
+            timeout=timedelta(seconds=10 * self._timeout),  # the watchdog acts earlier, and names the process at fault
         )
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
         self.ranks = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
 
     def exchange(self, news: News) -> News:
-        names = crc32(",".join(news.metrics).encode()) >> 8  # its square must have room
+        names = crc32(",".join(news.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
         elapsed = 0 if self.world.rank else round(news.elapsed * _NANOSECONDS)
         digest = news.digest - (news.digest >> 63 << 64)  # the same bits as a signed number
         told = self._sums([digest, len(news.swaps), elapsed, names, names**2, *_arrived()])
@@ -104,7 +104,7 @@ class Many:
             raise
 
     def leave(self) -> None:
-        """The end of all, in good order. Rank 0 is the last to go: it may keep the store."""
+        """End in good order, all processes together. Rank 0 goes last, because it may keep the store."""
         self.watch.rest()
         self._left()
         self.ranks.gather(None)
@@ -113,7 +113,7 @@ class Many:
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> Failure:
-        """Have all others end as well; the reason why all do, which may be another one's failure."""
+        """Make all other processes end as well; returns why all end, which may be an earlier failure elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
         failure = self.watch.failure or self.watch.fail(
             Failure(self.world.rank, status, f"{type(error).__name__}: {error}", told=True)
@@ -142,7 +142,7 @@ class Many:
         return ordered
 
     def _store(self, name: str) -> Store:
-        """A connection of its own: a thread that waits for an answer holds up no other."""
+        """A connection of its own, so that a thread that waits for an answer does not block another."""
         return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
 
     def _connect(self, *, serve: bool = False) -> Store:
@@ -162,7 +162,7 @@ class Many:
 
 @contextmanager
 def met(world: World, place: Meeting, *, timeout: float, patience: float) -> Iterator[Many]:
-    """In the team meanwhile; what it raises was told by one process, or is told by its caller here."""
+    """Within the block, a member of the team. An error is raised with its text in one process only, which prints it."""
     team = Many(world, place, timeout=timeout, patience=patience)
     try:
         with team.explaining():
@@ -182,11 +182,11 @@ def met(world: World, place: Meeting, *, timeout: float, patience: float) -> Ite
 
 
 def _arrived() -> list[int]:
-    """For each of the stop signals, whether it arrived here."""
+    """For each of the stop signals, 1 if this process received it."""
     here = signals.received()
     return [int(number.name == here) for number in signals.STOP_SIGNALS]
 
 
 def _signal(arrived: Sequence[int]) -> str | None:
-    """The first of the stop signals that arrived anywhere."""
+    """The first of the stop signals that any process received."""
     return next((number.name for number, count in zip(signals.STOP_SIGNALS, arrived, strict=True) if count), None)

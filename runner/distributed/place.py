@@ -1,4 +1,4 @@
-"""Where a thread of this process is and what it does there, for the others. Read from its frames: it tells nothing."""
+"""What a thread of this process is doing, and where, for messages of other processes. Read from its stack frames."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-# For other processes; for its own thread that writes; saves, reads or exports; anything else.
+# Waits for other processes; waits for its own writer thread; saves, restores or exports; does anything else.
 WAITS, JOINS, SAVES, WORKS = "waits", "joins", "saves", "works"
 
 _RUNNER = f"{Path(__file__).parents[1]}/"
@@ -24,7 +24,7 @@ _STORES = (f"{_RUNNER}checkpoint/", f"{_RUNNER}finish.py")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``does`` is one of the four words above; ``line`` is for people: in their code, where it is in theirs."""
+    """``does`` is one of the four words above. ``line`` is a code line for people, outside of libraries if possible."""
 
     does: str
     line: str
@@ -50,7 +50,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _line(frames: list[FrameType]) -> str:
-    """The innermost one outside of torch and of Python itself."""
+    """The innermost line outside of torch and the standard library."""
     frame = next((frame for frame in frames if not _foreign(frame.f_code.co_filename)), frames[0] if frames else None)
     if frame is None:
         return "an unknown place"

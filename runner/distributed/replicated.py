@@ -1,9 +1,10 @@
-"""Data parallel training: every process has the whole model, and gradients are added up while backward goes on.
+"""Data parallel training: every process has the whole model, and gradients are summed during the backward pass.
 
-torch's ``DistributedDataParallel`` forms its buckets anew after the first step of a process, by the order in which
-gradients came. From three processes on, where a gradient lies in a bucket decides in which order it is added up: the
-first step after a resume would have other last bits than the same step of a run that was not interrupted. Here buckets
-never change. Nor is the model wrapped: a task may use all that it has, and need not use all of it in every step.
+torch's ``DistributedDataParallel`` rebuilds its buckets after the first step of a process, in the order in which
+gradients arrived. With three or more processes the place of a gradient in its bucket decides the order of its sum, so
+the first step after a resume would differ in the last bits from the same step of an uninterrupted run. Here buckets
+never change. The model is not wrapped either: a task may use all its attributes, and need not use all its parameters
+in every step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ _BUCKET_BYTES = 25 << 20
 
 @dataclass(slots=True)
 class _Bucket:
-    """Parameters whose gradients travel together; ``flat`` holds those on their way, and which there are."""
+    """Parameters whose gradients are summed in one message: ``flat``, which also holds which gradients exist."""
 
     parameters: list[nn.Parameter]
     ready: set[int] = field(default_factory=set)
@@ -40,7 +41,7 @@ class Replicated:
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
         self._last = False
-        self._next = 0  # the bucket that is sent next: all processes send them in one order
+        self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
             for place, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -76,7 +77,7 @@ class Replicated:
         return optimizer
 
     def _ready(self, number: int, place: int, parameter: Tensor) -> None:
-        """A gradient is there: send what can be sent."""
+        """A gradient is complete: send all buckets whose turn it is and that are complete."""
         if not self._last:
             return
         if number < self._next:
@@ -94,7 +95,7 @@ class Replicated:
 
 
 def _split(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Trained parameters in about the order in which backward gives their gradients, in buckets of one kind."""
+    """Trained parameters in about the order of their gradients, in buckets of one dtype and device."""
     bucket: list[nn.Parameter] = []
     size = 0
     for name, parameter in reversed([*model.named_parameters()]):
@@ -115,7 +116,7 @@ def _split(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _send(bucket: _Bucket) -> None:
-    """Begin to add up; a gradient that is not here counts as zeros, and only if it is somewhere."""
+    """Start the sum. A parameter without a gradient here contributes zeros."""
     gradients = [parameter.grad for parameter in bucket.parameters]
     pieces = [
         torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
@@ -127,7 +128,7 @@ def _send(bucket: _Bucket) -> None:
 
 
 def _receive(bucket: _Bucket) -> None:
-    """Put the sums where the gradients are."""
+    """Finish the sum and store it as gradients; parameters without a gradient in any process keep none."""
     assert bucket.flat is not None
     bucket.work.wait()
     count = len(bucket.parameters)

@@ -1,7 +1,7 @@
 """Fully sharded training (FSDP2): each process keeps a slice of every parameter, its gradient and its moments.
 
-A replica of the model lies on ``shard`` processes, and there are as many replicas as the world has room for. Repeated
-layers (``layout.blocks``) are brought together one at a time, what is left of the model as one.
+``shard`` processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
+(``layout.blocks``) are gathered one at a time, the rest of the model as one unit.
 """
 
 from collections.abc import Iterable, Iterator
@@ -63,7 +63,7 @@ class Sharded:
 
 
 class _ShardedOptimizer:
-    """The optimizer as a part of the state, which can tell how it will lie before it has any."""
+    """The optimizer as a part of the state. Knows how its state will be sharded even before its first step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -75,7 +75,7 @@ class _ShardedOptimizer:
         self.optimizer.load_state_dict(state)
 
     def like(self) -> dict[str, Any]:
-        """A state with the tensors of one that has made a step, each as it lies on the processes."""
+        """A state as after one step, whose tensors show how they are sharded. Makes such a step with zero gradients."""
         if self.optimizer.state:
             return self.state_dict()
         groups = [dict(group) for group in self.optimizer.param_groups]
@@ -94,7 +94,7 @@ class _ShardedOptimizer:
 
 
 def _add_up(part: Any) -> None:
-    """Have gradients added up, not averaged: losses come with their share of the batch."""
+    """Sum gradients instead of averaging them, because every loss is weighted by its share of the batch."""
     if hasattr(part, "set_gradient_divide_factor"):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale

@@ -1,14 +1,13 @@
-"""Each process watches over the next one, and over itself: nobody waits for ever for one that died, stopped or hangs.
+"""A watchdog in every process, so that no process waits for ever for another that died, was stopped or hangs.
 
-A thread shows every half second that its process lives and where it is, and reads the same of the next one in the ring.
-Whoever has waited for others for too long asks where all of them are. While training goes on the processes have to meet
-within the time-out; at any other time, one may take as long as it likes as long as nobody waits for it. A wait may be
-legitimate, such as for one that builds a data set which the others find built: nobody can tell that from a hang, so
-that the message names the place and the option to raise.
+Twice a second a thread writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A
+process that has waited too long for others looks at the beats of all ranks. While training runs, all processes must
+meet within the timeout; at other times a process may take longer, unless another one waits for it. A long wait may be
+legitimate, as when one process builds a data set that the others then read. That looks like a hang, so the message
+names the place and the option to raise.
 
-The first failure is written down once for all. Every process that reads it lets its training thread come to an end by
-itself (its collectives fail, as a rule) and ends the process when it does not; that is done by a second thread, which
-asks nobody.
+The first failure is stored for all. A process that reads it gives its training thread some seconds to end by itself
+(usually its collectives fail), and then ends the process. A second thread does that, which waits for nothing.
 """
 
 import json
@@ -29,17 +28,17 @@ from runner.distributed.place import JOINS, SAVES, WAITS, place
 from runner.distributed.world import World
 
 _BEAT_SECONDS = 0.5
-_GRACE_SECONDS = 10.0  # for a training thread that has to end; one that waits for a storage may take that long
-_FUTILE_BEATS = 4  # of a training thread that waits for other processes, which do not come
+_GRACE_SECONDS = 10.0  # for a training thread to end by itself, even if it waits for a storage
+_FUTILE_BEATS = 4  # after which a training thread that waits for other processes is not given more time
 _FAILURE = "failure"
-_LAG_SECONDS = 2.0  # by which one that is silent is found before those that wait for it are at a loss
-_CROWD = 64  # processes of which each may ask for all at every beat; more take turns
+_LAG_SECONDS = 2.0  # longer wait before looking at all, so that a silent process is found by its neighbour first
+_CROWD = 64  # processes; if there are more, each looks at all of them less often than at every beat
 MAIN = "main"  # the training thread
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why this life of all processes has to end, and their exit status. ``told``: that rank itself tells people."""
+    """Why all processes have to end, and their exit status. ``told``: the failed rank prints the message itself."""
 
     rank: int
     status: int
@@ -49,7 +48,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a process shows of itself. Each has another number; ``places`` has what its threads do, and the line."""
+    """A sign of life of a process. Every beat has a new number. ``places``: what its threads are doing, and where."""
 
     number: int
     pid: int
@@ -58,7 +57,7 @@ class Beat:
 
     @property
     def thread(self) -> str:
-        """The one that others may wait for: where the training thread waits for the one that writes, that one."""
+        """The thread that others may be waiting for: the writer, if the training thread waits for it."""
         others = [name for name in self.places if name != MAIN]
         return others[0] if others and self.places[MAIN][0] == JOINS else MAIN
 
@@ -67,16 +66,16 @@ class Beat:
         return self.places[self.thread][0]
 
     def at(self, rank: int, thread: str) -> str:
-        """Who this is and where, for people."""
+        """Rank, pid, host and code line, for messages."""
         where = f" is at {self.places[thread][1]}" if thread in self.places else ""
         return f"{_who(rank, self.pid, self.host)}{where}"
 
 
 class Watch:
-    """The threads. ``failure`` is what ended this life, once something has.
+    """The watchdog's threads. ``failure`` is set once any process has failed.
 
-    ``last_words`` is called with its message before the process is ended from here. A process that reads or writes a
-    checkpoint has ``patience`` seconds beyond the time-out, for its storage.
+    ``last_words`` is called with its message before the watchdog ends this process. A process that reads or writes a
+    checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
@@ -87,30 +86,30 @@ class Watch:
         self._timeout = timeout
         self._patience = patience
         self._next = (world.rank + 1) % world.size
-        self._seen = (b"", time.monotonic())  # the last beat of the next one, and since when
-        self._idents = {MAIN: threading.main_thread().ident or 0}  # of the threads that have exchanges
-        self._training = False  # then the training thread has to meet the others within the time-out
-        self._since = time.monotonic()  # when it last did, or was seen at something else than to wait for them
+        self._seen = (b"", time.monotonic())  # the last beat of the next rank, and when it was first seen
+        self._idents = {MAIN: threading.main_thread().ident or 0}  # of the threads that exchange values
+        self._training = False  # whether the training thread must meet the others within the timeout
+        self._since = time.monotonic()  # when it last did, or last was busy with something else
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._answered = time.monotonic()  # when the store last did
+        self._answered = time.monotonic()  # when the store last answered
         self._threads = [threading.Thread(target=run, name="watch", daemon=True) for run in (self._beat, self._guard)]
         for thread in self._threads:
             thread.start()
 
     def met(self, thread: str, *, training: bool | None = None) -> None:
-        """That thread, which is the one that calls, is at an exchange."""
+        """The calling thread, of that name, has reached an exchange."""
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
             self._training = self._training if training is None else training
             self._since = time.monotonic()
 
     def rest(self) -> None:
-        """From now on nobody has to meet the others."""
+        """Training is over: processes need not meet within the timeout any more."""
         self._training = False
 
     def whereabouts(self, rank: int, thread: str) -> str:
-        """Where a thread of that process is, for people."""
+        """Where a thread of that rank is, for messages."""
         name = f"beat/{rank}"
         try:
             return _beat(self._store.get(name)).at(rank, thread) if self._store.check([name]) else f"rank {rank}"
@@ -118,7 +117,7 @@ class Watch:
             return f"rank {rank}"
 
     def fail(self, failure: Failure) -> Failure:
-        """Write down why all have to end, if nobody did before; what is written."""
+        """Store why all processes have to end; returns the failure that was stored first."""
         text = json.dumps(asdict(failure))
         with self._lock:
             if self.failure is None:
@@ -130,14 +129,14 @@ class Watch:
             return self.failure
 
     def wait(self, seconds: float) -> Failure | None:
-        """The failure, for which so many seconds are waited."""
+        """Wait up to ``seconds`` for a failure; None if there is none."""
         until = time.monotonic() + seconds
         while self.failure is None and time.monotonic() < until:
             time.sleep(0.05)
         return self.failure
 
     def close(self) -> None:
-        """Let the threads end."""
+        """End the threads."""
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * _BEAT_SECONDS)
@@ -195,13 +194,13 @@ class Watch:
             self.fail(Failure(self._next, 1, f"{who} {what} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
 
     def _judge(self) -> None:
-        """End all if one of them has kept this one waiting for too long."""
+        """End all processes if one of them has kept this one waiting for too long."""
         waited = time.monotonic() - self._since
         if self.failure is not None or waited <= self._timeout + _LAG_SECONDS:
             return
         names = [f"beat/{rank}" for rank in range(self._world.size)]
         if not self._store.check(names):
-            return  # whoever has not come is missed by the one before
+            return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
         late = {rank: beat for rank, beat in beats.items() if beat.does != WAITS and not self._has_left(rank)} or beats
         bound, key = self._timeout, _TIMEOUT
@@ -218,7 +217,7 @@ class Watch:
         return self._store.check([f"left/{rank}"])
 
     def _lose(self) -> None:
-        """The store does not answer: the process that keeps it is gone, unless this one is about to leave, too."""
+        """The store does not answer: its process is gone, unless all processes are just ending."""
         if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
             self.failure = self._lost("is gone")
 
@@ -253,7 +252,7 @@ def _host() -> str:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this host lives. One that is dead and that nobody has waited for yet does not."""
+    """Whether a process of this host lives; a zombie does not."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"

@@ -1,8 +1,8 @@
-"""Around whichever launcher Hydra was told to use: it gets the jobs that are left to do, and none else.
+"""A launcher around the configured one, which gets only the jobs that are left to do.
 
-Hydra asks each sweeper's launcher from one place, which is where this one comes in; sweepers and launchers stay as they
-are. Before anything starts, every run is looked at in the storage. Finished ones give their stored objective; those in
-use by another process are waited for; one that fails is tried again, and never ends the sweep.
+Hydra creates launchers in one function, which is replaced here; sweepers and launchers themselves are unchanged. Before
+anything starts, all runs are looked up in the storage. A finished run gives its stored objective; a run that another
+process works on is waited for; a run that fails is tried again, and never ends the sweep.
 """
 
 import logging
@@ -41,7 +41,7 @@ Overrides = tuple[str, ...]
 
 
 class Outcome:
-    """How the jobs of a command ended, over all launches of its sweeper."""
+    """How the jobs of a command ended, over all calls of the launcher."""
 
     def __init__(self) -> None:
         self.last: dict[str, Found] = {}
@@ -54,12 +54,12 @@ class Outcome:
         return max(statuses, key=_WORST_LAST.index, default=0)
 
     def summary(self) -> str | None:
-        """What there is to say at the end, if there is more than before anything was started."""
+        """The final table; None if nothing was launched, because then the first table says it all."""
         return table([*self.last.values()]) if self.launched and self.last else None
 
 
 def install() -> Outcome:
-    """Put this launcher around those that Hydra makes from now on."""
+    """Put this launcher around every launcher that Hydra creates from now on."""
     outcome = Outcome()
 
     def instantiate(
@@ -86,8 +86,10 @@ def _require_one(here: World) -> None:
 
 
 class Jobs:
-    """Hydra's config loader, which remembers the job of every configuration that it composes: a sweeper composes all
-    of them to see whether they are legal, and composing takes longer than all that is asked of a finished run.
+    """Hydra's config loader, which remembers the job of every configuration that it composes.
+
+    A sweeper composes all configurations to validate them. To compose takes longer than to read a finished run's
+    result, so it is not done twice.
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
@@ -109,14 +111,14 @@ class Jobs:
         return config
 
     def job(self, overrides: Overrides) -> Job | RunnerError:
-        """The job that some overrides mean, or why there is none."""
+        """The job for these overrides, or the error that they cause."""
         if overrides not in self._known:
             self.load_sweep_config(self._master, [*overrides])
         return self._known.pop(overrides)
 
 
 class _Loader:
-    """Hydra's config loader for the inner launcher. Ray's starts Ray, which takes SIGTERM away, and then composes."""
+    """Hydra's config loader for the inner launcher; installs our signal handlers again, which starting Ray replaces."""
 
     def __init__(self, loader: ConfigLoader) -> None:
         self._loader = loader
@@ -128,11 +130,11 @@ class _Loader:
 
 
 class SweepLauncher(Launcher):
-    """Launches what is not done, with ``inner``, until everything is done or has failed for good."""
+    """Launches the jobs that are not done, with ``inner``, until all are done or have failed for good."""
 
     def __init__(self, inner: Launcher, jobs: Jobs, config: DictConfig, outcome: Outcome) -> None:
         self._inner = inner
-        # One job after the other in this process: a failure is told when it happens, a signal is heeded between two.
+        # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
         self._serial = config.hydra.launcher._target_ == _BASIC
         self._jobs = jobs
         self._sweep = config.sweep
@@ -145,9 +147,9 @@ class SweepLauncher(Launcher):
         """Nothing: the inner one was set up when it was made."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One return for each job, in order. Raises Interrupted after a stop signal.
+        """One return value per job, in order. Raises Interrupted after a stop signal.
 
-        That of a job without an objective is NaN, and it never raises: a sweeper must not end for one job.
+        A job without an objective returns NaN instead of raising, because a sweeper must not end for one job.
         """
         setup_globals()
         overrides = [tuple(one) for one in job_overrides]
@@ -161,7 +163,7 @@ class SweepLauncher(Launcher):
             if startable:
                 found |= self._launch(startable, jobs, found, initial_job_idx)
             elif running:
-                with self._stop.passed_on() if self._stop else nullcontext():  # some may be ours, left behind
+                with self._stop.passed_on() if self._stop else nullcontext():  # some may have been started by us
                     time.sleep(_POLL_SECONDS)
             else:
                 break
@@ -183,7 +185,7 @@ class SweepLauncher(Launcher):
         return found.status in (NEW, CUT) or (found.status == RUNNING and self._steal)
 
     def _settled(self, found: Found) -> Found:
-        """With ``final`` for a run that has failed too often."""
+        """``found``, marked as ``final`` if the run has failed too often."""
         again = self._sweep.retry_failed and found.failures <= self._sweep.max_retries
         return found if found.status != FAILED or again else replace(found, final=True)
 
@@ -213,10 +215,10 @@ class SweepLauncher(Launcher):
     def _run(
         self, batch: list[Overrides], jobs: dict[Overrides, Job | RunnerError], index: int
     ) -> dict[Overrides, BaseException | None]:
-        """Why each job did not end well, if it did not."""
+        """The error of each job, or None."""
         try:
-            returns = self._passed_on(batch, index) if self._stop else self._inner.launch(batch, index)
-        except Exception as error:  # a worker died, or the cluster refused: the storage knows what became of each job
+            returns = self._launch_stoppable(batch, index) if self._stop else self._inner.launch(batch, index)
+        except Exception as error:  # a worker died, or the cluster refused: the storage shows how far each job got
             self._left_behind = True
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
@@ -225,8 +227,8 @@ class SweepLauncher(Launcher):
             for each, one in zip(batch, returns, strict=True)
         }
 
-    def _passed_on(self, batch: list[Overrides], index: int) -> Sequence[JobReturn]:
-        """Launch jobs in other processes, which a stop signal of this one reaches."""
+    def _launch_stoppable(self, batch: list[Overrides], index: int) -> Sequence[JobReturn]:
+        """Launch jobs in other processes, and pass stop signals of this process on to them."""
         assert self._stop
         mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
         with self._stop.passed_on():
@@ -245,16 +247,16 @@ class LauncherError(Exception):
 
 
 def _moved(before: Found, after: Found) -> bool:
-    """Whether some process has begun the run or finished it."""
+    """Whether a process has started or finished the run since ``before``."""
     return after.status == DONE or after.attempts > before.attempts
 
 
 def _concluded(before: Found, after: Found, error: BaseException | None, *, queued: bool) -> Found:
-    """What a run is after its job ended with ``error``, and the storage says that it is ``after``.
+    """The status of a run whose job ended with ``error``, if the storage shows it as ``after``.
 
-    A launcher that ends early says nothing of a single job: it has failed only if it began and came no further. One
-    that did not begin although others did may yet be ``queued``; whichever of it and its successor begins first does
-    the work.
+    An error of the launcher says nothing about a single job. The job has failed only if it started and made no
+    progress. If others of its batch started and it did not, it may still be ``queued`` in the cluster; it is launched
+    again, and whichever job starts first does the work.
     """
     if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
         return after
@@ -273,14 +275,14 @@ def _returned(overrides: Overrides, found: Found) -> JobReturn:
 
 
 class _Failed(JobReturn):
-    """Says of itself that it failed, and does not raise: the error was told, and is no reason to end a sweep."""
+    """A failed job that does not raise when its value is read, because that would end the sweep."""
 
     return_value = math.nan
 
 
 @contextmanager
 def _hydra_config(config: DictConfig) -> Iterator[None]:
-    """Have what refers to Hydra's own configuration find that of this job."""
+    """Within the block, ``HydraConfig`` is that of this job."""
     holder = HydraConfig.instance()
     before, holder.cfg = holder.cfg, None
     holder.set_config(config)

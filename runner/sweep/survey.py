@@ -1,4 +1,4 @@
-"""What the runs of a sweep are to a command, found out before anything is started. Imports no torch."""
+"""The status of the runs of a sweep, found out before anything is started. Does not import torch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ _SHOWN = 20  # runs of one status
 class Found:
     """One run: its status, its last committed step and its objective.
 
-    ``attempts`` is the newest one's number, known of what is not done; ``failures`` is how many of them in a row have
-    failed; ``final`` whether trying again is no use.
+    ``attempts`` is the number of the newest attempt, if the run is not done; ``failures`` is how many of the last
+    attempts failed in a row; ``final``: do not try again.
     """
 
     run: str
@@ -38,7 +38,7 @@ class Found:
 
 
 def look(job: Job) -> Found:
-    """What one run is; a finished one costs one read."""
+    """The status of one run. For a finished run this takes a single read."""
     name = job.directory.name
     try:
         result = job.directory.result(job.identity) or job.open().result
@@ -51,13 +51,13 @@ def look(job: Job) -> Found:
 
 
 def refused(run: str, error: RunnerError) -> Found:
-    """A run that cannot begin, and what the user has to do about it."""
+    """The status of a run that cannot start, because of ``error``."""
     final = isinstance(error, ConfigError | DriftRefused)
     return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status, error=error)
 
 
 def failed(found: Found, error: BaseException) -> Found:
-    """A run that failed just now, and had been ``found`` before it began."""
+    """The status of a run that has just failed, and that was ``found`` before."""
     status = error.status if isinstance(error, RunnerError) else 1
     reason = _line(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {_line(error)}"
     return Found(
