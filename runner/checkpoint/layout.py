@@ -1,6 +1,6 @@
-"""How a tensor is dealt out over ranks: a grid of cells, each of which one rank has, or several alike.
+"""How a tensor is distributed over ranks: a grid of cells, each held by one rank or by several replicas.
 
-The only module that knows torch's distributed tensors; it never imports them: where nobody did, there are none.
+The only module that knows torch's distributed tensors. It never imports them: if nobody else did, there are none.
 """
 
 import sys
@@ -39,7 +39,7 @@ class Box:
         return tuple(slice(at - begin, at - begin + size) for at, size, begin in pairs)
 
     def run(self, outer: "Box") -> int | None:
-        """The element of ``outer`` that is this box's first, if in row-major order all of this box follows it."""
+        """The index in ``outer`` of this box's first element, if the box is contiguous there (row-major), else None."""
         if self == outer:
             return 0
         full, first = True, 0
@@ -54,8 +54,10 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """What this rank has of a tensor of that ``shape``: the ``cell`` of that number of those that ``cuts`` makes, as do
-    ``replicas`` ranks, of which it is number ``replica``. Tensors of a ``group`` are dealt to the same ranks alike.
+    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: the cell number ``cell``.
+
+    ``replicas`` ranks hold the same cell; this rank is number ``replica`` of them. Tensors with an equal ``group`` are
+    distributed in the same way.
     """
 
     local: Tensor
@@ -72,7 +74,7 @@ class Dealt:
 
 
 def deal(tensors: Mapping[str, Any], ranks: Ranks) -> dict[str, Dealt]:
-    """How each tensor is dealt out; plain ones are alike on all ranks. Raises StateError for what cannot be saved."""
+    """How each tensor is distributed; a plain one is replicated. Raises StateError for what cannot be saved."""
     plain: Any = ((), 0, ranks.size, ranks.rank, ())
     found = {}
     for name, tensor in tensors.items():
@@ -88,19 +90,19 @@ def deal(tensors: Mapping[str, Any], ranks: Ranks) -> dict[str, Dealt]:
 
 
 def local(tensor: Any) -> Tensor:
-    """What this rank has of a tensor."""
+    """This rank's part of a tensor; all of a plain one."""
     found: Tensor = tensor._local_tensor.detach() if is_distributed(tensor) else tensor
     return found
 
 
 def is_distributed(tensor: Any) -> bool:
-    """Whether it is a distributed tensor, which knows of ranks by itself."""
+    """Whether it is a distributed tensor (DTensor)."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def rebuilt(local: Tensor, like: Any) -> Tensor:
-    """A distributed tensor with this rank's cell, dealt out as ``like`` is."""
+    """A distributed tensor made of this rank's cell, distributed like ``like``."""
     found: Tensor = type(like).from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -126,7 +128,7 @@ def cells(cuts: Cuts) -> int:
 
 
 def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int, Box, Box]]:
-    """The cells that share elements with a box of a tensor of that shape: number, cell, and what they share."""
+    """The cells that overlap a box of a tensor of that shape, as (number, cell, overlap)."""
     if 0 in box.shape:
         return
     if not cuts:

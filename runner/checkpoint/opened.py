@@ -1,4 +1,4 @@
-"""What is committed, as it is read again: a manifest that can be true, and the state behind it."""
+"""An opened checkpoint: a manifest that passed all plausibility checks, and the state that it describes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class Checkpoint:
         return self.id.step
 
     def load(self, part: str, *, like: Any = None) -> Any:
-        """The state dict of one part; of one that each rank had to itself this rank's, or that of rank 0 where there
-        was no such rank. Where the state ``like`` it has a distributed tensor, so has the loaded one.
+        """The state dict of one part; if it differs between ranks, this rank's, or rank 0's if there was no such rank.
+        Where the state ``like`` has a distributed tensor, the loaded state has one, too.
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """

@@ -1,6 +1,6 @@
-"""Boxes of tensors out of data files: just the blocks that hold them, in parallel, straight into their places.
+"""Reads boxes of tensors from data files: only the blocks that contain them, in parallel, directly into the tensors.
 
-Nothing is handed out before the digest of every block that it came from has matched.
+No tensor is returned before the digests of all blocks that it came from have matched.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ _READERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor of a shelf, whose files begin with number ``first`` of all files."""
+    """A tensor of a shelf. ``first`` is the number of the shelf's first file among all files."""
 
     shelf: Shelf
     name: str
@@ -31,7 +31,7 @@ class Place:
 
 
 class _Source(NamedTuple):
-    """A cell that shares elements with a box: its file, where in that the tensor begins, and what they share."""
+    """A cell that overlaps a box: its file, where the tensor begins in it, and the overlap."""
 
     file: str
     begin: int
@@ -41,7 +41,7 @@ class _Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Pieces of memory for some of a block, each with its place in it; what lies between is read and left."""
+    """A block to be read, and the memory for parts of it, by offset. The rest is read, too, for the digest."""
 
     file: str
     number: int

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: a pure function of what is known of those that are there."""
+"""Which checkpoints are kept: a pure function of what is known about the existing ones."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from runner.checkpoint.manifest import CommitId
 
-LEAST = 2  # verified commits that survive, whatever is asked: the loss of any one object must leave a checkpoint
+LEAST = 2  # verified commits that are always kept, so that the loss of any one object leaves a checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Retention:
         return self.every_steps is not None and step % self.every_steps == 0
 
     def kept(self, commits: Iterable[Kept]) -> set[CommitId]:
-        """Those that stay: never fewer than two verified ones, and everything where there are fewer."""
+        """The commits to keep: at least two verified ones, and all if there are fewer."""
         return {*self.reasons(commits)}
 
     def reasons(self, commits: Iterable[Kept]) -> dict[CommitId, str]:
-        """Those that stay, the newest first, each with the reason in a few words."""
+        """The commits to keep, the newest first, each with the reason in a few words."""
         newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
         best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
         found: dict[CommitId, str] = {}

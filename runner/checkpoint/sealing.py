@@ -1,8 +1,8 @@
-"""What a manifest is sealed with and what tensors are digested with: with a key or without one.
+"""The seal (checksum) of manifests and the digests of tensors, with or without a secret key.
 
-Without a key both find damage and prove no authorship: whoever can write to the storage can seal anything. With a key
-in ``HYDRA_RUNNER_SEALING_KEY`` only its holders can, and nothing that was sealed without it, or with another one, is
-accepted. The key is read here and nowhere else, and it is neither stored nor printed.
+Without a key they detect damage but prove no authorship: anyone who can write to the storage can make them. With a key
+in ``HYDRA_RUNNER_SEALING_KEY`` only its holders can, and manifests sealed without it, or with another key, are refused.
+Only this module reads the key; it is neither stored nor printed.
 """
 
 import hmac

@@ -1,8 +1,8 @@
-"""Where the tensors of a checkpoint lie: shelves of tensors that are cut alike, and who writes which of their files.
+"""Where the tensors of a checkpoint are stored: on *shelves*, whose tensors are divided alike; and who writes what.
 
-A shelf has one file for each cell of its tensors, and in every file the tensors follow each other in the same order. So
-a place needs no numbers of its own: cells neither overlap nor leave a gap, whoever wrote the manifest, and what it says
-of a run of a thousand ranks grows with the tensors and with the files, not with their product.
+A shelf has one file per cell, and every file contains the tensors in the same order. So a manifest need not store
+offsets, which could overlap or leave gaps in a hostile one, and its size grows with the number of tensors plus the
+number of files, not with their product.
 """
 
 import heapq
@@ -19,7 +19,7 @@ from runner.checkpoint.tensors import Damaged, Kind, in_order, memory_key
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """Tensors in the order in which each of the files of their cells has them."""
+    """Tensors that are divided alike, in the order in which each of the shelf's files contains them."""
 
     cuts: Cuts
     tensors: dict[str, Kind]
@@ -67,10 +67,10 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who writes what, which every rank works out alike.
+    """Which rank writes what. Every rank computes the same plan.
 
-    ``mine`` is this rank's cell of each shelf of which it writes one; ``own`` is a shelf that no other rank knows of.
-    ``same`` are names of tensors that are stored under another one.
+    ``mine``: shelf number -> the cell that this rank writes. ``own``: tensors that only this rank has. ``same``: names
+    of tensors that are stored under another name.
     """
 
     shelves: tuple[Shelf, ...]

@@ -1,4 +1,4 @@
-"""The state at a step on its way to the storage: what each rank writes and tells of it, and the manifest of all."""
+"""The state at a step on its way to the storage: what each rank writes, reports, and the manifest of all of it."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Copies of the state in host memory that is used again and again: the only part of saving that training waits for."""
+"""Copies of the state in reused host memory: the only part of saving for which training waits."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""Parts <-> committed checkpoints under a location. No policy of when, no training.
+"""Saves and opens the checkpoints of a run. Knows nothing of when to save, or of training.
 
-The invariants, on which every resume rests: a manifest names only objects whose puts returned before it was written; no
-object is written twice; bytes are handed out only after their digest matched; removal takes the manifest first.
+The invariants on which every resume relies: a manifest names only objects whose puts returned before it was written; no
+object is written twice; bytes are used only after their digest matched; removal begins with the manifest.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -25,9 +25,9 @@ from runner.storage.location import Location
 class CheckpointStore:
     """The checkpoints of one run.
 
-    Among several ranks ``commit`` is called by all, ``open`` and what it gives by those that are named to it; all else
-    is done by rank 0 alone. ``damaged`` are commits that were found unusable, ``verified`` those that this process made
-    or read in full.
+    All ranks call ``commit``; the ranks that are passed to ``open`` call it and the methods of its result; only rank 0
+    calls the other methods. ``damaged``: commits found unusable. ``verified``: commits that this process made or read
+    in full.
     """
 
     def __init__(self, location: Location, ranks: Ranks = ALONE) -> None:

@@ -1,6 +1,6 @@
-"""One thread that writes while training goes on: one job at a time, and at most one waits.
+"""The thread that writes checkpoints during training: one job at a time, and at most one more is waiting.
 
-Where several ranks write, the first chooses among the jobs that wait, and the others follow.
+If several ranks write, rank 0 chooses the next job, and the others follow.
 """
 
 import threading
@@ -75,10 +75,10 @@ class Writer(Generic[Job]):
 
 
 class Follower(Generic[Job]):
-    """Does in the background the jobs that another rank begins; ``begun`` waits for the number of the next one.
+    """Does jobs in the background when rank 0 begins them; ``begun`` waits for the number of the next one.
 
-    A job that raised waits to be taken back: whoever chooses knows of it. What ``begun`` raises ends it, and is raised
-    where its jobs are waited for.
+    A job that raised is kept until it is taken back, as rank 0 orders. An error of ``begun`` ends the thread, and is
+    raised by the methods that wait.
     """
 
     def __init__(self, work: Callable[[Job], None], begun: Callable[[], int]) -> None:

@@ -1,1 +1,1 @@
-"""The schema of a configuration, and which half of it says what is computed."""
+"""The schema of the configuration, and which half of it determines what is computed."""

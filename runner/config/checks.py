@@ -1,4 +1,4 @@
-"""What types cannot say about a configuration."""
+"""Checks of a configuration that its types cannot express."""
 
 import re
 from dataclasses import fields
@@ -79,7 +79,7 @@ def _check_values(config: DictConfig) -> None:
 
 
 def literal_secret(options: DictConfig) -> str | None:
-    """The first key that looks like that of a secret and has it in plain sight instead of ``${oc.env:NAME}``."""
+    """The first key that looks like a secret's and has a literal value instead of ``${oc.env:NAME}``."""
     for key in map(str, options):
         if OmegaConf.is_dict(options._get_node(key)):
             inner = literal_secret(options[key])

@@ -1,6 +1,6 @@
-"""The two halves of a configuration, and the name that its identity half gives a run.
+"""The half of a configuration that determines what is computed (its *identity*), and the run's name made from it.
 
-Hydra is imported where it is needed: who only looks at runs does without, and starts in half the time.
+Hydra is imported only in functions, because commands that look at runs do not need it and start faster without.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# What is computed. Every other key says how it is executed and may differ between the attempts of a run.
+# Keys that determine what is computed. All others say how, and may differ between the attempts of a run.
 IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-# What a run begins from: recorded by the run itself (run.json), and as much a part of its name.
+# What a run starts from: recorded in run.json, and a part of its name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+~-]")
@@ -31,8 +31,8 @@ def identity(config: "DictConfig") -> dict[str, Any]:
 def variant(overrides: Sequence[str]) -> str:
     """The readable name of a run: the overrides of its identity and origin, sorted; ``base`` when there are none.
 
-    The same values give the same name however they are spelt (``1e-2``, ``0.010``). Unsafe characters become ``_``
-    and a long name is cut; a digest then keeps different runs apart. What a sweep goes over is named as it is spelt.
+    Equal values give equal names (``1e-2``, ``0.010``). Unsafe characters become ``_``, and a long name is cut; in both
+    cases a digest is added, so that different runs have different names.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -50,12 +50,12 @@ def variant(overrides: Sequence[str]) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can name a run as it is."""
+    """Whether a text is usable as the name of a run without changes."""
     return bool(text) and not _UNSAFE.search(text) and text[0] not in ".-" and len(text) <= _LONGEST
 
 
 def digest(value: object) -> str:
-    """Eight hex digits that tell plain values apart."""
+    """Eight hex digits of a hash of plain values."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 

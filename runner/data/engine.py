@@ -1,6 +1,6 @@
-"""The door to the loader that moves batches from workers: torchdata's StatefulDataLoader, whose state is not used here.
+"""The only user of torchdata's StatefulDataLoader, which moves batches from workers; its state is not used here.
 
-The stream's own state is a position, so a plain ``torch.utils.data.DataLoader`` yields the same bytes (a test says so).
+The state is the stream's position, so a plain ``torch.utils.data.DataLoader`` yields the same bytes (tested).
 """
 
 import atexit
@@ -38,9 +38,9 @@ class Loading:
 
 
 class Loader:
-    """Iterates over the slices it is given, in their order; workers live as long as the loader.
+    """Iterates over the batches of the given slices, in order. Workers live as long as the loader.
 
-    With ``probe`` the first that comes is what a worker makes of it: the digests of some samples.
+    With ``probe`` the first item is a worker's answer to it: the digests of some samples.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class _Probed(Dataset[Any]):
 
 @contextmanager
 def sendable(start_method: str | None) -> Iterator[None]:
-    """Turn what goes wrong when a data set is sent to new processes into a DataError that says what to do."""
+    """Within the block, an error in pickling a data set for new processes becomes a DataError with a remedy."""
     try:
         yield
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -102,7 +102,7 @@ def sendable(start_method: str | None) -> Iterator[None]:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Without warnings that a user can do nothing about."""
+    """Within the block, suppress warnings that a user cannot avoid."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # three times over
@@ -110,7 +110,7 @@ def without_noise() -> Iterator[None]:
 
 
 def start_worker(number: int) -> None:
-    """What a data worker does first."""
+    """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
 
 
@@ -128,8 +128,8 @@ _running: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """After an error the interpreter may end with loaders still alive. Their workers ignore SIGTERM, by which
-    multiprocessing would then end them and wait for ever.
+    """End workers of loaders that are still alive at exit, as after an error. They ignore SIGTERM, so multiprocessing
+    would wait for them for ever.
     """
     for iterator in [*_running]:
         iterator._shutdown_workers()

@@ -1,4 +1,4 @@
-"""From positions to a batch as a pure function: the same in a worker or in this process, now or after a resume."""
+"""From positions to a batch, as a pure function: the same in a worker or here, now or after a resume."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ SUBSTITUTES = 8  # tried for one bad record
 
 
 class Samples(Protocol):
-    """A map-style data set.
+    """A map-style data set. Optional attributes:
 
-    It may also have ``counts`` (so many samples in each, in order of index: they are then read nearly in sequence, and
-    ``hold(windows, window)`` says how many are read in turn), ``lengths`` (tokens of each sample, for
-    ``data.max_tokens``), ``fingerprint`` (a text that changes with the data) and ``locate(index)`` (where a sample
-    lies, for messages).
+    ``counts``: samples per shard, in order of index; shards are then read almost sequentially, and ``hold(windows,
+    window)`` tells the data set how many windows of samples are read in turn. ``lengths``: tokens per sample, for
+    ``data.max_tokens``. ``fingerprint``: a text that changes with the data. ``locate(index)``: where a sample is
+    stored, for messages.
     """
 
     def __len__(self) -> int: ...
@@ -65,10 +65,10 @@ class Fetched(NamedTuple):
 class Fetcher(Dataset[Fetched]):
     """Maps slices of positions to batches.
 
-    Each sample is drawn with python's, numpy's and torch's generators seeded from its position
-    (``randomness=sample``), or the whole batch is (``batch``), or none (``off``); collating has a seed of its own.
-    ``label`` keeps training and evaluation apart. With ``substitute`` another sample, a pure function of the position,
-    takes the place of one that cannot be read.
+    Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
+    before each batch (``batch``), or never (``off``), and once more before collating. ``label`` gives training and
+    evaluation different seeds. With ``substitute`` a sample that cannot be read is replaced by another, which is a pure
+    function of the position.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Fetcher(Dataset[Fetched]):
             seed_all(self._key("batch", piece))
             return self._drawn(piece, _seed_nothing)
         if self._torch_suffices:
-            # Seeding python's and numpy's generators is most of what seeding costs, and few data sets use them. So they
-            # are left alone; where they then turn out to have been used, the samples are drawn again.
+            # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
+            # seed only torch's; if the others turn out to have been used, draw the samples again.
             mark = self._key("mark", piece)
             untouched = peek(mark)
             seed_others(mark)
@@ -164,7 +164,7 @@ class Fetcher(Dataset[Fetched]):
         return indices, keys, digest_words(epoch * self.plan.epoch_size + places, indices)
 
     def _instead(self, position: int, index: int, key: int, seed: Callable[[int], object], error: Exception) -> Any:
-        """The sample in place of one that cannot be read. Raises _Unreadable if there is to be none."""
+        """The sample in place of one that cannot be read. Raises _Unreadable if there is none."""
         where, why = location(self.samples, index), _told(error)
         if self.substitute:
             for attempt in range(SUBSTITUTES):
@@ -183,14 +183,14 @@ class Fetcher(Dataset[Fetched]):
 
 
 class _Unreadable(Exception):
-    """A bad record without a substitute; travels to the training process as a value, not as a worker's traceback."""
+    """A bad record without a substitute; sent to the training process as a value instead of a worker's traceback."""
 
     def __init__(self, bad: Bad) -> None:
         self.bad = bad
 
 
 def location(samples: Samples, index: int) -> str:
-    """Where a sample lies, as far as its data set can tell."""
+    """Where a sample is stored, if its data set can tell, else its index."""
     locate = getattr(samples, "locate", None)
     return str(locate(index)) if locate is not None else f"sample {index}"
 

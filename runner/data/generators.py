@@ -1,4 +1,4 @@
-"""The global generators and threads of whoever makes samples: a worker process has its own, this process lends its."""
+"""The global random generators and the number of threads while samples are made, in a worker or in this process."""
 
 import random
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _OWN = np.random.MT19937(0)
 
 @contextmanager
 def isolated(*, draws: bool) -> Iterator[None]:
-    """Make samples as a worker process does; what they draw from the generators of this one leaves no trace."""
+    """Within the block, make samples as a worker process does, and leave this process's generators unchanged."""
     if get_worker_info() is not None:
         yield
         return
@@ -35,7 +35,7 @@ def seed_others(key: int) -> None:
 
 
 def peek(key: int | None = None) -> tuple[int, bytes]:
-    """What python's and numpy's generators give next, as they are or seeded with ``key``."""
+    """The next numbers of python's and numpy's generators, after seeding them with ``key`` if it is given."""
     if key is not None:
         seed_others(key)
     return random.getrandbits(64), np.random.bytes(8)
@@ -43,7 +43,7 @@ def peek(key: int | None = None) -> tuple[int, bytes]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As in a worker process: float sums depend on the number of threads."""
+    """One torch thread, as in a worker process, because float sums depend on the number of threads."""
     threads = torch.get_num_threads()
     if threads != 1:  # setting it costs the convolutions that follow some per cent, even to what it was
         torch.set_num_threads(1)
@@ -56,10 +56,10 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def private_generators() -> Iterator[None]:
-    """Own global generators, which a worker process has anyway."""
+    """Separate global generators within the block, restored afterwards."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
     generator = get_bit_generator()
-    set_bit_generator(_OWN)  # to set the state of the other one afterwards would take 60 us
+    set_bit_generator(_OWN)  # faster by 60 us than to restore the state of the old one
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Passes over evaluation data, which leave no trace."""
+"""Passes over evaluation data, which change neither data position nor global generators."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +16,10 @@ from runner.errors import DataError
 
 
 class EvaluationData:
-    """All samples of a data set once, in order, with fixed randomness; touches neither cursor nor global generators.
+    """Iterates over all samples of a data set once, in order, with fixed randomness.
 
-    Batches go round the processes. So that all have equally many, the last round is padded: a process without samples
-    of its own gets some that have weight zero.
+    Batches are dealt to the processes in turn. If there is none left for a process in the last round, it gets a batch
+    with weight zero, so that all processes have equally many.
     """
 
     def __init__(

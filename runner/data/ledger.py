@@ -1,11 +1,11 @@
-"""What was trained on, step by step: the evidence for "every sample exactly once".
+"""The record of which samples every step was trained on: the evidence for "every sample exactly once".
 
     ledger/plan-0123456789abcdef.json      from which the order of the samples follows (``Plan.recipe``)
     ledger/s000000100-a000002.txt          what attempt 2 did after step 100, a line per step
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>instead`` for
-every sample that could not be read. Nothing is ever taken back: the lines of steps that a kill undid stay beside those
-that were done again, and both must agree.
+every sample that could not be read. Nothing is ever removed: if a step is repeated after a kill, both lines stay, and
+they must be equal.
 """
 
 import json
@@ -29,7 +29,7 @@ _LARGEST = 1 << 30  # samples in a step
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One step: its positions from ``first`` to ``last``, and which samples stood there."""
+    """One step: its positions from ``first`` to ``last``, and a digest of the samples there."""
 
     step: int
     first: int
@@ -57,7 +57,7 @@ class Segment:
 
 
 class Ledger:
-    """Writes the lines of one attempt, and compares them with those of the attempts before it."""
+    """Writes the lines of one attempt, and compares them with those of earlier attempts."""
 
     def __init__(self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int) -> None:
         self._location = location
@@ -81,7 +81,7 @@ class Ledger:
         self._begin(step)
 
     def add(self, line: Line) -> None:
-        """Note a step. Raises DataError if an earlier attempt did it with other samples."""
+        """Record a step. Raises DataError if an earlier attempt did it with other samples."""
         if self._before:
             self._compare(line)
         text = f"{line}\n".encode()

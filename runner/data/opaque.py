@@ -1,4 +1,4 @@
-"""Training on a user's own iterable: only its own state says where it is, which is weaker than a position."""
+"""Training on a user's iterable, which resumes by its own state: a weaker guarantee than for map-style data."""
 
 import logging
 import multiprocessing
@@ -27,10 +27,10 @@ _log = logging.getLogger("runner")
 class OpaqueStream:
     """Training batches of an iterable data set, resumed by its own state: a weaker guarantee, said at start.
 
-    The state is that of the last finished step, however far workers have read ahead. ``advance`` reads the next batch,
-    because nothing else tells whether a pass has ended.
+    The state is that after the last finished step, however far workers have read ahead. ``advance`` reads one batch
+    ahead, because there is no other way to find out whether a pass has ended.
 
-    ``replay`` ignores that state, or does without: a resume reads the current pass again, up to where it was.
+    With ``replay`` the iterable needs no state: a resume reads the current pass again, up to where it was.
 
     Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
     After ``IterableDataset.shuffle`` it leaves the buffer out, so that a resume loses and repeats samples, and with

@@ -1,8 +1,8 @@
 """The batches of a user's iterable, pass after pass, made where the iterable lives: in a worker or in this process.
 
-A state of the user's is loaded only where it was taken in the middle of a pass, between two samples: at the ends of a
-pass, the state of many data sets belongs to the pass before, or to none. Up to a batch of samples is read again
-instead. Where there is no state, the whole pass is.
+The user's state is loaded only if it was taken inside a pass, between two samples: at the begin and end of a pass the
+state of many data sets is wrong. So up to a batch of samples is read again after a resume; without a state, the whole
+pass up to there.
 """
 
 import traceback

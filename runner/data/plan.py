@@ -1,5 +1,5 @@
-"""Which positions make which batch, and which sample stands where: all that the stream of samples depends on beside the
-data itself.
+"""Which sample is at which position, and which positions form a batch: all that the sample stream depends on besides
+the data itself.
 """
 
 import zlib
@@ -19,7 +19,7 @@ from runner.distributed.world import World
 from runner.errors import DataError
 from runner.seeds import derive
 
-_MOST_BYTES = 1 << 29  # of a list of numbers unpacked; a stored plan is a stranger's, and a few bytes can mean many
+_MOST_BYTES = 1 << 29  # of an unpacked list: a stored plan may be hostile, and a few bytes can expand to many
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of a mixture: its samples, how they lie in shards, and how many of a block's positions are its."""
+    """One source of a mixture: its number of samples, its share of a block's positions, and its samples per shard."""
 
     samples: int
     share: int
@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that decides which sample stands where.
+    """Everything that determines which sample is at which position.
 
     Position q lies in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions in equal slices,
     ``micro_batches`` for each of the ``world.size`` processes: slice k of a step is that of rank ``k % world.size``.
@@ -147,18 +147,18 @@ class Plan:
         return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """What must not change while a run lives; lists of numbers by their digest. Under ``carry`` that leaves out how
-        positions are grouped into batches.
+        """What must not change during a run, with digests in place of long lists. With ``tail=carry`` the batch size
+        may change, so it is left out.
         """
         return self._described(_digest)
 
     def recipe(self) -> dict[str, Any]:
-        """The same with the lists themselves, compressed; ``Plan.of`` makes the order of the samples from it again."""
+        """The same with the lists themselves, compressed; ``Plan.of`` reconstructs the order of samples from it."""
         return self._described(_packed)
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> "Plan":
-        """A plan with the order of a recipe; how it groups positions into batches may be another."""
+        """A plan with the same order of samples as a recipe's; its batches may differ."""
         values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
         values.pop("slices_per_step", None)
         for name in ("shards", "lengths"):
@@ -226,7 +226,7 @@ def _packed(numbers: tuple[int, ...]) -> str:
 
 
 def _unpacked(text: str | None) -> tuple[int, ...]:
-    """Raises ValueError for a text that is nothing packed, or that unpacks to more than a list of samples may have."""
+    """The numbers in a packed text. Raises ValueError for any other text, and for too many numbers."""
     if not text:
         return ()
     unpacker = zlib.decompressobj()

@@ -1,8 +1,8 @@
-"""A look at a few samples before training: what they are (to refuse other data under the same name), and whether a
-position alone decides them.
+"""Checks of a few samples before training: whether they are those of earlier attempts, and whether a sample depends on
+its position alone.
 
-Draws each sample twice, the second time in the other order, and once more in a data worker. Hidden generators, call
-counters and anything else that remembers show at once; what needs more than a few calls to show does not.
+Draws each sample twice, the second time in reverse order, and once more in a data worker. That shows hidden generators,
+call counters and other hidden state; what changes only after more than a few calls is not found.
 """
 
 import pickle
@@ -41,14 +41,12 @@ def indices(size: int) -> tuple[int, ...]:
 
 
 def digests(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[str]:
-    """For every sample, drawn with a seed of that label, what distinguishes it from any other, bit for bit; for one
-    that cannot be read, its error.
-    """
+    """A digest of each chosen sample, drawn with a seed for ``label``; of its error if it cannot be read."""
     return [_digest(row) for row in _rows(fetcher, chosen, label=label)]
 
 
 def sketch(fetcher: Fetcher) -> Sketch:
-    """What a few samples look like, for a later attempt to compare its own with. Plain values, a few hundred bytes."""
+    """A description of a few samples, which a later attempt compares with its own. Plain values, some hundred bytes."""
     chosen = indices(len(fetcher.samples))
     return {
         str(index): [_described(path, value) for path, value in islice(leaves(row), _VALUES)]
@@ -58,7 +56,7 @@ def sketch(fetcher: Fetcher) -> Sketch:
 
 
 def differences(then: Sketch, now: Sketch) -> list[str]:
-    """What changed, in words; floats are compared with a tolerance."""
+    """What differs between two sketches, in words. Floats are compared with a tolerance."""
     found = []
     for index in then.keys() & now.keys():
         for old, new in zip(then[index], now[index], strict=False):
@@ -70,7 +68,7 @@ def differences(then: Sketch, now: Sketch) -> list[str]:
 
 
 def require_pure(fetcher: Fetcher) -> list[str]:
-    """The digests of the probed samples, found the same twice. Raises DataError for samples that are not."""
+    """The digests of the probed samples. Raises DataError if a sample differs when it is drawn again."""
     chosen = indices(len(fetcher.samples))
     first = digests(fetcher, chosen)
     again = digests(fetcher, chosen[::-1])[::-1]
@@ -94,7 +92,7 @@ def require_pure(fetcher: Fetcher) -> list[str]:
 
 
 def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], there: Sequence[str]) -> None:
-    """Raises DataError if a data worker found other samples than this process."""
+    """Raise DataError if a data worker found other samples than this process."""
     other = _first_unequal(fetcher, here, there)
     if other:
         raise DataError(

@@ -1,8 +1,8 @@
-"""What a ledger proves: for every epoch how many samples were seen, repeated and missed, and that steps which kills
-undid were done again with the same samples.
+"""What a ledger proves: how many samples of every epoch were seen, repeated and missed, and whether repeated steps had
+the same samples as before.
 
-The order of the samples is made again from the stored plan. A line counts as evidence for the samples at its positions
-if their digest is the one that it holds.
+The order of the samples is reconstructed from the stored plan. A line counts only if its digest is that of the samples
+at its positions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Endless training batches with a cursor that moves when a step is done."""
+"""An endless stream of training batches, whose position moves when a step is done."""
 
 import logging
 import time
@@ -20,8 +20,8 @@ _TOLD = 20  # bad records that are logged; the rest is counted
 
 
 class Read(NamedTuple):
-    """The samples of a step: 64 bits of which they are, which add up over processes, and those that took the place of
-    others, as the ledger has them.
+    """The samples of a step: a 64-bit digest, which adds up over processes, and substituted samples, in the format of
+    the ledger.
     """
 
     digest: int
@@ -29,11 +29,11 @@ class Read(NamedTuple):
 
 
 class Stream(Protocol):
-    """Training data as a part of the state. Nothing holds a batch uncounted: ``consumed`` moves in ``advance``, after
-    the optimizer step, however far workers have read ahead.
+    """Training data as a part of the state. ``consumed`` counts samples of finished steps: it moves in ``advance``,
+    after the optimizer step, however far workers have read ahead.
 
-    ``waited`` is the time spent in waiting for batches (seconds); ``epochs`` are whole epochs consumed, and
-    ``epochs_before`` those before the last finished step. ``guarantee`` is what holds for the samples, for people.
+    ``waited``: seconds spent waiting for batches. ``epochs``: whole epochs consumed; ``epochs_before``: the same before
+    the last finished step. ``guarantee``: what holds for the samples, in words.
     """
 
     consumed: int

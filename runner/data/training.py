@@ -1,4 +1,4 @@
-"""From a configuration and a data set to the stream of training batches: which tier it is, and on what plan."""
+"""From a configuration and a data set to the stream of training batches."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ log = logging.getLogger("runner")
 def training_data(
     config: Config, samples: Any, loading: Loading, device: torch.device, collate: Collate | None, world: World
 ) -> tuple[Stream, Plan | None]:
-    """The stream of ``data.train``, and its plan if positions say which sample comes next. Raises DataError."""
+    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError, ConfigError."""
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         _require_one(world, samples)
@@ -59,7 +59,7 @@ def training_data(
 
 
 def plan_of(config: Config, samples: Samples, world: World) -> Plan:
-    """The plan of the configuration for these samples, in that world. Raises DataError, ConfigError."""
+    """The plan for these samples and that number of processes. Raises DataError, ConfigError."""
     data = config.data
     in_streams = data.streams.count > 0 and data.shuffle
     shards = _shards(samples) if in_streams else ()
@@ -88,8 +88,8 @@ def plan_of(config: Config, samples: Samples, world: World) -> Plan:
 
 
 def _micro_batches(config: Config, world: World) -> int:
-    """How many each process takes in a step, so that the step stays what it is: the same samples, and none of the
-    micro-batches larger than in one process. Raises ConfigError for a world among which it cannot be shared out.
+    """Micro-batches per process and step, such that a step has the same samples as with one process, and no micro-batch
+    is larger. Raises ConfigError for a number of processes that does not divide the step.
     """
     size, wanted = config.data.batch_size, config.trainer.accumulate
     if world.size == 1:
@@ -144,7 +144,7 @@ def _lengths(samples: Any) -> tuple[int, ...]:
 
 
 def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
-    """As many workers as can each have streams of their own; and tell the data set how much is read in turn."""
+    """Reduce the number of workers so that no two read the same streams; tell the data set how much to hold."""
     assert plan.streams is not None
     count, wanted, world_size = plan.streams.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order: each worker reads all of them

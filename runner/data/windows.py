@@ -1,4 +1,4 @@
-"""An order that reads shards nearly in sequence and is still a pure function of the position.
+"""An order that reads shards almost sequentially and is still a pure function of the position.
 
 In every epoch the shards are joined in an order of their own and cut into ``count`` streams of equal length. A window
 of ``window`` samples of a stream is permuted as a whole, so that a reader needs no more than one window of each stream

@@ -1,4 +1,4 @@
-"""What small grey images have in common."""
+"""Small grey images with labels, in memory."""
 
 import torch
 from torch import Tensor

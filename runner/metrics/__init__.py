@@ -1,1 +1,1 @@
-"""Where scalars go: lines of JSON that follow the lineage exactly, and TensorBoard's event files."""
+"""Writers of metrics: lines of JSON, each step once, and TensorBoard's event files."""

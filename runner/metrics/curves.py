@@ -6,12 +6,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from runner.storage.location import Folder
 
-_FULL = 4 << 20  # bytes after which a new file is begun, because a file is brought to a remote location whole
-_SCALAR = 64  # bytes that a point takes, about
+_FULL = 4 << 20  # bytes after which a new file is begun, because each sync uploads a file as a whole
+_SCALAR = 64  # approximate bytes of a point
 
 
 class Curves:
-    """Writes scalars and texts from step ``purge_step`` on; what older attempts wrote there is taken back."""
+    """Writes scalars and texts from ``purge_step`` on, and makes TensorBoard hide what older attempts wrote there."""
 
     def __init__(self, folder: Folder, *, purge_step: int, attempt: int) -> None:
         self._folder = folder
@@ -35,7 +35,7 @@ class Curves:
             self._writer = self._begin(None)
 
     def flush(self) -> None:
-        """Everything so far survives the death of this process. May run beside ``add``, once at a time."""
+        """Make everything so far durable. One thread may call this while another calls ``add``."""
         self._writer.flush()
         self._folder.sync()
 

@@ -1,9 +1,10 @@
-"""Scalars as lines of JSON, true to the lineage: no line of a step that a resume discarded.
+"""Metrics as lines of JSON, each step once: a resume removes the lines of steps that it repeats.
 
     metrics/s000000000-a000001.jsonl     {"step": 10, "train/loss": 0.3, "time/step": 0.002}
 
-A segment is written whole before each commit, which records how far it reached; a resume cuts everything after that.
-Read in order of name, the files give every (step, tag) once. What depends on the clock stands under ``time/``.
+A segment (file) is written as a whole before each commit, and the commit records its length; a resume cuts off
+everything after that. The files in the order of their names contain every (step, tag) once. Metrics that depend on the
+clock have names that begin with ``time/``.
 """
 
 import json
@@ -23,7 +24,7 @@ _LIMIT = 1 << 30
 
 
 class MetricLines:
-    """Appends to the curves of one run, as one attempt."""
+    """Appends to the metrics of one run, for one attempt."""
 
     def __init__(self, location: Location, *, attempt: int) -> None:
         self._location = location
@@ -31,7 +32,7 @@ class MetricLines:
         self._segments: deque[_Segment] = deque()  # the last one grows; those before it wait for their flush
 
     def open(self, step: int, end: Mapping[str, Any] | None) -> None:
-        """Go on after ``step``; ``end`` is what ``mark`` returned for the commit resumed from, if there is one."""
+        """Continue after ``step``. ``end`` is what ``mark`` returned for the commit that was resumed from, if any."""
         last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
             found = _key(entry.name)
@@ -41,14 +42,14 @@ class MetricLines:
         self._begin(step)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line; in memory until ``flush``. What is not finite becomes null."""
+        """Add a line, in memory until ``flush``. NaN and infinity become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         self._segments[-1].lines.append(line)
         self._segments[-1].size += len(line)
 
     def mark(self, step: int) -> dict[str, Any]:
-        """The end of the curves, for the commit at ``step``; ``flush`` in any thread makes them durable."""
+        """The current end, to be stored in the commit at ``step``; ``flush`` must make the lines durable before it."""
         segment = self._segments[-1]
         end = {"segment": segment.name, "lines": len(segment.lines)}
         if segment.size > _FULL:
@@ -56,7 +57,7 @@ class MetricLines:
         return end
 
     def flush(self) -> None:
-        """Make everything that was marked durable. May run beside ``add``, once at a time."""
+        """Make everything up to the last ``mark`` durable. One thread may call this while another calls ``add``."""
         while True:
             segment, full = self._segments[0], len(self._segments) > 1
             lines = segment.lines[:]
@@ -95,7 +96,7 @@ def read(location: Location) -> Iterator[dict[str, Any]]:
 
 
 def curve(location: Location, tag: str) -> list[tuple[int, float | None]]:
-    """One scalar over the steps, in order; None where it was not finite. Lines without it are not parsed."""
+    """One metric over the steps; None where it was not finite. Lines without it are not parsed, which is faster."""
     quoted = json.dumps(tag).encode()
     found = (json.loads(line) for line in _lines(location) if quoted in line)
     return [(line["step"], line[tag]) for line in found if tag in line]

@@ -1,4 +1,4 @@
-"""The verdict over what a run was trained on, from its ledger."""
+"""Whether a run used every sample exactly once per epoch, from its ledger."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from runner.run.directory import RunDirectory
 from runner.run.parent import Origin
 from runner.runs import screen
 
-# What comes of numbers that no plan has: the ledger may be a stranger's, or damaged.
+# Errors that invalid numbers cause: the ledger may be damaged, or written by anyone.
 _UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
-    """The proof, and it as plain values. Raises ConfigError for a run without a ledger."""
+    """The proof, and the same as plain values. Raises ConfigError for a run without a ledger."""
     location = directory.location
     segments = ledger.segments(location)
     if not segments:
@@ -59,9 +59,7 @@ def text(found: Mapping[str, Any]) -> str:
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
         told.append(screen.table(found["epochs"], columns))
     else:
-        told.append(
-            "The data is an iterable, which alone knows what it gave: nothing is said of samples seen or missed."
-        )
+        told.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = found["again"].values()
     told.append(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
     told += map(printable, found["damaged"])  # no problem where those steps were done again

@@ -1,4 +1,4 @@
-"""The runs under a root side by side: the parameters in which they differ, and what came of it."""
+"""The runs under a root side by side: the parameters in which they differ, and their objectives."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,14 @@ class Goal:
     mode: str
 
     def rank(self, value: float) -> float:
-        """A number that is the smaller the better the value is."""
+        """A sort key: smaller is better."""
         return -value if self.mode == "max" else value
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One run: its line, whose objective is the best until now where the run is not finished, its parameters by dotted
-    key, and its objective over the steps.
+    """One run: its overview (with the best objective so far if it is not finished), its parameters by dotted key, and
+    its objective over the steps.
     """
 
     line: Overview
@@ -43,9 +43,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs, the best first by ``goal``, which most of them have; then those that cannot be compared by it.
+    """Runs sorted by ``goal``, the objective that most of them have, the best first; then runs without a value for it.
 
-    ``swept`` are the parameters in which they differ.
+    ``swept`` are the parameters in which the runs differ.
     """
 
     root: str
@@ -54,7 +54,7 @@ class Comparison:
     runs: Sequence[Candidate]
 
     def ranked(self) -> list[Candidate]:
-        """Those that have a value of the goal."""
+        """The runs that have a value for the goal."""
         return [run for run in self.runs if run.goal == self.goal and run.line.objective is not None]
 
 
@@ -62,7 +62,7 @@ def compare(root: str, selection: Selection) -> Comparison:
     """Read the selected runs. Raises ConfigError if there are none, StorageError for the root."""
     found = [run for run in of_each_run(root, _candidate, Candidate) if selection.takes(run.line)]
     if not found:
-        raise ConfigError(f"none of the runs under {root} is meant by --status, --experiment and --match")
+        raise ConfigError(f"none of the runs under {root} is selected by --status, --experiment and --match")
     goals = Counter(run.goal for run in found if run.goal is not None)
     goal = goals.most_common(1)[0][0] if goals else None
 
@@ -93,7 +93,7 @@ def plain(found: Comparison) -> dict[str, Any]:
 
 
 def text(found: Comparison) -> str:
-    """The comparison as a table, and what it is about."""
+    """The comparison as a table, with a line that explains it."""
     shown = found.swept[:_MOST_COLUMNS]
     rows = [{**{key: parameter(run, key) for key in shown}, **asdict(run.line)} for run in found.runs]
     told = [screen.table(rows, ["run", "objective", "status", "step", *shown]), ""]
@@ -112,7 +112,7 @@ def title(goal: Goal | None) -> str:
 
 
 def parameter(run: Candidate, key: str) -> str:
-    """A parameter of a run, as its configuration writes it; empty where it has no such key."""
+    """A parameter of a run as text; empty if the run has no such key."""
     return screen.value(run.parameters[key]) if key in run.parameters else ""
 
 
@@ -136,8 +136,8 @@ def _goal(identity: Mapping[str, Any]) -> Goal | None:
 
 
 def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values differ, in the order of the configuration; one that only repeats another (by an
-    interpolation) is left out.
+    """The keys whose values differ, in the order of the configuration. A key with the same values as an earlier one, as
+    by an interpolation, is left out.
     """
     first, *others = parameters or [{}]
     differing = {difference.key for other in others for difference in drift.compare(first, other)}

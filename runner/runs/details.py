@@ -1,4 +1,4 @@
-"""Everything that a run directory says about one run: its attempts, what changed between them and what they lost."""
+"""Everything about one run: its attempts, what changed between them, and how many steps each lost."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -69,8 +69,8 @@ def _attempt(record: records.Record) -> dict[str, Any]:
 
 
 def _lost(record: records.Record, later: list[records.Record], begun: int) -> int | None:
-    """The steps that had to be done again, or more: a beat tells the newest step only now and then. None where no later
-    attempt has told yet from where it went on.
+    """The number of steps that had to be repeated, at least: a heartbeat records the step only now and then. None if no
+    later attempt has resumed yet.
     """
     reached = integer((record.end or record.beat).get("step"))
     resumed = next((each.beat["resumed"] for each in later if isinstance(each.beat.get("resumed"), str)), None)
@@ -81,7 +81,7 @@ def _lost(record: records.Record, later: list[records.Record], begun: int) -> in
 
 
 def _drift(directory: RunDirectory, history: list[records.Record]) -> list[dict[str, Any]]:
-    """What each attempt changed in the configuration that the run went by until then."""
+    """What each attempt changed in the configuration that the run had until then."""
     before = configured = directory.configured() or {}
     found = []
     for record in history:

@@ -10,8 +10,8 @@ from runner.runs.overview import Facts, overview
 
 
 def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
-    """The keys that differ, in the configurations and in the results, with their values in ``a`` and ``b``; a side
-    that has no such key is left out.
+    """The keys that differ in the configurations and in the results, with their values in ``a`` and ``b``. If a side
+    lacks the key, it is left out.
     """
     (first, then), (second, now) = _sides(a), _sides(b)
     return {
@@ -44,7 +44,7 @@ def table(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
 
 
 def _sides(directory: RunDirectory) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Identity and result of a run; of one that is not finished, how far it came."""
+    """Configuration and result of a run, or how far it has come."""
     facts = Facts.of(directory)
     line, result = overview(directory.name, directory, facts), facts.result or {}
     shown = {key: result[key] for key in ("reason", "epochs", "metrics") if key in result}

@@ -1,4 +1,4 @@
-"""All runs under a root as lines: which of them, in which order, and how they look; once, or live."""
+"""The list of runs under a root: selection, order and table."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from runner.runs import screen
 from runner.runs.overview import Overview
 
-# What a run can be, in the order in which somebody wants to know it.
+# The statuses of runs, the most interesting first.
 STATES = (
     "running",
     "unknown",
@@ -26,14 +26,14 @@ SORTS = ("status", "step", "objective", "attempts", "age", "name")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which runs: of these states, of this experiment, with this text in their names; None where all are meant."""
+    """Which runs to show: with these statuses, of this experiment, with this text in their name. None: any."""
 
     states: Sequence[str] | None = None
     experiment: str | None = None
     match: str | None = None
 
     def takes(self, row: Overview) -> bool:
-        """Whether the run is one of them. Only its name is known of a run that cannot be read."""
+        """Whether the run is selected. Of an unreadable run only the name is known."""
         return (
             (self.states is None or row.state in self.states)
             and (self.experiment is None or row.experiment == self.experiment)

@@ -1,6 +1,6 @@
-"""What can be said of a run from its directory alone, in a line; and of all runs under a root.
+"""One line about a run, and about all runs under a root, from their directories alone.
 
-A directory may be damaged or a stranger's: what it says is believed only where it has the type that a run gives it.
+A directory may be damaged, or written by anyone: a value is used only if it has the expected type.
 """
 
 import math
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 _MARKER = "run.json"
 _READERS = 8
-# What comes of values that no run has written.
+# Errors that invalid values cause.
 _UNUSABLE = (RunnerError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """One run in a line. ``run`` is its place under the root; ``step`` is the last committed one; ``seen`` is when its
-    process last showed itself (ISO 8601, UTC). Of a run that cannot be read only the place is known.
+    """One run in a line. ``run``: its path under the root; ``step``: the last committed one; ``seen``: the last sign of
+    life of its process (ISO 8601, UTC). Of an unreadable run only the path is known.
     """
 
     run: str
@@ -49,7 +49,7 @@ class Overview:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the objects of a run directory say, each of them read once."""
+    """The records of a run directory, each read once."""
 
     record: Mapping[str, Any]
     identity: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Facts:
 
 
 def find(root: str) -> dict[str, RunDirectory]:
-    """All runs under a root, by their place there. Raises ConfigError when there is none."""
+    """All runs under a root, by their path under it. Raises ConfigError if there are none."""
     found = {
         folder: RunDirectory(root, *folder.rpartition("/")[::2], location)
         for folder, location in find_folders(root, _MARKER).items()
@@ -80,8 +80,8 @@ def find(root: str) -> dict[str, RunDirectory]:
 
 
 def of_each_run(root: str, look: Callable[[str, RunDirectory], T], unreadable: Callable[[Overview], T]) -> list[T]:
-    """What ``look`` says of each run under a root, several at a time; of one that cannot be read, what ``unreadable``
-    makes of a line that says why. Raises ConfigError and StorageError for the root.
+    """Call ``look`` for each run under a root, in threads; for a run that cannot be read call ``unreadable`` with an
+    overview that says why. Raises ConfigError and StorageError for the root.
     """
 
     def one(found: tuple[str, RunDirectory]) -> T:
@@ -104,7 +104,7 @@ def overviews(root: str) -> list[Overview]:
 
 
 def overview(run: str, directory: RunDirectory, facts: Facts) -> Overview:
-    """One run in a line; asks for its commits only where they are the only ones to know the step."""
+    """One run in a line. Lists its commits only if no result tells the step."""
     newest, result = facts.newest, facts.result or {}
     status = "complete" if facts.result else newest.outcome() if newest else "new"
     step = integer(result.get("step"))

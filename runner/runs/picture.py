@@ -1,7 +1,7 @@
 """A comparison as a picture: learning curves, and the objective against each parameter. The one door of matplotlib.
 
-However many runs there are, a few of them have colours: the best. Texts come from run directories, so none is taken
-for a formula.
+Only the best few runs are coloured, however many there are. Texts come from run directories, so none is rendered as a
+formula.
 """
 
 import io
@@ -24,7 +24,7 @@ _REST = "#9a9a9a"
 _COLUMNS = 3
 _CURVES_INCHES, _PANEL_INCHES = 5.0, 3.0
 _MOST_PANELS = 9
-_FEW = 8  # values that are all on an axis; points that need dots to be seen
+_FEW = 8  # up to so many values all get a tick; up to so many points a curve gets dots
 _MOST_NAMED = 10  # categories whose names fit under a panel
 _DECADES = 30.0  # a ratio from which on a scale is logarithmic
 _WIDEST = 44  # characters of a run in the legend, of all names under a panel
@@ -166,7 +166,7 @@ def _categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float
 
 
 def _fit(axes: "Axes", goal: Goal, values: Sequence[float]) -> None:
-    """A scale on which good runs can be told apart: logarithmic over decades; those that went astray leave it."""
+    """Choose a scale that separates the good runs: logarithmic if values span decades, without the worst outliers."""
     from matplotlib.ticker import LogLocator
 
     if not values:
@@ -190,7 +190,7 @@ def _fit(axes: "Axes", goal: Goal, values: Sequence[float]) -> None:
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
-    """Whether a logarithmic scale suits them better: what lies in the middle is nearer to the geometric mean."""
+    """Whether a logarithmic scale suits better: the median is nearer to the geometric than to the arithmetic mean."""
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
     if low <= 0 or high / low < _DECADES:
         return False
@@ -198,7 +198,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 
 def _legend(run: Candidate, swept: Sequence[str]) -> str:
-    """Its objective and what sets it apart: a name says too much for a legend, where all runs share most of it."""
+    """The objective and the parameters that differ; a full name would be too long, and mostly equal for all runs."""
     objective: Any = run.line.objective
     last = Counter(key.rpartition(".")[2] for key in swept)
     short = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in swept}

@@ -1,4 +1,4 @@
-"""Thinning out the checkpoints of a run that nobody works on, by the policy that runs themselves go by."""
+"""Removes old checkpoints of a run on which no process works, by the same policy as a running one."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from runner.runs import screen
 def prune(
     directory: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool
 ) -> list[dict[str, Any]]:
-    """Every checkpoint, the newest first: what it is, whether it is kept and why. Removes the others only if told to,
-    and then not before all bytes of two that are kept were verified.
+    """All checkpoints, the newest first, with whether each is kept and why. With ``remove`` removes the others, once
+    all bytes of two kept ones are verified.
 
-    Raises ConfigError for numbers that cannot be meant, RunInUse while a process has the run.
+    Raises ConfigError for numbers that are too small, RunInUse while a process works on the run.
     """
     for name, value, least in (("last", last, LEAST), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
@@ -36,7 +36,7 @@ def prune(
     known = _survey(store)
     reasons = retention.reasons(known)
     rows = _rows(known, reasons, store)
-    if remove:  # a process that starts now is of a newer attempt, whose files are not touched
+    if remove:  # files of a process that starts meanwhile belong to a newer attempt and are kept
         store.remove([one.id for one in known], {*reasons}, attempt=newest.number + 1 if newest else 0)
     return rows
 
@@ -50,12 +50,12 @@ def text(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
 
 
 def _survey(store: CheckpointStore) -> list[Kept]:
-    """Every commit that is not known as damaged counts as good: manifest and sizes are right."""
+    """All commits; one counts as verified if its manifest and the sizes of its files are right."""
     return [replace(one, verified=not one.damaged) for one in store.survey()]
 
 
 def _verify(store: CheckpointStore, retention: Retention) -> None:
-    """Read the newest of those to be kept until two are proven good. Damage found on the way changes what is kept."""
+    """Read the newest kept commits until two are verified. A damaged one changes which commits are kept."""
     while len(store.verified) < LEAST:
         unproven = retention.kept(_survey(store)) - store.verified - store.damaged
         if not unproven:

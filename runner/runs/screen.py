@@ -1,4 +1,4 @@
-"""How values look on a terminal, whoever wrote them: tables, ages, no control characters."""
+"""Values as text for a terminal: tables, ages; control characters are escaped, because anyone may have written them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

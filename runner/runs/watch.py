@@ -1,4 +1,4 @@
-"""The list of runs, live: drawn in place on a terminal, one list after the other elsewhere. Ends with Ctrl-C."""
+"""The list of runs, updated until Ctrl-C: redrawn in place on a terminal, printed again and again elsewhere."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool) -> None:
-    """Show what ``look`` finds, those that run first, every ``interval`` seconds until interrupted.
+    """Show what ``look`` returns, running ones first, every ``interval`` seconds until interrupted.
 
-    Raises ConfigError for an interval that cannot be meant, and what the first look raises; what a later one raises
-    may pass, and is shown.
+    Raises ConfigError for an invalid interval, and whatever the first ``look`` raises; errors of later ones are shown,
+    because they may be temporary.
     """
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
@@ -47,7 +47,7 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
 
 
 class Pulse:
-    """Knows which runs of other machines live: their beats change while it watches. Clocks need not agree for that."""
+    """Finds out which runs on other machines live: their heartbeats change. Does not compare clocks of machines."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
@@ -55,7 +55,7 @@ class Pulse:
         self._moved: dict[str, float] = {}
 
     def judged(self, row: Overview) -> Overview:
-        """The row, with ``running`` in place of ``unknown`` where that was seen."""
+        """The row, with the status ``running`` instead of ``unknown`` if its heartbeat has changed lately."""
         now = time.monotonic()
         if self._seen.setdefault(row.run, row.seen) != row.seen:
             self._moved[row.run] = now
