@@ -86,8 +86,8 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """The bytes of a plain safetensors file. A shared tensor is written once under each of its names, as strict loading
-    needs it.
+    """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
+    loading.
     """
     return SafetensorsFile(weights, metadata={"format": "pt"}).chunks()
 

@@ -100,7 +100,7 @@ class TrainState:
         for name, part in parts.items():
             if name not in without:
                 _load(name, part, checkpoint)
-        if checkpoint.among.rank >= checkpoint.ranks:  # a new rank got rank 0's generators; it must not draw the same
+        if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
@@ -121,11 +121,9 @@ def _state_of(part: Stateful) -> dict[str, Any]:
 
 
 def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
-    """Load one part on all ranks. Among several ranks the live state shows which slices of tensors this rank needs; a
-    part whose state is empty before its first step, such as an optimizer, shows it by a method ``like``.
-    """
-    live = getattr(part, "like", part.state_dict)() if checkpoint.among.size > 1 else None
-    state = checkpoint.load(name, like=live)
+    """Load a part; one that is sharded knows by its live state, or by what it has ``like`` that, what it needs."""
+    live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
+    state = checkpoint.load(name, like=live and live())
     try:
         together(checkpoint.among, lambda: part.load_state_dict(state), kinds=(Damaged,))
     except (RunnerError, Damaged):

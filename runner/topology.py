@@ -51,7 +51,7 @@ def describe(device: torch.device, processes: int, parallel: str) -> dict[str, A
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What changed since another attempt and may change float results, as ``name before -> now``."""
+    """What changed since another attempt that floats may depend on, as ``name before -> now``."""
     before = {"processes": 1, **before}
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in _BITWISE if before.get(key) != now.get(key)]
 

@@ -81,7 +81,7 @@ class Trainer:
         return {**metrics, **self.team.added(shares)}
 
     def _start(self, state: TrainState, elapsed: float) -> Loop:
-        """The record as after the last step, so that what was due then and was interrupted is done now."""
+        """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
         loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed

@@ -11,9 +11,7 @@ def take_over(tensors: Sequence[Tensor]) -> None:
     """Set these tensors to their values on rank 0, with one broadcast."""
     if not tensors:
         return
-    ordered = sorted(
-        tensors, key=lambda tensor: -tensor.element_size()
-    )  # largest elements first, so that every tensor is aligned in the message
+    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())  # each begins at a multiple of its size
     pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)

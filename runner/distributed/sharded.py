@@ -75,7 +75,7 @@ class _ShardedOptimizer:
         self.optimizer.load_state_dict(state)
 
     def like(self) -> dict[str, Any]:
-        """A state as after one step, whose tensors show how they are sharded. Makes such a step with zero gradients."""
+        """A state with the tensors of one that has made a step, each as it lies on the processes."""
         if self.optimizer.state:
             return self.state_dict()
         groups = [dict(group) for group in self.optimizer.param_groups]
