@@ -12,10 +12,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.callbacks.base import Callback
-from runner.config.schema import Config, OnNonfinite, Parallel, Precision
+from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.engine import Loading
 from runner.data.held_out import EvaluationData, checked
 from runner.data.plan import Plan
@@ -65,7 +66,7 @@ def set_up(config: Config, world: World) -> torch.device:
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
-    trainer, loading = config.trainer, _loading(config, device)
+    loading = _loading(config, device)
     seed_all(derive("data", config.seed))
     collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
     stream, plan = training_data(
@@ -77,24 +78,14 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _instance(config.model, "model", kind=nn.Module).to(device)
     task = _instance(config.task, "task", kind=Task)
     average = None
-    if trainer.ema_decay is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(trainer.ema_decay))  # type: ignore[no-untyped-call]
+    if config.trainer.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema_decay))  # type: ignore[no-untyped-call]
     layout = _layout(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
     optimizer = _called(_partial(config.optimizer, "optimizer"), [*model.named_parameters()], "optimizer")
     scheduler = _called(_partial(config.scheduler, "scheduler"), optimizer, "scheduler")
-    update = WeightUpdate(
-        model,
-        optimizer,
-        device=device,
-        precision=trainer.precision.name,
-        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
-        clip_norm=trainer.clip_norm,
-        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
-        average=average,
-        layout=layout,
-    )
+    update = _update(config.trainer, model, optimizer, device, average, layout)
     state = TrainState(
         model=model,
         optimizer=layout.state_of(optimizer),
@@ -111,6 +102,27 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
     return Parts(state, task, update, layout, plan, recipe, evaluation, callbacks)
+
+
+def _update(
+    trainer: TrainerConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    device: torch.device,
+    average: AveragedModel | None,
+    layout: Layout,
+) -> WeightUpdate:
+    return WeightUpdate(
+        model,
+        optimizer,
+        device=device,
+        precision=trainer.precision.name,
+        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
+        clip_norm=trainer.clip_norm,
+        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
+        average=average,
+        layout=layout,
+    )
 
 
 def _layout(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lives import Lives
 
+from runner.runs import audit
 from runner.runs.__main__ import main
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
@@ -139,6 +140,18 @@ def test_audit_finds_what_was_repeated_or_missed(
     path.write_text("".join(lines))
     assert main(["audit", str(tmp_path / "run")]) == 1
     assert told in capsys.readouterr().out
+
+
+def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
+    """Thousands of epochs are read by programs; a person wants to see the one that is not like the others."""
+    rows = [{"epoch": n, "seen": 9 - (n == 5), "repeated": 0, "missed": int(n == 5), "whole": True} for n in range(8)]
+    found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "epochs": rows}
+    text = audit.text({**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []})
+    assert [line.split()[:-1] for line in text.splitlines()[4:7]] == [
+        ["0", "to", "4", "9", "0", "0"],
+        ["5", "8", "0", "1"],
+        ["6", "to", "7", "9", "0", "0"],
+    ]
 
 
 def test_audit_without_a_ledger_is_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Whether a run used every sample exactly once per epoch, from its ledger."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 from runner.checkpoint import manifest
@@ -57,7 +58,7 @@ def text(found: Mapping[str, Any]) -> str:
     if found["indexed"]:
         columns = ["source"] * ("source" in found["epochs"][0]) if found["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
-        told.append(screen.table(found["epochs"], columns))
+        told.append(screen.table(_folded(found["epochs"]), columns))
     else:
         told.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = found["again"].values()
@@ -66,6 +67,13 @@ def text(found: Mapping[str, Any]) -> str:
     whole = "Every sample exactly once in every whole epoch."
     good = whole if found["indexed"] else "No step differed when done again."
     return "\n".join([*told, *(map(printable, found["problems"]) if found["problems"] else [good])])
+
+
+def _folded(epochs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows, with one row for each range of epochs that differ in nothing but their number."""
+    for _, alike in groupby(epochs, key=lambda row: {**row, "epoch": None}):
+        first, *others = alike
+        yield {**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first
 
 
 def _committed(directory: RunDirectory) -> int:
