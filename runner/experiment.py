@@ -34,7 +34,7 @@ from runner.run.parent import Origin
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
-from runner.wiring import Books, callbacks_of
+from runner.wiring import Books, Wiring
 
 
 def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         parts = build(config, device, team)
         store = CheckpointStore(location, team.channel("writer"))
         books = None if attempt is None else Books.of(attempt, location, config, parts)
-        callbacks = callbacks_of(config, opening, parts, store, number, books, team.ranks)
+        callbacks = Wiring(config, opening, parts, store, number, books, team.ranks).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         resumed = _resume(opening, parts, store, team.ranks)

@@ -1,7 +1,6 @@
 """The callbacks of an attempt in their order, and the records that rank 0 keeps."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from runner.build import Parts
@@ -52,119 +51,105 @@ class Books:
         self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=unusable)
 
 
-def callbacks_of(
-    config: Config,
-    opening: Opening,
-    parts: Parts,
-    store: CheckpointStore,
-    attempt: int,
-    books: Books | None,
-    ranks: Ranks,
-) -> dict[str, Callback]:
-    """All callbacks in the order in which they run, by the names under which a checkpoint holds their state.
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What the callbacks of an attempt are made from. ``books`` is None on ranks above 0."""
 
-    Callbacks with a state are the same in all processes.
-    """
-    callbacks: dict[str, Callback] = {}
-    if books is not None:
-        callbacks["ledger"] = KeepLedger(books.ledger)
-    guard = FiniteLoss()
-    if config.trainer.on_nonfinite is OnNonfinite.stop:
-        callbacks["finite_loss"] = guard
-    _evaluation(config, parts, callbacks)
-    callbacks |= {f"own.{name}": own for name, own in parts.callbacks.items()}
-    best = callbacks.get("best")
-    report = Report(
-        every_steps=config.metrics.every_steps,
-        curves=partial(_curves, opening, attempt, books),
-        lines=NullMetrics() if books is None else books.lines,
-        best=best if isinstance(best, Best) else None,
-    )
+    config: Config
+    opening: Opening
+    parts: Parts
+    store: CheckpointStore
+    attempt: int
+    books: Books | None
+    ranks: Ranks
 
-    callbacks["report"] = report
-    if books is not None:
-        callbacks["progress"] = ShowProgress()
-        callbacks["heartbeat"] = NoteProgress(books.attempt)
-    callbacks["checkpoint"] = _saver(config, opening, store, attempt, books, guard, report, ranks)
-    return callbacks
+    def callbacks(self) -> dict[str, Callback]:
+        """All callbacks in the order in which they run, by the names under which a checkpoint holds their state.
 
+        Callbacks with a state are the same in all processes.
+        """
+        config, books = self.config, self.books
+        guard, evaluation = FiniteLoss(), self._evaluation()
+        report = Report(
+            every_steps=config.metrics.every_steps,
+            curves=self._curves,
+            lines=NullMetrics() if books is None else books.lines,
+            best=evaluation.get("best"),
+        )
+        return {
+            **({} if books is None else {"ledger": KeepLedger(books.ledger)}),
+            **({"finite_loss": guard} if config.trainer.on_nonfinite is OnNonfinite.stop else {}),
+            **evaluation,
+            **{f"own.{name}": own for name, own in self.parts.callbacks.items()},
+            "report": report,
+            **({} if books is None else {"progress": ShowProgress(), "heartbeat": NoteProgress(books.attempt)}),
+            "checkpoint": self._saver(guard, report),
+        }
 
-def _curves(opening: Opening, attempt: int, books: Books | None, step: int) -> Curves | NullMetrics:
-    if books is None:
-        return NullMetrics()
-    return Curves(opening.directory.location.folder(TENSORBOARD), purge_step=step, attempt=attempt)
+    def _evaluation(self) -> dict[str, Any]:
+        """The callback that evaluates, and those that use its results."""
+        trainer, goal = self.config.trainer, self.config.objective
+        if self.parts.evaluate is None:
+            return {}
+        interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
+        found: dict[str, Callback] = {"evaluate": Evaluate(interval, self.parts.evaluate)}
+        if goal.metric is None:
+            return found
+        found["best"] = Best(goal.metric, mode=goal.mode.name, keep=self.config.checkpoint.keep_best)
+        stopping = trainer.early_stopping
+        if stopping.patience is not None:
+            found["early_stopping"] = EarlyStopping(
+                goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
+            )
+        return found
 
+    def _curves(self, step: int) -> Curves | NullMetrics:
+        if self.books is None:
+            return NullMetrics()
+        return Curves(self.opening.directory.location.folder(TENSORBOARD), purge_step=step, attempt=self.attempt)
 
-def _hooks(
-    opening: Opening, books: Books, guard: FiniteLoss, report: Report, store: CheckpointStore, retention: Retention
-) -> Hooks:
-    attempt, ledger = books.attempt, books.ledger
-
-    def mark(step: int) -> dict[str, Any]:
-        guard.check()
-        ledger.mark(step)
-        return {"identity": opening.identity, "metrics": report.mark(step)}
-
-    def flush() -> None:
-        ledger.flush()
-        report.flush()
-
-    return Hooks(
-        mark=mark,
-        flush=flush,
-        successor=lambda: _name(attempt.successor()),
-        committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
-        retain=lambda: store.retain(retention, attempt=attempt.number),
-    )
-
-
-def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
-    """Add the callback that evaluates, and those that use its results."""
-    if parts.evaluate is None:
-        return
-    trainer, goal = config.trainer, config.objective
-    interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-    callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
-    if goal.metric is None:
-        return
-    callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=config.checkpoint.keep_best)
-    stopping = trainer.early_stopping
-    if stopping.patience is not None:
-        callbacks["early_stopping"] = EarlyStopping(
-            goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
+    def _saver(self, guard: FiniteLoss, report: Report) -> Callback:
+        checkpoint, retention = self.config.checkpoint, self._retention()
+        if self.books is None:
+            return FollowCheckpoint(
+                self.store, attempt=self.attempt, background=checkpoint.background, ranks=self.ranks
+            )
+        return SaveCheckpoint(
+            self.store,
+            Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
+            Affordable() if checkpoint.every is Every.auto else None,
+            self._hooks(self.books, guard, report, retention),
+            attempt=self.attempt,
+            pins=retention.pins,
+            max_unsaved=checkpoint.max_unsaved,
+            background=checkpoint.background,
+            ranks=self.ranks,
         )
 
+    def _hooks(self, books: Books, guard: FiniteLoss, report: Report, retention: Retention) -> Hooks:
+        attempt, ledger = books.attempt, books.ledger
 
-def _saver(
-    config: Config,
-    opening: Opening,
-    store: CheckpointStore,
-    attempt: int,
-    books: Books | None,
-    guard: FiniteLoss,
-    report: Report,
-    ranks: Ranks,
-) -> Callback:
-    checkpoint = config.checkpoint
-    if books is None:
-        return FollowCheckpoint(store, attempt=attempt, background=checkpoint.background, ranks=ranks)
-    retention = _retention(config)
-    return SaveCheckpoint(
-        store,
-        Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
-        Affordable() if checkpoint.every is Every.auto else None,
-        _hooks(opening, books, guard, report, store, retention),
-        attempt=attempt,
-        pins=retention.pins,
-        max_unsaved=checkpoint.max_unsaved,
-        background=checkpoint.background,
-        ranks=ranks,
-    )
+        def mark(step: int) -> dict[str, Any]:
+            guard.check()
+            ledger.mark(step)
+            return {"identity": self.opening.identity, "metrics": report.mark(step)}
 
+        def flush() -> None:
+            ledger.flush()
+            report.flush()
 
-def _retention(config: Config) -> Retention:
-    keep, goal = config.checkpoint, config.objective
-    return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, goal.mode.name if goal.metric else None)
+        return Hooks(
+            mark=mark,
+            flush=flush,
+            successor=lambda: _name(attempt.successor()),
+            committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
+            retain=lambda: self.store.retain(retention, attempt=attempt.number),
+        )
+
+    def _retention(self) -> Retention:
+        keep, goal = self.config.checkpoint, self.config.objective
+        mode = goal.mode.name if goal.metric else None
+        return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
 
 
 def _name(record: Record | None) -> str | None:
