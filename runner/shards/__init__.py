@@ -1,6 +1,6 @@
-"""Data in shards behind fsspec: files read in blocks, by record number.
+"""Data sets in shards at any fsspec path, read in blocks, by record number.
 
-A *manifest* knows how many records every shard has and where its blocks begin, so any record is one ranged read away
-and nothing has to be read to find a position again. ``Records`` and ``Tokens`` are map-style data sets over it;
-``Packed`` lays documents end to end. Nothing here knows of epochs, orders or runs.
+A *manifest* lists how many records every shard has and where its blocks begin. So any record takes one ranged read, and
+a resume reads nothing to find its position. ``Records`` and ``Tokens`` are map-style data sets over a manifest;
+``Packed`` concatenates documents into rows. Nothing here knows of epochs, orders or runs.
 """

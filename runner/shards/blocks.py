@@ -1,13 +1,13 @@
-"""What a format is: it finds the records of a shard once, in a scan, and then reads one block of them at a time."""
+"""The interface of a format: it finds the records of a shard in a scan, and later reads one block of them at a time."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-BLOCK_BYTES = 1 << 20  # about as much as a store gives in the time that it takes to answer at all
+BLOCK_BYTES = 1 << 20  # about as much as a store sends in the time of its latency
 
 
 class Block(NamedTuple):
-    """Whole records from byte ``start`` on; one without records only tells how far the scan has come."""
+    """Whole records from byte ``start`` on. A block without records only reports the progress of the scan."""
 
     start: int
     records: int
@@ -17,7 +17,7 @@ class Scanner(Protocol):
     """Finds records. Holds no state."""
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
-        """Scan a shard of ``size`` bytes, in bounded memory; blocks end where the next one (or the file) does."""
+        """Scan a shard of ``size`` bytes, in bounded memory. A block ends where the next begins, or with the file."""
 
 
 class Format(Scanner, Protocol):
@@ -27,4 +27,4 @@ class Format(Scanner, Protocol):
         """The raw records of the block at the bytes [start, stop)."""
 
     def decode(self, raw: Any) -> Any:
-        """One record as the data set gives it. Raises ValueError for what is none."""
+        """A record as the data set returns it. Raises ValueError for an invalid one."""

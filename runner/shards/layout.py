@@ -1,4 +1,4 @@
-"""Sequences of known lengths laid end to end and cut into rows: arithmetic, planned ahead."""
+"""Sequences of known lengths, concatenated and cut into rows: arithmetic only, nothing is read."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -35,7 +35,7 @@ class Layout:
         return parts
 
     def spans(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """What a row is made of: (sequence, start, stop). A separator stands right behind the end of its sequence."""
+        """The parts of a row as (sequence, start, stop). A separator counts as one more token of its sequence."""
         at = index * self.length
         end = at + self.length + 1
         number = int(self.begins.searchsorted(at, side="right")) - 1
@@ -47,7 +47,7 @@ class Layout:
             number += 1
 
     def counts(self, borders: Sequence[int]) -> list[int]:
-        """The number of rows that begin between sequences, for borders 0 = b0 <= b1 <= ... = number of sequences."""
+        """The number of rows that begin in sequences [b0, b1), [b1, b2) ..., for ``borders`` b0 = 0 <= b1 <= b2 ..."""
         rows = np.minimum(-(-self.begins[np.asarray(borders)] // self.length), self.rows)
         found: list[int] = np.diff(rows).tolist()
         return found

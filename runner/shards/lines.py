@@ -10,8 +10,8 @@ from runner.storage import files
 
 
 class Lines:
-    """A record is a line, ended by LF or CRLF. A compressed shard cannot be entered in the middle, so it is a single
-    block: whoever reads one record of it decompresses it all. Many small ones are better than a large one.
+    """A record is a line that ends with LF or CRLF. A compressed shard cannot be read from the middle, so it is one
+    block: to read one record decompresses all of it. Prefer many small compressed shards to a large one.
     """
 
     keeps_blank = True
@@ -57,7 +57,7 @@ class JsonLines(Lines):
 
 
 def _whole_lines(path: str) -> Iterator[bytes]:
-    begun: list[bytes] = []  # pieces of a line whose end is not in sight; joined once, however long it is
+    begun: list[bytes] = []  # pieces of a line whose end is not read yet; joined only once, even if it is long
     for piece in files.pieces(path, blocks.BLOCK_BYTES):
         cut = piece.rfind(b"\n") + 1
         if cut:

@@ -1,4 +1,4 @@
-"""What is known of shards before any is read: sizes, record counts, and where blocks begin.
+"""The manifest of shards: sizes, record counts, and where blocks begin.
 
 As a file it is JSON. A shard below the manifest's folder is named relative to it, so that the folder can be moved or
 copied to another store as a whole.
@@ -42,7 +42,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits for the names, sizes and counts; the same wherever the folder of the shards lies."""
+        """16 hex digits of a hash of names, sizes and counts; independent of where the folder of the shards is."""
         urls = [shard.url for shard in self.shards]
         above = commonprefix([url.rpartition("/")[0] + "/" for url in urls]).rpartition("/")[0] + "/"
         facts = [[s.url.removeprefix(above), s.size, s.records] for s in self.shards]
@@ -50,7 +50,7 @@ class Manifest:
 
 
 def save(path: str, manifest: Manifest, *, again: str | None = None) -> None:
-    """Write a manifest, atomically. ``again``: shards are missing, and this command goes on with them."""
+    """Write a manifest atomically. ``again``: it is incomplete, and this command completes it."""
     folder = files.resolve(path).rpartition("/")[0] + "/"
     head = {"format": VERSION, "kind": manifest.kind, "dtype": manifest.dtype, "complete": again is None}
     if again is not None:
@@ -60,7 +60,7 @@ def save(path: str, manifest: Manifest, *, again: str | None = None) -> None:
 
 
 def load(path: str, *, partial: bool = False) -> Manifest:
-    """Read a manifest; one in which shards are missing only if ``partial``. Raises DataError."""
+    """Read a manifest; an incomplete one only if ``partial``. Raises DataError."""
     data = files.read_range(path, 0, files.stat(path).size)
     try:
         parsed = parse(data, files.resolve(path).rpartition("/")[0], VERSION)
@@ -90,7 +90,7 @@ def _written(shard: Shard, folder: str) -> dict[str, object]:
 
 
 def checked(shards: Sequence[Shard], where: str) -> tuple[Shard, ...]:
-    """``shards`` if there is a record in them. Raises DataError."""
+    """``shards`` if they contain at least one record. Raises DataError."""
     if not any(shard.records for shard in shards):
         raise DataError(f"{where}: no record in {len(shards)} shards; give files that hold some")
     return tuple(shards)

@@ -1,4 +1,4 @@
-"""Documents of any length as rows of one length: planned ahead where lengths are known, else on the way."""
+"""Documents of any length packed into rows of equal length: planned ahead if lengths are known, else while reading."""
 
 import json
 from collections import deque
@@ -84,7 +84,7 @@ class Packed:
         )
 
     def hold(self, windows: int, window: int) -> None:
-        """Make room: ``windows`` windows of ``window`` consecutive samples each are read in turn."""
+        """Keep enough documents in memory to read ``windows`` windows of ``window`` consecutive samples in turn."""
         spanned = 2 + window * len(self.documents) // len(self)
         self._recent.capacity = max(_DOCUMENTS_HELD, windows * spanned)
         hold: Callable[[int, int], None] | None = getattr(self.documents, "hold", None)
@@ -128,7 +128,7 @@ class PackingStream(IterableDataset[Tensor]):
         self._restored = False
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is over this epoch, from its beginning; except that a restored position in it is kept."""
+        """The next pass is over this epoch, from its beginning or from a restored position in it."""
         if epoch != self._epoch:
             self._epoch, self._at, self._restored = epoch, (0, 0), False
 
@@ -137,7 +137,7 @@ class PackingStream(IterableDataset[Tensor]):
         return {"epoch": self._epoch, "document": self._at[0], "offset": self._at[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next pass begins at a saved position. Raises DataError when there is none such."""
+        """The next pass begins at a saved position. Raises DataError for one outside of these documents."""
         if not 0 <= state["document"] <= len(self.documents) or state["offset"] < 0:
             raise DataError(f"the position {state} is not in these {len(self.documents)} documents; restore the data")
         self._epoch, self._at, self._restored = state["epoch"], (state["document"], state["offset"]), True

@@ -1,4 +1,4 @@
-"""The JSON of a manifest, not to be trusted: every key is checked before it is used."""
+"""Parses the JSON of a manifest. Anyone may have written it, so every key is checked before it is used."""
 
 import json
 from dataclasses import dataclass

@@ -12,9 +12,7 @@ from runner.shards.shard import Shard
 from runner.storage import files
 
 _BLOCKS_HELD = 4
-_Block = tuple[
-    int, int, Sequence[Any]
-]  # the numbers of its first record and of the one after its last, and its records
+_Block = tuple[int, int, Sequence[Any]]  # numbers of its first record and of the one after its last; its records
 _NO_BLOCK: _Block = (0, 0, ())
 
 
@@ -22,7 +20,7 @@ class Records:
     """Every record of the shards that a manifest lists, or that ``path`` (any fsspec file, folder or glob) names.
 
     ``format`` is one of jsonl, text, tar, parquet; without it the suffixes decide. ``decode`` is called with every
-    record. Of a shard a whole block is read at a time, and the blocks used last are held.
+    record. Shards are read in whole blocks, and the blocks used last are kept in memory.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Records:
         return f"{shard.url}, record {record}, in the block at byte {shard.span(shard.block_of(record))[2]}"
 
     def hold(self, windows: int, window: int) -> None:
-        """Make room: ``windows`` windows of ``window`` consecutive records each are read in turn."""
+        """Keep enough blocks in memory to read ``windows`` windows of ``window`` consecutive records in turn."""
         blocks = sum(shard.starts.shape[1] for shard in self.manifest.shards)
         spanned = 1 + -(-window * blocks // len(self))
         self._blocks.capacity = max(2, windows * spanned)
@@ -119,7 +117,7 @@ _CHANGED = (
 
 
 class Sizes:
-    """Compares each shard's size with the manifest's once in each process, when it is first read."""
+    """Compares the size of each shard with that in the manifest, once per process, when the shard is first read."""
 
     def __init__(self) -> None:
         self._checked: set[str] = set()

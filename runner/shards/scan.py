@@ -27,10 +27,9 @@ def scan(paths: str | Sequence[str], *, kind: str | None = None, dtype: str | No
 
 
 class Scan:
-    """The shards that ``paths`` name, and what is known of them so far.
+    """A scan of the shards at ``paths``, and its results so far.
 
-    ``leave_out`` names a file that is no shard although it may lie among them: the manifest. Hidden files are none
-    either.
+    ``leave_out`` is a file among them that is not a shard: the manifest. Hidden files are not shards either.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Scan:
         self._stop = threading.Event()
 
     def keep(self, known: Manifest) -> int:
-        """Take over what an earlier scan found of shards that did not change since; returns how many."""
+        """Reuse the results of an earlier scan for shards that have not changed; returns how many."""
         if (known.kind, known.dtype) == (self.kind, self.dtype):
             for shard in known.shards:
                 stat = self._stats.get(shard.url)
@@ -83,8 +82,8 @@ class Scan:
         return Manifest(found.kind, found.dtype, checked(found.shards, self._where))
 
     def run(self, *, jobs: int = 4, passed: Callable[[int], object] = int, save: Callable[[], None] = _nothing) -> None:
-        """Scan what is missing; ``passed`` hears of bytes, ``save`` is called after each shard. An error or Ctrl-C
-        tells all threads to stop.
+        """Scan what is missing. ``passed`` is called with numbers of scanned bytes, ``save`` after each shard. An error
+        or Ctrl-C stops all threads.
         """
         todo = deque(url for url in self._stats if url not in self._done)
         told: SimpleQueue[int | Shard | BaseException] = SimpleQueue()
@@ -123,7 +122,7 @@ class Scan:
                 told.put(shard)
 
     def _scanned(self, url: str, tell: Callable[[int], None]) -> Shard | None:
-        """One shard; None if the scan was stopped. ``tell`` hears of bytes as they are passed."""
+        """Scan one shard; None if the scan was stopped. ``tell`` is called with numbers of scanned bytes."""
         stat = self._stats[url]
         records = passed = 0
         firsts, offsets = array("q"), array("q")

@@ -15,7 +15,7 @@ from runner.shards.records import Sizes, opened
 from runner.shards.shard import Shard
 from runner.storage import files
 
-_MAPS_HELD = 64  # each has a file descriptor
+_MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
 # torch can do little with the wider unsigned ones
 _WIDENED = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
