@@ -2,8 +2,7 @@
 
 import os
 import sys
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import is_dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,6 @@ def main() -> int:
 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     from runner import app
     from runner.sweep import launcher, optuna
@@ -35,23 +33,34 @@ def main() -> int:
         if _speaks():
             print(own or _explained(error), file=sys.stderr)
         return own.status if own else 2
-    except YAMLError as error:
-        if _speaks():
-            print(f"a configuration file is not YAML: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
-        job = _from_module(app.__name__, error.__traceback__)
-        if isinstance(error, OSError) and job is None:
-            print(
-                f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root.",
-                file=sys.stderr,
-            )
-            return 1
-        # Above the frames of the attempt stand forty of Hydra's, which tell nothing of the cause.
-        raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
+        return _failed(error)
     if summary := sweep.summary():
         print(f"\n{summary}")
     return sweep.status
+
+
+def _failed(error: Exception) -> int:
+    """Print an error before the job began, and return the status; raise one of the job, for Python to print it."""
+    from runner import app
+
+    job = _from_module(app.__name__, error.__traceback__)
+    if job is not None:
+        # Above the frames of the attempt stand forty of Hydra's, which tell nothing of the cause.
+        raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
+    status, told = 2, ""
+    if isinstance(error, OSError):
+        status = 1
+        told = f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root."
+    elif type(error).__module__.startswith("yaml."):
+        told = f"a configuration file is not YAML: {error}"
+    elif "Config group override must be a string" in str(error):  # Hydra's words, in a plain ValueError
+        told = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
+    if not told:
+        raise error
+    if _speaks():
+        print(told, file=sys.stderr)
+    return status
 
 
 def _speaks() -> bool:
@@ -83,13 +92,13 @@ def _explained(error: BaseException) -> str:
     key, equals, value = str(getattr(error, "override", "")).partition("=")
     if equals and told.startswith("LexerNoViableAltException: "):  # which is all that Hydra says
         lines.append(f"A value with characters besides letters, digits and -./:%+@ needs quotes: '{key}=\"{value}\"'")
-    if remedy := _known_keys(error):
-        lines = [line for line in lines if not line.startswith("To append to your config use")]  # it would be refused
+    if remedy := _unknown_key(error):
+        lines = [line for line in lines if not line.startswith("To append to your config use")]  # it is refused, too
         lines.append(remedy)
     return "\n".join(lines)
 
 
-def _known_keys(error: BaseException | None) -> str:
+def _unknown_key(error: BaseException | None) -> str:
     """The remedy for a key that the schema does not have; empty for any other error."""
     while error is not None and not hasattr(error, "object_type"):
         error = error.__cause__ or error.__context__
@@ -99,9 +108,9 @@ def _known_keys(error: BaseException | None) -> str:
     key, full_key = str(getattr(error, "key", "")), str(getattr(error, "full_key", ""))
     if full_key == "experiment":
         return "The first line of a file in experiment/ must be: # @package _global_"
-    known, parent = [field.name for field in fields(schema)], full_key.removesuffix(key)
-    near = get_close_matches(key, known, 1)
-    return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in known)}"
+    from runner.config.checks import known_keys
+
+    return known_keys(schema, full_key.removesuffix(key), key)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ DOORS = {
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"checkpoint", "data"},
-    "yaml": {"run", "__main__"},
+    "yaml": {"run"},
     "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},

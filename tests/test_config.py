@@ -58,6 +58,12 @@ MISTAKES = {
     "unknown experiment": (("experiment=nope",), 2, "Could not find 'experiment/nope'"),
     "unknown experiment, the list": (("experiment=nope",), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
     "misspelt key": (("experiment=smoke", "trainer.max_step=3"), 2, "Did you mean trainer.max_steps?"),
+    "added key": (
+        ("experiment=smoke", "+trainer.max_step=3"),
+        2,
+        "no key trainer.max_step. Did you mean trainer.max_steps",
+    ),
+    "group of null": (("experiment=smoke", "optimizer=null"), 2, "Leave a group out with ~GROUP"),
     "unknown key": (("experiment=smoke", "sweep.many=3"), 2, "There are: sweep.max_retries, sweep.retry_failed"),
     "misspelt free key": (("experiment=smoke", "optimizer.lrr=3"), 2, "Key 'lrr' is not in struct"),
     "wrong type": (("experiment=smoke", "trainer.max_steps=many"), 2, "could not be converted to Integer"),

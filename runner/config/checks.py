@@ -1,7 +1,9 @@
 """Checks of a configuration that its types cannot express."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -68,6 +70,7 @@ def check(config: DictConfig) -> None:
 
 
 def _check_values(config: DictConfig) -> None:
+    _check_keys(config)
     ours = OmegaConf.masked_copy(config, [key.name for key in fields(Config)])  # without what Hydra adds in a sweep
     missing = sorted(OmegaConf.missing_keys(ours))
     if missing:
@@ -76,6 +79,27 @@ def _check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value < least:
             raise ConfigError(f"{key}={value} is too small: at least {least}")
+
+
+def _check_keys(node: DictConfig, path: str = "") -> None:
+    """Hydra adds any key that is given with a ``+``, and nothing would ever read one that the schema does not have."""
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        return
+    known = {field.name for field in fields(schema)}
+    for key in map(str, node):
+        if key not in known and f"{path}{key}" != "hydra":
+            raise ConfigError(f"there is no key {path}{key}. {known_keys(schema, path, key)}")
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig):
+            _check_keys(inner, f"{path}{key}.")
+
+
+def known_keys(schema: Any, parent: str, key: str) -> str:
+    """The remedy for a key that a part of the schema does not have; ``parent`` is empty or ends with a dot."""
+    known = [field.name for field in fields(schema)]
+    near = get_close_matches(key, known, 1)
+    return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in known)}"
 
 
 def literal_secret(options: DictConfig) -> str | None:

@@ -62,7 +62,11 @@ def _add_commands_for_roots(commands: _Commands) -> None:
     for each in (listed, compared, watched):
         each.add_argument("root", nargs="?", default="outputs", help="their run.root (default: outputs)")
         each.add_argument(
-            "--status", nargs="+", choices=listing.STATES, metavar="STATUS", help="only runs with one of these statuses"
+            "--status",
+            nargs="+",
+            choices=listing.STATES,
+            metavar="STATUS",
+            help=f"only runs with one of these statuses: {', '.join(listing.STATES)}",
         )
         each.add_argument("--experiment", metavar="NAME", help="only runs of this experiment")
         each.add_argument("--match", metavar="TEXT", help="only runs whose name contains this text")
