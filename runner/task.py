@@ -12,6 +12,8 @@ from runner.errors import TaskError
 
 Metrics = Mapping[str, Tensor]
 
+_EXAMPLE = '{"loss": loss, "accuracy": hits.float().mean()}'
+
 
 class Update(Protocol):
     """One optimizer step with the configured precision, loss scaling, clipping and weight averaging."""
@@ -93,6 +95,3 @@ def checked(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
 
 def _kind(value: Any) -> str:
     return f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
-
-
-_EXAMPLE = '{"loss": loss, "accuracy": hits.float().mean()}'
