@@ -12,8 +12,8 @@ from runner.state import TrainState
 
 
 class Evaluate(Callback):
-    """Evaluates when due and after the last step. Remembers the last evaluated step, so that an evaluation that was
-    interrupted is repeated after the resume.
+    """Evaluates when due and at the last step. Remembers the step, so that one that was cut short is made after the
+    resume.
     """
 
     def __init__(self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]]) -> None:
