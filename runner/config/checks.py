@@ -88,7 +88,9 @@ def _check_keys(node: DictConfig, path: str = "") -> None:
         return
     known = {field.name for field in fields(schema)}
     for key in map(str, node):
-        if key not in known and f"{path}{key}" != "hydra":
+        if f"{path}{key}" == "hydra":  # a job of a sweep has Hydra's own configuration, too
+            continue
+        if key not in known:
             raise ConfigError(f"there is no key {path}{key}. {known_keys(schema, path, key)}")
         inner = node._get_node(key)
         if isinstance(inner, DictConfig):
