@@ -71,6 +71,11 @@ CAUSES: Mapping[str, Cause] = {
             "do not count starts, and do not read the run's own directory, in what is trained",
         ),
         Cause(
+            "saving",
+            "it depends on how often the state is taken: a state_dict changes something",
+            "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped for the moment",
+        ),
+        Cause(
             "evaluation",
             "evaluation leaves a trace in training: without it a resumed run is equal",
             "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
