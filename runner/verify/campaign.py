@@ -12,7 +12,8 @@ from runner.verify.run import Lived, Run, Stage
 
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
-_SAVES = 16  # checkpoints in a run, about
+_SAVES = 8  # checkpoints in a run, about, beside those that a kill is to come after
+_SMALL = 64 << 20  # bytes of a state of which all checkpoints are kept, to be compared
 _PERIODS = range(2, 9)  # of memory that comes and goes, as that of accumulated gradients does
 _MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "clock")
 _ANYWHERE = ("committed", "save", "step")  # at whatever step is chosen
@@ -25,26 +26,27 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
-    checkpoint ``every`` so many, and the ``kills``. Of each kill a rank may be the only one of the ``victims``; None:
-    all are.
+    checkpoint of ``size`` bytes ``every`` so many, and the ``kills``. Of each kill a rank may be the only one of the
+    ``victims``; None: all are.
     """
 
     steps: int
     limit: int
     every: int
+    size: int
     epoch: int | None
     kills: tuple[Kill, ...]
     victims: tuple[int | None, ...]
     workers: tuple[int, ...]
 
 
-def saving(every: int) -> tuple[str, ...]:
-    """Overrides for a checkpoint every so many steps, all of which are kept."""
+def saving(every: int, *, kept: bool = False) -> tuple[str, ...]:
+    """Overrides for a checkpoint every so many steps, all of which are ``kept``, or the last ones."""
     return (
         "checkpoint.every=null",
         "checkpoint.every_seconds=null",
         f"checkpoint.every_steps={every}",
-        f"checkpoint.keep_every_steps={every}",
+        f"checkpoint.keep_every_steps={every if kept else 'null'}",
     )
 
 
@@ -58,7 +60,7 @@ def undisturbed(stage: Stage, options: Options) -> Run:
     run = Run("undisturbed")
     wanted = options.steps or _STEPS
     limit = None if options.steps else _SECONDS
-    more = ("checkpoint.background=false", *saving(interval(wanted)))  # so that none is passed over
+    more = ("checkpoint.background=false", *saving(interval(wanted)))
     stage.live(run, *more, workers=options.workers[0], steps=wanted, seconds=limit)
     return run
 
@@ -67,7 +69,7 @@ def interval(steps: int) -> int:
     """Steps between two checkpoints; a number that is no multiple of a small one, so that the checkpoints are not
     either.
     """
-    return next(every for every in count(max(1, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
+    return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
 def plan(run: Run, options: Options) -> Plan:
@@ -91,7 +93,9 @@ def plan(run: Run, options: Options) -> Plan:
     kills = tuple(_kills(options.kills, shown, chance))
     victims = _victims(options, chance)
     ended = life.of("finished")[0]["result"]["reason"]
-    return Plan(steps, steps if ended == "max_steps" else steps + 1, every, built["epoch"], kills, victims, workers)
+    limit = steps if ended == "max_steps" else steps + 1
+    size = max((event["bytes"] for event in life.of("committed")), default=0)
+    return Plan(steps, limit, every, size, built["epoch"], kills, victims, workers)
 
 
 def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
@@ -102,7 +106,7 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
         background = f"checkpoint.background={'true' if number % 2 else 'false'}"
         life = stage.live(
             run,
-            *saving(found.every),
+            *saving(found.every, kept=found.size <= _SMALL),
             background,
             workers=workers,
             server=(number + 1) % 2,
@@ -160,7 +164,8 @@ def _losable(run: Run, steps: int) -> dict[int, set[object]]:
     """
     moved = difference.moved(run)
     return {
-        step: {*(path for path, _, _ in moved[step])} | {(period, step % period) for period in _PERIODS}
+        step: {*(path.partition("[")[0] for path, _, _ in moved[step])}
+        | {(period, step % period) for period in _PERIODS}
         for step in range(1, steps)
     }
 

@@ -37,7 +37,11 @@ CAUSES: Mapping[str, Cause] = {
             "the number of the process (os.getpid) is used in training",
             "use the configuration's seed instead of the pid",
         ),
-        Cause("time", "the time is used in training", "count steps or samples instead of seconds"),
+        Cause(
+            "time",
+            "the time is used in training",
+            "count steps or samples instead of seconds; the runner itself writes metrics of time (time/...)",
+        ),
         Cause(
             "entropy",
             "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
@@ -209,7 +213,7 @@ def _culprits(found: Difference) -> list[tuple[Cause, list[Remembered]]]:
     plain = [entry for entry in _suspects(found, "model") if entry not in marked]
     changed = {path for path, _, _ in found.moving}
     process = [entry for entry in _suspects(found, memory.PROCESS) if entry[0] in changed]
-    every = [*named[:2], (_ATTRIBUTE, plain), (_TASK, _suspects(found, "task")), *named[2:], (_PROCESS, process)]
+    every = [*named[:3], (_ATTRIBUTE, plain), (_TASK, _suspects(found, "task")), *named[3:], (_PROCESS, process)]
     return [(cause, entries) for cause, entries in every if entries]
 
 
@@ -229,6 +233,14 @@ _OF_MODEL = (
             "model memory",
             "a buffer of the model that training changes is not saved",
             "register it with persistent=True",
+        ),
+    ),
+    (
+        memory.HOOKS,
+        Cause(
+            "hooks",
+            "a hook is registered while training, and a new process begins without it",
+            "register it where the model is built, and have it ask a buffer of the model whether it acts",
         ),
     ),
     (memory.FROZEN, Cause("freezing", "which parameters are trained is in no state_dict, and is changed", _ANEW)),
@@ -265,6 +277,8 @@ _BY_PART = {
     "generators": _generators,
     "scheduler": _scheduler,
     "loss": _forward,
+    "metrics": _forward,
+    "task": _forward,
     "gradients": _forward,
     "model": _optimizer,
     "optimizer": _optimizer,

@@ -99,7 +99,7 @@ class Detective:
                 continue
             equal = not self._differs(f"undisturbed twice, {name} held fast", other, one)
             if equal and not self._differs("the same once more", self._run(*overrides, pins=pins), one):
-                return CAUSES[name].at(found.part)
+                return CAUSES[name].at(found.part, found.where)
         return of_chance(found).at(found.part, _names(found))
 
     def _of_restarting(self) -> Cause | None:
@@ -136,6 +136,7 @@ class Detective:
         self._live(run, pins=pins, kill=Kill("step", cut + 1), every=cut)
         self._live(run, pins=pins, dump=self._until, every=cut)
         found = self._differs(what, run, base)
+        self.stage.forget(run, base)
         return found, _magnitude(run, base) if found else ""
 
     def _evaluated(self, cut: int) -> bool:
@@ -144,6 +145,7 @@ class Detective:
     def _run(self, *overrides: str, **how: Any) -> Run:
         run = self._new()
         self._live(run, *overrides, **how)
+        self.stage.forget(run)
         return run
 
     def _live(

@@ -109,7 +109,8 @@ def checkpoints(*runs: Run) -> int:
 def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
     if not restored:
         for name, part in (_GIVEN | _MADE).items():
-            yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
+            for where, was, now in _unequal(_mapping(expected, name), _mapping(found, name)):
+                yield "metrics" if name == "metrics" and where != "loss" else part, where, was, now
     callbacks = []
     looked = "state" in expected and "state" in found
     states = [event["state"] | event.get("others", {}) if looked else {} for event in (expected, found)]

@@ -27,12 +27,22 @@ RESTING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 LEFT_OUT = " (a parameter, not in its state_dict)"
 LOOSE = " (a buffer, persistent=False)"
+HOOKS = "_hooks["
 PROCESS = "process: "
 
 _DEPTH = 6
 _INTERNAL = frozenset(vars(nn.Module()))
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
-_LIBRARIES = ("torch", "numpy", "builtins", "collections", "runner.data", "runner.models", "runner.tasks")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "builtins",
+    "collections",
+    "runner.data",
+    "runner.models",
+    "runner.task",
+    "runner.callbacks",
+)
 # Of torch's optimizers and schedulers: in every state_dict, or of no consequence.
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _OWN = ("optimizer", "scheduler")

@@ -215,7 +215,8 @@ def _watch_saving(probe: Probe) -> None:
             _cut_short(probe, type(self.location), snapshot.step)
         began = time.monotonic()
         found = commit(self, snapshot, **how)
-        probe.write("committed", step=snapshot.step, took=time.monotonic() - began)
+        size = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+        probe.write("committed", step=snapshot.step, took=time.monotonic() - began, bytes=size)
         probe.die("committed", snapshot.step)
         return found
 

@@ -1,11 +1,13 @@
 """One run of a proof: its lives, and what they told."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runner.storage.location import is_remote, local_root
 from runner.verify.lives import Ended, Life, Servers
 
 Event = dict[str, Any]
@@ -111,6 +113,12 @@ class Stage:
         lived = Lived(self.servers[server](life), workers, _gathered(life.records))
         run.lives.append(lived)
         return lived
+
+    def forget(self, *runs: Run) -> None:
+        """Remove the checkpoints of runs that are done, where they are large enough to matter: on a disk."""
+        if not is_remote(self.root):
+            for folder in (found for run in runs for found in [*Path(local_root(self.root)).rglob(run.name)]):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _gathered(records: Sequence[Path]) -> tuple[Event, ...]:
