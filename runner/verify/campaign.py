@@ -1,6 +1,7 @@
 """A run that nobody disturbs, and one that is killed again and again: when, and with how many workers."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
@@ -113,7 +114,7 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
             steps=found.limit,
             kill=kill,
             victim=victim,
-            silent=number % 2 == 0,  # what is changed by looking would else change in both runs alike
+            silent=number % 4 == 3,  # what is changed by looking would else change in both runs alike
         )
         if life.ended.status not in (None, 0):
             break
@@ -165,7 +166,7 @@ def _losable(run: Run, steps: int) -> dict[int, set[object]]:
     moved = difference.moved(run)
     return {
         step: {*(path.partition("[")[0] for path, _, _ in moved[step])}
-        | {(period, step % period) for period in _PERIODS}
+        | {period for period in _PERIODS if step % period}
         for step in range(1, steps)
     }
 
@@ -204,19 +205,25 @@ def _kills(many: int, shown: _Shown, chance: random.Random) -> list[Kill]:
     lacking = {"border"} - {"border" for _ in shown.borders} | {"evaluation"} - {"evaluation" for _ in shown.evaluated}
     moments = [_MOMENTS[number % len(_MOMENTS)] for number in range(many)]
     moments = ["step" if moment in lacking else moment for moment in moments]
-    in_order = iter(sorted(_at_steps(moments, shown, chance), key=lambda kill: kill.step))
-    return [_elsewhere(moment, shown, chance) if moment in _ELSEWHERE else next(in_order) for moment in moments]
+    in_order = deque(sorted(_at_steps(moments, shown, chance), key=lambda kill: kill.step))
+    return [
+        in_order.popleft() if moment not in _ELSEWHERE else _elsewhere(moment, in_order, shown, chance)
+        for moment in moments
+    ]
 
 
-def _elsewhere(moment: str, shown: _Shown, chance: random.Random) -> Kill:
-    """A kill at whatever step it is."""
-    return Kill(moment, round(chance.uniform(0, _PROMPT * shown.seconds) * 1000) if moment == "clock" else 0)
+def _elsewhere(moment: str, later: Sequence[Kill], shown: _Shown, chance: random.Random) -> Kill:
+    """A kill at whatever step it is; by the clock before those that come ``later`` are passed."""
+    if moment == "loaded":
+        return Kill("loaded")
+    limit = next((kill.after for kill in later if kill.after), shown.steps)
+    return Kill("clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000), limit)
 
 
 def _at_steps(moments: Sequence[str], shown: _Shown, chance: random.Random) -> Iterator[Kill]:
     """The kills that are at a step. Those that may be at any share all steps between them, and choose first."""
     free = [moment for moment in moments if moment in _ANYWHERE]
-    for place, moment in enumerate(free):
+    for place, moment in reversed([*enumerate(free)]):  # what comes late leaves the least choice
         low, high = (shown.steps * part // len(free) for part in (place, place + 1))
         after = shown.telling(range(max(1, low), max(2, low + 1, high)), chance)
         yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: the next one

@@ -101,6 +101,22 @@ def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
     return None
 
 
+def forgotten(run: Run, undisturbed: Run) -> tuple[Remembered, ...]:
+    """What training changes in objects, and was not there any more after a load, as (path, expected, found): of every
+    container one entry.
+    """
+    known, changing = by_step(undisturbed), {path for path, _, _ in moving(undisturbed)}
+    loads = [event for _, event in run.steps() if event["event"] == "resumed" and "memory" in event]
+    found = [
+        entry
+        for event in loads
+        if event["step"] in known
+        for entry in _unequal(known[event["step"]]["memory"], event["memory"])
+        if entry[0] in changing
+    ]
+    return tuple({entry[0].partition("[")[0]: entry for entry in found}.values())
+
+
 def checkpoints(*runs: Run) -> int:
     """How many checkpoints they left."""
     return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)

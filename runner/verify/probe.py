@@ -4,7 +4,7 @@ Installed over the runner's own classes, which know nothing of it. After every s
 step was given, what it made of it, and a digest of every tensor and value of the state; a line that is written survives
 the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``committed`` (by a save that is made
 at that step), ``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step), ``clock`` (so many
-milliseconds after that).
+milliseconds after that, or after the step that a save is asked for).
 """
 
 import json
@@ -198,6 +198,8 @@ def _watch_saving(probe: Probe) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
         probe.dump(loop.state, loop.step)
         probe.die("step", loop.step)
+        if loop.step == probe.saved:
+            probe.die("clock", probe.step)  # at the latest
         if loop.step == probe.saved and kind is SaveCheckpoint:
             self._wait()  # else there may be no room for this copy
         on_step(self, loop)

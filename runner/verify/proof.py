@@ -68,7 +68,7 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     _require_room(stage.root, plan.size)
     tell(f"undisturbed: {plan.steps} steps, a checkpoint every {plan.every}")
     run = campaign.disturbed(stage, plan, tell)
-    verdict = replace(_compared(stage, plan, base, run, tell), notes=_notes(plan, base))
+    verdict = replace(_compared(stage, plan, base, run, tell), notes=[*_notes(plan, base), *_forgotten(base, run)])
     return replace(verdict, seconds=time.monotonic() - began)
 
 
@@ -157,6 +157,16 @@ def _notes(plan: Plan, base: Run) -> list[str]:
     ):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
+
+
+def _forgotten(base: Run, run: Run) -> list[str]:
+    """What may make a difference later, or what shows that the data set is a cache."""
+    entries = difference.forgotten(run, base)
+    told = "; ".join(
+        f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]
+    )
+    more = f"; and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return [f"not in the state, and without effect within these steps: {told}{more}"] if entries else []
 
 
 def _remove(root: str, scratch: Path, runs: Sequence[Run], two: Servers | None) -> None:

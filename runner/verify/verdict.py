@@ -144,8 +144,8 @@ class Verdict:
 
 
 _PROVEN = (
-    "         Equal to the bit: losses, gradients and samples of every step, the state after every step and load of\n"
-    "         every other attempt, {checkpoints} checkpoints, evaluations, metric lines and final weights."
+    "         Equal to the bit: losses, gradients and samples of every step, the state after steps and loads,\n"
+    "         {checkpoints} checkpoints, evaluations, metric lines and final weights."
 )
 
 
