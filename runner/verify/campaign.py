@@ -82,15 +82,9 @@ def plan(run: Run, options: Options) -> Plan:
     every = interval(steps)
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
+    borders = [border for border in _borders(life.of("step")) if border < steps]
     took = sum(event["took"] for event in life.of("step"))
-    shown = _Shown(
-        steps,
-        every,
-        [border for border in _borders(life.of("step")) if border < steps],
-        evaluated,
-        _losable(run, steps),
-        took,
-    )
+    shown = _Shown(steps, every, borders, evaluated, _losable(run, steps), took)
     kills = tuple(_kills(options.kills, shown, chance))
     victims = _victims(options, chance)
     ended = life.of("finished")[0]["result"]["reason"]
@@ -202,9 +196,9 @@ class _Shown:
 
 def _kills(many: int, shown: _Shown, chance: random.Random) -> list[Kill]:
     """Moments of all kinds, in an order in which the run gets on between them."""
-    lacking = {"border"} - {"border" for _ in shown.borders} | {"evaluation"} - {"evaluation" for _ in shown.evaluated}
-    moments = [_MOMENTS[number % len(_MOMENTS)] for number in range(many)]
-    moments = ["step" if moment in lacking else moment for moment in moments]
+    lacking = [name for name, steps in (("border", shown.borders), ("evaluation", shown.evaluated)) if not steps]
+    wanted = [_MOMENTS[number % len(_MOMENTS)] for number in range(many)]
+    moments = ["step" if moment in lacking else moment for moment in wanted]
     in_order = deque(sorted(_at_steps(moments, shown, chance), key=lambda kill: kill.step))
     return [
         in_order.popleft() if moment not in _ELSEWHERE else _elsewhere(moment, in_order, shown, chance)

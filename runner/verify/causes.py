@@ -37,11 +37,7 @@ CAUSES: Mapping[str, Cause] = {
             "the number of the process (os.getpid) is used in training",
             "use the configuration's seed instead of the pid",
         ),
-        Cause(
-            "time",
-            "the time is used in training",
-            "count steps or samples instead of seconds; the runner itself writes metrics of time (time/...)",
-        ),
+        Cause("time", "the time is used in training", "count steps instead of seconds; the runner has metrics of time"),
         Cause(
             "entropy",
             "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",

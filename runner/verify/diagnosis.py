@@ -13,7 +13,7 @@ from runner.verify.campaign import Plan, Tell, saving
 from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
 from runner.verify.difference import Difference, first
 from runner.verify.lives import Kill
-from runner.verify.run import Run, Stage
+from runner.verify.run import Run, Stage, dumped
 
 _ONE_THREAD = ("runtime.num_threads=1",)
 _STRICT = ("runtime.deterministic=true",)
@@ -136,8 +136,9 @@ class Detective:
         self._live(run, pins=pins, kill=Kill("step", cut + 1), every=cut)
         self._live(run, pins=pins, dump=self._until, every=cut)
         found = self._differs(what, run, base)
+        magnitude = _magnitude(run, base) if found else ""
         self.stage.forget(run, base)
-        return found, _magnitude(run, base) if found else ""
+        return found, magnitude
 
     def _evaluated(self, cut: int) -> bool:
         return any(e["evaluation"] for _, e in self.base.steps() if e["event"] == "step" and e["step"] <= cut)
@@ -194,6 +195,5 @@ def _magnitude(run: Run, base: Run) -> str:
 
 
 def _dumped(run: Run) -> dict[str, torch.Tensor]:
-    path = run.lives[-1].ended.life.record
-    file = path.with_name(f"{path.name}.pt")
+    file = dumped(run.lives[-1])
     return torch.load(file, weights_only=True) if file.exists() else {}

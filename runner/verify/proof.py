@@ -68,8 +68,9 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     _require_room(stage.root, plan.size)
     tell(f"undisturbed: {plan.steps} steps, a checkpoint every {plan.every}")
     run = campaign.disturbed(stage, plan, tell)
-    verdict = replace(_compared(stage, plan, base, run, tell), notes=[*_notes(plan, base), *_forgotten(base, run)])
-    return replace(verdict, seconds=time.monotonic() - began)
+    verdict = _compared(stage, plan, base, run, tell)
+    notes = [*_notes(plan, base), *(_forgotten(base, run) if verdict.holds else ())]
+    return replace(verdict, notes=notes, seconds=time.monotonic() - began)
 
 
 def _require_room(root: str, size: int) -> None:

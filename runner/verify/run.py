@@ -115,10 +115,19 @@ class Stage:
         return lived
 
     def forget(self, *runs: Run) -> None:
-        """Remove the checkpoints of runs that are done, where they are large enough to matter: on a disk."""
-        if not is_remote(self.root):
-            for folder in (found for run in runs for found in [*Path(local_root(self.root)).rglob(run.name)]):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove what is large of runs that are done: dumped states, and checkpoints on a disk."""
+        for run in runs:
+            for life in run.lives:
+                dumped(life).unlink(missing_ok=True)
+            if not is_remote(self.root):
+                for folder in [*Path(local_root(self.root)).rglob(run.name)]:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def dumped(life: Lived) -> Path:
+    """Where a life wrote the tensors of a state, if it was asked to."""
+    record = life.ended.life.record
+    return record.with_name(f"{record.name}.pt")
 
 
 def _gathered(records: Sequence[Path]) -> tuple[Event, ...]:

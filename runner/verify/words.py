@@ -97,4 +97,5 @@ def _short(text: str) -> str:
 
 
 def digest(data: bytes) -> str:
+    """A few characters, equal for equal bytes."""
     return blake2b(data, digest_size=4).hexdigest()
