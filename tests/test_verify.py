@@ -382,6 +382,15 @@ def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scr
     assert [*scratch.iterdir()] == []
 
 
+def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
+    two: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(StorageError, match=r"0.0 GB free, and the proof needs .* verify.root="):
+        judged(two, steps=2)
+    assert [*scratch.iterdir()] == []
+
+
 def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> None:
     process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
     while not list(scratch.rglob("*.jsonl")):
