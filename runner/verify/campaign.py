@@ -16,7 +16,7 @@ _SECONDS = 20.0  # of training in which as many of them are done as can be
 _SAVES = 8  # checkpoints in a run, about, beside those that a kill is to come after
 _SMALL = 64 << 20  # bytes of a state of which all checkpoints are kept, to be compared
 _PERIODS = range(2, 9)  # of memory that comes and goes, as that of accumulated gradients does
-_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "clock")
+_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
 _ANYWHERE = ("committed", "save", "step")  # at whatever step is chosen
 _ELSEWHERE = ("loaded", "clock")
 _PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
@@ -222,9 +222,9 @@ def _at_steps(moments: Sequence[str], shown: _Shown, chance: random.Random) -> I
         after = shown.telling(range(max(1, low), max(2, low + 1, high)), chance)
         yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: the next one
     for moment in moments:
-        if moment == "border":  # when an epoch has just ended, or in the first step of the next
+        if moment == "border":  # when an epoch has just ended
             after = shown.telling([chance.choice(shown.borders)], chance)
-            yield chance.choice([Kill("committed", after, after), Kill("step", after + 1, after)])
+            yield Kill("committed", after, after)
         elif moment == "evaluation":
             step = chance.choice(shown.evaluated)
             saved = (step - 1) // shown.every * shown.every
