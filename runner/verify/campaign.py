@@ -227,13 +227,12 @@ def _at_steps(moments: Sequence[str], shown: _Shown, chance: random.Random) -> I
             yield Kill("committed", after, after)
         elif moment == "evaluation":
             step = chance.choice(shown.evaluated)
-            saved = (step - 1) // shown.every * shown.every
-            yield Kill("evaluation", step, shown.telling(range(saved, step), chance) if saved else None)
+            before = range(max(1, (step - 1) // shown.every * shown.every), step)
+            yield Kill("evaluation", step, shown.telling(before, chance) if before else None)
 
 
 def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
-    """All processes and a single one in turn; every moment has both in time."""
+    """All processes and a single one in turn; every moment has both in time, since their number is odd."""
     if options.processes == 1:
         return (None,) * options.kills
-    alone = [(number + number // len(_MOMENTS)) % 2 for number in range(options.kills)]
-    return tuple(chance.randrange(options.processes) if one else None for one in alone)
+    return tuple(chance.randrange(options.processes) if number % 2 else None for number in range(options.kills))
