@@ -5,20 +5,27 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import servers as servers_of_tests
+import torch
 
 from runner.errors import ConfigError, StorageError
 from runner.verify import assert_resumes
-from runner.verify.lives import Servers, servers
+from runner.verify.campaign import plan
+from runner.verify.lives import Ended, Life, Servers, servers
+from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.page import page
 from runner.verify.proof import prove
+from runner.verify.run import Lived, Run
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"
@@ -107,6 +114,15 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "an environment that changes": (node("task", "Declares", mended=False), "process", ["os.environ['LOUDER']"]),
     "gradients kept between steps": (node("task", "Gathers", mended=False), "gradients", ["part     gradients"]),
     "an average of weights": (node("task", "Teaches", mended=False), "task memory", ["task.teacher.layers"]),
+    "memory that begins late": (node("task", "Anchors", mended=False), "task memory", ["task.anchor was "]),
+    "a hook that comes late": (node("task", "Hooks", mended=False), "hooks", ["model._forward_hooks[0] was "]),
+    "a state that changes when it is taken": (node("task", "Halves", mended=False), "saving", ["state_dict only look"]),
+    "an optimizer beside the runner's": (node("task", "Rivals", mended=False), "task memory", ["task.optimizer.state"]),
+    "a patience that forgets": (
+        ("+callbacks.ends={_target_:mine.broken.Loses,mended:false}", "trainer.evaluate_every_steps=2"),
+        "callback memory",
+        ["part     end: the last step", "callbacks.ends.seen"],
+    ),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
 QUICK = (
@@ -159,6 +175,96 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
     assert verdict.cost
     assert "checkpoint.every_steps=" in verdict.text()
     assert [*scratch.iterdir()] == []
+
+
+def test_what_is_forgotten_without_effect_is_noted(two: Servers, scratch: Path) -> None:
+    verdict = judged(two, *node("task", "Waits", mended=False), steps=6, kills=1)
+    assert verdict.holds, verdict.text()
+    assert "without effect within these steps: task.seen was " in verdict.text()
+
+
+def lived(memories: Sequence[set[str]]) -> Run:
+    """A run of so many steps, after each of which something is remembered."""
+    begun = {"event": "resumed", "step": 0, "memory": {}}
+    steps = [
+        {
+            "event": "step",
+            "step": n,
+            "evaluation": {},
+            "epochs": n // 7,
+            "took": 0.01,
+            "memory": dict.fromkeys(names, ""),
+        }
+        for n, names in enumerate(memories, 1)
+    ]
+    ended = [{"event": "built", "indexed": True, "epoch": 7}, {"event": "finished", "result": {"reason": "max_steps"}}]
+    life = Life("undisturbed", (), Path("record"))
+    return Run("undisturbed", [Lived(Ended(life, 0, 1.0), 0, (begun, *steps, *ended))])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("steps", "kills"), [(14, 3), (100, 8)])
+def test_every_memory_is_lost_in_a_kill(steps: int, kills: int, seed: int) -> None:
+    """Memory that comes late, that comes and goes, and that nobody sees."""
+    late, shown = steps * 9 // 10, {"task.shown", "task.shows", "task.shines"}
+    memories = [
+        {*({"task.late"} if n >= late else ()), *(shown if n % 2 else {"task.even"})} for n in range(1, steps + 1)
+    ]
+    planned = plan(lived(memories), Options(steps=steps, kills=kills, seed=seed)).kills
+    lost = [kill.after for kill in planned if kill.after]
+    assert len(planned) == kills
+    assert {name for after in lost for name in memories[after - 1]} >= {"task.late", "task.shown", "task.even"}
+    assert [period for period in range(2, 9) if all(after % period == 0 for after in lost)] == []
+
+
+@pytest.mark.parametrize(("steps", "kills"), [(2, 1), (2, 9), (5, 30), (33, 2)])
+def test_kills_are_within_the_run(steps: int, kills: int) -> None:
+    planned = plan(lived([set()] * steps), Options(steps=steps, kills=kills)).kills
+    assert len(planned) == kills
+    assert all(1 <= kill.after <= steps for kill in planned if kill.after)
+    assert all(kill.after < steps and kill.step <= steps for kill in planned if kill.after and kill.moment != "clock")
+
+
+class Slotted:
+    __slots__ = ("__weakref__", "inside")
+
+
+def test_memory_is_seen_wherever_it_is() -> None:
+    def counts() -> None: ...
+
+    thing, value = Slotted(), ContextVar("value", default=0)
+    task = SimpleNamespace(
+        slots=thing,
+        context=value,
+        weak=weakref.ref(thing),
+        table={Slotted(): [0]},
+        calls=counts,
+        bytes=bytearray(b"0"),
+        rows=iter([1, 2]),
+        net=torch.nn.Dropout(),
+        optimizer=torch.optim.SGD([torch.zeros(2, requires_grad=True)], momentum=0.9),
+    )
+    before = memory({"task": task})
+    thing.inside = 1
+    value.set(1)
+    next(iter(task.table.values()))[0] = 1
+    counts.calls = 1  # type: ignore[attr-defined]
+    task.bytes[0] = 1
+    next(task.rows)
+    task.net.p = 0.1
+    task.optimizer.param_groups[0]["lr"] = 0.5
+    after = memory({"task": task})
+    moved = {path for path in after if after[path] != before.get(path)}
+    assert moved == {
+        "task.slots.inside",
+        "task.context",
+        "task.table[Slotted 0][0]",
+        "task.calls (its calls)",
+        "task.bytes",
+        "task.rows",
+        "task.net.p",
+        "task.optimizer.param_groups[0]['lr']",
+    }
 
 
 def test_a_run_of_several_processes_passes(two: Servers, scratch: Path) -> None:
@@ -273,6 +379,15 @@ def test_a_command_that_cannot_run_is_a_configuration_error(two: Servers, scratc
 def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scratch: Path) -> None:
     with pytest.raises(StorageError, match="/proc/nowhere"):
         judged(two, root="/proc/nowhere")
+    assert [*scratch.iterdir()] == []
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
+    two: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(StorageError, match=r"0.0 GB free, and the proof needs .* verify.root="):
+        judged(two, steps=2)
     assert [*scratch.iterdir()] == []
 
 

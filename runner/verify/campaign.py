@@ -1,20 +1,24 @@
 """A run that nobody disturbs, and one that is killed again and again: when, and with how many workers."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 from runner.verify import difference
-from runner.verify.lives import Ended
+from runner.verify.lives import Ended, Kill
 from runner.verify.options import Options
 from runner.verify.run import Lived, Run, Stage
 
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
-_SAVES = 16  # checkpoints in a run, about
+_SAVES = 8  # checkpoints in a run, about, beside those that a kill is to come after
+_SMALL = 64 << 20  # bytes of a state of which all checkpoints are kept, to be compared
+_PERIODS = range(2, 9)  # of memory that comes and goes, as that of accumulated gradients does
 _MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
-_AT_A_STEP = {"step", "committed", "save", "evaluation"}
+_ANYWHERE = ("committed", "save", "step")  # at whatever step is chosen
+_ELSEWHERE = ("loaded", "clock")
 _PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
 
 Tell = Callable[[str], None]
@@ -23,26 +27,27 @@ Tell = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
-    checkpoint ``every`` so many, and the ``kills`` as (moment, step). Of each kill a rank may be the only one of the
+    checkpoint of ``size`` bytes ``every`` so many, and the ``kills``. Of each kill a rank may be the only one of the
     ``victims``; None: all are.
     """
 
     steps: int
     limit: int
     every: int
+    size: int
     epoch: int | None
-    kills: tuple[tuple[str, int], ...]
+    kills: tuple[Kill, ...]
     victims: tuple[int | None, ...]
     workers: tuple[int, ...]
 
 
-def saving(every: int) -> tuple[str, ...]:
-    """Overrides for a checkpoint every so many steps, all of which are kept."""
+def saving(every: int, *, kept: bool = False) -> tuple[str, ...]:
+    """Overrides for a checkpoint every so many steps, all of which are ``kept``, or the last ones."""
     return (
         "checkpoint.every=null",
         "checkpoint.every_seconds=null",
         f"checkpoint.every_steps={every}",
-        f"checkpoint.keep_every_steps={every}",
+        f"checkpoint.keep_every_steps={every if kept else 'null'}",
     )
 
 
@@ -56,14 +61,16 @@ def undisturbed(stage: Stage, options: Options) -> Run:
     run = Run("undisturbed")
     wanted = options.steps or _STEPS
     limit = None if options.steps else _SECONDS
-    more = ("checkpoint.background=false", *saving(interval(wanted)))  # so that none is passed over
+    more = ("checkpoint.background=false", *saving(interval(wanted)))
     stage.live(run, *more, workers=options.workers[0], steps=wanted, seconds=limit)
     return run
 
 
 def interval(steps: int) -> int:
-    """Steps between two checkpoints."""
-    return max(1, steps // _SAVES)
+    """Steps between two checkpoints; a number that is no multiple of a small one, so that the checkpoints are not
+    either.
+    """
+    return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
 def plan(run: Run, options: Options) -> Plan:
@@ -75,18 +82,15 @@ def plan(run: Run, options: Options) -> Plan:
     every = interval(steps)
     evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
     chance = random.Random(options.seed)
-    shown = _Shown(
-        steps,
-        every,
-        _borders(life.of("step")),
-        evaluated,
-        _telling(run, steps),
-        sum(event["took"] for event in life.of("step")),
-    )
+    borders = [border for border in _borders(life.of("step")) if border < steps]
+    took = sum(event["took"] for event in life.of("step"))
+    shown = _Shown(steps, every, borders, evaluated, _losable(run, steps), took)
     kills = tuple(_kills(options.kills, shown, chance))
     victims = _victims(options, chance)
     ended = life.of("finished")[0]["result"]["reason"]
-    return Plan(steps, steps if ended == "max_steps" else steps + 1, every, built["epoch"], kills, victims, workers)
+    limit = steps if ended == "max_steps" else steps + 1
+    size = max((event["bytes"] for event in life.of("committed")), default=0)
+    return Plan(steps, limit, every, size, built["epoch"], kills, victims, workers)
 
 
 def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
@@ -97,13 +101,14 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
         background = f"checkpoint.background={'true' if number % 2 else 'false'}"
         life = stage.live(
             run,
-            *saving(found.every),
+            *saving(found.every, kept=found.size <= _SMALL),
             background,
             workers=workers,
             server=(number + 1) % 2,
             steps=found.limit,
             kill=kill,
             victim=victim,
+            silent=number % 4 == 3,  # what is changed by looking would else change in both runs alike
         )
         if life.ended.status not in (None, 0):
             break
@@ -148,62 +153,86 @@ def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
     return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
 
 
-def _telling(run: Run, steps: int) -> list[int]:
-    """The steps before the last after which most of what objects remember is not as it was at first: what lies in no
-    checkpoint is missed after a resume from there, and perhaps, where it comes and goes, from nowhere else.
+def _losable(run: Run, steps: int) -> dict[int, set[object]]:
+    """By step before the last, what would be lost in a process that ended there, as far as it is in no state: what
+    objects remember that is not as it was at first, and what cannot be seen but may come and go every few steps.
     """
-    moved = {step: len(entries) for step, entries in difference.moved(run).items() if 0 < step < steps or step == 1}
-    return [step for step, many in moved.items() if many == max(moved.values())]
+    moved = difference.moved(run)
+    return {
+        step: {*(path.partition("[")[0] for path, _, _ in moved[step])}
+        | {period for period in _PERIODS if step % period}
+        for step in range(1, steps)
+    }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shown:
     """What the undisturbed run has: steps, a checkpoint every so many, steps in which an epoch ends, steps that were
-    evaluated, steps after which most is remembered that a new process does not know, seconds.
+    evaluated, what may be lost after each step (less what a kill is planned for), seconds.
     """
 
     steps: int
     every: int
     borders: Sequence[int]
     evaluated: Sequence[int]
-    telling: Sequence[int]
+    losable: dict[int, set[object]]
     seconds: float
 
+    def telling(self, steps: Sequence[int], chance: random.Random) -> int:
+        """The one of the steps after which most would be lost that no other kill has lost yet, if possible with steps
+        left in which that shows.
+        """
 
-def _kills(count: int, shown: _Shown, chance: random.Random) -> list[tuple[str, int]]:
+        def worth(step: int) -> tuple[int, int, int, float]:
+            seen = sum(isinstance(what, str) for what in self.losable[step])
+            return seen, min(self.steps - step, _PERIODS[-1]), len(self.losable[step]) - seen, chance.random()
+
+        found = max(steps, key=worth)
+        lost = {*self.losable[found]}
+        for left in self.losable.values():
+            left -= lost
+        return found
+
+
+def _kills(many: int, shown: _Shown, chance: random.Random) -> list[Kill]:
     """Moments of all kinds, in an order in which the run gets on between them."""
-    found = []
-    for number in range(count):
-        low, high = (shown.steps * part // (count + 1) for part in (number, number + 1))
-        step = max(1, min(shown.steps - 1, chance.randint(low, high)))
-        found.append(_kill(_MOMENTS[number % len(_MOMENTS)], step, shown, chance))
-    steady = iter(sorted((kill for kill in found if kill[0] in _AT_A_STEP), key=lambda kill: kill[1]))
-    return [next(steady) if kill[0] in _AT_A_STEP else kill for kill in found]
+    lacking = [name for name, steps in (("border", shown.borders), ("evaluation", shown.evaluated)) if not steps]
+    wanted = [_MOMENTS[number % len(_MOMENTS)] for number in range(many)]
+    moments = ["step" if moment in lacking else moment for moment in wanted]
+    in_order = deque(sorted(_at_steps(moments, shown, chance), key=lambda kill: kill.step))
+    return [
+        in_order.popleft() if moment not in _ELSEWHERE else _elsewhere(moment, in_order, shown, chance)
+        for moment in moments
+    ]
+
+
+def _elsewhere(moment: str, later: Sequence[Kill], shown: _Shown, chance: random.Random) -> Kill:
+    """A kill at whatever step it is; by the clock before those that come ``later`` are passed."""
+    if moment == "loaded":
+        return Kill("loaded")
+    limit = next((kill.after for kill in later if kill.after), shown.steps)
+    return Kill("clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000), limit)
+
+
+def _at_steps(moments: Sequence[str], shown: _Shown, chance: random.Random) -> Iterator[Kill]:
+    """The kills that are at a step. Those that may be at any share all steps between them, and choose first."""
+    free = [moment for moment in moments if moment in _ANYWHERE]
+    for place, moment in reversed([*enumerate(free)]):  # what comes late leaves the least choice
+        low, high = (shown.steps * part // len(free) for part in (place, place + 1))
+        after = shown.telling(range(max(1, low), max(2, low + 1, high)), chance)
+        yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: the next one
+    for moment in moments:
+        if moment == "border":  # when an epoch has just ended
+            after = shown.telling([chance.choice(shown.borders)], chance)
+            yield Kill("committed", after, after)
+        elif moment == "evaluation":
+            step = chance.choice(shown.evaluated)
+            before = range(max(1, (step - 1) // shown.every * shown.every), step)
+            yield Kill("evaluation", step, shown.telling(before, chance) if before else None)
 
 
 def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
-    """All processes and a single one in turn; every moment has both in time."""
+    """All processes and a single one in turn; every moment has both in time, since their number is odd."""
     if options.processes == 1:
         return (None,) * options.kills
-    alone = [(number + number // len(_MOMENTS)) % 2 for number in range(options.kills)]
-    return tuple(chance.randrange(options.processes) if one else None for one in alone)
-
-
-def _kill(moment: str, step: int, shown: _Shown, chance: random.Random) -> tuple[str, int]:
-    if moment == "clock":
-        return "clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000)
-    if moment == "loaded":
-        return "loaded", 0
-    if moment == "border" and shown.borders:  # resumed from where an epoch has just ended
-        return "committed", min(shown.steps - 1, _nearest(shown.borders, step))
-    if moment == "evaluation" and shown.evaluated:
-        return "evaluation", _nearest(shown.evaluated, step)
-    if moment == "committed":
-        return "committed", _nearest(shown.telling, step)
-    if moment == "save" and shown.steps > shown.every:
-        return "save", min(step, shown.steps - shown.every)
-    return "step", step
-
-
-def _nearest(steps: Sequence[int], step: int) -> int:
-    return min(steps, key=lambda each: abs(each - step))
+    return tuple(chance.randrange(options.processes) if number % 2 else None for number in range(options.kills))

@@ -37,7 +37,7 @@ CAUSES: Mapping[str, Cause] = {
             "the number of the process (os.getpid) is used in training",
             "use the configuration's seed instead of the pid",
         ),
-        Cause("time", "the time is used in training", "count steps or samples instead of seconds"),
+        Cause("time", "the time is used in training", "count steps instead of seconds; the runner has metrics of time"),
         Cause(
             "entropy",
             "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
@@ -69,6 +69,11 @@ CAUSES: Mapping[str, Cause] = {
             "attempts",
             "training depends on how often the run was started: nothing was resumed, and it differs all the same",
             "do not count starts, and do not read the run's own directory, in what is trained",
+        ),
+        Cause(
+            "saving",
+            "it depends on how often the state is taken: a state_dict changes something",
+            "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped for the moment",
         ),
         Cause(
             "evaluation",
@@ -204,7 +209,7 @@ def _culprits(found: Difference) -> list[tuple[Cause, list[Remembered]]]:
     plain = [entry for entry in _suspects(found, "model") if entry not in marked]
     changed = {path for path, _, _ in found.moving}
     process = [entry for entry in _suspects(found, memory.PROCESS) if entry[0] in changed]
-    every = [*named[:2], (_ATTRIBUTE, plain), (_TASK, _suspects(found, "task")), *named[2:], (_PROCESS, process)]
+    every = [*named[:3], (_ATTRIBUTE, plain), (_TASK, _suspects(found, "task")), *named[3:], (_PROCESS, process)]
     return [(cause, entries) for cause, entries in every if entries]
 
 
@@ -224,6 +229,14 @@ _OF_MODEL = (
             "model memory",
             "a buffer of the model that training changes is not saved",
             "register it with persistent=True",
+        ),
+    ),
+    (
+        memory.HOOKS,
+        Cause(
+            "hooks",
+            "a hook is registered while training, and a new process begins without it",
+            "register it where the model is built, and have it ask a buffer of the model whether it acts",
         ),
     ),
     (memory.FROZEN, Cause("freezing", "which parameters are trained is in no state_dict, and is changed", _ANEW)),
@@ -260,6 +273,8 @@ _BY_PART = {
     "generators": _generators,
     "scheduler": _scheduler,
     "loss": _forward,
+    "metrics": _forward,
+    "task": _forward,
     "gradients": _forward,
     "model": _optimizer,
     "optimizer": _optimizer,

@@ -12,7 +12,8 @@ import torch
 from runner.verify.campaign import Plan, Tell, saving
 from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
 from runner.verify.difference import Difference, first
-from runner.verify.run import Run, Stage
+from runner.verify.lives import Kill
+from runner.verify.run import Run, Stage, dumped
 
 _ONE_THREAD = ("runtime.num_threads=1",)
 _STRICT = ("runtime.deterministic=true",)
@@ -66,6 +67,9 @@ class Detective:
         again = self._run()
         if self._differs("undisturbed, a second time", again):
             return self._held(again)
+        found = self._differs("undisturbed, its state taken for checkpoints alone", self._run(silent=True))
+        if found:
+            return CAUSES["saving"].at(found.part, found.where)
         other = self._run(server=1)
         found = self._differs("undisturbed, in a process with another hash seed", other)
         if found and not self._differs("the same again", self._run(server=1), other):
@@ -95,13 +99,13 @@ class Detective:
                 continue
             equal = not self._differs(f"undisturbed twice, {name} held fast", other, one)
             if equal and not self._differs("the same once more", self._run(*overrides, pins=pins), one):
-                return CAUSES[name].at(found.part)
+                return CAUSES[name].at(found.part, found.where)
         return of_chance(found).at(found.part, _names(found))
 
     def _of_restarting(self) -> Cause | None:
         """Whether it differs although nothing was resumed: killed before the first step, and begun again."""
         run = self._new()
-        for kill in (("start", 0), ("start", 0), None):
+        for kill in (Kill("start"), Kill("start"), None):
             self._live(run, kill=kill)
         found = self._differs("killed before the first step and started again", run)
         return CAUSES["attempts"].at(found.part, found.where) if found else None
@@ -129,17 +133,20 @@ class Detective:
         """Kill after step ``cut`` is committed, resume, compare with an undisturbed run under the same pins."""
         base, run = self._new(), self._new()
         self._live(base, pins=pins, dump=self._until)
-        self._live(run, pins=pins, kill=("step", cut + 1), every=cut)
+        self._live(run, pins=pins, kill=Kill("step", cut + 1), every=cut)
         self._live(run, pins=pins, dump=self._until, every=cut)
         found = self._differs(what, run, base)
-        return found, _magnitude(run, base) if found else ""
+        magnitude = _magnitude(run, base) if found else ""
+        self.stage.forget(run, base)
+        return found, magnitude
 
     def _evaluated(self, cut: int) -> bool:
         return any(e["evaluation"] for _, e in self.base.steps() if e["event"] == "step" and e["step"] <= cut)
 
-    def _run(self, *overrides: str, server: int = 0, workers: int | None = None, pins: tuple[str, ...] = ()) -> Run:
+    def _run(self, *overrides: str, **how: Any) -> Run:
         run = self._new()
-        self._live(run, *overrides, server=server, workers=workers, pins=pins)
+        self._live(run, *overrides, **how)
+        self.stage.forget(run)
         return run
 
     def _live(
@@ -188,6 +195,5 @@ def _magnitude(run: Run, base: Run) -> str:
 
 
 def _dumped(run: Run) -> dict[str, torch.Tensor]:
-    path = run.lives[-1].ended.life.record
-    file = path.with_name(f"{path.name}.pt")
+    file = dumped(run.lives[-1])
     return torch.load(file, weights_only=True) if file.exists() else {}

@@ -58,10 +58,24 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:
-            remembered = tuple(_unequal(expected["memory"], event["memory"]))
+            remembered = tuple(_unequal(expected["memory"], event["memory"])) if "memory" in event else ()
         for part, where, was, now in _compared(expected, event, restored=restored):
             return Difference(step, life, part, where, was, now, restored, remembered, changing)
-    return None
+    return _ended(run, undisturbed, until, remembered, changing)
+
+
+def _ended(
+    run: Run, undisturbed: Run, until: int | None, remembered: tuple[Remembered, ...], changing: tuple[Remembered, ...]
+) -> Difference | None:
+    """Whether one of them ended by itself after another step than the other."""
+    if run.evidence is None or undisturbed.evidence is None:
+        return None
+    was, now = (one.lives[-1].last for one in (undisturbed, run))
+    if was == now or (until is not None and min(was, now) >= until):
+        return None
+    return Difference(
+        min(was, now) + 1, len(run.lives) - 1, "end", "the last step", was, now, False, remembered, changing
+    )
 
 
 def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
@@ -87,6 +101,22 @@ def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
     return None
 
 
+def forgotten(run: Run, undisturbed: Run) -> tuple[Remembered, ...]:
+    """What training changes in objects, and was not there any more after a load, as (path, expected, found): of every
+    container one entry.
+    """
+    known, changing = by_step(undisturbed), {path for path, _, _ in moving(undisturbed)}
+    loads = [event for _, event in run.steps() if event["event"] == "resumed" and "memory" in event]
+    found = [
+        entry
+        for event in loads
+        if event["step"] in known
+        for entry in _unequal(known[event["step"]]["memory"], event["memory"])
+        if entry[0] in changing
+    ]
+    return tuple({entry[0].partition("[")[0]: entry for entry in found}.values())
+
+
 def checkpoints(*runs: Run) -> int:
     """How many checkpoints they left."""
     return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
@@ -95,9 +125,12 @@ def checkpoints(*runs: Run) -> int:
 def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
     if not restored:
         for name, part in (_GIVEN | _MADE).items():
-            yield from ((part, *rest) for rest in _unequal(_mapping(expected, name), _mapping(found, name)))
+            for where, was, now in _unequal(_mapping(expected, name), _mapping(found, name)):
+                yield "metrics" if name == "metrics" and where != "loss" else part, where, was, now
     callbacks = []
-    for path, was, now in _unequal(*(event["state"] | event.get("others", {}) for event in (expected, found))):
+    looked = "state" in expected and "state" in found
+    states = [event["state"] | event.get("others", {}) if looked else {} for event in (expected, found)]
+    for path, was, now in _unequal(*states):
         # The rate of the next step stands in the optimizer, and the scheduler has put it there.
         part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
         if part.startswith("callback."):

@@ -12,19 +12,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner.errors import RunnerError
 
 _HASH_SEEDS = ("1", "2")
 
 
+class Kill(NamedTuple):
+    """A ``moment``, the ``step`` from which on it is waited for, and one ``after`` which the state is saved, too: the
+    next life begins with what that step left in the state, and with nothing else of it.
+    """
+
+    moment: str
+    step: int = 0
+    after: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Life:
     """What is asked of one life: the runner's ``arguments``, how much is recorded and where (``record``), and how it
-    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is a moment and a step, and
+    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is the moment of its end, and
     ``victim`` the only rank that is killed, where not all of its ``processes`` are; ``pins`` are things that are held
-    fast; ``dump`` is a step whose state is written beside the record.
+    fast; ``dump`` is a step whose state is written beside the record. In a ``silent`` one neither the
+    state nor what objects remember is looked at, since somebody's ``state_dict`` may change something.
     """
 
     name: str
@@ -32,12 +43,13 @@ class Life:
     record: Path
     steps: int | None = None
     seconds: float | None = None
-    kill: tuple[str, int] | None = None
+    kill: Kill | None = None
     victim: int | None = None
     processes: int = 1
     pins: tuple[str, ...] = ()
     dump: int | None = None
     evaluations: int | None = None
+    silent: bool = False
     does: str = "train"
 
     def request(self) -> dict[str, Any]:

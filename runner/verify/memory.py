@@ -1,25 +1,24 @@
 """What live objects remember: every attribute in words, so that memory outside a ``state_dict`` has a name.
 
-Looks and never changes. Of data that is large a sample of the values is looked at.
+Looks and never changes.
 """
 
 import os
-import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
-from hashlib import blake2b
 from inspect import getgeneratorlocals
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from runner.checkpoint.layout import is_distributed
+from runner.verify import words
 from runner.verify.fingerprint import of_value
 
 # What is told of a model beside its attributes.
@@ -28,20 +27,25 @@ RESTING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 LEFT_OUT = " (a parameter, not in its state_dict)"
 LOOSE = " (a buffer, persistent=False)"
+HOOKS = "_hooks["
 PROCESS = "process: "
 
-_DEPTH = 4
-_FEW = 16  # items of a container that are looked at one by one
-_MANY = 1000  # items of a container whose values are looked at
-_LARGE = 1 << 20  # bytes of an array, of which more is not looked at than a sample of values
-_SAMPLE = 4096  # of these
-_WIDE = 40  # characters of a value that is told as it is
+_DEPTH = 6
 _INTERNAL = frozenset(vars(nn.Module()))
-_PLAIN = (str, bytes, int, float, complex, bool, type(None))
 _CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
-_LIBRARIES = ("torch", "numpy", "builtins", "collections", "runner.data", "runner.models", "runner.tasks")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "builtins",
+    "collections",
+    "runner.data",
+    "runner.models",
+    "runner.task",
+    "runner.callbacks",
+)
 # Of torch's optimizers and schedulers: in every state_dict, or of no consequence.
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_OWN = ("optimizer", "scheduler")
 _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "step", "_opt_called", "_get_lr_called_within_step"}
 
 
@@ -51,7 +55,8 @@ def memory(objects: Mapping[str, Any]) -> dict[str, str]:
     model = objects.get("model")
     # Holds what it has seen, so that no other object gets the same id. A task may hold the model.
     seen: dict[int, Any] = {id(part): part for part in model.modules()} if isinstance(model, nn.Module) else {}
-    for name, thing in objects.items():
+    # The runner's own first: they are skipped where others hold them, and not the other way round.
+    for name, thing in sorted(objects.items(), key=lambda named: named[0] not in _OWN):
         for path, value in _around(name, thing):
             found |= dict(_walk(path, value, 0, seen))
     return found
@@ -70,7 +75,7 @@ def settings() -> dict[str, str]:
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
     }
-    environment = {f"os.environ[{key!r}]": _digest(value.encode()) for key, value in [*os.environ.items()]}
+    environment = {f"os.environ[{key!r}]": words.digest(value.encode()) for key, value in [*os.environ.items()]}
     return {f"{PROCESS}{name}": str(value) for name, value in (found | environment).items()}
 
 
@@ -94,21 +99,22 @@ def _kept(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What a class or a module keeps: values, and functions that have some."""
     for key, value in [*attributes.items()]:
         if isinstance(value, FunctionType):
-            if value.__closure__ or value.__defaults__ or value.__kwdefaults__:
+            if value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value):
                 yield key, value
         elif not key.startswith("__") and not isinstance(value, (*_CODE, property, staticmethod, classmethod)):
             yield key, value
 
 
 def _modules(name: str) -> list[ModuleType]:
-    """A module, and those of the user's that it uses."""
+    """A module, and those of the user's that it uses, or has a function or a class from."""
     found = {name: sys.modules[name]}
     waiting = [name]
     while waiting:
         for value in [*vars(found[waiting.pop()]).values()]:
-            if isinstance(value, ModuleType) and value.__name__ not in found and _is_users(value, name):
-                found[value.__name__] = value
-                waiting.append(value.__name__)
+            of = sys.modules.get(value.__module__ or "") if isinstance(value, FunctionType | type) else value
+            if isinstance(of, ModuleType) and of.__name__ not in found and _is_users(of, name):
+                found[of.__name__] = of
+                waiting.append(of.__name__)
     return [*found.values()]
 
 
@@ -145,7 +151,7 @@ def _beside(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f".{name}{LEFT_OUT}", of_value(parameter)
     yield FROZEN, _names(name for name, parameter in named if not parameter.requires_grad)
     yield RESTING, _names(name for name, module in model.named_modules() if not module.training)
-    yield GRADIENTS, _names(f"{name} {_array(p.grad)}" for name, p in named if p.grad is not None)
+    yield GRADIENTS, _names(f"{name} {words.of_array(p.grad)}" for name, p in named if p.grad is not None)
 
 
 def _names(names: Iterable[str]) -> str:
@@ -153,35 +159,57 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _walk(path: str, value: Any, depth: int, seen: dict[int, Any]) -> Iterator[tuple[str, str]]:
-    told = _told(value)
+    told = words.told(value)
     if told is not None:
         yield path, told
     elif depth < _DEPTH and id(value) not in seen and _may_hold(value):
         seen[id(value)] = value
-        for key, inner in _inside(value):
+        if isinstance(value, FunctionType | MethodType):
+            yield path, f"the function {value.__qualname__}"
+        for key, inner in _inside(value, own=path in _OWN):
             yield from _walk(f"{path}{key}", inner, depth + 1, seen)
 
 
 def _may_hold(value: Any) -> bool:
-    users = isinstance(value, FunctionType) and not (value.__module__ or "").startswith(_LIBRARIES)
+    users = isinstance(value, FunctionType | MethodType) and not (value.__module__ or "").startswith(_LIBRARIES)
     return users or not isinstance(value, _CODE)
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+def _inside(value: Any, *, own: bool = False) -> Iterator[tuple[str, Any]]:
+    """What is in a value; in one that is the runner's ``own``, less what is in its state."""
     if isinstance(value, dict):
-        yield from ((f"[{key!r}]", inner) for key, inner in [*value.items()])
+        yield from ((f"[{_key(key, place)}]", inner) for place, (key, inner) in enumerate([*value.items()]))
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{place}]", inner) for place, inner in enumerate(value))
     elif isinstance(value, nn.Module):  # one that the task has beside the model, say
         yield from ((f".{name}", tensor) for name, tensor in (*value.named_parameters(), *value.named_buffers()))
+        yield from ((f".{name}" if name else "", _OfModule(module)) for name, module in value.named_modules())
     elif isinstance(value, partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, FunctionType | GeneratorType):
         yield from ((f" (its {key})", inner) for key, inner in _variables(value).items())
+    elif isinstance(value, MethodType):
+        yield ".__self__", value.__self__
+    elif isinstance(value, ContextVar):
+        yield "", value.get(None)
+    elif isinstance(value, weakref.ref):
+        yield "", value()
     else:
-        skipped = _SKIPPED if isinstance(value, _OPTIM) else ()
-        attributes = getattr(value, "__dict__", {})
-        yield from ((f".{key}", inner) for key, inner in [*attributes.items()] if key not in skipped)
+        skipped = _SKIPPED if own and isinstance(value, _OPTIM) else ()
+        yield from ((f".{key}", inner) for key, inner in _attributes(value).items() if key not in skipped)
+
+
+def _key(key: Any, place: int) -> str:
+    """A key in words; of an object its place, since its text may hold an address."""
+    return repr(key) if isinstance(key, (*words.PLAIN, tuple)) else f"{type(key).__name__} {place}"
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """With those that have slots."""
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
+    found = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+    return found | dict(getattr(value, "__dict__", {}))
 
 
 def _variables(code: Any) -> dict[str, Any]:
@@ -189,71 +217,10 @@ def _variables(code: Any) -> dict[str, Any]:
     if isinstance(code, GeneratorType):
         return getgeneratorlocals(code)
     of, defaults = code.__code__, code.__defaults__ or ()
-    found = dict(zip(of.co_varnames[of.co_argcount - len(defaults) : of.co_argcount], defaults, strict=True))
+    found: dict[str, Any] = dict(
+        zip(of.co_varnames[of.co_argcount - len(defaults) : of.co_argcount], defaults, strict=True)
+    )
     for name, cell in zip(of.co_freevars, code.__closure__ or (), strict=True):
         with suppress(ValueError):  # an empty one
             found[name] = cell.cell_contents
-    return found | (code.__kwdefaults__ or {})
-
-
-def _told(value: Any) -> str | None:
-    """A value in words; None for what has to be looked into."""
-    if isinstance(value, _PLAIN):
-        return _short(repr(value))
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        return _array(value)
-    if isinstance(value, torch.Generator):
-        return f"torch.Generator in state {_digest(value.get_state().numpy().tobytes())}"
-    if isinstance(value, np.random.Generator | np.random.BitGenerator):
-        bits = value.bit_generator if isinstance(value, np.random.Generator) else value
-        return f"numpy.random.{type(value).__name__} in state {_digest(repr(bits.state).encode())}"
-    if isinstance(value, np.random.RandomState):
-        return f"numpy.random.RandomState in state {_digest(repr(value.get_state()).encode())}"
-    if isinstance(value, random.Random):
-        return f"random.Random in state {_digest(repr(value.getstate()).encode())}"
-    if type(value).__module__ == "itertools":
-        return _short(repr(value))
-    if hasattr(value, "cache_info") and callable(value):
-        return f"a cache of {value.cache_info().currsize} results"
-    if isinstance(value, set | frozenset) or (isinstance(value, dict | list | tuple | deque) and len(value) > _FEW):
-        return _many(value)
-    return None
-
-
-def _array(value: Any) -> str:
-    """A tensor or an array; of a large one a sample is looked at."""
-    if isinstance(value, torch.Tensor):
-        tensor: Any = value.detach()
-        tensor = tensor.to_local() if is_distributed(tensor) else tensor
-        large = tensor.layout is torch.strided and tensor.numel() * tensor.itemsize > _LARGE
-        looked = of_value(tensor.reshape(-1)[:: tensor.numel() // _SAMPLE] if large else tensor)
-        single = tensor.numel() == 1
-    else:
-        array = np.asarray(value)
-        looked = of_value(array.reshape(-1)[:: array.size // _SAMPLE] if array.nbytes > _LARGE else array)
-        single = array.size == 1
-    return _short(repr(value.item())) if single else f"{value.dtype}{[*value.shape]} {_digest(looked.encode())}"
-
-
-def _many(value: Any) -> str:
-    """A container in words; one of anything but plain values and arrays is told by its length alone."""
-    told = f"a {type(value).__name__} of {len(value)}"
-    items = [*value.items()] if isinstance(value, dict) else [*value]
-    if len(items) > _MANY or not all(map(_is_plain, items)):
-        return told
-    words = [_array(item) if isinstance(item, torch.Tensor | np.ndarray) else repr(item) for item in items]
-    return f"{told} {_digest(repr(sorted(words) if isinstance(value, set | frozenset) else words).encode())}"
-
-
-def _is_plain(item: Any) -> bool:
-    if isinstance(item, tuple):
-        return all(_is_plain(inner) and not isinstance(inner, torch.Tensor | np.ndarray) for inner in item)
-    return isinstance(item, (*_PLAIN, torch.Tensor, np.ndarray))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _WIDE else f"{text[: _WIDE - 20]}... {_digest(text.encode())}"
-
-
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=4).hexdigest()
+    return {**found, **(code.__kwdefaults__ or {}), **vars(code)}

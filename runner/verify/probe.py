@@ -4,7 +4,7 @@ Installed over the runner's own classes, which know nothing of it. After every s
 step was given, what it made of it, and a digest of every tensor and value of the state; a line that is written survives
 the kill. Moments of a kill: ``step``, ``save`` (half of the bytes are written), ``committed`` (by a save that is made
 at that step), ``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step), ``clock`` (so many
-milliseconds after that).
+milliseconds after that, or after the step that a save is asked for).
 """
 
 import json
@@ -32,6 +32,7 @@ from runner.trainer import Trainer
 from runner.update import WeightUpdate
 from runner.verify import evidence, pins
 from runner.verify.fingerprint import fingerprint, of_value
+from runner.verify.lives import Kill
 from runner.verify.memory import memory, settings
 
 
@@ -45,8 +46,9 @@ class Probe:
         self._file = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.rank: int = request["rank"]
         chosen = self.rank == (request["victim"] or 0)  # who kills all does it as the first
-        kill: tuple[str, int] = tuple((request["kill"] if chosen else None) or ("", 0))
-        self.moment, self.step = kill
+        kill = Kill(*(request["kill"] or ("",)))
+        self.moment, self.step = (kill.moment, kill.step) if chosen else ("", 0)
+        self.saved = kill.after
         self._began = time.monotonic()
 
     def write(self, event: str, **facts: Any) -> None:
@@ -64,6 +66,8 @@ class Probe:
 
     def known(self, state: Any) -> dict[str, Any]:
         """The state, and what the objects remember beside it."""
+        if self.request["silent"]:
+            return {}
         return {"state": fingerprint(state.state_dict()), "memory": memory(self.objects) | settings()}
 
     def dump(self, state: Any, step: int) -> None:
@@ -187,17 +191,20 @@ def _watch_saving(probe: Probe) -> None:
     kind = FollowCheckpoint if probe.rank else SaveCheckpoint
     on_step: Callable[[Any, Loop], None] = kind.on_step
 
-    wanted, at = probe.request["kill"] or ("", 0)
-
     def begun(self: SaveCheckpoint, *arguments: Any, pins: Callable[[int], bool], **keywords: Any) -> None:
-        pinned = pins if wanted != "committed" else lambda step: step == at or pins(step)
-        begin(self, *arguments, pins=pinned, **keywords)
+        begin(self, *arguments, pins=lambda step: step == probe.saved or pins(step), **keywords)
 
     def stepped(self: Any, loop: Loop) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
         probe.dump(loop.state, loop.step)
         probe.die("step", loop.step)
+        if loop.step == probe.saved:
+            probe.die("clock", probe.step)  # at the latest
+        if loop.step == probe.saved and kind is SaveCheckpoint:
+            self._wait()  # else there may be no room for this copy
         on_step(self, loop)
+        if loop.step == probe.saved and kind is SaveCheckpoint:
+            self._wait()  # else the kill may come before it is durable
 
     def acted(self: SaveCheckpoint, loop: Loop, order: Any) -> None:
         began = time.monotonic()
@@ -210,7 +217,8 @@ def _watch_saving(probe: Probe) -> None:
             _cut_short(probe, type(self.location), snapshot.step)
         began = time.monotonic()
         found = commit(self, snapshot, **how)
-        probe.write("committed", step=snapshot.step, took=time.monotonic() - began)
+        size = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+        probe.write("committed", step=snapshot.step, took=time.monotonic() - began, bytes=size)
         probe.die("committed", snapshot.step)
         return found
 

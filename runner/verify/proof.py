@@ -23,6 +23,8 @@ from runner.verify.verdict import Verdict
 
 _KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
 
+_STATES = 6  # that lie on the disk at once beside those of the undisturbed run: the last ones, the best, one in making
+
 
 def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers | None = None) -> Verdict:
     """Judge whether the experiment of a command resumes exactly. Raises ConfigError for a command that cannot run,
@@ -63,10 +65,24 @@ def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict
     for server in stage.servers:
         server.import_modules(base.lives[0].of("imported")[0]["modules"])
     plan = campaign.plan(base, options)
+    _require_room(stage.root, plan.size)
     tell(f"undisturbed: {plan.steps} steps, a checkpoint every {plan.every}")
     run = campaign.disturbed(stage, plan, tell)
-    verdict = replace(_compared(stage, plan, base, run, tell), notes=_notes(plan, base))
-    return replace(verdict, seconds=time.monotonic() - began)
+    verdict = _compared(stage, plan, base, run, tell)
+    notes = [*_notes(plan, base), *(_forgotten(base, run) if verdict.holds else ())]
+    return replace(verdict, notes=notes, seconds=time.monotonic() - began)
+
+
+def _require_room(root: str, size: int) -> None:
+    """Raises StorageError where the disk cannot hold the checkpoints, each of so many bytes."""
+    if is_remote(root):
+        return
+    free = shutil.disk_usage(local_root(root)).free
+    if free < _STATES * size:
+        raise StorageError(
+            f"{root} has {free / 1e9:.1f} GB free, and the proof needs {_STATES * size / 1e9:.1f} GB there for "
+            f"{_STATES} checkpoints of {size / 1e9:.1f} GB; give a larger place with verify.root=..."
+        )
 
 
 def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verdict:
@@ -78,7 +94,7 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
         run,
         0.0,
         difference=found,
-        refusal=campaign.failure(failed) if failed else _incomplete(base, run),
+        refusal=campaign.failure(failed) if failed else "" if found else _incomplete(base, run),
         audit=[problem for one in (base, run) for problem in _problems(one)],
         cost=cost(base, run, imports=min(server.import_seconds for server in stage.servers)),
         checkpoints=difference.checkpoints(base, run),
@@ -142,6 +158,16 @@ def _notes(plan: Plan, base: Run) -> list[str]:
     ):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
+
+
+def _forgotten(base: Run, run: Run) -> list[str]:
+    """What may make a difference later, or what shows that the data set is a cache."""
+    entries = difference.forgotten(run, base)
+    told = "; ".join(
+        f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]
+    )
+    more = f"; and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return [f"not in the state, and without effect within these steps: {told}{more}"] if entries else []
 
 
 def _remove(root: str, scratch: Path, runs: Sequence[Run], two: Servers | None) -> None:

@@ -1,11 +1,13 @@
 """One run of a proof: its lives, and what they told."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runner.storage.location import is_remote, local_root
 from runner.verify.lives import Ended, Life, Servers
 
 Event = dict[str, Any]
@@ -111,6 +113,21 @@ class Stage:
         lived = Lived(self.servers[server](life), workers, _gathered(life.records))
         run.lives.append(lived)
         return lived
+
+    def forget(self, *runs: Run) -> None:
+        """Remove what is large of runs that are done: dumped states, and checkpoints on a disk."""
+        for run in runs:
+            for life in run.lives:
+                dumped(life).unlink(missing_ok=True)
+            if not is_remote(self.root):
+                for folder in [*Path(local_root(self.root)).rglob(run.name)]:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def dumped(life: Lived) -> Path:
+    """Where a life wrote the tensors of a state, if it was asked to."""
+    record = life.ended.life.record
+    return record.with_name(f"{record.name}.pt")
 
 
 def _gathered(records: Sequence[Path]) -> tuple[Event, ...]:

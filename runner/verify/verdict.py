@@ -144,7 +144,7 @@ class Verdict:
 
 
 _PROVEN = (
-    "         Equal to the bit: losses and samples of every step, the state after every step and after every load,\n"
+    "         Equal to the bit: losses, gradients and samples of every step, the state after steps and loads,\n"
     "         {checkpoints} checkpoints, evaluations, metric lines and final weights."
 )
 

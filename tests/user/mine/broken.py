@@ -375,3 +375,121 @@ class Teaches(Classification):
 
             self.teacher = MLP(inputs=8, hidden=[16], outputs=3, dropout=0.1).requires_grad_(False)
             self.teacher.load_state_dict(state["teacher"])
+
+
+class Anchors(Counts):
+    """From the tenth step on, looks back at the loss of that step."""
+
+    def __init__(self, mended):
+        super().__init__(mended)
+        self.anchor = 0.0
+
+    def before(self, model, done):
+        pass
+
+    def training_step(self, model, batch):
+        metrics = super().training_step(model, batch)
+        if self.done == 10:
+            self.anchor = float(metrics["loss"].detach())
+        return {**metrics, "loss": metrics["loss"] * (1 + self.anchor)}
+
+    def state_dict(self):
+        return {"done": self.done, "anchor": self.anchor} if self.mended else {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done, self.anchor = state["done"], state.get("anchor", 0.0)
+
+
+def louder(module, inputs, output):
+    return 1.1 * output
+
+
+class Hooks(Counts):
+    """Has the model's output made louder from the eleventh step on."""
+
+    hooked = False
+
+    def before(self, model, done):
+        if done == 10 or (self.mended and done > 10 and not self.hooked):
+            self.hooked = True
+            model.register_forward_hook(louder)
+
+
+class Halves(Counts):
+    """Gives what it has gathered in its state, and halves it."""
+
+    gathered = 0.0
+
+    def before(self, model, done):
+        self.gathered += 1
+
+    def training_step(self, model, batch):
+        metrics = super().training_step(model, batch)
+        return {**metrics, "loss": metrics["loss"] * (1 + self.gathered / 10)}
+
+    def state_dict(self):
+        self.gathered /= 1 if self.mended else 2
+        return {"done": self.done, "gathered": self.gathered}
+
+    def load_state_dict(self, state):
+        self.done, self.gathered = state["done"], state["gathered"]
+
+
+class Rivals(Classification):
+    """Is judged by a net of its own, which has an optimizer of its own."""
+
+    def __init__(self, mended):
+        self.label_smoothing = 0.0
+        self.mended = mended
+        self.rival = MLP(inputs=8, hidden=[4], outputs=3, dropout=0.0)
+        self.optimizer = torch.optim.Adam(self.rival.parameters(), lr=0.01)
+
+    def training_step(self, model, batch):
+        metrics = super().training_step(model, batch)
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            rival = super().training_step(self.rival, batch)["loss"]
+        rival.backward()
+        self.optimizer.step()
+        return {**metrics, "loss": metrics["loss"] * (1 + rival.detach())}
+
+    def evaluation_step(self, model, batch):
+        return super().training_step(model, batch)
+
+    def state_dict(self):
+        state = {"rival": self.rival.state_dict()}
+        return {**state, "optimizer": self.optimizer.state_dict()} if self.mended else state
+
+    def load_state_dict(self, state):
+        self.rival.load_state_dict(state["rival"])
+        if self.mended:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Loses(Callback):
+    """Loses patience after the fifth evaluation."""
+
+    def __init__(self, mended):
+        self.mended = mended
+        self.seen = 0
+
+    def on_step(self, loop):
+        self.seen += loop.evaluation is not None
+        if self.seen == 5:
+            loop.stop = "no patience"
+
+    def state_dict(self):
+        return {"seen": self.seen} if self.mended else {}
+
+    def load_state_dict(self, state):
+        self.seen = state.get("seen", 0)
+
+
+class Waits(Counts):
+    """Would be louder from the thousandth step on, which it counts anew in every process."""
+
+    seen = 0
+
+    def before(self, model, done):
+        self.seen += 1
+        self.label_smoothing = 0.1 if self.seen > 1000 else 0.0
