@@ -46,7 +46,8 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     device = set_up(config, team.world)
     team.begin(device)
     location = opening.directory.location
-    here = topology.describe(device, team.world.size, config.runtime.parallel.name)
+    runtime = config.runtime
+    here = topology.describe(device, team.world.size, runtime.parallel.name, compiled=runtime.compile)
     facts = {"overrides": overrides, "topology": here}
     with _attempt(opening, config, team, facts) as (number, attempt), team.explaining():
         parts = build(config, device, team)
@@ -76,7 +77,9 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         saver = callbacks["checkpoint"]
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         with closing(saver):
-            loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
+            loop = trainer.fit(
+                parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
+            )
         if loop.stop in signals.NAMES:
             raise _interrupted(loop)
         return finish(opening, parts, store, callbacks, loop, team.ranks)
@@ -149,7 +152,7 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
-    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory))
+    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory), ranks)
     return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
 
 

@@ -17,8 +17,11 @@ from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 
+from runner.checkpoint.layout import Box
+from runner.checkpoint.store import CheckpointStore
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
+from runner.storage import LocalLocation
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
@@ -212,6 +215,31 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
     proof, about = audit(RunDirectory.at(str(hops_)))
     assert not proof.problems
     assert (about["steps"], about["attempts"]) == (36, 4)
+
+
+def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
+    crew: Crews, tmp_path: Path
+) -> None:
+    command = (*SMOKE, FSDP, f"run.root={tmp_path}")
+    finished(crew(2, *command, "trainer.max_steps=4", "run.name=parent"))
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=whole"))
+    more = (f"run.parent={folder(tmp_path, 'parent')}", "run.inherit=all")
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=child", *more))
+    whole, child = (results(folder(tmp_path, name)) for name in ("whole", "child"))
+    assert (child.weights, child.tensors) == (whole.weights, whole.tensors)
+    first, second = (drawn(folder(tmp_path, "child"), rank) for rank in range(2))
+    assert torch.equal(first, drawn(folder(tmp_path, "whole"), 0))
+    assert torch.equal(second, drawn(folder(tmp_path, "whole"), 1))
+    assert not torch.equal(first, second)
+
+
+def drawn(run: Path, rank: int) -> torch.Tensor:
+    """The state of torch's generator of a rank in the newest checkpoint."""
+    store = CheckpointStore(LocalLocation(run))
+    checkpoint, name = store.open(store.commits()[0]), f"generators/{rank}/torch"
+    place = checkpoint.places[name]
+    box = Box.whole(place.shelf.tensors[place.name].shape)
+    return checkpoint.reader.read({name: (place, box)})[name]
 
 
 def ledger(run: Path) -> dict[int, str]:
