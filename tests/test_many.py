@@ -220,11 +220,12 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
 def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
     crew: Crews, tmp_path: Path
 ) -> None:
-    command = (*SMOKE, FSDP, f"run.root={tmp_path}")
-    finished(crew(2, *command, "trainer.max_steps=4", "run.name=parent"))
-    finished(crew(2, *command, "trainer.max_steps=8", "run.name=whole"))
+    """Also with a mean of what a rank saw, which is that of all."""
+    command = (*SMOKE, FSDP, "model._target_=mine.odd.Centres", f"run.root={tmp_path}")
+    finished(crew(2, *command, "trainer.max_steps=4", "run.name=parent", cwd=USER))
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=whole", cwd=USER))
     more = (f"run.parent={folder(tmp_path, 'parent')}", "run.inherit=all")
-    finished(crew(2, *command, "trainer.max_steps=8", "run.name=child", *more))
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=child", *more, cwd=USER))
     whole, child = (results(folder(tmp_path, name)) for name in ("whole", "child"))
     assert (child.weights, child.tensors) == (whole.weights, whole.tensors)
     first, second = (drawn(folder(tmp_path, "child"), rank) for rank in range(2))

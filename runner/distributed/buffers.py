@@ -1,10 +1,23 @@
 """What all processes are to have alike and nobody adds up: running means, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Buffers:
+    """The buffers of models, by their places: a model may put another tensor there in every step."""
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        modules = [module for model in models for module in model.modules()]
+        self._places = [(module._buffers, name) for module in modules for name in module._buffers]
+
+    def settle(self) -> None:
+        """Give them the values that they have in rank 0."""
+        found = (place[name] for place, name in self._places)
+        take_over([*{id(buffer): buffer for buffer in found if buffer is not None}.values()])
 
 
 def take_over(tensors: Sequence[Tensor]) -> None:

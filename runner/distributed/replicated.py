@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runner.distributed.buffers import take_over
+from runner.distributed.buffers import Buffers, take_over
 from runner.errors import ConfigError
 
 _BUCKET_BYTES = 25 << 20
@@ -37,7 +37,7 @@ class Replicated:
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
         self.told = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         self._micro_batches = micro_batches
-        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._buffers = Buffers(models)
         self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
         self._last = False
         self._next = 0  # the bucket that is sent next: all processes send them in one order
@@ -70,7 +70,7 @@ class Replicated:
         return verdict
 
     def settle(self) -> None:
-        take_over(self._buffers)
+        self._buffers.settle()
 
     def state_of(self, optimizer: Any) -> Any:
         return optimizer

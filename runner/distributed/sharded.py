@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from runner.distributed.buffers import take_over
+from runner.distributed.buffers import Buffers
 from runner.distributed.layout import blocks
 
 
@@ -34,7 +34,7 @@ class Sharded:
         self.told = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
         self._model = models[0]
         self._micro_batches = micro_batches
-        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._buffers = Buffers(models)
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         assert isinstance(self._model, FSDPModule)
@@ -56,7 +56,7 @@ class Sharded:
         return verdict
 
     def settle(self) -> None:
-        take_over(self._buffers)
+        self._buffers.settle()
 
     def state_of(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)

@@ -39,6 +39,20 @@ class Migrates(MLP):
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
+class Centres(MLP):
+    """Takes a running mean of what it sees from it, and has another tensor for it after every step."""
+
+    def __init__(self, inputs, **how):
+        super().__init__(inputs=inputs, **how)
+        self.register_buffer("mean", torch.zeros(inputs))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
 class Wide(torch.optim.Optimizer):
     """Keeps its moments in double precision, and its rate in a tensor."""
 
