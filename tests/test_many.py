@@ -359,6 +359,10 @@ MISTAKES = {
         "would read all of it. Make it map-style",
     ),
     "typo": (("trainer.max_step=3",), "Key 'max_step' not in 'TrainerConfig'"),
+    "thaw": (
+        (DDP, "model._target_=mine.odd.Frozen", "task._target_=mine.odd.Thaws"),
+        "model: a weight is trained that was built frozen",
+    ),
     "sweep": (("-m", "seed=1,2"), "a sweep (-m) was started in 2 processes"),
 }
 

@@ -25,7 +25,7 @@ def take_over(tensors: Sequence[Tensor]) -> None:
     if not tensors:
         return
     ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())  # each begins at a multiple of its size
-    pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered]
+    pieces = [tensor.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)
     for tensor, piece in zip(ordered, torch.split(message, [len(piece) for piece in pieces]), strict=True):

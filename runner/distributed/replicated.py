@@ -39,6 +39,7 @@ class Replicated:
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
         self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
+        self._frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]
         self._last = False
         self._next = 0  # the bucket that is sent next: all processes send them in one order
         for number, bucket in enumerate(self._buckets):
@@ -55,6 +56,11 @@ class Replicated:
             yield micro_batch
 
     def gather_gradients(self) -> None:
+        if any(parameter.grad is not None for parameter in self._frozen):
+            raise ConfigError(
+                "model: a weight is trained that was built frozen; several processes bring together the gradients of "
+                "those that were not. Build it with requires_grad, and freeze it in the task or a callback until then"
+            )
         for bucket in self._buckets[self._next :]:
             _send(bucket)
         for bucket in self._buckets:

@@ -44,7 +44,7 @@ class Centres(MLP):
 
     def __init__(self, inputs, **how):
         super().__init__(inputs=inputs, **how)
-        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("mean", torch.zeros(2 * inputs)[::2])
 
     def forward(self, x):
         x = x.flatten(1)
@@ -73,6 +73,23 @@ class Wide(torch.optim.Optimizer):
 def in_stages(optimizer):
     """Linear, then in steps, which torch counts in a Counter."""
     return SequentialLR(optimizer, [LinearLR(optimizer, total_iters=5), MultiStepLR(optimizer, [3, 3, 6])], [20])
+
+
+class Thaws(Classification):
+    """Trains the whole model, which was built frozen in part."""
+
+    def training_step(self, model, batch):
+        model.requires_grad_()
+        return super().training_step(model, batch)
+
+
+class Frozen(MLP):
+    """Its biases are not trained."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = "bias" not in name
 
 
 class Keeps(Classification):
