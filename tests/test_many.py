@@ -220,8 +220,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
 def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
     crew: Crews, tmp_path: Path
 ) -> None:
-    """Also with a mean of what a rank saw, which is that of all."""
-    command = (*SMOKE, FSDP, "model._target_=mine.odd.Centres", f"run.root={tmp_path}")
+    """Also with a mean of what a rank saw, which is that of all, and an optimizer that never leaves weights alone."""
+    odd = ("model._target_=mine.odd.Centres", "optimizer=sgd", "optimizer._target_=mine.odd.Decays")
+    command = (*SMOKE, FSDP, *odd, "+callbacks.brakes._target_=mine.odd.Brakes", f"run.root={tmp_path}")
     finished(crew(2, *command, "trainer.max_steps=4", "run.name=parent", cwd=USER))
     finished(crew(2, *command, "trainer.max_steps=8", "run.name=whole", cwd=USER))
     more = (f"run.parent={folder(tmp_path, 'parent')}", "run.inherit=all")

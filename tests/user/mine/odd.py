@@ -70,6 +70,16 @@ class Wide(torch.optim.Optimizer):
                 weight.sub_(group["lr"] * kept["moments"][0])
 
 
+class Decays(torch.optim.SGD):
+    """Lets weights decay at a rate of its own, also where it is told to learn at a rate of zero."""
+
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.detach().mul_(0.99)
+        super().step()
+
+
 def in_stages(optimizer):
     """Linear, then in steps, which torch counts in a Counter."""
     return SequentialLR(optimizer, [LinearLR(optimizer, total_iters=5), MultiStepLR(optimizer, [3, 3, 6])], [20])
@@ -121,6 +131,14 @@ class Keeps(Classification):
 
     def load_state_dict(self, state):
         self.temperature, self.labels, self.recent = state["temperature"], state["labels"], state["recent"]
+
+
+class Brakes(Callback):
+    """Lowers the momentum a little after each step."""
+
+    def on_step(self, loop):
+        for group in loop.state.optimizer.param_groups:
+            group["momentum"] *= 0.99
 
 
 class Enough(Callback):
