@@ -80,14 +80,14 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
             loop = trainer.fit(
                 parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
             )
-        if loop.stop in signals.NAMES:
-            raise _interrupted(loop)
+        if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
+            raise _interrupted(loop, team.stop)
         return finish(opening, parts, store, callbacks, loop, team.ranks)
 
 
-def _interrupted(loop: Loop) -> Interrupted:
+def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
     error = Interrupted(
-        f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+        f"{signal}: stopped after step {loop.step}, which is committed; run the same command again to go on"
     )
     error.agreed = True
     return error
