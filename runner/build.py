@@ -41,6 +41,7 @@ class Parts:
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # of the order of the samples, for the ledger
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
+    held_out: EvaluationData | None  # what that goes over
     callbacks: dict[str, Any]  # the user's
 
 
@@ -106,7 +107,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, validation, team)
     callbacks = {str(name): _instance(node, f"callbacks.{name}") for name, node in config.callbacks.items()}
-    return Parts(state, task, update, layout, plan, recipe, evaluation, callbacks)
+    return Parts(state, task, update, layout, plan, recipe, evaluation, validation, callbacks)
 
 
 def _layout(

@@ -120,11 +120,11 @@ def _hooks(
 
 def _evaluation(config: Config, parts: Parts, callbacks: dict[str, Callback]) -> None:
     """Add what evaluates, and what looks at evaluations."""
-    if parts.evaluate is None:
+    if parts.evaluate is None or parts.held_out is None:
         return
     trainer, goal = config.trainer, config.objective
     interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-    callbacks["evaluate"] = Evaluate(interval, parts.evaluate)
+    callbacks["evaluate"] = Evaluate(interval, parts.evaluate, parts.held_out)
     if goal.metric is None:
         return
     callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=config.checkpoint.keep_best)
