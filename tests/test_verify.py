@@ -151,7 +151,7 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
     verdict = judged(two, steps=16, kills=6)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
-    assert {"step", "save", "loaded", "evaluation"} <= proven["moments"].keys()
+    assert {"step", "committed", "save", "loaded", "evaluation"} <= proven["moments"].keys()
     assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (6, 7, 16, 256)
     assert proven["workers"] == [0, 2]
     assert proven["checkpoints"] > 3

@@ -13,7 +13,7 @@ from runner.verify.run import Lived, Run, Stage
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
 _SAVES = 16  # checkpoints in a run, about
-_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "clock")
+_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
 _AT_A_STEP = {"step", "committed", "save", "evaluation"}
 _PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
 
@@ -194,9 +194,8 @@ def _kill(moment: str, step: int, shown: _Shown, chance: random.Random) -> tuple
         return "clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000)
     if moment == "loaded":
         return "loaded", 0
-    if moment == "border" and shown.borders:  # when an epoch has just ended, or in the first step of the next
-        border = min(shown.steps - 1, _nearest(shown.borders, step))
-        return chance.choice([("committed", border), ("step", min(shown.steps - 1, border + 1))])
+    if moment == "border" and shown.borders:  # resumed from where an epoch has just ended
+        return "committed", min(shown.steps - 1, _nearest(shown.borders, step))
     if moment == "evaluation" and shown.evaluated:
         return "evaluation", _nearest(shown.evaluated, step)
     if moment == "committed":
