@@ -47,7 +47,8 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     team.begin(device)
     location = opening.directory.location
     runtime = config.runtime
-    here = topology.describe(device, team.world.size, runtime.parallel.name, compiled=runtime.compile)
+    spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
+    here = topology.describe(device, team.world.size, spread, compiled=runtime.compile)
     facts = {"overrides": overrides, "topology": here}
     with _attempt(opening, config, team, facts) as (number, attempt), team.explaining():
         parts = build(config, device, team)
