@@ -1,7 +1,7 @@
 """The state at a step on its way to the storage: what each rank writes and tells of it, and the manifest of all."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manife
 Report = dict[str, Any]  # what a rank tells of what it wrote; JSON
 
 _ELEMENTS = 1 << 18  # of a tensor that are compared between ranks
-_TRAINED = {"model", "optimizer", "average"}  # large, and alike by the gradients that all ranks have together
+_TRAINED = {"model", "optimizer", "average"}  # large, and alike by the gradients that all ranks have together ...
+_GLANCED, _FEW = 16, 64  # ... unless an update draws numbers: of so many weights so many elements are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Snapshot:
     """The state at a step, as it will be committed: JSON by part, and tensors by name, those that this rank writes.
 
     Among several ranks ``plan`` is how the tensors are dealt out, and ``own`` has the parts that each has to itself;
-    ``contents`` are digests of what all must have alike beside the training: what a user remembers, for example.
+    ``contents`` are digests of what all must have alike: of a little of the weights, and of all that a user remembers.
     """
 
     step: int
@@ -54,7 +55,10 @@ class Snapshot:
         dealt = deal(shared, ranks)
         how = plan(dealt, alone)
         tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
-        contents = {name: _content(encoded[name][1]) for name in {*encoded} - own - _TRAINED}
+        contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
+        contents["weights"] = _content(
+            _glance([tensor for name, tensor in shared.items() if name.startswith("model/")])
+        )
         return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how, contents)
 
 
@@ -62,9 +66,14 @@ def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], of: Collectio
     return {name: tensor for part, (_, found) in encoded.items() if part in of for name, tensor in found.items()}
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
+def _glance(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors[:: max(1, len(tensors) // _GLANCED)]:
+        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_FEW]
+
+
+def _content(tensors: Iterable[Tensor]) -> str:
     """A digest of the elements of tensors, of large ones of the first."""
-    firsts = (tensor.reshape(-1)[:_ELEMENTS].cpu() for tensor in tensors.values() if not is_distributed(tensor))
+    firsts = (tensor.reshape(-1)[:_ELEMENTS].cpu() for tensor in tensors if not is_distributed(tensor))
     return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
@@ -140,7 +149,7 @@ def _alike(snapshot: Snapshot, how: Plan) -> dict[str, str]:
     for name, other in how.same.items():
         lines[name.partition("/")[0]].append(f"{name} {other}")
     for part, content in snapshot.contents.items():
-        lines[part].append(content)
+        lines.setdefault(part, []).append(content)
     return {part: digest("\n".join(found).encode()) for part, found in lines.items()}
 
 
@@ -149,5 +158,6 @@ def _require_alike(rank: int, told: Report, first: Report) -> None:
     if differing := [part for part in {**ours, **others} if ours.get(part) != others.get(part)]:
         raise StateError(
             f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
-            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each saw."
+            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each saw, "
+            "and let what moves weights draw the same on all."
         )
