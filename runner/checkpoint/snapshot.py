@@ -158,6 +158,6 @@ def _require_alike(rank: int, told: Report, first: Report) -> None:
     if differing := [part for part in {**ours, **others} if ours.get(part) != others.get(part)]:
         raise StateError(
             f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
-            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each saw, "
-            "and let what moves weights draw the same on all."
+            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each "
+            "saw, and let what moves weights draw the same on all."
         )
