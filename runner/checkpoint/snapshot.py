@@ -45,8 +45,7 @@ class Snapshot:
     def of(cls, step: int, parts: Mapping[str, Any], *, ranks: Ranks = ALONE, **facts: Any) -> "Snapshot":
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
         own = {name for name, state in parts.items() if isinstance(state, Own) and ranks.size > 1}
-        plain = {name: dict(state) if isinstance(state, Own) else state for name, state in parts.items()}
-        encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in plain.items()}
+        encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in parts.items()}
         found = {name: value for name, (value, _) in encoded.items() if name not in own}
         shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
         told = encode(facts, "facts")[0]

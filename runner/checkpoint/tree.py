@@ -20,6 +20,7 @@ from torch import Tensor
 
 from runner.checkpoint.layout import is_distributed
 from runner.errors import StateError
+from runner.ranks import Own
 
 _TAG = "$"
 _ALLOWED = "tensors, str, int, float, bool, None, and dicts, lists and tuples of them"
@@ -90,7 +91,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TAG: "tuple", "items": _encode(list(value), path, tensors)}
     if isinstance(value, list):
         return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
-    if type(value) is dict:
+    if type(value) in (dict, Own):
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
         items = [[_encode(key, path, tensors), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
