@@ -156,7 +156,7 @@ def slurm(folder: Path, *, cpus: int) -> Iterator[dict[str, str]]:
 
     def succeeds(*command: str) -> str:
         allowed = {**os.environ, **environment}
-        return subprocess.run(command, env=allowed, check=True, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(command, env=allowed, check=True, capture_output=True, text=True, timeout=300).stdout
 
     def idle() -> None:
         assert "idle" in succeeds("sinfo", "--noheader", "--format=%T")

@@ -108,7 +108,7 @@ class Stage:
         """Everyone's outcome: an Attempt or a RunInUse."""
         for thread in self.threads:
             thread.start()
-            assert self.arrived.acquire(timeout=10)
+            assert self.arrived.acquire(timeout=120)
         for who in self.script:
             self._go(who)
         for who in range(len(self.threads)):
@@ -119,11 +119,11 @@ class Stage:
     def _go(self, who: int) -> None:
         if self.outcomes[who] is None:
             self.turns[who].release()
-            assert self.arrived.acquire(timeout=10)
+            assert self.arrived.acquire(timeout=120)
 
     def _wait(self) -> None:
         self.arrived.release()
-        assert self.turns[self.mine.me].acquire(timeout=10)
+        assert self.turns[self.mine.me].acquire(timeout=120)
 
     def _claim(self, me: int, steal: bool) -> None:
         self.mine.me = me
@@ -554,7 +554,7 @@ def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_pa
                 assert second.poll() is None, log.read_text()
                 time.sleep(0.02)
             first.send_signal(signal.SIGCONT)
-            assert first.wait(60) == 4
+            assert first.wait(300) == 4
             assert second.wait(120) == 0
     text = log.read_text()
     assert "attempt 2 (pid" in text
@@ -584,5 +584,5 @@ def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
             time.sleep(0.05)
         thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
         stack.callback(thief.kill)
-        assert first.wait(60) == 4
+        assert first.wait(300) == 4
         assert not list(tmp_path.glob("smoke/r/commits/*"))

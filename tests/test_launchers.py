@@ -215,7 +215,7 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
 
     def slurm(*command: str) -> str:
         allowed = {**os.environ, **cluster}
-        return subprocess.run(command, env=allowed, check=True, timeout=30, capture_output=True, text=True).stdout
+        return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
     def array() -> list[str]:
         return slurm("squeue", "--noheader", "--format=%F").split()

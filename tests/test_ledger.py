@@ -247,7 +247,7 @@ from runner.storage import LocalLocation
 opened = Ledger(LocalLocation({location.url!r}), attempt=1, recipe={RECIPE!r}, grouping=4)
 opened.open(0)
 """
-    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=300)
     assert done.stderr == ""
     return done
 

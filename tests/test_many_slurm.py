@@ -77,7 +77,7 @@ def test_a_job_of_two_tasks_is_preempted_and_goes_on(cluster: dict[str, str], tm
 
 def slurm(cluster: dict[str, str], *command: str) -> str:
     allowed = {**os.environ, **cluster}
-    return subprocess.run(command, env=allowed, check=True, timeout=30, capture_output=True, text=True).stdout
+    return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
 def attempts(root: Path) -> list[records.Record]:

@@ -317,7 +317,7 @@ def test_watching_draws_in_place_and_gives_the_screen_back(
     assert max(map(len, first)) == 50
     process.send_signal(stop)
     assert read_until(screen, rb"\x1b\[\?25h\x1b\[\?1049l")
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
@@ -328,7 +328,7 @@ def test_watching_without_a_terminal_prints_each_list(arguments: list[str], root
         found = read_until(process.stdout.fileno(), rb"(?s)(smoke/killed[^\n]*\n.*?){3}").decode()
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     assert "\x1b" not in found
     if arguments:
         assert [row["status"] for row in json.loads(found.splitlines()[0])] == ["killed", *["complete"] * 3]

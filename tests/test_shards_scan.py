@@ -163,7 +163,7 @@ def test_a_scan_that_is_cut_goes_on_to_the_same_manifest(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(ending)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == (75 if ending == signal.SIGINT else -ending)
     if ending == signal.SIGINT:
         assert told.startswith("stopped: kept 0, scanned ")

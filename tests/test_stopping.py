@@ -73,7 +73,7 @@ def test_a_second_interrupt_leaves_at_once() -> None:
         "os.kill(os.getpid(), signal.SIGINT); print(signals.received(), flush=True);"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "SIGINT\n")
 
 
@@ -105,7 +105,7 @@ def test_a_users_error_ends_the_process_also_with_workers(tmp_path: Path) -> Non
     options = ["task._target_=mine.tasks.Breaks", "runtime.num_workers=1", f"run.root={tmp_path}", "run.name=r"]
     command = [sys.executable, "-m", "runner", "experiment=smoke", *options]
     environment = {**os.environ, "PYTHONPATH": str(USER.parent.parent)}
-    ended = subprocess.run(command, cwd=USER, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=USER, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
     assert "KeyError: 'mine'" in ended.stderr
 

@@ -14,7 +14,7 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=60)
+        self._barrier = threading.Barrier(size, timeout=300)
         self._values: list[str] = [""] * size
 
     def exchange(self, rank: int, value: Any) -> list[Any]:

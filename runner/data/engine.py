@@ -90,7 +90,7 @@ def sendable(start_method: str | None) -> Iterator[None]:
     try:
         yield
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        if "pickle" not in str(error).lower():
+        if not any(word in str(error).lower() for word in ("pickle", "local object")):  # the latter from Python 3.12 on
             raise
         method = start_method or torch.multiprocessing.get_start_method()
         raise DataError(
