@@ -44,6 +44,7 @@ class Parts:
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
+    held_out: EvaluationData | None  # the data of ``evaluate``
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
@@ -101,7 +102,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     callbacks: dict[str, Callback] = {
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
-    return Parts(state, task, update, layout, plan, recipe, evaluation, callbacks)
+    return Parts(state, task, update, layout, plan, recipe, evaluation, validation, callbacks)
 
 
 def _update(

@@ -46,7 +46,9 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     device = set_up(config, team.world)
     team.begin(device)
     location = opening.directory.location
-    here = topology.describe(device, team.world.size, config.runtime.parallel.name)
+    runtime = config.runtime
+    spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
+    here = topology.describe(device, team.world.size, spread, compiled=runtime.compile)
     facts = {"overrides": overrides, "topology": here}
     with _attempt(opening, config, team, facts) as (number, attempt), team.explaining():
         parts = build(config, device, team)
@@ -76,15 +78,17 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         saver = callbacks["checkpoint"]
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         with closing(saver):
-            loop = trainer.fit(parts.state, elapsed=resumed.facts.get("elapsed", 0.0))
-        if loop.stop in signals.NAMES:
-            raise _interrupted(loop)
+            loop = trainer.fit(
+                parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
+            )
+        if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
+            raise _interrupted(loop, team.stop)
         return finish(opening, parts, store, callbacks, loop, team.ranks)
 
 
-def _interrupted(loop: Loop) -> Interrupted:
+def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
     error = Interrupted(
-        f"{loop.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+        f"{signal}: stopped after step {loop.step}, which is committed; run the same command again to go on"
     )
     error.agreed = True
     return error
@@ -150,7 +154,7 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
-    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory))
+    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory), ranks)
     return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
 
 

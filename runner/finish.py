@@ -14,6 +14,7 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged, SafetensorsFile
+from runner.errors import printable
 from runner.metrics import hparams
 from runner.ranks import Ranks
 from runner.restore import evaluated_weights
@@ -87,9 +88,12 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
 
 def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
     """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
-    loading.
+    loading; a module's extra state has no place in it, which is told.
     """
-    return SafetensorsFile(weights, metadata={"format": "pt"}).chunks()
+    tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    if left := [name for name in weights if name not in tensors]:
+        log.warning("exported without %s: only tensors have a place in a safetensors file", printable(", ".join(left)))
+    return SafetensorsFile(tensors, metadata={"format": "pt"}).chunks()
 
 
 def _number(value: float) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from runner import signals
 from runner.agreement import led
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.opened import Checkpoint
@@ -41,6 +42,13 @@ class Resumed:
     @property
     def step(self) -> int:
         return self.commit.step if self.commit else 0
+
+    def stopped(self, identity: Mapping[str, Any]) -> str | None:
+        """The word with which the training ended there: not by a signal, nor under another configuration."""
+        word = self.facts.get("stop")
+        if not isinstance(word, str) or word in signals.NAMES:
+            return None
+        return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
 def restore_newest(

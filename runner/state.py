@@ -1,11 +1,11 @@
 """What a resumed run is made of: an ordered, named list of parts, all of them necessary."""
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runner.agreement import together
 from runner.checkpoint.opened import Checkpoint
@@ -97,9 +97,15 @@ class TrainState:
         parts = {name: part for name, part in self.parts().items() if memories or not name.startswith(_MEMORY)}
         saved = [name for name in checkpoint.parts if memories or not name.startswith(_MEMORY)]
         _require_same(parts, saved, checkpoint)
+        same_types = True
         for name, part in parts.items():
-            if name not in without:
-                _load(name, part, checkpoint)
+            if name in without:
+                continue
+            state = _load(name, part, checkpoint)
+            if part is self.model:
+                same_types = _types(part.state_dict()) == _types(state)
+            elif part is self.optimizer and same_types:
+                _retype(part.state_dict().get("state"), state.get("state"))
         if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
 
@@ -120,8 +126,10 @@ def _state_of(part: Stateful) -> dict[str, Any]:
     return Own(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
-def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
-    """Load a part; one that is sharded knows by its live state, or by what it has ``like`` that, what it needs."""
+def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> Any:
+    """Load a part, and return its state; one that is sharded knows by its live state, or by what it has ``like`` that,
+    what it needs.
+    """
     live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
     state = checkpoint.load(name, like=live and live())
     try:
@@ -130,6 +138,24 @@ def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> None:
         raise
     except Exception as error:
         raise StateError(f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}") from error
+    return state
+
+
+def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _retype(now: Any, saved: Any) -> Any:
+    """What an optimizer loaded, in the types that it was saved in: torch casts all of it to those of the weights, and
+    moments in fp32 beside weights in bf16, or the product of NAdam, would go on with other bits.
+    """
+    if isinstance(now, Tensor) and isinstance(saved, Tensor):
+        return now if now.dtype == saved.dtype else saved.to(now.device)
+    if isinstance(now, dict) and isinstance(saved, dict):
+        now.update({key: _retype(now[key], value) for key, value in saved.items() if key in now})
+    elif isinstance(now, list) and isinstance(saved, list):
+        now[:] = map(_retype, now, saved)
+    return now
 
 
 def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Checkpoint) -> None:

@@ -23,13 +23,14 @@ _BITWISE = (
     "device",
     "processes",
     "parallel",
+    "compiled",
     "gpus",
     "cuda",
     "deterministic",
 )
 
 
-def describe(device: torch.device, processes: int, parallel: str) -> dict[str, Any]:
+def describe(device: torch.device, processes: int, parallel: str, *, compiled: bool) -> dict[str, Any]:
     """The topology of a run's processes, as plain JSON values. Call it after threads and device were set."""
     on_cuda = device.type == "cuda"
     return {
@@ -42,6 +43,7 @@ def describe(device: torch.device, processes: int, parallel: str) -> dict[str, A
         "device": device.type,
         "processes": processes,
         "parallel": parallel if processes > 1 else None,
+        "compiled": compiled,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_cuda else [],
         "cuda": torch.version.cuda if on_cuda else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -52,7 +54,7 @@ def describe(device: torch.device, processes: int, parallel: str) -> dict[str, A
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed since another attempt that floats may depend on, as ``name before -> now``."""
-    before = {"processes": 1, **before}
+    before = {"processes": 1, "compiled": False, **before}
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in _BITWISE if before.get(key) != now.get(key)]
 
 

@@ -38,13 +38,14 @@ class Trainer:
         self.team = team or Alone()
         self.layout = layout or Single()
 
-    def fit(self, state: TrainState, *, elapsed: float = 0.0) -> Loop:
-        """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
+    def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
+        """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
+        ``stopped`` one of them ended at this step by that word of a callback, and the result alone is missing.
 
         A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.
         """
         began = time.monotonic() - elapsed
-        loop = self._start(state, elapsed)
+        loop = self._start(state, elapsed, stopped)
         on_step = [callback.on_step for callback in self.callbacks]
         while loop.stop is None:
             self._step(loop, began)
@@ -61,7 +62,7 @@ class Trainer:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.objective, loop.improved = None, None, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
-        loop.rate = state.scheduler.get_last_lr()[0]
+        loop.rate = float(state.scheduler.get_last_lr()[0])  # it may be a tensor
 
         found = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
         metrics = checked(found, f"{type(self.task).__name__}.optimization_step")
@@ -80,7 +81,7 @@ class Trainer:
         shares = {name: metrics.get(name, zero) for name in names if name not in MEASURED}
         return {**metrics, **self.team.added(shares)}
 
-    def _start(self, state: TrainState, elapsed: float) -> Loop:
+    def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
         loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
@@ -88,7 +89,7 @@ class Trainer:
         loop.stop = self._limit(loop) if loop.step else None
         for callback in self.callbacks:
             callback.on_start(loop)
-        loop.stop = loop.stop or self.team.poll()
+        loop.stop = loop.stop or stopped or self.team.poll()
         return loop
 
     def _limit(self, loop: Loop) -> str | None:

@@ -71,6 +71,8 @@ class WeightUpdate:
         else:
             self._move()
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # also those that are not the optimizer's: no state has a gradient
+            parameter.grad = None
         self._layout.settle()
         if self._scaler is not None:
             self._scaler.update()

@@ -89,10 +89,10 @@ class Wiring:
     def _evaluation(self) -> dict[str, Any]:
         """The callback that evaluates, and those that use its results."""
         trainer, goal = self.config.trainer, self.config.objective
-        if self.parts.evaluate is None:
+        if self.parts.evaluate is None or self.parts.held_out is None:
             return {}
         interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-        found: dict[str, Callback] = {"evaluate": Evaluate(interval, self.parts.evaluate)}
+        found: dict[str, Callback] = {"evaluate": Evaluate(interval, self.parts.evaluate, self.parts.held_out)}
         if goal.metric is None:
             return found
         found["best"] = Best(goal.metric, mode=goal.mode.name, keep=self.config.checkpoint.keep_best)

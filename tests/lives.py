@@ -53,9 +53,9 @@ class Lives:
     def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
         ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; at
-        the n-th ``commit`` of a database; after a ``step``; once it ``restored``. ``without`` drops a part from the
-        state. Checkpoints are waited for unless the arguments say otherwise, so that it is known what is committed
-        after a step.
+        the n-th ``commit`` of a database; after a ``step``; once it ``restored``; when all but the result is
+        ``written``. ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say
+        otherwise, so that it is known what is committed after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
         waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
@@ -154,7 +154,6 @@ def become(request: dict[str, Any]) -> None:
 
 def _arm(request: dict[str, Any]) -> None:
     """Lay the mines that a request asks for."""
-    from runner import experiment
     from runner.state import TrainState
     from runner.storage import local
 
@@ -168,14 +167,8 @@ def _arm(request: dict[str, Any]) -> None:
         _hang_at_put(request["hang"])
     if "step" in request:
         _die_after_step(request["step"])
-    if request.get("restored"):
-        resume = experiment._resume
-
-        def mortal_resume(*arguments: Any) -> Any:
-            resume(*arguments)
-            _die()
-
-        experiment._resume = mortal_resume
+    if request.get("restored") or request.get("written"):
+        _die_between(restored=request.get("restored", False))
     if "without" in request:
         parts = TrainState.parts
 
@@ -183,6 +176,22 @@ def _arm(request: dict[str, Any]) -> None:
             return {name: part for name, part in parts(self).items() if name != request["without"]}
 
         TrainState.parts = fewer  # type: ignore[method-assign]
+
+
+def _die_between(*, restored: bool) -> None:
+    """The last that this life does is to restore the state, or to commit it at the end of training."""
+    from runner import experiment
+
+    resume = experiment._resume
+
+    def mortal_resume(*arguments: Any) -> Any:
+        resume(*arguments)
+        _die()
+
+    if restored:
+        experiment._resume = mortal_resume
+    else:
+        experiment.finish = lambda *_: _die()  # type: ignore[assignment]
 
 
 def _die_at_put(last: int) -> None:

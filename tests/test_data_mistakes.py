@@ -115,6 +115,17 @@ def test_a_changed_file_under_the_same_name_is_refused(live: Live, tmp_path: Pat
     assert live(*command).status == 0
 
 
+def test_changed_validation_data_is_told(live: Live, tmp_path: Path) -> None:
+    command = ("data.validation._target_=mine.data.File", f"+data.validation.path={tmp_path}/rows.txt")
+    (tmp_path / "rows.txt").write_text("1 2 3 4 5 6 7 8\n" * 30)
+    assert live(*command, step=4).status is None
+    (tmp_path / "rows.txt").write_text("1 2 3 4 5 6 7 9\n" * 31)
+    ended = live(*command)
+    assert ended.status == 0, ended.output
+    assert "changed  data.validation is not what it was" in ended.output
+    assert "30 samples then, 31 now; sample 0[0]: float32[8] of magnitude" in ended.output
+
+
 def test_changed_shards_are_refused(live: Live, tmp_path: Path) -> None:
     command = (f"data.train.path={tmp_path}/shards",)
     write_shards(str(tmp_path / "shards"), [30, 70])

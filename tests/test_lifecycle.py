@@ -217,10 +217,14 @@ def test_many_starters_at_once_make_one_lineage(tmp_path: Path) -> None:
 def test_a_resume_on_another_topology_goes_on_and_says_so(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
     assert life(*command, step=15).status is None
-    same, moved = life(*command, step=25), life(*command, "runtime.num_threads=2")
-    assert (same.status, "moved" in same.output) == (None, False)
+    same, compiled = life(*command, step=25), life(*command, "runtime.compile=true", restored=True)
+    assert (same.status, "moved" in same.output, compiled.status) == (None, False, None)
+    moved = life(*command, "runtime.num_threads=2")
     assert moved.status == 0
-    assert "moved    threads 1 -> 2: same samples, but floats may differ in the last bits" in moved.output
+    assert (
+        "moved    threads 1 -> 2, compiled True -> False: same samples, but floats may differ in the last bits"
+        in moved.output
+    )
 
 
 def test_a_limit_in_seconds_holds_over_all_attempts(life: Lives, tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 
+from runner.checkpoint.layout import Box
+from runner.checkpoint.store import CheckpointStore
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
+from runner.storage import LocalLocation
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
@@ -214,6 +217,33 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
     assert (about["steps"], about["attempts"]) == (36, 4)
 
 
+def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
+    crew: Crews, tmp_path: Path
+) -> None:
+    """Also with a mean of what a rank saw, which is that of all, and an optimizer that never leaves weights alone."""
+    odd = ("model._target_=mine.odd.Centres", "optimizer=sgd", "optimizer._target_=mine.odd.Decays")
+    command = (*SMOKE, FSDP, *odd, "+callbacks.brakes._target_=mine.odd.Brakes", f"run.root={tmp_path}")
+    finished(crew(2, *command, "trainer.max_steps=4", "run.name=parent", cwd=USER))
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=whole", cwd=USER))
+    more = (f"run.parent={folder(tmp_path, 'parent')}", "run.inherit=all")
+    finished(crew(2, *command, "trainer.max_steps=8", "run.name=child", *more, cwd=USER))
+    whole, child = (results(folder(tmp_path, name)) for name in ("whole", "child"))
+    assert (child.weights, child.tensors) == (whole.weights, whole.tensors)
+    first, second = (drawn(folder(tmp_path, "child"), rank) for rank in range(2))
+    assert torch.equal(first, drawn(folder(tmp_path, "whole"), 0))
+    assert torch.equal(second, drawn(folder(tmp_path, "whole"), 1))
+    assert not torch.equal(first, second)
+
+
+def drawn(run: Path, rank: int) -> torch.Tensor:
+    """The state of torch's generator of a rank in the newest checkpoint."""
+    store = CheckpointStore(LocalLocation(run))
+    checkpoint, name = store.open(store.commits()[0]), f"generators/{rank}/torch"
+    place = checkpoint.places[name]
+    box = Box.whole(place.shelf.tensors[place.name].shape)
+    return checkpoint.reader.read({name: (place, box)})[name]
+
+
 def ledger(run: Path) -> dict[int, str]:
     """The line of every step, by whichever attempt."""
     lines = (line for path in sorted(run.glob("ledger/*.txt")) for line in path.read_text().splitlines()[1:])
@@ -330,6 +360,10 @@ MISTAKES = {
         "would read all of it. Make it map-style",
     ),
     "typo": (("trainer.max_step=3",), "Key 'max_step' not in 'TrainerConfig'"),
+    "thaw": (
+        (DDP, "model._target_=mine.odd.Frozen", "task._target_=mine.odd.Thaws"),
+        "model: a weight is trained that was built frozen",
+    ),
     "sweep": (("-m", "seed=1,2"), "a sweep (-m) was started in 2 processes"),
 }
 

@@ -222,6 +222,19 @@ def test_every_way_of_training_survives_a_kill(settings: tuple[str, ...], life: 
     assert not results(run(life, tmp_path, command, "run.name=cut")).differences(expected)
 
 
+def test_what_is_kept_in_odd_ways_survives_a_kill(life: Lives, tmp_path: Path) -> None:
+    """See ``mine.odd``. The second life saves at other steps: what a copy reads is not what the next step changes."""
+    command = ("--config-dir", f"{USER}/conf", "experiment=odd", *COMMON)
+    expected = results(run(life, tmp_path, command, "run.name=whole", "checkpoint.every_steps=5"))
+    more = (f"run.root={tmp_path}", "run.name=cut")
+    assert life(*command, *more, "checkpoint.every_steps=7", cwd=USER, step=17).status is None
+    assert life(*command, *more, "checkpoint.every_steps=1", cwd=USER, written=True).status is None
+    ended = life(*command, *more, cwd=USER)
+    assert "resumed from step 33" in ended.output
+    assert "exported without _extra_state" in ended.output
+    assert not results(tmp_path / "odd/cut").differences(expected)
+
+
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_another_start_method_changes_nothing(
     start_method: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted

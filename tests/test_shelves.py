@@ -258,6 +258,22 @@ def test_ranks_with_another_state_are_told_apart(differing: str) -> None:
     assert [name for name in location.objects if name.startswith("commits/")] == []
 
 
+@pytest.mark.parametrize("part", ["task", "callback.own.mean", "model"])
+def test_ranks_that_remember_something_else_are_told_apart(part: str) -> None:
+    """A mean over what this rank saw, which a resume would give to all; weights after an update that drew numbers."""
+
+    def work(ranks: ThreadRanks) -> CommitId:
+        made = Snapshot.of(1, {part: {"mean": torch.tensor([0.0, ranks.rank])}}, ranks=ranks)
+        return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+
+    location = MemoryLocation()
+    ends = ends_among(2, work)
+    assert [type(end) for end in ends] == [StateError, StateError]
+    told = part.replace("model", "weights")
+    assert f"the state of {told} on rank 1 is not that on rank 0" in str(ends[0])
+    assert [name for name in location.objects if name.startswith("commits/")] == []
+
+
 @pytest.mark.parametrize("place", ["header", "data"])
 def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
     location, commit = saved(4, (((0, 4),), 1))

@@ -40,18 +40,18 @@ def test_a_signal_commits_the_step_and_leaves_with_75(number: signal.Signals, li
     assert "resumed from step 17 of attempt 1\n" in again.output, "no step may be lost"
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(("call", "step", "times"), [(1, 10, 2), (2, 10, 2), (14, 40, 1)])
 def test_a_signal_during_evaluation_keeps_the_step_and_evaluates_after_the_resume(
-    call: int, life: Lives, tmp_path: Path
+    call: int, step: int, times: int, life: Lives, tmp_path: Path
 ) -> None:
-    """Twice in a row: also the evaluation made up for at the start may be cut short."""
+    """Twice in a row: also the evaluation made up for at the start may be cut short. And after the last step."""
     small = "data.evaluation_batch_size=100"  # four batches, so that there is something to cut
     whole = (*stops("training", 10**6, signal.SIGTERM), small, f"run.root={tmp_path}", "run.name=whole")
     assert life(*whole, cwd=USER).status == 0
     cut = (*stops("evaluation", call, signal.SIGTERM), small, f"run.root={tmp_path}", "run.name=cut")
-    for _ in range(2):
+    for _ in range(times):
         ended = life(*cut, cwd=USER)
-        assert (ended.status, "stopped after step 10" in ended.output) == (75, True), ended.output
+        assert (ended.status, f"SIGTERM: stopped after step {step}," in ended.output) == (75, True), ended.output
     resumed = (*whole[:-1], "run.name=cut", "run.on_drift=accept")
     ended = life(*resumed, cwd=USER)
     assert ended.status == 0, ended.output

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
+from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,6 +83,30 @@ def test_tensors_are_those_of_the_state_and_need_no_gradient() -> None:
     assert not tensors["part/0"].requires_grad
 
 
+def test_a_tensor_that_is_trained_still_is_and_its_detached_self_is_not() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    value, tensors = encode([weight, weight * 1, weight.detach()], "part")
+    one = tensors["part/0"]
+    trained, result, detached = decode(json.loads(json.dumps(value)), lambda name: one)
+    assert (trained.requires_grad, result.requires_grad, detached.requires_grad) == (True, False, False)
+    with pytest.raises(ValueError, match=r"a torch\.int64 tensor that is trained"):
+        decode(value, lambda name: torch.ones(3, dtype=torch.int64))
+
+
+def test_dicts_that_count_and_that_are_ordered_are_of_their_kind_again() -> None:
+    state = {"seen": Counter({3: 2, "a": 1}), "recent": OrderedDict([("z", 1), ("a", Counter())])}
+    found = there_and_back(state)
+    assert found == state
+    assert [type(found["seen"]), type(found["recent"]), type(found["recent"]["a"])] == [Counter, OrderedDict, Counter]
+    assert [*found["recent"]] == ["z", "a"]
+
+
+def test_a_module_is_told_by_which_version_of_itself_its_state_was_saved() -> None:
+    state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    found = there_and_back(state)
+    assert found._metadata == state._metadata == {"": {"version": 1}, "0": {"version": 2}}
+
+
 def test_a_float_of_numpy_is_kept_to_the_bit() -> None:
     assert there_and_back(np.float64(0.1)) == 0.1
     assert math.isnan(there_and_back(np.float64("nan")))
@@ -111,6 +136,14 @@ class Pair(NamedTuple):
     second: int
 
 
+class Phase(str, Enum):
+    WARM = "warm"
+
+
+class Level(IntEnum):
+    LOW = 0
+
+
 @pytest.mark.parametrize(
     ("state", "told"),
     [
@@ -120,8 +153,13 @@ class Pair(NamedTuple):
         ({3: np.zeros(2)}, "cannot save part/3: it is a numpy.ndarray"),
         ([Pair(1, 2)], "cannot save part/0: it is a test_tree.Pair"),
         ([b"bytes"], "cannot save part/0: it is a builtins.bytes"),
+        ([Phase.WARM], "cannot save part/0: it is a test_tree.Phase"),
+        ({Phase.WARM: 1}, "cannot save part: it is a test_tree.Phase"),
+        ([Level.LOW], "cannot save part/0: it is a test_tree.Level"),
+        ([defaultdict(int)], "cannot save part/0: it is a collections.defaultdict"),
         ([torch.ones(2).to_sparse()], "cannot save part/0: Tensor, torch.sparse_coo, on cpu"),
         ([torch.ones(2, device="meta")], "cannot save part/0: Tensor, torch.strided, on meta"),
+        ([torch.ones(1).expand(2)], "cannot save part/0: .* with bytes of their own for each element"),
         ([Halved(torch.ones(2))], "cannot save part/0: Halved"),
         ([nn.Linear(1, 1)], "cannot save part/0: it is a torch.nn.modules.linear.Linear"),
         ({"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}, "cannot save part/a/b: two tensors"),

@@ -107,6 +107,15 @@ def test_frozen_weights_are_not_in_the_norm() -> None:
     assert update.step(torch.tensor(0.0))["grad_norm"].item() == 5.0
 
 
+def test_gradients_of_what_the_optimizer_does_not_have_are_cleared_too() -> None:
+    model = nn.Linear(2, 1)
+    update = WeightUpdate(model, torch.optim.SGD([model.weight], lr=0.0), device=CPU, clip_norm=100.0)
+    for _ in range(2):
+        update.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+        assert update.step(torch.tensor(0.0))["grad_norm"].item() == pytest.approx(26**0.5)
+    assert model.bias.grad is None
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_step_without_a_finite_loss_is_skipped(factor: float, fp16: bool) -> None:

@@ -1,24 +1,31 @@
 """Periodic evaluation, and what follows from it: the best checkpoint, and early stopping."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
-from runner.errors import ConfigError
+from runner.data.held_out import EvaluationData
+from runner.errors import ConfigError, printable
 from runner.evaluation import EvaluationInterrupted
 from runner.interval import Interval
 from runner.state import TrainState
 
+log = logging.getLogger("runner")
+
 
 class Evaluate(Callback):
     """Evaluates when due and at the last step. Remembers the step, so that one that was cut short is made after the
-    resume.
+    resume, and what the data looks like: what an attempt before saw of other data is no longer to be compared with.
     """
 
-    def __init__(self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]]) -> None:
+    def __init__(
+        self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]], data: EvaluationData
+    ) -> None:
         self.interval = interval
         self.evaluate = evaluate
+        self.data = data
         self.step = 0
         self.scalars: dict[str, float] = {}
 
@@ -39,10 +46,16 @@ class Evaluate(Callback):
         loop.evaluation = report
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "scalars": self.scalars}
+        return {"step": self.step, "scalars": self.scalars, "data": self.data.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scalars = state["step"], state["scalars"]
+        changed = self.data.changes(state["data"]) if "data" in state else []
+        if changed:
+            log.warning(
+                "changed  data.validation is not what it was, and earlier figures and the best one are of that: %s",
+                printable("; ".join(changed)),
+            )
 
     def _due(self, loop: Loop) -> bool:
         last = loop.stop is not None

@@ -49,7 +49,8 @@ class Report(Callback):
         self._report(loop)
 
     def on_step(self, loop: Loop) -> None:
-        self._unread.append(loop.metrics)
+        # Copies: a metric may be a weight or a running mean, which the next step changes in place.
+        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
         self._rate = loop.rate
         if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
             self._report(loop)

@@ -67,7 +67,7 @@ class Saves:
         facts = self.hooks.mark(loop.step)
         if loop.objective is not None:
             facts["objective"] = loop.objective
-        facts["elapsed"] = loop.elapsed
+        facts |= {"elapsed": loop.elapsed, "stop": loop.stop}
         snapshot = Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.ranks, **facts)
         staging = self.rooms.pop() if self.rooms else Staging()
         return Job(staging.stage(snapshot), staging, exact)

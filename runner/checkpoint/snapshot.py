@@ -1,17 +1,17 @@
 """The state at a step on its way to the storage: what each rank writes, reports, and the manifest of all of it."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from runner.checkpoint.layout import deal, local
+from runner.checkpoint.layout import deal, is_distributed, local
 from runner.checkpoint.manifest import FORMAT, CommitId
 from runner.checkpoint.sealing import digest
 from runner.checkpoint.shelves import Plan, Shelf, plan
-from runner.checkpoint.tensors import StoredFile
+from runner.checkpoint.tensors import StoredFile, bytes_of
 from runner.checkpoint.tree import encode
 from runner.errors import StateError
 from runner.ranks import ALONE, Own, Ranks
@@ -20,12 +20,17 @@ MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manife
 
 Report = dict[str, Any]  # what a rank tells of what it wrote; JSON
 
+_ELEMENTS = 1 << 18  # of a tensor that are compared between ranks
+_TRAINED = {"model", "optimizer", "average"}  # large, and alike by the gradients that all ranks have together ...
+_GLANCED, _FEW = 16, 64  # ... unless an update draws numbers: of so many weights so many elements are compared
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state at a step, as it will be committed: JSON by part, and tensors by name, those that this rank writes.
 
-    Among several ranks ``plan`` is how the tensors are dealt out, and ``own`` has the parts that each has to itself.
+    Among several ranks ``plan`` is how the tensors are dealt out, and ``own`` has the parts that each has to itself;
+    ``contents`` are digests of what all must have alike: of a little of the weights, and of all that a user remembers.
     """
 
     step: int
@@ -34,6 +39,7 @@ class Snapshot:
     facts: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
+    contents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, step: int, parts: Mapping[str, Any], *, ranks: Ranks = ALONE, **facts: Any) -> "Snapshot":
@@ -48,11 +54,26 @@ class Snapshot:
         dealt = deal(shared, ranks)
         how = plan(dealt, alone)
         tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
-        return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how)
+        contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
+        contents["weights"] = _content(
+            _glance([tensor for name, tensor in shared.items() if name.startswith("model/")])
+        )
+        return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how, contents)
 
 
 def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], of: Collection[str]) -> dict[str, Tensor]:
     return {name: tensor for part, (_, found) in encoded.items() if part in of for name, tensor in found.items()}
+
+
+def _glance(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors[:: max(1, len(tensors) // _GLANCED)]:
+        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_FEW]
+
+
+def _content(tensors: Iterable[Tensor]) -> str:
+    """A digest of the elements of tensors, of large ones of the first."""
+    firsts = (tensor.reshape(-1)[:_ELEMENTS].cpu() for tensor in tensors if not is_distributed(tensor))
+    return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
 def report(snapshot: Snapshot, how: Plan, files: Sequence[tuple[str, StoredFile]]) -> Report:
@@ -119,13 +140,15 @@ def _of_ranks(part: str, reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def _alike(snapshot: Snapshot, how: Plan) -> dict[str, str]:
-    """A digest of each part, of its values as of its tensors' names, shapes and places."""
+    """A digest of each part, of its values as of its tensors' names, shapes, places and contents."""
     lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
     for number, shelf in enumerate(how.shelves):
         for name, kind in shelf.tensors.items():
             lines[name.partition("/")[0]].append(f"{number} {shelf.cuts} {name} {kind.dtype} {kind.shape}")
     for name, other in how.same.items():
         lines[name.partition("/")[0]].append(f"{name} {other}")
+    for part, content in snapshot.contents.items():
+        lines.setdefault(part, []).append(content)
     return {part: digest("\n".join(found).encode()) for part, found in lines.items()}
 
 
@@ -134,5 +157,6 @@ def _require_alike(rank: int, told: Report, first: Report) -> None:
     if differing := [part for part in {**ours, **others} if ours.get(part) != others.get(part)]:
         raise StateError(
             f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
-            "What is not sharded must be the same on all ranks, or it cannot be restored."
+            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each "
+            "saw, and let what moves weights draw the same on all."
         )

@@ -1,14 +1,18 @@
 """State as strict JSON beside named tensors, and back, without loss and without pickle.
 
-Tensors leave the tree and are named by their path (``model/head.weight``). Tuples, mappings whose keys are not strings,
-and non-finite floats are tagged, because JSON has none of them.
+Tensors leave the tree and are named by their path (``model/head.weight``). Tuples, dicts whose keys are not strings or
+that are ordered or count, and non-finite floats are tagged, because JSON has none of them. What only resembles one of
+these (an enumeration's member, a dict with a default) would come back as less than it was, and is refused.
 
 A tensor's entry has the order in which its dimensions lie in memory, where that is not the usual one (channels last):
-fused optimizers take a weight's bytes and those of its moments pairwise, as they lie.
+fused optimizers take a weight's bytes and those of its moments pairwise, as they lie. And it says whether the tensor is
+one to be trained.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from runner.checkpoint.layout import is_distributed
 from runner.errors import StateError
+from runner.ranks import Own
 
 _TAG = "$"
 _ALLOWED = "tensors, str, int, float, bool, None, and dicts, lists and tuples of them"
@@ -37,17 +42,21 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
         return value
-    match value.get(_TAG):
-        case None:
-            return {key: decode(item, tensor) for key, item in value.items()}
+    if _TAG not in value:
+        return {key: decode(item, tensor) for key, item in value.items()}
+    match value[_TAG]:
         case "tensor":
-            return tensor(value["name"])
+            return _trained(tensor(value["name"])) if value.get("trained") else tensor(value["name"])
         case "tuple":
             return tuple(decode(item, tensor) for item in value["items"])
         case "float":
             return float(value["value"])
         case "dict":
             return {decode(key, tensor): decode(item, tensor) for key, item in value["items"]}
+        case "counter":
+            return Counter(decode(value["items"], tensor))
+        case "ordered":
+            return _ordered(decode(value["items"], tensor), decode(value["versions"], tensor))
         case unknown:
             raise StateError(f"a stored state holds the unknown tag {unknown!r}")
 
@@ -72,30 +81,52 @@ def laid_out(tensor: Tensor, order: Any) -> Tensor:
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         entry, order = {_TAG: "tensor", "name": _add(value, path, tensors)}, _order(value)
-        return entry if order is None else {**entry, "order": order}
-    if isinstance(value, float):
+        trained = {"trained": True} if value.requires_grad and value.is_leaf else {}
+        return {**entry, **trained} if order is None else {**entry, **trained, "order": order}
+    if isinstance(value, float) and not isinstance(value, Enum):
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
-    if value is None or isinstance(value, str | int):
+    if value is None or (isinstance(value, str | int) and not isinstance(value, Enum)):
         return value
     if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one would come back without its names
         return {_TAG: "tuple", "items": _encode(list(value), path, tensors)}
     if isinstance(value, list):
         return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value) and _TAG not in value:
+    if type(value) in (dict, Own):
+        if all(type(key) is str for key in value) and _TAG not in value:
             return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
         items = [[_encode(key, path, tensors), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
         return {_TAG: "dict", "items": items}
+    if type(value) is Counter:
+        return {_TAG: "counter", "items": _encode(dict(value), path, tensors)}
+    if type(value) is OrderedDict:
+        versions = getattr(value, "_metadata", None)  # of a module's classes, by which they load what older ones saved
+        told = None if versions is None else _encode(dict(versions), path, tensors)
+        return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": told}
     raise StateError(
         f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. "
         f"A state_dict may hold {_ALLOWED}."
     )
 
 
+def _ordered(items: dict[Any, Any], versions: Any) -> OrderedDict[Any, Any]:
+    found = OrderedDict(items)
+    if versions is not None:
+        found._metadata = versions  # type: ignore[attr-defined]
+    return found
+
+
+def _trained(tensor: Tensor) -> Tensor:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"a {tensor.dtype} tensor that is trained")
+    return tensor.detach().requires_grad_()  # the same tensor may be part of the state as it is, too
+
+
 def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
     if not _is_dense(tensor):
         kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
-        raise StateError(f"cannot save {path}: {kind}; only dense tensors with bytes of their own can be saved")
+        raise StateError(
+            f"cannot save {path}: {kind}; only dense tensors can be saved, with bytes of their own for each element"
+        )
     if path in tensors:
         raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
     tensors[path] = tensor.detach()
@@ -104,10 +135,12 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its bytes are its elements. What wraps others (of fewer bits, say) would come back as what it stands for,
-    and training go on differently.
+    and training go on differently. Into what is expanded no module can load.
     """
     wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
-    return tensor.layout == torch.strided and not (wraps or tensor.is_quantized or tensor.is_meta)
+    if tensor.layout != torch.strided or wraps or tensor.is_quantized or tensor.is_meta:
+        return False
+    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _order(tensor: Tensor) -> list[int] | None:

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate, Fetcher, Samples, unreadable
 from runner.data.plan import Plan, Slice
-from runner.data.probe import require_pure
+from runner.data.probe import differences, require_pure, sketch
 from runner.data.stream import to_device
 from runner.distributed.world import World
 from runner.errors import DataError
@@ -47,7 +47,14 @@ class EvaluationData:
         if audit:
             require_pure(fetcher)
         self._loader = Loader(fetcher, self._slices, loading)
+        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch(fetcher)}
         self.device = device
+
+    def changes(self, then: dict[str, Any]) -> list[str]:
+        """In what the data of that fingerprint is not this data, in words."""
+        was, now = then["length"], self.fingerprint["length"]
+        found = [] if was == now else [f"{was} samples then, {now} now"]
+        return found + differences(then["samples"], self.fingerprint["samples"])
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Batches on the device, each with its number of samples (0: padding)."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runner.distributed.buffers import take_over
+from runner.distributed.buffers import Buffers, take_over
 from runner.errors import ConfigError
 
 _BUCKET_BYTES = 25 << 20
@@ -38,8 +38,9 @@ class Replicated:
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
         self.told = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         self._micro_batches = micro_batches
-        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._buffers = Buffers(models)
         self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
+        self._frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
@@ -56,6 +57,11 @@ class Replicated:
             yield micro_batch
 
     def gather_gradients(self) -> None:
+        if any(parameter.grad is not None for parameter in self._frozen):
+            raise ConfigError(
+                "model: a weight is trained that was built frozen; several processes bring together the gradients of "
+                "those that were not. Build it with requires_grad, and freeze it in the task or a callback until then"
+            )
         for bucket in self._buckets[self._next :]:
             _send(bucket)
         for bucket in self._buckets:
@@ -71,7 +77,7 @@ class Replicated:
         return verdict
 
     def settle(self) -> None:
-        take_over(self._buffers)
+        self._buffers.settle()
 
     def state_of(self, optimizer: Any) -> Any:
         return optimizer

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from runner.distributed.buffers import take_over
+from runner.distributed.buffers import Buffers
 from runner.distributed.layout import blocks
 
 
@@ -34,7 +34,7 @@ class Sharded:
         self.told = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
         self._model = models[0]
         self._micro_batches = micro_batches
-        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._buffers = Buffers(models)
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         assert isinstance(self._model, FSDPModule)
@@ -56,7 +56,7 @@ class Sharded:
         return verdict
 
     def settle(self) -> None:
-        take_over(self._buffers)
+        self._buffers.settle()
 
     def state_of(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)
@@ -68,6 +68,11 @@ class _ShardedOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer, for callbacks that change rates."""
+        return self.optimizer.param_groups
+
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
@@ -75,11 +80,14 @@ class _ShardedOptimizer:
         self.optimizer.load_state_dict(state)
 
     def like(self) -> dict[str, Any]:
-        """A state with the tensors of one that has made a step, each as it lies on the processes."""
+        """A state with the tensors of one that has made a step, each as it lies on the processes. The weights may be
+        loaded already and stay as they are, whatever the optimizer does at a rate of zero.
+        """
         if self.optimizer.state:
             return self.state_dict()
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
+        groups = [dict(group) for group in self.param_groups]
+        weights = [[parameter.detach().clone() for parameter in group["params"]] for group in self.param_groups]
+        for group in self.param_groups:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
@@ -88,8 +96,10 @@ class _ShardedOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         state = self.optimizer.state_dict()
         self.optimizer.state.clear()
-        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+        for group, before, kept in zip(self.param_groups, groups, weights, strict=True):
             group.update(before)
+            for parameter, weight in zip(group["params"], kept, strict=True):
+                parameter.detach().copy_(weight)
         return state
 
 

@@ -49,6 +49,8 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 
 def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value.get("$") == "ordered":
+        value = value["items"]
     if isinstance(value, dict) and "$" not in value and 0 < len(value) <= _FEW_KEYS:
         for key, inner in value.items():
             yield from _values(f"{path}/{key}", inner)

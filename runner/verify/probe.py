@@ -246,8 +246,8 @@ def _cut_short(probe: Probe, kind: Any, step: int) -> None:
 def _watch_evaluation(probe: Probe) -> None:
     evaluate, begin, every = evaluation.evaluate, Evaluate.__init__, probe.request["evaluations"]
 
-    def begun(self: Evaluate, interval: Any, call: Any) -> None:
-        begin(self, interval, call)
+    def begun(self: Evaluate, interval: Any, *more: Any) -> None:
+        begin(self, interval, *more)
         if every is not None and (interval.steps or every + 1) > every:
             interval.steps = every
             probe.write("oftener", every=every)
