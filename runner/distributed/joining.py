@@ -20,9 +20,8 @@ def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
     if world.size == 1:
         yield Alone()
         return
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # else torch prints C++ stack traces when another process dies
+    # Otherwise torch prints C++ stack traces when another process dies.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from runner.distributed.many import met
 
     with met(world, meeting(), timeout=timeout, patience=patience) as team:
