@@ -32,7 +32,7 @@ class Loop:
 
 class Callback:
     """Base class that does nothing: override the methods you need. A callback with ``state_dict`` and
-    ``load_state_dict`` is saved and restored.
+    ``load_state_dict`` is saved and restored; the tensors that it is given are on the CPU.
 
     The configuration's ``callbacks`` are called in their order, in every process of the run, after an evaluation and
     before anything is written. They may add to ``loop.metrics``, and end training by setting ``loop.stop`` to a word;
