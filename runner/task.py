@@ -37,7 +37,8 @@ class Task(ABC):
     """One way to turn a batch into a loss and metrics.
 
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
-    with the model; the tensors that ``load_state_dict`` is given are on the CPU. Metrics are tensors of shape [], means over the samples of the batch, left on their device.
+    with the model. The tensors that ``load_state_dict`` is given are on the CPU. Metrics are tensors of shape [], means
+    over the samples of the batch, left on their device.
     """
 
     @abstractmethod

@@ -128,7 +128,9 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
         assert not results(folder(tmp_path, f"r{runs}")).differences(expected), f"run {runs}"
 
 
-@pytest.mark.parametrize(("name", "victim"), [("ddp", 0), ("fsdp", 1), ("three", 2)])
+@pytest.mark.parametrize(
+    ("name", "victim"), [("ddp", 0), ("fsdp", 1), pytest.param("three", 2, marks=pytest.mark.campaign)]
+)
 def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
     name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
@@ -307,7 +309,7 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
         env=WHERE,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -316,6 +318,7 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*.log")] == ["runner.log"]
 
 
+@pytest.mark.campaign
 def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
     """It is killed while one of them hangs and the other waits for that one, which both would do for an hour."""
     command = [*TORCHRUN, "-m", "runner", *SMOKE, *HANGS, "runtime.timeout=3600", *EVERY_STEP, f"run.root={tmp_path}"]

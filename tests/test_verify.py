@@ -128,11 +128,8 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
 QUICK = (
     "a curriculum in the data set",
     "a hidden generator, refused",
-    "a task without a state",
     "hash()",
     "a kernel without an order",
-    "threads that race",
-    "freezing that is not saved",
 )
 
 
