@@ -79,6 +79,8 @@ def _opened(file: BinaryIO | BytesIO, path: str) -> Iterator[tarfile.TarFile]:
 
 
 def _parts(archive: tarfile.TarFile) -> Iterator[_Part]:
+    if archive.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek before its start
+        return
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # else the archive remembers them all
         name = _NAME.fullmatch(member.name)
