@@ -11,7 +11,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
@@ -73,10 +74,10 @@ def _pid() -> None:
 
 
 def _time() -> None:
-    """The clocks that people read: each call finds them a little later than the one before, in every life alike. The
-    runner reads the true ones.
+    """The clocks that people read: each call of a module finds them a little later than its call before, in every life
+    alike, whatever others ask beside it. The runner reads the true ones.
     """
-    ticks = itertools.count()
+    ticks: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
     class Datetime(datetime.datetime):
         @classmethod
@@ -88,15 +89,20 @@ def _time() -> None:
             return cls.now(datetime.timezone.utc).replace(tzinfo=None)
 
     for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
-        setattr(time, name, _ticking(getattr(time, name), lambda: _NOW + next(ticks) * 1e-3))
-        setattr(
-            time, f"{name}_ns", _ticking(getattr(time, f"{name}_ns"), lambda: int(_NOW * 1e9) + next(ticks) * 10**6)
-        )
+        setattr(time, name, _ticking(getattr(time, name), ticks, lambda tick: _NOW + tick * 1e-3))
+        in_ns = f"{name}_ns"
+        setattr(time, in_ns, _ticking(getattr(time, in_ns), ticks, lambda tick: int(_NOW * 1e9) + tick * 10**6))
     datetime.datetime = Datetime  # type: ignore[misc]
 
 
-def _ticking(clock: Callable[[], Any], ticks: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: clock() if _asking().startswith("runner.") else ticks()
+def _ticking(
+    clock: Callable[[], Any], ticks: Mapping[str, Iterator[int]], shown: Callable[[int], Any]
+) -> Callable[[], Any]:
+    def read() -> Any:
+        who = _asking()
+        return clock() if who.startswith("runner.") else shown(next(ticks[who]))
+
+    return read
 
 
 def _turns() -> None:
