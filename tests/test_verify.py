@@ -264,6 +264,22 @@ def test_memory_is_seen_wherever_it_is() -> None:
     }
 
 
+def test_clocks_that_are_held_fast_show_the_same_whoever_else_reads_them() -> None:
+    code = """if True:
+        from runner.verify import pins
+        def reader(name):
+            space = {"__name__": name}
+            exec("import time\\ndef read(): return time.time_ns()", space)
+            return space["read"]
+        mine, library = reader("mine"), reader("library")
+        pins.hold("time")
+        first = mine()
+        library()
+        assert mine() - first == 1_000_000
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 def test_a_run_of_several_processes_passes(two: Servers, scratch: Path) -> None:
     verdict = judged(two, steps=12, kills=3, processes=2, workers=(0,))
     proven = verdict.proven
