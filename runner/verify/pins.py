@@ -141,16 +141,19 @@ def _asking() -> str:
 
 
 def _entropy() -> None:
-    """What the system gives as chance: seeds of generators that are made without one. Ranks draw apart, since
-    names of files come from it.
+    """What the system gives as chance: seeds of generators that are made without one. Each module draws for itself,
+    whatever others draw beside it; so do ranks, since names of files come from it.
     """
-    count, seed = itertools.count(int(os.environ.get("RANK", 0)) << 32), random.Random.seed
+    draws: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    rank, seed = os.environ.get("RANK", "0"), random.Random.seed
 
     def urandom(size: int) -> bytes:
-        return random.Random(next(count)).randbytes(size)
+        who = _asking()
+        return random.Random(f"{rank} {who} {next(draws[who])}").randbytes(size)
 
     def seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
-        seed(self, next(count) if a is None else a, version)
+        who = _asking()
+        seed(self, f"{rank} {who} {next(draws[who])}" if a is None else a, version)
 
     os.urandom = urandom
     random._urandom = urandom  # type: ignore[attr-defined]
