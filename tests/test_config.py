@@ -197,6 +197,7 @@ def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_p
     assert ended.returncode == 1
 
 
+@pytest.mark.campaign
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
     """Training goes on and says so; when somebody makes room, everything is saved as if nothing had been."""
     log = tmp_path / "log"

@@ -291,6 +291,7 @@ HANGS = ("task._target_=mine.tasks.Hangs", "~task.label_smoothing", "+task.rank=
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.background=false")
 
 
+@pytest.mark.campaign
 def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
     """A rank is killed in the middle, and torchrun begins all of them anew."""
     ended = subprocess.run(
