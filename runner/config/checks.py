@@ -71,14 +71,21 @@ def check(config: DictConfig) -> None:
 
 def _check_values(config: DictConfig) -> None:
     _check_keys(config)
-    ours = OmegaConf.masked_copy(config, [key.name for key in fields(Config)])  # without what Hydra adds in a sweep
-    missing = sorted(OmegaConf.missing_keys(ours))
+    # Key by key, without those that Hydra adds in a sweep: a copy of the others would cost as much as the search.
+    missing = sorted(missing for key in fields(Config) for missing in _missing(config, key.name))
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set: give a value in the experiment or on the command line")
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(config, key)
         if value is not None and value < least:
             raise ConfigError(f"{key}={value} is too small: at least {least}")
+
+
+def _missing(config: DictConfig, key: str) -> list[str]:
+    if OmegaConf.is_missing(config, key):
+        return [key]
+    node = config._get_node(key)
+    return [f"{key}.{inner}" for inner in OmegaConf.missing_keys(node)] if OmegaConf.is_config(node) else []
 
 
 def _check_keys(node: DictConfig, path: str = "") -> None:
