@@ -20,6 +20,7 @@ import torch
 from runner.errors import ConfigError, StorageError
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan
+from runner.verify.difference import first
 from runner.verify.lives import Ended, Life, Servers, servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
@@ -220,6 +221,20 @@ def test_kills_are_within_the_run(steps: int, kills: int) -> None:
     assert len(planned) == kills
     assert all(1 <= kill.after <= steps for kill in planned if kill.after)
     assert all(kill.after < steps and kill.step <= steps for kill in planned if kill.after and kill.moment != "clock")
+
+
+@pytest.mark.parametrize("kind", ["step", "resumed"])
+def test_what_only_the_end_makes_is_not_the_difference(kind: str) -> None:
+    """A run that went past the step at which the other ended has more in its window of metrics there, and no
+    evaluation.
+    """
+    undisturbed, killed = lived([set()] * 10), lived([set()] * 11)
+    undisturbed.lives[0].events[10].update(state={"callback.report/window": {}}, evaluation={"valid/loss": 1.0})
+    passed = {**killed.lives[0].events[10], "event": kind, "state": {"callback.report/window/loss": [1.0]}}
+    killed.lives.insert(0, replace(killed.lives[0], events=(passed,)))
+    found = first(killed, undisturbed)
+    assert found
+    assert (found.step, found.part, found.expected, found.found) == (11, "end", 10, 11)
 
 
 class Slotted:

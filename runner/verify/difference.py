@@ -49,7 +49,7 @@ class Difference:
 
 def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:
     """The first difference in time in what the lives of ``run`` noted, up to a step."""
-    known, begun = by_step(undisturbed), _begun(undisturbed)
+    known, begun, lasts = by_step(undisturbed), _begun(undisturbed), _lasts(run, undisturbed)
     remembered: tuple[Remembered, ...] = ()
     changing = moving(undisturbed)
     for life, event in run.steps():
@@ -59,23 +59,24 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
             continue
         if restored:
             remembered = tuple(_unequal(expected["memory"], event["memory"])) if "memory" in event else ()
-        for part, where, was, now in _compared(expected, event, restored=restored):
+        parted = bool(lasts) and step == min(lasts)
+        for part, where, was, now in _compared(expected, event, restored=restored, parted=parted):
             return Difference(step, life, part, where, was, now, restored, remembered, changing)
-    return _ended(run, undisturbed, until, remembered, changing)
-
-
-def _ended(
-    run: Run, undisturbed: Run, until: int | None, remembered: tuple[Remembered, ...], changing: tuple[Remembered, ...]
-) -> Difference | None:
-    """Whether one of them ended by itself after another step than the other."""
-    if run.evidence is None or undisturbed.evidence is None:
-        return None
-    was, now = (one.lives[-1].last for one in (undisturbed, run))
-    if was == now or (until is not None and min(was, now) >= until):
+    if not lasts or (until is not None and min(lasts) >= until):
         return None
     return Difference(
-        min(was, now) + 1, len(run.lives) - 1, "end", "the last step", was, now, False, remembered, changing
+        min(lasts) + 1, len(run.lives) - 1, "end", "the last step", lasts[0], lasts[1], False, remembered, changing
     )
+
+
+def _lasts(run: Run, undisturbed: Run) -> tuple[int, ...]:
+    """The last steps of the undisturbed run and of the other, where both ended by themselves, but not after the same
+    step.
+    """
+    if run.evidence is None or undisturbed.evidence is None:
+        return ()
+    lasts = undisturbed.lives[-1].last, run.lives[-1].last
+    return lasts if lasts[0] != lasts[1] else ()
 
 
 def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
@@ -122,7 +123,10 @@ def checkpoints(*runs: Run) -> int:
     return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
 
 
-def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tuple[str, str, Any, Any]]:
+def _compared(expected: Event, found: Event, *, restored: bool, parted: bool) -> Iterator[tuple[str, str, Any, Any]]:
+    """The parts that differ, with path and values. ``parted``: one of the runs ended with this step, and for that alone
+    may have an evaluation, and callbacks in another state.
+    """
     if not restored:
         for name, part in (_GIVEN | _MADE).items():
             for where, was, now in _unequal(_mapping(expected, name), _mapping(found, name)):
@@ -137,9 +141,10 @@ def _compared(expected: Event, found: Event, *, restored: bool) -> Iterator[tupl
             callbacks.append((part, path, was, now))
         else:
             yield part, path, was, now
-    if not restored:
+    if not restored and (not parted or (expected["evaluation"] and found["evaluation"])):
         yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], found["evaluation"]))
-    yield from callbacks
+    if not parted:
+        yield from callbacks
 
 
 def _mapping(event: Event, name: str) -> Mapping[str, Any]:
