@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     validation = _validation(config, loading, device, collate, team.world)
 
     seed_all(derive("model", config.seed))
-    model = _instance(config.model, "model", kind=nn.Module).to(device)
+    model = _model(config.model).to(device)
     task = _instance(config.task, "task", kind=Task)
     average = None
     if config.trainer.ema_decay is not None:
@@ -84,8 +85,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     layout = _layout(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
-    optimizer = _called(_partial(config.optimizer, "optimizer"), [*model.named_parameters()], "optimizer")
-    scheduler = _called(_partial(config.scheduler, "scheduler"), optimizer, "scheduler")
+    optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
+    scheduler = _stepping(config.scheduler, optimizer, "scheduler")
     update = _update(config.trainer, model, optimizer, device, average, layout)
     state = TrainState(
         model=model,
@@ -103,6 +104,17 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
     return Parts(state, task, update, layout, plan, recipe, evaluation, validation, callbacks)
+
+
+def _model(node: Any) -> nn.Module:
+    model: nn.Module = _instance(node, "model", kind=nn.Module)
+    shapeless = [name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)]
+    if shapeless:
+        raise ConfigError(
+            f"model: {', '.join(shapeless)} of lazy modules have no shape yet, and without one no checkpoint can be "
+            "loaded: give the sizes, or call the model on zeros at the end of its constructor"
+        )
+    return model
 
 
 def _update(
@@ -243,12 +255,21 @@ def _partial(node: Any, key: str) -> Callable[..., Any]:
     return found
 
 
-def _called(maker: Callable[..., Any], argument: Any, key: str) -> Any:
+def _stepping(node: Any, argument: Any, key: str) -> Any:
+    """What has a ``step()``. Raises ConfigError if that cannot be called as the training loop does."""
+    maker = _partial(node, key)
     try:
-        return maker(argument)
+        made = maker(argument)
     except (TypeError, ValueError) as error:
         told = f"{key}: {_path(maker.func if isinstance(maker, partial) else maker)}: {error}"
         raise ConfigError(told + _hint(str(error), key)) from error
+    try:
+        signature(type(made).step).bind(made)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{key}: training calls step() without arguments, which {_path(type(made))} does not take: {error}"
+        ) from error
+    return made
 
 
 def _why(node: DictConfig, key: str, error: InstantiationException) -> str:

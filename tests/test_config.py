@@ -102,6 +102,21 @@ MISTAKES = {
         2,
         "'betas'. If the default optimizer gave it, leave that out: `defaults: [override /optimizer: null]`",
     ),
+    "a scheduler that wants a metric": (
+        ("experiment=smoke", "~scheduler", "+scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"),
+        2,
+        "lr_scheduler.ReduceLROnPlateau does not take: missing a required argument: 'metrics'",
+    ),
+    "an optimizer that wants a closure": (
+        ("experiment=smoke", "~optimizer", "+optimizer={_target_:torch.optim.LBFGS}"),
+        2,
+        "torch.optim.lbfgs.LBFGS does not take: missing a required argument: 'closure'",
+    ),
+    "lazy modules": (
+        ("experiment=smoke", "~model", "+model={_target_:torch.nn.LazyLinear,out_features:10}"),
+        2,
+        "model: weight, bias of lazy modules have no shape yet",
+    ),
     "no target": (("experiment=smoke", "~model._target_"), 2, "model needs a _target_"),
     "remote root": (
         ("experiment=smoke", "run.root=nosuch://b/x"),
