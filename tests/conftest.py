@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import servers
 from lives import Lives, lives
 
+from runner.run.heartbeat import Heartbeat
+
 # A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -23,6 +26,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def scratch_of_all(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What killed processes leave in the temporary folder goes with the folders of the tests."""
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("t"))
+
+
+@pytest.fixture(autouse=True)
+def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Heartbeats that a test leaves behind end with it, instead of going on into what the next one looks at."""
+    begun: list[Heartbeat] = []
+    begin = Heartbeat.__init__
+
+    def remembered(self: Heartbeat, *arguments: Any) -> None:
+        begin(self, *arguments)
+        begun.append(self)
+
+    monkeypatch.setattr(Heartbeat, "__init__", remembered)
+    yield
+    for heartbeat in begun:
+        heartbeat.stop()
 
 
 @pytest.fixture(scope="session")
