@@ -150,6 +150,9 @@ MISTAKES = {
     "remote root": (("run.root=memory://x",), "set hydra.sweeper.storage, for example"),
     "no such sampler": (("hydra/sweeper/sampler=tppe",), "no such sampler"),
     "grid": (("hydra/sweeper/sampler=grid",), "A grid needs no study"),
+    "grid by glob": (("optimizer.weight_decay=glob(*)",), "glob() cannot"),
+    "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "no search space of a study: "),
+    "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
     "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
 }
@@ -169,3 +172,11 @@ def test_a_study_is_of_one_direction(life: Lives, tmp_path: Path) -> None:
     ended = life(*command, "objective.mode=min")
     assert ended.status == 2, ended.output
     assert "Choose another hydra.sweeper.study_name" in ended.output
+
+
+def test_a_study_is_of_one_kind_of_search_for_each_key(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
+    assert life(*command, "optimizer.lr=0.1,0.2").status == 0
+    ended = life(*command, "optimizer.lr=0.1,0.2,0.3", "hydra.sweeper.n_trials=4")
+    assert (ended.status, "Traceback" in ended.output) == (2, False), ended.output
+    assert "has searched optimizer.lr in CategoricalDistribution(choices=(0.1, 0.2)), this command" in ended.output

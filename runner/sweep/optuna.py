@@ -111,6 +111,9 @@ class Study(Sweeper):
         logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
 
         settings, plugin = self._config.hydra.sweeper, self._plugin
+        for key in ("n_trials", "n_jobs"):
+            if settings[key] < 1:
+                raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
@@ -224,18 +227,32 @@ def _database(config: DictConfig) -> "RDBStorage":
 def _reopen(plugin: Any, space: list[str]) -> int:
     """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
 
-    Raises ConfigError for a study of the other direction.
+    Raises ConfigError for what cannot be searched, and for a study of the other direction or of other distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     from optuna import create_study
+    from optuna.distributions import check_distribution_compatibility
     from optuna.trial import TrialState
 
     name, storage = plugin.study_name, plugin.storage
     try:
+        parameters, _ = create_params_from_overrides(space)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        told = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
+        raise ConfigError(f"no search space of a study: {' '.join(space)}\n{told}") from error
+    try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
         raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
-    parameters, _ = create_params_from_overrides(space)
+    for trial in _trials(plugin):
+        for key in trial.distributions.keys() & parameters.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], parameters[key])
+            except ValueError as error:
+                raise ConfigError(
+                    f"study {name} has searched {key} in {trial.distributions[key]}, this command does in "
+                    f"{parameters[key]}, and no study can have both. Choose another hydra.sweeper.study_name"
+                ) from error
     for trial in _trials(plugin, "RUNNING"):
         # One of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
@@ -244,8 +261,9 @@ def _reopen(plugin: Any, space: list[str]) -> int:
 
 
 def _trials(plugin: Any, *states: str) -> list[Any]:
+    """The trials of the study in these states; without states, all."""
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
-    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states))
+    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states) or None)
     return found
