@@ -64,6 +64,14 @@ def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixtur
     assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
 
 
+def test_show_tells_why_the_last_attempt_ended_in_full(
+    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}", "run.name=bad", "model.hidden=[many]").status == 2
+    assert main(["show", str(tmp_path / "smoke/bad")]) == 0
+    assert "found element of type str" in capsys.readouterr().out.partition("why the last attempt ended\n")[2]
+
+
 def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
