@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from lives import Lives
 
+from runner.config.identity import digest
+from runner.storage.local import LocalLocation
+
 pytestmark = pytest.mark.skipif(
     find_spec("optuna") is None or find_spec("hydra_plugins.hydra_optuna_sweeper") is None,
     reason="needs hydra-optuna-sweeper: pip install -c constraints.txt 'hydra-runner[optuna]'",
@@ -172,6 +175,16 @@ def test_a_study_is_of_one_direction(life: Lives, tmp_path: Path) -> None:
     ended = life(*command, "objective.mode=min")
     assert ended.status == 2, ended.output
     assert "Choose another hydra.sweeper.study_name" in ended.output
+
+
+def test_a_study_is_of_one_process(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_trials=1")
+    lock = LocalLocation(tmp_path / "smoke").lock(f"optuna-{digest('mine')}.lock")
+    assert lock
+    ended = life(*command)
+    assert (ended.status, "another process works on it" in ended.output) == (4, True), ended.output
+    lock.release()
+    assert life(*command).status == 0
 
 
 def test_a_study_is_of_one_kind_of_search_for_each_key(life: Lives, tmp_path: Path) -> None:
