@@ -135,6 +135,13 @@ def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Pa
     assert "none of the 6 trials of study" in ended.output
 
 
+def test_a_trial_whose_run_failed_before_is_told_why(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY[:3], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.n_trials=1", "optimizer.lr=choice(-1)")
+    assert life(*command).status == 1
+    ended = life(*command, "hydra.sweeper.study_name=mine", "sweep.retry_failed=false")
+    assert "Failed experiment: ConfigError: optimizer: " in ended.output
+
+
 def test_a_trial_of_another_search_space_is_closed(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
     ended = life(*command, "optimizer.lrr=interval(1e-4,1e-1)")

@@ -268,12 +268,15 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
         error = LauncherError("the job ended and has no result")
     if isinstance(error, LauncherError) and (queued or after.status == RUNNING or after.step > before.step):
         return after
+    if isinstance(error, LauncherError) and after.status == FAILED and _moved(before, after):
+        return replace(after, failures=max(before.failures + 1, after.failures))  # for a reason of its own
     return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
 
 
 def _returned(overrides: Overrides, found: Found) -> JobReturn:
     if found.status == FAILED:
-        return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=found.error)
+        error = found.error or RunnerError(found.reason)  # which an earlier command met
+        return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
     value = found.objective if found.status == DONE else math.nan
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
 
