@@ -233,6 +233,7 @@ def test_two_who_start_one_sweep_execute_every_run_once(
     assert ["resumed from" in output for output in outputs] == [False, False]
     for output in outputs:
         assert "6 done" in output
+        assert "credentials" not in output, "which a library of the store talks of"
     for seed in range(6):
         name = f"seed={seed},trainer.evaluate_every_steps=6,trainer.max_steps=12"
         location = RunDirectory.under(root, "smoke", name, stored).location
