@@ -60,7 +60,7 @@ def main(config: DictConfig) -> float | None:
     """Run one job and return its objective to the sweeper.
 
     On an error a single run exits with the error's status. A job of a sweep raises it instead: an exit would end the
-    whole sweep. In a launcher's worker process any error becomes a RunnerError, which can be pickled and sent back.
+    whole sweep. There any other error is logged and becomes a RunnerError, which a worker process can send back.
     """
     logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
@@ -74,7 +74,7 @@ def main(config: DictConfig) -> float | None:
             _hand_over()
         raise
     except Exception as error:
-        if VARIABLE not in os.environ:
+        if HydraConfig.get().mode is RunMode.RUN:
             raise
         log.exception("failed")
         raise RunnerError(f"{type(error).__name__}: {error}") from None
@@ -94,7 +94,10 @@ def _job(config: DictConfig) -> float | None:
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            return _finished(job, config, team)
+            try:
+                return _finished(job, config, team)
+            except SystemExit as error:  # of somebody's code: it would end a whole sweep, and 0 would claim success
+                raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
 
 
 def _finished(job: Job, config: DictConfig, team: Team) -> float | None:

@@ -126,6 +126,7 @@ def test_digests_tell_values_apart_whatever_their_order() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     values: list[Any] = [{"a": 1}, {"a": "1"}, {"a": True}, {"a": None}, {"a": [1]}, {"b": 1}, {}]
     assert all(digest(one) != digest(other) for one, other in combinations(values, 2))
+    assert digest([{1: {2: 0, "b": 0}, "a": 0}]) == digest([{"a": 0, 1: {"b": 0, 2: 0}}])
 
 
 @pytest.mark.parametrize("text", ["baseline", "a.b_c=1,d+e~f-g", "x" * 160, "_"])

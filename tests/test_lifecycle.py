@@ -12,6 +12,8 @@ import pytest
 from lives import Lives, lives
 from results import metric_lines, results
 
+from runner.runs.__main__ import main
+
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
 
 
@@ -42,6 +44,16 @@ def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(li
     again = life(*COMMAND, f"run.root={tmp_path}", "optimizer.lr=0.010")
     assert (first.status, again.status) == (0, 0)
     assert [path.name for path in (tmp_path / "smoke").iterdir()] == ["optimizer.lr=0.01,trainer.max_steps=30"]
+
+
+def test_a_run_whose_number_is_written_as_another_type_is_still_finished(
+    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}", "task.label_smoothing=0").status == 0
+    again = life(*COMMAND, f"run.root={tmp_path}", "task.label_smoothing=0.0")
+    assert (again.status, "attempt" in again.output) == (0, False), again.output
+    assert main(["list", str(tmp_path)]) == 0
+    assert " complete " in capsys.readouterr().out
 
 
 def test_a_sweep_uses_the_directories_of_single_runs_and_skips_what_is_done(life: Lives, tmp_path: Path) -> None:
@@ -172,6 +184,7 @@ def test_a_run_that_another_finished_before_it_was_claimed_is_not_begun_again(tm
     """Both found it unfinished; the slower one takes the result, and leaves no attempt."""
     code = """
 import subprocess, sys
+from runner.runs.__main__ import main
 from runner.__main__ import main
 from runner.job import Job
 opened = Job.open

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from lives import Lives
 
+from runner.config.identity import digest
+from runner.storage.local import LocalLocation
+
 pytestmark = pytest.mark.skipif(
     find_spec("optuna") is None or find_spec("hydra_plugins.hydra_optuna_sweeper") is None,
     reason="needs hydra-optuna-sweeper: pip install -c constraints.txt 'hydra-runner[optuna]'",
@@ -132,6 +135,13 @@ def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Pa
     assert "none of the 6 trials of study" in ended.output
 
 
+def test_a_trial_whose_run_failed_before_is_told_why(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY[:3], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.n_trials=1", "optimizer.lr=choice(-1)")
+    assert life(*command).status == 1
+    ended = life(*command, "hydra.sweeper.study_name=mine", "sweep.retry_failed=false")
+    assert "Failed experiment: ConfigError: optimizer: " in ended.output
+
+
 def test_a_trial_of_another_search_space_is_closed(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
     ended = life(*command, "optimizer.lrr=interval(1e-4,1e-1)")
@@ -150,6 +160,9 @@ MISTAKES = {
     "remote root": (("run.root=memory://x",), "set hydra.sweeper.storage, for example"),
     "no such sampler": (("hydra/sweeper/sampler=tppe",), "no such sampler"),
     "grid": (("hydra/sweeper/sampler=grid",), "A grid needs no study"),
+    "grid by glob": (("optimizer.weight_decay=glob(*)",), "glob() cannot"),
+    "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "no search space of a study: "),
+    "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
     "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
 }
@@ -169,3 +182,21 @@ def test_a_study_is_of_one_direction(life: Lives, tmp_path: Path) -> None:
     ended = life(*command, "objective.mode=min")
     assert ended.status == 2, ended.output
     assert "Choose another hydra.sweeper.study_name" in ended.output
+
+
+def test_a_study_is_of_one_process(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_trials=1")
+    lock = LocalLocation(tmp_path / "smoke").lock(f"optuna-{digest('mine')}.lock")
+    assert lock
+    ended = life(*command)
+    assert (ended.status, "another process works on it" in ended.output) == (4, True), ended.output
+    lock.release()
+    assert life(*command).status == 0
+
+
+def test_a_study_is_of_one_kind_of_search_for_each_key(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
+    assert life(*command, "optimizer.lr=0.1,0.2").status == 0
+    ended = life(*command, "optimizer.lr=0.1,0.2,0.3", "hydra.sweeper.n_trials=4")
+    assert (ended.status, "Traceback" in ended.output) == (2, False), ended.output
+    assert "has searched optimizer.lr in CategoricalDistribution(choices=(0.1, 0.2)), this command" in ended.output

@@ -64,6 +64,22 @@ def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixtur
     assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
 
 
+def test_what_json_has_no_number_for_is_a_text(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    infinite = ("task.label_smoothing=-inf", "model.hidden=[nan,inf]")
+    assert life(*COMMAND, *infinite, f"run.root={tmp_path}", "run.name=r").status == 2
+    assert main(["show", str(tmp_path / "smoke/r"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["identity"]
+    assert (found["task"]["label_smoothing"], found["model"]["hidden"]) == ("-inf", ["nan", "inf"])
+
+
+def test_show_tells_why_the_last_attempt_ended_in_full(
+    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert life(*COMMAND, f"run.root={tmp_path}", "run.name=bad", "model.hidden=[many]").status == 2
+    assert main(["show", str(tmp_path / "smoke/bad")]) == 0
+    assert "found element of type str" in capsys.readouterr().out.partition("why the last attempt ended\n")[2]
+
+
 def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,15 @@ def test_runs_are_chosen_and_ordered(root: Path, capsys: pytest.CaptureFixture[s
     assert rows(capsys, root, "--sort", "objective", "--reverse") == [*rising[2::-1], "killed"]
 
 
+def test_names_are_shown_whole(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of a sweep over many keys differ in the end of a long name, and other commands need it."""
+    name = f"{','.join(f'model.key{number}=1' for number in range(9))},seed=1"
+    (copy / "smoke/killed").rename(copy / "smoke" / name)
+    for command in ("list", "compare"):
+        assert main([command, str(copy)]) == 0
+        assert f"smoke/{name} " in capsys.readouterr().out
+
+
 def test_a_listing_reads_each_object_once_and_imports_no_torch(root: Path) -> None:
     program = (
         "import sys; opened = []\n"

@@ -16,6 +16,7 @@ from servers import Server
 
 from runner.run import records
 from runner.run.directory import RunDirectory
+from runner.runs.__main__ import main
 from runner.runs.audit import audit
 from runner.storage.local import LocalLocation
 
@@ -106,6 +107,7 @@ def test_a_failing_job_ends_no_sweep_and_is_not_tried_for_ever(life: Lives, tmp_
     assert ended.status == 1
     assert "1 done, 1 failed" in ended.output
     assert f"failed   smoke/{bad.name}: ZeroDivisionError" in ended.output
+    assert "torch.tensor(1 / self.step)" in ended.output, "where"
     assert (good / "result.json").exists()
     assert outcomes(bad) == ["failed"] * 3, "once, and two retries"
     ended = life(*command, cwd=USER)
@@ -116,7 +118,25 @@ def test_a_failing_job_ends_no_sweep_and_is_not_tried_for_ever(life: Lives, tmp_
     assert len(outcomes(bad)) == 4
 
 
-def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path) -> None:
+def test_code_that_exits_ends_no_sweep_and_is_no_success(life: Lives, tmp_path: Path) -> None:
+    tasks = "task._target_=mine.tasks.Exits,runner.tasks.classification.Classification"
+    ended = life(*COMMAND, tasks, f"run.root={tmp_path}", "sweep.retry_failed=false", cwd=USER)
+    assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
+    ended = life(*COMMAND[1:], tasks.partition(",")[0], f"run.root={tmp_path}", cwd=USER)
+    assert (ended.status, "sys.exit(0)\n" in ended.output) == (1, True), ended.output
+
+
+def test_runs_of_one_name_are_counted_each(life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND, "seed=1,2", "run.name=same", f"run.root={tmp_path}")
+    assert (ended.status, "\n1 done, 1 failed\n" in ended.output) == (3, True), ended.output
+
+
+def test_a_sweep_over_nothing_is_a_mistake(life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND[:1], "experiment=glob(smook*)", f"run.root={tmp_path}")
+    assert (ended.status, "the sweep has no jobs" in ended.output) == (2, True), ended.output
+
+
+def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = (*COMMAND, "optimizer=sgd", "optimizer.lr=1e30,0.01", f"run.root={tmp_path}")
     ended = life(*command)
     assert ended.status == 0, ended.output
@@ -125,6 +145,8 @@ def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path) -> None:
     assert outcomes(bad) == ["diverged"]
     assert life(*command).status == 0
     assert outcomes(bad) == ["diverged"]
+    assert main(["list", str(tmp_path), "--status", "diverged"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["diverged"]
 
 
 def test_an_impossible_configuration_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
@@ -136,11 +158,11 @@ def test_an_impossible_configuration_is_told_and_the_others_run(life: Lives, tmp
 
 def test_drift_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
     names = f"run.root={tmp_path}", "run.name=r${seed}"
-    assert life(*COMMAND, "seed=1", *names).status == 0
-    ended = life(*COMMAND, "seed=1,2", "optimizer.lr=0.5", *names)
+    assert life(*COMMAND, "seed=1,2", *names).status == 0
+    ended = life(*COMMAND, "seed=1,2,3", "optimizer.lr=0.5", *names)
     assert ended.status == 3
-    assert "the configuration is not the one that" in ended.output
-    assert (runs(tmp_path)["r2"] / "result.json").exists()
+    assert ended.output.count("go on with the new ones: ") == 1, "not for each of two that are alike"
+    assert (runs(tmp_path)["r3"] / "result.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
@@ -211,6 +233,7 @@ def test_two_who_start_one_sweep_execute_every_run_once(
     assert ["resumed from" in output for output in outputs] == [False, False]
     for output in outputs:
         assert "6 done" in output
+        assert "credentials" not in output, "which a library of the store talks of"
     for seed in range(6):
         name = f"seed={seed},trainer.evaluate_every_steps=6,trainer.max_steps=12"
         location = RunDirectory.under(root, "smoke", name, stored).location

@@ -56,7 +56,7 @@ def is_name(text: str) -> bool:
 
 def digest(value: object) -> str:
     """Eight hex digits of a hash of plain values."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+    return sha256(json.dumps(_sorted(value)).encode()).hexdigest()[:8]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -68,6 +68,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _sorted(value: Any) -> Any:
+    """``value`` with the keys of all mappings in order; numbers and texts may both be keys of one."""
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value, key=lambda key: (type(key).__name__, key))}
+    return [*map(_sorted, value)] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

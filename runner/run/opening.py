@@ -49,6 +49,8 @@ def open_run(
         raise DriftRefused(_refusal(directory, differences, command))
     if saved is None:
         return Opening(directory, identity, [], None, parent, None, command)
+    if not differences:
+        identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
     return Opening(directory, identity, differences, accepted, parent, result, command)

@@ -4,6 +4,7 @@ export weights.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -170,8 +171,17 @@ def _selected(parsed: argparse.Namespace) -> list[Overview]:
 
 def _print(parsed: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
     """Plain values for a program, or the text that says the same to a person."""
-    print(json.dumps(found, indent=1) if parsed.json else text(found))
+    print(json.dumps(_strict(found), indent=1) if parsed.json else text(found))
     return 0
+
+
+def _strict(value: Any) -> Any:
+    """``value`` with texts in place of NaN and infinity, which a configuration may have and JSON has not."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_strict, value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runner.checkpoint import manifest
+from runner.errors import printable
 from runner.run import drift, records
 from runner.run.directory import RunDirectory
 from runner.run.parent import Origin
@@ -47,6 +48,9 @@ def text(found: Mapping[str, Any]) -> str:
         "result": _result(result) if result else None,
     }
     parts = [screen.pairs(facts), "attempts\n" + screen.table(found["attempts"], _ATTEMPTS)]
+    told = [attempt["reason"] for attempt in found["attempts"][-1:]]
+    if told and told[0] and screen.cell(told[0]) != told[0]:
+        parts.append(f"why the last attempt ended\n{printable(told[0])}")
     if found["drift"]:
         parts.append("accepted changes\n" + diff.table(found["drift"], "attempt", "before", "after"))
     parts.append("checkpoints, newest first\n" + screen.table(found["checkpoints"], ["step", "attempt", "nonce"]))

@@ -13,6 +13,7 @@ STATES = (
     "running",
     "unknown",
     "failed",
+    "diverged",
     "killed",
     "interrupted",
     "superseded",

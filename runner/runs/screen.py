@@ -10,18 +10,21 @@ from tabulate import tabulate
 from runner.errors import printable
 
 _WIDEST = 64  # characters of a cell
+_NAME = 1000  # characters of a name or a fact
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The rows under the columns' names; what a row does not have stays empty."""
-    cells = [[cell(row.get(column)) for column in columns] for row in rows]
+    """The rows under the columns' names; what a row does not have stays empty. The name of a run is never cut: other
+    commands need it, and the runs of a sweep may differ in nothing but its end.
+    """
+    cells = [[cell(row.get(each), widest=_NAME if each == "run" else _WIDEST) for each in columns] for row in rows]
     return tabulate(cells, headers=list(map(cell, columns)), disable_numparse=True)
 
 
 def pairs(facts: Mapping[str, Any]) -> str:
     """A line for each fact that there is."""
-    known = [(name, cell(value, widest=1000)) for name, value in facts.items() if value is not None]
+    known = [(name, cell(value, widest=_NAME)) for name, value in facts.items() if value is not None]
     return tabulate(known, tablefmt="plain", disable_numparse=True)
 
 

@@ -44,7 +44,7 @@ class Outcome:
     """How the jobs of a command ended, over all calls of the launcher."""
 
     def __init__(self) -> None:
-        self.last: dict[str, Found] = {}
+        self.last: dict[Overrides, Found] = {}
         self.launched = 0
 
     @property
@@ -151,11 +151,15 @@ class SweepLauncher(Launcher):
 
         A job without an objective returns NaN instead of raising, because a sweeper must not end for one job.
         """
+        if not job_overrides:
+            raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
         setup_globals()
         overrides = [tuple(one) for one in job_overrides]
         jobs = {each: self._jobs.job(each) for each in overrides}
         found = self._look(jobs)
         print(f"{table([*found.values()])}\n", flush=True)
+        for one in {type(one.error): one for one in found.values() if one.error}.values():  # not a hundred alike
+            log.error("failed   %s: %s", one.run, one.why)
         while True:
             startable = [each for each in jobs if self._startable(found[each])]
             running = [each for each in jobs if found[each].status == RUNNING]
@@ -168,7 +172,7 @@ class SweepLauncher(Launcher):
             else:
                 break
             found |= self._look({each: jobs[each] for each in running})
-        self._outcome.last |= {one.run: one for one in found.values()}
+        self._outcome.last |= found
         return [_returned(each, found[each]) for each in overrides]
 
     def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
@@ -209,7 +213,7 @@ class SweepLauncher(Launcher):
                 after[each] = self._settled(concluded)
             for each in batch:
                 if after[each].status == FAILED:
-                    log.error("failed   %s: %s", after[each].run, after[each].reason)
+                    log.error("failed   %s: %s", after[each].run, after[each].why)
         return after
 
     def _run(
@@ -264,12 +268,15 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
         error = LauncherError("the job ended and has no result")
     if isinstance(error, LauncherError) and (queued or after.status == RUNNING or after.step > before.step):
         return after
+    if isinstance(error, LauncherError) and after.status == FAILED and _moved(before, after):
+        return replace(after, failures=max(before.failures + 1, after.failures))  # for a reason of its own
     return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
 
 
 def _returned(overrides: Overrides, found: Found) -> JobReturn:
     if found.status == FAILED:
-        return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=found.error)
+        error = found.error or RunnerError(found.reason)  # which an earlier command met
+        return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
     value = found.objective if found.status == DONE else math.nan
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
 

@@ -11,14 +11,15 @@ The plugin draws, launches and tells; it takes every invocation for the first. H
   made-up worst value would be a lie to the study. An error that says nothing of the parameters ends the sweep and
   leaves its trials to the next invocation.
 
-One process at a time works on a study. Pruning is not possible: the plugin gives a job its parameters and no trial to
-report to. optuna itself is imported only for a sweep that uses it.
+One process at a time works on a study; a second one on the same machine is refused. Pruning is not possible: the plugin
+gives a job its parameters and no trial to report to. optuna itself is imported only for a sweep that uses it.
 """
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +30,10 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.utils import instantiate
+from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig
 
-from runner.config.identity import variant
+from runner.config.identity import digest, variant
 from runner.errors import (
     ConfigError,
     DriftRefused,
@@ -45,6 +46,7 @@ from runner.errors import (
     printable,
 )
 from runner.seeds import derive
+from runner.storage import open_location
 from runner.storage.location import is_remote
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class Study(Sweeper):
         """Nothing: Hydra has set up the plugin's sweeper."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what is left of the study. Raises ConfigError, SweepFailed, or what no trial is to blame for."""
+        """Run what is left of the study. Raises ConfigError, RunInUse, SweepFailed, or what is no trial's fault."""
         import optuna
 
         # What these say is said here, without the password that a database's URL may hold.
@@ -111,10 +113,21 @@ class Study(Sweeper):
         logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
 
         settings, plugin = self._config.hydra.sweeper, self._plugin
+        for key in ("n_trials", "n_jobs"):
+            if settings[key] < 1:
+                raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
         plugin.storage = _database(self._config)
+        with _sole(plugin.study_name, self._config.hydra.sweep.dir):
+            self._go_on(space, arguments)
+        best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
+        shown = " ".join(f"{key}={value}" for key, value in best.params.items())
+        log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, shown)
+
+    def _go_on(self, space: list[str], arguments: list[str]) -> None:
+        settings, plugin = self._config.hydra.sweeper, self._plugin
         finished = _reopen(plugin, space)
         log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
 
@@ -130,9 +143,6 @@ class Study(Sweeper):
                 f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: all "
                 "failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
             ) from None
-        best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
-        shown = " ".join(f"{key}={value}" for key, value in best.params.items())
-        log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, shown)
 
 
 class _Sampler:
@@ -221,21 +231,47 @@ def _database(config: DictConfig) -> "RDBStorage":
         raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {printable(error)}") from error
 
 
+@contextmanager
+def _sole(study: str, folder: str) -> Iterator[None]:
+    """Within the block no other process of this machine works on the study: two would tell each other's trials."""
+    lock = open_location(to_absolute_path(folder)).lock(f"optuna-{digest(study)}.lock")
+    if lock is None:
+        raise RunInUse(f"study {study}: another process works on it. Run this command again when that one has ended")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _reopen(plugin: Any, space: list[str]) -> int:
     """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
 
-    Raises ConfigError for a study of the other direction.
+    Raises ConfigError for what cannot be searched, and for a study of the other direction or of other distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     from optuna import create_study
+    from optuna.distributions import check_distribution_compatibility
     from optuna.trial import TrialState
 
     name, storage = plugin.study_name, plugin.storage
     try:
+        parameters, _ = create_params_from_overrides(space)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        told = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
+        raise ConfigError(f"no search space of a study: {' '.join(space)}\n{told}") from error
+    try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
         raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
-    parameters, _ = create_params_from_overrides(space)
+    for trial in _trials(plugin):
+        for key in trial.distributions.keys() & parameters.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], parameters[key])
+            except ValueError as error:
+                raise ConfigError(
+                    f"study {name} has searched {key} in {trial.distributions[key]}, this command does in "
+                    f"{parameters[key]}, and no study can have both. Choose another hydra.sweeper.study_name"
+                ) from error
     for trial in _trials(plugin, "RUNNING"):
         # One of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
@@ -244,8 +280,9 @@ def _reopen(plugin: Any, space: list[str]) -> int:
 
 
 def _trials(plugin: Any, *states: str) -> list[Any]:
+    """The trials of the study in these states; without states, all."""
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
-    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states))
+    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states) or None)
     return found

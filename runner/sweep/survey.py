@@ -36,6 +36,11 @@ class Found:
     exit_status: int = 1
     error: BaseException | None = None
 
+    @property
+    def why(self) -> str:
+        """The reason with all lines of a message that is meant for the user: the remedy may be in the last."""
+        return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
+
 
 def look(job: Job) -> Found:
     """The status of one run. For a finished run this takes a single read."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import torch
@@ -80,6 +81,13 @@ class Fails(Classification):
     def training_step(self, model, batch):
         self.step -= 1
         return {**super().training_step(model, batch), "inverse": torch.tensor(1 / self.step)}
+
+
+class Exits(Classification):
+    """Ends its process as if all were well."""
+
+    def training_step(self, model, batch):
+        sys.exit(0)
 
 
 class Slow(Classification):
