@@ -220,7 +220,6 @@ def test_no_verb_goes_through_a_link(location: LocalLocation) -> None:
             lambda name=name: location.put(name, [b"x"]),
             lambda name=name: location.replace(name, [b"x"]),
             lambda name=name: location.journal(name),
-            lambda name=name: location.folder(name),
             lambda name=name: location.read(name, limit=9),
             lambda name=name: location.read_into(name, 0, [memoryview(bytearray(1))]),
             lambda name=name: location.remove(name),

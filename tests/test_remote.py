@@ -275,27 +275,6 @@ def test_a_journal_that_could_not_be_synced_is_synced_whole_later(faulty: Locati
     assert faulty.read("j", limit=9) == b"onetwo"
 
 
-def test_a_folder_uploads_what_changed_and_only_that(faulty: Location) -> None:
-    folder = faulty.folder("tensorboard")
-    (Path(folder.path) / "sub").mkdir()
-    for name in ("events.OUT 1", ".hidden", "sub/x"):
-        (Path(folder.path) / name).write_text(name)
-    folder.sync()
-    assert [entry.name for entry in faulty.list("tensorboard")] == ["events.out-1", "hidden"]
-    assert faulty.read("tensorboard/sub/x", limit=9) == b"sub/x"
-    Faulty.calls.clear()
-    folder.sync()
-    assert not Faulty.calls
-    (Path(folder.path) / ".hidden").write_text("changed")
-    Faulty.before += [PermissionError("no")]
-    with pytest.raises(StorageError):
-        folder.sync()
-    folder.sync()
-    assert faulty.read("tensorboard/hidden", limit=9) == b"changed"
-    folder.close()
-    assert not Path(folder.path).exists()
-
-
 def test_secrets_are_in_no_message(faulty: Location, caplog: pytest.LogCaptureFixture) -> None:
     import traceback
 

@@ -121,9 +121,6 @@ class LocalLocation:
             finally:
                 os.close(descriptor)
 
-    def folder(self, name: str) -> "LocalFolder":
-        return LocalFolder(str(self._path(name)))
-
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
         path = self.path
@@ -180,19 +177,6 @@ class LocalJournal:
     def _write(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-
-
-class LocalFolder:
-    """A folder at its final place: nothing needs to be uploaded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class LocalLock:
