@@ -74,6 +74,20 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     assert life(*command).status == 0, "the run was left as it was"
 
 
+def test_what_an_environment_variable_holds_is_neither_stored_nor_shown_in_a_command(
+    life: Lives, tmp_path: Path
+) -> None:
+    given = "+run.storage_options.secret=${oc.env:PATH}"
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", given)
+    assert life(*command, step=15).status is None
+    ended = life(*command, "optimizer.lr=0.5")
+    assert f"'{given}'" in ended.output
+    assert os.environ["PATH"] not in ended.output
+    files = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(given in text for text in files)
+    assert not [text for text in files if os.environ["PATH"] in text]
+
+
 def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Lives, tmp_path: Path) -> None:
     experiment = tmp_path / "conf/experiment/mine.yaml"
     experiment.parent.mkdir(parents=True)

@@ -62,9 +62,9 @@ class RunDirectory:
         )
 
     @classmethod
-    def at(cls, path: str) -> "RunDirectory":
+    def at(cls, path: str, options: Mapping[str, Any] | None = None) -> "RunDirectory":
         """The run whose directory is ``path``. Raises ConfigError if no run lives there."""
-        location = open_location(path)
+        location = open_location(path, options)
         record = cls("", "", "", location).record()
         if record is None:
             raise ConfigError(f"{location.url} is not a run directory: it has no {_RUN}")

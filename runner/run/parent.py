@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.errors import DriftRefused, StorageError, printable
@@ -32,11 +32,19 @@ class Which:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a new run is to start from. ``asked`` is the command's ``run.parent``; None for a fork after drift."""
+    """What a new run is to start from. ``asked`` is the command's ``run.parent``; None for a fork after drift.
+    ``options`` are those of a remote storage.
+    """
 
     which: Which
     inherit: str  # model, all
     asked: str | None = None
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def forked(cls, directory: RunDirectory) -> "Parent":
+        """That of a fork of a run."""
+        return cls(Which(directory.location.url), inherit="all", options=directory.options)
 
 
 @dataclass(frozen=True, slots=True)
