@@ -12,6 +12,8 @@ import pytest
 from lives import Lives, lives
 from results import metric_lines, results
 
+from runner.__main__ import _failed
+
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
 
 
@@ -214,6 +216,13 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
     assert "Traceback" not in ended.output
     assert life(*command, "run.name=full").status == 0
     assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_a_disk_that_is_full_before_the_run_begins_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
+    assert capsys.readouterr().err == (
+        "cannot make the run directory: No space left on device. Choose another run.root.\n"
+    )
 
 
 def test_many_starters_at_once_make_one_lineage(tmp_path: Path) -> None:

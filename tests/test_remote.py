@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from servers import Server
 
 from runner.errors import ConfigError, StorageError
+from runner.run.directory import RunDirectory
 from runner.storage import backend, is_remote, open_location
 from runner.storage.location import Entry, Location, local_root
 
@@ -296,6 +297,14 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
         open_location(url)
     assert "pw" not in str(caught.value)
     assert "p#w" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["s3://", "s3:///exps", "gs:///", "sftp:///home/me"])
+def test_a_root_whose_bucket_or_host_is_empty_is_refused(root: str) -> None:
+    with pytest.raises(ConfigError, match="bucket, container or host is missing"):
+        RunDirectory.under(root, "experiment", "variant")
+    with pytest.raises(ConfigError, match="bucket, container or host is missing"):
+        open_location(root)
 
 
 def test_a_port_is_no_password() -> None:
