@@ -56,8 +56,8 @@ class Attempt:
             )
 
     def successor(self) -> Record | None:
-        """The attempt that superseded this one, if any has. Asks the storage."""
-        return records.successor(self.location, self.number)
+        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError."""
+        return records.successor(self.location, self.name)
 
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this attempt ended and release the run."""
