@@ -150,7 +150,10 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
         return commits
     if which == "best":
         goal = (directory.identity() or {}).get("objective") or {}
-        best = ranked(store.survey(), goal.get("mode") if goal.get("metric") else None)
+        known = store.survey()
+        best = ranked(known, goal.get("mode") if goal.get("metric") else None)
+        if not best and all(one.damaged for one in known):
+            return commits  # whoever opens them learns what is wrong with them
         if not best:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
         which = best[0].id.step

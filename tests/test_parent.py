@@ -1,6 +1,7 @@
 """Runs that begin from another run: with its weights, or with all of its state."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def test_a_child_needs_its_parent_only_to_begin(life: Lives, parent: Path, tmp_p
     (tmp_path / "smoke/c/result.json").unlink()
     ended = life(*command)
     assert (ended.status, "although one was committed" in ended.output) == (5, True), ended.output
+
+
+def test_a_child_whose_beginning_is_gone_before_its_first_commit_is_told(
+    life: Lives, parent: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(parent, gone)
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=c", f"run.parent={gone}")
+    assert life(*command, step=5).status is None
+    for path in (gone / "commits").glob("*-s000000030-*"):  # as its parent does while it goes on
+        path.unlink()
+    ended = life(*command)
+    assert ended.status == 5
+    assert re.search(r"begins from its step 30:\n  step 30 of attempt 1: commits/\S+ is gone\n", ended.output)
 
 
 def test_the_best_of_the_parent(life: Lives, parent: Path, tmp_path: Path) -> None:
