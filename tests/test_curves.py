@@ -70,6 +70,14 @@ def test_a_fresh_start_takes_everything_back(tmp_path: Path) -> None:
     assert scalars(tmp_path) == [(1, 2.01)]
 
 
+def test_a_clock_that_went_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(tmp_path, 1, 1, range(1, 4))
+    monkeypatch.setattr(time, "time", lambda: 1_600_000_000.0)
+    attempt(tmp_path, 2, 3, range(3, 6))
+    attempt(tmp_path, 3, 5, [5])
+    assert scalars(tmp_path) == [(1, 1.01), (2, 1.02), (3, 2.03), (4, 2.04), (5, 3.05)]
+
+
 def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 1, [1, 2])
     attempt(tmp_path, 2, 2, [2])

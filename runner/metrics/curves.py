@@ -4,6 +4,7 @@ They are journals, because TensorBoard's own writer ends for good, and training 
 """
 
 import io
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from torch.utils.tensorboard.summary import scalar, text
 from runner.errors import StorageError
 from runner.storage.location import Journal, Location
 
+_NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
@@ -28,6 +30,7 @@ class Curves:
         self._attempt = attempt
         self._journals: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
         self._files = self._size = 0
+        self._time = self._now()
         self._begin()
         self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -60,11 +63,17 @@ class Curves:
         self._journals.popleft().close()
 
     def _begin(self) -> None:
-        # TensorBoard reads the files of a folder in the order of their names, which therefore begin with the time.
-        name = f"events.out.tfevents.{int(time.time()):010d}.a{self._attempt:06d}.{self._files + 1:04d}"
+        name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
         self._journals.append(self._location.journal(f"{self._folder}/{name}"))
         self._files, self._size = self._files + 1, 0
         self._append(Event(file_version="brain.Event:2"))
+
+    def _now(self) -> int:
+        """The time for the names of files, which TensorBoard reads in their order. It is later than that of all that
+        are there, whatever the clock says: else an older attempt would hide what this one writes.
+        """
+        found = (_NAME.match(entry.name) for entry in self._location.list(self._folder))
+        return max([int(time.time()), *(int(name[1]) + 1 for name in found if name)])
 
     def _append(self, *events: Event) -> None:
         now = time.time()
