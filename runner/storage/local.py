@@ -193,15 +193,19 @@ class LocalLock:
 def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found = []
-    for folder, below, files in os.walk(root, onerror=_explain_listing):
+
+    def unreadable(error: OSError) -> None:
+        folder = os.path.relpath(error.filename, root)
+        if folder == ".":
+            raise StorageError(f"cannot list {root}: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
+            found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
         if marker in files:
             found.append(os.path.relpath(folder, root))
             below.clear()
     return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
-
-
-def _explain_listing(error: OSError) -> None:
-    raise StorageError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
