@@ -99,4 +99,6 @@ def _parent(config: DictConfig) -> Parent | None:
         return None
     which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
     fits = protocol(run.root) in ("file", protocol(run.parent))  # the options of another kind of store do not
-    return Parent(which, run.inherit.name, str(which), storage_options(config) if fits else None)
+    return Parent(
+        which, run.inherit.name, str(which.under(absolute_root(config))), storage_options(config) if fits else None
+    )

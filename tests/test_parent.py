@@ -181,6 +181,15 @@ def test_a_parent_without_a_good_checkpoint_is_told_and_nothing_begins(
     assert not (tmp_path / "smoke/c/run.json").exists()
 
 
+def test_a_child_goes_on_in_a_copy_of_the_project(life: Lives, parent: Path, tmp_path: Path) -> None:
+    command = (*COMMAND, "run.parent=outputs/smoke/p", "trainer.max_steps=20")
+    shutil.copytree(parent, tmp_path / "a/outputs/smoke/p")
+    assert life(*command, cwd=tmp_path / "a", step=15).status is None
+    (tmp_path / "a").rename(tmp_path / "b")
+    ended = life(*command, cwd=tmp_path / "b")
+    assert (ended.status, "resumed from step 10 of attempt 1" in ended.output) == (0, True), ended.output
+
+
 def test_another_parent_than_the_recorded_one_is_refused(life: Lives, parent: Path, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=c", "trainer.max_steps=5")
     assert life(*command, f"run.parent={parent}").status == 0
