@@ -51,7 +51,8 @@ def _failed(error: Exception) -> int:
     status, told = 2, ""
     if isinstance(error, OSError):
         status = 1
-        told = f"cannot make the run directory {error.filename}: {error.strerror}. Choose another run.root."
+        name = f" {error.filename}" if error.filename else ""  # a full disk does not name the file
+        told = f"cannot make the run directory{name}: {error.strerror}. Choose another run.root."
     elif type(error).__module__.startswith("yaml."):
         told = f"a configuration file is not YAML: {error}"
     elif "Config group override must be a string" in str(error):  # Hydra's words, in a plain ValueError

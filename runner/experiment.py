@@ -154,7 +154,8 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
-    fresh = partial(begin_state, parts.state, opening.identity, Origin.of(opening.directory), ranks)
+    origin = Origin.of(opening.directory)
+    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, ranks)
     return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
 
 

@@ -19,7 +19,7 @@ from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
 from runner.run.opening import Opening, open_run
 from runner.run.parent import Parent, Which
-from runner.storage.location import is_remote, local_root
+from runner.storage.location import is_remote, local_root, protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Job:
         """
         check(config)
         about = HydraConfig.get()
-        overrides = list(about.overrides.task)
-        experiment, name = about.runtime.choices["experiment"], run_name(config, overrides)
+        overrides = _as_given(about.overrides.task)
+        experiment, name = about.runtime.choices["experiment"], run_name(config, list(about.overrides.task))
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
         command = _command(about, overrides)
-        return cls(directory, identity(config), overrides, _parent(config.run), config.run.on_drift.name, command)
+        return cls(directory, identity(config), overrides, _parent(config), config.run.on_drift.name, command)
 
     def open(self) -> Opening:
         """Look at the run directory; see ``open_run``."""
@@ -55,7 +55,8 @@ class Job:
         """The opening on ranks above 0, from what rank 0 found; rank 0 alone writes the run's records."""
         place = self.directory
         directory = RunDirectory.under(place.root, place.experiment, variant, place.options)
-        return Opening(directory, self.identity, [], None, None, result, "")
+        parent = self.parent if variant == place.variant else Parent.forked(place)
+        return Opening(directory, self.identity, [], None, parent, result, "")
 
 
 def absolute_root(config: DictConfig) -> str:
@@ -83,12 +84,21 @@ def run_name(config: DictConfig, overrides: Sequence[str]) -> str:
 def _command(about: HydraConf, overrides: Sequence[str]) -> str:
     given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
     folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
-    searched = [override for override in about.overrides.hydra if override.startswith("hydra.searchpath=")]
+    searched = [given for given in _as_given(about.overrides.hydra) if given.startswith("hydra.searchpath=")]
     return shlex.join([Path(sys.executable).name, "-m", "runner", *folders, *searched, *overrides])
 
 
-def _parent(run: DictConfig) -> Parent | None:
+def _as_given(overrides: Any) -> list[str]:
+    """With ``${oc.env:NAME}`` as that: they are stored and shown, and what it stands for may be a secret."""
+    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
+
+
+def _parent(config: DictConfig) -> Parent | None:
+    run = config.run
     if run.parent is None:
         return None
     which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
-    return Parent(which, run.inherit.name, asked=str(which))
+    fits = protocol(run.root) in ("file", protocol(run.parent))  # the options of another kind of store do not
+    return Parent(
+        which, run.inherit.name, str(which.under(absolute_root(config))), storage_options(config) if fits else None
+    )

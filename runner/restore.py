@@ -23,6 +23,7 @@ from runner.run.parent import Origin, Parent
 from runner.seeds import derive
 from runner.state import TrainState
 from runner.storage import open_location
+from runner.storage.location import Location
 
 T = TypeVar("T")
 
@@ -82,15 +83,17 @@ def restore_newest(
     return replace(fresh(), unusable=tuple(unusable))
 
 
-def begin(state: TrainState, identity: dict[str, Any], origin: Origin | None, ranks: Ranks = ALONE) -> Resumed:
-    """Begin a run from scratch, or from the checkpoint of its parent.
+def begin(
+    state: TrainState, identity: dict[str, Any], origin: Origin | None, asked: Parent | None, ranks: Ranks = ALONE
+) -> Resumed:
+    """Begin a run from scratch, or from the checkpoint of its parent, which this command ``asked`` for.
 
     Raises NoLoadableCheckpoint, StateError.
     """
     if origin is None:
         _start(state, identity["seed"], ranks.rank)
         return Resumed()
-    parent, commit = CheckpointStore(open_location(origin.run)), parse_commit(f"{origin.commit}.json")
+    parent, commit = CheckpointStore(_parent(origin, asked)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
     try:
@@ -110,7 +113,7 @@ def resolve(parent: Parent) -> Origin:
 
     Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
     """
-    directory = RunDirectory.at(parent.which.run)
+    directory = RunDirectory.at(parent.which.run, parent.options)
     checkpoint, _ = read(directory, parent.which.checkpoint, Checkpoint.verify)
     return Origin(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
 
@@ -147,7 +150,10 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
         return commits
     if which == "best":
         goal = (directory.identity() or {}).get("objective") or {}
-        best = ranked(store.survey(), goal.get("mode") if goal.get("metric") else None)
+        known = store.survey()
+        best = ranked(known, goal.get("mode") if goal.get("metric") else None)
+        if not best and all(one.damaged for one in known):
+            return commits  # whoever opens them learns what is wrong with them
         if not best:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
         which = best[0].id.step
@@ -156,6 +162,15 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
         steps = ", ".join(str(step) for step in sorted({commit.step for commit in commits}))
         raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
     return found
+
+
+def _parent(origin: Origin, asked: Parent | None) -> Location:
+    """Where the parent is. Credentials go only where the command says: anyone may have written the record of it."""
+    if asked is not None:
+        location = open_location(asked.which.run, asked.options)
+        if location.url == origin.run:
+            return location
+    return open_location(origin.run)
 
 
 def _start(state: TrainState, seed: int, rank: int) -> None:

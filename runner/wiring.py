@@ -106,7 +106,7 @@ class Wiring:
     def _curves(self, step: int) -> Curves | NullMetrics:
         if self.books is None:
             return NullMetrics()
-        return Curves(self.opening.directory.location.folder(TENSORBOARD), purge_step=step, attempt=self.attempt)
+        return Curves(self.opening.directory.location, TENSORBOARD, purge_step=step, attempt=self.attempt)
 
     def _saver(self, guard: FiniteLoss, report: Report) -> Callback:
         checkpoint, retention = self.config.checkpoint, self._retention()

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,17 @@ def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(location: LocalLocat
     attempt = claim(location, {})
     name = stranger(location, 2)
     threading.Timer(0.2, lambda: location.remove(f"{name}.json")).start()
+    assert attempt.successor() is None
+    attempt.end("finished")
+
+
+def test_an_owner_whose_run_directory_was_moved_learns_of_it_until_it_is_back(location: LocalLocation) -> None:
+    attempt = claim(location, {})
+    location.path.rename(location.path.with_name("elsewhere"))
+    with pytest.raises(StorageError, match="was moved or removed: attempt 1, this process, is not in it"):
+        attempt.successor()
+    shutil.rmtree(location.path, ignore_errors=True)  # it may have written a heartbeat
+    location.path.with_name("elsewhere").rename(location.path)
     assert attempt.successor() is None
     attempt.end("finished")
 

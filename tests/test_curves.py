@@ -1,16 +1,22 @@
 """TensorBoard reads one curve, however many attempts wrote it."""
 
+import errno
 import itertools
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runner.errors import StorageError
 from runner.metrics.curves import Curves
-from runner.storage.local import LocalFolder
+from runner.storage import local
+from runner.storage.local import LocalLocation
+
+FOLDER = "tensorboard"
 
 
 @pytest.fixture(autouse=True)
@@ -21,21 +27,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attempt(folder: Path, number: int, purge: int, steps: Iterable[int]) -> None:
-    curves = Curves(LocalFolder(str(folder)), purge_step=purge, attempt=number)
+    curves = Curves(LocalLocation(folder), FOLDER, purge_step=purge, attempt=number)
     for step in steps:
         curves.add(step, {"loss": number + step / 100, "sample": f"{step} by {number}"})
     curves.close()
 
 
 def scalars(folder: Path) -> list[tuple[int, float]]:
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found = EventAccumulator(str(folder / FOLDER), size_guidance={"scalars": 0})
     found.Reload()
     return [(event.step, round(event.value, 2)) for event in found.Scalars("loss")]
 
 
 def texts(folder: Path) -> list[tuple[int, bytes]]:
     """As TensorBoard's own pages read them; the class above is for people's scripts and keeps texts taken back."""
-    found = plugin_event_accumulator.EventAccumulator(str(folder), tensor_size_guidance={"text": 0})
+    found = plugin_event_accumulator.EventAccumulator(str(folder / FOLDER), tensor_size_guidance={"text": 0})
     found.Reload()
     return [(event.step, event.tensor_proto.string_val[0]) for event in found.Tensors("sample/text_summary")]
 
@@ -64,6 +70,14 @@ def test_a_fresh_start_takes_everything_back(tmp_path: Path) -> None:
     assert scalars(tmp_path) == [(1, 2.01)]
 
 
+def test_a_clock_that_went_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(tmp_path, 1, 1, range(1, 4))
+    monkeypatch.setattr(time, "time", lambda: 1_600_000_000.0)
+    attempt(tmp_path, 2, 3, range(3, 6))
+    attempt(tmp_path, 3, 5, [5])
+    assert scalars(tmp_path) == [(1, 1.01), (2, 1.02), (3, 2.03), (4, 2.04), (5, 3.05)]
+
+
 def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 1, [1, 2])
     attempt(tmp_path, 2, 2, [2])
@@ -71,7 +85,7 @@ def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
 
 
 def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> None:
-    curves = Curves(LocalFolder(str(tmp_path)), purge_step=1, attempt=1)
+    curves = Curves(LocalLocation(tmp_path), FOLDER, purge_step=1, attempt=1)
     curves.add(1, {"loss": 1.0})
     curves.flush()
     assert scalars(tmp_path) == [(1, 1.0)]
@@ -80,4 +94,24 @@ def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> 
 
 def test_files_say_which_attempt_wrote_them(tmp_path: Path) -> None:
     attempt(tmp_path, 7, 1, [1])
-    assert [path.name.endswith(".a000007.0001") for path in tmp_path.iterdir()] == [True]
+    assert [path.name.endswith(".a000007.0001") for path in (tmp_path / FOLDER).iterdir()] == [True]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = Curves(LocalLocation(tmp_path), FOLDER, purge_step=1, attempt=1)
+    curves.add(1, {"loss": 1.0})
+    room = iter([20])  # bytes: the next record is torn
+
+    def write(to: int, data: bytes, write: Callable[[int, bytes], int] = os.write) -> int:
+        if left := next(room, 0):
+            return write(to, data[:left])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local.os, "write", write)
+        curves.add(2, {"loss": 2.0})
+        with pytest.raises(StorageError, match="No space left on device"):
+            curves.flush()
+    curves.add(3, {"loss": 3.0})
+    curves.close()
+    assert scalars(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]

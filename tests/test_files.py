@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from runner.errors import DataError, StorageError
 from runner.storage.files import (
@@ -116,6 +117,21 @@ def test_an_unknown_store_is_told_with_the_path() -> None:
     for verb in (read, expand):
         with pytest.raises(DataError, match="cannot read nosuch://a: ValueError: Protocol not known: nosuch"):
             verb("nosuch://a")
+
+
+def test_an_error_of_a_kind_that_only_its_store_knows_is_told_with_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentials(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentials("none found")
+
+    for verb in ("info", "pipe_file", "cat_file"):
+        monkeypatch.setattr(MemoryFileSystem, verb, refuse)
+    with pytest.raises(DataError, match="cannot read memory://a: NoCredentials: none found"):
+        exists("memory://a")
+    with pytest.raises(StorageError, match="cannot write memory://a: NoCredentials: none found"):
+        write("memory://a", b"x")
 
 
 def test_a_compressed_file_that_is_cut_or_damaged_is_told_with_its_path(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from lives import Lives, lives
 from results import metric_lines, results
 
+from runner.__main__ import _failed
 from runner.runs.__main__ import main
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
@@ -84,6 +85,20 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     ):
         assert line in ended.output
     assert life(*command).status == 0, "the run was left as it was"
+
+
+def test_what_an_environment_variable_holds_is_neither_stored_nor_shown_in_a_command(
+    life: Lives, tmp_path: Path
+) -> None:
+    given = "+run.storage_options.secret=${oc.env:PATH}"
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", given)
+    assert life(*command, step=15).status is None
+    ended = life(*command, "optimizer.lr=0.5")
+    assert f"'{given}'" in ended.output
+    assert os.environ["PATH"] not in ended.output
+    files = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(given in text for text in files)
+    assert not [text for text in files if os.environ["PATH"] in text]
 
 
 def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Lives, tmp_path: Path) -> None:
@@ -213,6 +228,13 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
     assert "Traceback" not in ended.output
     assert life(*command, "run.name=full").status == 0
     assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_a_disk_that_is_full_before_the_run_begins_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
+    assert capsys.readouterr().err == (
+        "cannot make the run directory: No space left on device. Choose another run.root.\n"
+    )
 
 
 def test_many_starters_at_once_make_one_lineage(tmp_path: Path) -> None:

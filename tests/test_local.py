@@ -1,6 +1,7 @@
 """The promises of a location, kept by a folder on a disk."""
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -220,7 +221,6 @@ def test_no_verb_goes_through_a_link(location: LocalLocation) -> None:
             lambda name=name: location.put(name, [b"x"]),
             lambda name=name: location.replace(name, [b"x"]),
             lambda name=name: location.journal(name),
-            lambda name=name: location.folder(name),
             lambda name=name: location.read(name, limit=9),
             lambda name=name: location.read_into(name, 0, [memoryview(bytearray(1))]),
             lambda name=name: location.remove(name),
@@ -298,6 +298,23 @@ def test_folders_are_found_by_what_they_hold(tmp_path: Path) -> None:
     assert [*find_folders(str(tmp_path), "run.json")] == ["a/deep", "b"]
     with pytest.raises(StorageError, match=r"cannot list .*absent"):
         find_folders(str(tmp_path / "absent"), "run.json")
+
+
+def test_one_folder_that_cannot_be_listed_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/run.json", "closed/x", "gone/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+
+    def scandir(path: str, scan: Callable[[str], Any] = os.scandir) -> Any:
+        codes = {"closed": errno.EACCES, "gone": errno.ENOENT}
+        if code := codes.get(os.path.basename(path)):
+            raise OSError(code, os.strerror(code), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [*find_folders(str(tmp_path), "run.json")] == ["a", "closed"]
+    with pytest.raises(StorageError, match=r"cannot list .*closed: Permission denied"):
+        find_folders(str(tmp_path / "closed"), "run.json")
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])

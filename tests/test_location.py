@@ -230,20 +230,6 @@ def test_a_journal_is_appended_to_while_it_is_synced(location: Location) -> None
     assert read(location, "a") == b"".join(lines)
 
 
-def test_the_files_of_a_folder_become_objects(location: Location) -> None:
-    folder = location.folder("tensorboard")
-    path = Path(folder.path)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "events.1").write_bytes(b"one")
-    folder.sync()
-    assert location.list("tensorboard") == [Entry("events.1", 3)]
-    with (path / "events.1").open("ab") as file:
-        file.write(b"two")
-    folder.sync()
-    folder.close()
-    assert read(location, "tensorboard/events.1") == b"onetwo"
-
-
 def test_a_lock_excludes_other_processes_and_dies_with_its_holder(location: Location, server: Server) -> None:
     code = """
 import json, sys

@@ -1,6 +1,7 @@
 """Runs that begin from another run: with its weights, or with all of its state."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_a_child_needs_its_parent_only_to_begin(life: Lives, parent: Path, tmp_p
     assert (ended.status, "although one was committed" in ended.output) == (5, True), ended.output
 
 
+def test_a_child_whose_beginning_is_gone_before_its_first_commit_is_told(
+    life: Lives, parent: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(parent, gone)
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=c", f"run.parent={gone}")
+    assert life(*command, step=5).status is None
+    for path in (gone / "commits").glob("*-s000000030-*"):  # as its parent does while it goes on
+        path.unlink()
+    ended = life(*command)
+    assert ended.status == 5
+    assert re.search(r"begins from its step 30:\n  step 30 of attempt 1: commits/\S+ is gone\n", ended.output)
+
+
 def test_the_best_of_the_parent(life: Lives, parent: Path, tmp_path: Path) -> None:
     best = json.loads((parent / "result.json").read_text())["objective"]["step"]
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=c", f"run.parent={parent}@best", "trainer.max_steps=5")
@@ -164,6 +179,15 @@ def test_a_parent_without_a_good_checkpoint_is_told_and_nothing_begins(
     ended = life(*command)
     assert (ended.status, "step 30 of attempt 1: data/" in ended.output) == (5, True), ended.output
     assert not (tmp_path / "smoke/c/run.json").exists()
+
+
+def test_a_child_goes_on_in_a_copy_of_the_project(life: Lives, parent: Path, tmp_path: Path) -> None:
+    command = (*COMMAND, "run.parent=outputs/smoke/p", "trainer.max_steps=20")
+    shutil.copytree(parent, tmp_path / "a/outputs/smoke/p")
+    assert life(*command, cwd=tmp_path / "a", step=15).status is None
+    (tmp_path / "a").rename(tmp_path / "b")
+    ended = life(*command, cwd=tmp_path / "b")
+    assert (ended.status, "resumed from step 10 of attempt 1" in ended.output) == (0, True), ended.output
 
 
 def test_another_parent_than_the_recorded_one_is_refused(life: Lives, parent: Path, tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
         while not list(tmp_path.glob("smoke/live/commits/*")):
             time.sleep(0.05)
         assert main(["prune", str(tmp_path / "smoke/live"), "--yes"]) == 4
-        assert f"is in use by attempt 1 (pid {live.pid}" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"is in use by attempt 1 (pid {live.pid}" in told
+        assert "run.on_conflict" not in told, "which this command does not have"
     finally:
         os.killpg(live.pid, 9)
         live.wait()
@@ -127,6 +129,15 @@ def test_export_takes_the_newest_good_one_and_of_a_step_only_that(
     assert "step 60 of attempt 1: data/" in capsys.readouterr().err
     assert main(["export", f"{run}@55", target, "--force"]) == 2
     assert "has no checkpoint of step 55; there are those of steps 10, 20, 30, 40, 50, 60" in capsys.readouterr().err
+
+
+def test_the_best_of_damaged_checkpoints_is_told_with_the_damage(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for manifest in (run / "commits").iterdir():
+        manifest.write_bytes(manifest.read_bytes()[:-1])
+    assert main(["export", f"{run}@best", str(tmp_path / "w")]) == 5
+    assert "step 60 of attempt 1: commits/" in capsys.readouterr().err
 
 
 def test_the_best_of_a_run_without_objective_is_told(

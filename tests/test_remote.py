@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from servers import Server
 
 from runner.errors import ConfigError, StorageError
+from runner.run.directory import RunDirectory
 from runner.storage import backend, is_remote, open_location
 from runner.storage.location import Entry, Location, local_root
 
@@ -275,27 +276,6 @@ def test_a_journal_that_could_not_be_synced_is_synced_whole_later(faulty: Locati
     assert faulty.read("j", limit=9) == b"onetwo"
 
 
-def test_a_folder_uploads_what_changed_and_only_that(faulty: Location) -> None:
-    folder = faulty.folder("tensorboard")
-    (Path(folder.path) / "sub").mkdir()
-    for name in ("events.OUT 1", ".hidden", "sub/x"):
-        (Path(folder.path) / name).write_text(name)
-    folder.sync()
-    assert [entry.name for entry in faulty.list("tensorboard")] == ["events.out-1", "hidden"]
-    assert faulty.read("tensorboard/sub/x", limit=9) == b"sub/x"
-    Faulty.calls.clear()
-    folder.sync()
-    assert not Faulty.calls
-    (Path(folder.path) / ".hidden").write_text("changed")
-    Faulty.before += [PermissionError("no")]
-    with pytest.raises(StorageError):
-        folder.sync()
-    folder.sync()
-    assert faulty.read("tensorboard/hidden", limit=9) == b"changed"
-    folder.close()
-    assert not Path(folder.path).exists()
-
-
 def test_secrets_are_in_no_message(faulty: Location, caplog: pytest.LogCaptureFixture) -> None:
     import traceback
 
@@ -317,6 +297,14 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
         open_location(url)
     assert "pw" not in str(caught.value)
     assert "p#w" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["s3://", "s3:///exps", "gs:///", "sftp:///home/me"])
+def test_a_root_whose_bucket_or_host_is_empty_is_refused(root: str) -> None:
+    with pytest.raises(ConfigError, match="bucket, container or host is missing"):
+        RunDirectory.under(root, "experiment", "variant")
+    with pytest.raises(ConfigError, match="bucket, container or host is missing"):
+        open_location(root)
 
 
 def test_a_port_is_no_password() -> None:

@@ -136,3 +136,13 @@ def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
     for secret in secrets:
         assert secret not in ended.output
         assert not [raw for raw in files if secret.encode() in raw]
+
+
+def test_a_child_and_a_fork_find_their_parent_with_the_options_of_the_run(store: Store) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=5", f"run.root={store.root('family')}", *store.arguments)
+    assert store.life(*command, "run.name=p").status == 0
+    child = store.life(*command, "run.name=c", f"run.parent={store.root('family')}/smoke/p")
+    fork = store.life(*command, "run.name=p", "optimizer.lr=0.5", "run.on_drift=fork")
+    for ended, told in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
+        assert ended.status == 0, ended.output
+        assert told in ended.output

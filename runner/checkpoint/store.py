@@ -100,9 +100,11 @@ class CheckpointStore:
 
     def _open(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
-        manifest = None if raw is None else manifests.unseal(raw)
+        if raw is None:
+            raise Damaged(f"{commit.commit} is gone")
+        manifest = manifests.unseal(raw)
         if manifest is None:
-            raise Torn(f"{commit.commit} {manifests.why_not(raw or b'')}")
+            raise Torn(f"{commit.commit} {manifests.why_not(raw)}")
         if manifest.get("format") != manifests.FORMAT:
             raise StorageError(
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "

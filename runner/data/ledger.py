@@ -12,6 +12,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -91,7 +92,8 @@ class Ledger:
     def mark(self, step: int) -> None:
         """Every line so far belongs to the commit at ``step``; ``flush`` in any thread makes them durable."""
         if self._size > _FULL:
-            self._begin(step)
+            with suppress(StorageError):  # where there is no room for another file, this one grows on
+                self._begin(step)
 
     def flush(self) -> None:
         """Make everything that was marked durable. May run beside ``add``, once at a time."""

@@ -1,52 +1,93 @@
-"""TensorBoard event files: one continuous curve over any number of attempts."""
+"""TensorBoard event files: one continuous curve over any number of attempts.
 
-from collections.abc import Mapping
+They are journals, because TensorBoard's own writer ends for good, and training with it, at the first error of a disk.
+"""
 
-from torch.utils.tensorboard import SummaryWriter
+import io
+import re
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-from runner.storage.location import Folder
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar, text
 
-_FULL = 4 << 20  # bytes after which a new file is begun, because each sync uploads a file as a whole
-_SCALAR = 64  # approximate bytes of a point
+from runner.errors import StorageError
+from runner.storage.location import Journal, Location
+
+_NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
+_FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
 class Curves:
     """Writes scalars and texts from ``purge_step`` on, and makes TensorBoard hide what older attempts wrote there."""
 
-    def __init__(self, folder: Folder, *, purge_step: int, attempt: int) -> None:
+    def __init__(self, location: Location, folder: str, *, purge_step: int, attempt: int) -> None:
+        self._location = location
         self._folder = folder
-        self._suffix = f".a{attempt:06d}"
+        self._attempt = attempt
+        self._journals: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
         self._files = self._size = 0
-        self._writer = self._begin(purge_step)
+        self._time = self._now()
+        self._begin()
+        self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
         """Numbers become curves, strings become texts."""
-        for tag, value in values.items():
-            self._size += _SCALAR + (len(value) if isinstance(value, str) else 0)
-            if isinstance(value, str):
-                self._writer.add_text(tag, f"```\n{value}\n```", step)
-            else:
-                self._writer.add_scalar(tag, value, step)
+        summaries = (
+            text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
+            for tag, value in values.items()
+        )
+        self._append(*(Event(step=step, summary=summary) for summary in summaries))
 
     def mark(self) -> None:
         """Begin a new file if this one is full."""
         if self._size > _FULL:
-            self._writer.close()
-            self._writer = self._begin(None)
+            with suppress(StorageError):  # where there is no room for another file, this one grows on
+                self._begin()
 
     def flush(self) -> None:
         """Make everything so far durable. One thread may call this while another calls ``add``."""
-        self._writer.flush()
-        self._folder.sync()
+        while True:
+            journal, full = self._journals[0], len(self._journals) > 1
+            journal.sync()
+            if not full:
+                return
+            self._journals.popleft().close()
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._writer.close()
-        self._folder.sync()
-        self._folder.close()
+        self.flush()
+        self._journals.popleft().close()
 
-    def _begin(self, purge_step: int | None) -> SummaryWriter:
+    def _begin(self) -> None:
+        name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
+        self._journals.append(self._location.journal(f"{self._folder}/{name}"))
         self._files, self._size = self._files + 1, 0
-        return SummaryWriter(
-            self._folder.path, purge_step=purge_step, filename_suffix=f"{self._suffix}.{self._files:04d}"
-        )
+        self._append(Event(file_version="brain.Event:2"))
+
+    def _now(self) -> int:
+        """The time for the names of files, which TensorBoard reads in their order. It is later than that of all that
+        are there, whatever the clock says: else an older attempt would hide what this one writes.
+        """
+        found = (_NAME.match(entry.name) for entry in self._location.list(self._folder))
+        return max([int(time.time()), *(int(name[1]) + 1 for name in found if name)])
+
+    def _append(self, *events: Event) -> None:
+        now = time.time()
+        for event in events:
+            event.wall_time = now
+        data = encoded(events)
+        self._size += len(data)
+        self._journals[-1].append(data)
+
+
+def encoded(events: Iterable[Event]) -> bytes:
+    """Events as an event file has them."""
+    content = io.BytesIO()
+    records = RecordWriter(content)
+    for event in events:
+        records.write(event.SerializeToString())
+    return content.getvalue()

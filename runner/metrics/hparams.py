@@ -5,17 +5,16 @@ and keeps the first hyperparameters that it finds: this file comes first and has
 columns and which of them differ TensorBoard finds out over all runs, so no run writes a list of them.
 """
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from runner.config.identity import flatten
 from runner.errors import printable
+from runner.metrics.curves import encoded
 from runner.storage.location import Location
 
 _FILE = "events.out.tfevents.0000000000.hparams"  # the number is a time, that of other files is later
@@ -27,11 +26,7 @@ def write(location: Location, folder: str, experiment: str, identity: Mapping[st
     values = {"experiment": experiment, **flatten(identity)}
     _, start, end = hparams({printable(key): _cell(value) for key, value in values.items()}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
-    content = io.BytesIO()
-    records = RecordWriter(content)
-    for event in events:
-        records.write(event.SerializeToString())
-    location.replace(f"{folder}/{_FILE}", [content.getvalue()])
+    location.replace(f"{folder}/{_FILE}", [encoded(events)])
 
 
 def _cell(value: Any) -> float | str:

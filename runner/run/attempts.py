@@ -21,6 +21,10 @@ from runner.storage.location import Location, Lock
 
 _CHANCE = secrets.SystemRandom()  # not the global generator, which is part of the run's state
 _PAUSE_SECONDS = 0.005
+_REMEDY = (
+    "\nWait for it with run.on_conflict=wait, or take the run over with run.on_conflict=steal "
+    "(the other stops within seconds)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,8 @@ class Attempt:
             )
 
     def successor(self) -> Record | None:
-        """The attempt that superseded this one, if any has. Asks the storage."""
-        return records.successor(self.location, self.number)
+        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError."""
+        return records.successor(self.location, self.name)
 
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this attempt ended and release the run."""
@@ -90,7 +94,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
         signals.raise_if_received("during start-up, nothing to commit")
         before = records.names(location)
         if not steal:
-            _raise_if_live(location, before, dead)
+            _raise_if_live(location, before, dead, remedy=_REMEDY)
         attempt = _try(location, facts, before, above)
         if attempt is not None:
             return attempt
@@ -103,14 +107,10 @@ def raise_if_live(location: Location) -> None:
     _raise_if_live(location, records.names(location), set())
 
 
-def _raise_if_live(location: Location, found: list[Name], dead: set[Name]) -> None:
+def _raise_if_live(location: Location, found: list[Name], dead: set[Name], *, remedy: str = "") -> None:
     record = records.live(location, found, dead=dead)
     if record is not None:
-        raise RunInUse(
-            f"{location.url} is in use by {record.owner()}.\n"
-            "Wait for it with run.on_conflict=wait, or take the run over with run.on_conflict=steal "
-            "(the other stops within seconds)."
-        )
+        raise RunInUse(f"{location.url} is in use by {record.owner()}.{remedy}")
 
 
 def _try(location: Location, facts: dict[str, Any], before: list[Name], above: int) -> Attempt | None:

@@ -57,14 +57,14 @@ class RunDirectory:
         cls, root: str, experiment: str, variant: str, options: Mapping[str, Any] | None = None
     ) -> "RunDirectory":
         """The directory of one run. Creates and reads nothing. ``options`` are those of a remote storage."""
-        return cls(
-            root, experiment, variant, open_location(f"{root.rstrip('/')}/{experiment}/{variant}", options), options
-        )
+        scheme, mark, path = root.rpartition("://")  # of s3:// alone nothing may be taken away: it would be a path
+        url = f"{scheme}{mark}{path.rstrip('/')}/{experiment}/{variant}"
+        return cls(root, experiment, variant, open_location(url, options), options)
 
     @classmethod
-    def at(cls, path: str) -> "RunDirectory":
+    def at(cls, path: str, options: Mapping[str, Any] | None = None) -> "RunDirectory":
         """The run whose directory is ``path``. Raises ConfigError if no run lives there."""
-        location = open_location(path)
+        location = open_location(path, options)
         record = cls("", "", "", location).record()
         if record is None:
             raise ConfigError(f"{location.url} is not a run directory: it has no {_RUN}")

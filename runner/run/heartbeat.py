@@ -79,7 +79,7 @@ class Heartbeat:
     def _look(self) -> None:
         if self.superseded is None:
             with suppress(StorageError):
-                self.superseded = records.successor(self._location, self._name.number)
+                self.superseded = records.successor(self._location, self._name)
 
 
 def now() -> str:

@@ -10,7 +10,7 @@ from runner.errors import DriftRefused, FinishedMeanwhile, RunInUse, StorageErro
 from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.parent import Parent, Which, require_same
+from runner.run.parent import Parent, require_same
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Openi
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     finished = fork.result(identity) if fork.record() is not None else None
-    return Opening(fork, identity, [], None, Parent(Which(parent.location.url), inherit="all"), finished, command)
+    return Opening(fork, identity, [], None, Parent.forked(parent), finished, command)
 
 
 def _refusal(directory: RunDirectory, differences: list[drift.Difference], command: str) -> str:

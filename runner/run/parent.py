@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.errors import DriftRefused, StorageError, printable
@@ -26,17 +26,29 @@ class Which:
             return cls(text)
         return cls(found[1], found[2] if found[2] == "best" else int(found[2]))
 
+    def under(self, root: str) -> "Which":
+        """With a path within ``root`` if it is there, so that it stays the same when the root is moved or copied."""
+        return Which(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
+
     def __str__(self) -> str:
         return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a new run is to start from. ``asked`` is the command's ``run.parent``; None for a fork after drift."""
+    """What a new run is to start from. ``asked`` is the command's ``run.parent``, as a path within ``run.root`` if it
+    is there; None for a fork after drift. ``options`` are those of a remote storage.
+    """
 
     which: Which
     inherit: str  # model, all
     asked: str | None = None
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def forked(cls, directory: RunDirectory) -> "Parent":
+        """That of a fork of a run."""
+        return cls(Which(directory.location.url), inherit="all", options=directory.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,11 @@ class Origin:
         """The step after which the run started."""
         return 0 if self.inherit == "model" else self.step
 
+    @property
+    def which(self) -> Which:
+        """What was asked for, where it was then."""
+        return Which(self.run, Which.parse(self.asked or "").checkpoint)
+
     def record(self) -> dict[str, Any]:
         """As plain values, for ``run.json``."""
         return asdict(self)
@@ -75,9 +92,10 @@ class Origin:
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
     """Raise DriftRefused if the existing run started from something else than this command asks for."""
     origin = Origin.of(directory)
-    then = (origin.asked, origin.inherit) if origin and origin.asked else None
-    now = (parent.asked, parent.inherit) if parent else None
-    if then != now:
+    then = (origin.which, origin.inherit) if origin and origin.asked else None
+    now = (parent.which, parent.inherit) if parent else None
+    moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
+    if then != now and not moved:
         raise DriftRefused(
             f"{directory.location.url} was begun {_told(then)}, and this command begins {_told(now)}.\n"
             "The run was left as it is. A run begins once: use the run.parent and run.inherit it was begun with, or "
@@ -85,5 +103,5 @@ def require_same(directory: RunDirectory, parent: Parent | None) -> None:
         )
 
 
-def _told(parent: tuple[str | None, str] | None) -> str:
+def _told(parent: tuple[Which, str] | None) -> str:
     return printable(f"with run.parent={parent[0]} run.inherit={parent[1]}") if parent else "without run.parent"

@@ -13,12 +13,13 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner import signals
-from runner.errors import printable
+from runner.errors import StorageError, printable
 from runner.storage.location import Location
 
 HIGHEST = 10**15 - 1  # number of an attempt
@@ -134,15 +135,19 @@ def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | 
     return None
 
 
-def successor(location: Location, number: int) -> Record | None:
-    """The newest attempt with a higher number, if there is one.
+def successor(location: Location, mine: Name) -> Record | None:
+    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises StorageError if
+    that claim is gone, because where the run directory was, nothing must be written any more.
 
     Looks twice, because a process that finds the run in use withdraws the claim that it has just made.
     """
-    higher = _higher(location, number)
+    found = set(names(location))
+    if mine not in found:
+        raise StorageError(f"{location.url} was moved or removed: attempt {mine.number}, this process, is not in it")
+    higher = _higher(found, mine)
     if higher:
         time.sleep(location.beat_seconds / 2)
-        higher &= _higher(location, number)
+        higher &= _higher(names(location), mine)
     return read(location, max(higher)) if higher else None
 
 
@@ -188,8 +193,8 @@ def _newest(found: list[Name]) -> list[Name]:
     return [name for name in found if name.number == max(found).number]
 
 
-def _higher(location: Location, number: int) -> set[Name]:
-    return {name for name in names(location) if name.number > number}
+def _higher(found: Iterable[Name], mine: Name) -> set[Name]:
+    return {name for name in found if name.number > mine.number}
 
 
 def _parsed(raw: bytes | None) -> dict[str, Any] | None:

@@ -23,8 +23,9 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
 
 
 def find_folders(url: str, marker: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Location]:
-    """The folders under ``url`` that hold an object called ``marker``, by relative path, sorted. Folders inside a found
-    one are not searched. Locations of a remote store share their connections.
+    """The folders under ``url`` that hold an object called ``marker``, by relative path, sorted; on a disk also those
+    that this user may not look into. Folders inside a found one are not searched. Locations of a remote store share
+    their connections.
 
     Raises StorageError if a local ``url`` does not exist; a remote one without objects counts as empty.
     """

@@ -75,6 +75,11 @@ class Backend:
                 f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
+        if kind in _EXTRAS and not url.partition("://")[2].partition("/")[0]:
+            raise ConfigError(
+                f"run.root={kind}://...: the name of a bucket, container or host is missing; "
+                "is a variable empty that should hold it?"
+            )
         self._class = _file_system(kind)
         self._options = dict(options)
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)

@@ -6,12 +6,10 @@ itself.
 
 import os
 import secrets
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -182,5 +180,6 @@ class _Explained:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, EOFError, ImportError, ValueError, zlib.error, LZMAError)):
+        # Any, because each backend has its own, for credentials that it does not find as for an answer in HTML.
+        if isinstance(error, Exception) and not isinstance(error, RunnerError | MemoryError):
             raise self.kind(f"cannot {self.verb} {self.path}: {type(error).__name__}: {error}") from error

@@ -121,9 +121,6 @@ class LocalLocation:
             finally:
                 os.close(descriptor)
 
-    def folder(self, name: str) -> "LocalFolder":
-        return LocalFolder(str(self._path(name)))
-
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
         path = self.path
@@ -182,19 +179,6 @@ class LocalJournal:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
 
-class LocalFolder:
-    """A folder at its final place: nothing needs to be uploaded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class LocalLock:
     """A POSIX record lock. Unlike ``flock`` it is not inherited by forked data workers, which may outlive a killed
     parent by seconds and would keep the run locked."""
@@ -209,15 +193,19 @@ class LocalLock:
 def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found = []
-    for folder, below, files in os.walk(root, onerror=_explain_listing):
+
+    def unreadable(error: OSError) -> None:
+        folder = os.path.relpath(error.filename, root)
+        if folder == ".":
+            raise StorageError(f"cannot list {root}: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
+            found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
         if marker in files:
             found.append(os.path.relpath(folder, root))
             below.clear()
     return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
-
-
-def _explain_listing(error: OSError) -> None:
-    raise StorageError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:

@@ -50,18 +50,6 @@ class Journal(Protocol):
         """Let go of it, without a promise for what was not synced."""
 
 
-class Folder(Protocol):
-    """A folder of this machine for a library that writes files of its own (TensorBoard)."""
-
-    path: str
-
-    def sync(self) -> None:
-        """Upload every file that changed, as a whole. Raises StorageError, after which it can be called again."""
-
-    def close(self) -> None:
-        """Let go of it, without a promise for what was not synced."""
-
-
 class Location(Protocol):
     """A folder of objects, local or remote. Every method may be called from any thread, and raises StorageError if the
     storage fails.
@@ -91,9 +79,6 @@ class Location(Protocol):
 
     def journal(self, name: str) -> Journal:
         """Begin an object that grows; its name is used once."""
-
-    def folder(self, name: str) -> Folder:
-        """A folder of this machine whose files become objects in folder ``name``."""
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""

@@ -24,7 +24,7 @@ from runner.errors import StorageError
 from runner.storage.backend import Backend, limits
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
 from runner.storage.location import Buffer, Entry, check_name
-from runner.storage.uploads import UploadedFolder, UploadedJournal
+from runner.storage.uploads import UploadedJournal
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 _MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
@@ -60,9 +60,6 @@ class RemoteLocation:
 
     def journal(self, name: str) -> UploadedJournal:
         return UploadedJournal(self, check_name(name))
-
-    def folder(self, name: str) -> UploadedFolder:
-        return UploadedFolder(self, check_name(name))
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         path = self._path(name)

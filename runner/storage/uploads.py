@@ -1,12 +1,7 @@
-"""Objects that grow on this machine and are uploaded as a whole, for stores that cannot append to objects."""
+"""An object that grows on this machine and is uploaded as a whole, for stores that cannot append to objects."""
 
-import re
-import shutil
-import tempfile
 import threading
-from pathlib import Path
 
-from runner.errors import StorageError
 from runner.storage.location import Location
 
 
@@ -35,39 +30,3 @@ class UploadedJournal:
 
     def close(self) -> None:
         pass
-
-
-class UploadedFolder:
-    """A temporary folder on this machine. Objects are named like its files, in lower case and with ``-`` in place of
-    characters that names of objects may not have.
-    """
-
-    def __init__(self, location: Location, name: str) -> None:
-        self.path = tempfile.mkdtemp(prefix="hydra-runner-")
-        self._location = location
-        self._name = name
-        self._synced: dict[Path, tuple[int, int]] = {}
-
-    def sync(self) -> None:
-        for path in sorted(Path(self.path).rglob("*")):
-            try:
-                about = path.stat()
-                # Before reading: what is written meanwhile is for the next time.
-                mark = about.st_size, about.st_mtime_ns
-                if path.is_file() and self._synced.get(path) != mark:
-                    self._upload(path)
-                    self._synced[path] = mark
-            except OSError as error:
-                raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def _upload(self, path: Path) -> None:
-        parts = [_object_name(part) for part in path.relative_to(self.path).parts]
-        with path.open("rb") as file:
-            self._location.replace("/".join([self._name, *parts]), iter(lambda: file.read(1 << 20), b""))
-
-
-def _object_name(file: str) -> str:
-    return re.sub(r"[^a-z0-9._-]", "-", file.lower()).lstrip("._-") or "x"
