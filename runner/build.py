@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
 
 def _model(node: Any) -> nn.Module:
     model: nn.Module = _instance(node, "model", kind=nn.Module)
-    shapeless = [name for name, tensor in model.state_dict().items() if nn.parameter.is_lazy(tensor)]
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    shapeless = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
     if shapeless:
         raise ConfigError(
             f"model: {', '.join(shapeless)} of lazy modules have no shape yet, and without one no checkpoint can be "

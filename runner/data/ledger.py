@@ -10,7 +10,6 @@ they must be equal.
 
 import json
 import re
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from hashlib import blake2b
 from typing import Any
 
 from runner.errors import DataError, StorageError
-from runner.storage.location import Journal, Location
+from runner.storage.journals import Journals
+from runner.storage.location import Location
 
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
@@ -65,8 +65,7 @@ class Ledger:
         self._attempt = attempt
         self._recipe = recipe
         self._header = {"plan": _digest(recipe), "grouping": grouping}
-        self._journals: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
-        self._size = 0
+        self._journals = Journals(location)
         self._before: dict[int, tuple[Line, int]] = {}
 
     def open(self, step: int) -> None:
@@ -85,35 +84,25 @@ class Ledger:
         """Record a step. Raises DataError if an earlier attempt did it with other samples."""
         if self._before:
             self._compare(line)
-        text = f"{line}\n".encode()
-        self._journals[-1].append(text)
-        self._size += len(text)
+        self._journals.append(f"{line}\n".encode())
 
     def mark(self, step: int) -> None:
         """Every line so far belongs to the commit at ``step``; ``flush`` in any thread makes them durable."""
-        if self._size > _FULL:
+        if self._journals.size > _FULL:
             with suppress(StorageError):  # where there is no room for another file, this one grows on
                 self._begin(step)
 
     def flush(self) -> None:
         """Make everything that was marked durable. May run beside ``add``, once at a time."""
-        while True:
-            journal, full = self._journals[0], len(self._journals) > 1
-            journal.sync()
-            if not full:
-                return
-            self._journals.popleft().close()
+        self._journals.flush()
 
     def close(self) -> None:
         """Let go of the files."""
-        while self._journals:
-            self._journals.popleft().close()
+        self._journals.close()
 
     def _begin(self, step: int) -> None:
-        journal = self._location.journal(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt")
-        journal.append(json.dumps(self._header).encode() + b"\n")
-        self._size = 0
-        self._journals.append(journal)
+        head = json.dumps(self._header).encode() + b"\n"
+        self._journals.begin(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt", head)
 
     def _compare(self, line: Line) -> None:
         before, attempt = self._before.pop(line.step, (line, 0))

@@ -6,7 +6,6 @@ They are journals, because TensorBoard's own writer ends for good, and training 
 import io
 import re
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -15,7 +14,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar, text
 
 from runner.errors import StorageError
-from runner.storage.location import Journal, Location
+from runner.storage.journals import Journals
+from runner.storage.location import Location
 
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
@@ -28,11 +28,12 @@ class Curves:
         self._location = location
         self._folder = folder
         self._attempt = attempt
-        self._journals: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
-        self._files = self._size = 0
+        self._journals = Journals(location)
+        self._files = 0
         self._time = self._now()
         self._begin()
-        self._append(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        start = Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._journals.append(encoded([start]))
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
         """Numbers become curves, strings become texts."""
@@ -40,33 +41,29 @@ class Curves:
             text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
             for tag, value in values.items()
         )
-        self._append(*(Event(step=step, summary=summary) for summary in summaries))
+        now = time.time()
+        self._journals.append(encoded(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
 
     def mark(self) -> None:
         """Begin a new file if this one is full."""
-        if self._size > _FULL:
+        if self._journals.size > _FULL:
             with suppress(StorageError):  # where there is no room for another file, this one grows on
                 self._begin()
 
     def flush(self) -> None:
         """Make everything so far durable. One thread may call this while another calls ``add``."""
-        while True:
-            journal, full = self._journals[0], len(self._journals) > 1
-            journal.sync()
-            if not full:
-                return
-            self._journals.popleft().close()
+        self._journals.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
         self.flush()
-        self._journals.popleft().close()
+        self._journals.close()
 
     def _begin(self) -> None:
         name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
-        self._journals.append(self._location.journal(f"{self._folder}/{name}"))
-        self._files, self._size = self._files + 1, 0
-        self._append(Event(file_version="brain.Event:2"))
+        head = encoded([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        self._journals.begin(f"{self._folder}/{name}", head)
+        self._files += 1
 
     def _now(self) -> int:
         """The time for the names of files, which TensorBoard reads in their order. It is later than that of all that
@@ -74,14 +71,6 @@ class Curves:
         """
         found = (_NAME.match(entry.name) for entry in self._location.list(self._folder))
         return max([int(time.time()), *(int(name[1]) + 1 for name in found if name)])
-
-    def _append(self, *events: Event) -> None:
-        now = time.time()
-        for event in events:
-            event.wall_time = now
-        data = encoded(events)
-        self._size += len(data)
-        self._journals[-1].append(data)
 
 
 def encoded(events: Iterable[Event]) -> bytes:
