@@ -12,7 +12,8 @@ import pytest
 from runner.data import ledger
 from runner.data.ledger import Ledger, Line, recipe, segments
 from runner.errors import DataError, StorageError
-from runner.storage import LocalLocation
+from runner.storage import LocalLocation, open_location
+from runner.storage.journals import Journals
 
 RECIPE = {"samples": 10, "seed": 1}
 FIRST = "ledger/s000000000-a000001.txt"
@@ -296,3 +297,18 @@ def test_positions_that_other_groups_moved_are_not_compared(location: LocalLocat
     add(attempt(location, 1, 0), 1, 2, 3)
     attempt(location, 2, 1, grouping=2).add(Line(2, 4, 5, 3))
     attempt(location, 3, 2).add(Line(3, 6, 9, 5))
+
+
+def test_a_flush_reaches_every_journal() -> None:
+    location = open_location("memory://journals/run")
+    journals = Journals(location)
+    for name, head, rest in (("a", b"1", b"2"), ("b", b"3", b"45")):
+        journals.begin(name, head)
+        journals.append(rest)
+    journals.flush()
+    assert [location.read(name, limit=10) for name in "ab"] == [b"12", b"345"]
+    assert journals.size == len(b"45")
+    journals.append(b"6")
+    journals.flush()
+    assert location.read("b", limit=10) == b"3456"
+    journals.close()
