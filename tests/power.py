@@ -1,7 +1,8 @@
 """Power cuts: records what a local location asks of the system, and makes every disk that a cut may leave behind.
 
-The model is that of POSIX and no kinder: a write counts once its file was synced, a name once its folder was. Until
-then each of them, by itself, may have reached the disk or not, and a write may have left garbage in some sectors.
+The model is that of POSIX and no kinder: a write counts once its file was synced, a name once its folder was, folders
+that somebody else made (as Hydra makes the run's) included. Until then each of them, by itself, may have reached the
+disk or not, and a write may have left garbage in some sectors.
 """
 
 import os
@@ -35,6 +36,11 @@ class RecordingOs:
         self._inodes = 0
         self._lock = threading.Lock()
 
+    def others_make(self, path: Path) -> None:
+        """Somebody else makes a folder, and those above it, and syncs nothing."""
+        path.mkdir(parents=True, exist_ok=True)
+        self._name(path / "x")
+
     def note(self, *event: Any) -> None:
         """Add an event that is no system call."""
         self.events.append(event)
@@ -57,6 +63,9 @@ class RecordingOs:
         return recorded
 
     def _open(self, descriptor: int, path: Any, flags: int, mode: int = 0) -> None:
+        if flags & os.O_DIRECTORY and not Path(path).is_relative_to(self._root):
+            self._descriptors[descriptor] = ("..", 0)  # a folder above the model's root, which was always there
+            return
         name = self._name(path)
         if flags & os.O_DIRECTORY:
             self._descriptors[descriptor] = (name, 0)
@@ -74,6 +83,8 @@ class RecordingOs:
 
     def _fsync(self, _: None, descriptor: int) -> None:
         name, inode = self._descriptors[descriptor]
+        if name == "..":
+            return
         if not inode:  # folders are made behind our back; what they hold now is what this syncs
             for entry in os.scandir(self._root / name):
                 if entry.is_dir():

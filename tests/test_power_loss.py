@@ -40,11 +40,16 @@ def recorded(
     *,
     forget: str = "",
     kind: type[LocalLocation] = LocalLocation,
+    below: str = "",
 ) -> list[Event]:
-    """Two attempts of three commits each, under retention. Notes ("acknowledged", commit) and ("kept", commits)."""
+    """Two attempts of three commits each, under retention. Notes ("acknowledged", commit) and ("kept", commits). The
+    run's folder is ``below`` the root, and made by somebody else.
+    """
     system = RecordingOs(root, forget=forget)
     monkeypatch.setattr(local, "os", system)
-    store = CheckpointStore(kind(root))
+    if below:
+        system.others_make(root / below)
+    store = CheckpointStore(kind(root / below))
     made: list[CommitId] = []
     for attempt in (1, 2):
         for step in (1, 2, 3):
@@ -56,14 +61,14 @@ def recorded(
     return system.events
 
 
-def check(events: list[Event]) -> int:
+def check(events: list[Event], below: str = "") -> int:
     """Hold every crash state against the promises; returns how many there were."""
     states = 0
     for number, files in crash_states(events):
         acknowledged = {event[1] for event in events[:number] if event[0] == "acknowledged"}
         kept = next((event[1] for event in reversed(events[:number]) if event[0] == "kept"), tuple(acknowledged))
         removable = acknowledged - {*kept}
-        store = CheckpointStore(MemoryLocation(files))
+        store = CheckpointStore(MemoryLocation({name.removeprefix(f"{below}/"): files[name] for name in files}))
         loadable = set()
         for commit in store.commits():
             try:
@@ -89,6 +94,32 @@ def test_a_cut_at_any_moment_loses_nothing_acknowledged(tmp_path: Path, monkeypa
     states = check(events)
     assert states > 1000
     count("crash states", states)
+
+
+def test_a_folder_that_hydra_made_is_there_after_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = recorded(tmp_path, monkeypatch, below="outputs/experiment/run")
+    assert check(events, "outputs/experiment/run") > 1000
+
+
+def test_a_folder_that_a_killed_life_made_is_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have died between the two calls that make a folder and sync its name."""
+    system = RecordingOs(tmp_path)
+    monkeypatch.setattr(local, "os", system)
+    location = LocalLocation(tmp_path / "run")
+    for made in ("run/attempts", "run/data"):
+        system.others_make(tmp_path / made)
+    location.put("attempts/a", [b"claim"])
+    location.journal("data/b").sync()
+    location.replace("c", [b"result"])
+    system.note("returned")
+    after = [found for number, found in crash_states(system.events) if number == len(system.events)]
+    assert after
+    assert all(set(found) == {"run/attempts/a", "run/data/b", "run/c"} for found in after), after
+    (tmp_path / "run/attempts/a").unlink()
+    (tmp_path / "run/attempts").rmdir()
+    system.events.clear()
+    location.put("attempts/b", [b"again"])  # a folder that went and came back is a new one
+    assert ("sync folder", "run") in system.events
 
 
 @pytest.mark.parametrize(

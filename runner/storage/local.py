@@ -4,6 +4,7 @@ Every change is a short sequence of system calls through ``os``, so that tests c
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -32,6 +33,7 @@ class LocalLocation:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.url = str(self.path)
+        self._lasting: set[Path] = set()  # folders whose entries, up to the root, are durable
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         with self._explained("write", name):
@@ -42,7 +44,7 @@ class LocalLocation:
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         with self._explained("write", name):
-            path = self._prepare(name)
+            path = self._prepare(name) if durable else self._path(name)
             temporary = _temporary(path)
             _write(temporary, chunks, durable=durable)
             os.replace(temporary, path)
@@ -131,13 +133,20 @@ class LocalLocation:
         return path
 
     def _prepare(self, name: str) -> Path:
-        """The path of a name whose folder exists, durably."""
+        """The path of a name whose folder exists, durably: whoever made it and the folders above may not have synced
+        their entries, as Hydra does not, or have died before.
+        """
         path = self._path(name)
         if not path.parent.is_dir():
-            missing = [path.parent, *(folder for folder in path.parent.parents if not folder.is_dir())]
+            self._lasting -= {folder for folder in path.parents if not folder.is_dir()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in missing:
-                _sync_folder(folder.parent)
+        elif path.parent in self._lasting:
+            return path
+        for folder in path.parents:
+            if folder in self._lasting or folder.is_mount():
+                break
+            _sync_folder(folder.parent, ours=folder.parent.is_relative_to(self.path))
+        self._lasting.update(path.parents)
         return path
 
     @contextlib.contextmanager
@@ -260,9 +269,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync_folder(folder: Path, *, ours: bool = True) -> None:
+    """Make the entries of a folder durable; of one that is not ``ours`` if this user may and the file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if ours or error.errno == errno.EIO:
+            raise

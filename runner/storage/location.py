@@ -75,7 +75,9 @@ class Location(Protocol):
         """
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
-        """Write an object, or replace an older one atomically: a reader sees either the old or the new one."""
+        """Write an object, or replace an older one atomically: a reader sees either the old or the new one. On a disk,
+        one that need not be ``durable`` makes no folder: where there is none any more, that is an error.
+        """
 
     def journal(self, name: str) -> Journal:
         """Begin an object that grows; its name is used once."""
