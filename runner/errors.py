@@ -9,6 +9,7 @@
     ├── NoLoadableCheckpoint     5   a checkpoint was committed, none can be loaded
     ├── Interrupted             75   run the same command again to go on
     ├── StorageError             1   mend the disk, its permissions or the network
+    ├── RunGone                  1   find out who moved or removed the run's directory while it was at work
     ├── StateError               1   a part of the state cannot be saved or restored
     ├── DataError                1   mend the data set
     ├── TaskError                1   mend what the task returns
@@ -66,6 +67,10 @@ class Interrupted(RunnerError):
 
 class StorageError(RunnerError):
     """The storage refused to read or write."""
+
+
+class RunGone(RunnerError):
+    """The directory of the run is not there any more, or not the one that this process claimed."""
 
 
 class StateError(RunnerError):

@@ -3,26 +3,32 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from runner import signals
 from runner.agreement import led
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensors import Damaged, SafetensorsFile
-from runner.errors import printable
+from runner.errors import StorageError, printable
 from runner.metrics import hparams
 from runner.ranks import Ranks
 from runner.restore import evaluated_weights
+from runner.run.attempts import Attempt
 from runner.run.directory import BEST, MODEL, TENSORBOARD
 from runner.run.opening import Opening
 from runner.storage.location import Buffer, Location
 
 log = logging.getLogger("runner")
+
+_LONGEST_PAUSE = 30.0  # seconds between two tries to export
+_LOOK_SECONDS = 0.5  # while waiting for the next
 
 
 def finish(
@@ -32,12 +38,60 @@ def finish(
     callbacks: Mapping[str, Callback],
     loop: Loop,
     ranks: Ranks,
+    *,
+    attempt: Attempt | None,
+    patience: float,
 ) -> dict[str, Any]:
-    """Export the weights and declare the run finished; returns its result. Safe to repeat after a kill."""
+    """Export the weights and declare the run finished; returns its result. Safe to repeat after a kill.
+
+    A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
+    """
     state = parts.state
     weights = {name: parts.layout.whole(tensor) for name, tensor in state.evaluated_model.state_dict().items()}
-    result: dict[str, Any] = led(ranks, lambda: _finish(opening, parts, store, callbacks, loop, weights))
+    tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
+    result: dict[str, Any] | None = None
+    while result is None:  # each try by itself, so that ranks that wait hear of it
+        result = led(ranks, tries.next)
     return result
+
+
+class _Tries:
+    """Tries to export, with growing pauses between them."""
+
+    def __init__(self, attempt: Attempt | None, patience: float, work: Callable[[], dict[str, Any]]) -> None:
+        self._attempt = attempt
+        self._patience = patience
+        self._work = work
+        self._failed: float | None = None  # since when
+        self._pause = 1.0
+        self._again = 0.0
+
+    def next(self) -> dict[str, Any] | None:
+        """The result; None if it is not there yet. Raises StorageError, Superseded, RunGone, and Interrupted."""
+        assert self._attempt is not None
+        if time.monotonic() < self._again:
+            signals.raise_if_received("while the weights could not be exported; every step is committed")
+            time.sleep(_LOOK_SECONDS)
+            return None
+        try:
+            self._attempt.require_newest()
+            return self._work()
+        except StorageError as error:
+            self._failed = self._failed or time.monotonic()
+            left = self._failed + self._patience - time.monotonic()
+            if left <= 0:
+                raise StorageError(
+                    f"the weights could not be exported: {error}.\nEvery step is committed; mend the storage and run "
+                    f"the same command again (checkpoint.max_unsaved={self._patience:g})."
+                ) from error
+            log.warning(
+                "the weights could not be exported: %s. Trying again in %.0f seconds, for another %.0f",
+                printable(error),
+                self._pause,
+                left,
+            )
+            self._again, self._pause = time.monotonic() + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            return None
 
 
 def _finish(
@@ -57,6 +111,7 @@ def _finish(
         found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step)
         if found is not None:
             weights[BEST] = found
+    exported = {name: export(location, name, tensors) for name, tensors in weights.items()}
     result = {
         "step": loop.step,
         "epochs": loop.epochs,
@@ -66,24 +121,27 @@ def _finish(
         "skipped_steps": parts.update.skipped,
         "substituted_samples": parts.state.stream.substituted,
         "seconds": loop.elapsed,
-        "sha256": {name: export(location, name, tensors) for name, tensors in weights.items()},
+        "sha256": {name: digest for name, (digest, _) in exported.items()},
+        "bytes": {name: size for name, (_, size) in exported.items()},
     }
     hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
     opening.directory.finish(opening.identity, result)
     return result
 
 
-def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> str:
-    """Write weights as a plain safetensors file; returns its sha256."""
-    hasher = hashlib.sha256()
+def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Write weights as a plain safetensors file; returns its sha256 and its size."""
+    hasher, size = hashlib.sha256(), 0
 
     def hashed() -> Iterator[Buffer]:
+        nonlocal size
         for chunk in plain(weights):
             hasher.update(chunk)
+            size += memoryview(chunk).nbytes
             yield chunk
 
     location.replace(name, hashed())
-    return hasher.hexdigest()
+    return hasher.hexdigest(), size
 
 
 def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:

@@ -115,11 +115,6 @@ def test_a_folder_that_a_killed_life_made_is_there_too(tmp_path: Path, monkeypat
     after = [found for number, found in crash_states(system.events) if number == len(system.events)]
     assert after
     assert all(set(found) == {"run/attempts/a", "run/data/b", "run/c"} for found in after), after
-    (tmp_path / "run/attempts/a").unlink()
-    (tmp_path / "run/attempts").rmdir()
-    system.events.clear()
-    location.put("attempts/b", [b"again"])  # a folder that went and came back is a new one
-    assert ("sync folder", "run") in system.events
 
 
 @pytest.mark.parametrize(

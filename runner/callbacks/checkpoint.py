@@ -202,10 +202,10 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        return (
-            f"The last one is of step {self._saved} and is whole; mend the storage and run the same command again "
-            f"(checkpoint.max_unsaved={self.max_unsaved:g})."
-        )
+        saved = max([*self.saves.store.verified], default=None)  # of a fork's parent it is none of this run
+        told = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
+        again = f"mend the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
+        return f"{told}; {again}"
 
     def _restart(self) -> None:
         self.interval.restart()

@@ -51,24 +51,35 @@ class Attempt:
         self._heart.beat()
 
     def raise_if_superseded(self) -> None:
-        """Raise Superseded if the heartbeat's thread has found a newer attempt; costs nothing."""
-        newer = self._heart.superseded
+        """Raise Superseded or RunGone if the heartbeat's thread has found a newer attempt, or has not found this one's
+        claim for long; costs nothing.
+        """
+        self._heart.raise_if_gone()
+        self._raise_if(self._heart.superseded)
+
+    def require_newest(self) -> None:
+        """Raise Superseded if there is a newer attempt. Asks the storage; raises StorageError, and RunGone."""
+        self._raise_if(self.successor())
+
+    def successor(self) -> Record | None:
+        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError, and RunGone."""
+        self._heart.raise_if_gone()
+        return records.successor(self.location, self.name)
+
+    def _raise_if(self, newer: Record | None) -> None:
         if newer is not None:
             raise Superseded(
                 f"{newer.owner()} took over {self.location.url}; this process stops. "
                 "What it did after its last checkpoint is not used."
             )
 
-    def successor(self) -> Record | None:
-        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError."""
-        return records.successor(self.location, self.name)
-
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this attempt ended and release the run."""
         self._heart.stop()
         record = self._heart.facts() | facts | {"outcome": outcome}
         try:
-            self.location.replace(f"{self.name}.end.json", [dump(record)])
+            if self.name in records.names(self.location):  # else the directory of a removed run would be made again
+                self.location.replace(f"{self.name}.end.json", [dump(record)])
         finally:
             self._lock.release()
 

@@ -150,6 +150,21 @@ class RunDirectory:
         result = self._json(_RESULT)
         return result if result is not None and result.get("identity") == digest(identity) else None
 
+    def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The same; None also if exported weights are not there in full size, so that a run makes them again."""
+        result = self.result(identity)
+        return None if result is None or self.lacks(result) else result
+
+    def lacks(self, result: Mapping[str, Any]) -> str:
+        """What exported weights a finished run does not have in full size, in words; empty if it has all."""
+        names, sizes = result.get("sha256"), result.get("bytes")
+        there = {entry.name: entry.size for entry in self.location.list("")}
+        for name in names if isinstance(names, dict) else ():
+            size, expected = there.get(name, 0), sizes.get(name) if isinstance(sizes, dict) else None
+            if not size or (expected is not None and size != expected):  # older results have no sizes
+                return printable(f"{name} has {size} bytes, expected {'some' if expected is None else expected}")
+        return ""
+
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
         self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])

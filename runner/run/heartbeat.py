@@ -1,17 +1,21 @@
 """The thread that shows that an attempt lives, and that notices if another attempt has taken over its run."""
 
 import json
+import logging
 import threading
 import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from runner.errors import StorageError
+from runner.errors import RunGone, StorageError
 from runner.run import records
 from runner.run.records import Name, Record
 from runner.storage.location import Location
 
+log = logging.getLogger("runner")
+
+GONE_SECONDS = 15.0  # so long a run directory that was moved away may take to come back
 _PATIENCE_SECONDS = 0.2
 _JOIN_SECONDS = 1.0
 
@@ -19,8 +23,9 @@ _JOIN_SECONDS = 1.0
 class Heartbeat:
     """Writes ``attempts/<name>.beat`` every ``location.beat_seconds``, and ignores errors of the storage.
 
-    ``superseded`` is the attempt that took over the run, once there is one. The thread takes no lock but its own, which
-    forked data workers never use, so that a fork cannot deadlock.
+    ``superseded`` is the attempt that took over the run, once there is one. Where the claim is gone nothing is written:
+    it would make the folder of a removed run again. The thread takes no lock but its own, which forked data workers
+    never use, so that a fork cannot deadlock.
     """
 
     def __init__(self, location: Location, name: Name) -> None:
@@ -29,6 +34,8 @@ class Heartbeat:
         self._name = name
         self._facts: dict[str, Any] = {}
         self._sequence = 0
+        self._lost: float | None = None  # since when the claim is gone
+        self._told = False
         self._asked = self._done = 0
         self._stopped = False
         self._changed = threading.Condition()
@@ -50,6 +57,22 @@ class Heartbeat:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._done >= asked, timeout=_PATIENCE_SECONDS)
 
+    def raise_if_gone(self) -> None:
+        """Raise RunGone if the claim has not been in the run directory for ``GONE_SECONDS``; costs nothing."""
+        lost = self._lost
+        if lost is None:
+            self._told = False
+            return
+        gone = f"{self._location.url} was moved, removed or replaced: attempt {self._name.number}, this process, is not"
+        if time.monotonic() - lost > GONE_SECONDS:
+            raise RunGone(
+                f"{gone} in it, and has not been for {GONE_SECONDS:.0f} seconds. Nothing was written there since. If "
+                "the directory is somewhere else, move it back and run the same command again; else that begins anew."
+            )
+        if not self._told:
+            log.warning("%s in it. Waiting %.0f seconds for it to come back", gone, GONE_SECONDS)
+        self._told = True
+
     def stop(self) -> None:
         """End the thread; one that still waits for the storage is abandoned."""
         with self._changed:
@@ -60,11 +83,12 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped:
             asked = self._asked
-            self._write()
+            self._look()
+            if self._lost is None:
+                self._write()
             with self._changed:
                 self._done = asked
                 self._changed.notify_all()
-            self._look()
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._stopped or self._asked > self._done, timeout=self._location.beat_seconds
@@ -78,8 +102,13 @@ class Heartbeat:
 
     def _look(self) -> None:
         if self.superseded is None:
-            with suppress(StorageError):
+            try:
                 self.superseded = records.successor(self._location, self._name)
+                self._lost = None
+            except records.Lost:
+                self._lost = self._lost or time.monotonic()
+            except StorageError:
+                pass  # an outage says nothing of the claim
 
 
 def now() -> str:

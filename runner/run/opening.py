@@ -1,5 +1,6 @@
 """From a command to the state of its run: new, to be resumed, finished, or with a changed configuration."""
 
+import logging
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
 from runner.run.parent import Parent, require_same
+
+log = logging.getLogger("runner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,9 @@ def open_run(
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
+    if result is not None and (lacking := directory.lacks(result)):
+        log.warning("finished, but %s: made again from the last checkpoint", lacking)
+        result = None
     return Opening(directory, identity, differences, accepted, parent, result, command)
 
 
@@ -69,7 +75,7 @@ def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) 
         differences = drift.compare(saved, opening.identity)
         if differences and drift.table(differences) != drift.table(opening.drift):
             raise DriftRefused(_refusal(directory, differences, opening.command))
-        if not differences and directory.result(opening.identity) is not None:
+        if not differences and directory.finished(opening.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
@@ -90,7 +96,7 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Openi
     """The fork's name is made from its configuration, so that the same command finds it again."""
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
-    finished = fork.result(identity) if fork.record() is not None else None
+    finished = fork.finished(identity) if fork.record() is not None else None
     return Opening(fork, identity, [], None, Parent.forked(parent), finished, command)
 
 

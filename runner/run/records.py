@@ -30,6 +30,10 @@ _SILENT_BEATS = 3
 _SLACK_SECONDS = 0.5
 
 
+class Lost(StorageError):
+    """A claim is not where its process wrote it."""
+
+
 class Name(NamedTuple):
     """The name of a claim without its suffix; ordered by number."""
 
@@ -136,14 +140,14 @@ def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | 
 
 
 def successor(location: Location, mine: Name) -> Record | None:
-    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises StorageError if
+    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises Lost if
     that claim is gone, because where the run directory was, nothing must be written any more.
 
     Looks twice, because a process that finds the run in use withdraws the claim that it has just made.
     """
     found = set(names(location))
     if mine not in found:
-        raise StorageError(f"{location.url} was moved or removed: attempt {mine.number}, this process, is not in it")
+        raise Lost(f"{location.url} was moved or removed: attempt {mine.number}, this process, is not in it")
     higher = _higher(found, mine)
     if higher:
         time.sleep(location.beat_seconds / 2)

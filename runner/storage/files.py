@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from runner.errors import DataError, RunnerError, StorageError
+from runner.storage.local import sync_folder
 
 # Attributes that change when a file does, under the names that various stores give them; the best first.
 _MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -141,6 +142,7 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent, ours=False)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -39,7 +39,7 @@ class LocalLocation:
         with self._explained("write", name):
             path = self._prepare(name)
             size = _write(path, chunks, durable=True)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             return size
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
@@ -49,13 +49,13 @@ class LocalLocation:
             _write(temporary, chunks, durable=durable)
             os.replace(temporary, path)
             if durable:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
 
     def journal(self, name: str) -> "LocalJournal":
         with self._explained("write", name):
             path = self._prepare(name)
             descriptor = os.open(path, _NEW, 0o644)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return LocalJournal(descriptor, f"{self.url}/{name}")
 
     def read(self, name: str, *, limit: int) -> bytes | None:
@@ -137,15 +137,17 @@ class LocalLocation:
         their entries, as Hydra does not, or have died before.
         """
         path = self._path(name)
-        if not path.parent.is_dir():
-            self._lasting -= {folder for folder in path.parents if not folder.is_dir()}
+        if path.parent.is_dir():
+            if path.parent in self._lasting:
+                return path
+        elif gone := [folder for folder in [*self._lasting] if not folder.is_dir()]:
+            raise FileNotFoundError(errno.ENOENT, f"{min(gone)} was there and is gone; it is not made again")
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-        elif path.parent in self._lasting:
-            return path
         for folder in path.parents:
             if folder in self._lasting or folder.is_mount():
                 break
-            _sync_folder(folder.parent, ours=folder.parent.is_relative_to(self.path))
+            sync_folder(folder.parent, ours=folder.parent.is_relative_to(self.path))
         self._lasting.update(path.parents)
         return path
 
@@ -269,7 +271,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
-def _sync_folder(folder: Path, *, ours: bool = True) -> None:
+def sync_folder(folder: Path, *, ours: bool = True) -> None:
     """Make the entries of a folder durable; of one that is not ``ours`` if this user may and the file system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
