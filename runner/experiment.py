@@ -84,7 +84,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
             raise _interrupted(loop, team.stop)
         patience = config.checkpoint.max_unsaved
-        return finish(opening, parts, store, callbacks, loop, team.ranks, attempt=attempt, patience=patience)
+        return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
 
 
 def _interrupted(loop: Loop, signal: str | None) -> Interrupted:

@@ -38,7 +38,6 @@ def finish(
     callbacks: Mapping[str, Callback],
     loop: Loop,
     ranks: Ranks,
-    *,
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:

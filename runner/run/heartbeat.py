@@ -15,7 +15,7 @@ from runner.storage.location import Location
 
 log = logging.getLogger("runner")
 
-GONE_SECONDS = 15.0  # so long a run directory that was moved away may take to come back
+GONE_SECONDS = 10.0  # so long a run directory that was moved away may take to come back
 _PATIENCE_SECONDS = 0.2
 _JOIN_SECONDS = 1.0
 
