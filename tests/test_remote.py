@@ -388,3 +388,50 @@ def test_the_scratch_folder_for_locks_is_this_users_alone(tmp_path: Path, monkey
     scratch.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="not this user's alone"):
         location.lock("a")
+
+
+@pytest.mark.parametrize("store", ["s3", "gcs", "azure", "sftp"])
+def test_the_answers_to_a_listing_are_seen_one_by_one(store: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(store)
+    location = open_location(f"{server.url}/{os.urandom(4).hex()}", server.options)
+    location.put("a/b", [b"x"])
+    found: list[int] = []
+
+    def operation(system: Any) -> None:
+        system.ls(location._backend.path("a"), detail=True)  # type: ignore[attr-defined]
+        answers = backend._answered.get()
+        assert answers is not None
+        found.append(len(answers))
+
+    location._backend.run("list", "a", operation)  # type: ignore[attr-defined]
+    assert found[0] >= 1
+
+
+def test_a_listing_may_take_long_while_its_pages_arrive(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But one that hangs does not go on because another one is answered."""
+    import s3fs
+
+    url = f"{s3.url}/{os.urandom(4).hex()}"
+    for number in range(8):
+        open_location(url, s3.options).put(f"a/{number}", [b"x"])
+    call, hangs = s3fs.S3FileSystem._call_s3, asyncio.Event()
+
+    async def slow(self: Any, method: str, *arguments: Any, **keywords: Any) -> Any:
+        if method == "list_objects_v2":
+            keywords["MaxKeys"] = 1
+            await asyncio.sleep(0.5)
+            if keywords["Prefix"].endswith("hangs/"):
+                await hangs.wait()
+        return await call(self, method, *arguments, **keywords)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", slow)
+    location = open_location(url, s3.options)
+    monkeypatch.setattr(backend, "DEADLINE", 2.0)
+    assert len(location.list("a")) == 8
+    monkeypatch.setattr(backend, "TRIES", 1)
+    monkeypatch.setattr(backend, "DEADLINE", 1.0)
+    answered = threading.Thread(target=lambda: location.list("a"))
+    answered.start()
+    with pytest.raises(StorageError, match="no answer within 1 s"):
+        location.list("hangs")
+    answered.join()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from runner.checkpoint import store as store_module
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot
@@ -16,7 +17,7 @@ from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensors import Damaged
 from runner.errors import StorageError, Superseded
 from runner.storage import LocalLocation
-from runner.storage.location import Buffer
+from runner.storage.location import Buffer, Entry
 
 STATE = {"weight": torch.arange(4.0), "bias": torch.tensor(1.5), "moments": {0: (0.1, float("inf"))}}
 
@@ -393,3 +394,61 @@ def test_equal_names_in_different_parts_do_not_meet(store: CheckpointStore) -> N
     checkpoint = store.open(store.commit(snapshot, attempt=1, successor=lambda: None))
     assert checkpoint.load("model")["w"].item() == 0
     assert checkpoint.load("average")["w"].item() == 1
+
+
+@pytest.mark.parametrize("count", [10, 20, 40])
+def test_the_first_retention_of_an_attempt_is_linear(count: int, tmp_path: Path) -> None:
+    """Kept commits are listed a few times in all, not once for each of them."""
+
+    class Counting(LocalLocation):
+        listed = 0
+
+        def list(self, folder: str) -> list[Entry]:
+            found = super().list(folder)
+            self.listed += len(found)
+            return found
+
+    before = CheckpointStore(LocalLocation(tmp_path))
+    for step in range(1, count + 1):
+        commit(before, step)
+    location = Counting(tmp_path)
+    store = CheckpointStore(location)
+    for known in (store.retain, CheckpointStore(location).retain):
+        location.listed = 0
+        known(Retention(2, every_steps=1), attempt=2)
+        assert location.listed <= 3 * count
+    location.listed = 0
+    assert len(CheckpointStore(location).survey()) == count
+    assert location.listed == 2 * count
+
+
+def test_a_retention_reads_a_few_manifests_and_keeps_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits wait for it. Step by step it comes to the same as one that reads all."""
+    reads: list[str] = []
+
+    class Reading(LocalLocation):
+        def read(self, name: str, *, limit: int) -> bytes | None:
+            reads.append(name)
+            return super().read(name, limit=limit)
+
+    policy = Retention(2, every_steps=5, best=2, mode="max")
+    for folder, most in (("few", 3), ("all", 99)):
+        monkeypatch.setattr(store_module, "_SURVEYED", most)
+        before = CheckpointStore(LocalLocation(tmp_path / folder))
+        for step in range(1, 13):
+            facts = {"objective": float(step * 7 % 11)}
+            before.commit(Snapshot.of(step, {}, **facts), attempt=1, successor=lambda: None)
+        store, found = CheckpointStore(Reading(tmp_path / folder)), []
+        for step in range(13, 20):
+            commit(store, step, attempt=2)
+            reads.clear()
+            store.retain(policy, attempt=2)
+            assert len(reads) <= most
+            found.append(commits(store))
+        if most == 3:
+            few = found
+            assert len(few[0]) > len(few[3])
+    assert few[4:] == found[4:]
+    assert all({*more} >= {*fewer} for more, fewer in zip(few, found, strict=True))

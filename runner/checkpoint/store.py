@@ -4,7 +4,7 @@ The invariants on which every resume relies: a manifest names only objects whose
 object is written twice; bytes are used only after their digest matched; removal begins with the manifest.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from runner.agreement import gathered, led, together
@@ -20,6 +20,9 @@ from runner.checkpoint.tree import decode
 from runner.errors import StorageError, Superseded
 from runner.ranks import ALONE, Ranks
 from runner.storage.location import Location
+
+_SURVEYED = 64  # manifests that one retention reads: commits wait for it
+_READERS = 8
 
 
 class CheckpointStore:
@@ -99,6 +102,14 @@ class CheckpointStore:
         return together(ranks, lambda: self._open(commit, ranks), kinds=(Damaged, Torn))
 
     def _open(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
+        checkpoint = self._described(commit, ranks)
+        if ranks.rank == 0:  # one listing is enough
+            _require_sizes(checkpoint, self._sizes())
+        checkpoint.check()
+        return checkpoint
+
+    def _described(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
+        """What its manifest says. Raises Damaged."""
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         if raw is None:
             raise Damaged(f"{commit.commit} is gone")
@@ -110,31 +121,53 @@ class CheckpointStore:
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
                 f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
             )
-        checkpoint = parsed(commit, manifest, self.location, ranks)
-        if ranks.rank == 0:  # one listing is enough
-            sizes = {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
-            for name, file in checkpoint.files.items():
-                if sizes.get(name) != file.size:
-                    raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {file.size}")
-        checkpoint.check()
-        return checkpoint
+        return parsed(commit, manifest, self.location, ranks)
+
+    def _sizes(self) -> dict[str, int]:
+        return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
     def survey(self) -> list[Kept]:
-        """What is known of every commit, the one to resume from first. Computed from a fresh listing."""
-        return [self._known(commit) for commit in self.commits()]
+        """What is known of every commit, the one to resume from first: its manifest unseals, and its files have their
+        sizes. Computed from fresh listings.
+        """
+        return self._known(self.commits())
 
     def retain(self, retention: Retention, *, attempt: int) -> None:
-        """Remove the commits that do not stay, and what attempts before ``attempt`` left half done."""
-        known = self.survey()
-        self.remove([commit.id for commit in known], retention.kept(known), attempt=attempt)
+        """Remove the commits that do not stay, and what attempts before ``attempt`` left half done.
 
-    def _known(self, commit: CommitId) -> Kept:
-        if commit not in self._objectives and commit not in self.damaged:  # once: manifests never change
-            try:
-                self._objectives[commit] = objective(self.open(commit).facts)
-            except Damaged:
-                self.damaged.add(commit)
-        return Kept(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
+        Those whose manifests nobody has read yet are read a few at a time, the newest first, and stay until then: what
+        older ones hold can only be one more reason to remove a newer one.
+        """
+        listed = self.commits()
+        known = self._known(listed, most=_SURVEYED)
+        kept = {*retention.kept(known), *listed[len(known) :]}
+        self.remove(listed, kept, attempt=attempt)
+
+    def _known(self, listed: Sequence[CommitId], *, most: int | None = None) -> list[Kept]:
+        """What is known of the commits; of the first ones if it takes the reading of more than ``most`` manifests."""
+        unread = [one for one in listed if one not in self._objectives and one not in self.damaged]  # they never change
+        if unread:
+            sizes = self._sizes()
+            with ThreadPoolExecutor(_READERS) as pool:
+                for one, found in zip(
+                    unread, pool.map(lambda one: self._look(one, sizes), unread[:most]), strict=False
+                ):
+                    if isinstance(found, Damaged):
+                        self.damaged.add(one)
+                    else:
+                        self._objectives[one] = found
+            if most is not None and len(unread) > most:
+                listed = listed[: listed.index(unread[most])]
+        return [Kept(one, one in self.verified, one in self.damaged, self._objectives.get(one)) for one in listed]
+
+    def _look(self, commit: CommitId, sizes: Mapping[str, int]) -> float | Damaged | None:
+        """The objective of a commit, or what is wrong with it; without a look into its data files."""
+        try:
+            checkpoint = self._described(commit, ALONE)
+            _require_sizes(checkpoint, sizes)
+            return objective(checkpoint.facts)
+        except Damaged as error:
+            return error
 
     def remove(self, listed: Sequence[CommitId], kept: Container[CommitId], *, attempt: int) -> None:
         """Remove the ``listed`` commits that are not ``kept``, and what attempts before ``attempt`` left half done."""
@@ -145,6 +178,12 @@ class CheckpointStore:
             owner = manifests.parse_data(entry.name)
             if owner is not None and owner not in kept and (owner in listed or owner.attempt < attempt):
                 self.location.remove(f"data/{entry.name}")
+
+
+def _require_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    for name, file in checkpoint.files.items():
+        if sizes.get(name) != file.size:
+            raise Damaged(f"{name} has {sizes.get(name, 'no')} bytes, expected {file.size}")
 
 
 class Torn(Damaged):

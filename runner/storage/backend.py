@@ -6,14 +6,18 @@ no client's own timeout covers a server that accepts a request and never answers
 
 import asyncio
 import copy
+import functools
+import inspect
 import os
 import random
 import re
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import fsspec
@@ -24,7 +28,7 @@ from runner.storage.location import protocol
 
 T = TypeVar("T")
 
-DEADLINE = 30.0  # seconds for an operation, and more for its bytes:
+DEADLINE = 30.0  # seconds for an operation, for each page of a listing, and more for its bytes:
 RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one
@@ -58,6 +62,9 @@ _FINAL_NAMES = {
 }
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
+# What returns once for every answer of a server, in the file systems of s3fs, gcsfs, adlfs and fsspec's sftp.
+_ANSWERS = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_response")
+_answered: ContextVar[list[None] | None] = ContextVar("answered", default=None)  # tasks in fsspec's loop inherit it
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
 
 
@@ -105,13 +112,14 @@ class Backend:
     def run(self, verb: str, name: str, operation: Callable[[Any], T], *, size: int = 0) -> T:
         """The result of ``operation``, which is retried after errors that may be temporary. Raises StorageError.
 
-        ``size`` is how many bytes it transfers. Two attempts to write the same name never run at the same time.
+        ``size`` is how many bytes it transfers. Two attempts to write the same name never run at the same time. A list
+        may take any time as long as its pages arrive.
         """
         for again in range(TRIES):
             if again:
                 time.sleep(BACKOFF * 2**again * _jitter.uniform(0.5, 1.0))
             try:
-                return self._try(name if verb == "write" else None, operation, deadline(size))
+                return self._try(verb, name if verb == "write" else None, operation, deadline(size))
             except StorageError:
                 raise
             except (Exception, asyncio.CancelledError) as error:
@@ -133,14 +141,23 @@ class Backend:
                 pass  # who may use the objects need not be allowed to ask about the bucket
             self._bucket = None
 
-    def _try(self, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
+    def _try(self, verb: str, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
         earlier = self._abandoned.get(written or "")
         if earlier and not wait([earlier], seconds).done:
             raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
         used: list[Any] = []
-        future = _start(lambda: self._lend(operation, used))
-        if wait([future], seconds).done:
-            return future.result()
+        answers: list[None] = []
+
+        def work() -> T:
+            _answered.set(answers)
+            return self._lend(operation, used)
+
+        future = _start(work)
+        seen = -1
+        while seen < len(answers):  # a list: for as long as pages arrive; anything else: once
+            seen = len(answers) if verb == "list" else sys.maxsize
+            if wait([future], seconds).done:
+                return future.result()
         if written:
             self._abandoned[written] = future
         while used:
@@ -182,6 +199,7 @@ class Backend:
         given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
         system = self._class(**given, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
+        _count_answers(system)
         return system
 
     def _discard(self, system: Any) -> None:
@@ -232,6 +250,36 @@ def _file_system(kind: str) -> Any:
             f"run.root={kind}://...: no kind of storage for runs; use a path, {known}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
+
+
+def _count_answers(system: Any) -> None:
+    """Have a file system note every answer for the operation that it belongs to."""
+    for path in _ANSWERS:
+        *owners, name = path.split(".")
+        owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, system)
+        if call := getattr(owner, name, None):
+            setattr(owner, name, _counted(call))
+
+
+def _counted(call: Callable[..., Any]) -> Callable[..., Any]:
+    def note() -> None:
+        answers = _answered.get()
+        if answers is not None:
+            answers.append(None)
+
+    @functools.wraps(call)
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        result = call(*arguments, **keywords)
+        note()
+        return result
+
+    @functools.wraps(call)
+    async def counted_later(*arguments: Any, **keywords: Any) -> Any:
+        result = await call(*arguments, **keywords)
+        note()
+        return result
+
+    return counted_later if inspect.iscoroutinefunction(call) else counted
 
 
 def _start(function: Callable[[], T]) -> "Future[T]":
