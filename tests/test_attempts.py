@@ -24,6 +24,7 @@ from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Sup
 from runner.run import attempts, records
 from runner.run.attempts import Attempt, claim
 from runner.run.directory import RunDirectory
+from runner.run.heartbeat import Heartbeat
 from runner.run.opening import begin, is_free, open_run
 from runner.run.records import Name
 from runner.storage import open_location
@@ -598,3 +599,31 @@ def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
         stack.callback(thief.kill)
         assert first.wait(300) == 4
         assert not list(tmp_path.glob("smoke/r/commits/*"))
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: Path) -> None:
+    class Counting(LocalLocation):
+        listed = beats = 0
+
+        def list(self, folder: str) -> list[Entry]:
+            found = super().list(folder)
+            self.listed += len(found)
+            return found
+
+        def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+            self.beats += 1
+            super().replace(name, chunks, durable=durable)
+
+    location = Counting(tmp_path)
+    location.beat_seconds = 0.001
+    (tmp_path / "attempts").mkdir()
+    for old in range(1, number + 1):
+        (tmp_path / f"attempts/{old:06d}-aaaaaaaaaaaa.json").touch()
+    heart = Heartbeat(location, Name(number, "aaaaaaaaaaaa"))
+    deadline = time.monotonic() + 60
+    while location.beats < 200 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    heart.stop()
+    assert location.beats >= 200
+    assert location.listed / location.beats < 40

@@ -312,3 +312,39 @@ def test_a_flush_reaches_every_journal() -> None:
     journals.flush()
     assert location.read("b", limit=10) == b"3456"
     journals.close()
+
+
+class Reading(LocalLocation):
+    """Counts the segments that are read."""
+
+    segments = 0
+
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        self.segments += name.endswith(".txt")
+        return super().read(name, limit=limit)
+
+
+@pytest.mark.parametrize("on", [5, 0], ids=["each gets on", "each dies at the same step"])
+def test_an_attempt_reads_few_segments_of_those_before_it(on: int, location: LocalLocation) -> None:
+    """However many there were: those that end before it begins, and those that others did again, say nothing new."""
+    for number in range(1, 41):
+        begin = on * (number - 1)
+        add(attempt(location, number, begin), *range(begin + 1, begin + 7))
+    counting = Reading(location.path)
+    opened = attempt(counting, 41, 40 * on)
+    assert counting.segments <= 3
+    assert len(segments(location)) == 41
+    if on == 5:
+        begin = 40 * on + 1
+        with pytest.raises(DataError, match="in attempt 40"):
+            opened.add(line(begin, digest=1))
+
+
+def test_an_early_attempt_that_got_further_than_all_is_compared_with(location: LocalLocation) -> None:
+    add(attempt(location, 1, 0), *range(1, 31))
+    for number in (2, 3, 4):
+        add(attempt(location, number, 5 * (number - 1)), *range(5 * (number - 1) + 1, 5 * number))
+    opened = attempt(location, 5, 20)
+    opened.add(line(21))
+    with pytest.raises(DataError, match="in attempt 1"):
+        opened.add(line(25, digest=1))

@@ -20,7 +20,7 @@ from servers import Server
 
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
-from runner.storage import backend, is_remote, open_location
+from runner.storage import backend, is_remote, open_location, remote
 from runner.storage.location import Entry, Location, local_root
 
 VERBS: dict[str, Callable[[Location], Any]] = {
@@ -435,3 +435,51 @@ def test_a_listing_may_take_long_while_its_pages_arrive(s3: Server, monkeypatch:
     with pytest.raises(StorageError, match="no answer within 1 s"):
         location.list("hangs")
     answered.join()
+
+
+def uploads(server: Server, path: str) -> list[str]:
+    """The unfinished uploads below a path."""
+    system = fsspec.filesystem("s3", **server.options, skip_instance_cache=True)
+    bucket, key, _ = system.split_path(path)
+    found = system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", [])
+    return sorted(upload["Key"].removeprefix(f"{key}/") for upload in found)
+
+
+def test_unfinished_uploads_of_killed_processes_are_aborted_by_the_next(s3: Server) -> None:
+    """Those of its own folders, and none of a run below it or beside it."""
+    url = f"{s3.url}/{os.urandom(4).hex()}"
+    system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
+    bucket, key, _ = system.split_path(url)
+    for name in ("run/data/a", "run/data/b", "run/model", "run/below/data/a", "run2/data/a"):
+        upload = system.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{key}/{name}")
+        system.call_s3(
+            "upload_part", Bucket=bucket, Key=f"{key}/{name}", UploadId=upload["UploadId"], PartNumber=1, Body=b"x" * 99
+        )
+    assert len(uploads(s3, url)) == 5
+    RunDirectory("", "", "", open_location(f"{url}/run", s3.options)).sweep()
+    assert uploads(s3, url) == ["run/below/data/a", "run2/data/a"]
+
+
+def test_an_upload_that_takes_too_long_leaves_no_parts(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    call, hangs = s3fs.S3FileSystem._call_s3, asyncio.Event()
+
+    async def stuck(self: Any, method: str, *arguments: Any, **keywords: Any) -> Any:
+        if keywords.get("PartNumber") == 2:
+            await hangs.wait()
+        return await call(self, method, *arguments, **keywords)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", stuck)
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
+    monkeypatch.setattr(remote, "_MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr(backend, "DEADLINE", 3.0)
+    monkeypatch.setattr(backend, "RATE", 1 << 40)
+    monkeypatch.setattr(backend, "TRIES", 1)
+    url = f"{s3.url}/{os.urandom(4).hex()}"
+    with pytest.raises(StorageError, match=r"cannot write .*/a"):
+        open_location(url, s3.options).put("a", [bytes(11 << 20)])
+    deadline = time.monotonic() + 60
+    while uploads(s3, url):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

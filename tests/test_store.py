@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from faults import MemoryLocation
 from torch import nn
 
 from runner.checkpoint import store as store_module
-from runner.checkpoint.manifest import CommitId, seal, unseal
+from runner.checkpoint.manifest import CommitId, parse_data, seal, unseal
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore, Torn
@@ -452,3 +453,58 @@ def test_a_retention_reads_a_few_manifests_and_keeps_what_it_does_not_know(
             assert len(few[0]) > len(few[3])
     assert few[4:] == found[4:]
     assert all({*more} >= {*fewer} for more, fewer in zip(few, found, strict=True))
+
+
+def wide(store: CheckpointStore, step: int) -> CommitId:
+    """A commit of four data files, where ``part_bytes`` is 16."""
+    snapshot = Snapshot.of(step, {"model": {name: torch.zeros(4) for name in "abcd"}})
+    return store.commit(snapshot, attempt=1, successor=lambda: None)
+
+
+@pytest.mark.parametrize("part", ["commits/", ".00002."], ids=["at the manifest", "in the data"])
+def test_commits_that_fail_do_not_leave_a_copy_each(part: str) -> None:
+    """An outage with many tries would fill the disk."""
+
+    def refuse(number: int, verb: str, name: str, after: bool) -> None:
+        if verb == "put" and part in name:
+            raise StorageError("no space left")
+
+    location = MemoryLocation()
+    location.part_bytes = 16
+    store = CheckpointStore(location)
+    wide(store, 1)
+    assert len(data(store)) == 4
+    location.arm(refuse)
+    for step in range(2, 9):
+        with pytest.raises(StorageError, match="no space left"):
+            wide(store, step)
+        assert len(data(store)) <= 12, "what was committed, the last that failed, and one whose manifest may come late"
+    location.arm(None)
+    for step in (9, 10, 11):
+        wide(store, step)
+    assert {parse_data(name) for name in data(store)} == {*store.commits()}
+    assert len(data(store)) == 16
+
+
+def test_the_room_of_a_failed_commit_is_there_for_the_next() -> None:
+    """Three of four files were written when the disk was full; whoever leaves them there fails for ever."""
+    location = MemoryLocation()
+    location.part_bytes = 16
+    store = CheckpointStore(location)
+    wide(store, 1)
+    room = 7
+
+    def full(number: int, verb: str, name: str, after: bool) -> None:
+        if verb == "put" and not after and name.startswith("data/") and len(data_files()) >= room:
+            raise StorageError("no space left")
+
+    def data_files() -> list[str]:
+        return [name for name in location.objects if name.startswith("data/")]
+
+    location.arm(full)
+    with pytest.raises(StorageError):
+        wide(store, 2)
+    assert len(data_files()) == room
+    room = 8
+    wide(store, 3)
+    assert [made.step for made in store.commits()] == [3, 1]

@@ -6,13 +6,14 @@ object is written twice; bytes are used only after their digest matched; removal
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from runner.agreement import gathered, led, together
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint.layout import deal
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.opened import Checkpoint, no_tensor, objective, parsed
-from runner.checkpoint.retention import Kept, Retention
+from runner.checkpoint.retention import LEAST, Kept, Retention
 from runner.checkpoint.shelves import Plan, Shelf, plan
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, StoredFile
@@ -39,6 +40,7 @@ class CheckpointStore:
         self.damaged: set[CommitId] = set()
         self.verified: set[CommitId] = set()
         self._objectives: dict[CommitId, float | None] = {}
+        self._failed: set[CommitId] = set()  # begun by this process, and not known to be there
 
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
@@ -46,8 +48,15 @@ class CheckpointStore:
         Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit. What fails
         on one rank fails on all, and nothing is committed.
         """
-        nonce = led(self.ranks, lambda: CommitId.new(attempt, snapshot.step).nonce)
-        commit = CommitId(attempt, snapshot.step, nonce)
+
+        def begin() -> str:
+            with suppress(StorageError):  # whoever writes next has it, too
+                self._clear()
+            new = CommitId.new(attempt, snapshot.step)
+            self._failed.add(new)
+            return new.nonce
+
+        commit = CommitId(attempt, snapshot.step, led(self.ranks, begin))
         how = snapshot.plan or plan(deal(snapshot.tensors, ALONE), {})
         how = how.split(self.location.part_bytes)
         reports = gathered(self.ranks, lambda: self._put(commit, snapshot, how))
@@ -58,6 +67,7 @@ class CheckpointStore:
             self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
             self.location.put(commit.commit, [raw])
             self.damaged.discard(commit)
+            self._failed.discard(commit)
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
             self._require_newest(successor)
 
@@ -65,6 +75,23 @@ class CheckpointStore:
         self.verified.add(commit)
         self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
         return commit
+
+    def _clear(self) -> None:
+        """Remove the data of commits that failed, each of which may be a whole copy of the state.
+
+        A manifest that is there makes it a commit like others. One that was sent and is not there may come true late:
+        its data stays while it is the newest such one and two others do not outrank it.
+        """
+        if not self._failed:
+            return
+        sent, listed = self._failed & self.damaged, {*self.commits()}
+        newest = max(sent, default=None)
+        late = {one for one in sent if one == newest and sum(other > one for other in self.verified) < LEAST}
+        gone = self._failed - listed - late
+        for entry in self.location.list("data"):
+            if manifests.parse_data(entry.name) in gone:
+                self.location.remove(f"data/{entry.name}")
+        self._failed -= gone | listed
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""

@@ -26,6 +26,7 @@ _LINE = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+) ([0-9a-f]{16})((?: [0-9]+:[0-9]+
 _FULL = 1 << 20  # bytes after which a new segment is begun
 _LIMIT = 1 << 30
 _LARGEST = 1 << 30  # samples in a step
+_SHORTEST = len("1 0 0 0123456789abcdef\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,27 @@ class Ledger:
 
 
 def segments(location: Location, *, after: int = -1) -> list[Segment]:
-    """All segments in the order in which they were begun, without those that surely end at ``after`` or before."""
-    keys = sorted((int(m[2]), int(m[1])) for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name)))
-    found: list[Segment] = []
-    for (attempt, step), following in zip(keys, [*keys, (0, 0)][1:], strict=True):
-        if following[0] != attempt or following[1] > after:
-            found += _read(location, step, attempt)
-    return found
+    """All segments in the order in which they were begun; with ``after`` only those that matter for later steps.
+
+    That is none from before the first that may reach so far, by its size; and of those that begin at the same step none
+    that a later attempt has done again and further, because it was compared with it.
+    """
+    sizes = {
+        (int(m[2]), int(m[1])): entry.size for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name))
+    }
+    wanted: list[tuple[int, int]] = []
+    longest: dict[int, int] = {}
+    following = (0, 0)
+    for attempt, step in sorted(sizes, reverse=True):
+        over = following[0] == attempt and following[1] <= after
+        again = after >= 0 and sizes[attempt, step] <= longest.get(step, -1)
+        if not over and not again:
+            wanted.insert(0, (attempt, step))
+        longest[step] = max(longest.get(step, 0), sizes[attempt, step])
+        following = attempt, step
+    reach = (place for place, key in enumerate(wanted) if key[1] + sizes[key] // _SHORTEST > after)
+    first = next(reach, len(wanted))
+    return [segment for attempt, step in wanted[first:] for segment in _read(location, step, attempt)]
 
 
 def recipe(location: Location, plan: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ _FINAL_NAMES = {
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
 # What returns once for every answer of a server, in the file systems of s3fs, gcsfs, adlfs and fsspec's sftp.
-_ANSWERS = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_response")
+_ANSWERS = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
 _answered: ContextVar[list[None] | None] = ContextVar("answered", default=None)  # tasks in fsspec's loop inherit it
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
 

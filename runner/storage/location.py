@@ -95,7 +95,9 @@ class Location(Protocol):
         """Remove one object; no error if it does not exist."""
 
     def sweep(self, folder: str) -> None:
-        """Remove temporary files in ``folder`` that processes left when they died an hour or more ago."""
+        """Remove temporary files in ``folder`` that processes left when they died an hour or more ago, and all
+        unfinished uploads: only for the owner of the folder, before it writes there.
+        """
 
     def lock(self, name: str) -> Lock | None:
         """Take the lock of that name among the processes of this machine, or return None while another has it."""

@@ -105,8 +105,11 @@ class RemoteLocation:
                         if _age(system.modified(about["name"])) > LEFTOVER_SECONDS:
                             system.rm_file(about["name"])
 
-        if not self._is_object_store:
-            self._backend.run("sweep", folder, operation)
+        def abort(system: Any) -> None:
+            with contextlib.suppress(Exception):  # who may write need not be allowed to list uploads
+                _abort(system, f"{path}/")
+
+        self._backend.run("sweep", folder, abort if self._is_object_store else operation)
 
     @property
     def locks(self) -> str:
@@ -151,10 +154,15 @@ class RemoteLocation:
 
     @staticmethod
     def _upload(system: Any, path: str, content: bytes | Path, size: int) -> None:
-        if isinstance(content, Path):
-            system.put_file(str(content), path, **limits(system, size))
-        else:
-            system.pipe_file(path, content, **limits(system, size))
+        try:
+            if isinstance(content, Path):
+                system.put_file(str(content), path, **limits(system, size))
+            else:
+                system.pipe_file(path, content, **limits(system, size))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                _abort(system, path)
+            raise
 
 
 def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> dict[str, RemoteLocation]:
@@ -196,15 +204,34 @@ def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
     return {leaf: about for (parent, _, leaf), about in names if leaf and parent.strip("/") == path.strip("/")}
 
 
+def _abort(system: Any, path: str) -> None:
+    """Abort the unfinished uploads of an object, or of those directly in a folder: an S3 store keeps, and charges for,
+    the parts of an upload that was cancelled or whose process was killed.
+    """
+    if not hasattr(system, "call_s3"):
+        return
+    bucket, key, _ = system.split_path(path)
+    key = f"{key.rstrip('/')}/" if path.endswith("/") else key
+    for upload in system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", []):
+        rest = upload["Key"].removeprefix(key)
+        if not rest or (key.endswith("/") and "/" not in rest):
+            system.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
 def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) -> None:
     """Write under a temporary name and rename, for stores that show a file while it is being written."""
     temporary = f"{path}{TEMPORARY}{secrets.token_hex(6)}"
     try:
-        RemoteLocation._upload(system, temporary, content, size)
-    except FileNotFoundError:
-        system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        RemoteLocation._upload(system, temporary, content, size)
-    system.mv(temporary, path)
+        try:
+            RemoteLocation._upload(system, temporary, content, size)
+        except FileNotFoundError:
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            RemoteLocation._upload(system, temporary, content, size)
+        system.mv(temporary, path)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            system.rm_file(temporary)
+        raise
 
 
 @contextlib.contextmanager
