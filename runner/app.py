@@ -29,6 +29,7 @@ from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
 from runner.job import Job, run_name
 from runner.ranks import Ranks
+from runner.run.links import refuse_links
 from runner.run.opening import Opening, is_free
 from runner.stop import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
@@ -161,15 +162,27 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
 
 def _directory(*, _root_: DictConfig) -> str:
     """Where Hydra puts its own files: the run directory, or, for a remote one, a local folder named after it."""
-    root = _root_.run.root
+    return _safe(_root_, *_place(_root_))
+
+
+def _place(config: DictConfig) -> tuple[str, str]:
+    """The local root, and the folder below it: that of the experiment, or, for a sweep over experiments, none."""
+    root = config.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
-    experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
-    return f"{local_root(root)}/{experiment}" if experiment else local_root(root)  # without: a sweep over experiments
+    return local_root(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""
+
+
+def _safe(config: DictConfig, root: str, below: str) -> str:
+    """That folder, in which Hydra is about to write; it would follow any link. Raises ConfigError for one."""
+    refuse_links(root, below, log=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
+    return f"{root}/{below}" if below else root
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
     """The name of Hydra's folder for the configuration; None if that would write a secret, and on ranks above 0."""
+    if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
+        _safe(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
     has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
     return None if has_secret or world().rank else ".hydra"
 
@@ -180,7 +193,9 @@ def _log_handlers() -> list[str]:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    return run_name(_root_, list(_root_.hydra.overrides.task))
+    name, (root, experiment) = run_name(_root_, list(_root_.hydra.overrides.task)), _place(_root_)
+    _safe(_root_, root, f"{experiment}/{name}")
+    return name
 
 
 register()

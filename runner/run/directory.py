@@ -23,6 +23,7 @@ import yaml
 
 from runner.config.identity import digest
 from runner.errors import ConfigError, StorageError, printable
+from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import records
 from runner.storage import open_location
 from runner.storage.location import Location
@@ -37,8 +38,7 @@ _RUN = "run.json"
 _CONFIG = "config.yaml"
 _RESULT = "result.json"
 _LIMIT = 1 << 20
-_MAX_DEPTH = 100
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
+_BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 
@@ -113,7 +113,12 @@ class RunDirectory:
         if self.location.read(_RUN, limit=_LIMIT) is None:
             self.location.replace(_RUN, [_dump(record)])
         if self.location.read(_CONFIG, limit=_LIMIT) is None:
-            self.location.replace(_CONFIG, [yaml.safe_dump(identity, sort_keys=False).encode()])
+            raw = yaml.safe_dump(identity, sort_keys=False).encode()
+            try:
+                _parsed(raw)
+            except (yaml.YAMLError, ValueError) as error:
+                raise ConfigError(f"the configuration cannot be stored: {error}, which no run may have") from error
+            self.location.replace(_CONFIG, [raw])
 
     def configured(self) -> dict[str, Any] | None:
         """The configuration that the run was created with; None between the two writes of ``create``."""
@@ -121,10 +126,12 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            _check_plain(raw)
-            saved = yaml.load(raw, Loader=_LOADER)
-        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:  # a date without such a month, too
-            raise StorageError(f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}") from error
+            saved = _parsed(raw)
+        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+            raise StorageError(
+                f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}, which no run has written. Restore "
+                "it or use another run.name."
+            ) from error
         if not isinstance(saved, dict):
             raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")
         return saved
@@ -159,8 +166,8 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            value = parse(raw)
+        except ValueError as error:
             raise StorageError(
                 f"{self.location.url}/{name} is not JSON: {error}. Restore it or use another run.name."
             ) from error
@@ -169,15 +176,44 @@ class RunDirectory:
         return value
 
 
-def _check_plain(raw: bytes) -> None:
-    """Refuse aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash the C parser."""
+class _Loader(_BASE):
+    """Makes what ``yaml.safe_dump`` writes of plain values. Dates, sets and bytes cannot be compared or shown like
+    these, and a number in base 60 takes quadratic time.
+    """
+
+    yaml_constructors = {  # noqa: RUF012
+        f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
+        for kind in ("null", "bool", "str", "seq", "map")
+    }
+
+
+def _number(loader: Any, node: Any) -> Any:
+    text = loader.construct_scalar(node)
+    if ":" in text or len(text) > MAX_DIGITS:
+        raise yaml.YAMLError(f"a number in base 60, or of more than {MAX_DIGITS} digits")
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+def _refused(loader: Any, node: Any) -> None:
+    raise yaml.YAMLError(f"a value of the kind {node.tag}")
+
+
+for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:float", _number), (None, _refused)):
+    _Loader.add_constructor(_kind, _make)
+
+
+def _parsed(raw: bytes) -> Any:
+    """A configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash
+    the C parser.
+    """
     depth = 0
-    for event in yaml.parse(raw, Loader=_LOADER):
+    for event in yaml.parse(raw, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels, which no stored configuration has")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("an alias, which no stored configuration has")
+            raise yaml.YAMLError("an alias")
+    return yaml.load(raw, Loader=_Loader)
 
 
 def _dump(value: dict[str, Any]) -> bytes:

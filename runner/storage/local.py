@@ -4,9 +4,11 @@ Every change is a short sequence of system calls through ``os``, so that tests c
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +61,7 @@ class LocalLocation:
     def read(self, name: str, *, limit: int) -> bytes | None:
         with self._explained("read", name):
             try:
-                file = open(self._path(name), "rb")
+                file = open(self._path(name), "rb", opener=_regular)
             except FileNotFoundError:
                 return None
             with file:
@@ -70,7 +72,7 @@ class LocalLocation:
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), open(self._path(name), "rb", buffering=0) as file:
+        with self._explained("read", name), open(self._path(name), "rb", 0, opener=_regular) as file:
             file.seek(offset)
             if not _fill(file.fileno(), buffers):
                 size = os.fstat(file.fileno()).st_size
@@ -94,7 +96,8 @@ class LocalLocation:
     def sweep(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
-                if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                about = path.lstat()
+                if time.time() - about.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(about.st_mode):
                     os.unlink(path)
 
     def lock(self, name: str) -> "LocalLock | None":
@@ -110,16 +113,15 @@ class LocalLocation:
     def locked(self, name: str) -> bool:
         with self._explained("lock", name):
             try:
-                descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+                file = open(self._path(name), "rb", opener=_regular)
             except FileNotFoundError:
                 return False
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
-                return False
-            except (BlockingIOError, PermissionError):
-                return True
-            finally:
-                os.close(descriptor)
+            with file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
+                except (BlockingIOError, PermissionError):
+                    return True
+        return False
 
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
@@ -192,20 +194,35 @@ class LocalLock:
 
 def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
-    found = []
+    found, left = [], [root]
+    while left:  # without recursion, because folders may be nested deeper than Python calls
+        folder = left.pop()
+        try:
+            with os.scandir(folder) as scan:
+                entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
+        except OSError as error:
+            if folder == root:
+                raise StorageError(f"cannot list {root}: {error.strerror}") from error
+            if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
+                found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
+            continue
+        if marker in entries:
+            found.append(folder)
+        else:
+            left += [os.path.join(folder, name) for name, is_folder in entries.items() if is_folder]
+    return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in found)}
 
-    def unreadable(error: OSError) -> None:
-        folder = os.path.relpath(error.filename, root)
-        if folder == ".":
-            raise StorageError(f"cannot list {root}: {error.strerror}") from error
-        if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
-            found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
 
-    for folder, below, files in os.walk(root, onerror=unreadable):
-        if marker in files:
-            found.append(os.path.relpath(folder, root))
-            below.clear()
-    return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
+def _regular(path: str, flags: int) -> int:
+    """For ``open``: a file. Raises OSError for anything else, of which a FIFO would wait for a writer, and a device may
+    do whatever it likes.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for which Python itself has an error
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device")
+    return descriptor
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
