@@ -26,7 +26,7 @@ from runner.config.checks import literal_secret
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
+from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable
 from runner.job import Job, run_name
 from runner.ranks import Ranks
 from runner.run.links import refuse_links
@@ -48,6 +48,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
+    log.addFilter(_escaped)
     # Hydra's own files go into the run directory, for a single run as for a job of a sweep.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
@@ -79,6 +80,12 @@ def main(config: DictConfig) -> float | None:
             raise
         log.exception("failed")
         raise RunnerError(f"{type(error).__name__}: {error}") from None
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    """Our own lines may quote what is in a run directory; a user's may have colours."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def _hand_over() -> None:

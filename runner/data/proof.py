@@ -14,7 +14,7 @@ import numpy as np
 
 from runner.data.digest import digests
 from runner.data.ledger import Line, Segment
-from runner.data.order import Indices, Order
+from runner.data.order import Indices, Order, groups, stretches
 from runner.data.plan import Plan
 
 _CHUNK = 1 << 18  # positions looked at together
@@ -168,24 +168,15 @@ def _together(lines: Sequence[Line], plan: Plan) -> Iterator[list[Line]]:
 
 def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
     source, passed, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for here in _alike(epochs):
+    for here in stretches(epochs):
         epoch = int(epochs[here.start])
         source[here], passed[here] = order.passes(epoch, places[here])
         index[here] = order(epoch, places[here])
     return source, passed, index
 
 
-def _alike(*columns: Indices) -> Iterator[slice]:
-    """The stretches in which no column changes."""
-    changes = np.any([np.diff(column) != 0 for column in columns], axis=0)
-    ends = [*(np.flatnonzero(changes) + 1).tolist(), len(columns[0])]
-    return (slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1])
-
-
 def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
-    by_pass = np.lexsort((passed, source))
-    for here in _alike(source[by_pass], passed[by_pass]):
-        some = by_pass[here]
+    for some in groups(source, passed):
         key = int(source[some[0]]), int(passed[some[0]])
         first, size = _extent(plan, key[0])
         if key not in found:

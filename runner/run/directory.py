@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from runner.config.identity import digest
+from runner.config.identity import IDENTITY, digest
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import records
@@ -117,7 +117,7 @@ class RunDirectory:
             try:
                 _parsed(raw)
             except (yaml.YAMLError, ValueError) as error:
-                raise ConfigError(f"the configuration cannot be stored: {error}, which no run may have") from error
+                raise ConfigError(f"the configuration cannot be stored: {error}") from error
             self.location.replace(_CONFIG, [raw])
 
     def configured(self) -> dict[str, Any] | None:
@@ -129,12 +129,9 @@ class RunDirectory:
             saved = _parsed(raw)
         except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
             raise StorageError(
-                f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}, which no run has written. Restore "
-                "it or use another run.name."
+                f"{self.location.url}/{_CONFIG} cannot be read: {error}. Restore it or use another run.name."
             ) from error
-        if not isinstance(saved, dict):
-            raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")
-        return saved
+        return self._sections(saved, _CONFIG)
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
@@ -145,7 +142,7 @@ class RunDirectory:
     def identity_since(self, newest: records.Record | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
-        return accepted if isinstance(accepted, dict) else self.configured()
+        return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
@@ -155,11 +152,31 @@ class RunDirectory:
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the run; None if it is not finished, or was finished with another configuration."""
         result = self._json(_RESULT)
-        return result if result is not None and result.get("identity") == digest(identity) else None
+        if result is None or result.get("identity") != digest(identity):
+            return None
+        goal, metrics = result.get("objective") or {}, result.get("metrics")
+        numbers = (
+            [*metrics.values(), goal.get("value")] if isinstance(metrics, dict) and isinstance(goal, dict) else [""]
+        )
+        if not isinstance(result.get("step"), int) or not all(n is None or isinstance(n, int | float) for n in numbers):
+            raise StorageError(
+                f"{self.location.url}/{_RESULT} is not the result of a run. Remove it to finish it again."
+            )
+        return result
 
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
         self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])
+
+    def _sections(self, found: Any, name: str) -> dict[str, Any]:
+        """A stored configuration. Raises StorageError where something else stands in place of it or of a section."""
+        wrong = [
+            key for key in IDENTITY[1:] if not isinstance(found, dict) or not isinstance(found.get(key) or {}, dict)
+        ]
+        if wrong:
+            what = f"{wrong[0]} in {name}" if isinstance(found, dict) else name
+            raise StorageError(f"{self.location.url}: {what} is not a mapping. Restore it or use another run.name.")
+        return found
 
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)
@@ -190,12 +207,14 @@ class _Loader(_BASE):
 def _number(loader: Any, node: Any) -> Any:
     text = loader.construct_scalar(node)
     if ":" in text or len(text) > MAX_DIGITS:
-        raise yaml.YAMLError(f"a number in base 60, or of more than {MAX_DIGITS} digits")
+        raise yaml.YAMLError(
+            f"a number in base 60, or of more than {MAX_DIGITS} digits, which no stored configuration has"
+        )
     return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
 
 
 def _refused(loader: Any, node: Any) -> None:
-    raise yaml.YAMLError(f"a value of the kind {node.tag}")
+    raise yaml.YAMLError(f"a value of the kind {node.tag}, which no stored configuration has")
 
 
 for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:float", _number), (None, _refused)):
@@ -210,9 +229,9 @@ def _parsed(raw: bytes) -> Any:
     for event in yaml.parse(raw, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels")
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels, which no stored configuration has")
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
+            raise yaml.YAMLError("an alias, which no stored configuration has")
     return yaml.load(raw, Loader=_Loader)
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
@@ -61,7 +62,7 @@ class LocalLocation:
     def read(self, name: str, *, limit: int) -> bytes | None:
         with self._explained("read", name):
             try:
-                file = open(self._path(name), "rb", opener=_regular)
+                file = _opened(self._path(name))
             except FileNotFoundError:
                 return None
             with file:
@@ -72,7 +73,7 @@ class LocalLocation:
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), open(self._path(name), "rb", 0, opener=_regular) as file:
+        with self._explained("read", name), _opened(self._path(name), buffered=False) as file:
             file.seek(offset)
             if not _fill(file.fileno(), buffers):
                 size = os.fstat(file.fileno()).st_size
@@ -113,7 +114,7 @@ class LocalLocation:
     def locked(self, name: str) -> bool:
         with self._explained("lock", name):
             try:
-                file = open(self._path(name), "rb", opener=_regular)
+                file = _opened(self._path(name))
             except FileNotFoundError:
                 return False
             with file:
@@ -213,16 +214,18 @@ def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in found)}
 
 
-def _regular(path: str, flags: int) -> int:
-    """For ``open``: a file. Raises OSError for anything else, of which a FIFO would wait for a writer, and a device may
-    do whatever it likes.
+def _opened(path: Path, *, buffered: bool = True) -> BinaryIO:
+    """A file to read. Raises OSError for anything else, of which a FIFO would wait for a writer, and a device may do
+    whatever it likes.
     """
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # for which Python itself has an error
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device")
-    return descriptor
+    return open(descriptor, "rb", -1 if buffered else 0)  # type: ignore[return-value]
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
