@@ -14,14 +14,14 @@ module here, there are no import cycles. Each third-party package is imported by
     6  trainer (the training loop)     build (configuration -> live objects)     restore (checkpoint -> state)
     5  callbacks/ (guard, evaluate, report, progress, checkpoint)
     4  state (all that is restored)     evaluation     datasets/
-    3  run/ (directory, attempts, records, heartbeat, drift, parent)
+    3  run/ (directory, attempts, records, heartbeat, drift, parent, links)
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)     update
     2  distributed/ (world, team, watch, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
        signals     agreement     task (the interface)
-    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks
+    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks     plain
 """
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner import signals
 from runner.distributed.world import world
-from runner.errors import RunnerError
+from runner.errors import RunnerError, printable
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
         if _speaks():
-            print(own or _explained(error), file=sys.stderr)
+            print(printable(own or _explained(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
         return _failed(error)
@@ -60,7 +60,7 @@ def _failed(error: Exception) -> int:
     if not told:
         raise error
     if _speaks():
-        print(told, file=sys.stderr)
+        print(printable(told), file=sys.stderr)
     return status
 
 

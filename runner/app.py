@@ -26,9 +26,10 @@ from runner.config.checks import literal_secret
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
+from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable
 from runner.job import Job, run_name
 from runner.ranks import Ranks
+from runner.run.links import refuse_links
 from runner.run.opening import Opening, is_free
 from runner.stop import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
@@ -47,6 +48,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
+    log.addFilter(_escaped)
     # Hydra's own files go into the run directory, for a single run as for a job of a sweep.
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
@@ -78,6 +80,12 @@ def main(config: DictConfig) -> float | None:
             raise
         log.exception("failed")
         raise RunnerError(f"{type(error).__name__}: {error}") from None
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    """Our own lines may quote what is in a run directory; a user's may have colours."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def _hand_over() -> None:
@@ -161,15 +169,27 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
 
 def _directory(*, _root_: DictConfig) -> str:
     """Where Hydra puts its own files: the run directory, or, for a remote one, a local folder named after it."""
-    root = _root_.run.root
+    return _safe(_root_, *_place(_root_))
+
+
+def _place(config: DictConfig) -> tuple[str, str]:
+    """The local root, and the folder below it: that of the experiment, or, for a sweep over experiments, none."""
+    root = config.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
-    experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
-    return f"{local_root(root)}/{experiment}" if experiment else local_root(root)  # without: a sweep over experiments
+    return local_root(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""
+
+
+def _safe(config: DictConfig, root: str, below: str) -> str:
+    """That folder, in which Hydra is about to write; it would follow any link. Raises ConfigError for one."""
+    refuse_links(root, below, log=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
+    return f"{root}/{below}" if below else root
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
     """The name of Hydra's folder for the configuration; None if that would write a secret, and on ranks above 0."""
+    if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
+        _safe(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
     has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
     return None if has_secret or world().rank else ".hydra"
 
@@ -180,7 +200,9 @@ def _log_handlers() -> list[str]:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    return run_name(_root_, list(_root_.hydra.overrides.task))
+    name, (root, experiment) = run_name(_root_, list(_root_.hydra.overrides.task)), _place(_root_)
+    _safe(_root_, root, f"{experiment}/{name}")
+    return name
 
 
 register()

@@ -26,6 +26,9 @@ class RunnerError(Exception):
     status = 1
     agreed = False  # whether all processes of the run raise it at the same place
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # it may quote what is in a run directory
+
 
 class ConfigError(RunnerError):
     """The configuration or the command line cannot be used."""
@@ -95,4 +98,7 @@ class SweepFailed(RunnerError):
 
 def printable(text: object) -> str:
     """``text`` with control characters escaped: what is read from a run directory may aim at the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

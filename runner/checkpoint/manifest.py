@@ -16,6 +16,7 @@ from typing import Any
 
 from runner.checkpoint.sealing import is_seal_of, refusal, seal_of
 from runner.errors import StateError
+from runner.plain import is_deep
 from runner.storage.location import Location
 
 FORMAT = 2
@@ -79,7 +80,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
     except RecursionError:
         raise StateError(f"cannot save a state that is nested more than {MAX_DEPTH} levels deep") from None
     raw = body + seal_of(body) + b"\n"
-    if len(raw) > LIMIT or _values(body) > MAX_VALUES or _is_deep(manifest):
+    if len(raw) > LIMIT or _values(body) > MAX_VALUES or is_deep(manifest, MAX_DEPTH):
         raise StateError(
             f"cannot save the state: what is not a tensor in it takes {len(raw)} bytes of JSON; up to {LIMIT} bytes, "
             f"{MAX_VALUES} values and {MAX_DEPTH} levels can be read again. Keep long lists of numbers as tensors."
@@ -96,7 +97,7 @@ def unseal(raw: bytes) -> dict[str, Any] | None:
         manifest = json.loads(body, object_pairs_hook=_unambiguous, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and not _is_deep(manifest) else None
+    return manifest if isinstance(manifest, dict) and not is_deep(manifest, MAX_DEPTH) else None
 
 
 def why_not(raw: bytes) -> str:
@@ -113,16 +114,6 @@ def _split(raw: bytes) -> tuple[bytes, bytes]:
 def _values(body: bytes) -> int:
     """At least as many as there are values in a JSON text; costs a scan and no memory."""
     return sum(body.count(mark) for mark in (b",", b"[", b"{"))
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nested = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [item for items in nested for item in items if isinstance(item, dict | list | tuple)]
-        if not level:
-            return False
-    return True
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from hashlib import blake2b
 from typing import Any
 
 from runner.errors import DataError, StorageError
+from runner.plain import parse, parse_object
 from runner.storage.journals import Journals
 from runner.storage.location import Location
 
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
-_LINE = re.compile(r"([0-9]+) ([0-9]+) ([0-9]+) ([0-9a-f]{16})((?: [0-9]+:[0-9]+>[0-9]+)*)")
+_LINE = re.compile(r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)")
 _FULL = 1 << 20  # bytes after which a new segment is begun
-_LIMIT = 1 << 30
-_LARGEST = 1 << 30  # samples in a step
+_FULLEST = 16 << 20  # where nothing is committed for long
+_LIMIT = 64 << 20
+_LIMIT_PLAN = 256 << 20
+_LARGEST = 1 << 22  # samples in a step, of which each is read alone
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
 
 
@@ -72,7 +75,7 @@ class Ledger:
     def open(self, step: int) -> None:
         """Go on after ``step``."""
         name, text = f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode()
-        if self._location.read(name, limit=_LIMIT) != text:
+        if self._location.read(name, limit=_LIMIT_PLAN) != text:
             self._location.replace(name, [text])
         for segment in segments(self._location, after=step):
             if segment.grouping != self._header["grouping"]:  # it moved the positions of every step that followed
@@ -86,6 +89,8 @@ class Ledger:
         if self._before:
             self._compare(line)
         self._journals.append(f"{line}\n".encode())
+        if self._journals.size > _FULLEST:
+            self.mark(line.step)
 
     def mark(self, step: int) -> None:
         """Every line so far belongs to the commit at ``step``; ``flush`` in any thread makes them durable."""
@@ -143,11 +148,8 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
 def recipe(location: Location, plan: str) -> dict[str, Any]:
     """The recipe with that digest. Raises StorageError if it is not there or not what it was."""
     name = f"{_FOLDER}/plan-{plan}.json"
-    try:
-        found = json.loads(location.read(name, limit=_LIMIT) or b"null")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or _digest(found) != plan:
+    found = parse_object(location.read(name, limit=_LIMIT_PLAN) or b"")
+    if found is None or _digest(found) != plan:
         raise StorageError(f"{location.url}/{name} is missing or damaged; without it the ledger proves nothing")
     return found
 
@@ -161,23 +163,27 @@ def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     lines: list[Line] = []
     plan, grouping, damage = "", 0, ""
     try:
-        about = json.loads(header)
+        about = parse(header.encode())
         plan, grouping = str(about["plan"]), int(about["grouping"])
         for line in rest:
-            lines.append(_parsed(line))  # noqa: PERF401 -- those before a damaged one stay
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            lines.append(_parsed(line, min(grouping, _LARGEST), after=lines[-1].step if lines else step))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         damage = f"{location.url}/{name} is damaged after step {lines[-1].step if lines else step}: {error}"
     yield Segment(step, attempt, plan, grouping, tuple(lines), damage)
 
 
-def _parsed(line: str) -> Line:
+def _parsed(line: str, largest: int, *, after: int) -> Line:
     found = _LINE.fullmatch(line)
     if found is None:
         raise ValueError(f"no line of a ledger: {line[:80]!r}")
     step, first, last = int(found[1]), int(found[2]), int(found[3])
     swapped = [int(swap.partition(":")[0]) for swap in found[5].split()]
-    if not first <= last < first + _LARGEST or any(not first <= position <= last for position in swapped):
-        raise ValueError(f"positions that no step has: {line[:80]!r}")
+    if (
+        step <= after
+        or not first <= last < first + largest
+        or any(not first <= position <= last for position in swapped)
+    ):
+        raise ValueError(f"a step or positions that cannot be: {line[:80]!r}")
     return Line(step, first, last, int(found[4], 16), found[5])
 
 

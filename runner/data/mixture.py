@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.order import Indices, Order, permutation
+from runner.data.order import Indices, Order, groups, permutation, stretches
 from runner.errors import ConfigError
 from runner.recent import Recent
 
@@ -84,9 +84,9 @@ class Mixed:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""
         source, passed, place = self._drawn(epoch, places)
         found = np.empty_like(places)
-        for key in {*zip(source.tolist(), passed.tolist(), strict=True)}:
-            here = (source == key[0]) & (passed == key[1])
-            found[here] = self._first[key[0]] + self._orders[key[0]](key[1], place[here])
+        for here in groups(source, passed):
+            one, epoch = int(source[here[0]]), int(passed[here[0]])
+            found[here] = self._first[one] + self._orders[one](epoch, place[here])
         return found
 
     def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
@@ -98,9 +98,9 @@ class Mixed:
         """(source, pass, place in the pass), each of shape [k]."""
         block, slot = np.divmod(epoch * self.size + places, int(self._shares.sum()))
         source, before = np.empty_like(slot), np.empty_like(slot)
-        for key in np.unique(block):
-            here = block == key
-            sources, ranks = self._blocks.get(int(key), lambda key=key: self._block(int(key)))  # type: ignore[misc]
+        for here in stretches(block):
+            key = int(block[here.start])
+            sources, ranks = self._blocks.get(key, lambda key=key: self._block(key))  # type: ignore[misc]
             source[here], before[here] = sources[slot[here]], ranks[slot[here]]
         sizes = np.diff(self._first)
         passed, place = np.divmod(block * self._shares[source] + before, sizes[source])

@@ -4,6 +4,8 @@ Integer arithmetic only, frozen by a golden test: no upgrade of a library may mo
 argsort of hashes; above, a Feistel network with cycle walking, so that no list of n indices is ever made.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +58,21 @@ class Permuted:
 def one_source(epoch: int, places: Indices) -> tuple[Indices, Indices]:
     """What ``Order.passes`` returns where an epoch is one pass."""
     return np.zeros_like(places), np.full_like(places, epoch)
+
+
+def stretches(*columns: Indices) -> Iterator[slice]:
+    """Where no column changes, from the first row to the last."""
+    changes = np.any([np.diff(column) != 0 for column in columns], axis=0)
+    ends = [*(np.flatnonzero(changes) + 1).tolist(), len(columns[0])]
+    return (slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1])
+
+
+def groups(*columns: Indices) -> Iterator[Indices]:
+    """The rows of each combination of values, ascending by the first column; takes time for the rows, not for rows
+    times combinations.
+    """
+    rows = np.lexsort(columns[::-1])
+    return (rows[here] for here in stretches(*(column[rows] for column in columns)))
 
 
 def permutation(size: int, label: str, *parts: int) -> Indices:

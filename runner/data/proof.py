@@ -14,10 +14,13 @@ import numpy as np
 
 from runner.data.digest import digests
 from runner.data.ledger import Line, Segment
-from runner.data.order import Indices, Order
+from runner.data.order import Indices, Order, groups, stretches
 from runner.data.plan import Plan
 
 _CHUNK = 1 << 18  # positions looked at together
+_MOST_EPOCHS = 1 << 16  # in a step
+_PATIENCE = 1 << 22  # positions of lines that prove nothing, after which the others are not looked at
+_EPOCH_COST = 256  # an epoch costs as much as so many positions
 _Passes = dict[tuple[int, int], "_Pass"]
 
 
@@ -84,22 +87,23 @@ def prove(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committ
 def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[Line], dict[str, int], list[str]]:
     """The lines of the steps that count; how many were done again (and how many positions); what did not agree."""
     kept: dict[int, Line] = {}
-    undone: dict[int, Line | None] = {}  # None where the positions are not the same any more
+    undone: dict[int, tuple[Line, int]] = {}  # and how often the positions had become others by then
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
-    attempt = grouping = 0
+    attempt = grouping = groupings = 0
     for segment in segments:
         if segment.attempt != attempt:
-            undone |= {step: kept.pop(step) for step in [*kept] if step > segment.step}
-            if segment.grouping != grouping:
-                undone = dict.fromkeys(undone)
+            while kept and next(reversed(kept)) > segment.step:
+                step, line = kept.popitem()
+                undone[step] = line, groupings
+            groupings += segment.grouping != grouping
             attempt, grouping = segment.attempt, segment.grouping
         for line in segment.lines:
             if line.step in undone:
-                before = undone[line.step]
+                before, then = undone[line.step]
                 again["steps"] += 1
                 again["positions"] += line.last - line.first + 1
-                if before is not None and before != line:
+                if then == groupings and before != line:
                     again["differing"] += 1
                     problems.append(f"step {line.step} was done again with other samples: {before}, then {line}")
             kept[line.step] = line
@@ -118,8 +122,8 @@ def _gaps(lines: Sequence[Line]) -> Iterator[str]:
 
 def _count(lines: Sequence[Line], plan: Plan) -> tuple[_Passes, list[str]]:
     """How often every sample was seen, pass by pass; lines whose digest is another are no evidence."""
-    order, found, unproven = plan.order(), _Passes(), list[str]()
-    for some in _together(lines):
+    order, found, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
+    for some in _together(lines, plan):
         positions = np.concatenate([np.arange(line.first, line.last + 1) for line in some])
         epochs, places = np.divmod(positions, plan.epoch_size)
         source, passed, index = _looked_up(order, epochs, places)
@@ -132,17 +136,29 @@ def _count(lines: Sequence[Line], plan: Plan) -> tuple[_Passes, list[str]]:
         ]
         proven = np.repeat(right, np.diff(ends, prepend=0))
         _add(found, plan, source[proven], passed[proven], index[proven])
-        for line in some:
+        for line, ok in zip(some, right, strict=True):
             _substitute(found, line, positions, source, passed)
+            wasted += 0 if ok and line.first > end else _cost(line, plan)
+            end = line.last
+        if wasted > _PATIENCE and some[-1] is not lines[-1]:
+            return found, [*unproven, f"the steps after {some[-1].step} are not looked at: too much is wrong before"]
     return found, unproven
 
 
-def _together(lines: Sequence[Line]) -> Iterator[list[Line]]:
+def _cost(line: Line, plan: Plan) -> int:
+    """How much work a line makes, in positions."""
+    epochs = line.last // plan.epoch_size - line.first // plan.epoch_size + 1
+    if epochs > _MOST_EPOCHS:
+        raise ValueError(f"step {line.step} has {epochs} epochs, which no run has")
+    return line.last - line.first + 1 + _EPOCH_COST * epochs
+
+
+def _together(lines: Sequence[Line], plan: Plan) -> Iterator[list[Line]]:
     some: list[Line] = []
     size = 0
     for line in lines:
         some.append(line)
-        size += line.last - line.first + 1
+        size += _cost(line, plan)
         if size >= _CHUNK:
             yield some
             some, size = [], 0
@@ -152,22 +168,23 @@ def _together(lines: Sequence[Line]) -> Iterator[list[Line]]:
 
 def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
     source, passed, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
+    for here in stretches(epochs):
+        epoch = int(epochs[here.start])
         source[here], passed[here] = order.passes(epoch, places[here])
         index[here] = order(epoch, places[here])
     return source, passed, index
 
 
 def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
-    for key in sorted({*zip(source.tolist(), passed.tolist(), strict=True)}):
+    for some in groups(source, passed):
+        key = int(source[some[0]]), int(passed[some[0]])
         first, size = _extent(plan, key[0])
         if key not in found:
             found[key] = _Pass(first, size, np.zeros(size, dtype=np.uint16))
             older = found.get((key[0], key[1] - 2))
             if older is not None:
                 older.close()
-        found[key].add(index[(source == key[0]) & (passed == key[1])])
+        found[key].add(index[some])
 
 
 def _substitute(found: _Passes, line: Line, positions: Indices, source: Indices, passed: Indices) -> None:

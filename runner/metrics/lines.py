@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.plain import parse
 from runner.storage.location import Location
 
 _FOLDER = "metrics"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
 _FULL = 1 << 20  # bytes after which a new segment is begun, because a segment is written whole each time
-_LIMIT = 1 << 30
+_FULLEST = 16 << 20  # where nothing is committed for long
+_LIMIT = 64 << 20
 
 
 class MetricLines:
@@ -47,6 +49,8 @@ class MetricLines:
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         self._segments[-1].lines.append(line)
         self._segments[-1].size += len(line)
+        if self._segments[-1].size > _FULLEST:
+            self._begin(step)
 
     def mark(self, step: int) -> dict[str, Any]:
         """The current end, to be stored in the commit at ``step``; ``flush`` must make the lines durable before it."""
@@ -92,13 +96,13 @@ class _Segment:
 
 def read(location: Location) -> Iterator[dict[str, Any]]:
     """All lines of a run in order."""
-    yield from map(json.loads, _lines(location))
+    yield from map(parse, _lines(location))
 
 
 def curve(location: Location, tag: str) -> list[tuple[int, float | None]]:
     """One metric over the steps; None where it was not finite. Lines without it are not parsed, which is faster."""
     quoted = json.dumps(tag).encode()
-    found = (json.loads(line) for line in _lines(location) if quoted in line)
+    found = (parse(line) for line in _lines(location) if quoted in line)
     return [(line["step"], line[tag]) for line in found if tag in line]
 
 

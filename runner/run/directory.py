@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from runner.config.identity import digest
+from runner.config.identity import IDENTITY, digest
 from runner.errors import ConfigError, StorageError, printable
+from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import records
 from runner.storage import open_location
 from runner.storage.location import Location
@@ -37,8 +38,7 @@ _RUN = "run.json"
 _CONFIG = "config.yaml"
 _RESULT = "result.json"
 _LIMIT = 1 << 20
-_MAX_DEPTH = 100
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
+_BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 
@@ -113,7 +113,12 @@ class RunDirectory:
         if self.location.read(_RUN, limit=_LIMIT) is None:
             self.location.replace(_RUN, [_dump(record)])
         if self.location.read(_CONFIG, limit=_LIMIT) is None:
-            self.location.replace(_CONFIG, [yaml.safe_dump(identity, sort_keys=False).encode()])
+            raw = yaml.safe_dump(identity, sort_keys=False).encode()
+            try:
+                _parsed(raw)
+            except (yaml.YAMLError, ValueError) as error:
+                raise ConfigError(f"the configuration cannot be stored: {error}") from error
+            self.location.replace(_CONFIG, [raw])
 
     def configured(self) -> dict[str, Any] | None:
         """The configuration that the run was created with; None between the two writes of ``create``."""
@@ -121,13 +126,12 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            _check_plain(raw)
-            saved = yaml.load(raw, Loader=_LOADER)
-        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:  # a date without such a month, too
-            raise StorageError(f"{self.location.url}/{_CONFIG} cannot be read: {printable(error)}") from error
-        if not isinstance(saved, dict):
-            raise StorageError(f"{self.location.url}/{_CONFIG} is not a mapping. Restore it or use another run.name.")
-        return saved
+            saved = _parsed(raw)
+        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+            raise StorageError(
+                f"{self.location.url}/{_CONFIG} cannot be read: {error}. Restore it or use another run.name."
+            ) from error
+        return self._sections(saved, _CONFIG)
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
@@ -138,7 +142,7 @@ class RunDirectory:
     def identity_since(self, newest: records.Record | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
-        return accepted if isinstance(accepted, dict) else self.configured()
+        return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
@@ -148,7 +152,17 @@ class RunDirectory:
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the run; None if it is not finished, or was finished with another configuration."""
         result = self._json(_RESULT)
-        return result if result is not None and result.get("identity") == digest(identity) else None
+        if result is None or result.get("identity") != digest(identity):
+            return None
+        goal, metrics = result.get("objective") or {}, result.get("metrics")
+        numbers = (
+            [*metrics.values(), goal.get("value")] if isinstance(metrics, dict) and isinstance(goal, dict) else [""]
+        )
+        if not isinstance(result.get("step"), int) or not all(n is None or isinstance(n, int | float) for n in numbers):
+            raise StorageError(
+                f"{self.location.url}/{_RESULT} is not the result of a run. Remove it to finish it again."
+            )
+        return result
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The same; None also if exported weights are not there in full size, so that a run makes them again."""
@@ -169,13 +183,23 @@ class RunDirectory:
         """Declare the run finished."""
         self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])
 
+    def _sections(self, found: Any, name: str) -> dict[str, Any]:
+        """A stored configuration. Raises StorageError where something else stands in place of it or of a section."""
+        wrong = [
+            key for key in IDENTITY[1:] if not isinstance(found, dict) or not isinstance(found.get(key) or {}, dict)
+        ]
+        if wrong:
+            what = f"{wrong[0]} in {name}" if isinstance(found, dict) else name
+            raise StorageError(f"{self.location.url}: {what} is not a mapping. Restore it or use another run.name.")
+        return found
+
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)
         if raw is None:
             return None
         try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            value = parse(raw)
+        except ValueError as error:
             raise StorageError(
                 f"{self.location.url}/{name} is not JSON: {error}. Restore it or use another run.name."
             ) from error
@@ -184,15 +208,46 @@ class RunDirectory:
         return value
 
 
-def _check_plain(raw: bytes) -> None:
-    """Refuse aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash the C parser."""
+class _Loader(_BASE):
+    """Makes what ``yaml.safe_dump`` writes of plain values. Dates, sets and bytes cannot be compared or shown like
+    these, and a number in base 60 takes quadratic time.
+    """
+
+    yaml_constructors = {  # noqa: RUF012
+        f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
+        for kind in ("null", "bool", "str", "seq", "map")
+    }
+
+
+def _number(loader: Any, node: Any) -> Any:
+    text = loader.construct_scalar(node)
+    if ":" in text or len(text) > MAX_DIGITS:
+        raise yaml.YAMLError(
+            f"a number in base 60, or of more than {MAX_DIGITS} digits, which no stored configuration has"
+        )
+    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+
+
+def _refused(loader: Any, node: Any) -> None:
+    raise yaml.YAMLError(f"a value of the kind {node.tag}, which no stored configuration has")
+
+
+for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:float", _number), (None, _refused)):
+    _Loader.add_constructor(_kind, _make)
+
+
+def _parsed(raw: bytes) -> Any:
+    """A configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash
+    the C parser.
+    """
     depth = 0
-    for event in yaml.parse(raw, Loader=_LOADER):
+    for event in yaml.parse(raw, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels, which no stored configuration has")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_DEPTH} levels, which no stored configuration has")
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("an alias, which no stored configuration has")
+    return yaml.load(raw, Loader=_Loader)
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ from runner.errors import DriftRefused, FinishedMeanwhile, RunInUse, StorageErro
 from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
+from runner.run.links import refuse_links
 from runner.run.parent import Parent, require_same
 
 log = logging.getLogger("runner")
@@ -41,6 +42,7 @@ def open_run(
 
     Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
     """
+    refuse_links(directory.root, directory.name)
     if directory.record() is None:
         return Opening(directory, identity, [], None, parent, None, command)
     require_same(directory, parent)
@@ -96,6 +98,7 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Openi
     """The fork's name is made from its configuration, so that the same command finds it again."""
     variant = f"{parent.variant}~{digest(identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
+    refuse_links(fork.root, fork.name)
     finished = fork.finished(identity) if fork.record() is not None else None
     return Opening(fork, identity, [], None, Parent.forked(parent), finished, command)
 

@@ -8,7 +8,6 @@
 Anyone may have written these objects. The content of one that cannot be parsed is ignored, but its name counts.
 """
 
-import json
 import os
 import re
 import socket
@@ -20,12 +19,14 @@ from typing import Any, NamedTuple
 
 from runner import signals
 from runner.errors import StorageError, printable
+from runner.plain import parse_object
 from runner.storage.location import Location
 
 HIGHEST = 10**15 - 1  # number of an attempt
 _CLAIM = re.compile(r"([0-9]{6,15})-([0-9a-f]{12})\.json")
 _LIMIT = 1 << 20
-_BEAT_SECONDS = (0.1, 60.0)  # whatever a claim says
+_BEAT_SECONDS = (0.1, 5.0)  # of all kinds of storage, whatever a claim says
+_MOST_ALIKE = 1000  # claims of one number: processes that start at once make few, and each that is killed leaves one
 _SILENT_BEATS = 3
 _SLACK_SECONDS = 0.5
 
@@ -71,17 +72,20 @@ class Record:
             return True
         return False if self.claim.get("machine") == machine(self.location) else None
 
-    def watched(self) -> bool:
-        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes.
+    def watched(self, since: float | None = None) -> bool:
+        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes;
+        they count from ``since`` (``time.monotonic``), when the record was read.
 
         Uses only this process's clock, because clocks of two machines need not agree. Raises Interrupted after a stop
         signal.
         """
-        now, alive = self, self.alive()
-        until = time.monotonic() + _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
-        while alive is None and now.beat == self.beat and time.monotonic() < until:
+        now, alive, ended = self, self.alive(), False
+        until = (since or time.monotonic()) + _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
+        while alive is None and now.beat == self.beat and not ended:
             signals.raise_if_received("while watching whether another attempt lives")
-            time.sleep(self._beat_seconds() / 4)
+            ended = time.monotonic() >= until  # and one last look
+            if not ended:
+                time.sleep(self._beat_seconds() / 4)
             again = read(self.location, self.name)
             if again is None:  # it withdrew its claim
                 return False
@@ -122,7 +126,7 @@ def last(location: Location, *, before: int | None = None) -> Record | None:
 
     If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
     """
-    newest = _newest([name for name in names(location) if before is None or name.number < before])
+    newest = _newest(location, [name for name in names(location) if before is None or name.number < before])
     return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
 
 
@@ -131,9 +135,10 @@ def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | 
 
     Attempts that are found dead are added to ``dead``, and those that are in it already are not looked at again.
     """
-    for name in _newest(found):
-        record = read(location, name) if name not in dead else None
-        if record is not None and record.watched():
+    unknown = [name for name in _newest(location, found) if name not in dead]
+    known = [(name, read(location, name), time.monotonic()) for name in unknown]  # to be watched at the same time
+    for name, record, since in known:
+        if record is not None and record.watched(since):
             return record
         dead.add(name)
     return None
@@ -160,9 +165,9 @@ def read(location: Location, name: Name) -> Record | None:
     claimed = location.read(f"{name}.json", limit=_LIMIT)
     if claimed is None:
         return None
-    beat = _parsed(location.read(f"{name}.beat", limit=_LIMIT))
-    end = _parsed(location.read(f"{name}.end.json", limit=_LIMIT))
-    return Record(location, name, _parsed(claimed) or {}, beat or {}, end)
+    beat = parse_object(location.read(f"{name}.beat", limit=_LIMIT) or b"")
+    end = parse_object(location.read(f"{name}.end.json", limit=_LIMIT) or b"")
+    return Record(location, name, parse_object(claimed) or {}, beat or {}, end)
 
 
 def machine(location: Location) -> str:
@@ -193,17 +198,13 @@ def _all(location: Location, found: list[Name]) -> list[Record]:
     return [record for record in records if record is not None]
 
 
-def _newest(found: list[Name]) -> list[Name]:
-    return [name for name in found if name.number == max(found).number]
+def _newest(location: Location, found: list[Name]) -> list[Name]:
+    highest = max(found).number if found else 0
+    newest = [name for name in found if name.number == highest]
+    if len(newest) > _MOST_ALIKE:
+        raise StorageError(f"{location.url}/attempts has {len(newest)} claims of attempt {highest}, which no run makes")
+    return newest
 
 
 def _higher(found: Iterable[Name], mine: Name) -> set[Name]:
     return {name for name in found if name.number > mine.number}
-
-
-def _parsed(raw: bytes | None) -> dict[str, Any] | None:
-    try:
-        found = json.loads(raw or b"null")
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

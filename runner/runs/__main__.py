@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, printable
 from runner.run.directory import RunDirectory
 from runner.runs import compare, details, diff, listing
-from runner.runs.overview import Overview, overviews
+from runner.runs.overview import Overview, guarded, overviews
 
 _USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would be taken for one more status
 _Commands = Any  # argparse's type for subcommands is private
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
+        with guarded(getattr(parsed, "run", "what was looked at")):
+            return command(parsed)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
@@ -171,7 +172,7 @@ def _selected(parsed: argparse.Namespace) -> list[Overview]:
 
 def _print(parsed: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
     """Plain values for a program, or the text that says the same to a person."""
-    print(json.dumps(_strict(found), indent=1) if parsed.json else text(found))
+    print(json.dumps(_strict(found), indent=1) if parsed.json else printable(text(found)))
     return 0
 
 

@@ -8,13 +8,11 @@ from runner.checkpoint import manifest
 from runner.data import ledger
 from runner.data.plan import Plan
 from runner.data.proof import Proof, prove
-from runner.errors import ConfigError, StorageError, printable
+from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
 from runner.run.parent import Origin
 from runner.runs import screen
-
-# Errors that invalid numbers cause: the ledger may be damaged, or written by anyone.
-_UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
+from runner.runs.overview import guarded, integer
 
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
@@ -26,15 +24,13 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
     origin = Origin.of(directory)
-    try:
+    with guarded(f"the ledger of {location.url}"):
         proof = prove(
             segments,
             None if recipe.get("kind") == "opaque" else Plan.of(recipe),
             begun=origin.begun if origin else 0,
             committed=_committed(directory),
         )
-    except _UNUSABLE as error:
-        raise StorageError(f"the ledger of {location.url} cannot be used: {error!r:.300}") from error
     if len({*plans}) > 1:
         proof.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
     about = {
@@ -63,10 +59,10 @@ def text(found: Mapping[str, Any]) -> str:
         told.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = found["again"].values()
     told.append(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
-    told += map(printable, found["damaged"])  # no problem where those steps were done again
+    told += found["damaged"]  # no problem where those steps were done again
     whole = "Every sample exactly once in every whole epoch."
     good = whole if found["indexed"] else "No step differed when done again."
-    return "\n".join([*told, *(map(printable, found["problems"]) if found["problems"] else [good])])
+    return "\n".join([*told, *(found["problems"] or [good])])
 
 
 def _folded(epochs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -79,4 +75,4 @@ def _folded(epochs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 def _committed(directory: RunDirectory) -> int:
     result = directory.result(directory.identity() or {}) or {}
     commits = manifest.commits(directory.location)
-    return max(int(result.get("step", 0)), commits[0].step if commits else 0)
+    return max(integer(result.get("step")) or 0, commits[0].step if commits else 0)

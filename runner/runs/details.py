@@ -1,11 +1,10 @@
 """Everything about one run: its attempts, what changed between them, and how many steps each lost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from runner.checkpoint import manifest
-from runner.errors import printable
 from runner.run import drift, records
 from runner.run.directory import RunDirectory
 from runner.run.parent import Origin
@@ -30,8 +29,7 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         "result": facts.result,
         "overrides": newest.get("overrides"),
         "attempts": [
-            {**_attempt(record), "lost": _lost(record, history[place:], begun)}
-            for place, record in enumerate(history, 1)
+            {**_attempt(record), "lost": lost} for record, lost in zip(history, _lost(history, begun), strict=True)
         ],
         "drift": _drift(directory, history),
         "checkpoints": [asdict(commit) for commit in manifest.commits(directory.location)],
@@ -50,7 +48,7 @@ def text(found: Mapping[str, Any]) -> str:
     parts = [screen.pairs(facts), "attempts\n" + screen.table(found["attempts"], _ATTEMPTS)]
     told = [attempt["reason"] for attempt in found["attempts"][-1:]]
     if told and told[0] and screen.cell(told[0]) != told[0]:
-        parts.append(f"why the last attempt ended\n{printable(told[0])}")
+        parts.append(f"why the last attempt ended\n{told[0]}")
     if found["drift"]:
         parts.append("accepted changes\n" + diff.table(found["drift"], "attempt", "before", "after"))
     parts.append("checkpoints, newest first\n" + screen.table(found["checkpoints"], ["step", "attempt", "nonce"]))
@@ -72,16 +70,19 @@ def _attempt(record: records.Record) -> dict[str, Any]:
     }
 
 
-def _lost(record: records.Record, later: list[records.Record], begun: int) -> int | None:
-    """The number of steps that had to be repeated, at least: a heartbeat records the step only now and then. None if no
-    later attempt has resumed yet.
+def _lost(history: Sequence[records.Record], begun: int) -> list[int | None]:
+    """The number of steps that had to be repeated after each attempt, at least: a heartbeat records the step only now
+    and then. None if no later attempt has resumed yet.
     """
-    reached = integer((record.end or record.beat).get("step"))
-    resumed = next((each.beat["resumed"] for each in later if isinstance(each.beat.get("resumed"), str)), None)
-    if reached is None or resumed is None:
-        return None
-    commit = manifest.parse_commit(f"{resumed}.json")
-    return max(reached - (commit.step if commit else begun), 0)
+    found: list[int | None] = []
+    resumed = None
+    for record in reversed(history):
+        reached = integer((record.end or record.beat).get("step"))
+        commit = manifest.parse_commit(f"{resumed}.json")
+        lost = None if reached is None or resumed is None else reached - (commit.step if commit else begun)
+        found.append(lost if lost is None else max(lost, 0))
+        resumed = told if isinstance(told := record.beat.get("resumed"), str) else resumed
+    return found[::-1]
 
 
 def _drift(directory: RunDirectory, history: list[records.Record]) -> list[dict[str, Any]]:

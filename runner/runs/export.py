@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from runner.errors import ConfigError, printable
+from runner.errors import ConfigError
 from runner.finish import plain
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
@@ -37,4 +37,4 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
 
 def text(found: Mapping[str, Any]) -> str:
     """The same for people."""
-    return f"step {found['step']} of {printable(found['run'])}: {found['bytes']} bytes, sha256 {found['sha256']}"
+    return f"step {found['step']} of {found['run']}: {found['bytes']} bytes, sha256 {found['sha256']}"

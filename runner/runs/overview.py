@@ -3,15 +3,16 @@
 A directory may be damaged, or written by anyone: a value is used only if it has the expected type.
 """
 
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
 from runner.checkpoint import manifest
-from runner.errors import ConfigError, RunnerError, printable
+from runner.errors import ConfigError, RunnerError, StorageError, printable
 from runner.run import records
 from runner.run.directory import RunDirectory
 from runner.run.records import Record
@@ -21,8 +22,9 @@ T = TypeVar("T")
 
 _MARKER = "run.json"
 _READERS = 8
-# Errors that invalid values cause.
-_UNUSABLE = (RunnerError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_LARGEST = sys.float_info.max
+# Errors that values cause which no run writes.
+_UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,15 @@ class Facts:
         return cls(record, identity, directory.result(identity), newest)
 
 
+@contextmanager
+def guarded(url: str) -> Iterator[None]:
+    """What looks at a run: values in it that cannot be used are a StorageError, whatever they have caused."""
+    try:
+        yield
+    except _UNUSABLE as error:
+        raise StorageError(f"{url} has a value that cannot be used: {error!r:.300}") from error
+
+
 def find(root: str) -> dict[str, RunDirectory]:
     """All runs under a root, by their path under it. Raises ConfigError if there are none."""
     found = {
@@ -87,11 +98,11 @@ def of_each_run(root: str, look: Callable[[str, RunDirectory], T], unreadable: C
     def one(found: tuple[str, RunDirectory]) -> T:
         run, directory = found
         try:
-            return look(run, directory)
-        except _UNUSABLE as error:
-            reason = str(error) if isinstance(error, RunnerError) else repr(error)
-            reason = reason.replace(f"{directory.location.url}/", "").replace(directory.location.url, "it")
-            status = f"unreadable: {printable(reason)[:300]}"
+            with guarded(directory.location.url):
+                return look(run, directory)
+        except RunnerError as error:
+            url = printable(directory.location.url)
+            status = f"unreadable: {str(error).replace(f'{url}/', '').replace(url, 'it')[:300]}"
             return unreadable(Overview(run, directory.experiment, status, None, None, None, None, None, None))
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -125,10 +136,10 @@ def overview(run: str, directory: RunDirectory, facts: Facts) -> Overview:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
+    """``value`` if it is a finite number that a float can be."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if -_LARGEST <= value <= _LARGEST else None
 
 
 def integer(value: Any) -> int | None:

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
@@ -26,6 +27,7 @@ _CURVES_INCHES, _PANEL_INCHES = 5.0, 3.0
 _MOST_PANELS = 9
 _FEW = 8  # up to so many values all get a tick; up to so many points a curve gets dots
 _MOST_NAMED = 10  # categories whose names fit under a panel
+_HUGE = 1e100
 _DECADES = 30.0  # a ratio from which on a scale is logarithmic
 _WIDEST = 44  # characters of a run in the legend, of all names under a panel
 _STYLE: dict[Any, Any] = {
@@ -49,7 +51,7 @@ def png(found: Comparison) -> bytes:
         raise ConfigError(
             f"a picture needs matplotlib, which is not installed: pip install 'hydra-runner[compare]' ({error})"
         ) from error
-    runs = found.ranked()
+    runs = [*map(_drawable, found.ranked())]
     if not runs or found.goal is None:
         raise ConfigError(f"nothing to draw: no run under {found.root} has a value of its objective yet")
     target = io.BytesIO()
@@ -57,6 +59,19 @@ def png(found: Comparison) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of names in a script that no font has
         _draw(found, found.goal, runs).savefig(target, format="png", dpi=130)
     return target.getvalue()
+
+
+def _drawable(run: Candidate) -> Candidate:
+    """With numbers that can be multiplied: matplotlib ends at the border of the floats."""
+    line = replace(run.line, objective=_tame(run.line.objective))
+    parameters = {key: _tame(value) for key, value in run.parameters.items()}
+    return Candidate(line, run.goal, parameters, [(step, _tame(value)) for step, value in run.curve])
+
+
+def _tame(value: Any) -> Any:
+    if number(value) is None:
+        return value
+    return max(-_HUGE, min(value, _HUGE)) if abs(value) > 1 / _HUGE else 0.0
 
 
 def _headline(found: Comparison, runs: Sequence[Candidate]) -> str:

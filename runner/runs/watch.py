@@ -37,13 +37,13 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
             if as_json:
                 print(json.dumps([asdict(row) for row in rows]), flush=True)
             else:
-                text = f"{_summary(rows)}{problem}\n\n{listing.text(rows)}"
+                text = printable(f"{_summary(rows)}{problem}\n\n{listing.text(rows)}")
                 print(_frame(text) if on_terminal else f"{text}\n", end="" if on_terminal else "\n", flush=True)
             time.sleep(interval)
             try:
                 rows, problem = look(), ""
             except RunnerError as error:
-                problem = f"\nnot up to date: {printable(error)}"
+                problem = f"\nnot up to date: {error}"
 
 
 class Pulse:

@@ -8,10 +8,12 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
@@ -61,7 +63,7 @@ class LocalLocation:
     def read(self, name: str, *, limit: int) -> bytes | None:
         with self._explained("read", name):
             try:
-                file = open(self._path(name), "rb")
+                file = _opened(self._path(name))
             except FileNotFoundError:
                 return None
             with file:
@@ -72,7 +74,7 @@ class LocalLocation:
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), open(self._path(name), "rb", buffering=0) as file:
+        with self._explained("read", name), _opened(self._path(name), buffered=False) as file:
             file.seek(offset)
             if not _fill(file.fileno(), buffers):
                 size = os.fstat(file.fileno()).st_size
@@ -96,7 +98,8 @@ class LocalLocation:
     def sweep(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
-                if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                about = path.lstat()
+                if time.time() - about.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(about.st_mode):
                     os.unlink(path)
 
     def lock(self, name: str) -> "LocalLock | None":
@@ -112,16 +115,15 @@ class LocalLocation:
     def locked(self, name: str) -> bool:
         with self._explained("lock", name):
             try:
-                descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+                file = _opened(self._path(name))
             except FileNotFoundError:
                 return False
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
-                return False
-            except (BlockingIOError, PermissionError):
-                return True
-            finally:
-                os.close(descriptor)
+            with file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
+                except (BlockingIOError, PermissionError):
+                    return True
+        return False
 
     def _path(self, name: str) -> Path:
         """Raises StorageError where a link leads out of this folder: it may be someone else's."""
@@ -203,20 +205,37 @@ class LocalLock:
 
 def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
-    found = []
+    found, left = [], [root]
+    while left:  # without recursion, because folders may be nested deeper than Python calls
+        folder = left.pop()
+        try:
+            with os.scandir(folder) as scan:
+                entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
+        except OSError as error:
+            if folder == root:
+                raise StorageError(f"cannot list {root}: {error.strerror}") from error
+            if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
+                found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
+            continue
+        if marker in entries:
+            found.append(folder)
+        else:
+            left += [os.path.join(folder, name) for name, is_folder in entries.items() if is_folder]
+    return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in found)}
 
-    def unreadable(error: OSError) -> None:
-        folder = os.path.relpath(error.filename, root)
-        if folder == ".":
-            raise StorageError(f"cannot list {root}: {error.strerror}") from error
-        if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
-            found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
 
-    for folder, below, files in os.walk(root, onerror=unreadable):
-        if marker in files:
-            found.append(os.path.relpath(folder, root))
-            below.clear()
-    return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
+def _opened(path: Path, *, buffered: bool = True) -> BinaryIO:
+    """A file to read. Raises OSError for anything else, of which a FIFO would wait for a writer, and a device may do
+    whatever it likes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device")
+    return open(descriptor, "rb", -1 if buffered else 0)  # type: ignore[return-value]
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:

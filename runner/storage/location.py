@@ -109,7 +109,9 @@ class Location(Protocol):
 def check_name(name: str) -> str:
     """``name`` if it stays inside its location, else StorageError: names may come from someone else's run directory."""
     if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
-        raise StorageError(f"not a name of an object: {name!r}; segments are lower-case letters, digits, '.', '_', '-'")
+        raise StorageError(
+            f"not a name of an object: {name[:200]!r}; segments are lower-case letters, digits, '.', '_', '-'"
+        )
     return name
 
 
