@@ -22,11 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from runner import signals
 from runner.agreement import led
 from runner.config import schema
-from runner.config.checks import literal_secret
+from runner.config.checks import refuse_secrets
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import FinishedMeanwhile, Interrupted, RunnerError
+from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, redacted
 from runner.job import Job, run_name
 from runner.ranks import Ranks
 from runner.run.opening import Opening, is_free
@@ -42,6 +42,14 @@ _POLL_SECONDS = 0.5
 _LOCAL_FILES = "outputs/remote"
 _USER = re.compile(r"(?<=://)[^/]*@")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
+
+
+class Formatter(logging.Formatter):
+    """Lines of the log and tracebacks without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As the base class."""
+        return redacted(super().format(record))
 
 
 def register() -> None:
@@ -161,6 +169,7 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
 
 def _directory(*, _root_: DictConfig) -> str:
     """Where Hydra puts its own files: the run directory, or, for a remote one, a local folder named after it."""
+    refuse_secrets(_root_)  # Hydra asks before it writes anything
     root = _root_.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
@@ -168,10 +177,9 @@ def _directory(*, _root_: DictConfig) -> str:
     return f"{local_root(root)}/{experiment}" if experiment else local_root(root)  # without: a sweep over experiments
 
 
-def _hydra_files(*, _root_: DictConfig) -> str | None:
-    """The name of Hydra's folder for the configuration; None if that would write a secret, and on ranks above 0."""
-    has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
-    return None if has_secret or world().rank else ".hydra"
+def _hydra_files() -> str | None:
+    """The name of Hydra's folder for the configuration; None on ranks above 0."""
+    return None if world().rank else ".hydra"
 
 
 def _log_handlers() -> list[str]:
@@ -180,7 +188,7 @@ def _log_handlers() -> list[str]:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    return run_name(_root_, list(_root_.hydra.overrides.task))
+    return run_name(_root_, _root_.hydra)
 
 
 register()

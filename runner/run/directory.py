@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from runner.config.identity import digest
+from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.run import records
 from runner.storage import open_location
@@ -39,6 +40,7 @@ _RESULT = "result.json"
 _LIMIT = 1 << 20
 _MAX_DEPTH = 100
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
+yaml.SafeDumper.add_representer(Unresolved, yaml.SafeDumper.represent_str)
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 
