@@ -3,6 +3,7 @@
 torch is imported only for a run that has something left to train.
 """
 
+import copy
 import logging
 import os
 import re
@@ -115,7 +116,8 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
         from runner import experiment  # imports torch
 
         try:
-            result = experiment.run(opening, config, team, overrides=job.overrides)  # type: ignore[arg-type]
+            # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
+            result = experiment.run(opening, copy.deepcopy(config), team, overrides=job.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(job, config, team)
     _conclude(opening, result)

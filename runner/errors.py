@@ -34,8 +34,8 @@ class RunnerError(Exception):
     status = 1
     agreed = False  # whether all processes of the run raise it at the same place
 
-    def __str__(self) -> str:
-        return redacted(super().__str__())
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redacted(each) if isinstance(each, str) else each for each in arguments))
 
 
 class ConfigError(RunnerError):
@@ -101,8 +101,11 @@ class SweepFailed(RunnerError):
 
 
 def printable(text: object) -> str:
-    """``text`` with control characters escaped: what is read from a run directory may aim at the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    """``text`` without secrets, and with control characters escaped: what is read from a run directory may aim at the
+    terminal.
+    """
+    shown = redacted(str(text))
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 
 def hide(secret: str) -> None:

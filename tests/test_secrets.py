@@ -80,15 +80,26 @@ WRITTEN_OUT: list[Any] = [
 # Of language models, of tables, of addresses.
 HARMLESS: list[Any] = [
     {"max_tokens": 1000, "max_new_tokens": "1024", "token_dim": 64, "num_tokens": 1_000_000, "secret_size": 16},
-    {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "[MASK]", "bos_token": "<|endoftext|>", "unk_token": "unk"},
+    {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "mask_token": "[MASK]",
+        "bos_token": "<|endoftext|>",
+        "unk_token": "unk",
+    },
     {"pad_token_id": 50256, "image_token": "<image>", "stop_tokens": ["\n\n", "###", "<|reserved_special_token_250|>"]},
     {"tokenizer": "gpt2", "tokenizer_name": "meta-llama/Llama-2-7b-hf", "tokenization": "byte_level_bpe_50257"},
     {"tokenizer": {"_target_": "mine.Tokenizer", "path": "/data/tokenizer.json", "special_tokens": ["[CLS]", "[SEP]"]}},
     {"placeholder_token": "image_token_placeholder_1", "trigger_token": "sks123", "token_type": "word"},
-    {"key": "text", "label_key": "cifar100_fine_labels", "sort_key": "length", "keys": ["image_224x224", "a/imagenet1k/ImageClassification2D"]},
+    {
+        "key": "text",
+        "label_key": "cifar100_fine_labels",
+        "sort_key": "length",
+        "keys": ["image_224x224", "a/imagenet1k/ImageClassification2D"],
+    },
     {"key": "layer4.conv2.weight_1", "monitor_key": "val/top5", "query_key_norm": "rms", "public_key": "x"},
     {"auth": None, "password": "", "secret": True, "token": "none", "signature": "serving_default", "bypass": "x"},
-    {"token": "word", "tokens": "/data/tokens.bin", "token": "~/.cache/huggingface/token"},
+    {"token": "word", "tokens": "/data/tokens.bin", "hf_token": "~/.cache/huggingface/token"},
     {"credentials": "/home/me/key.json", "credentials_file": "prod", "secret_name": "prod/db", "password_env": "PW"},
     {"token": "gs://bucket/token.json", "auth_url": "https://host/login", "private_key": "keys/deploy.pem"},
     {"token": "${oc.env:TOKEN}", "secret": "${oc.env:TOKEN,null}", "password": "${oc.env:TOKEN,''}"},
@@ -96,7 +107,11 @@ HARMLESS: list[Any] = [
     {"x": "https://host/x?sig=${oc.env:SIG}", "y": "Bearer ${oc.env:TOKEN}", "z": "Authorization: Bearer ${oc.env:T}"},
     {"x": "sftp://me@host:22/a@b", "y": "s3://bucket/a:b@c", "z": "zip://*.txt::s3://bucket/all@1.zip"},
     {"x": "https://host/x?max_tokens=1000&tokenizer=gpt2", "y": "hdfs://namenode:8020/a@b", "z": "host:80/x@best"},
-    {"columns": ["password", "email"], "prompt": "The secret key: what is the token?", "storage_options": {"anon": True}},
+    {
+        "columns": ["password", "email"],
+        "prompt": "The secret key: what is the token?",
+        "storage_options": {"anon": True},
+    },
     {"headers": {"Accept": "text/html"}, "client_kwargs": {"endpoint_url": "http://127.0.0.1:9000"}},
     {"_target_": "mine.Keys", "hidden": [64, 64], "betas": [0.9, 0.999], "name": None},
 ]
@@ -207,5 +222,3 @@ def test_a_secret_among_the_values_of_a_sweep_is_refused(nest: Nest) -> None:
         ended = nest("-m", "seed=1", values)
         assert (ended.status, "looks like a secret and is written out" in ended.output) == (2, True), ended.output
         assert not nest.root.exists()
-
-

@@ -10,9 +10,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import Container, DictConfig, OmegaConf
 
+from runner.config.environment import plain
 from runner.config.schema import Config, Inherit
-from runner.config.secrets import written_out
-from runner.errors import ConfigError, has_credentials
+from runner.config.secrets import Unresolved, written_out
+from runner.errors import ConfigError, has_credentials, redacted
 
 _AT_LEAST = {
     "data.batch_size": 1,
@@ -112,10 +113,13 @@ def known_keys(schema: Any, parent: str, key: str) -> str:
 
 def refuse_secrets(config: DictConfig) -> None:
     """Raise ConfigError for the first secret that is written out; before Hydra makes a folder or a file of it."""
-    keys = [field.name for field in fields(Config)] + ([*_HYDRA] if "hydra" in config else [])
-    secrets = chain.from_iterable(written_out(_as_written(config, key), key) for key in keys)
-    in_sweep = _swept(config) if "hydra" in config else ()
-    for secret in chain(secrets, in_sweep, ["run.root"] if has_credentials(config.run.root) else []):
+    keys = [field.name for field in fields(Config)]
+    places = [written_out(_as_written(config, key), key) for key in keys]
+    if "hydra" in config:
+        _check_parameters(config.hydra.sweeper)
+        places += [written_out(_as_written(config, key), key) for key in _HYDRA]
+        places.append(_swept(config))
+    for secret in chain(*places, ["run.root"] if has_credentials(config.run.root) else []):
         raise ConfigError(
             f"{secret} looks like a secret and is written out, which would end in files and in the process list. Put "
             "it into an environment variable and give '${oc.env:NAME}'; or, for a store, leave it to what its own "
@@ -123,16 +127,27 @@ def refuse_secrets(config: DictConfig) -> None:
         )
 
 
+def _check_parameters(sweeper: DictConfig) -> None:
+    """Hydra's sweepers resolve their own parameters, and make the names of jobs of them."""
+    parameters = plain(sweeper, "params") if sweeper.get("params") else {}
+    for key, value in parameters.items():
+        if isinstance(value, Unresolved) and redacted(str(value.value)) != value.value:
+            raise ConfigError(
+                f"hydra.sweeper.params.{key} has a secret of the environment, which would end in the names of the jobs: "
+                f"give it on the command line, '{key}={value}'"
+            )
+
+
 def _as_written(config: DictConfig, key: str) -> Any:
     """The value of a key as plain values, with all interpolations as they are."""
     parent, _, name = key.rpartition(".")
-    node = (OmegaConf.select(config, parent) if parent else config)._get_node(name)
+    node: Any = (OmegaConf.select(config, parent) if parent else config)._get_node(name)
     return OmegaConf.to_container(node, resolve=False) if isinstance(node, Container) else node._value()
 
 
 def _swept(config: DictConfig) -> Iterator[str]:
     """The secrets among the values of a sweep, which are in no configuration but its jobs'."""
-    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     for override in OverridesParser.create().parse_overrides(given):
         values = override.value()
         if isinstance(values, ChoiceSweep):

@@ -46,7 +46,7 @@ _RANDOM = re.compile(r"(?=[a-z+=]*([0-9]+[a-z+=]+){3}|([a-z+=]+[0-9]+){3})[a-z0-
 class Unresolved(str):
     """The interpolation of a value that comes from the environment, in its place; ``value`` is what it stands for."""
 
-    __slots__ = ("value",)
+    value: Any
 
     def __new__(cls, text: str, value: Any) -> "Unresolved":
         made = super().__new__(cls, text)

@@ -29,27 +29,37 @@ class Difference:
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """The keys whose resolved values differ. ``1`` equals ``1.0``, but not ``true``."""
-    left, right = flatten(saved), flatten({key: _as_saved(saved.get(key), value) for key, value in now.items()})
-    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left | right))
-    return [Difference(*pair) for pair in pairs if not _equal(*pair[1:])]
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``; and what an older version saved in place of
+    ``${oc.env:NAME}`` equals that, if it is still what that stands for.
+    """
+    left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
+    differing = [
+        key
+        for key in sorted(left | right)
+        if not any(_equal(left.get(key, ABSENT), now.get(key, ABSENT)) for now in (right, older))
+    ]
+    return [Difference(key, *_shown(left.get(key, ABSENT), right.get(key, ABSENT))) for key in differing]
+
+
+def resolved(value: Any) -> Any:
+    """Plain values with those of the environment in their places, as older versions saved them."""
+    if isinstance(value, Mapping):
+        return {key: resolved(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(resolved, value)]
+    return value.value if isinstance(value, Unresolved) else value
+
+
+def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
+    """Without what an older version saved of the environment."""
+    older = isinstance(now, Unresolved) and saved is not ABSENT and "${" not in str(saved)
+    return ("***" if older else saved), now
 
 
 def table(differences: list[Difference]) -> str:
     """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
     rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
     return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
-
-
-def _as_saved(saved: Any, now: Any) -> Any:
-    """``now`` with resolved values where an older version saved these in place of ``${oc.env:NAME}``."""
-    if isinstance(now, Unresolved):
-        return saved if _equal(saved, now.value) else now
-    if isinstance(now, Mapping) and isinstance(saved, Mapping):
-        return {key: _as_saved(saved.get(key), value) for key, value in now.items()}
-    if isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved):
-        return [*map(_as_saved, saved, now)]
-    return now
 
 
 def _equal(a: Any, b: Any) -> bool:
