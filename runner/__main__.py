@@ -2,18 +2,20 @@
 
 import os
 import sys
+import traceback
 from dataclasses import is_dataclass
 from types import TracebackType
 from typing import Any
 
 from runner import signals
 from runner.distributed.world import world
-from runner.errors import RunnerError, printable
+from runner.errors import RunnerError, printable, redacted
 
 
 def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
     signals.install()  # before the imports, which take a second in which a signal may arrive
+    sys.excepthook = _print_redacted
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here, where each gets its status
 
     from hydra.errors import HydraException
@@ -31,13 +33,17 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
         if _speaks():
-            print(printable(own or _explained(error)), file=sys.stderr)
+            print(own or printable(_explained(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
         return _failed(error)
     if summary := sweep.summary():
         print(f"\n{summary}")
     return sweep.status
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _failed(error: Exception) -> int:

@@ -3,6 +3,7 @@
 torch is imported only for a run that has something left to train.
 """
 
+import copy
 import logging
 import os
 import re
@@ -22,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from runner import signals
 from runner.agreement import led
 from runner.config import schema
-from runner.config.checks import literal_secret
+from runner.config.checks import refuse_secrets
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable
+from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.job import Job, run_name
 from runner.ranks import Ranks
 from runner.run.links import refuse_links
@@ -43,6 +44,14 @@ _POLL_SECONDS = 0.5
 _LOCAL_FILES = "outputs/remote"
 _USER = re.compile(r"(?<=://)[^/]*@")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
+
+
+class Formatter(logging.Formatter):
+    """Lines of the log and tracebacks without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As the base class."""
+        return redacted(super().format(record))
 
 
 def register() -> None:
@@ -115,7 +124,8 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
         from runner import experiment  # imports torch
 
         try:
-            result = experiment.run(opening, config, team, overrides=job.overrides)  # type: ignore[arg-type]
+            # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
+            result = experiment.run(opening, copy.deepcopy(config), team, overrides=job.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(job, config, team)
     _conclude(opening, result)
@@ -174,6 +184,7 @@ def _directory(*, _root_: DictConfig) -> str:
 
 def _place(config: DictConfig) -> tuple[str, str]:
     """The local root, and the folder below it: that of the experiment, or, for a sweep over experiments, none."""
+    refuse_secrets(config)  # Hydra asks before it writes anything
     root = config.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
@@ -187,11 +198,10 @@ def _safe(config: DictConfig, root: str, below: str) -> str:
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
-    """The name of Hydra's folder for the configuration; None if that would write a secret, and on ranks above 0."""
+    """The name of Hydra's folder for the configuration; None on ranks above 0."""
     if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
         _safe(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
-    has_secret = literal_secret(_root_.run.storage_options) is not None or re.search("://[^/]*:[^/]*@", _root_.run.root)
-    return None if has_secret or world().rank else ".hydra"
+    return None if world().rank else ".hydra"
 
 
 def _log_handlers() -> list[str]:
@@ -200,7 +210,7 @@ def _log_handlers() -> list[str]:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    name, (root, experiment) = run_name(_root_, list(_root_.hydra.overrides.task)), _place(_root_)
+    name, (root, experiment) = run_name(_root_, _root_.hydra), _place(_root_)
     _safe(_root_, root, f"{experiment}/{name}")
     return name
 

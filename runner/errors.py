@@ -19,12 +19,24 @@
 The number is the exit status. A message says what, where, what was expected and found, and the remedy.
 """
 
+import re
+
+_hidden: set[str] = set()  # values of secrets that this process read from its environment
+_USER = re.compile(r"(?<=://)[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*@")  # with a password, and not a port
+_QUERY = re.compile(
+    r"(?i)((?:^|[?&;])[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|api_?key|access_?key|account_?key"
+    r"|access_?key_?id)=)([^&;\s'\"]{4,})"
+)
+
 
 class RunnerError(Exception):
-    """Root of all errors that are meant for the user; shown without a traceback."""
+    """Root of all errors that are meant for the user; shown without a traceback, and without secrets."""
 
     status = 1
     agreed = False  # whether all processes of the run raise it at the same place
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redacted(each) if isinstance(each, str) else each for each in arguments))
 
     def __str__(self) -> str:
         return printable(super().__str__())  # it may quote what is in a run directory
@@ -97,8 +109,28 @@ class SweepFailed(RunnerError):
 
 
 def printable(text: object) -> str:
-    """``text`` with control characters escaped: what is read from a run directory may aim at the terminal."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """``text`` without secrets, and with control characters escaped: what is read from a run directory may aim at the
+    terminal.
+    """
+    shown = redacted(str(text))
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+
+
+def hide(secret: str) -> None:
+    """From now on, show and store no text with this in it."""
+    _hidden.add(secret)
+
+
+def redacted(text: str) -> str:
+    """``text`` without the secrets of this process and without credentials in URLs: others' messages repeat them."""
+    for secret in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _QUERY.sub(r"\1***", _USER.sub("***@", text))
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a text is a URL with a password, or with a signature or a token in its query, written out."""
+    written = (found[0] for pattern in (_USER, _QUERY) for found in pattern.finditer(text))
+    return any("${" not in found for found in written)

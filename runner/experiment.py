@@ -156,7 +156,7 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
 def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
     origin = Origin.of(opening.directory)
-    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, ranks)
+    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
     return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
 
 

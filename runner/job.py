@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.checks import check
 from runner.config.identity import identity, is_name, variant
@@ -42,7 +43,7 @@ class Job:
         check(config)
         about = HydraConfig.get()
         overrides = _as_given(about.overrides.task)
-        experiment, name = about.runtime.choices["experiment"], run_name(config, list(about.overrides.task))
+        experiment, name = about.runtime.choices["experiment"], run_name(config, about)
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
         command = _command(about, overrides)
         return cls(directory, identity(config), overrides, _parent(config), config.run.on_drift.name, command)
@@ -71,17 +72,30 @@ def storage_options(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config.run.storage_options, resolve=True)  # type: ignore[return-value]
 
 
-def run_name(config: DictConfig, overrides: Sequence[str]) -> str:
-    """The name of the run's directory: ``run.name``, or one made from the overrides. Raises ConfigError."""
+def run_name(config: DictConfig, about: HydraConf) -> str:
+    """The name of the run's directory: ``run.name``, or one made from the overrides as given. Raises ConfigError."""
     name = config.run.name
     if name is None:
-        return variant(overrides)
+        return _older_name(config, about) or variant(_as_given(about.overrides.task))
     if not is_name(name):
         raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
     return str(name)
 
 
-def _command(about: HydraConf, overrides: Sequence[str]) -> str:
+def _older_name(config: DictConfig, about: HydraConf) -> str | None:
+    """The name with the values of ``${oc.env:NAME}`` in it, if an older version made a run of that name."""
+    names = [variant(_as_given(about.overrides.task))]
+    with suppress(OmegaConfBaseException):  # a variable is not there; who uses it says so
+        names.append(variant([*about.overrides.task]))
+    root, experiment, options = absolute_root(config), about.runtime.choices["experiment"], storage_options(config)
+    if len({*names}) == 2:
+        for name in names:
+            if RunDirectory.under(root, experiment, name, options).record() is not None:
+                return name
+    return None
+
+
+def _command(about: HydraConf, overrides: list[str]) -> str:
     given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
     folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
     searched = [given for given in _as_given(about.overrides.hydra) if given.startswith("hydra.searchpath=")]

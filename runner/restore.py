@@ -23,7 +23,7 @@ from runner.run.parent import Origin, Parent
 from runner.seeds import derive
 from runner.state import TrainState
 from runner.storage import open_location
-from runner.storage.location import Location
+from runner.storage.location import Location, is_remote
 
 T = TypeVar("T")
 
@@ -84,16 +84,21 @@ def restore_newest(
 
 
 def begin(
-    state: TrainState, identity: dict[str, Any], origin: Origin | None, asked: Parent | None, ranks: Ranks = ALONE
+    state: TrainState,
+    identity: dict[str, Any],
+    origin: Origin | None,
+    asked: Parent | None,
+    directory: RunDirectory,
+    ranks: Ranks = ALONE,
 ) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent, which this command ``asked`` for.
 
-    Raises NoLoadableCheckpoint, StateError.
+    Raises NoLoadableCheckpoint, StateError, ConfigError for a parent in a store that the command does not name.
     """
     if origin is None:
         _start(state, identity["seed"], ranks.rank)
         return Resumed()
-    parent, commit = CheckpointStore(_parent(origin, asked)), parse_commit(f"{origin.commit}.json")
+    parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
     try:
@@ -164,13 +169,20 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
     return found
 
 
-def _parent(origin: Origin, asked: Parent | None) -> Location:
-    """Where the parent is. Credentials go only where the command says: anyone may have written the record of it."""
+def _parent(origin: Origin, asked: Parent | None, directory: RunDirectory) -> Location:
+    """Where the parent is, as the command says: anyone may have written the record of it, and a store is called with
+    this user's keys.
+    """
     if asked is not None:
-        location = open_location(asked.which.run, asked.options)
-        if location.url == origin.run:
-            return location
-    return open_location(origin.run)
+        return open_location(asked.which.run, asked.options)
+    root = open_location(directory.root, directory.options).url.rstrip("/")
+    if is_remote(origin.run) and not origin.run.startswith(f"{root}/"):
+        raise ConfigError(
+            printable(f"{directory.location.url}/run.json says that the run began from {origin.run}, a store that ")
+            + "this command does not name, and that was not called. Use the command that began the run "
+            "(run.on_drift=fork, for a fork), or begin a new one: run.parent=... run.name=..."
+        )
+    return open_location(origin.run, directory.options if is_remote(origin.run) else None)
 
 
 def _start(state: TrainState, seed: int, rank: int) -> None:

@@ -54,8 +54,8 @@ class Lives:
         """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
         ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; at
         the n-th ``commit`` of a database; after a ``step``; once it ``restored``; when all but the result is
-        ``written``. ``without`` drops a part from the state. Checkpoints are waited for unless the arguments say
-        otherwise, so that it is known what is committed after a step.
+        ``written``. ``without`` drops a part from the state, ``environment`` adds to the environment. Checkpoints are
+        waited for unless the arguments say otherwise, so that it is known what is committed after a step.
         """
         given = {argument.partition("=")[0] for argument in arguments}
         waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
@@ -132,6 +132,7 @@ def become(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
+    os.environ.update(request.get("environment", {}))
     sys.path.insert(0, request["cwd"])
     sys.argv = request["argv"]
     _arm(request)
@@ -143,9 +144,7 @@ def become(request: dict[str, Any]) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

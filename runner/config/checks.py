@@ -1,14 +1,19 @@
 """Checks of a configuration that its types cannot express."""
 
-import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from omegaconf import Container, DictConfig, OmegaConf
 
+from runner.config.environment import plain
 from runner.config.schema import Config, Inherit
-from runner.errors import ConfigError
+from runner.config.secrets import Unresolved, written_out
+from runner.errors import ConfigError, has_credentials, redacted
 
 _AT_LEAST = {
     "data.batch_size": 1,
@@ -37,7 +42,8 @@ _AT_LEAST = {
     "runtime.prefetch": 1,
     "runtime.num_threads": 1,
 }
-_SECRET = re.compile("secret|token|password|passphrase|credential|connection_string|signature|(^|_)(key|sas|auth)$")
+# Hydra's own settings that its files show, too.
+_HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
 _START_METHODS = ("fork", "spawn", "forkserver")
 
 
@@ -55,13 +61,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
     if trainer.early_stopping.patience is not None and config.objective.metric is None:
         raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
-    secret = literal_secret(config.run.storage_options)
-    if secret is not None:
-        raise ConfigError(
-            f"run.storage_options.{secret} looks like a secret and is given as it is, which would end in files and in "
-            f"the process list. Put it into an environment variable and give '${{oc.env:NAME}}', or leave it to what "
-            "the storage's own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
-        )
+    refuse_secrets(config)
     if config.run.parent is None and config.run.inherit is not Inherit.model:
         raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
     method = config.runtime.start_method
@@ -111,13 +111,45 @@ def known_keys(schema: Any, parent: str, key: str) -> str:
     return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in known)}"
 
 
-def literal_secret(options: DictConfig) -> str | None:
-    """The first key that looks like a secret's and has a literal value instead of ``${oc.env:NAME}``."""
-    for key in map(str, options):
-        if OmegaConf.is_dict(options._get_node(key)):
-            inner = literal_secret(options[key])
-            if inner is not None:
-                return f"{key}.{inner}"
-        elif _SECRET.search(key.lower()) and not OmegaConf.is_interpolation(options, key):
-            return key
-    return None
+def refuse_secrets(config: DictConfig) -> None:
+    """Raise ConfigError for the first secret that is written out; before Hydra makes a folder or a file of it."""
+    keys = [field.name for field in fields(Config)]
+    places = [written_out(_as_written(config, key), key) for key in keys]
+    if "hydra" in config:
+        _check_parameters(config.hydra.sweeper)
+        places += [written_out(_as_written(config, key), key) for key in _HYDRA]
+        places.append(_swept(config))
+    for secret in chain(*places, ["run.root"] if has_credentials(config.run.root) else []):
+        raise ConfigError(
+            f"{secret} looks like a secret and is written out, which would end in files and in the process list. Put "
+            "it into an environment variable and give '${oc.env:NAME}'; or, for a store, leave it to what its own "
+            "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
+        )
+
+
+def _check_parameters(sweeper: DictConfig) -> None:
+    """Hydra's sweepers resolve their own parameters, and make the names of jobs of them."""
+    parameters = plain(sweeper, "params") if sweeper.get("params") else {}
+    for key, value in parameters.items():
+        if isinstance(value, Unresolved) and redacted(str(value.value)) != value.value:
+            raise ConfigError(
+                f"hydra.sweeper.params.{key} has a secret of the environment, which would end in the names of the jobs: "
+                f"give it on the command line, '{key}={value}'"
+            )
+
+
+def _as_written(config: DictConfig, key: str) -> Any:
+    """The value of a key as plain values, with all interpolations as they are."""
+    parent, _, name = key.rpartition(".")
+    node: Any = (OmegaConf.select(config, parent) if parent else config)._get_node(name)
+    return OmegaConf.to_container(node, resolve=False) if isinstance(node, Container) else node._value()
+
+
+def _swept(config: DictConfig) -> Iterator[str]:
+    """The secrets among the values of a sweep, which are in no configuration but its jobs'."""
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    for override in OverridesParser.create().parse_overrides(given):
+        values = override.value()
+        if isinstance(values, ChoiceSweep):
+            for value in values.list:
+                yield from written_out(Override._convert_value(value), override.key_or_group)

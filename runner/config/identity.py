@@ -24,8 +24,10 @@ _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add 
 
 
 def identity(config: "DictConfig") -> dict[str, Any]:
-    """The resolved identity half as plain values; enumerations by name."""
-    return {key: _plain(config[key]) for key in IDENTITY}
+    """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
+    from runner.config.environment import plain
+
+    return {key: plain(config, key) for key in IDENTITY}
 
 
 def variant(overrides: Sequence[str]) -> str:
@@ -75,14 +77,6 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _sorted(value[key]) for key in sorted(value, key=lambda key: (type(key).__name__, key))}
     return [*map(_sorted, value)] if isinstance(value, list | tuple) else value
-
-
-def _plain(value: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    if not OmegaConf.is_config(value):
-        return value
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True, enum_to_str=True)
 
 
 def _canonical(value: Any) -> str:

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from runner import signals
-from runner.errors import RunInUse, StorageError, Superseded
+from runner.errors import RunInUse, StorageError, Superseded, redacted
 from runner.run import records
 from runner.run.heartbeat import Heartbeat, dump, now
 from runner.run.records import Name, Record
@@ -76,7 +76,8 @@ class Attempt:
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this attempt ended and release the run."""
         self._heart.stop()
-        record = self._heart.facts() | facts | {"outcome": outcome}
+        told = {key: redacted(fact) if isinstance(fact, str) else fact for key, fact in facts.items()}
+        record = self._heart.facts() | told | {"outcome": outcome}
         try:
             if self.name in records.names(self.location):  # else the directory of a removed run would be made again
                 self.location.replace(f"{self.name}.end.json", [dump(record)])

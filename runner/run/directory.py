@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from runner.config.identity import IDENTITY, digest
+from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import records
@@ -39,6 +40,7 @@ _CONFIG = "config.yaml"
 _RESULT = "result.json"
 _LIMIT = 1 << 20
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
+yaml.SafeDumper.add_representer(Unresolved, yaml.SafeDumper.represent_str)
 _HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from runner.config.identity import flatten
+from runner.config.secrets import Unresolved
 from runner.errors import printable
 
 
@@ -28,10 +29,31 @@ class Difference:
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """The keys whose resolved values differ. ``1`` equals ``1.0``, but not ``true``."""
-    left, right = flatten(saved), flatten(now)
-    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left | right))
-    return [Difference(*pair) for pair in pairs if not _equal(*pair[1:])]
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``; and what an older version saved in place of
+    ``${oc.env:NAME}`` equals that, if it is still what that stands for.
+    """
+    left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
+    differing = [
+        key
+        for key in sorted(left | right)
+        if not any(_equal(left.get(key, ABSENT), now.get(key, ABSENT)) for now in (right, older))
+    ]
+    return [Difference(key, *_shown(left.get(key, ABSENT), right.get(key, ABSENT))) for key in differing]
+
+
+def resolved(value: Any) -> Any:
+    """Plain values with those of the environment in their places, as older versions saved them."""
+    if isinstance(value, Mapping):
+        return {key: resolved(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(resolved, value)]
+    return value.value if isinstance(value, Unresolved) else value
+
+
+def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
+    """Without what an older version saved of the environment."""
+    older = isinstance(now, Unresolved) and saved is not ABSENT and "${" not in str(saved)
+    return ("***" if older else saved), now
 
 
 def table(differences: list[Difference]) -> str:

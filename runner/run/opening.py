@@ -96,8 +96,13 @@ def is_free(directory: RunDirectory) -> bool:
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opening:
     """The fork's name is made from its configuration, so that the same command finds it again."""
-    variant = f"{parent.variant}~{digest(identity)}"
-    fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
+    older = drift.resolved(identity)  # an older version named it so
+    fork, before = (
+        RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
+        for each in (identity, older)
+    )
+    if fork.record() is None and before.record() is not None:
+        fork, identity = before, older
     refuse_links(fork.root, fork.name)
     finished = fork.finished(identity) if fork.record() is not None else None
     return Opening(fork, identity, [], None, Parent.forked(parent), finished, command)

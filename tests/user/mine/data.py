@@ -35,6 +35,30 @@ class Stuck(Digits):
             threading.Event().wait()
 
 
+class Guarded(Rows):
+    """Gets many secrets that are one, and repeats it where it is ``broken``."""
+
+    def __init__(self, size, secrets, more, broken):
+        super().__init__(size)
+        self.secrets, self.broken = json.dumps(secrets), broken
+        assert self.secrets.count(os.environ["CANARY"]) == len(secrets)
+        self.fail("constructor")
+
+    def __getitem__(self, index):
+        self.fail("sample")
+        return super().__getitem__(index)
+
+    def fail(self, where):
+        if self.broken == where:
+            raise ValueError(f"403 for {self.secrets}")
+
+
+def collated(batch, token):
+    """The default, for who knows the token."""
+    assert token == os.environ["CANARY"]
+    return torch.utils.data.default_collate(batch)
+
+
 class Hidden(Rows):
     """Draws from a generator of its own."""
 

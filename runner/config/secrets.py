@@ -1,0 +1,126 @@
+"""Which values of a configuration are secrets that are written out. The rules, all of them:
+
+* **By the value**: a password in a URL, a signature or token in its query, a header such as ``Authorization: ...``, a
+  private key, or the form of a well-known service's token is a secret under any key.
+* **By the key**: under ``password``, ``secret``, ``credentials``, ``authorization``, ``api_key``, ``access_token`` and
+  the like (``_STRONG``) every text is one, unless the key's last word says that it is about one (``secret_name``).
+* ``token``, ``key``, ``auth`` and the like mean other things in language models (``_WEAK``). There a text is one if it
+  looks random; under ``token`` alone from 8 characters on; in options of a store, in headers and in an environment
+  always.
+* Never: numbers (but for those of a password), booleans, paths, addresses, special tokens (``<pad>``), interpolations.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.errors import has_credentials
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of snake_case, Kebab-Case, camelCase
+_PASSWORD = re.compile(r"(^|_)(password|passwd|pwd|passphrase|passcode)s?(_|$)")
+_STRONG = re.compile(
+    rf"{_PASSWORD.pattern}|(^|_)(secret|credential|authorization|bearer|cookie|api_?key|connection_?string"
+    r"|(access|account|api|app|auth|bot|client|deploy|github|gitlab|hf|hub|master|oauth|private|refresh|secret"
+    r"|security|service|session|shared|signing|slack|ssh|storage|wandb)(_access)?_?(key|token|sas|signature))s?(_|$)"
+)
+_WEAK = re.compile(r"(^|_)(token|key|auth|sas|sig|signature|jwt|pat|pass|pw)s?$")
+_ABOUT = re.compile(
+    r"_(column|dim|dir|env|field|file|folder|format|kind|length|mode|name|path|policy|size|type|uri|url|var)s?$"
+)
+_STRICT = re.compile(r"(^|_)(storage_options|client_kwargs|headers|env_set|environ|auth)$")
+_SHAPE = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(ghp|gho|ghs|ghu|glpat|github_pat|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
+    r"|\b(hf_|sk-|AIza)[A-Za-z0-9_-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}\.|^Bearer +[^\s$]{8,}$"
+    r"|^(proxy-)?authorization\s*:\s*(?!\S*\s*\$)\S|^(cookie|[\w-]*(api-?key|-token))\s*:\s*(?!\$)\S{4,}|^--?password=(?!\$)\S",
+    re.IGNORECASE,
+)
+_HARMLESS = re.compile(
+    r"|\?\?\?|none|null|true|false|auto|default|anon|[-+.\d_e]+|<.*>|\[.*\]|\{.*\}|\|.*\||[^\w]+"
+    r"|(~|\.{0,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://).*|\S*\.(json|ya?ml|toml|pem|crt|key|txt|cfg|ini|bin|model)",
+    re.IGNORECASE | re.DOTALL,
+)
+_DEFAULT = re.compile(r"\$\{oc\.env:[^,{}]+,([^{}]*)\}")
+_RANDOM = re.compile(r"(?=[a-z+=]*([0-9]+[a-z+=]+){3}|([a-z+=]+[0-9]+){3})[a-z0-9+=]{16,}", re.IGNORECASE)
+
+
+class Unresolved(str):
+    """The interpolation of a value that comes from the environment, in its place; ``value`` is what it stands for."""
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any) -> "Unresolved":
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
+
+
+def written_out(value: Any, key: str) -> Iterator[str]:
+    """The keys below ``key`` whose values are secrets and no interpolations; of plain, unresolved values."""
+    return _search(value, key, key.rpartition(".")[2], strict=False)
+
+
+def names_a_secret(key: str) -> bool:
+    """Whether what a key, or a variable, of this name holds is a secret, whatever it looks like."""
+    name = _words(key.rpartition(".")[2])
+    return (bool(_STRONG.search(name)) and not _ABOUT.search(name)) or name == "token"
+
+
+def may_be_secret(value: str) -> bool:
+    """Whether a text that nobody named looks rather like a secret than like a word, a number, a path or an address."""
+    return (
+        len(value) >= 6
+        and not _HARMLESS.fullmatch(value)
+        and bool(re.search(r"\d", value) and value.split() == [value])
+    )
+
+
+def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = False) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        strict = strict or bool(_STRICT.search(_words(name)))
+        for key, inner in value.items():
+            yield from _search(inner, f"{path}.{key}", str(key).rpartition(".")[2], strict=strict)
+    elif isinstance(value, list | tuple):
+        names = _names(value, name, paired=strict or nested)
+        for place, (inner, each) in enumerate(zip(value, names, strict=True)):
+            yield from _search(inner, f"{path}[{place}]", each, strict=strict, nested=True)
+    elif _is_secret(value, _words(name), strict=strict):
+        yield path
+
+
+def _names(values: "list[Any] | tuple[Any, ...]", name: str, *, paired: bool) -> list[str]:
+    """What each of the values is called: as the list, by the option before it, or by the first of a pair."""
+    names = [name] * len(values)
+    if len(values) == 2 and isinstance(values[0], str):
+        if re.search("(^|_)auth$", _words(name)):
+            names[1] = "password"
+        elif paired:
+            names[1] = values[0]
+    for place, before in enumerate(values[:-1], 1):
+        if isinstance(before, str) and before.startswith("-"):
+            names[place] = before
+    return names
+
+
+def _is_secret(value: Any, name: str, *, strict: bool) -> bool:
+    strong = bool(_STRONG.search(name)) and not _ABOUT.search(name)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return strong and abs(value) >= 1000 and (strict or bool(_PASSWORD.search(name)))
+    if not isinstance(value, str):
+        return False
+    if has_credentials(value) or _SHAPE.search(value):
+        return True
+    default = _DEFAULT.search(value)
+    text = default[1].strip("'\" ") if default else value
+    if "${" in text or _HARMLESS.fullmatch(text):
+        return False
+    if strong or not _WEAK.search(name):
+        return strong
+    if strict or (name == "token" and len(text) >= 8 and text.split() == [text]):
+        return True
+    return bool(_RANDOM.search(text)) or (name in ("auth", "pass", "pw", "jwt", "sas", "pat") and may_be_secret(text))
+
+
+def _words(name: str) -> str:
+    return "_".join(_WORD.findall(name)).lower()
