@@ -71,6 +71,7 @@ class OpaqueStream:
         self._pass = 0
         self._start: Any = None  # the state at its beginning
         self._untouched = True  # the current pass has not yielded anything
+        self._behind = 0  # batches before which a worker may have to read the pass again
 
     @property
     def workers(self) -> int:
@@ -113,6 +114,7 @@ class OpaqueStream:
             self._loader.load_state_dict(deepcopy(self._saved))
         self._pass, self._ahead = self.epochs, None
         self._untouched = self._saved is None
+        self._behind = max(1, workers) if self._making.replay and self._saved is not None else 0
         self._saved = self._begin_pass()
 
     def step(self) -> Iterator[tuple[float, Any]]:
@@ -222,12 +224,18 @@ class OpaqueStream:
 
     def _received(self) -> Batch | None:
         try:
-            batch: Batch | None = next(self._batches, None)
+            behind, self._behind = self._behind > 0, self._behind - 1
+            batch: Batch | None = self._read_again() if behind else next(self._batches, None)
         except RuntimeError as error:  # a worker died
             raise DataError(
                 f"data.train (a {type(self._samples).__qualname__}) cannot be read in pass {self._pass}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return batch
+
+    def _read_again(self) -> Batch | None:
+        """The next batch, under a name by which the watchdog knows that it may take as long as it likes."""
+        batch: Batch | None = next(self._batches, None)
         return batch
 
     def _empty(self) -> DataError:

@@ -155,17 +155,21 @@ class Passes(IterableDataset[Batch]):
         """Go to the place of a loaded state, or to the beginning of the pass; returns how many samples that took."""
         place, self._resumed = self._place if self._resumed else _Place(self._number), False
         self._enter(place)
+        self._read_again(place)
+        if place.number < self._number:
+            if self._draw() is not _END:
+                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
+            self._enter(_Place(self._number))
+        return place.read - place.since
+
+    def _read_again(self, place: _Place) -> None:
+        """Read what was delivered; the watchdog knows by this name that it may take as long as it likes."""
         again: Iterable[int] = range(place.since, place.read)
         if place.own is None:  # the bar comes after a second, and from one worker only
             again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)
         for _ in again:
             if self._draw() is _END:
                 raise DataError(f"ended where {place.read} samples were read before; restore the data set")
-        if place.number < self._number:
-            if self._draw() is not _END:
-                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
-            self._enter(_Place(self._number))
-        return place.read - place.since
 
     def _enter(self, place: _Place) -> None:
         """Have the user's iterable go to a place, in the order in which torchdata would."""
