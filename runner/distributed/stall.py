@@ -120,15 +120,14 @@ def _threads() -> Iterator[str]:
 
 
 def _children() -> Iterator[str]:
-    """The child processes that live; data workers among them print where they are. Afterwards they are dead."""
+    """The child processes that live; data workers among them print where they are."""
     children = multiprocessing.active_children()
     asked = [child for child in children if child.pid and _handles(child.pid, signal.SIGQUIT)]
     for child in asked:
         os.kill(child.pid or 0, signal.SIGQUIT)
     time.sleep(_DUMP_SECONDS if asked else 0)
     for child in children:
-        yield f"  {child.name} (pid {child.pid}) lives{', and has printed where it is' if child in asked else ''}"
-        child.kill()
+        yield f"  process {child.name} (pid {child.pid}) lives{', and printed where it is' if child in asked else ''}"
 
 
 def _handles(pid: int, number: int) -> bool:

@@ -4,6 +4,8 @@ import ctypes
 import threading
 import time
 
+import torch
+
 from mine.tasks import first
 from runner.datasets.digits import Digits
 from runner.tasks.classification import Classification
@@ -25,7 +27,7 @@ def stuck(how):
 class Data(Digits):
     """Gets stuck at a sample, where the file ``once`` is not, which it makes."""
 
-    def __init__(self, *, how, once, at=1000, **more):
+    def __init__(self, *, how, once, at=100, **more):
         super().__init__(**more)
         self.how, self.once, self.at = how, once, at
 
@@ -35,12 +37,26 @@ class Data(Digits):
         return super().__getitem__(index)
 
 
-class Task(Classification):
-    """Slow at all that is not a stall."""
+class Slow(Classification):
+    """Takes seconds to be built, in a ``step``, ``compiling``, in a ``batch`` or at the ``end`` of an
+    evaluation.
+    """
 
-    def __init__(self, *, batch=0.0, end=0.0):
+    def __init__(self, *, build=0.0, step=0.0, compiling=0.0, batch=0.0, end=0.0):
         super().__init__()
-        self.batch, self.end = batch, end
+        time.sleep(build)
+        self.step, self.compiling, self.batch, self.end = step, compiling, batch, end
+
+    def training_step(self, model, batch):
+        time.sleep(self.step)
+        if self.compiling:
+            torch.compile(torch.sin, backend=self.backend)(batch[0])
+        return super().training_step(model, batch)
+
+    def backend(self, graph, inputs):
+        time.sleep(self.compiling)
+        self.compiling = 0.0
+        return graph.forward
 
     def evaluation_step(self, model, batch):
         time.sleep(self.batch)
