@@ -202,10 +202,8 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        return (
-            f"The last one is of step {self._saved} and is whole; mend the storage and run the same command again "
-            f"(checkpoint.max_unsaved={self.max_unsaved:g})."
-        )
+        last = f"The last one is of step {self._saved} and is whole" if self._saved else "None was saved before"
+        return f"{last}; mend the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
 
     def _restart(self) -> None:
         self.interval.restart()

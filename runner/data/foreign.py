@@ -22,7 +22,9 @@ def duplicate(samples: Any) -> Any:
     """A copy that can be read without a trace in the original, with which it shares only large data."""
     values = getattr(samples, "__dict__", {}).values()
     large = (list, tuple, dict, np.ndarray, torch.Tensor)
-    shared = [value for value in values if isinstance(value, large) and np.ndim(value) != 0 and len(value) > _MANY]
+    shared = [
+        value for value in values if isinstance(value, large) and getattr(value, "ndim", 1) and len(value) > _MANY
+    ]
     return deepcopy(samples, {id(value): value for value in shared})
 
 

@@ -6,7 +6,7 @@ pass up to there.
 """
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Making:
     collate: Collate = default_collate
     drop_last: bool = False
     replay: bool = False  # read a pass again instead of using the state of the user's
-    audit: bool = False  # find out at the start whether a state that was loaded holds for later passes, too
+    audit: bool = False  # find out at the start whether a state sticks, or a pass cannot be read again
 
 
 class Batch(NamedTuple):
@@ -72,7 +72,7 @@ class Passes(IterableDataset[Batch]):
         self._number = -1  # the pass that is asked for
         self._place = _Place(0)
         self._resumed = False
-        self._unchecked = making.audit and not making.replay
+        self._unchecked = making.audit
         self._rows: Any = None  # the user's iterator over ...
         self._entered = self._item = 0  # ... this pass, of which it has yielded so many
         self._keys: dict[str, int] = {}  # what its seeds are made from
@@ -156,12 +156,19 @@ class Passes(IterableDataset[Batch]):
     def _begin(self) -> int:
         """Go to the place of a loaded state, or to the beginning of the pass; returns how many samples that took."""
         place, self._resumed = self._place if self._resumed else _Place(self._number), False
-        if self._unchecked and self._sticks():
+        if not self.making.replay and self._tried(self._sticks):
             raise DataError(
                 "after load_state_dict, every further pass begins where that state was taken, and not with its first "
                 "sample: a resumed run would leave out the rest for ever. Have __iter__ forget the state once it is "
                 "used, or give it a set_epoch that has what it wraps forget it, or set data.replay=true"
             )
+        if self.making.replay and self._tried(self._differs):
+            raise DataError(
+                f"pass {self._number} begins with other samples when it is read again with the same seeds, so a resume "
+                "could not go on where it was. Something in it draws from a generator that the runner does not control "
+                "(of its own, or seeded by the clock); give that a seed. runtime.audit=false turns this check off"
+            )
+        self._unchecked = False
         self._enter(place)
         self._read_again(place)
         if place.number < self._number:
@@ -179,26 +186,34 @@ class Passes(IterableDataset[Batch]):
             if self._draw() is _END:
                 raise DataError(f"ended where {place.read} samples were read before; restore the data set")
 
-    def _sticks(self) -> bool:
-        """Whether a loaded state holds for later passes. Tried with copies of the user's iterable; False where it
-        cannot be copied or fails, which training will meet.
+    def _tried(self, check: Callable[[], bool]) -> bool:
+        """A check with copies of the user's iterable, once; False where it cannot be copied or fails, which training
+        will meet.
         """
-        self._unchecked = False
         try:
             with private_generators():
-                first = self._apart()
-                first._draw_from(_Place(0))
-                taken = first._place
-                resumed = self._apart()
-                resumed._draw_from(taken)
-                resumed._draw()
-                after, stuck = (
-                    resumed._draw_from(_Place(1)),
-                    self._apart()._draw_from(taken._replace(number=1, since=0)),
-                )
-                return after == stuck and after != self._apart()._draw_from(_Place(1))
+                return self._unchecked and self._worker == 0 and check()
         except Exception:
             return False
+
+    def _sticks(self) -> bool:
+        """Whether a loaded state holds for later passes."""
+        first = self._apart()
+        first._draw_from(_Place(0))
+        taken = first._place
+        resumed = self._apart()
+        resumed._draw_from(taken)
+        resumed._draw()
+        after, stuck = resumed._draw_from(_Place(1)), self._apart()._draw_from(taken._replace(number=1, since=0))
+        return after == stuck and after != self._apart()._draw_from(_Place(1))
+
+    def _differs(self) -> bool:
+        """Whether a pass that is read again begins with other samples."""
+        one, other = self._apart(), self._apart()
+        return (one._draw_from(_Place(self._number)), digest(one._draw())) != (
+            other._draw_from(_Place(self._number)),
+            digest(other._draw()),
+        )
 
     def _apart(self) -> "Passes":
         return Passes(duplicate(self.samples), self.making, self.turn)
