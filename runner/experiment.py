@@ -17,7 +17,9 @@ from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, OnConflict
+from runner.config.schema import Config, OnBadRecord, OnConflict
+from runner.data import ledger
+from runner.data.stream import BatchStream
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, printable
 from runner.finish import finish
@@ -57,6 +59,9 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         callbacks = Wiring(config, opening, parts, store, number, books, team.ranks).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
+        if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
+            found = led(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
+            parts.state.stream.repeat(dict(found))
         resumed = _resume(opening, parts, store, team.ranks)
         if books is not None:
             books.open(resumed)

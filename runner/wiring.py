@@ -15,7 +15,7 @@ from runner.callbacks.report import Report
 from runner.callbacks.saving import Hooks
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, Every, OnNonfinite
+from runner.config.schema import Config, Every, OnDrift, OnNonfinite
 from runner.data.ledger import Ledger
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
@@ -42,7 +42,9 @@ class Books:
     def of(cls, attempt: Attempt, location: Location, config: Config, parts: Parts) -> "Books":
         """The records of an attempt, not opened yet."""
         lines, grouping = MetricLines(location, attempt=attempt.number), config.data.batch_size
-        return cls(attempt, lines, Ledger(location, attempt=attempt.number, recipe=parts.recipe, grouping=grouping))
+        accept = config.run.on_drift is OnDrift.accept
+        ledger = Ledger(location, attempt=attempt.number, recipe=parts.recipe, grouping=grouping, accept=accept)
+        return cls(attempt, lines, ledger)
 
     def open(self, resumed: Resumed) -> None:
         """Continue after the step that was resumed from. The ledger is opened by its callback."""

@@ -163,7 +163,7 @@ def _arm(request: dict[str, Any]) -> None:
     if "commit" in request:
         _die_at_commit(request["commit"], request.get("send", signal.SIGKILL))
     if "hang" in request:
-        _hang_at_put(request["hang"])
+        _hang_at_put(request["hang"], request.get("seconds"))
     if "step" in request:
         _die_after_step(request["step"])
     if request.get("restored") or request.get("written"):
@@ -208,8 +208,8 @@ def _die_at_put(last: int) -> None:
     RemoteLocation.put = mortal_put  # type: ignore[method-assign]
 
 
-def _hang_at_put(last: int) -> None:
-    """The n-th object never gets onto the disk, and its thread never goes on."""
+def _hang_at_put(last: int, seconds: float | None) -> None:
+    """The n-th object gets onto the disk after so many seconds; by default never, and its thread never goes on."""
     from runner.storage.local import LocalLocation
 
     put, left = LocalLocation.put, [last]
@@ -217,7 +217,7 @@ def _hang_at_put(last: int) -> None:
     def stuck_put(self: LocalLocation, name: str, chunks: Any) -> int:
         left[0] -= 1
         if left[0] == 0:
-            threading.Event().wait()
+            threading.Event().wait(seconds)
         return put(self, name, chunks)
 
     LocalLocation.put = stuck_put  # type: ignore[method-assign]

@@ -154,8 +154,9 @@ class RuntimeConfig:
     # models that would fill more than half of a GPU.
     parallel: Parallel = Parallel.auto
     shard: int | None = None  # fsdp: processes that together hold one replica of the model; null: all
-    # For several processes: seconds after which a process that does not respond, or keeps the others waiting, ends the
-    # run. While a process saves or restores, max_unsaved is added. Must exceed the longest time to build the data.
+    # Seconds without a step, or a batch of an evaluation, after which the run ends and says what every thread does; the
+    # longest step must take less. For several processes: also after which one that does not respond, or keeps the
+    # others waiting, ends the run; must exceed the longest time to build the data. For a save, max_unsaved is added.
     timeout: float = 600.0
     compile: bool = False  # the model, with torch.compile
     num_workers: int = 0  # processes that load data; 0: the training process does

@@ -4,11 +4,13 @@ The state is the stream's position, so a plain ``torch.utils.data.DataLoader`` y
 """
 
 import atexit
+import faulthandler
 import pickle
+import signal
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -112,6 +114,8 @@ def without_noise() -> Iterator[None]:
 def start_worker(number: int) -> None:
     """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
+    with suppress(Exception):  # stderr may be anything
+        faulthandler.register(signal.SIGQUIT)  # by which the watchdog of a run that stands still asks where it is
 
 
 def watch(iterator: Any) -> None:

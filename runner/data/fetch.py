@@ -1,8 +1,10 @@
 """From positions to a batch, as a pure function: the same in a worker or here, now or after a resume."""
 
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +23,10 @@ Collate = Callable[[list[Any]], Any]
 
 _BLOCK = 1024  # neighbouring positions that are looked up together
 SUBSTITUTES = 8  # tried for one bad record
+_PAUSES = (0.1, 0.5, 2.0)  # seconds before further tries to read a sample
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_BEFORE = "replaced when this step was done before"
+_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}  # packages that read over a network
 
 
 class Samples(Protocol):
@@ -67,8 +73,9 @@ class Fetcher(Dataset[Fetched]):
 
     Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
     before each batch (``batch``), or never (``off``), and once more before collating. ``label`` gives training and
-    evaluation different seeds. With ``substitute`` a sample that cannot be read is replaced by another, which is a pure
-    function of the position.
+    evaluation different seeds. A read error that may pass is tried again. With ``substitute`` a sample that cannot be
+    read is replaced by another, a pure function of the position; positions in ``recorded`` take the sample that is
+    there, because the error may be gone when a step is done again.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class Fetcher(Dataset[Fetched]):
         self.collate: Collate = collate or default_collate
         self.order = plan.order()
         self.substitute = substitute
+        self.recorded: dict[int, int] = {}
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
         self._blocks = Recent[tuple[Indices, Words, Words]](4)
         self._bad: list[Bad] = []  # of the slice being fetched, as is its digest
@@ -107,8 +115,7 @@ class Fetcher(Dataset[Fetched]):
 
     def sample(self, index: int, key: int) -> Any:
         """One sample as ``randomness=sample`` draws it with that key."""
-        seed_all(key)
-        return self.samples[index]
+        return self._read(index, key, seed_all)
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
@@ -135,14 +142,31 @@ class Fetcher(Dataset[Fetched]):
         for indices, keys, words in self._known(piece):
             self._digest += int(words.sum(dtype=np.uint64))
             for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
-                seed(key)
+                position = piece.first + len(rows)
+                instead = self.recorded.get(position) if self.recorded else None
                 try:
-                    rows.append(self.samples[index])
+                    rows.append(_something(self._read(index if instead is None else instead, key, seed)))
                 except MemoryError:
                     raise
                 except Exception as error:
-                    rows.append(self._instead(piece.first + len(rows), index, key, seed, error))
+                    rows.append(self._instead(position, index, key, seed, error))
+                else:
+                    if instead is not None:
+                        self._bad.append(Bad(position, index, location(self.samples, index), _BEFORE, instead))
         return rows
+
+    def _read(self, index: int, key: int, seed: Callable[[int], object]) -> Any:
+        """A sample, drawn after a call of ``seed`` with the key."""
+        for number in count():
+            seed(key)
+            try:
+                return self.samples[index]
+            except Exception as error:
+                pauses = _pauses(error)
+                if number >= len(pauses):
+                    raise
+                time.sleep(pauses[number])
+        raise AssertionError("unreachable")
 
     def _known(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
         """Indices, seeds and parts of the digest for the positions of a slice, part by part. Computed for a block of
@@ -169,9 +193,8 @@ class Fetcher(Dataset[Fetched]):
         if self.substitute:
             for attempt in range(SUBSTITUTES):
                 other = derive("substitute", key, attempt) % self.plan.samples
-                seed(key)
                 try:
-                    row = self.samples[other]
+                    row = _something(self._read(other, key, seed))
                 except Exception:
                     continue
                 self._bad.append(Bad(position, index, where, why, other))
@@ -211,9 +234,25 @@ def _not_collated(rows: list[Any], first: int, error: Exception) -> str:
 
 def _told(error: Exception) -> str:
     """An exception with the lines of the data set's code that led to it."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     lines = traceback.format_list(frames) + traceback.format_exception_only(error)
     return "".join(lines).rstrip()
+
+
+def _something(row: Any) -> Any:
+    if row is None:
+        raise ValueError("__getitem__ returned None; expected a sample")
+    return row
+
+
+def _pauses(error: Exception) -> Sequence[float]:
+    """Before further tries, where the error may pass: none for one of the data, one where that cannot be told."""
+    if isinstance(error, _LASTING):
+        return ()
+    of_network = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _CLIENTS
+    if of_network or (isinstance(error, OSError) and error.errno):
+        return _PAUSES
+    return _PAUSES[:1] if type(error) is OSError else ()
 
 
 def _seed_nothing(key: int) -> None:

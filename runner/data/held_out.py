@@ -1,5 +1,6 @@
 """Passes over evaluation data, which change neither data position nor global generators."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,14 @@ from torch.utils.data import IterableDataset
 
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate, Fetcher, Samples, unreadable
+from runner.data.foreign import stateful
 from runner.data.plan import Plan, Slice
 from runner.data.probe import differences, require_pure, sketch
 from runner.data.stream import to_device
 from runner.distributed.world import World
 from runner.errors import DataError
+
+log = logging.getLogger("runner")
 
 
 class EvaluationData:
@@ -76,5 +80,12 @@ def checked(samples: Any, key: str) -> Samples:
         )
     if len(samples) == 0:
         raise DataError(f"{key} is empty: a {type(samples).__qualname__} of length 0")
+    if stateful(samples):
+        log.warning(
+            "ignored  state_dict of %s (a %s): the position alone says which sample comes next, and no state of a data "
+            "set with __getitem__ is saved or restored",
+            key,
+            type(samples).__qualname__,
+        )
     found: Samples = samples
     return found

@@ -9,6 +9,7 @@ they must be equal.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,8 @@ from runner.errors import DataError, StorageError
 from runner.plain import parse, parse_object
 from runner.storage.journals import Journals
 from runner.storage.location import Location
+
+log = logging.getLogger("runner")
 
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
@@ -62,12 +65,17 @@ class Segment:
 
 
 class Ledger:
-    """Writes the lines of one attempt, and compares them with those of earlier attempts."""
+    """Writes the lines of one attempt, and compares them with those of earlier attempts. With ``accept``, a step that
+    is done again may have other samples; both lines stay.
+    """
 
-    def __init__(self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int) -> None:
+    def __init__(
+        self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int, accept: bool = False
+    ) -> None:
         self._location = location
         self._attempt = attempt
         self._recipe = recipe
+        self._accept = accept
         self._header = {"plan": _digest(recipe), "grouping": grouping}
         self._journals = Journals(location)
         self._before: dict[int, tuple[Line, int]] = {}
@@ -112,13 +120,19 @@ class Ledger:
 
     def _compare(self, line: Line) -> None:
         before, attempt = self._before.pop(line.step, (line, 0))
-        if before != line:
+        if before == line:
+            return
+        differs = (
+            f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {before}\n"
+            f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
+        )
+        if not self._accept:
             raise DataError(
-                f"step {line.step} is done again and has other samples than in attempt {attempt}:\n"
-                f"  then  {before}\n  now   {line}   (step, first and last position, digest of the samples)\n"
-                "The data set or the code that orders it is not what the run began with. Nothing of this step was "
-                "committed; restore them, or begin a new run with run.name=..."
+                f"{differs}The data set or the code that orders it is not what the run began with, or a sample cannot "
+                "be read any more. Nothing of this step was committed; restore them, go on with what there is now by "
+                "run.on_drift=accept, or begin a new run with run.name=..."
             )
+        log.warning("changed  %sThat is accepted, and stays in the ledger.", differs)
 
 
 def segments(location: Location, *, after: int = -1) -> list[Segment]:
@@ -143,6 +157,18 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
     reach = (place for place, key in enumerate(wanted) if key[1] + sizes[key] // _SHORTEST > after)
     first = next(reach, len(wanted))
     return [segment for attempt, step in wanted[first:] for segment in _read(location, step, attempt)]
+
+
+def swaps(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
+    """The samples taken in place of others, by position, in the steps of this recipe as they were last done."""
+    last: dict[int, str] = {}
+    for segment in segments(location):
+        if segment.plan == _digest(recipe):
+            for line in segment.lines:
+                last.pop(line.step, None)
+                last |= {line.step: line.bad} if line.bad else {}
+    found = (re.split("[:>]", swap) for bad in last.values() for swap in bad.split())
+    return {int(position): int(instead) for position, _, instead in found}
 
 
 def recipe(location: Location, plan: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from runner.data.engine import Loading, sendable, start_worker, watch, without_noise
 from runner.data.fetch import Collate
+from runner.data.foreign import iterator, stateful
 from runner.data.ledger import Line
-from runner.data.passes import Batch, Making, Passes, stateful
+from runner.data.passes import Batch, Making, Passes
 from runner.data.stream import Read, to_device
 from runner.errors import DataError
 
@@ -50,6 +51,7 @@ class OpaqueStream:
         collate: Collate | None = None,
         drop_last: bool = False,
         replay: bool = False,
+        audit: bool = False,
     ) -> None:
         _require_resumable(samples, replay=replay)
         self.consumed = 0  # samples of finished steps
@@ -64,13 +66,14 @@ class OpaqueStream:
         self._loading = loading
         self._device = device
         micro_size = batch_size // micro_batches
-        self._making = Making(seed, micro_size, randomness, collate or default_collate, drop_last, replay)
+        self._making = Making(seed, micro_size, randomness, collate or default_collate, drop_last, replay, audit)
         self._saved: Any = None  # the state of the loader after the last finished step
         self._batches: Any = None
         self._ahead: Batch | DataError | None = None
         self._pass = 0
         self._start: Any = None  # the state at its beginning
         self._untouched = True  # the current pass has not yielded anything
+        self._behind = 0  # batches before which a worker may have to read the pass again
 
     @property
     def workers(self) -> int:
@@ -113,6 +116,7 @@ class OpaqueStream:
             self._loader.load_state_dict(deepcopy(self._saved))
         self._pass, self._ahead = self.epochs, None
         self._untouched = self._saved is None
+        self._behind = max(1, workers) if self._making.replay and self._saved is not None else 0
         self._saved = self._begin_pass()
 
     def step(self) -> Iterator[tuple[float, Any]]:
@@ -222,12 +226,18 @@ class OpaqueStream:
 
     def _received(self) -> Batch | None:
         try:
-            batch: Batch | None = next(self._batches, None)
+            behind, self._behind = self._behind > 0, self._behind - 1
+            batch: Batch | None = self._read_again() if behind else next(self._batches, None)
         except RuntimeError as error:  # a worker died
             raise DataError(
                 f"data.train (a {type(self._samples).__qualname__}) cannot be read in pass {self._pass}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return batch
+
+    def _read_again(self) -> Batch | None:
+        """The next batch, under a name by which the watchdog knows that it may take as long as it likes."""
+        batch: Batch | None = next(self._batches, None)
         return batch
 
     def _empty(self) -> DataError:
@@ -249,11 +259,11 @@ def _require_resumable(samples: Any, *, replay: bool) -> None:
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
-    if stateful(samples) or stateful(rows := iter(samples)):  # nothing is read
+    if stateful(samples):
         return
-    if rows is samples:
+    if hasattr(samples, "__next__"):
         raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
-    if not replay:
+    if not replay and not stateful(iterator(samples)):
         raise DataError(
             f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
             "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "

@@ -6,24 +6,24 @@ pass up to there.
 """
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
 from runner.data.digest import mix_one
 from runner.data.fetch import Collate
-from runner.data.generators import isolated, seed_all
+from runner.data.foreign import duplicate, not_plain, packed, stateful, unpacked
+from runner.data.generators import isolated, private_generators, seed_all
+from runner.data.probe import digest
 from runner.errors import DataError, RunnerError
 from runner.seeds import derive
 
 _END = object()
-_PLAIN = (str, int, float, bool, torch.Tensor, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class Making:
     collate: Collate = default_collate
     drop_last: bool = False
     replay: bool = False  # read a pass again instead of using the state of the user's
+    audit: bool = False  # find out at the start whether a state sticks, or a pass cannot be read again
 
 
 class Batch(NamedTuple):
@@ -71,6 +72,7 @@ class Passes(IterableDataset[Batch]):
         self._number = -1  # the pass that is asked for
         self._place = _Place(0)
         self._resumed = False
+        self._unchecked = making.audit
         self._rows: Any = None  # the user's iterator over ...
         self._entered = self._item = 0  # ... this pass, of which it has yielded so many
         self._keys: dict[str, int] = {}  # what its seeds are made from
@@ -143,29 +145,85 @@ class Passes(IterableDataset[Batch]):
             self._place = _Place(self._entered)
             return
         parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
-        own = tuple(deepcopy(part.state_dict()) if stateful(part) else None for part in parts)
-        if self._item == 1 and (kind := _not_plain(own)):
+        own = tuple(packed(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
+        if self._item == 1 and (kind := not_plain(own)):
             raise DataError(
-                f"its state_dict holds a {kind}, which cannot be saved; it may hold tensors, str, int, float, bool, "
-                "None, and dicts, lists and tuples of them"
+                f"its state_dict holds a {kind}, which cannot be saved; it may hold tensors, numbers and arrays of "
+                "numpy, str, int, float, bool, None, and dicts, lists and tuples of them"
             )
         self._place = _Place(self._entered, since=self._item, own=own)
 
     def _begin(self) -> int:
         """Go to the place of a loaded state, or to the beginning of the pass; returns how many samples that took."""
         place, self._resumed = self._place if self._resumed else _Place(self._number), False
+        if not self.making.replay and self._tried(self._sticks):
+            raise DataError(
+                "after load_state_dict, every further pass begins where that state was taken, and not with its first "
+                "sample: a resumed run would leave out the rest for ever. Have __iter__ forget the state once it is "
+                "used, or give it a set_epoch that has what it wraps forget it, or set data.replay=true"
+            )
+        if self.making.replay and self._tried(self._differs):
+            raise DataError(
+                f"pass {self._number} begins with other samples when it is read again with the same seeds, so a resume "
+                "could not go on where it was. Something in it draws from a generator that the runner does not control "
+                "(of its own, or seeded by the clock); give that a seed. runtime.audit=false turns this check off"
+            )
+        self._unchecked = False
         self._enter(place)
+        self._read_again(place)
+        if place.number < self._number:
+            if self._draw() is not _END:
+                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
+            self._enter(_Place(self._number))
+        return place.read - place.since
+
+    def _read_again(self, place: _Place) -> None:
+        """Read what was delivered; the watchdog knows by this name that it may take as long as it likes."""
         again: Iterable[int] = range(place.since, place.read)
         if place.own is None:  # the bar comes after a second, and from one worker only
             again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)
         for _ in again:
             if self._draw() is _END:
                 raise DataError(f"ended where {place.read} samples were read before; restore the data set")
-        if place.number < self._number:
-            if self._draw() is not _END:
-                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
-            self._enter(_Place(self._number))
-        return place.read - place.since
+
+    def _tried(self, check: Callable[[], bool]) -> bool:
+        """A check with copies of the user's iterable, once; False where it cannot be copied or fails, which training
+        will meet.
+        """
+        try:
+            with private_generators():
+                return self._unchecked and self._worker == 0 and check()
+        except Exception:
+            return False
+
+    def _sticks(self) -> bool:
+        """Whether a loaded state holds for later passes."""
+        first = self._apart()
+        first._draw_from(_Place(0))
+        taken = first._place
+        resumed = self._apart()
+        resumed._draw_from(taken)
+        resumed._draw()
+        after, stuck = resumed._draw_from(_Place(1)), self._apart()._draw_from(taken._replace(number=1, since=0))
+        return after == stuck and after != self._apart()._draw_from(_Place(1))
+
+    def _differs(self) -> bool:
+        """Whether a pass that is read again begins with other samples."""
+        one, other = self._apart(), self._apart()
+        return (one._draw_from(_Place(self._number)), digest(one._draw())) != (
+            other._draw_from(_Place(self._number)),
+            digest(other._draw()),
+        )
+
+    def _apart(self) -> "Passes":
+        return Passes(duplicate(self.samples), self.making, self.turn)
+
+    def _draw_from(self, place: _Place) -> str:
+        """A digest of the first sample from that place on."""
+        self._enter(place)
+        row = self._draw()
+        self._keep()
+        return "" if row is _END else digest(row)
 
     def _enter(self, place: _Place) -> None:
         """Have the user's iterable go to a place, in the order in which torchdata would."""
@@ -176,7 +234,7 @@ class Passes(IterableDataset[Batch]):
         if hasattr(self.samples, "set_epoch"):
             with self.turn:
                 self.samples.set_epoch(place.number)
-        of_samples, of_rows = deepcopy(place.own) or (None, None)
+        of_samples, of_rows = unpacked(place.own) or (None, None)
         if of_samples is not None:
             self.samples.load_state_dict(of_samples)
         self._rows = iter(self.samples)
@@ -191,17 +249,3 @@ class Passes(IterableDataset[Batch]):
     def _worker(self) -> int:
         worker = get_worker_info()
         return worker.id if worker is not None else 0
-
-
-def stateful(thing: Any) -> bool:
-    """Whether it can tell where it is and go there."""
-    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-
-
-def _not_plain(value: Any) -> str | None:
-    """The first type in a state which a checkpoint does not take; a worker could not even send some of them."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        return next((kind for item in value if (kind := _not_plain(item))), None)
-    return None if isinstance(value, _PLAIN) else type(value).__qualname__

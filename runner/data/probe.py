@@ -42,7 +42,7 @@ def indices(size: int) -> tuple[int, ...]:
 
 def digests(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[str]:
     """A digest of each chosen sample, drawn with a seed for ``label``; of its error if it cannot be read."""
-    return [_digest(row) for row in _rows(fetcher, chosen, label=label)]
+    return [digest(row) for row in _rows(fetcher, chosen, label=label)]
 
 
 def sketch(fetcher: Fetcher) -> Sketch:
@@ -138,7 +138,8 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
     return rows
 
 
-def _digest(row: Any) -> str:
+def digest(row: Any) -> str:
+    """A digest of everything in a sample."""
     hasher = blake2b(digest_size=8)
     for path, value in leaves(row):
         hasher.update(path.encode())

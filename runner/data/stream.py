@@ -2,7 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -129,6 +131,10 @@ class BatchStream:
         """What holds for the samples, for people."""
         return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
 
+    def repeat(self, swaps: Mapping[int, int]) -> None:
+        """Before ``open``: take these samples at these positions, as an earlier attempt did."""
+        self._fetcher.recorded = {**swaps}
+
     def open(self) -> None:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
         restored.
@@ -245,15 +251,41 @@ class BatchStream:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor of a batch of tuples, lists, dicts and tensors on the device; asynchronously from pinned memory."""
-    if device.type == "cpu":
+    """The batch with every tensor in it on the device, asynchronously from pinned memory: in sequences, mappings and
+    dataclasses, those that are attributes of any other object, and what an object's own ``to`` moves.
+    """
+    if device.type == "cpu" or isinstance(batch, str | bytes | range | type):
         return batch
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+    if callable(getattr(batch, "to", None)):
+        return _by_itself(batch, device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+    if isinstance(batch, Sequence):
         return type(batch)(to_device(value, device) for value in batch)  # type: ignore[call-arg]
-    return batch
+    if isinstance(batch, Mapping):
+        return _like(batch, {key: to_device(value, device) for key, value in batch.items()})
+    if is_dataclass(batch):
+        names = [field.name for field in fields(batch)]
+    else:  # others may refer to anything, so no deeper
+        names = [name for name, value in getattr(batch, "__dict__", {}).items() if isinstance(value, torch.Tensor)]
+    other = copy(batch) if names else batch
+    for name in names:
+        object.__setattr__(other, name, to_device(getattr(batch, name), device))  # also of what is frozen
+    return other
+
+
+def _by_itself(batch: Any, device: torch.device) -> Any:
+    try:
+        moved = batch.to(device, non_blocking=True)
+    except TypeError:  # it has a simpler one
+        moved = batch.to(device)
+    return batch if moved is None else moved  # in place
+
+
+def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """A mapping of the same kind, with whatever else it has; a dict where that cannot be made."""
+    if isinstance(batch, MutableMapping) and type(batch) is not dict:
+        batch = copy(batch)
+        batch.update(moved)
+        return batch
+    return moved

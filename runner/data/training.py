@@ -42,6 +42,7 @@ def training_data(
             collate=collate,
             drop_last=data.tail.name == "drop",
             replay=data.replay,
+            audit=config.runtime.audit,
         ), None
     plan = plan_of(config, checked(samples, "data.train"), world)
     if plan.streams is not None:

@@ -14,11 +14,15 @@ def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
     other processes.
 
     A process that keeps the others waiting for more than ``timeout`` seconds (plus ``patience`` while it saves or
-    restores) ends the run. An error in one process ends all of them with the same exit status; only one prints it, and
-    the errors raised in the others have an empty text.
+    restores) ends the run; so does the only one if it takes no step for as long. An error in one process ends all of
+    them with the same exit status; only one prints it, and the errors raised in the others have an empty text.
     """
     if world.size == 1:
-        yield Alone()
+        alone = Alone(timeout=timeout, patience=patience)
+        try:
+            yield alone
+        finally:
+            alone.leave()
         return
     # Otherwise torch prints C++ stack traces when another process dies.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -19,7 +19,9 @@ _STANDARD = f"{Path(os.__file__).parent}/"
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _EXCHANGES = (f"{_RUNNER}distributed/", f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 _WRITER = f"{_RUNNER}checkpoint/writer.py"
-_STORES = (f"{_RUNNER}checkpoint/", f"{_RUNNER}finish.py")
+_STORES = tuple(
+    f"{_RUNNER}{file}" for file in ("checkpoint/", "callbacks/saving.py", "storage/journals.py", "finish.py")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Place:
 
 def place(thread: int) -> Place:
     """The place of a thread of this process, by its ident."""
-    frames = [*_frames(sys._current_frames().get(thread))]
+    frames = stack(thread)
     files = [frame.f_code.co_filename for frame in frames]
     inner = takewhile(lambda file: file.startswith((_TORCH, _EXCHANGES[0])), files)
     if any(file.startswith(_EXCHANGES) for file in inner):
@@ -42,8 +44,12 @@ def place(thread: int) -> Place:
     return Place(SAVES if any(file.startswith(_STORES) for file in files) else WORKS, _line(frames))
 
 
+def stack(thread: int) -> list[FrameType]:
+    """The frames of a thread of this process, from the innermost on."""
+    return [*_frames(sys._current_frames().get(thread))]
+
+
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost on."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runner import signals
@@ -11,6 +12,8 @@ from runner.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from runner.distributed.stall import Stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,13 @@ class Team(Protocol):
 
 
 class Alone:
-    """The team of a single process."""
+    """The team of a single process. From ``begin`` on it notices if training stands still; see ``stall``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
         self.ranks: Ranks = ALONE
+        self._bounds = timeout, patience
+        self._stall: Stall | None = None
 
     @property
     def stop(self) -> str | None:
@@ -83,12 +88,17 @@ class Alone:
         return ALONE
 
     def begin(self, device: Any) -> None:
-        pass
+        from runner.distributed.stall import Stall  # imports torch
+
+        self._stall = Stall(*self._bounds)
 
     def exchange(self, news: News) -> News:
+        self.poll()
         return news
 
     def poll(self) -> str | None:
+        if self._stall is not None:
+            self._stall.moved()
         return signals.received()
 
     def union(self, names: Sequence[str]) -> list[str]:
@@ -98,10 +108,17 @@ class Alone:
         return values
 
     def rest(self) -> None:
-        pass
+        if self._stall is not None:
+            self._stall.rest()
 
     def at_failure(self, last_words: Callable[[str], None]) -> None:
-        pass
+        if self._stall is not None:
+            self._stall.last_words = last_words
 
     def explaining(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def leave(self) -> None:
+        """The run has ended, well or not."""
+        if self._stall is not None:
+            self._stall.close()

@@ -13,22 +13,20 @@ The first failure is stored for all. A process that reads it gives its training 
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import getpid
 from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
+from runner.distributed.ending import GRACE_SECONDS, end
 from runner.distributed.place import JOINS, SAVES, WAITS, place
 from runner.distributed.world import World
 
 _BEAT_SECONDS = 0.5
-_GRACE_SECONDS = 10.0  # for a training thread to end by itself, even if it waits for a storage
 _FUTILE_BEATS = 4  # after which a training thread that waits for other processes is not given more time
 _FAILURE = "failure"
 _LAG_SECONDS = 2.0  # longer wait before looking at all, so that a silent process is found by its neighbour first
@@ -226,20 +224,12 @@ class Watch:
 
     def _end(self, failure: Failure) -> None:
         at_fault = failure.rank == self._world.rank and not failure.told
-        until, waiting = time.monotonic() + (0 if at_fault else _GRACE_SECONDS), 0
+        until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):
                 return
             waiting = waiting + 1 if place(self._idents[MAIN]).does == WAITS else 0
-        words = threading.Thread(target=self._say, args=[failure.message], daemon=True)
-        words.start()
-        words.join(_GRACE_SECONDS)  # what hangs may be the storage
-        print(f"rank {self._world.rank} ends: {failure.message}", file=sys.stderr, flush=True)
-        os._exit(failure.status)
-
-    def _say(self, message: str) -> None:
-        with suppress(Exception):
-            self.last_words(message)
+        end(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
 
 _TIMEOUT = "runtime.timeout"

@@ -14,6 +14,8 @@ from runner.run.parent import Origin
 from runner.runs import screen
 from runner.runs.overview import guarded, integer
 
+_PARTIAL = "No epoch is whole: which samples it would have missed is not known; none was repeated."
+
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
     """The proof, and the same as plain values. Raises ConfigError for a run without a ledger."""
@@ -60,8 +62,9 @@ def text(found: Mapping[str, Any]) -> str:
     steps, samples, differing = found["again"].values()
     told.append(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
     told += found["damaged"]  # no problem where those steps were done again
-    whole = "Every sample exactly once in every whole epoch."
-    good = whole if found["indexed"] else "No step differed when done again."
+    whole = any(row["whole"] for row in found["epochs"])
+    good = "Every sample exactly once in every whole epoch." if whole else _PARTIAL
+    good = good if found["indexed"] else "No step differed when done again."
     return "\n".join([*told, *(found["problems"] or [good])])
 
 

@@ -1,0 +1,124 @@
+"""A run of one process that stands still ends and says why; what only looks so goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Lives
+
+USER = Path(__file__).parent / "user"
+LIMIT = 100  # seconds in which a run that stands still has to end
+SLOW = ("task._target_=mine.stalls.Slow", "~task.label_smoothing")
+ARGUMENTS = ("experiment=smoke", "trainer.max_steps=60", "runtime.audit=false", "run.name=r")
+
+
+def run(life: Lives, root: Path, *more: str, **how: Any) -> Any:
+    return life(*ARGUMENTS, *more, f"run.root={root}", cwd=USER, after=LIMIT, **how)
+
+
+def stuck(how: str, root: Path, split: str = "train") -> tuple[str, ...]:
+    key = f"data.{split}"
+    return f"{key}._target_=mine.stalls.Data", f"+{key}.how={how}", f"+{key}.once={root / 'once'}"
+
+
+def reason(root: Path) -> str:
+    """Why the last attempt ended."""
+    record = json.loads(max(root.glob("*/r/attempts/*.end.json")).read_text())
+    assert record["outcome"] == "failed"
+    return str(record["reason"])
+
+
+@pytest.mark.parametrize("how", ["lock", "python", "c"])
+def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_path: Path) -> None:
+    ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=4")
+    assert ended.status == 1, ended.output
+    for told in (ended.output, reason(tmp_path)):
+        assert "no step for 4 s (runtime.timeout)" in told
+        assert "mine/stalls.py" in told
+        assert "thread heartbeat" in told
+    if how == "python":
+        ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=60")
+        assert ended.status == 0, ended.output
+        assert "finished step 60" in ended.output
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Path) -> None:
+    more = ("runtime.num_workers=2", f"runtime.start_method={method}", "runtime.timeout=8")
+    ended = run(life, tmp_path, *stuck("lock", tmp_path), *more)
+    assert ended.status == 1, ended.output
+    assert reason(tmp_path).count("printed where it is") >= 2, ended.output
+    assert 'stalls.py", line' in ended.output
+    pids = [line.partition("(pid ")[2].partition(")")[0] for line in reason(tmp_path).splitlines() if "(pid " in line]
+    until = time.monotonic() + LIMIT
+    while any(map(lives, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_stuck_evaluation_is_told_from_a_step(life: Lives, tmp_path: Path) -> None:
+    ended = run(life, tmp_path, *stuck("lock", tmp_path, "validation"), "runtime.timeout=4")
+    assert ended.status == 1, ended.output
+    assert "no batch of an evaluation for 4 s" in reason(tmp_path)
+
+
+def test_a_stuck_save_has_longer(life: Lives, tmp_path: Path) -> None:
+    more = ("runtime.timeout=3", "checkpoint.max_unsaved=3", "checkpoint.background=false")
+    ended = run(life, tmp_path, *more, hang=2)
+    assert ended.status == 1, ended.output
+    assert "no end of a save for 6 s (runtime.timeout and checkpoint.max_unsaved)" in reason(tmp_path)
+
+
+def test_what_takes_long_by_right_is_no_stall(life: Lives, tmp_path: Path) -> None:
+    """Building, a long evaluation of short batches, its end, and a slow storage."""
+    slow = (*SLOW, "+task.build=7", "+task.batch=1", "+task.end=7", "data.evaluation_batch_size=45")
+    more = ("trainer.max_steps=20", "runtime.timeout=5", "checkpoint.background=false")
+    ended = run(life, tmp_path, *slow, *more, hang=2, seconds=8)
+    assert ended.status == 0, ended.output
+    assert ended.seconds > 7 + 8 + 7 + 8
+
+
+def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
+    """Whoever compiles: here the task."""
+    more = (*SLOW, "+task.compiling=7", "trainer.max_steps=3", "runtime.timeout=5")
+    ended = run(life, tmp_path, *more)
+    assert ended.status == 0, ended.output
+    assert ended.seconds > 7
+
+
+def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path: Path) -> None:
+    more = (*SLOW, "+task.step=6", "trainer.max_steps=2", "trainer.evaluate_every_steps=2")
+    ended = run(life, tmp_path, *more, "runtime.timeout=3")
+    assert ended.status == 1
+    assert "set a longer runtime.timeout" in reason(tmp_path)
+    ended = run(life, tmp_path, *more, "runtime.timeout=60")
+    assert ended.status == 0, ended.output
+
+
+def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner", *ARGUMENTS, *SLOW, "+task.step=0.1", "runtime.timeout=3"]
+    process = subprocess.Popen([*command, f"run.root={tmp_path}"], cwd=USER, start_new_session=True)
+    try:
+        until = time.monotonic() + LIMIT
+        while not [*tmp_path.glob("*/r/commits/*")] and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(7)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.wait()
