@@ -72,12 +72,15 @@ def main(config: DictConfig) -> float | None:
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
             _hand_over()
-        raise
+        failure = error
     except Exception as error:
         if HydraConfig.get().mode is RunMode.RUN:
             raise
         log.exception("failed")
-        raise RunnerError(f"{type(error).__name__}: {error}") from None
+        failure = RunnerError(f"{type(error).__name__}: {error}")
+    # Without frames, also those of other errors: they hold the model and all else, and a sweep keeps the error.
+    failure.__traceback__ = failure.__context__ = failure.__cause__ = None
+    raise failure
 
 
 def _hand_over() -> None:

@@ -13,6 +13,7 @@
     ├── DataError                1   mend the data set
     ├── TaskError                1   mend what the task returns
     ├── NonFiniteError           1   the loss is no longer a number
+    ├── JobDied                  1   mend what killed the process of a job of a sweep
     └── SweepFailed              1   mend what made every job of a sweep fail
 
 The number is the exit status. A message says what, where, what was expected and found, and the remedy.
@@ -82,6 +83,10 @@ class TaskError(RunnerError):
 
 class NonFiniteError(RunnerError):
     """The loss became NaN or infinite."""
+
+
+class JobDied(RunnerError):
+    """The process of a job was killed, or ended without a word."""
 
 
 class SweepFailed(RunnerError):

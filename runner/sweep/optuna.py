@@ -68,7 +68,7 @@ class StudyConfig:
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"optional sampler": "tpe"}])
     _target_: str = _TARGET
     sampler: Any = None  # hydra/sweeper/sampler: tpe, random, cmaes, nsgaii, motpe; absent seed: that of the experiment
-    direction: str | None = None  # absent: that of objective.mode
+    direction: Any = None  # absent: that of objective.mode
     storage: str | None = None  # an SQL database as SQLAlchemy's URL; absent: optuna.sqlite3 beside the runs
     study_name: str | None = None  # absent: made from the experiment, its overrides and the search space
     n_trials: int = 20  # of the study, over all invocations
