@@ -97,10 +97,7 @@ def _job(config: DictConfig) -> float | None:
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            try:
-                return _finished(job, config, team)
-            except SystemExit as error:  # of somebody's code: it would end a whole sweep, and 0 would claim success
-                raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
+            return _finished(job, config, team)
 
 
 def _finished(job: Job, config: DictConfig, team: Team) -> float | None:

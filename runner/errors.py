@@ -19,6 +19,9 @@
 The number is the exit status. A message says what, where, what was expected and found, and the remedy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RunnerError(Exception):
     """Root of all errors that are meant for the user; shown without a traceback."""
@@ -96,3 +99,12 @@ class SweepFailed(RunnerError):
 def printable(text: object) -> str:
     """``text`` with control characters escaped: what is read from a run directory may aim at the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextmanager
+def exit_is_an_error() -> Iterator[None]:
+    """Within the block, sys.exit of somebody's code fails: it would end a whole sweep, and 0 would claim success."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error

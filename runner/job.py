@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def _command(about: HydraConf, overrides: Sequence[str]) -> str:
     given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
     folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
     searched = [given for given in _as_given(about.overrides.hydra) if given.startswith("hydra.searchpath=")]
-    return shlex.join([Path(sys.executable).name, "-m", "runner", *folders, *searched, *overrides])
+    name = Path(sys.executable).name
+    python = name if shutil.which(name) == sys.executable else sys.executable
+    return shlex.join([python, "-m", "runner", *folders, *searched, *overrides])
 
 
 def _as_given(overrides: Any) -> list[str]:

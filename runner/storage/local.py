@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from runner.errors import StorageError
@@ -190,7 +190,7 @@ class LocalLock:
         os.close(self._descriptor)
 
 
-def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
+def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found = []
 
@@ -204,7 +204,7 @@ def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
     for folder, below, files in os.walk(root, onerror=unreadable):
         if marker in files:
             found.append(os.path.relpath(folder, root))
-            below.clear()
+            below[:] = [] if own is None else [name for name in below if name not in own]
     return {folder: LocalLocation(Path(root, folder)) for folder in sorted(found)}
 
 

@@ -31,7 +31,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate, to_absolute_path
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.config.identity import digest, variant
 from runner.errors import (
@@ -117,6 +117,7 @@ class Study(Sweeper):
             if settings[key] < 1:
                 raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
+        _require_names(self._config, space)
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
         plugin.storage = _database(self._config)
@@ -199,11 +200,23 @@ def _told(job: JobReturn) -> JobReturn:
     return JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
 
 
+def _require_names(config: DictConfig, space: list[str]) -> None:
+    """Raise ConfigError for a run.name that all trials would share."""
+    fixed = config.run.name is not None and not OmegaConf.is_interpolation(config.run, "name")
+    if fixed and not any(override.startswith("run.name=") for override in space):
+        raise ConfigError(
+            f"all trials of the study would be the run run.name={config.run.name}. Leave run.name away: the names are "
+            "made from the overrides"
+        )
+
+
 def _direction(config: DictConfig) -> str:
     """As the objective has it; raises ConfigError for no objective, and for a direction that contradicts it."""
     goal, given = config.objective, config.hydra.sweeper.direction
     if goal.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f"hydra.sweeper.direction={given}: a run has one objective. Leave the direction away")
     direction = {"min": "minimize", "max": "maximize"}[goal.mode.name]
     if given not in (None, direction):
         raise ConfigError(
@@ -264,6 +277,12 @@ def _reopen(plugin: Any, space: list[str]) -> int:
     except ValueError as error:
         raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
     for trial in _trials(plugin):
+        other = trial.params.keys() ^ parameters.keys()
+        if trial.state is TrialState.COMPLETE and other and not plugin.custom_search_space_extender:
+            raise ConfigError(
+                f"study {name} has searched {', '.join(trial.params)}, this command does {', '.join(parameters)}. "
+                "Choose another hydra.sweeper.study_name"
+            )
         for key in trial.distributions.keys() & parameters.keys():
             try:
                 check_distribution_compatibility(trial.distributions[key], parameters[key])

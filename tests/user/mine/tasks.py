@@ -90,6 +90,28 @@ class Exits(Classification):
         sys.exit(0)
 
 
+class Leaves(Classification):
+    """Ends its process without Python's knowledge."""
+
+    def training_step(self, model, batch):
+        import os
+
+        os._exit(3)
+
+
+class Counted(Classification):
+    """Says how many models of earlier jobs are alive, and fails."""
+
+    def training_step(self, model, batch):
+        import gc
+
+        gc.collect()
+        models = [one for one in gc.get_objects() if isinstance(one, type(model)) and one is not model]
+        roots = [one for one in models if not any(one is part for part in model.modules())]
+        print(f"alive before this job: {len(roots)} models", flush=True)
+        raise KeyError("mine")
+
+
 class Slow(Classification):
     """Takes as many seconds for each training step as the file says that the environment variable PACE names."""
 
