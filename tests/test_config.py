@@ -127,9 +127,9 @@ MISTAKES = {
     "unquoted in a list": (
         ("experiment=smoke", "model.hidden=[a=b,c]"),
         2,
-        "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides letters, digits and "
-        "-./:%+@ needs quotes: 'model.hidden=[\"a=b\",c]'\n",
+        "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides",
     ),
+    "its remedy": (("experiment=smoke", "model.hidden=[a=b,c]"), 2, "needs quotes: 'model.hidden=[\"a=b\",c]'\n"),
     "a call that cannot be": (
         ("-m", "experiment=smoke", "seed=range(a)"),
         2,

@@ -227,9 +227,10 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
         error = LauncherError("the job ended and has no result")
     if isinstance(error, LauncherError) and (queued or after.status == RUNNING):
         return after
-    if isinstance(error, LauncherError | JobDied) and after.step > before.step and after.status != FAILED:
+    unheard = isinstance(error, LauncherError | JobDied)
+    if unheard and after.step > before.step and after.status != FAILED:
         return after
-    if isinstance(error, LauncherError) and _moved(before, after):
+    if unheard and _moved(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
         return replace(after, failures=max(before.failures + 1, after.failures))
     return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
 
