@@ -135,7 +135,7 @@ MISTAKES = {
         2,
         "the override 'seed=range(a)' cannot be read: TypeError while evaluating",
     ),
-    "a sweep's configuration": (("-m", "experiment=smoke", "seed=1,2", "--cfg", "job"), 2, "Leave -m out to see"),
+    "a sweep's configuration": (("--cfg", "job", "-m", "experiment=smoke", "seed=1,2"), 2, "Leave -m out to see"),
     "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
     "no such metric": (
         ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),

@@ -174,8 +174,8 @@ def test_a_job_whose_sweep_is_killed_commits_and_ends(slow: "subprocess.Popen[by
 
 
 def test_nothing_of_a_failed_job_stays_in_the_sweep(life: Lives, tmp_path: Path) -> None:
-    task = ("task._target_=mine.tasks.Counted", "~task.label_smoothing", SHARED)
-    ended = life(*COMMAND, *task, "seed=1,2,3,4", "sweep.max_retries=0", f"run.root={tmp_path}", cwd=USER)
+    task = ("~task", "+task._target_=mine.tasks.Counted", "+task.own=true,false", SHARED)
+    ended = life(*COMMAND, *task, "seed=1,2", "sweep.max_retries=0", f"run.root={tmp_path}", cwd=USER)
     assert ended.status == 1
     assert ended.output.count("alive before this job: 0 models\n") == 4, ended.output
 

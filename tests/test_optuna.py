@@ -165,7 +165,7 @@ MISTAKES = {
     "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
     "two directions": (("hydra.sweeper.direction=[minimize,maximize]",), "a run has one objective. Leave the"),
-    "one name": (("run.name=same",), "all trials of the study would be the run run.name=same"),
+    "one name": (("run.name=same",), "all trials would be the run run.name=same"),
     "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
 }
 

@@ -1,7 +1,7 @@
 """The jobs of a sweep: composed once, and two that name one run told apart."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,23 +68,26 @@ class Names:
     def __init__(self) -> None:
         self._first: dict[str, tuple[Overrides, Job]] = {}
 
-    def distinct(self, jobs: Mapping[Overrides, Job | RunnerError]) -> dict[Overrides, Overrides]:
-        """For each job the first one that names the same run: it stands for both.
+    def distinct(
+        self, given: Sequence[Overrides], jobs: Mapping[Overrides, Job | RunnerError]
+    ) -> dict[Overrides, Overrides]:
+        """For each given job the first one that names the same run: it stands for both.
 
         Raises ConfigError if they compute different things: one of them would get the other's result.
         """
         first: dict[str, Overrides] = {}
-        chosen = {}
-        for each, job in jobs.items():
+        chosen: dict[Overrides, Overrides] = {}
+        for each in given:
+            job = jobs[each]
             if isinstance(job, RunnerError):
                 chosen[each] = each
                 continue
             url = job.directory.location.url
             self._require_same(*self._first.setdefault(url, (each, job)), each, job)
-            chosen[each] = first.setdefault(url, each)
-            if chosen[each] != each:
-                alike = "\n".join(f"  {' '.join(words)}" for words in (chosen[each], each))
+            if url in first:
+                alike = "\n".join(f"  {' '.join(words)}" for words in (first[url], each))
                 log.warning("hint     two jobs are one run, %s, which is done once:\n%s", job.directory.name, alike)
+            chosen[each] = first.setdefault(url, each)
         return chosen
 
     @staticmethod

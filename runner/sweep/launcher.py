@@ -108,8 +108,8 @@ class SweepLauncher(Launcher):
             raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
         setup_globals()
         overrides = [tuple(one) for one in job_overrides]
-        composed = {each: self._jobs.job(each) for each in overrides}
-        run_of = self._names.distinct(composed)
+        composed = {each: self._jobs.job(each) for each in dict.fromkeys(overrides)}
+        run_of = self._names.distinct(overrides, composed)
         jobs = {each: composed[each] for each in run_of.values()}
         found = self._look(jobs)
         print(f"{table([*found.values()])}\n", flush=True)

@@ -117,7 +117,6 @@ class Study(Sweeper):
             if settings[key] < 1:
                 raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
-        _require_names(self._config, space)
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
         plugin.storage = _database(self._config)
@@ -129,7 +128,7 @@ class Study(Sweeper):
 
     def _go_on(self, space: list[str], arguments: list[str]) -> None:
         settings, plugin = self._config.hydra.sweeper, self._plugin
-        finished = _reopen(plugin, space)
+        finished = _reopen(plugin, space, self._config)
         log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
 
         plugin.job_idx = finished
@@ -200,16 +199,6 @@ def _told(job: JobReturn) -> JobReturn:
     return JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
 
 
-def _require_names(config: DictConfig, space: list[str]) -> None:
-    """Raise ConfigError for a run.name that all trials would share."""
-    fixed = config.run.name is not None and not OmegaConf.is_interpolation(config.run, "name")
-    if fixed and not any(override.startswith("run.name=") for override in space):
-        raise ConfigError(
-            f"all trials of the study would be the run run.name={config.run.name}. Leave run.name away: the names are "
-            "made from the overrides"
-        )
-
-
 def _direction(config: DictConfig) -> str:
     """As the objective has it; raises ConfigError for no objective, and for a direction that contradicts it."""
     goal, given = config.objective, config.hydra.sweeper.direction
@@ -256,10 +245,10 @@ def _sole(study: str, folder: str) -> Iterator[None]:
         lock.release()
 
 
-def _reopen(plugin: Any, space: list[str]) -> int:
+def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
 
-    Raises ConfigError for what cannot be searched, and for a study of the other direction or of other distributions.
+    Raises ConfigError for what cannot be searched, and for a study of another direction, other keys or distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     from optuna import create_study
@@ -272,6 +261,8 @@ def _reopen(plugin: Any, space: list[str]) -> int:
     except (ValueError, AssertionError, NotImplementedError) as error:
         told = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
         raise ConfigError(f"no search space of a study: {' '.join(space)}\n{told}") from error
+    if config.run.name and not OmegaConf.is_interpolation(config.run, "name") and "run.name" not in parameters:
+        raise ConfigError(f"all trials would be the run run.name={config.run.name}: leave run.name away")
     try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
@@ -279,10 +270,8 @@ def _reopen(plugin: Any, space: list[str]) -> int:
     for trial in _trials(plugin):
         other = trial.params.keys() ^ parameters.keys()
         if trial.state is TrialState.COMPLETE and other and not plugin.custom_search_space_extender:
-            raise ConfigError(
-                f"study {name} has searched {', '.join(trial.params)}, this command does {', '.join(parameters)}. "
-                "Choose another hydra.sweeper.study_name"
-            )
+            keys = f"{', '.join(trial.params)}, this command does {', '.join(parameters)}"
+            raise ConfigError(f"study {name} has searched {keys}. Choose another hydra.sweeper.study_name")
         for key in trial.distributions.keys() & parameters.keys():
             try:
                 check_distribution_compatibility(trial.distributions[key], parameters[key])
