@@ -1,6 +1,8 @@
 """``python -m runner experiment=x``: run it, kill it, run it again."""
 
 import os
+import re
+import shlex
 import sys
 import traceback
 from dataclasses import is_dataclass
@@ -10,6 +12,13 @@ from typing import Any
 from runner import signals
 from runner.distributed.world import world
 from runner.errors import RunnerError, printable, redacted
+
+_ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
+_PLAIN = "letters, digits and -./:%+@"
+_WHOLE = re.compile("(?s).+")
+_NESTED = re.compile(r"[\[{]|\w+\(")
+_PART = re.compile(r"[^][{}(),:\s]*[^][{}(),\w\s./:%+@-][^][{}(),]*")
+_QUOTED = r'"\g<0>"'
 
 
 def main() -> int:
@@ -22,8 +31,10 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
+    from runner.config.identity import typed
     from runner.sweep import launcher, optuna
 
+    sys.argv[1:] = typed(sys.argv[1:])
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     sweep = launcher.install()
@@ -63,6 +74,8 @@ def _failed(error: Exception) -> int:
         told = f"a configuration file is not YAML: {error}"
     elif "Config group override must be a string" in str(error):  # Hydra's words, in a plain ValueError
         told = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
+    elif "can be specified" in str(error):  # another plain ValueError, for --cfg and its like with -m
+        told = f"{error}. Leave -m out to see the configuration of one job"
     if not told:
         raise error
     if _speaks():
@@ -94,15 +107,25 @@ def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None
 
 def _explained(error: BaseException) -> str:
     """What Hydra and OmegaConf say, without the names of their types, and with a remedy where they give none."""
+    if override := getattr(error, "override", None):  # which Hydra does not always name
+        return f"the override {shlex.quote(override)} cannot be read: {_grammar(override, str(error))}"
     told = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
     lines = [line for line in told.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
-    key, equals, value = str(getattr(error, "override", "")).partition("=")
-    if equals and told.startswith("LexerNoViableAltException: "):  # which is all that Hydra says
-        lines.append(f"A value with characters besides letters, digits and -./:%+@ needs quotes: '{key}=\"{value}\"'")
     if remedy := _unknown_key(error):
         lines = [line for line in lines if not line.startswith("To append to your config use")]  # it is refused, too
         lines.append(remedy)
     return "\n".join(lines)
+
+
+def _grammar(override: str, said: str) -> str:
+    """What is wrong with an override, in a line. Hydra says where its grammar ended, which is mostly for want of quotes
+    around a value or, in a list or mapping, around a part of it.
+    """
+    key, _, value = override.partition("=")
+    if not _ENDED.search(said) or {*value} & {*"'\""}:
+        return re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", said).strip()
+    parts = _PART if _NESTED.match(value) else _WHOLE
+    return f"a value with characters besides {_PLAIN} needs quotes: {shlex.quote(f'{key}={parts.sub(_QUOTED, value)}')}"
 
 
 def _unknown_key(error: BaseException | None) -> str:

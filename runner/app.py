@@ -83,12 +83,15 @@ def main(config: DictConfig) -> float | None:
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
             _hand_over()
-        raise
+        failure = error
     except Exception as error:
         if HydraConfig.get().mode is RunMode.RUN:
             raise
         log.exception("failed")
-        raise RunnerError(f"{type(error).__name__}: {error}") from None
+        failure = RunnerError(f"{type(error).__name__}: {error}")
+    # Without frames, also those of other errors: they hold the model and all else, and a sweep keeps the error.
+    failure.__traceback__ = failure.__context__ = failure.__cause__ = None
+    raise failure
 
 
 def _escaped(record: logging.LogRecord) -> bool:
@@ -111,10 +114,7 @@ def _job(config: DictConfig) -> float | None:
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            try:
-                return _finished(job, config, team)
-            except SystemExit as error:  # of somebody's code: it would end a whole sweep, and 0 would claim success
-                raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
+            return _finished(job, config, team)
 
 
 def _finished(job: Job, config: DictConfig, team: Team) -> float | None:

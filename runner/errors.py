@@ -14,12 +14,15 @@
     ├── DataError                1   mend the data set
     ├── TaskError                1   mend what the task returns
     ├── NonFiniteError           1   the loss is no longer a number
+    ├── JobDied                  1   mend what killed the process of a job of a sweep
     └── SweepFailed              1   mend what made every job of a sweep fail
 
 The number is the exit status. A message says what, where, what was expected and found, and the remedy.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _hidden: set[str] = set()  # values of secrets that this process read from its environment
 _USER = re.compile(r"(?<=://)[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*@")  # with a password, and not a port
@@ -104,6 +107,10 @@ class NonFiniteError(RunnerError):
     """The loss became NaN or infinite."""
 
 
+class JobDied(RunnerError):
+    """The process of a job was killed, or ended without a word."""
+
+
 class SweepFailed(RunnerError):
     """No job of a sweep has an objective."""
 
@@ -134,3 +141,12 @@ def has_credentials(text: str) -> bool:
     """Whether a text is a URL with a password, or with a signature or a token in its query, written out."""
     written = (found[0] for pattern in (_USER, _QUERY) for found in pattern.finditer(text))
     return any("${" not in found for found in written)
+
+
+@contextmanager
+def exit_is_an_error() -> Iterator[None]:
+    """Within the block, sys.exit of somebody's code fails: it would end a whole sweep, and 0 would claim success."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error

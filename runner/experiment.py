@@ -21,7 +21,7 @@ from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
 from runner.data.stream import BatchStream
 from runner.distributed.team import Team
-from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, printable
+from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
 from runner.introduction import introduce
 from runner.metrics import hparams
@@ -52,7 +52,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
     here = topology.describe(device, team.world.size, spread, compiled=runtime.compile)
     facts = {"overrides": overrides, "topology": here}
-    with _attempt(opening, config, team, facts) as (number, attempt), team.explaining():
+    with _attempt(opening, config, team, facts) as (number, attempt), team.explaining(), exit_is_an_error():
         parts = build(config, device, team)
         store = CheckpointStore(location, team.channel("writer"))
         books = None if attempt is None else Books.of(attempt, location, config, parts)

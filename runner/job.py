@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def _command(about: HydraConf, overrides: list[str]) -> str:
     given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
     folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
     searched = [given for given in _as_given(about.overrides.hydra) if given.startswith("hydra.searchpath=")]
-    return shlex.join([Path(sys.executable).name, "-m", "runner", *folders, *searched, *overrides])
+    name = Path(sys.executable).name
+    python = name if shutil.which(name) == sys.executable else sys.executable
+    return shlex.join([python, "-m", "runner", *folders, *searched, *overrides])
 
 
 def _as_given(overrides: Any) -> list[str]:

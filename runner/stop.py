@@ -58,7 +58,7 @@ class StopRequest:
         """Within the block, the request stops this process as a signal would. So does the death of the parent process,
         after which nobody could stop this one.
         """
-        _parent.setdefault(os.getpid(), os.getppid())
+        orphaned()  # notes the parent
         with suppress(StorageError):
             self._obey()
         with _repeated(self._obey, self.location.beat_seconds):
@@ -75,10 +75,15 @@ class StopRequest:
         return name is not None
 
     def _obey(self) -> bool:
-        stop = os.getppid() != _parent[os.getpid()] or self.location.read(self._object, limit=_LIMIT) is not None
+        stop = orphaned() or self.location.read(self._object, limit=_LIMIT) is not None
         if stop:
             signals.request("SIGTERM")
         return stop
+
+
+def orphaned() -> bool:
+    """Whether the parent that this process had at the first call is gone."""
+    return _parent.setdefault(os.getpid(), os.getppid()) != os.getppid()
 
 
 @contextmanager

@@ -124,6 +124,18 @@ MISTAKES = {
         "run.root=nosuch://...: no kind of storage for runs",
     ),
     "unquoted": (("experiment=smoke", "run.root=~/x"), 2, "needs quotes: 'run.root=\"~/x\"'"),
+    "unquoted in a list": (
+        ("experiment=smoke", "model.hidden=[a=b,c]"),
+        2,
+        "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides",
+    ),
+    "its remedy": (("experiment=smoke", "model.hidden=[a=b,c]"), 2, "needs quotes: 'model.hidden=[\"a=b\",c]'\n"),
+    "a call that cannot be": (
+        ("-m", "experiment=smoke", "seed=range(a)"),
+        2,
+        "the override 'seed=range(a)' cannot be read: TypeError while evaluating",
+    ),
+    "a sweep's configuration": (("--cfg", "job", "-m", "experiment=smoke", "seed=1,2"), 2, "Leave -m out to see"),
     "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
     "no such metric": (
         ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, variant
+from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, typed, variant
 from runner.config.schema import Config
 
 FILLED = {
@@ -107,6 +107,44 @@ def test_names_that_look_alike_stay_distinct() -> None:
     alike = ["[1]", "'{1}'", "'(1)'", "_1_", "' 1 '", "/1/"]
     names = [variant([f"model.x={value}"]) for value in alike]
     assert len({*names}) == len(names)
+
+
+@pytest.mark.parametrize("text", ["1", "1.5", "1e3", "true", "null", "nan", "[1]", "{a:1}", "-1", "1_000"])
+def test_a_text_is_not_what_it_looks_like(text: str) -> None:
+    names = [variant([f"model.x={spelling}"]) for spelling in (text, f"'{text}'", f"[{text}]", f"['{text}']")]
+    assert len({*names}) == 4
+    assert variant([f'model.x="{text}"']) == names[1]
+    assert all(map(is_name, names))
+
+
+def test_names_of_ordinary_texts_have_no_quotes() -> None:
+    texts = ["adam", "2026-01-01", "1a", "v1.0.0", "-x", ".hidden", "True_", "nano"]
+    assert [variant([f"model.x={quote}{text}{quote}"]) for text in texts for quote in ("", "'")] == [
+        f"model.x={text}" for text in texts for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run.parent=o/a/lr=1,seed=2"], ['run.parent="o/a/lr=1,seed=2"']),
+        (["run.parent=s3://b/a/lr=1@best"], ['run.parent="s3://b/a/lr=1@best"']),
+        (["run.parent=o/a/base~1a2b3c4d@40"], ['run.parent="o/a/base~1a2b3c4d@40"']),
+        (["++run.name=lr=1-2"], ['++run.name="lr=1-2"']),
+        (
+            ["-m", "run.parent=o/a/lr=1,seed=2,o/a/lr=2,seed=2"],
+            ["-m", 'run.parent="o/a/lr=1,seed=2","o/a/lr=2,seed=2"'],
+        ),
+        (["-m", "run.parent=o/a/base,o/b/base", "run.name=a,b"], None),
+        (['run.parent="o/a/lr=1"'], None),
+        (["run.parent='o/a/lr=1'"], None),
+        (["run.parent=${oc.env:A}/lr=1"], None),
+        (["-m", "run.parent=choice(o/a/base,'o/a/lr=1')"], None),
+        (["run.root=a=b", "model.x=a=b", "xrun.parent=a=b"], None),
+    ],
+)
+def test_names_may_be_typed_as_they_are_printed(words: list[str], expected: list[str] | None) -> None:
+    assert typed(words) == (expected or words)
 
 
 def test_long_names_are_cut_and_stay_distinct() -> None:

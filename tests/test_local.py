@@ -296,6 +296,8 @@ def test_folders_are_found_by_what_they_hold(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [*find_folders(str(tmp_path), "run.json")] == ["a/deep", "b"]
+    assert [*find_folders(str(tmp_path), "run.json", own=["x"])] == ["a/deep", "a/deep/in", "b"]
+    assert [*find_folders(str(tmp_path), "run.json", own=["in"])] == ["a/deep", "b"]
     with pytest.raises(StorageError, match=r"cannot list .*absent"):
         find_folders(str(tmp_path / "absent"), "run.json")
 

@@ -334,4 +334,6 @@ def test_folders_are_found_by_what_they_hold(server: Server, location: Location)
     for name in ("b/run.json", "a/deep/run.json", "a/deep/in/run.json", "c/other.json", "b2/run.json.old"):
         location.put(name, [b"{}"])
     assert [*find_folders(server.url, "run.json", server.options)] == ["a/deep", "b"]
+    assert [*find_folders(server.url, "run.json", server.options, own=["x"])] == ["a/deep", "a/deep/in", "b"]
+    assert [*find_folders(server.url, "run.json", server.options, own=["in"])] == ["a/deep", "b"]
     assert [*find_folders(f"{server.url}/b", "run.json", server.options)] == ["."]

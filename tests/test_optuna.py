@@ -164,6 +164,8 @@ MISTAKES = {
     "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "no search space of a study: "),
     "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
+    "two directions": (("hydra.sweeper.direction=[minimize,maximize]",), "a run has one objective. Leave the"),
+    "one name": (("run.name=same",), "all trials would be the run run.name=same"),
     "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
 }
 
@@ -200,3 +202,13 @@ def test_a_study_is_of_one_kind_of_search_for_each_key(life: Lives, tmp_path: Pa
     ended = life(*command, "optimizer.lr=0.1,0.2,0.3", "hydra.sweeper.n_trials=4")
     assert (ended.status, "Traceback" in ended.output) == (2, False), ended.output
     assert "has searched optimizer.lr in CategoricalDistribution(choices=(0.1, 0.2)), this command" in ended.output
+
+
+def test_a_study_is_of_one_set_of_keys(life: Lives, tmp_path: Path) -> None:
+    command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
+    assert life(*command, "optimizer.lr=0.1,0.2", "hydra.sweeper.n_trials=1").status == 0
+    for space in (("optimizer.weight_decay=0.1,0.2",), ("optimizer.lr=0.1,0.2", "optimizer.weight_decay=0.1,0.2")):
+        ended = life(*command, *space)
+        assert (ended.status, "Traceback" in ended.output) == (2, False), ended.output
+        assert "study mine has searched optimizer.lr, this command does optimizer." in ended.output
+    assert len(trials(tmp_path / "smoke/optuna.sqlite3")) == 1

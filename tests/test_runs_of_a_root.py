@@ -312,6 +312,27 @@ def read_until(descriptor: int, pattern: bytes) -> bytes:
     return found
 
 
+def test_runs_below_runs_are_listed(root: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of the experiment vision/base, whose runs are below the run base of the experiment vision."""
+    shutil.copytree(root / "smoke/lr0.03", copy / "smoke/killed/base")
+    shutil.copytree(root / "smoke/lr0.03", copy / "smoke/killed/attempts/base")
+    shutil.copytree(root / "smoke/lr0.03", copy / "smoke/deep/attempts/base")
+    assert rows(capsys, copy) == ["deep/attempts/base", "killed", "killed/base", "lr0.001", "lr0.03", "lr3.0"]
+
+
+def test_a_narrow_screen_shows_values_first_and_short_names() -> None:
+    line = Overview("", "smoke", "running", 5, 20, 0.25, 1, None, "host")
+    names = ["a/b/seed=1,steps=12", "a/b/lr=0.1,seed=2,steps=12", "a/c/steps=12"]
+    table = listing.narrow([replace(line, run=name) for name in names]).splitlines()
+    assert table[0] == "all in a/steps=12"
+    assert table[1].split()[:6] == ["status", "step", "/", "max", "objective", "run"]
+    assert [row.split()[5] for row in table[3:]] == ["b/seed=1", "b/lr=0.1,seed=2", "c/steps=12"]
+    assert max(map(len, table)) < 80
+    alone = listing.narrow([replace(line, run=names[0], status=f"unreadable: {'x' * 99}")]).splitlines()
+    assert alone[0] == ""
+    assert names[0] in alone[3][:80]
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_watching_draws_in_place_and_gives_the_screen_back(
     stop: signal.Signals, terminal: tuple[subprocess.Popen[bytes], int]
@@ -321,7 +342,8 @@ def test_watching_draws_in_place_and_gives_the_screen_back(
     assert drawn.startswith(b"\x1b[?1049h\x1b[?25l\x1b[H")
     first = drawn.split(b"\x1b[H")[1].decode().replace("\x1b[K", "").replace("\x1b[J", "").split("\r\n")
     assert re.fullmatch(r"[0-9:]{8}  4 runs: 1 killed, 3 complete", first[0])
-    assert first[4].startswith("smoke/killed")
+    assert first[1] == "all in smoke/"
+    assert re.match("killed +[0-9]+ / 20 +[0-9.]* +killed", first[4])
     assert first[5:] == ["... 3 more"]
     assert max(map(len, first)) == 50
     process.send_signal(stop)

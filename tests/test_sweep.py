@@ -122,13 +122,47 @@ def test_code_that_exits_ends_no_sweep_and_is_no_success(life: Lives, tmp_path: 
     tasks = "task._target_=mine.tasks.Exits,runner.tasks.classification.Classification"
     ended = life(*COMMAND, tasks, f"run.root={tmp_path}", "sweep.retry_failed=false", cwd=USER)
     assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
+    words = "RuntimeError: sys.exit(0) was called in the run\n"
+    assert words in ended.output
+    again = life(*COMMAND, tasks, f"run.root={tmp_path}", "sweep.retry_failed=false", cwd=USER)
+    assert (again.status, words in again.output) == (1, True), "the same from the records"
     ended = life(*COMMAND[1:], tasks.partition(",")[0], f"run.root={tmp_path}", cwd=USER)
-    assert (ended.status, "sys.exit(0)\n" in ended.output) == (1, True), ended.output
+    assert (ended.status, words in ended.output) == (1, True), ended.output
 
 
-def test_runs_of_one_name_are_counted_each(life: Lives, tmp_path: Path) -> None:
-    ended = life(*COMMAND, "seed=1,2", "run.name=same", f"run.root={tmp_path}")
-    assert (ended.status, "\n1 done, 1 failed\n" in ended.output) == (3, True), ended.output
+@pytest.mark.parametrize(
+    ("overrides", "differing"),
+    [
+        (("seed=1,2", "run.name=same"), "seed"),
+        (("seed=1,2", "run.name=same", "run.on_drift=accept"), "seed"),
+        (("seed=1,2", "run.name=same", "run.on_drift=fork"), "seed"),
+        (("+callbacks={a:{x:1}},{}", "run.name=same"), "callbacks"),
+    ],
+)
+def test_two_jobs_of_one_name_are_refused_before_any(
+    overrides: tuple[str, ...], differing: str, life: Lives, tmp_path: Path
+) -> None:
+    ended = life(*COMMAND, *overrides, f"run.root={tmp_path}")
+    assert ended.status == 2, ended.output
+    assert f"two jobs of the sweep name one run, smoke/same, and differ in {differing}" in ended.output
+    assert not runs(tmp_path)
+    assert "Traceback" not in ended.output
+    if differing == "seed":
+        assert life(*COMMAND, "seed=1,2", "run.name=NAME-${seed}", f"run.root={tmp_path}").status == 0
+        assert [*runs(tmp_path)] == ["NAME-1", "NAME-2"]
+
+
+@pytest.mark.parametrize("twice", ["runtime.num_workers=0,1", "optimizer.lr=1,1.0", "seed=1,1"])
+def test_jobs_that_compute_the_same_are_one_row(twice: str, life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND, twice, "trainer.max_steps=2", f"run.root={tmp_path}")
+    assert ended.status == 0, ended.output
+    assert "\n1 new\n" in ended.output
+    assert ended.output.count("Launching 1 jobs") == 1
+    assert "\n1 done\n" in ended.output
+    first, second = (f"{twice.partition('=')[0]}={value}" for value in twice.partition("=")[2].split(","))
+    hint = ended.output.partition("hint     two jobs are one run, smoke/")[2].splitlines()
+    assert first in hint[1]
+    assert second in hint[2]
 
 
 def test_a_sweep_over_nothing_is_a_mistake(life: Lives, tmp_path: Path) -> None:

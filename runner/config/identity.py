@@ -20,6 +20,9 @@ _ORIGIN = ("run.parent", "run.inherit")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+~-]")
 _SEPARATOR = re.compile("[,=]")
+_MAYBE_NO_TEXT = re.compile(r"[-+.\d\[{]|(true|false|null|nan|inf)$", re.IGNORECASE)
+_NAMED = re.compile(r"(\+{0,2}run\.(?:parent|name))=(?!['\"$]|\w+\()([^\"\\]*[=~][^\"\\]*)", re.DOTALL)
+_NEXT_PATH = re.compile(",(?=[^,/]*/)")
 _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add to it
 
 
@@ -49,6 +52,19 @@ def variant(overrides: Sequence[str]) -> str:
     if safe == full and len(safe) <= _LONGEST:
         return safe
     return f"{safe[: _LONGEST - 9]}~{digest(full)}"
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """The words of a command, with the names of runs in the quotes that Hydra wants because they hold ``=``, ``,`` and
+    ``~``: a name may be typed as it is printed. In a sweep, what follows a comma is another path if it has a slash.
+    """
+    sweep = {"-m", "--multirun"} & {*words}
+
+    def quoted(match: re.Match[str]) -> str:
+        runs = _NEXT_PATH.split(match[2]) if sweep else [match[2]]
+        return f'{match[1]}="' + '","'.join(runs) + '"'
+
+    return [_NAMED.sub(quoted, word) if _NAMED.fullmatch(word) else word for word in words]
 
 
 def is_name(text: str) -> bool:
@@ -89,4 +105,18 @@ def _canonical(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_canonical, value)) + "]"
     text = value.name if isinstance(value, Enum) else str(value)
-    return repr(text) if _SEPARATOR.search(text) else text  # else it could stand for two overrides
+    # Else it could stand for two overrides, or for the number 1 that is in quotes here.
+    return repr(text) if _SEPARATOR.search(text) or (isinstance(value, str) and _no_text(text)) else text
+
+
+def _no_text(text: str) -> bool:
+    """Whether a text is something else without its quotes: a number, a list, null."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not _MAYBE_NO_TEXT.match(text):
+        return False
+    try:
+        return not isinstance(OverridesParser.create().parse_rule(text, "element"), str)
+    except HydraException:
+        return False

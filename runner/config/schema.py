@@ -186,6 +186,9 @@ class RunConfig:
 class SweepConfig:
     max_retries: int = 2  # of a run that fails repeatedly, counted over all commands
     retry_failed: bool = True
+    # Each job of the basic and the joblib launcher in a process of its own; false: in that of the launcher, as a
+    # debugger needs it.
+    isolate: bool = True
 
 
 @dataclass

@@ -160,4 +160,5 @@ def _self(location: Location) -> dict[str, Any]:
         "pid": os.getpid(),
         "started": now(),
         "beat": location.beat_seconds,
+        "cluster": records.cluster_job(),
     }

@@ -34,6 +34,7 @@ FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed 
 MODEL = "model.safetensors"
 BEST = "best.safetensors"
 TENSORBOARD = "tensorboard"
+FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", TENSORBOARD, ".hydra")  # of a run, and of no other
 
 _RUN = "run.json"
 _CONFIG = "config.yaml"

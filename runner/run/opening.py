@@ -116,5 +116,5 @@ def _refusal(directory: RunDirectory, differences: list[drift.Difference], comma
         f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
         f"  go on with the new ones:        {command} run.on_drift=accept\n"
         f"  begin a new run from its state: {command} run.on_drift=fork\n"
-        f"  begin a new run from scratch:   {command} run.name={shlex.quote(directory.variant + '-2')}"
+        f"  begin a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}"
     )

@@ -1,6 +1,7 @@
 """The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -104,4 +105,8 @@ def require_same(directory: RunDirectory, parent: Parent | None) -> None:
 
 
 def _told(parent: tuple[Which, str] | None) -> str:
-    return printable(f"with run.parent={parent[0]} run.inherit={parent[1]}") if parent else "without run.parent"
+    return (
+        printable(f"with run.parent={shlex.quote(str(parent[0]))} run.inherit={parent[1]}")
+        if parent
+        else "without run.parent"
+    )

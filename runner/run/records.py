@@ -72,6 +72,11 @@ class Record:
             return True
         return False if self.claim.get("machine") == machine(self.location) else None
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which an attempt whose heartbeat has not changed is dead."""
+        return _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
+
     def watched(self, since: float | None = None) -> bool:
         """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes;
         they count from ``since`` (``time.monotonic``), when the record was read.
@@ -80,7 +85,7 @@ class Record:
         signal.
         """
         now, alive, ended = self, self.alive(), False
-        until = (since or time.monotonic()) + _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
+        until = (since or time.monotonic()) + self.patience
         while alive is None and now.beat == self.beat and not ended:
             signals.raise_if_received("while watching whether another attempt lives")
             ended = time.monotonic() >= until  # and one last look
@@ -177,6 +182,18 @@ def machine(location: Location) -> str:
     same locks.
     """
     return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.locks}"
+
+
+def cluster_job() -> list[str] | None:
+    """The cluster's job that this process belongs to, and how often it was queued again; None outside a cluster."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else None
+
+
+def requeued(before: Any, after: Any) -> bool:
+    """Whether the cluster queued the job of one attempt again, and ``after`` is the same job of the next attempt."""
+    jobs = (before, after)
+    return all(isinstance(job, list) and len(job) == 2 for job in jobs) and before[0] == after[0] and before != after
 
 
 def _boot_id() -> str:

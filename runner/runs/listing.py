@@ -1,5 +1,6 @@
 """The list of runs under a root: selection, order and table."""
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,6 +23,7 @@ STATES = (
     "complete",
     "unreadable",
 )
+_COLUMNS = ("status", "step / max", "objective", "attempts", "age", "host")
 SORTS = ("status", "step", "objective", "attempts", "age", "name")
 
 
@@ -51,8 +53,33 @@ def ordered(rows: list[Overview], column: str, *, reverse: bool = False) -> list
 
 def text(rows: list[Overview]) -> str:
     """The table."""
-    columns = ["run", "status", "step / max", "objective", "attempts", "age", "host"]
-    return screen.table(map(_cells, rows), columns)
+    return screen.table(map(_cells, rows), ["run", *_COLUMNS])
+
+
+def narrow(rows: list[Overview]) -> str:
+    """The table for a screen that may cut its lines: short names behind the values, and above it what they lack."""
+    shared, names = _short([row.run for row in rows])
+    cells = [
+        {**_cells(row), "run": name, "status": screen.cell(row.status, widest=22)}
+        for row, name in zip(rows, names, strict=True)
+    ]
+    table = screen.table(cells, [*_COLUMNS[:3], "run", *_COLUMNS[3:]])
+    return f"{f'all in {screen.cell(shared)}' if shared else ''}\n{table}"
+
+
+def _short(names: list[str]) -> tuple[str, list[str]]:
+    """What all names have in common, folders and overrides, and each name without it."""
+    if len(names) < 2:
+        return "", names
+    folders, leaves = zip(*(name.rpartition("/")[::2] for name in names), strict=True)
+    parts, words = [folder.split("/") for folder in folders], [leaf.split(",") for leaf in leaves]
+    top = len([part for part in os.path.commonpath(folders).split("/") if part])
+    alike = {*words[0]}.intersection(*words)
+    short = [
+        "/".join([*part[top:], ",".join(word for word in each if word not in alike) or ",".join(each)])
+        for part, each in zip(parts, words, strict=True)
+    ]
+    return "/".join([*parts[0][:top], ",".join(word for word in words[0] if word in alike)]), short
 
 
 def _key(row: Overview, column: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, StorageError, printable
 from runner.run import records
-from runner.run.directory import RunDirectory
+from runner.run.directory import FOLDERS, RunDirectory
 from runner.run.records import Record
 from runner.storage import find_folders
 
@@ -82,7 +82,7 @@ def find(root: str) -> dict[str, RunDirectory]:
     """All runs under a root, by their path under it. Raises ConfigError if there are none."""
     found = {
         folder: RunDirectory(root, *folder.rpartition("/")[::2], location)
-        for folder, location in find_folders(root, _MARKER).items()
+        for folder, location in find_folders(root, _MARKER, own=FOLDERS).items()
         if folder != "."
     }
     if not found:

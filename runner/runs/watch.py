@@ -37,8 +37,9 @@ def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool)
             if as_json:
                 print(json.dumps([asdict(row) for row in rows]), flush=True)
             else:
-                text = printable(f"{_summary(rows)}{problem}\n\n{listing.text(rows)}")
-                print(_frame(text) if on_terminal else f"{text}\n", end="" if on_terminal else "\n", flush=True)
+                table = listing.narrow(rows) if on_terminal else f"\n{listing.text(rows)}\n"
+                text = printable(f"{_summary(rows)}{problem}\n{table}")
+                print(_frame(text) if on_terminal else text, end="" if on_terminal else "\n", flush=True)
             time.sleep(interval)
             try:
                 rows, problem = look(), ""

@@ -1,6 +1,6 @@
 """Where bytes live. Knows nothing of runs or checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from runner.storage import local
@@ -22,15 +22,17 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
     return LocalLocation(local_root(url))
 
 
-def find_folders(url: str, marker: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Location]:
+def find_folders(
+    url: str, marker: str, options: Mapping[str, Any] | None = None, *, own: Collection[str] | None = None
+) -> Mapping[str, Location]:
     """The folders under ``url`` that hold an object called ``marker``, by relative path, sorted; on a disk also those
-    that this user may not look into. Folders inside a found one are not searched. Locations of a remote store share
-    their connections.
+    that this user may not look into. Inside a found one all but those in ``own`` are searched, without ``own`` none.
+    Locations of a remote store share their connections.
 
     Raises StorageError if a local ``url`` does not exist; a remote one without objects counts as empty.
     """
     if is_remote(url):
         from runner.storage import remote
 
-        return remote.find_folders(url, marker, options or {})
-    return local.find_folders(local_root(url), marker)
+        return remote.find_folders(url, marker, options or {}, own)
+    return local.find_folders(local_root(url), marker, own)

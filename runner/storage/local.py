@@ -11,7 +11,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -203,7 +203,7 @@ class LocalLock:
         os.close(self._descriptor)
 
 
-def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
+def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     found, left = [], [root]
     while left:  # without recursion, because folders may be nested deeper than Python calls
@@ -219,8 +219,9 @@ def find_folders(root: str, marker: str) -> dict[str, LocalLocation]:
             continue
         if marker in entries:
             found.append(folder)
-        else:
-            left += [os.path.join(folder, name) for name, is_folder in entries.items() if is_folder]
+        skipped = own if marker in entries else ()
+        if skipped is not None:
+            left += [os.path.join(folder, n) for n, is_folder in entries.items() if is_folder and n not in skipped]
     return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in found)}
 
 

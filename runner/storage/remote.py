@@ -14,7 +14,7 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -165,8 +165,10 @@ class RemoteLocation:
             raise
 
 
-def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> dict[str, RemoteLocation]:
-    """See ``storage.find_folders``. Goes down level by level, and not below a folder that has the marker."""
+def find_folders(
+    url: str, marker: str, options: Mapping[str, Any], own: Collection[str] | None
+) -> dict[str, RemoteLocation]:
+    """See ``storage.find_folders``. Goes down level by level."""
     root = RemoteLocation(url, options)
     backend = root._backend
 
@@ -185,9 +187,8 @@ def find_folders(url: str, marker: str, options: Mapping[str, Any]) -> dict[str,
             level = [
                 f"{folder}/{leaf}" if folder else leaf
                 for folder, names in listings
-                if marker not in names
                 for leaf, about in names.items()
-                if about["type"] == "directory"
+                if about["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
             ]
     return {folder: root._below(folder) for folder in sorted(found)}
 

@@ -8,14 +8,11 @@ process works on is waited for; a run that fails is tried again, and never ends 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -24,20 +21,19 @@ from omegaconf import DictConfig
 
 from runner import signals
 from runner.distributed.world import World, world
-from runner.errors import ConfigError, Interrupted, RunInUse, RunnerError
+from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
 from runner.job import Job, absolute_root, storage_options
 from runner.stop import VARIABLE, StopRequest
-from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, failed, look, refused, table
+from runner.sweep.isolation import isolated
+from runner.sweep.jobs import Jobs, Names, SignalLoader
+from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, Overrides, failed, survey, table
 
 log = logging.getLogger("runner")
 
 _instantiate = Plugins.instantiate_launcher
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-_READERS = 8
 _POLL_SECONDS = 2.0
 _WORST_LAST = (0, 75, 4, 3, 2, 5, 1)
-
-Overrides = tuple[str, ...]
 
 
 class Outcome:
@@ -66,9 +62,9 @@ def install() -> Outcome:
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
         _require_one(world())
-        loader: Any = _Loader(hydra_context.config_loader)
+        loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
-        inner = _instantiate(plugins, inner_context, task_function, config)
+        inner = _instantiate(plugins, inner_context, isolated(task_function, config), config)
         jobs = Jobs(hydra_context.config_loader, config)
         hydra_context.config_loader = jobs  # type: ignore[assignment]  # the sweeper's own
         return SweepLauncher(inner, jobs, config, outcome)
@@ -85,50 +81,6 @@ def _require_one(here: World) -> None:
         )
 
 
-class Jobs:
-    """Hydra's config loader, which remembers the job of every configuration that it composes.
-
-    A sweeper composes all configurations to validate them. To compose takes longer than to read a finished run's
-    result, so it is not done twice.
-    """
-
-    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
-        self._loader = loader
-        self._master = master
-        self._known: dict[Overrides, Job | RunnerError] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """See ``ConfigLoader``."""
-        config = self._loader.load_sweep_config(master_config, sweep_overrides)
-        with _hydra_config(config):
-            try:
-                self._known[tuple(sweep_overrides)] = Job.of(config)
-            except RunnerError as error:
-                self._known[tuple(sweep_overrides)] = error
-        return config
-
-    def job(self, overrides: Overrides) -> Job | RunnerError:
-        """The job for these overrides, or the error that they cause."""
-        if overrides not in self._known:
-            self.load_sweep_config(self._master, [*overrides])
-        return self._known.pop(overrides)
-
-
-class _Loader:
-    """Hydra's config loader for the inner launcher; installs our signal handlers again, which starting Ray replaces."""
-
-    def __init__(self, loader: ConfigLoader) -> None:
-        self._loader = loader
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """See ``ConfigLoader``."""
-        signals.install()
-        return self._loader.load_sweep_config(master_config, sweep_overrides)
-
-
 class SweepLauncher(Launcher):
     """Launches the jobs that are not done, with ``inner``, until all are done or have failed for good."""
 
@@ -137,6 +89,7 @@ class SweepLauncher(Launcher):
         # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
         self._serial = config.hydra.launcher._target_ == _BASIC
         self._jobs = jobs
+        self._names = Names()
         self._sweep = config.sweep
         self._steal = config.run.on_conflict.name == "steal"
         self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
@@ -155,13 +108,16 @@ class SweepLauncher(Launcher):
             raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
         setup_globals()
         overrides = [tuple(one) for one in job_overrides]
-        jobs = {each: self._jobs.job(each) for each in overrides}
+        composed = {each: self._jobs.job(each) for each in dict.fromkeys(overrides)}
+        run_of = self._names.distinct(overrides, composed)
+        jobs = {each: composed[each] for each in run_of.values()}
         found = self._look(jobs)
         print(f"{table([*found.values()])}\n", flush=True)
         for one in {type(one.error): one for one in found.values() if one.error}.values():  # not a hundred alike
             log.error("failed   %s: %s", one.run, one.why)
         while True:
             startable = [each for each in jobs if self._startable(found[each])]
+            startable.sort(key=lambda each: found[each].failures)  # what may end this process is last
             running = [each for each in jobs if found[each].status == RUNNING]
             signals.raise_if_received(self._progress(found))
             if startable:
@@ -173,15 +129,10 @@ class SweepLauncher(Launcher):
                 break
             found |= self._look({each: jobs[each] for each in running})
         self._outcome.last |= found
-        return [_returned(each, found[each]) for each in overrides]
+        return [_returned(each, found[run_of[each]]) for each in overrides]
 
     def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
-        def one(item: tuple[Overrides, Job | RunnerError]) -> Found:
-            overrides, job = item
-            return self._settled(look(job) if isinstance(job, Job) else refused(" ".join(overrides), job))
-
-        with ThreadPoolExecutor(_READERS) as pool:
-            return dict(zip(jobs, pool.map(one, jobs.items()), strict=True))
+        return {each: self._settled(found) for each, found in survey(jobs).items()}
 
     def _startable(self, found: Found) -> bool:
         if found.status == FAILED:
@@ -189,9 +140,14 @@ class SweepLauncher(Launcher):
         return found.status in (NEW, CUT) or (found.status == RUNNING and self._steal)
 
     def _settled(self, found: Found) -> Found:
-        """``found``, marked as ``final`` if the run has failed too often."""
-        again = self._sweep.retry_failed and found.failures <= self._sweep.max_retries
-        return found if found.status != FAILED or again else replace(found, final=True)
+        """``found``, marked as ``final`` if the run has failed, or was killed without a new checkpoint, too often."""
+        often = found.failures > self._sweep.max_retries
+        if found.status == CUT and often:
+            error = JobDied(f"{found.reason}. Run it alone to see why, or try it again with a higher sweep.max_retries")
+            return replace(found, status=FAILED, final=True, error=error)
+        return (
+            replace(found, final=True) if found.status == FAILED and (often or not self._sweep.retry_failed) else found
+        )
 
     def _launch(
         self,
@@ -214,6 +170,8 @@ class SweepLauncher(Launcher):
             for each in batch:
                 if after[each].status == FAILED:
                     log.error("failed   %s: %s", after[each].run, after[each].why)
+                elif isinstance(errors[each], JobDied):
+                    log.warning("killed   %s, at step %d or later: %s", after[each].run, after[each].step, errors[each])
         return after
 
     def _run(
@@ -227,7 +185,8 @@ class SweepLauncher(Launcher):
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
         return {
-            each: one._return_value if one.status is JobStatus.FAILED else None
+            # Without the frames: they hold what the job held.
+            each: one._return_value.with_traceback(None) if one.status is JobStatus.FAILED else None
             for each, one in zip(batch, returns, strict=True)
         }
 
@@ -259,17 +218,20 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
     """The status of a run whose job ended with ``error``, if the storage shows it as ``after``.
 
     An error of the launcher says nothing about a single job. The job has failed only if it started and made no
-    progress. If others of its batch started and it did not, it may still be ``queued`` in the cluster; it is launched
-    again, and whichever job starts first does the work.
+    progress, and then for a reason of its own. If others of its batch started and it did not, it may still be
+    ``queued`` in the cluster; it is launched again, and whichever job starts first does the work.
     """
     if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
         return after
     if error is None:
         error = LauncherError("the job ended and has no result")
-    if isinstance(error, LauncherError) and (queued or after.status == RUNNING or after.step > before.step):
+    if isinstance(error, LauncherError) and (queued or after.status == RUNNING):
         return after
-    if isinstance(error, LauncherError) and after.status == FAILED and _moved(before, after):
-        return replace(after, failures=max(before.failures + 1, after.failures))  # for a reason of its own
+    unheard = isinstance(error, LauncherError | JobDied)
+    if unheard and after.step > before.step and after.status != FAILED:
+        return after
+    if unheard and _moved(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
+        return replace(after, failures=max(before.failures + 1, after.failures))
     return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
 
 
@@ -285,15 +247,3 @@ class _Failed(JobReturn):
     """A failed job that does not raise when its value is read, because that would end the sweep."""
 
     return_value = math.nan
-
-
-@contextmanager
-def _hydra_config(config: DictConfig) -> Iterator[None]:
-    """Within the block, ``HydraConfig`` is that of this job."""
-    holder = HydraConfig.instance()
-    before, holder.cfg = holder.cfg, None
-    holder.set_config(config)
-    try:
-        yield
-    finally:
-        holder.cfg = before

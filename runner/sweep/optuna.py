@@ -31,7 +31,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate, to_absolute_path
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.config.identity import digest, variant
 from runner.errors import (
@@ -68,7 +68,7 @@ class StudyConfig:
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"optional sampler": "tpe"}])
     _target_: str = _TARGET
     sampler: Any = None  # hydra/sweeper/sampler: tpe, random, cmaes, nsgaii, motpe; absent seed: that of the experiment
-    direction: str | None = None  # absent: that of objective.mode
+    direction: Any = None  # absent: that of objective.mode
     storage: str | None = None  # an SQL database as SQLAlchemy's URL; absent: optuna.sqlite3 beside the runs
     study_name: str | None = None  # absent: made from the experiment, its overrides and the search space
     n_trials: int = 20  # of the study, over all invocations
@@ -128,7 +128,7 @@ class Study(Sweeper):
 
     def _go_on(self, space: list[str], arguments: list[str]) -> None:
         settings, plugin = self._config.hydra.sweeper, self._plugin
-        finished = _reopen(plugin, space)
+        finished = _reopen(plugin, space, self._config)
         log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
 
         plugin.job_idx = finished
@@ -204,6 +204,8 @@ def _direction(config: DictConfig) -> str:
     goal, given = config.objective, config.hydra.sweeper.direction
     if goal.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f"hydra.sweeper.direction={given}: a run has one objective. Leave the direction away")
     direction = {"min": "minimize", "max": "maximize"}[goal.mode.name]
     if given not in (None, direction):
         raise ConfigError(
@@ -243,10 +245,10 @@ def _sole(study: str, folder: str) -> Iterator[None]:
         lock.release()
 
 
-def _reopen(plugin: Any, space: list[str]) -> int:
+def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
 
-    Raises ConfigError for what cannot be searched, and for a study of the other direction or of other distributions.
+    Raises ConfigError for what cannot be searched, and for a study of another direction, other keys or distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     from optuna import create_study
@@ -259,11 +261,17 @@ def _reopen(plugin: Any, space: list[str]) -> int:
     except (ValueError, AssertionError, NotImplementedError) as error:
         told = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
         raise ConfigError(f"no search space of a study: {' '.join(space)}\n{told}") from error
+    if config.run.name and not OmegaConf.is_interpolation(config.run, "name") and "run.name" not in parameters:
+        raise ConfigError(f"all trials would be the run run.name={config.run.name}: leave run.name away")
     try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
         raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
     for trial in _trials(plugin):
+        other = trial.params.keys() ^ parameters.keys()
+        if trial.state is TrialState.COMPLETE and other and not plugin.custom_search_space_extender:
+            keys = f"{', '.join(trial.params)}, this command does {', '.join(parameters)}"
+            raise ConfigError(f"study {name} has searched {keys}. Choose another hydra.sweeper.study_name")
         for key in trial.distributions.keys() & parameters.keys():
             try:
                 check_distribution_compatibility(trial.distributions[key], parameters[key])

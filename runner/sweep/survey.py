@@ -1,13 +1,16 @@
 """The status of the runs of a sweep, found out before anything is started. Does not import torch."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
 
-from runner.checkpoint.manifest import commits
+from runner import signals
+from runner.checkpoint.manifest import CommitId, commits
 from runner.errors import ConfigError, DriftRefused, RunnerError, printable
 from runner.job import Job
 from runner.run import records
@@ -15,6 +18,9 @@ from runner.run.records import Record
 
 DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
 _SHOWN = 20  # runs of one status
+_READERS = 8
+
+Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +28,8 @@ class Found:
     """One run: its status, its last committed step and its objective.
 
     ``attempts`` is the number of the newest attempt, if the run is not done; ``failures`` is how many of the last
-    attempts failed in a row; ``final``: do not try again.
+    attempts in a row failed, or were killed without a new checkpoint; ``final``: do not try again; ``unclear``: the
+    attempt of another machine that is not known to be dead.
     """
 
     run: str
@@ -35,6 +42,7 @@ class Found:
     final: bool = False
     exit_status: int = 1
     error: BaseException | None = None
+    unclear: Record | None = field(default=None, repr=False)
 
     @property
     def why(self) -> str:
@@ -42,8 +50,21 @@ class Found:
         return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
 
 
-def look(job: Job) -> Found:
-    """The status of one run. For a finished run this takes a read and a listing."""
+def survey(jobs: Mapping[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
+    """The status of the run of each job; an error in place of a job is one that has failed."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = dict(zip(jobs, pool.map(_look, jobs.items()), strict=True))
+        unclear = {each: one.unclear for each, one in found.items() if one.unclear}
+        for each in _beating(unclear, pool):
+            found[each] = replace(found[each], status=RUNNING, failures=0, reason=unclear[each].owner())
+    return found
+
+
+def _look(item: tuple[Overrides, Job | RunnerError]) -> Found:
+    """The status of one run, if ``unclear`` is dead. For a finished run this takes a read and a listing."""
+    overrides, job = item
+    if isinstance(job, RunnerError):
+        return _refused(" ".join(overrides), job)
     name = job.directory.name
     try:
         result = job.directory.finished(job.identity) or job.open().result
@@ -52,10 +73,10 @@ def look(job: Job) -> Found:
             return Found(name, DONE, result.get("step", 0), goal.get("value"))
         return _unfinished(job)
     except RunnerError as error:
-        return refused(name, error)
+        return _refused(name, error)
 
 
-def refused(run: str, error: RunnerError) -> Found:
+def _refused(run: str, error: RunnerError) -> Found:
     """The status of a run that cannot start, because of ``error``."""
     final = isinstance(error, ConfigError | DriftRefused)
     return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status, error=error)
@@ -107,15 +128,56 @@ def _unfinished(job: Job) -> Found:
     last = history[-1]
     committed = commits(location)
     step = committed[0].step if committed else 0
-    if last.watched():
+    alive = last.alive()
+    if alive:
         return Found(name, RUNNING, step, attempts=last.number, reason=last.owner())
     if _outcome(last) == "diverged":
         return Found(name, DIVERGED, step, attempts=last.number, reason=_reason(last))
-    failures = 0
-    while failures < len(history) and _outcome(history[-1 - failures]) == "failed":
-        failures += 1
-    status = FAILED if failures else CUT
-    return Found(name, status, step, attempts=last.number, failures=failures, reason=_reason(last))
+    failures, reason = _failures(history, committed), _reason(last)
+    if last.end is None and failures:
+        reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
+    status = FAILED if _outcome(last) == "failed" else CUT
+    unclear = last if alive is None else None
+    return Found(name, status, step, attempts=last.number, failures=failures, reason=reason, unclear=unclear)
+
+
+def _failures(history: Sequence[Record], committed: Sequence[CommitId]) -> int:
+    """How many of the last attempts in a row failed, or were killed without a new checkpoint; not counting those that
+    a cluster ended to queue their job again.
+    """
+    saved = {commit.attempt for commit in committed}
+    failures, later = 0, records.cluster_job()
+    for record in reversed(history):
+        job = record.claim.get("cluster")
+        killed = record.end is None and not record.beat.get("committed") and record.number not in saved
+        if not killed and _outcome(record) != "failed":
+            break
+        failures += not (killed and records.requeued(job, later))
+        later = job
+    return failures
+
+
+def _beating(unclear: Mapping[Overrides, Record], pool: Executor) -> set[Overrides]:
+    """Those whose heartbeat changes. All are watched at the same time: a thousand dead runs take as long as one, and a
+    look at each.
+    """
+    silent, living = dict(unclear), set()
+    patience = max((record.patience for record in silent.values()), default=0.0)
+    began = time.monotonic()
+    while silent:
+        last = time.monotonic() - began > patience
+        looks = [*pool.map(lambda record: records.read(record.location, record.name), silent.values())]
+        for (each, before), now in zip([*silent.items()], looks, strict=True):
+            alive = now.alive() if now else False  # a claim may be withdrawn
+            if alive or (alive is None and now and now.beat != before.beat):
+                living.add(each)
+            if alive is False or each in living:
+                del silent[each]
+        if last:
+            break
+        signals.raise_if_received("while watching whether other machines work on runs of the sweep")
+        time.sleep(patience / 12)
+    return living
 
 
 def _outcome(record: Record) -> Any:

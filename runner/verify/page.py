@@ -3,6 +3,7 @@ each attempt.
 """
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html import escape
@@ -36,7 +37,7 @@ def write(verdict: Verdict, path: str) -> Verdict:
 def page(verdict: Verdict) -> str:
     """The page."""
     word = "PASS" if verdict.holds else "FAIL"
-    command = escape(printable(" ".join(verdict.command)))
+    command = escape(printable(shlex.join(verdict.command)))
     tried = "".join(f"<li>{escape(printable(line))}</li>" for line in verdict.plain()["tried"])
     how = f"<h2>What was repeated to find the cause</h2><ol>{tried}</ol>" if tried else ""
     return f"""<!DOCTYPE html>

@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from runner.errors import RunnerError
 from runner.tasks.classification import Classification
 
 
@@ -88,6 +89,32 @@ class Exits(Classification):
 
     def training_step(self, model, batch):
         sys.exit(0)
+
+
+class Leaves(Classification):
+    """Ends its process without Python's knowledge."""
+
+    def training_step(self, model, batch):
+        import os
+
+        os._exit(3)
+
+
+class Counted(Classification):
+    """Says how many models of earlier jobs are alive, and fails."""
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__()
+        self.error = RunnerError("mine") if own else KeyError("mine")
+
+    def training_step(self, model, batch):
+        import gc
+
+        gc.collect()
+        models = [one for one in gc.get_objects() if isinstance(one, type(model)) and one is not model]
+        roots = [one for one in models if not any(one is part for part in model.modules())]
+        print(f"alive before this job: {len(roots)} models", flush=True)
+        raise self.error
 
 
 class Slow(Classification):

@@ -1,0 +1,255 @@
+"""Jobs that are killed: by the system, by a fault in compiled code, by whoever stops the sweep."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Lives
+
+from runner.job import Job
+from runner.run import records
+from runner.run.directory import RunDirectory
+from runner.run.heartbeat import dump
+from runner.run.records import Name, Record
+from runner.storage.local import LocalLocation
+from runner.sweep import survey
+
+ROOT = Path(__file__).parent.parent
+USER = Path(__file__).parent / "user"
+COMMAND = (
+    "-m",
+    "--config-dir",
+    str(USER / "conf"),
+    "experiment=smoke",
+    "trainer.max_steps=12",
+    "checkpoint.every_steps=5",
+    "runtime.num_threads=1",
+    "runtime.audit=false",
+)
+SHARED = "sweep.isolate=false"
+
+
+def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
+    """Overrides for a task that sends its own process signals of these numbers at a training step; 0 is none."""
+    task = {"_target_": "mine.tasks.Stops", "during": "training", "call": call, "number": number}
+    return ("~task", *(f"+task.{key}={value}" for key, value in task.items()))
+
+
+def attempts(root: Path) -> dict[str, list[Record]]:
+    """The attempts at each run, by what its name says of ``number``."""
+    runs = [path.parent for path in root.glob("smoke/*/run.json")]
+    return {path.name.partition("number=")[2].partition(",")[0]: records.history(LocalLocation(path)) for path in runs}
+
+
+def outcomes(root: Path) -> dict[str, list[str]]:
+    return {number: [record.outcome() for record in history] for number, history in attempts(root).items()}
+
+
+def test_a_job_that_is_killed_ends_no_sweep_and_is_last(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, *stops("9,0"), f"run.root={tmp_path}", "sweep.max_retries=1")
+    ended = life(*command, cwd=USER)
+    assert ended.status == 1, ended.output
+    assert outcomes(tmp_path) == {"9": ["killed"] * 2, "0": ["finished"]}
+    assert "its process was killed by SIGKILL: the system does so when memory runs out" in ended.output
+    second = attempts(tmp_path)["9"][1].claim["started"]
+    assert second > (attempts(tmp_path)["0"][0].end or {})["time"], "what is new comes before what died"
+
+    ended = life(*command, cwd=USER)
+    assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
+    assert "killed before a new checkpoint, 2 times in a row. Run it alone to see why, or try it again" in ended.output
+    assert len(attempts(tmp_path)["9"]) == 2
+    life(*command, "sweep.max_retries=2", cwd=USER)
+    assert outcomes(tmp_path)["9"] == ["killed"] * 3
+
+
+def test_a_job_that_takes_the_sweep_with_it_blocks_no_other(life: Lives, tmp_path: Path) -> None:
+    """As where all processes of a container are killed, the deaths are counted over all commands."""
+    command = (*COMMAND, *stops("9,0"), f"run.root={tmp_path}", "sweep.max_retries=1", SHARED)
+    assert [life(*command, cwd=USER).status for _ in range(2)] == [None, None]
+    assert outcomes(tmp_path) == {"9": ["killed"] * 2, "0": ["finished"]}
+    ended = life(*command, cwd=USER)
+    assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
+    assert len(attempts(tmp_path)["9"]) == 2
+
+
+def test_a_job_that_dies_between_checkpoints_goes_on(life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND, *stops("9", call=8), f"run.root={tmp_path}", "sweep.max_retries=0", cwd=USER)
+    assert ended.status == 0, ended.output
+    assert outcomes(tmp_path) == {"9": ["killed", "finished"]}
+    assert ", at step 5 or later: its process was killed by SIGKILL" in ended.output
+
+
+def test_what_ends_a_process_without_a_word_is_named(life: Lives, tmp_path: Path) -> None:
+    how = (f"run.root={tmp_path}", "sweep.max_retries=0")
+    ended = life(*COMMAND, "task._target_=mine.tasks.Leaves,runner.tasks.classification.Classification", *how, cwd=USER)
+    assert ended.status == 1
+    assert "its process ended with status 3 before the job did" in ended.output
+    assert "1 done, 1 failed" in ended.output
+
+
+def test_one_dead_job_breaks_no_other_of_its_pool(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep.max_retries=0", f"run.root={tmp_path}")
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *COMMAND, *stops("9,0,11"), *launcher],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert outcomes(tmp_path) == {"9": ["killed"], "0": ["finished"], "11": ["killed"]}
+    assert "killed by SIGSEGV" in done.stdout
+    assert "the launcher ended early" not in done.stdout
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{USER}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A sweep that is at work, with a step per fifth of a second."""
+    (tmp_path / "pace").write_text("0.2")
+    command = [sys.executable, "-m", "runner", *COMMAND, "task=slow", "seed=1,2", f"run.root={tmp_path}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "trainer.max_steps=1000"],
+            cwd=tmp_path,
+            env=environment() | {"PACE": f"{tmp_path}/pace"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    job = until(lambda: at_work(tmp_path), tmp_path)
+    assert job != process.pid
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def at_work(root: Path) -> int | None:
+    """The process that has made a step of a run."""
+    last = [history[-1] for history in attempts(root).values() if history]
+    return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
+
+
+def until(found: Any, root: Path) -> Any:
+    stop = time.monotonic() + 120
+    while not (value := found()):
+        assert time.monotonic() < stop, (root / "log").read_text()
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.parametrize("whom", ["sweep", "job", "terminal"])
+def test_a_stop_signal_reaches_sweep_and_job_whoever_gets_it(
+    whom: str, slow: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    if whom == "terminal":
+        os.killpg(slow.pid, signal.SIGINT)  # as Ctrl-C does
+    else:
+        os.kill(slow.pid if whom == "sweep" else at_work(tmp_path) or 0, signal.SIGTERM)
+    assert slow.wait(120) == 75, (tmp_path / "log").read_text()
+    assert list(outcomes(tmp_path).values()) == [["interrupted"]]
+    assert "in a sweep: 0 of 2 runs are done" in (tmp_path / "log").read_text()
+
+
+def test_a_job_whose_sweep_is_killed_commits_and_ends(slow: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    slow.kill()
+    slow.wait(60)
+    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], tmp_path)
+
+
+def test_nothing_of_a_failed_job_stays_in_the_sweep(life: Lives, tmp_path: Path) -> None:
+    task = ("~task", "+task._target_=mine.tasks.Counted", "+task.own=true,false", SHARED)
+    ended = life(*COMMAND, *task, "seed=1,2", "sweep.max_retries=0", f"run.root={tmp_path}", cwd=USER)
+    assert ended.status == 1
+    assert ended.output.count("alive before this job: 0 models\n") == 4, ended.output
+
+
+def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: Any) -> RunDirectory:
+    """A run with an attempt of that number."""
+    directory = RunDirectory.under(str(root), "smoke", run)
+    directory.create({}, parent=None)
+    name = Name(number, f"{number:012x}")
+    directory.location.put(f"{name}.json", [dump({"attempt": number, "pid": 1, "host": "other", **facts})])
+    if end:
+        directory.location.put(f"{name}.end.json", [dump({"outcome": end})])
+    return directory
+
+
+def looked(*directories: RunDirectory) -> list[survey.Found]:
+    jobs = {(one.variant,): Job(one, {}, [], None, "refuse", "") for one in directories}
+    return [*survey.survey(jobs).values()]
+
+
+def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> None:
+    """Eight at a time, 3.5 seconds each, they would take two minutes; one of them lives."""
+    dead = [claimed(tmp_path, f"r{number}", 1, machine="another", beat=1.0) for number in range(280)]
+    living = claimed(tmp_path, "living", 1, machine="another", beat=1.0)
+    over = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not over.wait(0.2):
+            count += 1
+            living.location.replace(f"{Name(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        began = time.monotonic()
+        found = looked(*dead, living)
+        took = time.monotonic() - began
+    finally:
+        over.set()
+        thread.join()
+    assert [one.status for one in found] == [survey.CUT] * len(dead) + [survey.RUNNING]
+    assert took < 60
+
+
+@pytest.mark.parametrize(
+    ("attempts", "failures"),
+    [
+        ([{}], 1),
+        ([{}, {}, {}], 3),
+        ([{}, {"end": "failed"}, {}], 3),
+        ([{}, {"end": "interrupted"}, {}], 1),
+        ([{"cluster": ["7", "0"]}, {"cluster": ["7", "1"]}], 1),
+        ([{"cluster": ["7", "0"]}, {"cluster": ["8", "0"]}], 2),
+        ([{"cluster": ["7", "0"]}, {"cluster": ["7", "0"]}], 2),
+        ([{"end": "failed", "cluster": ["7", "0"]}, {"cluster": ["7", "1"]}], 2),
+        ([{"cluster": 7}, {"cluster": {}}], 2),
+    ],
+)
+def test_deaths_in_a_row_are_counted_and_requeues_are_not(
+    attempts: list[dict[str, Any]], failures: int, tmp_path: Path
+) -> None:
+    for number, facts in enumerate(attempts, 1):
+        directory = claimed(tmp_path, "run", number, machine=records.machine(LocalLocation(tmp_path)), **facts)
+    (found,) = looked(directory)
+    assert found.failures == failures
+    assert found.status == survey.CUT
+
+
+def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = claimed(tmp_path, "run", 1, machine=records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
+    for restarts, failures in ("1", 0), ("0", 1):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        assert looked(run)[0].failures == failures
