@@ -17,11 +17,11 @@ module here, there are no import cycles. Each third-party package is imported by
     3  run/ (directory, attempts, records, heartbeat, drift, parent)
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
-       shards/ (manifest, scan, records, tokens, packing)     update
+       shards/ (manifest, scan, records, tokens, packing)     update     device
     2  distributed/ (world, team, watch, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
-       signals     agreement     task (the interface)
-    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks
+       signals     agreement     task (the interface)     average
+    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks     modes
 """
 
 __version__ = "0.1.0"

@@ -11,13 +11,14 @@ from typing import Any
 import runner
 from runner import signals, topology
 from runner.agreement import led
-from runner.build import Parts, build, set_up
+from runner.build import Parts, build
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnConflict
+from runner.device import set_up
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, printable
 from runner.finish import finish
