@@ -39,7 +39,8 @@ def follow(average: AveragedModel, model: nn.Module) -> None:
     theirs, ours = ([(n, b.shape, b.dtype) for n, b in one.named_buffers()] for one in (copy, model))
     if theirs != ours:
         for old, new in zip(copy.modules(), model.modules(), strict=True):
-            old._buffers = {n: b if b is None else b.detach().clone() for n, b in new._buffers.items()}
+            old._buffers.clear()
+            old._buffers.update({n: b if b is None else b.detach().clone() for n, b in new._buffers.items()})
             old._non_persistent_buffers_set = {*new._non_persistent_buffers_set}
     average.update_parameters(model)
 

@@ -86,7 +86,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         progress=Progress(),
     )
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, validation, team)
+    evaluation = _evaluation(config.seed, task, update, layout, validation, team)
     callbacks: dict[str, Callback] = {
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
@@ -185,14 +185,15 @@ def _validation(
 
 
 def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, data: EvaluationData | None, team: Team
+    seed: int, task: Task, update: WeightUpdate, layout: Layout, data: EvaluationData | None, team: Team
 ) -> Callable[[TrainState], dict[str, float | str]] | None:
     if data is None:
         return None
 
     def report(state: TrainState) -> dict[str, float | str]:
-        key = derive("evaluation", seed, state.progress.step)
-        found = evaluate(task, state.evaluated_model, data, key=key, autocast=update.autocast, team=team)
+        key, model = derive("evaluation", seed, state.progress.step), state.evaluated_model
+        found = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
+        layout.settle()  # an evaluation may move buffers, too, in each process by the batches that it has
         return {f"val/{name}": value for name, value in found.items()}
 
     return report

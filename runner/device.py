@@ -55,7 +55,7 @@ def device_of(name: str, world: World, visible: int) -> str:
     index = device.index if device.index is not None else rank if visible > 1 else 0
     if index >= visible:
         raise ConfigError(
-            f"runtime.device={name}: this process needs cuda:{index}, and torch {torch.__version__} sees {visible} "
-            "CUDA devices here. Start one process for each device, or use runtime.device=auto or cpu"
+            f"runtime.device={name}: this machine shows {visible} CUDA devices to torch {torch.__version__}, and this "
+            f"process needs cuda:{index}; start one process for each device, or use runtime.device=auto or cpu"
         )
     return f"cuda:{index}"

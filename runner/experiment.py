@@ -55,7 +55,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         parts = build(config, device, team)
         store = CheckpointStore(location, team.channel("writer"))
         books = None if attempt is None else Books.of(attempt, location, config, parts)
-        callbacks = Wiring(config, opening, parts, store, number, books, team.ranks).callbacks()
+        callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         resumed = _resume(opening, parts, store, team.ranks)

@@ -1,6 +1,8 @@
 """Training and evaluation mode of the parts of a model."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -26,3 +28,15 @@ def train_mode(model: nn.Module) -> None:
     outer = [name for name in came if name.rpartition(".")[0] not in came - {name}]
     if came:
         log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is in evaluation mode; afterwards each part is as it was, also one that is frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

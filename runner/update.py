@@ -96,7 +96,7 @@ class WeightUpdate:
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        own = chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
+        own = chain.from_iterable(group["params"] for group in getattr(self.optimizer, "param_groups", ()))
         weights = [one for one in dict.fromkeys(chain(self.model.parameters(), own)) if one.grad is not None]
         for weight in weights:
             if weight.grad is not None and weight.grad.is_sparse:
