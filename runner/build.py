@@ -1,6 +1,6 @@
 """From a configuration to live objects: the one place that instantiates what a configuration names."""
 
-import os
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
+from runner.average import averaged
 from runner.callbacks.base import Callback
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.engine import Loading
@@ -28,11 +29,14 @@ from runner.distributed.team import Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
+from runner.modes import train_mode
 from runner.rng import seed_all
 from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate
+
+log = logging.getLogger("runner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +54,6 @@ class Parts:
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
-def set_up(config: Config, world: World) -> torch.device:
-    """Set the number of threads and determinism for this process, and return the device to train on. Raises ConfigError
-    for a device that this machine does not have.
-    """
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
-    if config.runtime.deterministic:
-        # Not use_deterministic_algorithms(): that imports the compiler, which takes a second and a half.
-        torch.set_deterministic_debug_mode("error")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
-    else:
-        torch.set_deterministic_debug_mode("default")
-    return _device(config.runtime.device, world)
-
-
 def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
     loading = _loading(config, device)
@@ -79,10 +66,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
+    train_mode(model)
     task = _instance(config.task, "task", kind=Task)
-    average = None
-    if config.trainer.ema_decay is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.trainer.ema_decay))  # type: ignore[no-untyped-call]
+    average = None if config.trainer.ema_decay is None else averaged(model, config.trainer.ema_decay)
     layout = _layout(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
@@ -100,7 +86,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         progress=Progress(),
     )
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, validation, team)
+    evaluation = _evaluation(config.seed, task, update, layout, validation, team)
     callbacks: dict[str, Callback] = {
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
@@ -150,6 +136,10 @@ def _layout(
 ) -> Layout:
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
+        if config.runtime.parallel is not Parallel.auto or config.runtime.shard is not None:
+            log.warning(
+                "alone    runtime.parallel and runtime.shard are for several processes: start them with torchrun"
+            )
         return Single()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
@@ -195,14 +185,15 @@ def _validation(
 
 
 def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, data: EvaluationData | None, team: Team
+    seed: int, task: Task, update: WeightUpdate, layout: Layout, data: EvaluationData | None, team: Team
 ) -> Callable[[TrainState], dict[str, float | str]] | None:
     if data is None:
         return None
 
     def report(state: TrainState) -> dict[str, float | str]:
-        key = derive("evaluation", seed, state.progress.step)
-        found = evaluate(task, state.evaluated_model, data, key=key, autocast=update.autocast, team=team)
+        key, model = derive("evaluation", seed, state.progress.step), state.evaluated_model
+        found = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
+        layout.settle()  # an evaluation may move buffers, too, in each process by the batches that it has
         return {f"val/{name}": value for name, value in found.items()}
 
     return report
@@ -211,25 +202,6 @@ def _evaluation(
 def _loading(config: Config, device: torch.device) -> Loading:
     runtime = config.runtime
     return Loading(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
-
-
-def _device(name: str, world: World) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world.size > 1:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"runtime.device={name}: {error}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"runtime.device={name}: exact resuming is built for cpu and cuda; use one of them")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"runtime.device={name}: this machine shows {torch.cuda.device_count()} CUDA devices to torch "
-            f"{torch.__version__}; use runtime.device=auto or cpu"
-        )
-    return device
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:

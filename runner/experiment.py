@@ -11,7 +11,7 @@ from typing import Any
 import runner
 from runner import signals, topology
 from runner.agreement import led
-from runner.build import Parts, build, set_up
+from runner.build import Parts, build
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.follow import FollowCheckpoint
@@ -20,6 +20,7 @@ from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
 from runner.data.stream import BatchStream
+from runner.device import set_up
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
@@ -56,7 +57,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         parts = build(config, device, team)
         store = CheckpointStore(location, team.channel("writer"))
         books = None if attempt is None else Books.of(attempt, location, config, parts)
-        callbacks = Wiring(config, opening, parts, store, number, books, team.ranks).callbacks()
+        callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:

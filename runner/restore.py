@@ -21,7 +21,7 @@ from runner.run.directory import RunDirectory
 from runner.run.drift import compare
 from runner.run.parent import Origin, Parent
 from runner.seeds import derive
-from runner.state import TrainState
+from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
 
@@ -216,6 +216,7 @@ def _restore(
     state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
     saved = state.optimizer.state_dict()
     state.optimizer.load_state_dict({**saved, "param_groups": groups})
+    retype(state.optimizer.state_dict().get("state"), saved.get("state"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         for _ in range(state.progress.step):

@@ -105,7 +105,7 @@ class TrainState:
             if part is self.model:
                 same_types = _types(part.state_dict()) == _types(state)
             elif part is self.optimizer and same_types:
-                _retype(part.state_dict().get("state"), state.get("state"))
+                retype(part.state_dict().get("state"), state.get("state"))
         if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
 
@@ -145,16 +145,16 @@ def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:
     return {name: value.dtype for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _retype(now: Any, saved: Any) -> Any:
+def retype(now: Any, saved: Any) -> Any:
     """What an optimizer loaded, in the types that it was saved in: torch casts all of it to those of the weights, and
     moments in fp32 beside weights in bf16, or the product of NAdam, would go on with other bits.
     """
     if isinstance(now, Tensor) and isinstance(saved, Tensor):
         return now if now.dtype == saved.dtype else saved.to(now.device)
     if isinstance(now, dict) and isinstance(saved, dict):
-        now.update({key: _retype(now[key], value) for key, value in saved.items() if key in now})
+        now.update({key: retype(now[key], value) for key, value in saved.items() if key in now})
     elif isinstance(now, list) and isinstance(saved, list):
-        now[:] = map(_retype, now, saved)
+        now[:] = map(retype, now, saved)
     return now
 
 

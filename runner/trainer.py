@@ -86,10 +86,10 @@ class Trainer:
         stream = state.stream
         loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
-        loop.stop = self._limit(loop) if loop.step else None
+        loop.stop = (self._limit(loop) if loop.step else None) or stopped
         for callback in self.callbacks:
             callback.on_start(loop)
-        loop.stop = loop.stop or stopped or self.team.poll()
+        loop.stop = loop.stop or self.team.poll()
         return loop
 
     def _limit(self, loop: Loop) -> str | None:

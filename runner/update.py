@@ -1,6 +1,7 @@
 """One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from runner.average import follow
 from runner.distributed.layout import Layout, Single
 from runner.errors import TaskError
 
@@ -38,7 +40,6 @@ class WeightUpdate:
         self.model = model
         self.optimizer = optimizer
         self.skipped = 0
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device_type = device.type
         self._dtype = _AUTOCAST.get(precision)
         self._scaler = scaler
@@ -61,18 +62,21 @@ class WeightUpdate:
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         self._layout.gather_gradients()
+        weights = self._weights()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
+            self._unscale(weights)
+        gradients = [one.grad._values() if one.grad.is_sparse else one.grad for one in weights if one.grad is not None]
         measured = {}
         if self._clip_norm is not None:
-            measured["grad_norm"] = self._clip(self._clip_norm)
-        if self._skip_nonfinite and not self._finite(loss):
+            measured["grad_norm"] = self._clip(gradients, self._clip_norm)
+        if self._skip_nonfinite and not self._finite(loss, gradients):
             self.skipped += 1
         else:
             self._move()
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters:  # also those that are not the optimizer's: no state has a gradient
-            parameter.grad = None
+        for weight in weights:  # also those that are not the optimizer's: no state has a gradient
+            weight.grad = None
         self._layout.settle()
         if self._scaler is not None:
             self._scaler.update()
@@ -86,23 +90,49 @@ class WeightUpdate:
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
 
+    def _weights(self) -> list[Tensor]:
+        """The weights that have a gradient; a sparse one has each of its elements once.
+
+        Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
+        weights, and an optimizer moves whatever has a gradient.
+        """
+        own = chain.from_iterable(group["params"] for group in getattr(self.optimizer, "param_groups", ()))
+        weights = [one for one in dict.fromkeys(chain(self.model.parameters(), own)) if one.grad is not None]
+        for weight in weights:
+            if weight.grad is not None and weight.grad.is_sparse:
+                weight.grad = weight.grad.coalesce()
+        return weights
+
+    def _unscale(self, weights: list[Tensor]) -> None:
+        """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
+        assert self._scaler is not None
+        own = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        for weight in weights:
+            if id(weight) not in own and weight.grad is not None:
+                weight.grad.div_(self._scaler.get_scale())
+
     def _move(self) -> None:
         if self._scaler is None:
             self.optimizer.step()
         else:
             self._scaler.step(self.optimizer)
-        if self._average is not None:
-            self._average.update_parameters(self.model)
+        if self._average is not None and not self._overflowed():
+            follow(self._average, self.model)
 
-    def _clip(self, most: float) -> Tensor:
-        """``nn.utils.clip_grad_norm_`` for a norm that may be distributed over processes."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+    def _overflowed(self) -> bool:
+        """Whether the loss was scaled too far, so that the optimizer was not allowed to step."""
+        if self._scaler is None:
+            return False
+        return any(found.item() for found in self._scaler._found_inf_per_device(self.optimizer).values())
+
+    def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
+        """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
         norm = self._layout.whole(nn.utils.get_total_norm(gradients))
-        nn.utils.clip_grads_with_norm_(self._parameters, most, norm)
+        if gradients:
+            torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _finite(self, loss: Tensor) -> bool:
+    def _finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
         """Whether loss and gradients are finite. Synchronises with the device, once per step."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norms = map(self._layout.whole, torch._foreach_norm(gradients))
+        norms = map(self._layout.whole, torch._foreach_norm(gradients) if gradients else ())
         return bool(self._layout.all(torch.isfinite(torch.stack([loss, *norms])).all()))

@@ -6,7 +6,7 @@ from typing import Any
 from runner.build import Parts
 from runner.callbacks.base import Callback
 from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
 from runner.callbacks.follow import FollowCheckpoint
 from runner.callbacks.guard import FiniteLoss
 from runner.callbacks.ledger import KeepLedger
@@ -17,11 +17,11 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite
 from runner.data.ledger import Ledger
+from runner.distributed.team import Team
 from runner.interval import Affordable, Interval
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
 from runner.metrics.null import NullMetrics
-from runner.ranks import Ranks
 from runner.restore import Resumed
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
@@ -63,7 +63,7 @@ class Wiring:
     store: CheckpointStore
     attempt: int
     books: Books | None
-    ranks: Ranks
+    team: Team
 
     def callbacks(self) -> dict[str, Callback]:
         """All callbacks in the order in which they run, by the names under which a checkpoint holds their state.
@@ -77,12 +77,14 @@ class Wiring:
             curves=self._curves,
             lines=NullMetrics() if books is None else books.lines,
             best=evaluation.get("best"),
+            team=self.team,
         )
         return {
             **({} if books is None else {"ledger": KeepLedger(books.ledger)}),
             **({"finite_loss": guard} if config.trainer.on_nonfinite is OnNonfinite.stop else {}),
             **evaluation,
             **{f"own.{name}": own for name, own in self.parts.callbacks.items()},
+            "last": LastEvaluation([*evaluation.values()]),
             "report": report,
             **({} if books is None else {"progress": ShowProgress(), "heartbeat": NoteProgress(books.attempt)}),
             "checkpoint": self._saver(guard, report),
@@ -114,7 +116,7 @@ class Wiring:
         checkpoint, retention = self.config.checkpoint, self._retention()
         if self.books is None:
             return FollowCheckpoint(
-                self.store, attempt=self.attempt, background=checkpoint.background, ranks=self.ranks
+                self.store, attempt=self.attempt, background=checkpoint.background, ranks=self.team.ranks
             )
         return SaveCheckpoint(
             self.store,
@@ -125,7 +127,7 @@ class Wiring:
             pins=retention.pins,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
-            ranks=self.ranks,
+            ranks=self.team.ranks,
         )
 
     def _hooks(self, books: Books, guard: FiniteLoss, report: Report, retention: Retention) -> Hooks:

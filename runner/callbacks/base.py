@@ -36,7 +36,7 @@ class Callback:
 
     The configuration's ``callbacks`` are called in their order, in every process of the run, after an evaluation and
     before anything is written. They may add to ``loop.metrics``, and end training by setting ``loop.stop`` to a word;
-    all processes must then do so.
+    all processes must then do so, and the step is evaluated if it was not.
     """
 
     def on_start(self, loop: Loop) -> None:

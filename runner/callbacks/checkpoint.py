@@ -77,7 +77,7 @@ class SaveCheckpoint(Callback):
         self._saved = loop.step
         self._restart()
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it.
-        self.act(loop, led(self.ranks, lambda: self._order(exact=True) if loop.improved else None))
+        self.act(loop, led(self.ranks, lambda: self._order(exact=True) if loop.evaluation is not None else None))
 
     def on_step(self, loop: Loop) -> None:
         self.act(loop, led(self.ranks, lambda: self.decide(loop)))

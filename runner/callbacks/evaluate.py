@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
@@ -60,6 +60,24 @@ class Evaluate(Callback):
     def _due(self, loop: Loop) -> bool:
         last = loop.stop is not None
         return last or self.interval.due(loop.step, epochs_before=loop.epochs_before, epochs=loop.epochs)
+
+
+class LastEvaluation(Callback):
+    """Evaluates at a step that a user's own callback has made the last, when evaluation had had its turn. ``calls``:
+    the callback that evaluates, and those that use its results.
+    """
+
+    def __init__(self, calls: Sequence[Callback]) -> None:
+        self.calls = calls
+
+    def on_start(self, loop: Loop) -> None:
+        if loop.step > 0:
+            self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.stop is not None and loop.evaluation is None and not loop.evaluation_due:
+            for call in self.calls:
+                call.on_step(loop)
 
 
 class Best(Callback):

@@ -10,17 +10,24 @@ from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
+from runner.distributed.team import Alone, Team
+from runner.evaluation import same_for_all
 from runner.metrics.curves import Curves
 from runner.metrics.lines import MetricLines
 from runner.metrics.null import NullMetrics
+
+_APART = (
+    "What a callback adds to loop.metrics must be the same in all processes, or it would be that of rank 0 alone. "
+    "Return it from training_step, whose metrics are means over the samples of all of them"
+)
 
 
 class Report(Callback):
     """Writes curves and metric lines every ``every_steps`` steps.
 
     The window is part of the state, so a mean over steps of two attempts equals that of the uninterrupted run. Metrics
-    stay on their device until their window is full. Means leave out values that are not finite. ``curves`` opens the
-    curves for writing from a step on.
+    stay on their device until their window is full. Means leave out values that are not finite. All processes make the
+    same report, and compare it. ``curves`` opens the curves for writing from a step on.
     """
 
     def __init__(
@@ -30,11 +37,13 @@ class Report(Callback):
         curves: Callable[[int], Curves | NullMetrics],
         lines: MetricLines | NullMetrics,
         best: Best | None,
+        team: Team | None = None,
     ) -> None:
         self.every_steps = every_steps
         self._begun = curves
         self._lines = lines
         self._best = best
+        self._team = team or Alone()
         self._curves: Curves | NullMetrics | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
@@ -101,6 +110,7 @@ class Report(Callback):
         values: dict[str, float | str] = {
             f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
         }
+        same_for_all(values, self._team, "the training", _APART)
         self._window = {}
         if loop.state.stream.substituted:
             values["data/substituted"] = float(loop.state.stream.substituted)

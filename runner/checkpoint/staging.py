@@ -15,7 +15,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._rooms: dict[str, Tensor] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
     def stage(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its tensors as they are at this moment, on the host.
@@ -27,21 +27,19 @@ class Staging:
 
     def wait(self) -> None:
         """Return when everything that was staged has arrived."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        for event in self._copied:
+            event.synchronize()
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         first: dict[object, str] = {}
         alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
         rooms = {name: self._room(name, tensors[name]) for name in first.values()}
         self._rooms = rooms  # what is no longer part of the state is given back
-        on_device = False
         for name, room in rooms.items():
             room.copy_(tensors[name], non_blocking=True)
-            on_device = on_device or tensors[name].is_cuda
-        if on_device:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+        devices = {tensors[name].device for name in rooms if tensors[name].is_cuda}
+        # An event alone would be of the current device, whatever device the copies come from.
+        self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
         return {name: rooms[alias[name]] for name in tensors}
 
     def _room(self, name: str, tensor: Tensor) -> Tensor:

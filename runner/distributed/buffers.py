@@ -8,16 +8,26 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """The buffers of models, by their places: a model may put another tensor there in every step."""
+    """The buffers of models, by their places: a model may put another tensor there in every step. Those that came after
+    the start are looked for at each step; but not those that no checkpoint has, which may be caches of any size.
+    """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
-        modules = [module for model in models for module in model.modules()]
-        self._places = [(module._buffers, name) for module in modules for name in module._buffers]
+        self._models = [*models]
+        self._first = {(module, name) for module in self._modules() for name in module._buffers}
 
     def settle(self) -> None:
         """Give them the values that they have in rank 0."""
-        found = (place[name] for place, name in self._places)
-        take_over([*{id(buffer): buffer for buffer in found if buffer is not None}.values()])
+        found = {
+            id(buffer): buffer
+            for module in self._modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and (name not in module._non_persistent_buffers_set or (module, name) in self._first)
+        }
+        take_over([*found.values()])
+
+    def _modules(self) -> Iterable[nn.Module]:
+        return (module for model in self._models for module in model.modules())
 
 
 def take_over(tensors: Sequence[Tensor]) -> None:

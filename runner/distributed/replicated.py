@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runner.distributed.buffers import Buffers, take_over
-from runner.errors import ConfigError
+from runner.errors import ConfigError, TaskError
 
 _BUCKET_BYTES = 25 << 20
 
@@ -37,10 +37,13 @@ class Replicated:
 
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
         self.told = f"ddp: {dist.get_world_size()} processes, each with the whole model"
+        self._model = models[0]
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
-        self._buckets = [_Bucket(parameters) for parameters in _split(models[0])]
-        self._frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]
+        trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
+        self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
+        self._shared = {*models[0].parameters()}  # whose values are those of rank 0
+        self._sent = {*trained.values()}  # that are in a bucket
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
@@ -52,19 +55,22 @@ class Replicated:
             take_over([tensor])
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+        came = [weight for weight in self._model.parameters() if weight not in self._shared]
+        take_over(came)  # each rank has drawn its own
+        self._shared.update(came)
         for number, micro_batch in enumerate(micro_batches, 1):
             self._last = number == self._micro_batches
             yield micro_batch
 
     def gather_gradients(self) -> None:
-        if any(parameter.grad is not None for parameter in self._frozen):
-            raise ConfigError(
-                "model: a weight is trained that was built frozen; several processes bring together the gradients of "
-                "those that were not. Build it with requires_grad, and freeze it in the task or a callback until then"
-            )
+        """Those of weights that were frozen at the start, or were not there, go last and at each step anew."""
         for bucket in self._buckets[self._next :]:
             _send(bucket)
-        for bucket in self._buckets:
+        late = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in self._sent}
+        thawed = [_Bucket(parameters) for parameters in _split(late)]
+        for bucket in thawed:
+            _send(bucket)
+        for bucket in (*self._buckets, *thawed):
             _receive(bucket)
         self._next, self._last = 0, False
 
@@ -100,13 +106,11 @@ class Replicated:
             self._next += 1
 
 
-def _split(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Trained parameters in about the order of their gradients, in buckets of one dtype and device."""
+def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in about the order of their gradients, in buckets of one dtype and device."""
     bucket: list[nn.Parameter] = []
     size = 0
-    for name, parameter in reversed([*model.named_parameters()]):
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in reversed(trained.items()):
         if parameter.layout != torch.strided:
             raise ConfigError(
                 f"model: {name} is a {parameter.layout} parameter; several processes train dense ones only"
@@ -124,6 +128,11 @@ def _split(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 def _send(bucket: _Bucket) -> None:
     """Start the sum. A parameter without a gradient here contributes zeros."""
     gradients = [parameter.grad for parameter in bucket.parameters]
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise TaskError(
+            "a gradient is sparse, as that of nn.Embedding(sparse=True); several processes bring together dense ones "
+            "only. Build it with sparse=False, or train in one process"
+        )
     pieces = [
         torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
         for parameter, gradient in zip(bucket.parameters, gradients, strict=True)

@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from runner.distributed.buffers import Buffers
 from runner.distributed.layout import blocks
+from runner.errors import ConfigError, TaskError
+
+_CANNOT = "runtime.parallel=fsdp cannot shard"
+_OTHERWISE = "Or use runtime.parallel=ddp, which keeps the whole model in each process"
 
 
 class Sharded:
@@ -26,26 +30,39 @@ class Sharded:
         replicas = dist.get_world_size() // shard
         shape, names = ((replicas, shard), ("replicate", "shard")) if replicas > 1 else ((shard,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        _require_shapes(models[0])
         for model in models:
             found = blocks(model)
             for part in (*found, model):
-                fully_shard(part, mesh=mesh)
+                try:
+                    fully_shard(part, mesh=mesh)
+                except (ValueError, NotImplementedError, AssertionError) as error:
+                    raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
                 _add_up(part)
         self.told = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
-        self._model = models[0]
+        self._models: list[Any] = models
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
 
     def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        assert isinstance(self._model, FSDPModule)
         for number, micro_batch in enumerate(micro_batches, 1):
             last = number == self._micro_batches
-            self._model.set_is_last_backward(last)
-            self._model.set_requires_gradient_sync(last)
+            self._models[0].set_is_last_backward(last)
+            self._models[0].set_requires_gradient_sync(last)
             yield micro_batch
 
     def gather_gradients(self) -> None:
-        pass  # done by the hooks of FSDP
+        """Done by the hooks of FSDP. But a pass without a backward one, as in evaluation, leaves the weights whole that
+        are not in repeated layers: neither the optimizer nor a moving average would know them.
+        """
+        for model in self._models:
+            model.reshard()
+        whole = [n for n, p in self._models[0].named_parameters() if p.grad is not None and not isinstance(p, DTensor)]
+        if whole:
+            raise TaskError(
+                f"model: {', '.join(whole)} came after the start, and each process would train its own. Give it to the "
+                f"model in its constructor. {_OTHERWISE}"
+            )
 
     def whole(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
@@ -101,6 +118,19 @@ class _ShardedOptimizer:
             for parameter, weight in zip(group["params"], kept, strict=True):
                 parameter.detach().copy_(weight)
         return state
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Raise ConfigError for parameters that cannot be cut into slices."""
+    single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
+    if single:
+        raise ConfigError(
+            f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. Give it the shape [1]. "
+            f"{_OTHERWISE}"
+        )
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse:
+        raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
 
 
 def _add_up(part: Any) -> None:

@@ -1,0 +1,116 @@
+"""When a run is evaluated, what an evaluation may leave behind, and whose report it is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crews import Crews, crews
+from lives import Lives
+from results import metric_lines, results
+
+USER = Path(__file__).parent / "user"
+ROWS = (
+    "--config-dir",
+    f"{USER}/conf",
+    "experiment=rows",
+    "trainer.max_steps=12",
+    "trainer.evaluate_every_steps=4",
+    "data.evaluation_batch_size=8",  # four batches
+    "checkpoint.every_steps=null",
+    "metrics.every_steps=2",
+    "runtime.audit=false",
+)
+WAKES = (*ROWS, "task._target_=mine.tasks.Wakes", "model._target_=mine.odd.Centres")
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
+    with crews(tmp_path_factory.mktemp("crews")) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("trainer.ema_decay=0.5",), ("+task.pushes=true",)], ids=["plain", "ema", "pushes"]
+)
+def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], life: Lives, tmp_path: Path) -> None:
+    """Neither in the buffers that it moved nor in the task. One that moves weights goes on to its end."""
+    command = (*WAKES, *more, f"run.root={tmp_path}")
+    assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
+    for call in (3, 2):
+        ended = life(*command, f"+task.call={call}", "run.name=cut", "run.on_drift=accept", cwd=USER)
+        assert ended.status == 75, ended.output
+        assert "which is committed" in ended.output
+    assert life(*command, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER).status == 0
+    require_same(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("cut", [None, 6, 7])
+def test_the_step_at_which_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
+    """Killed after that step was evaluated, before, and not at all."""
+    command = (*ROWS, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", "checkpoint.every_steps=1")
+    command = (*command, f"run.root={tmp_path}", "run.name=r")
+    if cut is not None:
+        assert life(*command, cwd=USER, step=cut).status is None
+    ended = life(*command, cwd=USER)
+    assert ended.status == 0, ended.output
+    found = results(tmp_path / "rows/r")
+    assert (found.result["step"], found.result["reason"]) == (7, "enough")
+    assert found.parts["callback.evaluate"]["step"] == 7
+    lines = {line["step"]: line for line in metric_lines(tmp_path / "rows/r")}
+    assert [step for step, line in lines.items() if "val/loss" in line] == [4, 7]
+    assert found.result["metrics"]["val/loss"] == lines[7]["val/loss"]
+    assert found.result["objective"]["value"] == min(lines[4]["val/loss"], lines[7]["val/loss"])
+    assert "train/loss" in lines[7]
+
+
+def test_a_signal_in_the_evaluation_that_a_callback_caused_delays_it(life: Lives, tmp_path: Path) -> None:
+    command = (*WAKES, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", f"run.root={tmp_path}")
+    assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
+    cut = (*command, "+task.call=6", "run.name=cut")
+    ended = life(*cut, cwd=USER)
+    assert (ended.status, "stopped after step 7" in ended.output) == (75, True), ended.output
+    ended = life(*cut, cwd=USER)
+    assert (ended.status, "finished step 7 (enough)" in ended.output) == (0, True), ended.output
+    require_same(tmp_path / "rows")
+
+
+def require_same(folder: Path) -> None:
+    """The runs differ in what they are told to do, and in nothing else."""
+    cut, whole = (results(folder / name) for name in ("cut", "whole"))
+    assert set(cut.differences(whole)) <= {"result"}
+    assert {**cut.result, "identity": 0} == {**whole.result, "identity": 0}
+
+
+@pytest.mark.parametrize("more", [("runtime.parallel=ddp",), ("runtime.parallel=fsdp", "trainer.ema_decay=0.5")])
+def test_many_processes_are_cut_short_in_an_evaluation(more: tuple[str, ...], crew: Crews, tmp_path: Path) -> None:
+    """Also where no evaluation is followed by a save, after which the weights of fsdp lie as before it."""
+    command = (*ROWS, "model._target_=mine.odd.Centres", "objective.metric=null", *more, f"run.root={tmp_path}")
+    task = ("task._target_=mine.tasks.Wakes", "+task.remembers=false")
+    assert not any(crew(2, *command, *task, "+task.call=-1", "run.name=whole", cwd=USER).statuses)
+    for call in (3, 2):
+        ended = crew(2, *command, *task, f"+task.call={call}", "run.name=cut", "run.on_drift=accept", cwd=USER)
+        assert ended.statuses == [75, 75], ended.output
+    ended = crew(2, *command, *task, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER)
+    assert ended.statuses == [0, 0], ended.output
+    require_same(tmp_path / "rows")
+
+
+def test_reports_that_differ_between_processes_are_refused(crew: Crews, tmp_path: Path) -> None:
+    command = (*ROWS, "task._target_=mine.tasks.Counts", f"run.root={tmp_path}")
+    ended = crew(2, *command, "run.name=apart", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert ended.output.count("Counts.evaluation_end reports 'share' as ") == 1, ended.output
+    assert "on rank 0, " in ended.output
+    assert "what can be averaged over samples" in ended.output
+    assert "Traceback" not in ended.output
+    assert not metric_lines(tmp_path / "rows/apart") or "val/loss" not in metric_lines(tmp_path / "rows/apart")[-1]
+    ended = crew(2, *command, "+task.together=true", "run.name=together", cwd=USER)
+    assert ended.statuses == [0, 0], ended.output
+
+
+def test_metrics_of_callbacks_that_differ_between_processes_are_refused(crew: Crews, tmp_path: Path) -> None:
+    numbers = "+callbacks.numbers._target_=mine.callbacks.Numbers"
+    ended = crew(2, *ROWS, numbers, f"run.root={tmp_path}", "run.name=r", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert ended.output.count("the training reports 'train/rank' as 0.0 on rank 0, 1.0 on rank 1") == 1, ended.output
+    assert "must be the same in all processes" in ended.output
