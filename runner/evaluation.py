@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner import signals
 from runner.data.held_out import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
@@ -37,10 +38,14 @@ def evaluate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with isolated(key), torch.no_grad(), autocast():
+        with isolated(key), torch.no_grad(), autocast(), signals.at_once(team.world.size == 1):
             told = _checked(task.evaluation_end(model, _means(task, model, data, team)), type(task).__name__)
             report: Mapping[str, float | str] = team.ranks.broadcast(told)
             return report
+    except signals.Stopped:
+        if team.world.size > 1:
+            raise
+        raise EvaluationInterrupted from None
     finally:
         for module, mode in modes.items():  # one by one: a part that the user froze stays frozen
             module.training = mode

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
+from runner import signals
 from runner.data.digest import mix_one
 from runner.data.fetch import Collate
 from runner.data.generators import isolated, seed_all
@@ -93,7 +94,7 @@ class Passes(IterableDataset[Batch]):
         self._resumed = True
 
     def __next__(self) -> Batch:
-        with isolated(draws=self.making.randomness != "off"):
+        with isolated(draws=self.making.randomness != "off"), signals.reading():
             batch = self._told()
         if batch is None:
             raise StopIteration
