@@ -82,7 +82,7 @@ class Loader:
             with without_noise():
                 self._batches = iter(self._loader)
             if self._workers and not begun:
-                self._workers.watch()
+                self._workers.watch(self._batches.end)
             return self
         except Exception as error:
             why = self._why(error, starting=not begun)
@@ -112,7 +112,7 @@ class Loader:
     def close(self) -> None:
         """End the workers, within some seconds."""
         if self._workers:
-            self._workers.close(getattr(self._batches, "end", None))
+            self._workers.close()
 
     def _why(self, error: Exception, *, starting: bool = False) -> str:
         """What went wrong in a worker or on the way from it. Raises the runner's errors, and any without workers."""
@@ -163,7 +163,7 @@ class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
     def _shutdown_workers(self) -> None:
         # Called wherever this object is collected, which is no place to wait for anything.
         if getattr(self, "_worker_pids_set", False):
-            signal_handling._remove_worker_pids(id(self))
+            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
             self._worker_pids_set = False
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import signal_handling
+from tqdm import tqdm
 
 from runner import signals
 from runner.errors import DataError
@@ -49,6 +50,7 @@ class Workers(BaseContext):
         self._processes: list[Any] = []
         self._queues: list[_Queue] = []
         self._ended = threading.Event()
+        self._ask: Callable[[], Any] | None = None
 
     def get_start_method(self, allow_none: bool = False) -> str:
         """See ``BaseContext``."""
@@ -64,8 +66,11 @@ class Workers(BaseContext):
         self._queues.append(_Queue(maxsize, ctx=self._base))
         return self._queues[-1]
 
-    def watch(self) -> None:
-        """Wake the training process when a worker dies: it may be reading a batch that was sent in half."""
+    def watch(self, ask: Callable[[], Any]) -> None:
+        """All have started; ``ask`` tells them to end. Wakes the training process when a worker dies: it may be reading
+        a batch that was sent in half.
+        """
+        self._ask = ask
         _open.add(self)
         threading.Thread(target=self._watch, name="workers", daemon=True).start()
 
@@ -87,14 +92,13 @@ class Workers(BaseContext):
             "runtime.num_workers=0."
         )
 
-    def close(self, ask: Callable[[], Any] | None = None) -> None:
-        """End all processes. ``ask`` tells them to end; whichever does not within some seconds is killed."""
+    def close(self) -> None:
+        """Ask all processes to end; whichever does not within some seconds is killed."""
         self._ended.set()
         _open.discard(self)
         alive = [process for process in self._started if process.is_alive()]
-        if ask is not None and len(alive) == len(self._started):  # the dead may have left locks behind
-            asking = threading.Thread(target=ask, daemon=True)
-            asking.start()
+        if self._ask is not None and len(alive) == len(self._started):  # the dead may have left locks behind
+            threading.Thread(target=self._ask, daemon=True).start()
             _await(alive, _PATIENCE_SECONDS)
         for process in alive:
             if process.is_alive():
@@ -103,7 +107,7 @@ class Workers(BaseContext):
         for queue in self._queues:
             queue.cancel_join_thread()
             queue.close()
-        self._queues, self._processes = [], []
+        self._queues, self._processes, self._ask = [], [], None
 
     @property
     def _started(self) -> list[Any]:
@@ -131,6 +135,9 @@ class _Queue(Queue):  # type: ignore[type-arg]
 def start_worker(number: int) -> None:
     """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the one shared by all processes stays locked when a process is killed that has it
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
