@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner import signals
 from runner.checkpoint.layout import local
 from runner.checkpoint.tree import decode, encode
 from runner.data.held_out import EvaluationData
@@ -48,11 +49,17 @@ def evaluate(
     run repeats it.
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
-    with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
-        means = _means(task, model, data, team, before)
-        if team.world.size > 1:  # those who had another batch may have drawn other numbers
-            seed_all(key)
-        report = _checked(task.evaluation_end(model, means), type(task).__name__)
+    reading = signals.at_once(team.world.size == 1)  # of which a process alone may break off the reading of data
+    try:
+        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast(), reading:
+            means = _means(task, model, data, team, before)
+            if team.world.size > 1:  # those who had another batch may have drawn other numbers
+                seed_all(key)
+            report = _checked(task.evaluation_end(model, means), type(task).__name__)
+    except signals.Stopped:
+        if team.world.size > 1 or not before.restored(team):
+            raise
+        raise EvaluationInterrupted from None
     return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _APART)
 
 

@@ -4,7 +4,7 @@ claim the attempt -> build -> newest good checkpoint -> load, generators last ->
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -53,8 +53,13 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
     here = topology.describe(device, team.world.size, spread, compiled=runtime.compile)
     facts = {"overrides": overrides, "topology": here}
-    with _attempt(opening, config, team, facts) as (number, attempt), team.explaining(), exit_is_an_error():
-        parts = build(config, device, team)
+    attempt_of_run = _attempt(opening, config, team, facts)
+    with attempt_of_run as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
+        with signals.at_once(team.world.size == 1):
+            parts = build(config, device, team)
+        stack.callback(parts.state.stream.close)
+        if parts.held_out is not None:
+            stack.callback(parts.held_out.close)
         store = CheckpointStore(location, team.channel("writer"))
         books = None if attempt is None else Books.of(attempt, location, config, parts)
         callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
@@ -63,7 +68,8 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
             found = led(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
             parts.state.stream.repeat(dict(found))
-        resumed = _resume(opening, parts, store, team.ranks)
+        with signals.at_once(team.world.size == 1):
+            resumed = _resume(opening, parts, store, team.ranks)
         if books is not None:
             books.open(resumed)
             before = records.last(location, before=number)
@@ -91,6 +97,20 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
             raise _interrupted(loop, team.stop)
         patience = config.checkpoint.max_unsaved
         return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
+
+
+@contextmanager
+def _closing() -> Iterator[ExitStack]:
+    """Within the block, data is opened, which is closed at the end. A signal that breaks off reading it, where no step
+    is whole, interrupts the attempt.
+    """
+    try:
+        with ExitStack() as stack:
+            yield stack
+    except signals.Stopped as stopped:
+        raise Interrupted(
+            f"{stopped} while data was read; run the same command again to go on from what is committed"
+        ) from None
 
 
 def _interrupted(loop: Loop, signal: str | None) -> Interrupted:

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Sequence
 
+from runner import signals
 from runner.callbacks.base import Callback, Loop
-from runner.data.stream import Read
+from runner.data.stream import Read, Stream
 from runner.distributed.layout import Layout, Single
 from runner.distributed.team import Alone, News, Team
 from runner.state import TrainState
@@ -48,6 +49,9 @@ class Trainer:
         loop = self._start(state, elapsed, stopped)
         on_step = [callback.on_step for callback in self.callbacks]
         while loop.stop is None:
+            loop.stop = self._stopped(loop.state.stream)
+            if loop.stop is not None:
+                break
             self._step(loop, began)
             loop.stop = self._limit(loop)
             for call in on_step:
@@ -57,6 +61,20 @@ class Trainer:
         for callback in reversed(self.callbacks):  # the checkpoint first, while the others are still open
             callback.on_end(loop)
         return loop
+
+    def _stopped(self, stream: Stream) -> str | None:
+        """Wait for data; returns the stop signal if one comes first, when the state is still that of the last step.
+        Other processes may be in the next step already, so only a single one stops here.
+        """
+        alone = self.team.world.size == 1
+        try:
+            with signals.at_once(alone):
+                stream.ready()
+        except signals.Stopped:
+            if not alone:
+                raise
+            return self.team.stop
+        return None
 
     def _step(self, loop: Loop, began: float) -> None:
         state, stream = loop.state, loop.state.stream

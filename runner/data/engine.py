@@ -3,27 +3,25 @@
 The state is the stream's position, so a plain ``torch.utils.data.DataLoader`` yields the same bytes (tested).
 """
 
-import atexit
-import faulthandler
-import pickle
-import signal
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 
 from runner import signals
 from runner.data.fetch import Fetched, Fetcher
 from runner.data.plan import Slice
 from runner.data.probe import Probe, digests
-from runner.errors import DataError
+from runner.data.workers import Unsent, Workers, explained, start_worker
+from runner.errors import DataError, RunnerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,41 +38,136 @@ class Loading:
 
 
 class Loader:
-    """Iterates over the batches of the given slices, in order. Workers live as long as the loader.
+    """Iterates over the batches of ``data``, pass after pass; ``key`` names it in messages. Its workers live until
+    ``close``.
 
-    With ``probe`` the first item is a worker's answer to it: the digests of some samples.
+    With a ``sampler`` the data is map-style, and each batch is ``data[item]`` of one of its items. With ``states``,
+    ``state_dict`` tells where an iterable is.
     """
 
     def __init__(
-        self, fetcher: Fetcher, slices: Iterable[Slice], loading: Loading, *, probe: Probe | None = None
+        self,
+        data: Dataset[Any],
+        sampler: Iterable[Any] | None,
+        loading: Loading,
+        *,
+        key: str = "data.train",
+        states: bool = False,
     ) -> None:
-        workers = loading.num_workers > 0
-        self._start_method = loading.start_method if workers else None
+        self._key = key
+        self._workers = Workers(loading.start_method) if loading.num_workers else None
+        self._batches: Any = None
         with without_noise():
-            self._loader: StatefulDataLoader[Any] = StatefulDataLoader(
-                fetcher if probe is None else _Probed(fetcher),
-                batch_size=None,
-                sampler=slices if probe is None else chain([probe], slices),
+            self._loader = _StatefulLoader(
+                data,
+                batch_size=None,  # they come as batches
+                sampler=sampler,
                 collate_fn=_as_is,
                 num_workers=loading.num_workers,
-                prefetch_factor=loading.prefetch if workers else None,
-                persistent_workers=workers,
-                multiprocessing_context=loading.start_method if workers else None,
+                prefetch_factor=loading.prefetch if self._workers else None,
+                persistent_workers=self._workers is not None,
+                multiprocessing_context=self._workers,
                 worker_init_fn=start_worker,
                 pin_memory=loading.pin_memory,
                 generator=torch.Generator().manual_seed(0),  # else opening it would draw from the global one
-                snapshot_every_n_steps=0,
+                snapshot_every_n_steps=int(states),
             )
+        if self._workers:
+            weakref.finalize(self, self._workers.close)
 
-    def __iter__(self) -> Iterator[Any]:
-        with without_noise(), sendable(self._start_method):
-            iterator: Iterator[Any] = iter(self._loader)
-        if self._loader.num_workers:
-            watch(iterator)
-        return iterator
+    def __iter__(self) -> "Loader":
+        """Begin a pass. Raises DataError if workers cannot start."""
+        begun = self._batches is not None
+        try:
+            with without_noise():
+                self._batches = iter(self._loader)
+            if self._workers and not begun:
+                self._workers.watch(self._batches.end)
+            return self
+        except Exception as error:
+            why = self._why(error, starting=not begun)
+        raise self._failure(why)
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            why = self._why(error)
+        else:
+            if not isinstance(batch, Unsent):
+                return batch
+            why = batch.why
+        raise self._failure(why)
+
+    def state_dict(self) -> Any:
+        """Where the pass is, after the last batch."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Where the first pass is to begin."""
+        self._loader.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the workers, within some seconds."""
+        if self._workers:
+            self._workers.close()
+
+    def _why(self, error: Exception, *, starting: bool = False) -> str:
+        """What went wrong in a worker or on the way from it. Raises the runner's errors, and any without workers."""
+        if self._workers is None or isinstance(error, RunnerError):
+            raise error
+        return self._workers.death() or (self._workers.unstarted(error) if starting else explained(error))
+
+    def _failure(self, why: str) -> BaseException:
+        """End the workers, and return the error to raise; without a cause, whose frames would keep open what there is
+        too little of.
+        """
+        self.close()
+        if stopped := signals.received():  # a signal to the whole group of processes may end workers, too
+            return signals.Stopped(stopped)
+        return DataError(f"{self._key}: {why}")
 
 
-class _Probed(Dataset[Any]):
+class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
+    """Its iterators over workers are ours."""
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers == 0:
+            return super()._get_iterator()
+        state: Any = self.next_iter_state  # type: ignore[has-type]
+        self.next_iter_state = None
+        return _Iterator(self, state)
+
+
+class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
+    """Whose wait for a worker is broken off by signals, and which leaves the end of workers to ``Workers``."""
+
+    def __init__(self, loader: _StatefulLoader, state: Any) -> None:
+        self._held: Any = loader.multiprocessing_context
+        super().__init__(loader, state)
+
+    def end(self) -> None:
+        """Ask all workers to end. May wait for ever, if one of them was killed."""
+        super()._shutdown_workers()
+
+    def _get_data(self) -> Any:
+        with signals.reading(self._raise_if_dead):
+            return super()._get_data()
+
+    def _raise_if_dead(self) -> None:
+        if (why := self._held.death()) and not signals.received():
+            raise RuntimeError(why)
+
+    def _shutdown_workers(self) -> None:
+        # Called wherever this object is collected, which is no place to wait for anything.
+        if getattr(self, "_worker_pids_set", False):
+            signal_handling._remove_worker_pids(id(self))  # type: ignore[attr-defined]
+            self._worker_pids_set = False
+
+
+class Probed(Dataset[Any]):
     """A fetcher that also answers a probe."""
 
     def __init__(self, fetcher: Fetcher) -> None:
@@ -87,22 +180,6 @@ class _Probed(Dataset[Any]):
 
 
 @contextmanager
-def sendable(start_method: str | None) -> Iterator[None]:
-    """Within the block, an error in pickling a data set for new processes becomes a DataError with a remedy."""
-    try:
-        yield
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        if not any(word in str(error).lower() for word in ("pickle", "local object")):  # the latter from Python 3.12 on
-            raise
-        method = start_method or torch.multiprocessing.get_start_method()
-        raise DataError(
-            f"the data set or its collate function cannot be sent to data workers, which runtime.start_method={method} "
-            f"requires: {error}. Define functions and classes at the top of a module (no lambda), open files when they "
-            "are first read, or use runtime.start_method=fork or runtime.num_workers=0."
-        ) from error
-
-
-@contextmanager
 def without_noise() -> Iterator[None]:
     """Within the block, suppress warnings that a user cannot avoid."""
     with warnings.catch_warnings():
@@ -111,29 +188,5 @@ def without_noise() -> Iterator[None]:
         yield
 
 
-def start_worker(number: int) -> None:
-    """The first action of a data worker."""
-    signals.ignore()  # the training process decides when to stop
-    with suppress(Exception):  # stderr may be anything
-        faulthandler.register(signal.SIGQUIT)  # by which the watchdog of a run that stands still asks where it is
-
-
-def watch(iterator: Any) -> None:
-    """End the workers of this iterator when the process ends."""
-    _running.add(iterator)
-
-
 def _as_is(fetched: Any) -> Any:
     return fetched
-
-
-_running: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End workers of loaders that are still alive at exit, as after an error. They ignore SIGTERM, so multiprocessing
-    would wait for them for ever.
-    """
-    for iterator in [*_running]:
-        iterator._shutdown_workers()

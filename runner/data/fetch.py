@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from runner import signals
 from runner.data.digest import Words, digest_words, mix
 from runner.data.generators import isolated, peek, seed_all, seed_others
 from runner.data.order import Indices
 from runner.data.plan import Plan, Slice
+from runner.data.workers import remedy
 from runner.errors import DataError
 from runner.recent import Recent
 from runner.seeds import derive
@@ -22,6 +24,7 @@ from runner.seeds import derive
 Collate = Callable[[list[Any]], Any]
 
 _BLOCK = 1024  # neighbouring positions that are looked up together
+_SHAPES = "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
 SUBSTITUTES = 8  # tried for one bad record
 _PAUSES = (0.1, 0.5, 2.0)  # seconds before further tries to read a sample
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -100,7 +103,7 @@ class Fetcher(Dataset[Fetched]):
         self._digest = 0
 
     def __getitem__(self, piece: Slice) -> Fetched:
-        with isolated(draws=self.plan.randomness != "off"):
+        with isolated(draws=self.plan.randomness != "off"), signals.reading():
             try:
                 rows = self._rows(piece)
             except _Unreadable as error:
@@ -228,7 +231,7 @@ def unreadable(bad: Bad, samples: Samples, *, remedy: str) -> DataError:
 def _not_collated(rows: list[Any], first: int, error: Exception) -> str:
     return (
         f"the {len(rows)} samples from position {first} on cannot be collated to a batch:\n{_told(error)}\n"
-        "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
+        f"{remedy(error) or _SHAPES}"
     )
 
 

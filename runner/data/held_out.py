@@ -50,7 +50,7 @@ class EvaluationData:
         fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
         if audit:
             require_pure(fetcher)
-        self._loader = Loader(fetcher, self._slices, loading)
+        self._loader = Loader(fetcher, self._slices, loading, key="data.validation")
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch(fetcher)}
         self.device = device
 
@@ -59,6 +59,10 @@ class EvaluationData:
         was, now = then["length"], self.fingerprint["length"]
         found = [] if was == now else [f"{was} samples then, {now} now"]
         return found + differences(then["samples"], self.fingerprint["samples"])
+
+    def close(self) -> None:
+        """End the workers, within some seconds."""
+        self._loader.close()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Batches on the device, each with its number of samples (0: padding)."""

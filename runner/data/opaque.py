@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import xxhash
 from torch.utils.data import default_collate
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from runner.data.engine import Loading, sendable, start_worker, watch, without_noise
+from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate
 from runner.data.foreign import iterator, stateful
 from runner.data.ledger import Line
@@ -96,28 +95,23 @@ class OpaqueStream:
 
     def open(self) -> None:
         """Start loading after the last finished step."""
+        self.close()
         workers, method = self._loading.num_workers, self._loading.start_method
         turn = multiprocessing.get_context(method).Lock() if workers else nullcontext()
-        with without_noise():
-            self._loader: StatefulDataLoader[Batch] = StatefulDataLoader(
-                Passes(self._samples, self._making, turn),
-                batch_size=None,  # they come as batches
-                collate_fn=_as_is,
-                num_workers=workers,
-                prefetch_factor=self._loading.prefetch if workers else None,
-                persistent_workers=workers > 0,
-                multiprocessing_context=method if workers else None,
-                worker_init_fn=start_worker,
-                pin_memory=self._loading.pin_memory,
-                generator=torch.Generator().manual_seed(0),  # else opening it would draw from the global one
-                snapshot_every_n_steps=1,
-            )
+        passes = Passes(self._samples, self._making, turn)
+        self._batches = Loader(
+            passes, None, self._loading, key=f"data.train (a {type(self._samples).__qualname__})", states=True
+        )
         if self._saved is not None:
-            self._loader.load_state_dict(deepcopy(self._saved))
+            self._batches.load_state_dict(deepcopy(self._saved))
         self._pass, self._ahead = self.epochs, None
         self._untouched = self._saved is None
         self._behind = max(1, workers) if self._making.replay and self._saved is not None else 0
         self._saved = self._begin_pass()
+
+    def ready(self) -> None:
+        """Wait for the first micro-batch of the next step."""
+        self._look_ahead()
 
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step, each with its share of the step, on the device."""
@@ -189,13 +183,14 @@ class OpaqueStream:
             return ["another kind of data, or another number of workers"]
         return []
 
+    def close(self) -> None:
+        """End the workers."""
+        if self._batches is not None:
+            self._batches.close()
+
     def _begin_pass(self) -> Any:
         """Let the workers begin a pass, or go on where they were told to; the state of the loader then."""
-        with without_noise(), sendable(self._loading.start_method):
-            self._batches = iter(self._loader)
-        if self._loading.num_workers:
-            watch(self._batches)
-        return self._batches.state_dict()
+        return iter(self._batches).state_dict()
 
     def _look_ahead(self) -> None:
         """Have the next batch at hand, or the error that belongs to the step which asks for it."""
@@ -203,8 +198,7 @@ class OpaqueStream:
             self._ahead = self._ahead or self._read()
         except DataError as error:
             self._ahead = error
-            if self._loading.num_workers:
-                self._batches._shutdown_workers()  # the error refers to this stream, which may thus live on for long
+            self.close()  # the error refers to this stream, which may thus live on for long
 
     def _read(self) -> Batch:
         """The next batch, from the next pass where one has ended."""
@@ -225,14 +219,8 @@ class OpaqueStream:
         return batch
 
     def _received(self) -> Batch | None:
-        try:
-            behind, self._behind = self._behind > 0, self._behind - 1
-            batch: Batch | None = self._read_again() if behind else next(self._batches, None)
-        except RuntimeError as error:  # a worker died
-            raise DataError(
-                f"data.train (a {type(self._samples).__qualname__}) cannot be read in pass {self._pass}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        behind, self._behind = self._behind > 0, self._behind - 1
+        batch: Batch | None = self._read_again() if behind else next(self._batches, None)
         return batch
 
     def _read_again(self) -> Batch | None:
@@ -269,10 +257,6 @@ def _require_resumable(samples: Any, *, replay: bool) -> None:
             "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
             "data.replay=true: every resume then reads the current pass again up to there"
         )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _add(value: Any, content: Any) -> None:

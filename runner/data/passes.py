@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
+from runner import signals
 from runner.data.digest import mix_one
 from runner.data.fetch import Collate
 from runner.data.foreign import duplicate, not_plain, packed, stateful, unpacked
@@ -95,7 +96,7 @@ class Passes(IterableDataset[Batch]):
         self._resumed = True
 
     def __next__(self) -> Batch:
-        with isolated(draws=self.making.randomness != "off"):
+        with isolated(draws=self.making.randomness != "off"), signals.reading():
             batch = self._told()
         if batch is None:
             raise StopIteration

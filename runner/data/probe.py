@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner import signals
 from runner.data.fetch import Fetcher, location
 from runner.data.generators import isolated
 from runner.errors import DataError
@@ -129,7 +130,7 @@ class _Unreadable(str):
 
 def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
     rows: list[Any] = []
-    with isolated(draws=True):
+    with isolated(draws=True), signals.reading():
         for index in chosen:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))

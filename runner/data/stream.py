@@ -5,13 +5,14 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from runner.data import probe
-from runner.data.engine import Loader, Loading
-from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetcher, Samples, unreadable
+from runner.data.engine import Loader, Loading, Probed
+from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
 from runner.data.ledger import Line
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
@@ -63,6 +64,9 @@ class Stream(Protocol):
         restored.
         """
 
+    def ready(self) -> None:
+        """Wait for the first micro-batch of the next step. A stop signal may raise ``signals.Stopped``."""
+
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
@@ -79,6 +83,9 @@ class Stream(Protocol):
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """In what the data of a saved position is not this data, in words."""
+
+    def close(self) -> None:
+        """End the workers, within some seconds."""
 
 
 class BatchStream:
@@ -112,8 +119,9 @@ class BatchStream:
         self._loading = loading
         self._device = device
         self._steps: Iterator[list[Slice]] = iter(())
-        self._batches: Iterator[Any] | None = None
+        self._batches: Loader | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
+        self._ahead: Fetched | None = None
         self._step: tuple[int, int, Read] | None = None  # first position, count: of the current step, once handed out
 
     @property
@@ -139,30 +147,36 @@ class BatchStream:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
         restored.
         """
+        self.close()
         order, world = self._fetcher.order, self.plan.world
         self._steps = self.plan.steps(self.consumed, order)
         steps = self.plan.steps(self.consumed, order)  # far ahead of the others
         ours = (piece for step in steps for piece in step[world.rank :: world.size])
         probed = self._found is not None and self._loading.num_workers > 0
-        asked = probe.Probe(probe.indices(self.plan.samples)) if probed else None
-        self._batches = iter(Loader(self._fetcher, ours, self._loading, probe=asked))
-        self._probed = probed
+        asked = [probe.Probe(probe.indices(self.plan.samples))] if probed else []
+        data = Probed(self._fetcher) if probed else self._fetcher
+        self._batches = Loader(data, chain(asked, ours), self._loading)
+        iter(self._batches)
+        self._probed, self._ahead = probed, None
 
-    def step(self) -> Iterator[tuple[float, Any]]:
-        """The micro-batches of the next step, on the device, each with its share of the step's samples."""
+    def ready(self) -> None:
+        """Wait for the first micro-batch of the next step."""
         assert self._batches is not None, "open() comes first"
         if self._probed:
             assert self._found is not None
-            self._probed = False
             probe.require_same_in_worker(self._fetcher, self._found, next(self._batches))
+            self._probed = False
+        self._ahead = self._ahead or self._next()
+
+    def step(self) -> Iterator[tuple[float, Any]]:
+        """The micro-batches of the next step, on the device, each with its share of the step's samples."""
+        self.ready()
         slices = next(self._steps)
         total = sum(piece.count for piece in slices)
         ours = slices[self.plan.world.rank :: self.plan.world.size]
         digest, swaps, self._step = 0, "", None
         for number, piece in enumerate(ours, 1):
-            asked = time.perf_counter()
-            first, batch, found, bad, failure = next(self._batches)
-            self.waited += time.perf_counter() - asked
+            (first, batch, found, bad, failure), self._ahead = self._ahead or self._next(), None
             if failure:
                 raise DataError(f"data.train: {failure}")
             assert first == piece.first, f"the loader delivered position {first} where {piece.first} was due"
@@ -233,6 +247,18 @@ class BatchStream:
         if then.get("text", "") != self._fingerprint["text"]:
             changed.append(f"fingerprint: {then.get('text') or 'none'} then, {self._fingerprint['text'] or 'none'} now")
         return changed
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def _next(self) -> Fetched:
+        assert self._batches is not None
+        asked = time.perf_counter()
+        fetched: Fetched = next(self._batches)
+        self.waited += time.perf_counter() - asked
+        return fetched
 
     def _tell(self, bad: Sequence[Bad]) -> str:
         """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
