@@ -30,7 +30,7 @@ from runner.run import attempts, records
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import Opening, begin
-from runner.run.parent import Origin
+from runner.run.parent import Origin, anew
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
@@ -156,7 +156,8 @@ def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks
     evidence = partial(_evidence, opening.directory.location)
     origin = Origin.of(opening.directory)
     fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, ranks)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
+    begun = partial(anew, opening.command, opening.directory)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
 
 
 def _evidence(location: Location) -> str | None:

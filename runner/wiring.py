@@ -132,7 +132,9 @@ class Wiring:
         def mark(step: int) -> dict[str, Any]:
             guard.check()
             ledger.mark(step)
-            return {"identity": self.opening.identity, "metrics": report.mark(step)}
+            facts = {"identity": self.opening.identity, "metrics": report.mark(step)}
+            changes = self.parts.state.changes()
+            return facts | {"structure": changes} if changes else facts
 
         def flush() -> None:
             ledger.flush()

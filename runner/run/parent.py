@@ -1,6 +1,7 @@
 """The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,6 +88,13 @@ class Origin:
     def record(self) -> dict[str, Any]:
         """As plain values, for ``run.json``."""
         return asdict(self)
+
+
+def anew(command: str, directory: RunDirectory, step: int) -> str:
+    """The words with which a message offers a step of a run for a new one; its command can be pasted into a shell."""
+    name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
+    more = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
+    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(more)}"
 
 
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
