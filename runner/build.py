@@ -29,7 +29,7 @@ from runner.distributed.team import Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
-from runner.rng import isolated, seed_all
+from runner.rng import seed_all
 from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
@@ -100,7 +100,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         stream=stream,
         progress=Progress(),
     )
-    state.built = Structure(state.parts(), optimizer, partial(_again, config.model))
+    state.built = Structure(state.parts(), optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, validation, team)
     callbacks: dict[str, Callback] = {
@@ -119,12 +119,6 @@ def _model(node: Any) -> nn.Module:
             "loaded: give the sizes, or call the model on zeros at the end of its constructor"
         )
     return model
-
-
-def _again(node: Any) -> nn.Module:
-    """Another model, for a trial; the generators are left as they were."""
-    with isolated(0):
-        return _model(node)
 
 
 def _update(

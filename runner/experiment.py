@@ -77,13 +77,31 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         )
         saver = callbacks["checkpoint"]
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
-        with closing(saver):
+        if isinstance(saver, SaveCheckpoint):
+            saver.begins = resumed.origin is not None
+        with closing(saver), _advising(opening, parts):
             loop = trainer.fit(
                 parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
             )
         if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
             raise _interrupted(loop, team.stop)
         return finish(opening, parts, store, callbacks, loop, team.ranks)
+
+
+@contextmanager
+def _advising(opening: Opening, parts: Parts) -> Iterator[None]:
+    """Say how to go on from the last checkpoint, where training ends because it did not stay finite."""
+    try:
+        yield
+        if 0 < parts.state.progress.step <= parts.update.in_a_row:
+            raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
+    except NonFiniteError as error:
+        if opening.identity["trainer"]["on_nonfinite"] == "stop":
+            how = "trainer.on_nonfinite=skip run.on_drift=accept"
+            error.args = (
+                f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {opening.command} {how}",
+            )
+        raise
 
 
 def _interrupted(loop: Loop, signal: str | None) -> Interrupted:

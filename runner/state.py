@@ -113,6 +113,10 @@ class TrainState:
         buffers = changes.get("buffers", {}).get("model", ())
         return self.built is not None and {*parts} == {*self.parts()} and self.built.fits(shapes, buffers, sizes)
 
+    def weights(self) -> list[str]:
+        """The names, in a commit, of what has to be finite."""
+        return [f"{part}{name}" for part in ("model/", "average/module.") for name in self.trained()]
+
     def trained(self) -> list[str]:
         """The names of the weights that have to be finite: those that are trained, unless they were built otherwise."""
         odd = self.built.odd if self.built else ()

@@ -112,7 +112,11 @@ class Wiring:
         checkpoint, retention = self.config.checkpoint, self._retention()
         if self.books is None:
             return FollowCheckpoint(
-                self.store, attempt=self.attempt, background=checkpoint.background, ranks=self.ranks
+                self.store,
+                attempt=self.attempt,
+                background=checkpoint.background,
+                ranks=self.ranks,
+                weights=self.parts.state.weights,
             )
         return SaveCheckpoint(
             self.store,
@@ -123,6 +127,8 @@ class Wiring:
             pins=retention.pins,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
+            best=checkpoint.keep_best,
+            weights=self.parts.state.weights,
             ranks=self.ranks,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runner.checkpoint.layout import is_distributed, local
 from runner.checkpoint.tensors import is_finite
 from runner.errors import StateError
+from runner.rng import isolated
 
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for a value that is none
 
@@ -93,7 +94,8 @@ class Structure:
         """Whether the model's own code makes of a new model what this one is."""
         if not any(map(_loads_itself, module.modules())):
             return False
-        model, state = self._again(), module.state_dict()
+        with isolated(0):
+            model, state = self._again(), module.state_dict()
         _resize(model, buffers, state)
         try:
             model.load_state_dict(state)
