@@ -86,7 +86,9 @@ def restore_newest(
             store.damaged.add(commit)
             unusable.append(_why(commit, error))
         except (StateError, NonFiniteError) as error:
-            older = _older(state, store, commits[number + 1 :], identity, ranks)
+            tried = {other.step for other in commits[: number + 1]}  # a step is that of its newest commit
+            rest = [other for other in commits[number + 1 :] if other.step not in tried]
+            older = _older(state, store, rest, identity, ranks)
             error.args = (
                 f"{error}\n{anew(older) if older else 'No older checkpoint is kept that fits and is finite.'}",
             )

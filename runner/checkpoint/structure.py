@@ -96,11 +96,11 @@ class Structure:
             return False
         with isolated(0):
             model, state = self._again(), module.state_dict()
-        _resize(model, buffers, state)
-        try:
-            model.load_state_dict(state)
-        except Exception:  # of a user's code
-            return False
+            _resize(model, buffers, state)
+            try:
+                model.load_state_dict(state)
+            except Exception:  # of a user's code
+                return False
         return _kinds(model) == now
 
     def _regrouped(self, step: int, parts: Mapping[str, Any], groups: list[list[Tensor]]) -> list[list[str]] | None:

@@ -21,13 +21,15 @@ class Remembers(MLP):
             self.seen = torch.cat([self.seen, x.detach().mean().reshape(1)])
             if len(self.seen) > 2:
                 self.mean = self.seen.double().mean()
-        return super().forward(x - (0 if self.mean is None else self.mean).float() if self.mean is not None else x)
+        return super().forward(x if self.mean is None else x - self.mean.float())
 
 
 class Lazy(MLP):
     """Makes a layer by hand when it first sees data."""
 
-    extra: nn.Module | None = None
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.extra = None
 
     def forward(self, x):
         if self.extra is None:
@@ -66,11 +68,10 @@ class Changes(Classification):
         return {**metrics, "loss": metrics["loss"] * self.scale.mean()}
 
     def optimization_step(self, model, micro_batches, update):
+        self.scale.grad = None  # until the optimizer has it, nobody else does
         if self.steps == self.at:
             getattr(self, self.what)(model, update)
         self.steps += 1
-        if self.what == "spoil" and self.steps > self.at:
-            next(iter(model.parameters())).register_hook(lambda gradient: gradient * torch.nan)
         return super().optimization_step(model, micro_batches, update)
 
     def state_dict(self):
@@ -86,14 +87,14 @@ class Changes(Classification):
         """Only its own state gets a new key."""
 
     def add(self, model, update):
-        first = [p for name, p in model.named_parameters() if not name.startswith("layers.2")]
+        first = [p for name, p in model.named_parameters() if name.startswith("layers.1")]
         update.optimizer.add_param_group({"params": first, "lr": 1e-3, "mark": 7})
 
     def add_own(self, model, update):
         update.optimizer.add_param_group({"params": [self.scale], "lr": 1e-2})
 
     def add_foreign(self, model, update):
-        update.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5))]})
+        update.optimizer.add_param_group({"params": [("own", nn.Parameter(torch.ones(5)))]})
 
     def remove(self, model, update):
         group = update.optimizer.param_groups[0]
@@ -102,8 +103,20 @@ class Changes(Classification):
     def replace(self, model, update):
         update.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def half(self, model, update):
-        model.to(torch.bfloat16).to(torch.float64)
+    def widen(self, model, update):
+        model.layers[4] = nn.Linear(64, 12)
+        update.optimizer.param_groups[0]["params"] = [*model.parameters()]
+
+    def untie(self, model, update):
+        """The optimizer goes on with what the model no longer has."""
+        model.layers[4].weight = nn.Parameter(model.layers[4].weight.detach().clone())
 
     def spoil(self, model, update):
-        """From now on the first weight has NaN for a gradient."""
+        """This step's gradient is NaN, and its loss is not."""
+        handle = next(iter(model.parameters())).register_hook(lambda gradient: handle.remove() or gradient * torch.nan)
+
+    def move(self, model, update):
+        """A weight gets a group of its own."""
+        group = update.optimizer.param_groups[0]
+        name, weight = group["param_names"].pop(0), group["params"].pop(0)
+        update.optimizer.add_param_group({"params": [(name, weight)], "lr": 1e-3, "weight_decay": 0.5})
