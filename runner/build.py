@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.average import averaged
 from runner.callbacks.base import Callback
+from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.engine import Loading
 from runner.data.held_out import EvaluationData, checked
@@ -85,6 +86,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         stream=stream,
         progress=Progress(),
     )
+    state.built = Structure(state.parts(), optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, layout, validation, team)
     callbacks: dict[str, Callback] = {

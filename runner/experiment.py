@@ -33,7 +33,7 @@ from runner.run import attempts, records
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import Opening, begin
-from runner.run.parent import Origin
+from runner.run.parent import Origin, anew
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
@@ -89,7 +89,9 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         )
         saver = callbacks["checkpoint"]
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
-        with closing(saver):
+        if isinstance(saver, SaveCheckpoint):
+            saver.begins = resumed.origin is not None
+        with closing(saver), _advising(opening, parts):
             loop = trainer.fit(
                 parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
             )
@@ -111,6 +113,22 @@ def _closing() -> Iterator[ExitStack]:
         raise Interrupted(
             f"{stopped} while data was read; run the same command again to go on from what is committed"
         ) from None
+
+
+@contextmanager
+def _advising(opening: Opening, parts: Parts) -> Iterator[None]:
+    """Say how to go on from the last checkpoint, where training ends because it did not stay finite."""
+    try:
+        yield
+        if 0 < parts.state.progress.step <= parts.update.in_a_row:
+            raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
+    except NonFiniteError as error:
+        if opening.identity["trainer"]["on_nonfinite"] == "stop":
+            how = "trainer.on_nonfinite=skip run.on_drift=accept"
+            error.args = (
+                f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {opening.command} {how}",
+            )
+        raise
 
 
 def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
@@ -183,7 +201,8 @@ def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks
     evidence = partial(_evidence, opening.directory.location)
     origin = Origin.of(opening.directory)
     fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, ranks=ranks)
+    begun = partial(anew, opening.command, opening.directory)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
 
 
 def _evidence(location: Location) -> str | None:

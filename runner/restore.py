@@ -2,19 +2,22 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from runner import signals
-from runner.agreement import led
+from runner.agreement import led, together
+from runner.checkpoint.layout import local
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.opened import Checkpoint
 from runner.checkpoint.retention import ranked
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
-from runner.errors import ConfigError, NoLoadableCheckpoint, StorageError, printable
+from runner.checkpoint.tensors import Damaged, is_finite
+from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
 from runner.ranks import ALONE, Ranks
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
@@ -59,24 +62,37 @@ def restore_newest(
     *,
     evidence: Callable[[], str | None],
     fresh: Callable[[], Resumed],
+    anew: Callable[[int], str] = str,
     ranks: Ranks = ALONE,
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
     ``evidence`` returns a description of any trace of an earlier commit, or None. Raises NoLoadableCheckpoint, and then
-    has changed nothing. All ``ranks`` load the same checkpoint: one that is damaged for one rank is damaged for all.
+    has changed nothing; StateError or NonFiniteError for a checkpoint from which training cannot go on, with what
+    ``anew`` says of the newest older one from which it can. All ``ranks`` load the same checkpoint: one that is damaged
+    for one rank is damaged for all.
     """
     unusable: list[str] = []
     names = led(ranks, lambda: [commit.commit for commit in store.commits()])
-    for commit in filter(None, (parse_commit(name.rpartition("/")[2]) for name in names)):
+    commits = [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
+    for number, commit in enumerate(commits):
         try:
             checkpoint = store.open(commit, ranks)
             _restore(state, checkpoint, identity)
+            together(ranks, partial(_require_finite, state, commit))
             store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
             store.damaged.add(commit)
             unusable.append(_why(commit, error))
+        except (StateError, NonFiniteError) as error:
+            tried = {other.step for other in commits[: number + 1]}  # a step is that of its newest commit
+            rest = [other for other in commits[number + 1 :] if other.step not in tried]
+            older = _older(state, store, rest, identity, ranks)
+            error.args = (
+                f"{error}\n{anew(older) if older else 'No older checkpoint is kept that fits and is finite.'}",
+            )
+            raise
     trace = led(ranks, evidence)
     if trace is not None:
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
@@ -212,15 +228,40 @@ def _restore(
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
         state.restore(checkpoint, without=without, memories=memories)
         return
-    groups = state.optimizer.state_dict()["param_groups"]
+    built = state.optimizer.state_dict()["param_groups"]
     state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
     saved = state.optimizer.state_dict()
+    # Groups that training added have no other settings, and what it added to a group stays.
+    new = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in built]
+    new += [{}] * (len(saved["param_groups"]) - len(new))
+    groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], new, strict=False)]
     state.optimizer.load_state_dict({**saved, "param_groups": groups})
     retype(state.optimizer.state_dict().get("state"), saved.get("state"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         for _ in range(state.progress.step):
             state.scheduler.step()
+
+
+def _require_finite(state: TrainState, commit: CommitId) -> None:
+    weights = dict(state.model.named_parameters())
+    bad = next((name for name in state.trained() if not is_finite(local(weights[name].detach()))), None)
+    if bad is not None:
+        raise NonFiniteError(f"step {commit.step} was saved with {bad} that is NaN or infinite, as every step after it")
+
+
+def _older(
+    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], ranks: Ranks
+) -> int | None:
+    """The step of the first of the commits from which training can go on; restores them until one is."""
+    for commit in commits:
+        with suppress(Damaged, StateError, NonFiniteError):
+            checkpoint = store.open(commit, ranks)
+            if state.fits(checkpoint):
+                _restore(state, checkpoint, identity)
+                together(ranks, partial(_require_finite, state, commit))
+                return commit.step
+    return None
 
 
 def _why(commit: CommitId, error: Damaged) -> str:

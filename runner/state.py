@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from runner.agreement import together
 from runner.checkpoint.opened import Checkpoint
+from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensors import Damaged
 from runner.data.stream import Stream
 from runner.errors import RunnerError, StateError
@@ -43,11 +44,13 @@ class Progress:
 
 @dataclass(slots=True)
 class TrainState:
-    """The live objects of a run, in the order in which they are restored. The random generators come last, because
-    opening the data draws random numbers.
+    """The live objects of a run; ``parts`` has them in the order in which they are restored. The task and callbacks may
+    have weights that the optimizer trains, and come before it; the random generators come last, because opening the
+    data draws random numbers.
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
-    ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``.
+    ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``. ``built`` is
+    what a resume begins with.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class TrainState:
     progress: Progress
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
+    built: Structure | None = None
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -73,14 +77,14 @@ class TrainState:
         """Every part by name, in the order of restoring."""
         named: dict[str, Stateful | None] = {
             "model": self.model,
+            "task": self.task,
+            **{_MEMORY + name: memory for name, memory in self.memories.items()},
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "update": self.update,
             "average": self.average,
-            "task": self.task,
             "data": self.stream,
             "progress": self.progress,
-            **{_MEMORY + name: memory for name, memory in self.memories.items()},
             "generators": self.generators,
         }
         return {name: part for name, part in named.items() if part is not None}
@@ -88,6 +92,35 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
         return {name: _state_of(part) for name, part in self.parts().items()}
+
+    def changes(self) -> dict[str, Any]:
+        """What a restore has to do before it can load this state, for the facts of a commit.
+
+        Raises StateError for a state that could not be restored.
+        """
+        if self.built is None:
+            return {}
+        optimizer = getattr(self.update, "optimizer", self.optimizer)
+        return self.built.changes(self.progress.step, self.parts(), optimizer)
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint can be loaded, as far as its manifest says."""
+        changes, parts = checkpoint.facts.get("structure", {}), checkpoint.parts
+        places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
+        shapes = {name: place.shelf.tensors[place.name].shape for name, place in places.items()}
+        groups = [] if "groups" in changes else parts["optimizer"].get("param_groups", [])
+        sizes = [len(group["params"]) for group in groups]
+        buffers = changes.get("buffers", {}).get("model", ())
+        return self.built is not None and {*parts} == {*self.parts()} and self.built.fits(shapes, buffers, sizes)
+
+    def weights(self) -> list[str]:
+        """The names, in a commit, of what has to be finite."""
+        return [f"{part}{name}" for part in ("model/", "average/module.") for name in self.trained()]
+
+    def trained(self) -> list[str]:
+        """The names of the weights that have to be finite: those that are trained, unless they were built otherwise."""
+        odd = self.built.odd if self.built else ()
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in odd]
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
         """Load every part except those of ``without``, and the callbacks' unless ``memories``.
@@ -101,7 +134,7 @@ class TrainState:
         for name, part in parts.items():
             if name in without:
                 continue
-            state = _load(name, part, checkpoint)
+            state = self._load(name, part, checkpoint)
             if part is self.model:
                 same_types = _types(part.state_dict()) == _types(state)
             elif part is self.optimizer and same_types:
@@ -114,11 +147,36 @@ class TrainState:
 
         Raises StateError for weights that do not fit, Damaged for bad bytes.
         """
-        _load("model", self.model, checkpoint)
+        self._load("model", self.model, checkpoint)
         if self.average is not None and "average" in checkpoint.parts:
-            _load("average", self.average, checkpoint)
+            self._load("average", self.average, checkpoint)
         elif self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
+
+    def _load(self, name: str, part: Stateful, checkpoint: Checkpoint) -> Any:
+        """Load a part, and return its state; one that is sharded knows by its live state, or by what it has ``like``
+        that, what it needs.
+        """
+        buffers = checkpoint.facts.get("structure", {}).get("buffers", {})
+
+        def load() -> None:
+            if self.built is not None and name in self.built.modules:
+                self.built.resize(name, buffers.get(name, ()), state)
+            part.load_state_dict(state)
+
+        try:
+            if self.built is not None and name == "optimizer":
+                self.built.regroup(part, _groups(checkpoint), self.parts())
+            live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
+            state = checkpoint.load(name, like=live and live())
+            together(checkpoint.among, load, kinds=(Damaged,))
+        except (RunnerError, Damaged):
+            raise
+        except Exception as error:
+            raise StateError(
+                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+            ) from error
+        return state
 
 
 def _state_of(part: Stateful) -> dict[str, Any]:
@@ -126,19 +184,14 @@ def _state_of(part: Stateful) -> dict[str, Any]:
     return Own(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
-def _load(name: str, part: Stateful, checkpoint: Checkpoint) -> Any:
-    """Load a part, and return its state; one that is sharded knows by its live state, or by what it has ``like`` that,
-    what it needs.
+def _groups(checkpoint: Checkpoint) -> list[list[str]] | None:
+    """The names of the weights in each of the optimizer's groups, as far as they are known; earlier versions have those
+    that the optimizer was given with them.
     """
-    live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
-    state = checkpoint.load(name, like=live and live())
-    try:
-        together(checkpoint.among, lambda: part.load_state_dict(state), kinds=(Damaged,))
-    except (RunnerError, Damaged):
-        raise
-    except Exception as error:
-        raise StateError(f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}") from error
-    return state
+    saved = checkpoint.parts["optimizer"].get("param_groups", [])
+    named = [[f"model/{name}" for name in group["param_names"]] for group in saved if "param_names" in group]
+    noted: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
+    return noted or (named if len(named) == len(saved) else None)
 
 
 def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:

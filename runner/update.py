@@ -11,9 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.average import follow
 from runner.distributed.layout import Layout, Single
-from runner.errors import TaskError
+from runner.errors import NonFiniteError, TaskError
 
 MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
+
+_MOST_SKIPPED = 32  # steps in a row; while the scale of an fp16 loss is looked for, fewer are
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,7 +23,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer.
 
-    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing.
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``in_a_row``
+    are the last ones without any other.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class WeightUpdate:
         self.model = model
         self.optimizer = optimizer
         self.skipped = 0
+        self.in_a_row = 0
         self._device_type = device.type
         self._dtype = _AUTOCAST.get(precision)
         self._scaler = scaler
@@ -70,7 +74,9 @@ class WeightUpdate:
         measured = {}
         if self._clip_norm is not None:
             measured["grad_norm"] = self._clip(gradients, self._clip_norm)
-        if self._skip_nonfinite and not self._finite(loss, gradients):
+        scale = self._scaler.get_scale() if self._scaler is not None else 0.0
+        skipped = self._skip_nonfinite and not self._finite(loss, gradients)
+        if skipped:
             self.skipped += 1
         else:
             self._move()
@@ -80,13 +86,19 @@ class WeightUpdate:
         self._layout.settle()
         if self._scaler is not None:
             self._scaler.update()
+            skipped = skipped or self._scaler.get_scale() < scale
+        self._count(skipped)
         return measured
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "scaler": self._scaler.state_dict() if self._scaler else None}
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
+        self.skipped, self.in_a_row = state["skipped"], state.get("in_a_row", 0)
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
 
@@ -110,6 +122,14 @@ class WeightUpdate:
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
                 weight.grad.div_(self._scaler.get_scale())
+
+    def _count(self, skipped: bool) -> None:
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= _MOST_SKIPPED:
+            raise NonFiniteError(
+                f"{self.in_a_row} steps in a row were skipped, because their loss or gradients were NaN or infinite: "
+                "nothing is learned any more. Look at their samples and at the loss, or lower the learning rate"
+            )
 
     def _move(self) -> None:
         if self._scaler is None:

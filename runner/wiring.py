@@ -116,7 +116,11 @@ class Wiring:
         checkpoint, retention = self.config.checkpoint, self._retention()
         if self.books is None:
             return FollowCheckpoint(
-                self.store, attempt=self.attempt, background=checkpoint.background, ranks=self.team.ranks
+                self.store,
+                attempt=self.attempt,
+                background=checkpoint.background,
+                ranks=self.team.ranks,
+                weights=self.parts.state.weights,
             )
         return SaveCheckpoint(
             self.store,
@@ -127,6 +131,8 @@ class Wiring:
             pins=retention.pins,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
+            best=checkpoint.keep_best,
+            weights=self.parts.state.weights,
             ranks=self.team.ranks,
         )
 
@@ -136,7 +142,9 @@ class Wiring:
         def mark(step: int) -> dict[str, Any]:
             guard.check()
             ledger.mark(step)
-            return {"identity": self.opening.identity, "metrics": report.mark(step)}
+            facts = {"identity": self.opening.identity, "metrics": report.mark(step)}
+            changes = self.parts.state.changes()
+            return facts | {"structure": changes} if changes else facts
 
         def flush() -> None:
             ledger.flush()

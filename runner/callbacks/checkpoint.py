@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from runner.agreement import led
@@ -17,11 +17,12 @@ from runner.ranks import ALONE, Ranks
 log = logging.getLogger("runner")
 
 # What rank 0 decides and all ranks do, as JSON: copy the state now (``exact``: this very step is needed), or write the
-# copy of the step ``again`` once more; and give up the copies of the steps in ``drop``.
+# copy of the step ``again`` once more; and give up the copies of the steps in ``drop``. ``more`` orders may follow.
 Order = dict[str, Any]
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to save
 _LOOK_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
+_TOLD_SECONDS = 5.0  # that training waits for room without a word
 _PATIENCE = 60.0  # seconds that a save may always take
 
 
@@ -30,8 +31,10 @@ class SaveCheckpoint(Callback):
     evaluated and reported.
 
     A periodic save waits until the previous one is written, and then copies the state of that moment, so that one copy
-    in memory is enough. A state that improved the objective must be saved at its own step: it is copied at once, into a
-    second buffer if needed. So is the state of a step that retention ``pins``, if the second buffer is free.
+    in memory is enough. A state that improved the objective, or is of a step that retention ``pins``, must be saved at
+    its own step: it is copied at once, into a second buffer if needed. If that has a copy which must be kept, too,
+    training waits until it is being written, and says so. Only where the ``best`` one alone is kept does a better one
+    replace it.
 
     A storage that fails does not stop training: the next save is tried after a growing pause. Only after it has failed
     for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for just as long.
@@ -50,19 +53,23 @@ class SaveCheckpoint(Callback):
         pins: Callable[[int], bool],
         max_unsaved: float,
         background: bool,
+        best: int = 1,
+        weights: Callable[[], Collection[str]] = tuple,
         ranks: Ranks = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ranks = ranks
-        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks)
+        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks, weights=weights)
         self.interval = interval
         self.affordable = affordable
         self.pins = pins
+        self.best = best
         self.max_unsaved = max_unsaved
         self.background = background
         self._clock = clock
         self._writer = Writer(self._commit)
-        self._failed_exact: Job | None = None  # an exact copy that could not be written, to be tried again
+        self.begins = False  # whether the state at the start is in no commit of this run yet
+        self._unwritten: list[Job] = []  # exact copies that could not be written, to be tried again
         self._again: Job | None = None  # the copy that the current order is to write once more
         self._dropped: list[int] = []  # steps whose copies other ranks must give up, too
         self._saved = 0  # the step of the last acknowledged commit
@@ -76,19 +83,25 @@ class SaveCheckpoint(Callback):
         self.saves.check(loop)
         self._saved = loop.step
         self._restart()
-        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it.
-        self.act(loop, led(self.ranks, lambda: self._order(exact=True) if loop.evaluation is not None else None))
+        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
+        # run begins with may be gone from its parent when it is next started.
+        first = loop.evaluation is not None or self.begins
+        self.act(loop, led(self.ranks, lambda: self._order(exact=True) if first else None))
+        if self.begins:
+            self._wait()
 
     def on_step(self, loop: Loop) -> None:
-        self.act(loop, led(self.ranks, lambda: self.decide(loop)))
+        self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
+        while order := led(self.ranks, lambda: self.decide(loop)):
+            self.act(loop, order)
+            if not order["more"]:
+                break
 
     def decide(self, loop: Loop) -> Order | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
-        self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         self._look()
-        pinned = self.pins(loop.step) and self._writer.waiting is None and self._failed_exact is None
-        if loop.improved or pinned:
-            return self._order(exact=True)
+        if loop.improved or self.pins(loop.step):
+            return self._exact(loop)
         if self._owed or self.interval.due(loop.step) or (self.affordable is not None and self.affordable.due()):
             self._owed = True
             self._unsaved_since = self._unsaved_since or self._clock()
@@ -131,19 +144,48 @@ class SaveCheckpoint(Callback):
         self._look()
         if pause and self._owed:
             time.sleep(min(self._pause, 5.0))
-        return self._order() if self._saved != loop.step or self._failed_exact else None
+        return self._order() if self._saved != loop.step or self._unwritten else None
+
+    def _exact(self, loop: Loop) -> Order:
+        """Order a copy of this step as soon as there is room for it; before that, what makes room."""
+        began, told = time.monotonic(), False
+        while (held := self._held(loop)) is not None:
+            if self._unwritten and self._writer.waiting is None:
+                if self._clock() < self._retry_at:
+                    time.sleep(min(self._pause, 5.0))
+                return {**self._order(), "more": True}
+            if not told and time.monotonic() - began > _TOLD_SECONDS:
+                told = True
+                log.warning(
+                    "training waits: the states of steps %d and %d are both to be kept, and the first one is "
+                    "not yet being written",
+                    held.step,
+                    loop.step,
+                )
+            self._writer.wait_for_room(_LOOK_SECONDS)
+            self._look()
+        return self._order(exact=True)
+
+    def _held(self, loop: Loop) -> Job | None:
+        """The copy that is not written yet, and must not be given up for that of this step."""
+        waiting = self._writer.waiting
+        copies = [*self._unwritten, *([waiting] if waiting is not None and waiting.exact else [])]
+        replaceable = loop.improved and self.best == 1
+        return next((job for job in copies if not replaceable or self.pins(job.step)), None)
 
     def _order(self, *, exact: bool = False) -> Order:
         """Order a new copy, or another try to write an exact one that failed."""
-        job = None if exact else self._failed_exact
-        for unwanted in (self._writer.cancel(), self._failed_exact):
-            if unwanted is not None and unwanted is not job:
+        job = self._unwritten.pop(0) if self._unwritten and not exact else None
+        if job is None:
+            waiting = self._writer.cancel()
+            for unwanted in (*self._unwritten, *([] if waiting is None else [waiting])):
                 self._drop(unwanted)
-        self._failed_exact, self._again = None, job
+            self._unwritten = []
+        self._again = job
         self._owed = job is not None
         self._restart()
         dropped, self._dropped = self._dropped, []
-        return {"exact": exact, "again": job and job.step, "drop": dropped}
+        return {"exact": exact, "again": job and job.step, "drop": dropped, "more": False}
 
     def _drop(self, job: Job) -> None:
         self.saves.rooms.append(job.staging)
@@ -154,7 +196,7 @@ class SaveCheckpoint(Callback):
         self._unsaved_since = self._unsaved_since or self._clock()
         self.saves.store.ranks.broadcast(job.step)  # tells the other ranks which of their copies to write
         commit = self.saves.commit(job)
-        self._saved, self._unsaved_since, self._pause = commit.step, None, 1.0
+        self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
         self.saves.settle(commit)
 
     def _look(self) -> None:
@@ -182,8 +224,8 @@ class SaveCheckpoint(Callback):
             raise StorageError(
                 f"the checkpoint of step {step} could not be written: {error}.\n{self._remedy()}"
             ) from error
-        if job.exact and not self._failed_exact:
-            self._failed_exact = job
+        if job.exact:
+            self._unwritten.append(job)
         else:
             self._drop(job)
         self._owed, self._retry_at = True, self._clock() + self._pause

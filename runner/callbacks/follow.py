@@ -1,5 +1,7 @@
 """Saving on ranks other than 0: they copy and commit the same steps as rank 0, and decide nothing."""
 
+from collections.abc import Callable, Collection
+
 from runner.agreement import led
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.checkpoint import Order
@@ -16,9 +18,17 @@ class FollowCheckpoint(Callback):
     of all ranks, and rank 0 decides what follows.
     """
 
-    def __init__(self, store: CheckpointStore, *, attempt: int, background: bool, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        attempt: int,
+        background: bool,
+        ranks: Ranks,
+        weights: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         hooks = Hooks(lambda step: {}, lambda: None, lambda: None, lambda commit: None, lambda: None)
-        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks)
+        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks, weights=weights)
         self.ranks = ranks
         self.background = background
         self._writer: Follower[Job] = Follower(self._commit, lambda: int(store.ranks.broadcast(None)))
@@ -28,7 +38,8 @@ class FollowCheckpoint(Callback):
         self._act(loop)
 
     def on_step(self, loop: Loop) -> None:
-        self._act(loop)
+        while (order := self._act(loop)) and order["more"]:
+            pass
 
     def on_end(self, loop: Loop) -> None:
         self._writer.wait()
@@ -52,10 +63,10 @@ class FollowCheckpoint(Callback):
         """Finish the commit in flight, if there is one."""
         self._writer.close(5.0)
 
-    def _act(self, loop: Loop) -> bool:
-        order = led(self.ranks, lambda: None)
+    def _act(self, loop: Loop) -> Order | None:
+        order: Order | None = led(self.ranks, lambda: None)
         self.act(loop, order)
-        return order is not None
+        return order
 
     def _commit(self, job: Job) -> None:
         self.saves.settle(self.saves.commit(job))

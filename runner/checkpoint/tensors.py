@@ -44,6 +44,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_DIMENSIONS = 64  # torch's own
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own
 _LONGEST = 500  # characters of a message
+_PIECE = 32_000  # elements; so few are added up in the calling thread, and those that train are left alone
 
 
 class Damaged(Exception):
@@ -173,6 +174,15 @@ def memory_key(tensor: Tensor) -> Any:
     place = tensor.data_ptr() if tensor.numel() else tensor.untyped_storage()._cdata
     lazy = tensor.is_conj(), tensor.is_neg()
     return tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype, lazy
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Sums show it, at a twentieth of the price of asking for each element; only
+    where finite elements make one overflow is each asked.
+    """
+    pieces = torch.split(tensor.reshape(-1), _PIECE)
+    sums = torch.stack([(piece.float() if piece.itemsize < 4 else piece).sum() for piece in pieces])
+    return bool(sums.isfinite().all()) or bool(tensor.isfinite().all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -51,6 +51,11 @@ class Writer(Generic[Job]):
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, seconds)
 
+    def wait_for_room(self, seconds: float) -> bool:
+        """Wait until no job waits to begin, or so many seconds; whether none does."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.waiting is None, seconds)
+
     def close(self, seconds: float | None = None) -> None:
         """Finish what is in hand, for so many seconds at most, and end the thread."""
         self.wait(seconds)
@@ -63,6 +68,7 @@ class Writer(Generic[Job]):
             with self._changed:
                 self._changed.wait_for(lambda: self.waiting is not None or self._closed)
                 job, self.waiting = self.waiting, None
+                self._changed.notify_all()
             if job is None:
                 return
             try:

@@ -90,6 +90,13 @@ class Origin:
         return asdict(self)
 
 
+def anew(command: str, directory: RunDirectory, step: int) -> str:
+    """The words with which a message offers a step of a run for a new one; its command can be pasted into a shell."""
+    name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
+    more = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
+    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(more)}"
+
+
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
     """Raise DriftRefused if the existing run started from something else than this command asks for."""
     origin = Origin.of(directory)

@@ -1,0 +1,183 @@
+"""How a state is built before anything is loaded into it, and what training has made of that since.
+
+A resume loads into what the configuration builds. A commit of something else says what a restore has to do first; where
+none could bring the state back, it is refused.
+"""
+
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.checkpoint.layout import is_distributed, local
+from runner.checkpoint.tensors import is_finite
+from runner.errors import StateError
+from runner.rng import isolated
+
+Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for a value that is none
+
+
+class Structure:
+    """The ``parts`` of a state as they are built: names, shapes and types of the model and of its average, and the
+    groups of the ``optimizer`` that updates the weights.
+
+    ``again`` builds another model, to see whether a model's own code for loading takes what this one became. ``odd``
+    are weights that were built with NaN or infinite elements.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], optimizer: Any, again: Callable[[], nn.Module]) -> None:
+        self.parts = {**parts, "optimizer of the update": optimizer}
+        self.modules: dict[str, nn.Module] = {part: parts[part] for part in ("model", "average") if part in parts}
+        self.kinds = {part: _kinds(module) for part, module in self.modules.items()}
+        self.groups = _groups(optimizer)
+        self._declared = {part: _declared(module) for part, module in self.modules.items()}
+        self._weights: dict[str, Tensor] = dict(self.modules["model"].named_parameters(remove_duplicate=False))
+        self.odd = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
+        self._again = again
+        self._taken: set[str] = set()  # what the model's own code loads
+
+    def changes(self, step: int, parts: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+        """What a restore of this step has to do first, as JSON: ``buffers`` in other sizes, by part, and the names of
+        the weights in each of the ``groups``.
+
+        Raises StateError for a state that could not be restored.
+        """
+        for name, part in {**parts, "optimizer of the update": optimizer}.items():
+            if self.parts.get(name, part) is not part:
+                raise _refused(step, f"the {name} was replaced by another {type(part).__qualname__}")
+        buffers = {part: self._buffers(part, module, step) for part, module in self.modules.items()}
+        found: dict[str, Any] = {"buffers": buffers} if any(buffers.values()) else {}
+        groups = self._regrouped(step, parts, _groups(optimizer))
+        return found if groups is None else {**found, "groups": groups}
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Sequence[int]) -> bool:
+        """Whether a model of these shapes, but for some ``buffers``, and groups of these ``sizes`` can be loaded."""
+        built = {name: kind[0] for name, kind in self.kinds["model"].items() if kind and name not in buffers}
+        same = built == {name: shape for name, shape in shapes.items() if name not in buffers}
+        return same and (not sizes or [*sizes] == [*map(len, self.groups)])
+
+    def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
+        """Make buffers again in the sizes and types that they have in a ``state``: these, and those that an earlier
+        call changed.
+        """
+        now = _kinds(self.modules[part])
+        changed = {name for name, kind in self.kinds[part].items() if now.get(name) != kind}
+        _resize(self.modules[part], {*buffers, *changed}, state)
+
+    def regroup(self, optimizer: Any, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
+        """Put the weights of these names into the optimizer's groups, of which there may be more or fewer than were
+        built. Their settings are those of the first one until they are loaded. Raises KeyError for an unknown name.
+        """
+        known, groups = _weights(parts) if names else {}, getattr(optimizer, "param_groups", [])
+        found = [[known[name] for name in group] for group in names] if names else self.groups
+        settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
+        del groups[len(found) :]
+        groups += [dict(settings) for _ in found[len(groups) :]]
+        for group, weights in zip(groups, found, strict=True):
+            group["params"] = [*weights]
+
+    def _buffers(self, part: str, module: nn.Module, step: int) -> list[str]:
+        """Those that a restore has to make again; all else has to be as it was built."""
+        built, now = self.kinds[part], _kinds(module)
+        changed = [name for name in {**built, **now} if built.get(name, ()) != now.get(name, ())]
+        declared = self._declared[part] & _declared(module) if changed else set()
+        other = [name for name in changed if name not in declared and name not in self._taken]
+        if other and not (part == "model" and self._takes(module, declared, now)):
+            name = other[0]
+            raise _refused(step, f"{part}/{name} is {_told(now, name)}, and was built {_told(built, name)}")
+        self._taken.update(other)
+        return [name for name in changed if name in declared]
+
+    def _takes(self, module: nn.Module, buffers: set[str], now: Mapping[str, Kind]) -> bool:
+        """Whether the model's own code makes of a new model what this one is."""
+        if not any(map(_loads_itself, module.modules())):
+            return False
+        with isolated(0):
+            model, state = self._again(), module.state_dict()
+            _resize(model, buffers, state)
+            try:
+                model.load_state_dict(state)
+            except Exception:  # of a user's code
+                return False
+        return _kinds(model) == now
+
+    def _regrouped(self, step: int, parts: Mapping[str, Any], groups: list[list[Tensor]]) -> list[list[str]] | None:
+        """The names of the weights in each group; None where they are in the groups that were built."""
+        names = {id(weight): name for name, weight in _weights(parts).items()}
+        if sharded := any(map(is_distributed, self._weights.values())):  # gathered, they are other tensors
+            names |= {id(weight): f"model/{name}" for name, weight in self._weights.items()}
+        trained = {id(weight) for group in groups for weight in group}
+        now = dict(self.modules["model"].named_parameters(remove_duplicate=False))
+        for name, weight in self._weights.items():
+            if now.get(name) is not weight and id(weight) in trained and not sharded:
+                raise _refused(step, f"model/{name} was replaced, and the optimizer still trains the tensor before")
+        if [[*map(id, group)] for group in groups] == [[*map(id, group)] for group in self.groups]:
+            return None
+        for number, group in enumerate(groups):
+            for weight in group:
+                if id(weight) not in names:
+                    what = f"group {number} of the optimizer has a tensor of shape {[*weight.shape]} that is no weight"
+                    raise _refused(step, f"{what} of the model, nor of a task or callback with a state_dict")
+        return [[names[id(weight)] for weight in group] for group in groups]
+
+
+def _kinds(module: nn.Module) -> dict[str, Kind]:
+    """Shape and type of every tensor of a module's state."""
+    state = module.state_dict().items()
+    return {name: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None for name, value in state}
+
+
+def _resize(module: nn.Module, buffers: Collection[str], state: Mapping[str, Any]) -> None:
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    for name in _declared(module).intersection(buffers):
+        path, _, own = name.rpartition(".")
+        saved = state.get(name)
+        module.get_submodule(path)._buffers[own] = None if saved is None else torch.empty_like(saved, device=device)
+
+
+def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the parts that are restored before the optimizer, by name: of modules, and of modules and tensors
+    among the attributes of a part that is none. What several have is the first one's.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    for part, owner in takewhile(lambda item: item[0] != "optimizer", parts.items()):
+        attributes = getattr(owner, "__dict__", {}).items()
+        inner = [("", owner)] if isinstance(owner, nn.Module) else [(f"{name}.", value) for name, value in attributes]
+        for path, value in inner:
+            named = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
+            for name, weight in named:
+                if isinstance(weight, Tensor):
+                    found.setdefault(id(weight), (f"{part}/{path}{name}".rstrip("."), weight))
+    return dict(found.values())
+
+
+def _groups(optimizer: Any) -> list[list[Tensor]]:
+    return [[*group["params"]] for group in getattr(optimizer, "param_groups", ())]
+
+
+def _declared(module: nn.Module) -> set[str]:
+    """The names of all buffers, also of those that are None."""
+    found = ((path, own) for path, inner in module.named_modules(remove_duplicate=False) for own in inner._buffers)
+    return {f"{path}.{own}" if path else own for path, own in found}
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether a user wrote how this module is loaded."""
+    methods = (getattr(type(module), name) for name in ("load_state_dict", "_load_from_state_dict"))
+    return bool(module._load_state_dict_pre_hooks) or any(not m.__module__.startswith("torch.") for m in methods)
+
+
+def _told(kinds: Mapping[str, Kind], name: str) -> str:
+    kind = kinds.get(name)
+    return f"of shape {[*kind[0]]}, {kind[1]}" if kind else "something else" if name in kinds else "without it"
+
+
+def _refused(step: int, what: str) -> StateError:
+    return StateError(
+        f"the state of step {step} is not saved, because no resume could load it: {what}. A resume begins with what "
+        "the configuration builds. Make it in the constructor, in its last size, or give the model a "
+        "_load_from_state_dict that makes it; groups of the optimizer may get the weights that the model, the task or "
+        "a callback have. Checkpoints from before are kept."
+    )
