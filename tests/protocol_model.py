@@ -170,6 +170,7 @@ class World:
     tries: int = 2  # of one life to get a number
     faults: int = 1  # puts of a manifest that fail or die half-way, leaving a torn one
     retakes: bool = True  # whether a life whose manifest failed goes on, with another name for it
+    answers: bool = False  # whether a put of a manifest may fail though it is there
     late: int = 0  # puts that time out, are repeated, and come true later
     losses: int = 0  # objects that are lost or rot once two commits were acknowledged
     before: int = 0  # commits that attempt 1 acknowledged, before it ended and all this began
@@ -402,6 +403,10 @@ class Model:
         if life.commit not in objects.sealed:
             torn = objects._replace(torn=objects.torn | {life.commit})
             yield Move(f"dies and leaves a torn manifest of {life.commit}", life.ended(), torn, faults=1)
+            if self.world.retakes and self.world.answers:
+                # Its answer is lost, or it is sent once more before the next: the life goes on without it.
+                again = life.then(self._begins(), take=life.take + 1)
+                yield Move(f"puts the manifest of {life.commit} and takes it for failed", again, sealed, faults=1)
             if self.world.retakes:
                 again = life.then(self._begins(), take=life.take + 1)
                 yield Move(f"fails to put the manifest of {life.commit}, which is torn", again, torn, faults=1)

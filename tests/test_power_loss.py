@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from counts import count
 from faults import MemoryLocation, is_right, save
 from power import Event, RecordingOs, crash_states
@@ -12,6 +13,10 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensors import Damaged
+from runner.data.ledger import Ledger, Line, segments
+from runner.finish import export
+from runner.run import records
+from runner.run.directory import MODEL, RunDirectory
 from runner.storage import LocalLocation, local
 from runner.storage.location import Buffer
 
@@ -101,20 +106,33 @@ def test_a_folder_that_hydra_made_is_there_after_a_cut(tmp_path: Path, monkeypat
     assert check(events, "outputs/experiment/run") > 1000
 
 
-def test_a_folder_that_a_killed_life_made_is_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have died between the two calls that make a folder and sync its name."""
-    system = RecordingOs(tmp_path)
+def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim, run.json, config.yaml, ledger, weights and result, in folders that Hydra or a killed life made."""
+    system, identity = RecordingOs(tmp_path), {"seed": 1}
     monkeypatch.setattr(local, "os", system)
-    location = LocalLocation(tmp_path / "run")
-    for made in ("run/attempts", "run/data"):
-        system.others_make(tmp_path / made)
-    location.put("attempts/a", [b"claim"])
-    location.journal("data/b").sync()
-    location.replace("c", [b"result"])
-    system.note("returned")
-    after = [found for number, found in crash_states(system.events) if number == len(system.events)]
+    for made in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
+        system.others_make(tmp_path / f"outputs/e/v{made}")
+    directory = RunDirectory.under(str(tmp_path / "outputs"), "e", "v")
+    directory.location.put("attempts/000001-aaaaaaaaaaaa.json", [b"{}"])
+    directory.create(identity, parent=None)
+    ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)
+    ledger.open(0)
+    ledger.add(Line(1, 0, 3, 7))
+    ledger.flush()
+    ledger.close()
+    sha256, size = export(directory.location, MODEL, {"weight": torch.ones(9)})
+    directory.finish(identity, {"sha256": {MODEL: sha256}, "bytes": {MODEL: size}})
+    monkeypatch.undo()
+    after = [files for number, files in crash_states(system.events) if number == len(system.events)]
     assert after
-    assert all(set(found) == {"run/attempts/a", "run/data/b", "run/c"} for found in after), after
+    for files in after:
+        there = MemoryLocation({name.removeprefix("outputs/e/v/"): files[name] for name in files})
+        found = RunDirectory("", "e", "v", there)
+        assert [name.number for name in records.names(there)] == [1]
+        assert (found.record() or {})["variant"] == "v"
+        assert found.identity() == identity
+        assert found.finished(identity) is not None
+        assert [segment.lines for segment in segments(there)] == [(Line(1, 0, 3, 7),)]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ LIMIT = int(os.environ.get("RUNNER_MODEL_STATES", "0"))
 SMALL = {
     "two lives, two commits each": World(lives=2, commits=2),
     "three lives": World(lives=3, commits=1, tries=1, faults=0),
+    "an answer is lost": World(lives=2, commits=1, tries=1, answers=True),
+    "an answer is lost in a long life": World(lives=1, commits=3, faults=2, losses=1, answers=True),
     "an object is lost": World(lives=2, commits=1, tries=1, losses=1, before=1),
     "an object is lost in a long life": World(lives=1, commits=4, faults=2, losses=1),
     "a put comes true late": World(lives=2, commits=1, tries=1, late=1, before=2),

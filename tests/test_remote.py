@@ -391,7 +391,7 @@ def test_the_scratch_folder_for_locks_is_this_users_alone(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("store", ["s3", "gcs", "azure", "sftp"])
-def test_the_answers_to_a_listing_are_seen_one_by_one(store: str, request: pytest.FixtureRequest) -> None:
+def test_the_pages_of_a_listing_are_counted(store: str, request: pytest.FixtureRequest) -> None:
     server: Server = request.getfixturevalue(store)
     location = open_location(f"{server.url}/{os.urandom(4).hex()}", server.options)
     location.put("a/b", [b"x"])
@@ -399,9 +399,9 @@ def test_the_answers_to_a_listing_are_seen_one_by_one(store: str, request: pytes
 
     def operation(system: Any) -> None:
         system.ls(location._backend.path("a"), detail=True)  # type: ignore[attr-defined]
-        answers = backend._answered.get()
-        assert answers is not None
-        found.append(len(answers))
+        requests = backend._requests.get()
+        assert requests is not None
+        found.append(len(requests))
 
     location._backend.run("list", "a", operation)  # type: ignore[attr-defined]
     assert found[0] >= 1

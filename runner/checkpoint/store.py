@@ -13,7 +13,7 @@ from runner.checkpoint import manifest as manifests
 from runner.checkpoint.layout import deal
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.opened import Checkpoint, no_tensor, objective, parsed
-from runner.checkpoint.retention import LEAST, Kept, Retention
+from runner.checkpoint.retention import Kept, Retention
 from runner.checkpoint.shelves import Plan, Shelf, plan
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
 from runner.checkpoint.tensors import Damaged, SafetensorsFile, StoredFile
@@ -40,7 +40,8 @@ class CheckpointStore:
         self.damaged: set[CommitId] = set()
         self.verified: set[CommitId] = set()
         self._objectives: dict[CommitId, float | None] = {}
-        self._failed: set[CommitId] = set()  # begun by this process, and not known to be there
+        self._failed: set[CommitId] = set()  # begun by this process, and never sent a manifest
+        self._sent: dict[CommitId, bytes] = {}  # manifests of which it is not known whether they are there
 
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
@@ -50,8 +51,7 @@ class CheckpointStore:
         """
 
         def begin() -> str:
-            with suppress(StorageError):  # whoever writes next has it, too
-                self._clear()
+            self._clear()
             new = CommitId.new(attempt, snapshot.step)
             self._failed.add(new)
             return new.nonce
@@ -65,9 +65,11 @@ class CheckpointStore:
             assert reports is not None
             raw = manifests.seal(assemble(commit, snapshot, how, reports))
             self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
-            self.location.put(commit.commit, [raw])
-            self.damaged.discard(commit)
             self._failed.discard(commit)
+            self._sent[commit] = raw
+            self.location.put(commit.commit, [raw])
+            del self._sent[commit]
+            self.damaged.discard(commit)
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
             self._require_newest(successor)
 
@@ -77,21 +79,22 @@ class CheckpointStore:
         return commit
 
     def _clear(self) -> None:
-        """Remove the data of commits that failed, each of which may be a whole copy of the state.
-
-        A manifest that is there makes it a commit like others. One that was sent and is not there may come true late:
-        its data stays while it is the newest such one and two others do not outrank it.
+        """Settle what failed, so that an outage leaves one copy of the state and not one for every try: remove the data
+        of commits whose manifests were never sent, and send those again that were. Such a one may come true at any
+        time, so its data must stay; and while it is refused, another copy would be refused as well.
         """
-        if not self._failed:
-            return
-        sent, listed = self._failed & self.damaged, {*self.commits()}
-        newest = max(sent, default=None)
-        late = {one for one in sent if one == newest and sum(other > one for other in self.verified) < LEAST}
-        gone = self._failed - listed - late
-        for entry in self.location.list("data"):
-            if manifests.parse_data(entry.name) in gone:
-                self.location.remove(f"data/{entry.name}")
-        self._failed -= gone | listed
+        listed = {*self.commits()} if self._sent else set()
+        for one, raw in [*self._sent.items()]:
+            if one not in listed:
+                self.location.put(one.commit, [raw])
+                self.damaged.discard(one)
+            del self._sent[one]
+        if self._failed:
+            with suppress(StorageError):  # who may write need not be allowed to remove
+                for entry in self.location.list("data"):
+                    if manifests.parse_data(entry.name) in self._failed:
+                        self.location.remove(f"data/{entry.name}")
+                self._failed.clear()
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""

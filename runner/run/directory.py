@@ -175,8 +175,10 @@ class RunDirectory:
     def lacks(self, result: Mapping[str, Any]) -> str:
         """What exported weights a finished run does not have in full size, in words; empty if it has all."""
         names, sizes = result.get("sha256"), result.get("bytes")
+        if not names or not isinstance(names, dict):
+            return ""
         there = {entry.name: entry.size for entry in self.location.list("")}
-        for name in names if isinstance(names, dict) else ():
+        for name in names:
             size, expected = there.get(name, 0), sizes.get(name) if isinstance(sizes, dict) else None
             if not size or (expected is not None and size != expected):  # older results have no sizes
                 return printable(f"{name} has {size} bytes, expected {'some' if expected is None else expected}")

@@ -7,11 +7,9 @@ no client's own timeout covers a server that accepts a request and never answers
 import asyncio
 import copy
 import functools
-import inspect
 import os
 import random
 import re
-import sys
 import threading
 import time
 import traceback
@@ -62,9 +60,9 @@ _FINAL_NAMES = {
 }
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
-# What returns once for every answer of a server, in the file systems of s3fs, gcsfs, adlfs and fsspec's sftp.
-_ANSWERS = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
-_answered: ContextVar[list[None] | None] = ContextVar("answered", default=None)  # tasks in fsspec's loop inherit it
+# What s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
+_REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
+_requests: ContextVar[list[None] | None] = ContextVar("requests", default=None)  # tasks in fsspec's loop inherit it
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
 
 
@@ -146,18 +144,19 @@ class Backend:
         if earlier and not wait([earlier], seconds).done:
             raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
         used: list[Any] = []
-        answers: list[None] = []
+        requests: list[None] = []
 
         def work() -> T:
-            _answered.set(answers)
+            _requests.set(requests)
             return self._lend(operation, used)
 
-        future = _start(work)
-        seen = -1
-        while seen < len(answers):  # a list: for as long as pages arrive; anything else: once
-            seen = len(answers) if verb == "list" else sys.maxsize
-            if wait([future], seconds).done:
-                return future.result()
+        future, seen = _start(work), 1
+        while not wait([future], seconds).done:
+            if verb != "list" or len(requests) <= seen:
+                break
+            seen = len(requests)  # it asks for another page
+        else:
+            return future.result()
         if written:
             self._abandoned[written] = future
         while used:
@@ -199,7 +198,7 @@ class Backend:
         given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
         system = self._class(**given, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
-        _count_answers(system)
+        _count_requests(system)
         return system
 
     def _discard(self, system: Any) -> None:
@@ -252,34 +251,23 @@ def _file_system(kind: str) -> Any:
         ) from None
 
 
-def _count_answers(system: Any) -> None:
-    """Have a file system note every answer for the operation that it belongs to."""
-    for path in _ANSWERS:
+def _count_requests(system: Any) -> None:
+    """Have a file system note every request for the operation that it belongs to."""
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            requests = _requests.get()
+            if requests is not None:
+                requests.append(None)
+            return call(*arguments, **keywords)
+
+        return noted
+
+    for path in _REQUEST:
         *owners, name = path.split(".")
         owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, system)
         if call := getattr(owner, name, None):
-            setattr(owner, name, _counted(call))
-
-
-def _counted(call: Callable[..., Any]) -> Callable[..., Any]:
-    def note() -> None:
-        answers = _answered.get()
-        if answers is not None:
-            answers.append(None)
-
-    @functools.wraps(call)
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        result = call(*arguments, **keywords)
-        note()
-        return result
-
-    @functools.wraps(call)
-    async def counted_later(*arguments: Any, **keywords: Any) -> Any:
-        result = await call(*arguments, **keywords)
-        note()
-        return result
-
-    return counted_later if inspect.iscoroutinefunction(call) else counted
+            setattr(owner, name, counted(call))
 
 
 def _start(function: Callable[[], T]) -> "Future[T]":
