@@ -236,3 +236,109 @@ def test_no_run_of_a_stranger_hides_another(looked: list[tuple[str, dict[str, An
         assert one["status"] == 0
         assert "--html" in one["command"] or "smoke/good" in one["out"], one["command"]
         assert "--html" in one["command"] or one["out"].count("smoke/r") >= 200, one["command"]
+
+
+def start(life: Lives, root: Path, *more: str, name: str = "r") -> tuple[int | None, str]:
+    """The status and the output of the command that goes on with a run; a limit instead of waiting for ever."""
+    ended = life(*COMMAND, f"run.root={root}", f"run.name={name}", *more, after=120)
+    assert "Traceback" not in ended.output
+    return ended.status, ended.output
+
+
+def hard(path: Path) -> None:
+    """Another name of a file outside."""
+    os.link(next(folder for folder in path.parents if folder.name == "runs").with_name("victim"), path)
+
+
+LINKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "log": ("runner.log", lambda path: path.symlink_to("../../../victim")),
+    "log that is not there": ("runner.log", lambda path: path.symlink_to("../../../new")),
+    "log by another name": ("runner.log", hard),
+    "log that waits": ("runner.log", os.mkfifo),
+    "hydra": (".hydra", lambda path: path.symlink_to("../../../outside")),
+    "hydra's file": (".hydra/overrides.yaml", lambda path: path.symlink_to("../../../../victim")),
+    "hydra's file by another name": (".hydra/config.yaml", hard),
+    "hydra's file that waits": (".hydra/hydra.yaml", os.mkfifo),
+}
+
+
+@pytest.fixture
+def place(runs: Path, tmp_path: Path) -> Path:
+    """A root with an unfinished run, and what is beside the root."""
+    shutil.copytree(runs / "smoke/cut", tmp_path / "runs/smoke/r")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "victim").write_text("mine")
+    return tmp_path
+
+
+def untouched(place: Path) -> bool:
+    return (place / "victim").read_text() == "mine" and sorted(os.listdir(place)) == ["outside", "runs", "victim"]
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_what_hydra_would_write_through_is_refused(kind: str, place: Path, life: Lives) -> None:
+    name, make = LINKS[kind]
+    path = place / "runs/smoke/r" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    for more in ((), (f"hydra.run.dir={place}/runs/smoke/r",)):
+        status, output = start(life, place / "runs", *more)
+        assert (status, f"runs/smoke/r/{name} is" in output) == (2, True), output
+    assert untouched(place)
+    assert not os.listdir(place / "outside")
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke/r"])
+def test_a_folder_of_runs_that_is_a_link_is_refused(name: str, place: Path, life: Lives) -> None:
+    shutil.rmtree(place / "runs/smoke")
+    (place / "runs" / name).parent.mkdir(exist_ok=True)
+    (place / "runs" / name).symlink_to(place / "outside")
+    status, output = start(life, place / "runs")
+    assert (status, f"runs/{name} is a link" in output) == (2, True), output
+    assert untouched(place)
+    assert not os.listdir(place / "outside")
+
+
+def test_a_root_that_is_a_link_is_the_user_s_own(place: Path, life: Lives) -> None:
+    (place / "runs").rename(place / "disk")
+    (place / "runs").symlink_to("disk")
+    assert start(life, place / "runs")[0] == 0
+
+
+def test_a_sweep_refuses_links_and_does_the_other_jobs(place: Path, life: Lives) -> None:
+    (place / "runs/smoke/r/runner.log").unlink(missing_ok=True)
+    (place / "runs/smoke/r/runner.log").symlink_to(place / "victim")
+    status, output = start(life, place / "runs", "-m", name="r,other")
+    assert (status, "runner.log is a link" in output) == (2, True), output
+    assert (place / "runs/smoke/other/result.json").exists()
+    (place / "runs/smoke/multirun.yaml").unlink()
+    (place / "runs/smoke/multirun.yaml").symlink_to(place / "victim")
+    status, output = start(life, place / "runs", "-m", name="other")
+    assert (status, "multirun.yaml is a link" in output) == (2, True), output
+    assert untouched(place)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [
+        ("run.json", "fifo"),
+        ("config.yaml", "device"),
+        ("attempts/*.lock", "fifo"),
+        ("attempts/*.beat", "socket"),
+        ("attempts", "link"),
+        ("commits", "fifo"),
+        ("data/*", "fifo"),
+        ("metrics", "link"),
+        ("metrics/*", "sparse"),
+        ("ledger/*", "fifo"),
+        ("tensorboard", "link"),
+    ],
+)
+def test_a_run_of_a_stranger_is_gone_on_with_or_refused(pattern: str, kind: str, place: Path, life: Lives) -> None:
+    mutants = Mutants(place / "runs/smoke/r", place / "runs")
+    mutants.replace(pattern, kind)
+    status, output = start(life, place / "runs", name="r000")
+    assert status in (0, 1, 2, 5), output
+    assert untouched(place)
+    assert not os.listdir(place / "outside")
