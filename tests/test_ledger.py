@@ -312,3 +312,17 @@ def test_a_flush_reaches_every_journal() -> None:
     journals.flush()
     assert location.read("b", limit=10) == b"3456"
     journals.close()
+
+
+def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is committed for long, which is what begins a new one otherwise."""
+    monkeypatch.setattr(ledger, "_FULL", 900)
+    monkeypatch.setattr(ledger, "_FULLEST", 1000)
+    book = Ledger(location, attempt=1, recipe=RECIPE, grouping=10**6)
+    book.open(0)
+    for step in range(1, 201):
+        book.add(line(step))
+    book.flush()
+    book.close()
+    assert [one.step for segment in segments(location) for one in segment.lines] == [*range(1, 201)]
+    assert max(entry.size for entry in location.list("ledger")) < 1100
