@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def main(config: DictConfig) -> float | None:
     except RunnerError as error:
         if HydraConfig.get().mode is RunMode.RUN:
             if str(error):  # empty if another process of the run prints it
-                print(error, file=sys.stderr)
+                with suppress(OSError):  # the terminal was closed
+                    print(error, file=sys.stderr)
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
             _hand_over()

@@ -17,7 +17,7 @@ from typing import Any
 
 from runner.errors import Interrupted
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
 
 _PATIENCE_SECONDS = 10.0  # for the batch that a begun step waits for
@@ -42,10 +42,14 @@ class Stopped(BaseException):
 
 
 def install() -> None:
-    """Note the stop signals from now on. Does nothing outside the main thread, where Python forbids handlers."""
+    """Note the stop signals from now on, but not SIGHUP under nohup. Does nothing outside the main thread, where Python
+    forbids handlers.
+    """
     global _pipe
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             before = signal.signal(number, _note)
             if before is not _note:
                 _before[number.name] = before

@@ -18,8 +18,10 @@ from lives import Lives, lives
 
 from runner.run.heartbeat import Heartbeat
 
-# A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C.
+# A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C; nohup has
+# them ignore the end of the session.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -627,3 +627,54 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
     heart.stop()
     assert location.beats >= 200
     assert location.listed / location.beats < 40
+
+
+def test_a_hundred_thousand_claims_are_looked_at_once() -> None:
+    location = Memory()
+    found = [Name(number, f"{number:012x}") for number in range(100_000)]
+    location.objects[f"{found[-1]}.json"] = b"{}"
+    location.objects |= {f"{found[-1]}.end.json": b'{"outcome": "failed"}'}
+    dead: set[Name] = set()
+    assert records.live(location, found, dead=dead) is None
+    assert dead == {found[-1]}
+
+
+def test_claims_of_one_number_are_bounded() -> None:
+    location = Memory()
+    location.objects = {f"attempts/000007-{nonce:012x}.json": b"{}" for nonce in range(2000)}
+    with pytest.raises(StorageError, match="2000 claims of attempt 7, which no run makes"):
+        records.last(location)
+
+
+@pytest.mark.parametrize("beat", [60, 1e300, 10**200, float("inf")])
+def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
+    location = Memory()
+    location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
+    record = records.last(location)
+    assert record
+    assert record._beat_seconds() <= RemoteLocation.beat_seconds
+
+
+def test_claims_of_one_number_are_watched_at_the_same_time() -> None:
+    location = Memory()
+    about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
+    location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(100)}
+    begun = time.monotonic()
+    assert records.live(location, records.names(location), dead=set()) is None
+    assert time.monotonic() - begun < 60  # one by one it would be 80 s
+
+
+def test_one_of_many_that_are_watched_is_seen_to_live() -> None:
+    location = Memory()
+    about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
+    location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(3)}
+    living = "attempts/000007-000000000002"
+    read, reads = location.read, itertools.count()
+
+    def beating(name: str, *, limit: int) -> bytes | None:
+        return json.dumps({"sequence": next(reads)}).encode() if name == f"{living}.beat" else read(name, limit=limit)
+
+    location.read = beating  # type: ignore[method-assign]
+    found = records.live(location, records.names(location), dead=set())
+    assert found
+    assert str(found.name) == living

@@ -348,3 +348,17 @@ def test_an_early_attempt_that_got_further_than_all_is_compared_with(location: L
     opened.add(line(21))
     with pytest.raises(DataError, match="in attempt 1"):
         opened.add(line(25, digest=1))
+
+
+def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is committed for long, which is what begins a new one otherwise."""
+    monkeypatch.setattr(ledger, "_FULL", 900)
+    monkeypatch.setattr(ledger, "_FULLEST", 1000)
+    book = Ledger(location, attempt=1, recipe=RECIPE, grouping=10**6)
+    book.open(0)
+    for step in range(1, 201):
+        book.add(line(step))
+    book.flush()
+    book.close()
+    assert [one.step for segment in segments(location) for one in segment.lines] == [*range(1, 201)]
+    assert max(entry.size for entry in location.list("ledger")) < 1100

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from runner.errors import StorageError
 from runner.metrics import lines
 from runner.metrics.lines import MetricLines, read
 from runner.storage import LocalLocation
@@ -178,3 +179,25 @@ def test_every_step_and_tag_is_read_once_whatever_happened(
                 end = flush(curves, step)
                 if chance.random() < 0.8:
                     commits.append((step, json.loads(json.dumps(end))))
+
+
+def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is committed for long, which is what begins a new one otherwise."""
+    monkeypatch.setattr(lines, "_FULLEST", 1000)
+    curves = attempt(location, 1, 0, None)
+    add(curves, *range(1, 201))
+    flush(curves, 200)
+    assert steps(location) == [*range(1, 201)]
+    assert max(entry.size for entry in location.list("metrics")) < 1100
+    attempt(location, 2, 200, curves.mark(200))
+    assert steps(location) == [*range(1, 201)]
+
+
+def test_a_segment_that_was_never_written_is_not_read(location: LocalLocation) -> None:
+    flush(attempt(location, 1, 0, None), 0)
+    path = location.path / "metrics/s000000000-a000001.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(StorageError, match="more than the 67108864 bytes"):
+        steps(location)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -30,7 +31,9 @@ def stops(during: str, call: int, number: int) -> tuple[str, ...]:
     return (*COMMAND, "~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=str)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP], ids=str
+)
 def test_a_signal_commits_the_step_and_leaves_with_75(number: signal.Signals, life: Lives, tmp_path: Path) -> None:
     command = (*stops("training", 17, number), f"run.root={tmp_path}", "run.name=r")
     ended = life(*command, cwd=USER)
@@ -38,6 +41,32 @@ def test_a_signal_commits_the_step_and_leaves_with_75(number: signal.Signals, li
     assert f"{number.name}: stopped after step 17, which is committed" in ended.output
     again = life(*command, cwd=USER)
     assert "resumed from step 17 of attempt 1\n" in again.output, "no step may be lost"
+
+
+def test_a_closed_terminal_commits_the_step_and_leaves_with_75(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(USER)
+        steps = ("trainer.max_steps=1000000", f"run.root={tmp_path}", "run.name=r")
+        os.execv(sys.executable, [sys.executable, "-m", "runner", *COMMAND, *steps])
+    shown = b""
+    while b"step 10: val/loss" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    (last,) = records.history(LocalLocation(tmp_path / "smoke/r"))
+    assert last.outcome() == "interrupted"
+    assert last.end
+    assert last.end["reason"].startswith("Interrupted: SIGHUP: stopped after step")
+
+
+def test_under_nohup_the_end_of_a_session_is_ignored() -> None:
+    code = (
+        "import os, signal; from runner import signals; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        "signals.install(); os.kill(os.getpid(), signal.SIGHUP); print(signals.received())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "None\n"
 
 
 @pytest.mark.parametrize(("call", "step", "times"), [(1, 10, 2), (2, 10, 2), (14, 40, 1)])

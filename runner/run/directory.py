@@ -196,7 +196,7 @@ class RunDirectory:
         if wrong:
             what = f"{wrong[0]} in {name}" if isinstance(found, dict) else name
             raise StorageError(f"{self.location.url}: {what} is not a mapping. Restore it or use another run.name.")
-        return found
+        return dict(found)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)
@@ -213,7 +213,7 @@ class RunDirectory:
         return value
 
 
-class _Loader(_BASE):
+class _Loader(_BASE):  # type: ignore[misc]
     """Makes what ``yaml.safe_dump`` writes of plain values. Dates, sets and bytes cannot be compared or shown like
     these, and a number in base 60 takes quadratic time.
     """

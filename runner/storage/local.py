@@ -236,7 +236,7 @@ def _opened(path: Path, *, buffered: bool = True) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device")
-    return open(descriptor, "rb", -1 if buffered else 0)  # type: ignore[return-value]
+    return open(descriptor, "rb", -1 if buffered else 0)
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
