@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _hidden: set[str] = set()  # values of secrets that this process read from its environment
-_USER = re.compile(r"(?<=://)[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*@")  # with a password, and not a port
+_USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # with a password, and not a port
 _QUERY = re.compile(
     r"(?i)((?:^|[?&;])[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|api_?key|access_?key|account_?key"
     r"|access_?key_?id)=)([^&;\s'\"]{4,})"
@@ -134,7 +134,9 @@ def redacted(text: str) -> str:
     """``text`` without the secrets of this process and without credentials in URLs: others' messages repeat them."""
     for secret in sorted(_hidden, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _QUERY.sub(r"\1***", _USER.sub("***@", text))
+    for pattern in (_USER, _QUERY):
+        text = pattern.sub(lambda found: found[0] if "${" in found[0] else f"{found[1]}***", text)
+    return text
 
 
 def has_credentials(text: str) -> bool:

@@ -117,6 +117,7 @@ def begin(
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
+    origin = replace(origin, run=parent.location.url)
     try:
         if origin.inherit == "model":
             state.inherit(parent.open(commit, ranks))

@@ -1,8 +1,13 @@
 """Secrets of the environment: the objects get them; names, records, messages and Hydra's files do not."""
 
+import json
+import re
 import shutil
+import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -134,11 +139,13 @@ class Nest:
         self._life, self.folder, self.root = life, folder, folder / "o"
         shutil.copytree(USER / "mine", folder / "mine")
 
-    def __call__(self, *arguments: str, canary: str = CANARY) -> Ended:
+    def __call__(
+        self, *arguments: str, canary: str = CANARY, environment: Mapping[str, str] = MappingProxyType({}), **how: Any
+    ) -> Ended:
         sweep = arguments[:1] if arguments[0] == "-m" else ()
         command = (*sweep, "--config-dir", str(USER / "conf"), "experiment=secret", f"run.root={self.root}")
-        environment = {"CANARY": canary, "API_KEY": CANARY, "TMPDIR": str(self.folder), "PYTHONPATH": str(self.folder)}
-        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=environment)
+        own = {"CANARY": canary, "OTHER": canary, "API_KEY": CANARY, "TMPDIR": str(self.folder), **environment}
+        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=own, **how)
 
     def leaks(self) -> list[str]:
         """The files with the canary in name or content."""
@@ -189,7 +196,39 @@ def test_a_job_has_one_name_and_a_rotated_secret_is_no_drift(nest: Nest) -> None
         assert (ended.status, ended.output.startswith("finished step 4")) == (0, True), ended.output
     assert len(nest.runs()) == 2
     ended = nest("seed=2", GIVEN.replace("CANARY", "OTHER"), f"run.name='{nest.runs()[1].name}'")
-    assert (ended.status, "OTHER" in ended.output) == (3, True), ended.output
+    assert (ended.status, "'${oc.env:CANARY}'  '${oc.env:OTHER}'" in ended.output) == (3, True), ended.output
+
+
+def test_what_is_computed_is_no_secret(nest: Nest) -> None:
+    """Numbers and choices of the environment are compared by what they are, whatever the name of the run."""
+    given = ("seed=${oc.env:SEED}", "trainer.precision=${oc.env:KIND}")
+    assert nest(*given, environment={"SEED": "1", "KIND": "fp32"}).status == 0
+    ended = nest(*given, environment={"SEED": "2", "KIND": "bf16"})
+    assert ended.status == 3
+    for row in (r"seed +1 +2", r"trainer\.precision +'fp32' +'bf16'"):
+        assert re.search(row, ended.output)
+
+
+def test_a_run_of_an_older_version_goes_on(nest: Nest) -> None:
+    """It has the values of the environment in its name and its configuration, and keeps them."""
+    assert nest(GIVEN, "checkpoint.every_steps=2", step=3).status is None
+    (run,) = nest.runs()
+    older = run.rename(run.parent / f"data.train.secrets.given={CANARY}")
+    config = (older / "config.yaml").read_text()
+    assert config.count("${oc.env:CANARY}") == 12
+    (older / "config.yaml").write_text(
+        config.replace("${oc.env:CANARY}", CANARY).replace("${oc.env:SIGNATURE,none}", "none")
+    )
+    ended = nest(GIVEN, canary="swordfish-canary")
+    assert (ended.status, "from scratch" in ended.output) == (0, True), "another name, as it always was"
+    ended = nest(f"run.name='{older.name}'", GIVEN, canary="swordfish-canary")
+    assert ended.status == 3
+    assert CANARY not in ended.output.replace(older.name, "")
+    shutil.rmtree(run)
+    ended = nest(GIVEN)
+    assert (ended.status, "resumed from step 2 of attempt 1" in ended.output) == (0, True), ended.output
+    assert nest.runs() == [older]
+    assert nest(GIVEN).output.startswith("finished step 4")
 
 
 WRITTEN = {
@@ -222,3 +261,26 @@ def test_a_secret_among_the_values_of_a_sweep_is_refused(nest: Nest) -> None:
         ended = nest("-m", "seed=1", values)
         assert (ended.status, "looks like a secret and is written out" in ended.output) == (2, True), ended.output
         assert not nest.root.exists()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives, tmp_path: Path) -> None:
+    """A store is called with the user's keys: the parent that the command names is taken, or none."""
+    command = ("experiment=smoke", f"run.root={tmp_path}", "trainer.max_steps=4", "checkpoint.every_steps=2")
+    assert life(*command, "run.name=p").status == 0
+    parent = (f"run.parent={tmp_path}/smoke/p",) if asked else ()
+    child = (*command, "run.name=c", *parent)
+    assert life(*child, step=1).status is None
+    record = json.loads((tmp_path / "smoke/c/run.json").read_text())
+    origin = {"step": 4, "commit": "commits/a000001-s000000004-0123456789ab", "inherit": "all", "asked": None}
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        record["parent"] = (record["parent"] or origin) | {"run": f"sftp://127.0.0.1:{stranger.getsockname()[1]}/x"}
+        (tmp_path / "smoke/c/run.json").write_text(json.dumps(record))
+        ended = life(*child)
+        stranger.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
+    if asked:
+        assert (ended.status, f"weights from step 4 of {tmp_path}" in ended.output) == (0, True), ended.output
+    else:
+        assert (ended.status, "a store that this command does not name" in ended.output) == (2, True), ended.output

@@ -133,8 +133,8 @@ def _check_parameters(sweeper: DictConfig) -> None:
     for key, value in parameters.items():
         if isinstance(value, Unresolved) and redacted(str(value.value)) != value.value:
             raise ConfigError(
-                f"hydra.sweeper.params.{key} has a secret of the environment, which would end in the names of the jobs: "
-                f"give it on the command line, '{key}={value}'"
+                f"hydra.sweeper.params.{key} has a secret of the environment, which would end in names of jobs: give "
+                f"it on the command line, '{key}={value}'"
             )
 
 

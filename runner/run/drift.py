@@ -52,7 +52,7 @@ def resolved(value: Any) -> Any:
 
 def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
     """Without what an older version saved of the environment."""
-    older = isinstance(now, Unresolved) and saved is not ABSENT and "${" not in str(saved)
+    older = resolved(now) != now and saved is not ABSENT and "${" not in str(saved)
     return ("***" if older else saved), now
 
 
