@@ -134,7 +134,9 @@ def test_a_storage_that_fails_for_too_long_ends_training_with_the_cause(run: Run
     run.step()
     run.settle()
     run.now += 101
-    with pytest.raises(StorageError, match=r"step 1 could not be written: no space left.*\nThe last one is of step 0"):
+    with pytest.raises(
+        StorageError, match=r"step 1 could not be written: no space left.*\nNone was saved before; mend"
+    ):
         run.step()
 
 
