@@ -192,7 +192,7 @@ def test_none_in_place_of_a_sample_is_told(live: Live) -> None:
     assert ended.status == 1
     for told in ("of Holes cannot be read", "__getitem__ returned None", "data.on_bad_record=substitute"):
         assert told in ended.output
-    ended = live(using("Holes"), "data.on_bad_record=substitute")
+    ended = live(using("Holes"), "data.on_bad_record=substitute", "run.name=another")
     assert ended.status == 0, ended.output
 
 
