@@ -22,10 +22,9 @@ def stateful(thing: Any) -> bool:
 def duplicate(samples: Any) -> Any:
     """A copy that can be read without a trace in the original, with which it shares only large data."""
     values = getattr(samples, "__dict__", {}).values()
-    shared = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _MANY]
-    shared += [
-        value for value in values if isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) > _MANY
-    ]
+    shared: list[Any] = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _MANY]
+    arrays = [value for value in values if isinstance(value, np.ndarray | torch.Tensor)]
+    shared += [array for array in arrays if math.prod(array.shape) > _MANY]
     return deepcopy(samples, {id(value): value for value in shared})
 
 

@@ -42,7 +42,7 @@ def _end(pid: int, silent: float) -> None:
     if sys.stderr is not None:
         print(
             f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running. If "
-            "that takes so long by right, set a longer runtime.timeout. The same command goes on from the last checkpoint.",
+            "it takes so long by right, set a longer one. The same command goes on from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
