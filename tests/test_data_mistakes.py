@@ -8,6 +8,10 @@ import pytest
 from lives import Ended, Lives
 from mine.data import write_shards
 
+from runner.data.ledger import segments
+from runner.runs.__main__ import main as runs
+from runner.storage import LocalLocation
+
 USER = Path(__file__).parent / "user"
 
 Live = Callable[..., Ended]
@@ -150,6 +154,46 @@ def test_substitutes_are_told_and_counted(live: Live, tmp_path: Path) -> None:
     assert ended.status == 0
     assert "bad      sample 7: KeyError: 'label'; sample " in ended.output
     assert '"substituted_samples": 1' in (tmp_path / "rows" / "r" / "result.json").read_text()
+
+
+def test_a_step_done_again_takes_the_substitutes_it_had(live: Live, tmp_path: Path) -> None:
+    """A file that was out of reach in the first life is there again in the second."""
+    gone = tmp_path / "gone"
+    more = (using("Remote"), f"+data.train.gone={gone}", "data.on_bad_record=substitute", "checkpoint.every_steps=3")
+    gone.touch()
+    assert live(*more, step=6).status is None
+    gone.unlink()
+    ended = live(*more, "runtime.num_workers=1")
+    assert ended.status == 0, ended.output
+    first, again = segments(LocalLocation(tmp_path / "rows" / "r"))
+    assert first.lines[3:5] == again.lines[:2]
+    assert any(line.bad for line in again.lines[:2])
+    assert not any(line.bad for line in again.lines[2:]), "what was not read before is read now"
+    assert runs(["audit", str(tmp_path / "rows" / "r")]) == 0
+
+
+def test_a_sample_that_is_lost_later_can_be_accepted(live: Live, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    more = (using("Remote"), f"+data.train.gone={gone}", "data.on_bad_record=substitute", "checkpoint.every_steps=3")
+    assert live(*more, step=6).status is None
+    gone.touch()
+    ended = live(*more)
+    assert ended.status == 1
+    assert "step 4 is done again and has other samples" in ended.output
+    assert "run.on_drift=accept" in ended.output
+    ended = live(*more, "run.on_drift=accept")
+    assert ended.status == 0, ended.output
+    assert "changed  step 4 is done again" in ended.output
+    assert runs(["audit", str(tmp_path / "rows" / "r")]) == 1
+
+
+def test_none_in_place_of_a_sample_is_told(live: Live) -> None:
+    ended = live(using("Holes"))
+    assert ended.status == 1
+    for told in ("of Holes cannot be read", "__getitem__ returned None", "data.on_bad_record=substitute"):
+        assert told in ended.output
+    ended = live(using("Holes"), "data.on_bad_record=substitute", "run.name=another")
+    assert ended.status == 0, ended.output
 
 
 def test_a_data_set_without_one_good_sample_ends_the_run(live: Live) -> None:

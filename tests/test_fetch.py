@@ -1,7 +1,9 @@
 """From positions to batches, as a pure function."""
 
+import errno
 import json
 import random
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import pairwise
@@ -226,3 +228,107 @@ def test_seeding_only_the_generators_that_are_used_changes_no_sample(generator: 
 def test_one_word_is_mixed_as_many_are() -> None:
     words = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0]
     assert [mix_one(word) for word in words] == mix(np.array(words, dtype=np.uint64)).tolist()
+
+
+class Flaky:
+    """Fails so many times at each sample, with an error."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.left = error, [times] * N
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        self.left[index] -= 1
+        if self.left[index] >= 0:
+            draw()
+            raise self.error
+        return (index, *draw())
+
+
+class ReadTimeout(Exception):
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("substitute", [False, True])
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (OSError(errno.EIO, "Input/output error"), 3),
+        (OSError(errno.ESTALE, "Stale file handle"), 1),
+        (TimeoutError(), 3),
+        (ConnectionResetError(), 2),
+        (ReadTimeout(), 3),
+        (OSError("short read"), 1),
+    ],
+    ids=repr,
+)
+def test_a_read_error_that_passes_changes_nothing(
+    error: Exception, times: int, substitute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    plan = Plan(N, 1, 4)
+    expected = Fetcher(Flaky(error, 0), plan, label="train", collate=as_list, substitute=substitute)[Slice(2, 4)]
+    assert (
+        Fetcher(Flaky(error, times), plan, label="train", collate=as_list, substitute=substitute)[Slice(2, 4)]
+        == expected
+    )
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), PermissionError(), KeyError(), ValueError()], ids=repr)
+def test_an_error_of_the_data_is_not_tried_again(error: Exception) -> None:
+    samples = Flaky(error, 1)
+    (bad,) = Fetcher(samples, Plan(N, 1, 4, shuffle=False), label="train", collate=as_list)[Slice(2, 4)].bad
+    assert (bad.position, samples.left[2]) == (2, 0)
+
+
+def test_an_error_that_lasts_is_told_with_the_lines_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (bad,) = Fetcher(Flaky(TimeoutError("gone"), 99), Plan(N, 1, 4), label="train")[Slice(0, 4)].bad
+    assert bad.why.splitlines()[-1] == "TimeoutError: gone"
+    assert "in __getitem__" in bad.why.splitlines()[0]
+    assert "fetch.py" not in bad.why.replace("test_fetch.py", "")
+
+
+class WithHoles:
+    """Has no sample at some indices."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> int | None:
+        return None if index % 3 == 2 else index
+
+
+def test_none_is_a_bad_record() -> None:
+    plan = Plan(N, 1, 4, shuffle=False)
+    (bad,) = Fetcher(WithHoles(), plan, label="train")[Slice(0, 4)].bad
+    assert (bad.position, bad.index, bad.instead) == (2, 2, None)
+    assert "__getitem__ returned None" in bad.why
+    fetched = Fetcher(WithHoles(), plan, label="train", substitute=True, collate=as_list)[Slice(0, 4)]
+    (bad,) = fetched.bad
+    assert fetched.batch == [0, 1, bad.instead, 3]
+    assert bad.instead is not None
+    assert bad.instead % 3 != 2
+
+
+@pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
+def test_recorded_substitutes_are_taken_again(randomness: str) -> None:
+    """Also where the sample can be read now; nothing else moves, and the record is the same."""
+    plan = Plan(N, 1, 4, randomness=randomness)
+    seed_all(1)
+    before = Fetcher(Flaky(KeyError(), 0), plan, label="train", substitute=True, collate=as_list)
+    gone = before.order(0, np.array([5]))[0].item()
+    before.samples.left[gone] = 10**9  # type: ignore[attr-defined]
+    then = before[Slice(4, 4)]
+    again = Fetcher(Flaky(KeyError(), 0), plan, label="train", substitute=True, collate=as_list)
+    again.recorded = {bad.position: bad.instead for bad in then.bad if bad.instead is not None}
+    seed_all(1)
+    now = again[Slice(4, 4)]
+    assert [(bad.position, bad.index, bad.instead) for bad in now.bad] == [
+        (bad.position, bad.index, bad.instead) for bad in then.bad
+    ]
+    assert now.digest == then.digest
+    if randomness == "sample":
+        assert now.batch == then.batch

@@ -1,6 +1,8 @@
 """Iterables as others write them: their side effects, their states, and what sticks in them."""
 
+import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -202,6 +204,29 @@ def test_a_state_may_hold_what_numpy_has(workers: int) -> None:
         found.append(step(life))
         state = stored(life.state_dict())
     assert found == whole
+
+
+class Restless:
+    """Shuffled anew whenever it is read, by the clock."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = [*mine()]
+        random.Random(time.perf_counter_ns()).shuffle(rows)
+        return map(sample, rows)
+
+
+def begun(times: int, make: Any) -> None:
+    for _ in range(times):
+        step(make())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_that_cannot_be_read_again_is_refused(workers: int) -> None:
+    with pytest.raises(
+        DataError, match=r"pass 0 begins with other samples when it is read again.*runtime\.audit=false"
+    ):
+        begun(20, lambda: stream(Restless(), workers, audit=True, replay=True))  # two orders may begin alike
+    step(stream(Restless(), workers, replay=True))
 
 
 def test_what_numpy_has_and_no_checkpoint_takes_is_refused() -> None:

@@ -185,6 +185,34 @@ def test_what_is_done_again_with_others_is_refused(location: LocalLocation, now:
     assert segments(location)[-1].lines == ()  # and is not written
 
 
+def test_other_samples_can_be_accepted_and_both_lines_stay(
+    location: LocalLocation, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(attempt(location, 1, 0), 1, 2, 3)
+    again = Ledger(location, attempt=2, recipe=RECIPE, grouping=4, accept=True)
+    again.open(1)
+    again.add(line(2))
+    assert not caplog.text
+    again.add(line(3, bad=" 8:3>4"))
+    assert "step 3 is done again and has other samples" in caplog.text
+    assert [one.lines[-1] for one in segments(location)] == [line(3), line(3, bad=" 8:3>4")]
+    add(attempt(location, 3, 3), 4)
+
+
+def test_substitutes_are_those_of_the_last_time(location: LocalLocation) -> None:
+    opened = attempt(location, 1, 0)
+    for one in (line(1, bad=" 0:7>5 3:2>1"), line(2, bad=" 5:1>2"), line(3, bad=" 9:1>0")):
+        opened.add(one)
+    again = Ledger(location, attempt=2, recipe=RECIPE, grouping=4, accept=True)
+    again.open(1)
+    for one in (line(2), line(3, bad=" 9:1>4 10:1>2")):
+        again.add(one)
+    other = Ledger(location, attempt=3, recipe={"samples": 11}, grouping=4, accept=True)
+    other.open(2)
+    other.add(line(3, bad=" 8:1>8"))
+    assert ledger.swaps(location, RECIPE) == {0: 5, 3: 1, 9: 4, 10: 2}
+
+
 def test_what_is_done_again_in_other_groups_is_not_compared(location: LocalLocation) -> None:
     add(attempt(location, 1, 0), 1, 2)
     opened = attempt(location, 2, 0, grouping=2)

@@ -170,6 +170,16 @@ def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
     ]
 
 
+def test_audit_claims_no_whole_epoch_where_none_is() -> None:
+    row = {"epoch": 0, "seen": 8, "repeated": 0, "missed": 0, "whole": False, "substituted": 0}
+    found = {"run": "r", "steps": 2, "positions": 8, "attempts": 1, "indexed": True, "epochs": [row]}
+    again = {"steps": 0, "positions": 0, "differing": 0}
+    text = audit.text({**found, "again": again, "damaged": [], "problems": []})
+    assert "None is whole yet" in text
+    row["whole"] = True
+    assert "None is whole yet" not in audit.text({**found, "again": again, "damaged": [], "problems": []})
+
+
 def test_audit_without_a_ledger_is_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(root / "smoke/done", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/ledger")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,16 @@ def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_p
         assert "finished step 60" in ended.output
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_c_code_that_keeps_the_lock_is_ended_from_outside(life: Lives, tmp_path: Path) -> None:
+    ended = run(life, tmp_path, *stuck("gil", tmp_path), "runtime.timeout=4")
+    assert ended.status == -signal.SIGABRT, ended.output
+    assert "(runtime.timeout), and C code keeps all threads but its own from running" in ended.output
+    assert 'stalls.py", line' in ended.output
+    ended = run(life, tmp_path, *stuck("gil", tmp_path))
+    assert ended.status == 0, ended.output
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Path) -> None:
     more = ("runtime.num_workers=2", f"runtime.start_method={method}", "runtime.timeout=8")
     ended = run(life, tmp_path, *stuck("lock", tmp_path), *more)
@@ -97,6 +107,35 @@ def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
     ended = run(life, tmp_path, *more)
     assert ended.status == 0, ended.output
     assert ended.seconds > 7
+
+
+def test_a_run_with_workers_ends_and_leaves_no_process(tmp_path: Path) -> None:
+    """The process that watches from outside ends with it, though workers hold what it reads."""
+    more = ("runtime.num_workers=2", "runtime.start_method=fork", "runtime.timeout=20", *SLOW, "+task.step=0.05")
+    command = [sys.executable, "-m", "runner", *ARGUMENTS, *more, f"run.root={tmp_path}"]
+    process = subprocess.Popen(command, cwd=USER, start_new_session=True)
+    try:
+        seen: set[str] = set()
+        until = time.monotonic() + LIMIT
+        while process.poll() is None and time.monotonic() < until:
+            seen |= below(process.pid)
+            time.sleep(0.05)
+        assert process.wait(1) == 0
+        assert len(seen) >= 3
+        while any(map(lives, seen)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def below(pid: int) -> set[str]:
+    found: set[str] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            found |= {*(task / "children").read_text().split()}
+    return found
 
 
 def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path: Path) -> None:

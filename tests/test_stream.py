@@ -2,8 +2,11 @@
 
 import json
 import random
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +36,42 @@ class Noisy:
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return index, random.gauss(0, 1), np.random.standard_normal(), torch.randn(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+    inner: Any
+    name: str = "frozen"
+
+
+class Named(UserDict[str, Any]):
+    """A mapping with more than its items, as tokenizers return."""
+
+    def __init__(self, *given: Any, name: str = "") -> None:
+        super().__init__(*given)
+        self.name = name
+
+
+class Plain:
+    """An object that knows nothing of devices."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.me, self.name = x, self, "plain"
+
+
+class Graph:
+    """Moves itself, to a new one or in place, and notes how it was asked."""
+
+    def __init__(self, *, in_place: bool = False, simple: bool = False) -> None:
+        self.asked: list[Any] = []
+        self.in_place, self.simple = in_place, simple
+
+    def to(self, device: torch.device, **how: Any) -> "Graph | None":
+        if self.simple and how:
+            raise TypeError("unexpected keyword argument")
+        self.asked.append((device.type, how))
+        return None if self.in_place else self
 
 
 class Pair(NamedTuple):
@@ -288,3 +327,51 @@ def test_every_tensor_of_a_batch_moves_to_the_device() -> None:
     assert moved["c"].one.is_meta
     assert moved["c"].two[0].is_meta
     assert to_device(batch, CPU) is batch
+
+
+def test_batches_of_any_kind_move_to_the_device() -> None:
+    x, meta = torch.ones(2), torch.device("meta")
+    named = to_device(Named({"x": x, "n": [x]}, name="tokens"), meta)
+    assert (type(named), named.name, named["x"].is_meta, named["n"][0].is_meta) == (Named, "tokens", True, True)
+    ordered = to_device(OrderedDict(b=x, a=1), meta)
+    assert (type(ordered), [*ordered], ordered["b"].is_meta) == (OrderedDict, ["b", "a"], True)
+    made = to_device(defaultdict(list, x=x), meta)
+    assert (made["x"].is_meta, made["other"]) == (True, [])
+    assert to_device(MappingProxyType({"x": x}), meta)["x"].is_meta
+    frozen = to_device(Frozen(x, {"y": Frozen(x, None)}), meta)
+    assert (frozen.x.is_meta, frozen.inner["y"].x.is_meta, frozen.name) == (True, True, "frozen")
+    assert not x.is_meta
+    plain = Plain(x)
+    moved = to_device(plain, meta)
+    assert (moved.x.is_meta, plain.x.is_meta, moved.name) == (True, False, "plain")
+    packed = to_device(torch.nn.utils.rnn.pack_sequence([torch.ones(2, 1), torch.ones(1, 1)]), meta)
+    assert (packed.data.is_meta, packed.batch_sizes.is_meta) == (True, False), "these stay on the host"
+
+
+@pytest.mark.parametrize("how", [{}, {"in_place": True}, {"simple": True}], ids=str)
+def test_an_object_that_moves_itself_does(how: dict[str, bool]) -> None:
+    graph = Graph(**how)
+    assert to_device([graph], torch.device("meta"))[0] is graph
+    assert graph.asked == [("meta", {} if how.get("simple") else {"non_blocking": True})]
+    assert to_device(graph, CPU) is graph
+    assert len(graph.asked) == 1
+
+
+def test_what_has_nothing_to_move_is_itself() -> None:
+    for value in ("text", b"bytes", 3, None, range(3), object(), np.ones(2), str):
+        assert to_device(value, torch.device("meta")) is value
+
+
+def test_a_state_that_is_ignored_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Remembers(Noisy):
+        def state_dict(self) -> dict[str, Any]:
+            raise AssertionError
+
+        load_state_dict = state_dict
+
+    for key in ("data.train", "data.validation"):
+        checked(Remembers(), key)
+        assert f"ignored  state_dict of {key} (a " in caplog.text
+    caplog.clear()
+    checked(Noisy(), "data.train")
+    assert not caplog.text

@@ -1,5 +1,6 @@
 """A user's iterable and its state: looked at without a trace, and in a form that a checkpoint takes."""
 
+import math
 from contextlib import suppress
 from copy import copy, deepcopy
 from typing import Any
@@ -21,10 +22,9 @@ def stateful(thing: Any) -> bool:
 def duplicate(samples: Any) -> Any:
     """A copy that can be read without a trace in the original, with which it shares only large data."""
     values = getattr(samples, "__dict__", {}).values()
-    large = (list, tuple, dict, np.ndarray, torch.Tensor)
-    shared = [
-        value for value in values if isinstance(value, large) and getattr(value, "ndim", 1) and len(value) > _MANY
-    ]
+    shared: list[Any] = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _MANY]
+    arrays = [value for value in values if isinstance(value, np.ndarray | torch.Tensor)]
+    shared += [array for array in arrays if math.prod(array.shape) > _MANY]
     return deepcopy(samples, {id(value): value for value in shared})
 
 

@@ -311,7 +311,7 @@ def _by_itself(batch: Any, device: torch.device) -> Any:
 def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
     """A mapping of the same kind, with whatever else it has; a dict where that cannot be made."""
     if isinstance(batch, MutableMapping) and type(batch) is not dict:
-        batch = copy(batch)
-        batch.update(moved)
-        return batch
+        other = copy(batch)
+        other.update(moved)
+        return other
     return moved

@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,10 +22,12 @@ from types import FrameType
 
 import torch
 
+from runner.distributed import outside
 from runner.distributed.ending import end
 from runner.distributed.place import JOINS, SAVES, place, stack
 
 _LOOK_SECONDS = 0.5
+_SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread speaks first
 _DUMP_SECONDS = 2.0  # for data workers to print where they are
 _STEP, _BATCH, _END, _SAVE = "no step", "no batch of an evaluation", "no end of an evaluation", "no end of a save"
 _EVALUATION = f"{Path(__file__).parents[1]}/evaluation.py"
@@ -44,6 +47,7 @@ class Stall:
         self._training = threading.get_ident()
         self._watching = False  # from the first step or batch on
         self._moved = False
+        self._outside = _Outside(timeout + _SLACK_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
@@ -60,11 +64,13 @@ class Stall:
         """End the thread."""
         self._ended.set()
         self._thread.join(2 * _LOOK_SECONDS)
+        self._outside.tell(watching=False)
 
     def _watch(self) -> None:
         spent: Counter[str] = Counter()
         last = time.monotonic()
         while not self._ended.wait(_LOOK_SECONDS):
+            self._outside.tell(watching=self._watching)
             # More has not passed for the training thread either, whatever the clock says: both were stopped.
             passed, last = min(time.monotonic() - last, 2 * _LOOK_SECONDS), time.monotonic()
             if self._moved or not self._watching:
@@ -99,6 +105,29 @@ class Stall:
             "The same command goes on from the last checkpoint."
         )
         end(reason, 1, self.last_words)
+
+
+class _Outside:
+    """The process that runs ``outside``, while there is something to watch."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def tell(self, *, watching: bool) -> None:
+        """This process is not stuck."""
+        if self._process is None and watching:
+            command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(self._limit)]
+            with suppress(OSError, ValueError):  # no room for another process; stderr may be anything
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+                faulthandler.enable()
+        elif self._process is not None and watching:
+            with suppress(OSError):
+                os.write(self._process.stdin.fileno(), b".")  # type: ignore[union-attr]
+        elif self._process is not None:
+            self._process.kill()  # it would not learn from its input that this is the end: data workers hold it, too
+            self._process.communicate()
+            self._process = None
 
 
 def _at_leisure(frame: FrameType) -> bool:

@@ -128,6 +128,26 @@ class Broken(Rows):
         return super().__getitem__(index)
 
 
+class Remote(Rows):
+    """Some samples are in a file that may be ``gone``."""
+
+    def __init__(self, size, gone):
+        super().__init__(size)
+        self.gone = gone
+
+    def __getitem__(self, index):
+        if index % 10 == 7 and os.path.exists(self.gone):
+            raise FileNotFoundError(index)
+        return super().__getitem__(index)
+
+
+class Holes(Rows):
+    """Has no sample at some indices."""
+
+    def __getitem__(self, index):
+        return None if index % 10 == 3 else super().__getitem__(index)
+
+
 class Unreadable(Rows):
     """No sample can be read."""
 

@@ -1,0 +1,58 @@
+"""A program beside a run that ends it where no thread of it can, because C code that one calls keeps Python's lock.
+
+Its arguments are the pid of the run and for how many seconds that may be silent; the run writes to its input now and
+then. SIGABRT has the run print what its threads do (``faulthandler``) and die. A run that was stopped is not silent.
+"""
+
+import os
+import resource
+import select
+import signal
+import sys
+
+_LOOK_SECONDS = 1.0
+_DIE_SECONDS = 10.0
+
+
+def main(pid: int, limit: float) -> None:
+    """Return when the run has ended, or was ended."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are for the run
+    silent = 0.0
+    while os.getppid() == pid and silent <= limit:
+        if select.select([0], [], [], _LOOK_SECONDS)[0]:
+            if not os.read(0, 1 << 12):
+                return
+            silent = 0.0
+        elif not _stopped(pid):
+            silent += _LOOK_SECONDS
+    if os.getppid() == pid:
+        _end(pid, silent)
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:  # there is no such file system
+        return False
+
+
+def _end(pid: int, silent: float) -> None:
+    if sys.stderr is not None:
+        print(
+            f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running. If "
+            "it takes so long by right, set a longer one. The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+    if hasattr(resource, "prlimit"):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    os.kill(pid, signal.SIGABRT)
+    select.select([0], [], [], _DIE_SECONDS)
+    if os.getppid() == pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
