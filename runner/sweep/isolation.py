@@ -34,7 +34,7 @@ _LAUNCHERS = (
 )
 _SHARED = ("runner.experiment", "torch._dynamo")  # what every job needs and takes seconds to import
 _POLL_SECONDS = 0.1
-_EXIT_SECONDS = 300.0  # for what a user's code does at the exit of a process; 10 once a stop is asked for
+_EXIT_SECONDS = 60.0  # for what a user's code does at the exit of a process; 10 once a stop is asked for
 _HINTS = {
     "SIGKILL": ": the system does so when memory runs out (see dmesg)",
     "SIGSEGV": ": a fault in compiled code; python -X faulthandler shows where",
@@ -81,8 +81,9 @@ def _end(job: BaseProcess, ours: Connection) -> tuple[Any, BaseException | None,
     while job.is_alive():
         job.join(_POLL_SECONDS)
         if time.monotonic() - began > (10 if signals.received() else _EXIT_SECONDS):
-            log.warning("the process of a job does not end (pid %d): killed", job.pid)
+            log.warning("the process of a job that has ended (pid %d) stays, and is killed", job.pid)
             job.kill()
+            job.join()
     return end
 
 

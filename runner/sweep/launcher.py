@@ -161,7 +161,7 @@ class SweepLauncher(Launcher):
             signals.raise_if_received(self._progress(before | after))
             self._outcome.launched += len(batch)
             errors = self._run(batch, jobs, index + len(after))
-            looked = self._look({each: jobs[each] for each in batch})
+            looked = survey({each: jobs[each] for each in batch})
             moved = {each for each in batch if _moved(before[each], looked[each])}
             for each in batch:
                 queued = bool(moved) and each not in moved
