@@ -46,13 +46,14 @@ def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], 
 
 @pytest.mark.parametrize("cut", [None, 6, 7])
 def test_the_step_at_which_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
-    """Killed after that step was evaluated, before, and not at all."""
+    """Killed after that step was evaluated, before, and not at all. Beside it, a model that has to be woken."""
     command = (*ROWS, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", "checkpoint.every_steps=1")
-    command = (*command, f"run.root={tmp_path}", "run.name=r")
+    command = (*command, "model._target_=mine.odd.asleep", f"run.root={tmp_path}", "run.name=r")
     if cut is not None:
         assert life(*command, cwd=USER, step=cut).status is None
     ended = life(*command, cwd=USER)
     assert ended.status == 0, ended.output
+    assert "model    it came in evaluation mode, and trains now" in ended.output
     found = results(tmp_path / "rows/r")
     assert (found.result["step"], found.result["reason"]) == (7, "enough")
     assert found.parts["callback.evaluate"]["step"] == 7
