@@ -88,9 +88,8 @@ def test_many_processes_are_cut_short_in_an_evaluation(more: tuple[str, ...], cr
     command = (*ROWS, "model._target_=mine.odd.Centres", "objective.metric=null", *more, f"run.root={tmp_path}")
     task = ("task._target_=mine.tasks.Wakes", "+task.remembers=false")
     assert not any(crew(2, *command, *task, "+task.call=-1", "run.name=whole", cwd=USER).statuses)
-    for call in (3, 2):
-        ended = crew(2, *command, *task, f"+task.call={call}", "run.name=cut", "run.on_drift=accept", cwd=USER)
-        assert ended.statuses == [75, 75], ended.output
+    ended = crew(2, *command, *task, "+task.call=3", "run.name=cut", cwd=USER)
+    assert ended.statuses == [75, 75], ended.output
     ended = crew(2, *command, *task, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER)
     assert ended.statuses == [0, 0], ended.output
     require_same(tmp_path / "rows")
