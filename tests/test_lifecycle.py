@@ -9,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lives import Lives, lives
 from results import metric_lines, results
 
 from runner.__main__ import _failed
+from runner.checkpoint.store import CheckpointStore
 from runner.runs.__main__ import main
+from runner.storage.local import LocalLocation
+
+USER = Path(__file__).parent / "user"
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "runtime.num_threads=1")
 
@@ -110,6 +115,18 @@ def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Li
         ended = life("--config-dir", "conf", "experiment=mine", f"run.root={tmp_path}", cwd=tmp_path)
     assert ended.status == 3
     assert ended.output.count(" -m runner --config-dir=conf ") == 3
+
+
+def test_accepted_drift_leaves_moments_in_their_type(life: Lives, tmp_path: Path) -> None:
+    """Which is not that of the weights. Beside it, what a single process makes of settings for several."""
+    command = ("--config-dir", f"{USER}/conf", "experiment=odd", "checkpoint.every_steps=1", f"run.root={tmp_path}")
+    assert life(*command, "run.name=r", cwd=USER, step=6).status is None
+    ended = life(*command, "run.name=r", "optimizer.lr=0.02", "run.on_drift=accept", "runtime.parallel=ddp", cwd=USER)
+    assert ended.status == 0, ended.output
+    assert "runtime.parallel and runtime.shard are for several processes" in ended.output
+    store = CheckpointStore(LocalLocation(tmp_path / "odd/r"))
+    state = store.open(store.commits()[0]).load("optimizer")["state"]
+    assert {moments["moments"][0].dtype for moments in state.values()} == {torch.float64}
 
 
 def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Path) -> None:

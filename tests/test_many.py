@@ -269,6 +269,23 @@ def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, cre
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_weights_that_were_built_frozen_are_trained_by_all(
+    layout: str, life: Lives, crew: Crews, tmp_path: Path
+) -> None:
+    """As by one process, and to the bit after a kill."""
+    odd = ("model._target_=mine.odd.Frozen", "task._target_=mine.odd.Thaws", "model.dropout=0.0")
+    command = (*SMOKE, *odd, "trainer.max_steps=10", "trainer.ema_decay=0.9", f"run.root={tmp_path}")
+    assert life(*command, "run.name=one", cwd=USER).status == 0
+    finished(crew(2, *command, layout, "run.name=whole", cwd=USER))
+    assert None in crew(2, *command, layout, "run.name=cut", cwd=USER, to=[0], step=6).statuses
+    finished(crew(2, *command, layout, "run.name=cut", cwd=USER))
+    assert not results(folder(tmp_path, "cut")).differences(results(folder(tmp_path, "whole")))
+    one, whole = (load_file(folder(tmp_path, name) / "model.safetensors") for name in ("one", "whole"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_one_process_imports_nothing_of_many(tmp_path: Path) -> None:
     code = """
 import sys, torch
@@ -365,10 +382,6 @@ MISTAKES = {
         "would read all of it. Make it map-style",
     ),
     "typo": (("trainer.max_step=3",), "Key 'max_step' not in 'TrainerConfig'"),
-    "thaw": (
-        (DDP, "model._target_=mine.odd.Frozen", "task._target_=mine.odd.Thaws"),
-        "model: a weight is trained that was built frozen",
-    ),
     "sweep": (("-m", "seed=1,2"), "a sweep (-m) was started in 2 processes"),
 }
 

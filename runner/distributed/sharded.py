@@ -108,7 +108,7 @@ class _ShardedOptimizer:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                parameter.grad = torch.zeros_like(parameter)  # it may have been thawed since the start
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         state = self.optimizer.state_dict()

@@ -93,6 +93,11 @@ class Thaws(Classification):
         return super().training_step(model, batch)
 
 
+def asleep(**how):
+    """A model in evaluation mode, as pretrained ones come."""
+    return MLP(**how).eval()
+
+
 class Frozen(MLP):
     """Its biases are not trained."""
 

@@ -189,7 +189,7 @@ class Wakes(Classification):
         self.seen += self.remembers
         if self.pushes:
             next(model.parameters()).mul_(1.01)
-        return super().training_step(model, batch)
+        return self.training_step(model, batch)
 
     def state_dict(self):
         return {"seen": self.seen}
