@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch.utils.data import default_collate
 
+from runner import signals
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate
 from runner.data.foreign import iterator, stateful
@@ -73,6 +74,7 @@ class OpaqueStream:
         self._start: Any = None  # the state at its beginning
         self._untouched = True  # the current pass has not yielded anything
         self._behind = 0  # batches before which a worker may have to read the pass again
+        self._unseen = False  # a signal came before it was seen whether the pass ended with the last step
 
     @property
     def workers(self) -> int:
@@ -138,11 +140,11 @@ class OpaqueStream:
         self._saved = self._batches.state_dict()
         self.consumed += self.count
         self.epochs_before = self.epochs
-        before = self._pass
-        self._look_ahead()
-        if self._pass > before:
-            self._saved = self._start
-        self.epochs = self._pass
+        try:
+            with signals.at_once():
+                self._turn()
+        except signals.Stopped:
+            self._unseen = True
 
     def line(self, step: int) -> Line:
         """What the ledger says of the last finished step, which has that number."""
@@ -157,6 +159,7 @@ class OpaqueStream:
             "epochs": self.epochs,
             "epochs_before": self.epochs_before,
             "loader": deepcopy(self._saved),
+            **({"unseen": True} if self._unseen else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,6 +179,8 @@ class OpaqueStream:
         self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
         self._saved = state["loader"]
         self.open()
+        if state.get("unseen"):
+            self._turn()
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """In what the data of a saved position is not this data, as far as can be told."""
@@ -191,6 +196,14 @@ class OpaqueStream:
     def _begin_pass(self) -> Any:
         """Let the workers begin a pass, or go on where they were told to; the state of the loader then."""
         return iter(self._batches).state_dict()
+
+    def _turn(self) -> None:
+        """See whether the pass has ended with the last step."""
+        before = self._pass
+        self._look_ahead()
+        if self._pass > before:
+            self._saved = self._start
+        self.epochs = self._pass
 
     def _look_ahead(self) -> None:
         """Have the next batch at hand, or the error that belongs to the step which asks for it."""

@@ -1,9 +1,13 @@
 """Data sets that a user might write, good and bad."""
 
+import glob
 import json
+import multiprocessing
 import os
 import random
+import signal
 import threading
+import time
 
 import numpy as np
 import torch
@@ -155,6 +159,23 @@ class Unreadable(Rows):
         raise OSError("gone")
 
 
+class Waits(Rows):
+    """Once, at one sample, stops the training process, and waits for ever. Before that, until there is a file."""
+
+    def __init__(self, size, at, once, after):
+        super().__init__(size)
+        self.at, self.once, self.after = at, once, after
+
+    def __getitem__(self, index):
+        if index == self.at and first(self.once):
+            while self.after != "null" and not glob.glob(self.after):
+                time.sleep(0.01)
+            training = multiprocessing.parent_process()
+            os.kill(training.pid if training else os.getpid(), signal.SIGTERM)
+            threading.Event().wait()
+        return super().__getitem__(index)
+
+
 class Sentences(Rows):
     """Rows of different lengths."""
 
@@ -166,8 +187,8 @@ class Sentences(Rows):
 class Iterable(torch.utils.data.IterableDataset):
     """The same rows as a stream that knows where it is; shares itself out to workers."""
 
-    def __init__(self, size):
-        self.rows = Rows(size)
+    def __init__(self, size, rows=None):
+        self.rows = rows or Rows(size)
         self.at = 0
 
     def __iter__(self):

@@ -1,0 +1,365 @@
+"""Data workers: what they cannot send is an error, and none is left, however training ends."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lives import Lives
+from results import results
+from torch.utils.data import IterableDataset, get_worker_info
+
+from runner import signals
+from runner.data.engine import Loading
+from runner.data.held_out import EvaluationData
+from runner.data.opaque import OpaqueStream
+from runner.data.plan import Plan
+from runner.data.stream import BatchStream
+from runner.errors import DataError
+
+USER = Path(__file__).parent / "user"
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+LIMIT = 60.0  # seconds, where a fault would last for ever
+METHODS = ["fork", "spawn", "forkserver"]
+
+
+class Numbers:
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor(float(index))
+
+
+class Endless(IterableDataset[Any]):
+    """An iterable of numbers that needs no state."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(1000))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Killed(Numbers):
+    """A large batch that is sent in the pipe itself, and then the worker is killed."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= 8 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "x" * (1 << 20)
+
+
+class Blocks(Numbers):
+    """Waits for ever at a sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 20:
+            threading.Event().wait()
+        return super().__getitem__(index)
+
+
+class Strange(Exception):
+    """An exception that is pickled and cannot be unpickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def function(samples: list[Any]) -> Any:
+    return lambda: samples
+
+
+def generator(samples: list[Any]) -> Any:
+    return (sample for sample in samples)
+
+
+def with_gradient(samples: list[Any]) -> Any:
+    return torch.ones(2, requires_grad=True) * 2
+
+
+def with_lock(samples: list[Any]) -> Any:
+    return {"x": [threading.Lock()]}
+
+
+def strange(samples: list[Any]) -> Any:
+    return [Strange(1, 2)]
+
+
+def training(samples: Any, loading: Loading, collate: Any = None) -> BatchStream:
+    plan = Plan(len(samples), 1, 4, shuffle=False, randomness="off")
+    return BatchStream(samples, plan, loading=loading, device=CPU, collate=collate)
+
+
+def take(stream: BatchStream, steps: int) -> None:
+    for _ in range(steps):
+        list(stream.step())
+        stream.advance()
+
+
+def read_training(loading: Loading, collate: Any) -> None:
+    stream = training(Numbers(), loading, collate)
+    stream.open()
+    list(stream.step())
+
+
+def read_iterable(loading: Loading, collate: Any) -> None:
+    stream = OpaqueStream(
+        Endless(),
+        seed=1,
+        batch_size=4,
+        micro_batches=1,
+        randomness="off",
+        loading=loading,
+        device=CPU,
+        collate=collate,
+    )
+    stream.open()
+    list(stream.step())
+
+
+def read_evaluation(loading: Loading, collate: Any) -> None:
+    data = EvaluationData(
+        Numbers(), seed=1, batch_size=4, randomness="off", loading=loading, device=CPU, collate=collate
+    )
+    list(data)
+
+
+READERS = {"data.train": read_training, "data.train (a Endless)": read_iterable, "data.validation": read_evaluation}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("key", READERS)
+def test_a_batch_that_cannot_be_sent_is_an_error(key: str, method: str) -> None:
+    with pytest.raises(DataError) as raised:
+        READERS[key](Loading(2, start_method=method), function)
+    told = str(raised.value)
+    assert told.startswith(f"{key}: a data worker cannot send what it has read: ")
+    assert "pickle" in told
+    assert "runtime.num_workers=0" in told
+
+
+@pytest.mark.parametrize(
+    ("collate", "told"),
+    [
+        (generator, "cannot pickle 'generator' object"),
+        (with_lock, "cannot pickle '_thread.lock' object"),
+        (with_gradient, r"detach\(\) on tensors of a batch"),
+        (strange, r"TypeError: .*missing 1 required positional argument"),
+    ],
+)
+def test_whatever_cannot_be_sent_is_told(collate: Callable[..., Any], told: str) -> None:
+    for read in READERS.values():
+        with pytest.raises(DataError, match=told):
+            read(Loading(1), collate)
+
+
+def test_batches_before_an_unsendable_one_come_in_order() -> None:
+    def collate(samples: list[Any]) -> Any:
+        return function(samples) if samples[0] == 20 else torch.stack(samples)
+
+    stream = training(Numbers(), Loading(2, prefetch=4), collate)
+    stream.open()
+    for first in range(0, 20, 4):
+        ((_, batch),) = stream.step()
+        assert batch[0] == first
+        stream.advance()
+    with pytest.raises(DataError, match="cannot send"):
+        list(stream.step())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_worker_is_told_with_the_cause(method: str) -> None:
+    """In the middle of a message, too, at whose rest the training process would wait for ever."""
+    signals.install()
+    stream = training(Killed(), Loading(2, start_method=method))
+    stream.open()
+    with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was ended by SIGKILL.*memory"):
+        take(stream, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closing_ends_workers_that_wait_for_ever(method: str) -> None:
+    stream = training(Blocks(), Loading(2, start_method=method))
+    stream.open()
+    take(stream, 4)
+    began = time.monotonic()
+    stream.close()
+    stream.close()
+    assert time.monotonic() - began < LIMIT
+    assert not multiprocessing.active_children()
+
+
+def python(code: str, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5 * LIMIT, env=environment, **how)
+
+
+FEW = """
+import multiprocessing, resource, sys
+from test_workers import Numbers, training
+from runner.data.engine import Loading
+from runner.errors import DataError
+
+stream = training(Numbers(), Loading(4, start_method=sys.argv[1]))
+first = multiprocessing.get_context(sys.argv[1]).Process(target=int)  # opens what the first of all opens
+first.start()
+first.join()
+opened = resource.getrlimit(resource.RLIMIT_NOFILE)
+import os
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + int(sys.argv[2]), opened[1]))
+try:
+    stream.open()
+    held = [batch for _ in range(40) for batch in stream.step()]
+except DataError as error:
+    print(error)
+print(len([p for p in multiprocessing.active_children() if p.is_alive()]), "left")
+"""
+
+
+@pytest.mark.parametrize(("method", "more"), [("fork", 12), ("fork", 20), ("spawn", 12), ("forkserver", 12)])
+def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
+    ended = python(FEW, method, str(more))
+    assert ended.returncode == 0, ended.stderr
+    assert "ulimit -n" in ended.stdout, ended.stdout + ended.stderr
+    assert "0 left" in ended.stdout
+
+
+ORPHANS = """
+import os, signal, sys
+from test_workers import Blocks, training
+from runner.data.engine import Loading
+
+stream = training(Blocks(), Loading(2, start_method=sys.argv[1]))
+stream.open()
+list(stream.step())
+print(*[p.pid for p in stream._batches._workers._started], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_end_with_a_killed_training_process(method: str) -> None:
+    """Also those that are busy for ever."""
+    ended = python(ORPHANS, method)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    until = time.monotonic() + LIMIT
+    while any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+FORKS = """
+import multiprocessing, os, signal, subprocess, sys, time
+from runner import signals
+
+signals.install()
+for _ in range(10):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(abs, range(4))
+process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600])
+process.start()
+process.terminate()
+process.join()
+print(process.exitcode)
+assert signals.received() is None
+if os.fork() == 0:
+    signals.ignore()  # as in a data worker
+    child = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"], stdout=-1)
+    child.stdout.readline()
+    child.terminate()
+    print(child.wait(), flush=True)
+    os._exit(0)
+os.wait()
+os.kill(os.getpid(), signal.SIGTERM)
+print(signals.received())
+"""
+
+
+def test_children_of_somebodys_code_obey_signals() -> None:
+    ended = python(FORKS)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["-15", "-15", "SIGTERM"]), ended.stderr
+
+
+STUCK = """
+import ctypes, os, threading
+from runner import signals
+
+signals.install()
+print("begun", flush=True)
+if {stuck}:
+    mutex = ctypes.create_string_buffer(256)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # runs no Python code any more
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["waiting", "stuck in C"])
+@pytest.mark.parametrize("numbers", ["TERM TERM", "INT TERM", "TERM INT"])
+def test_a_second_signal_ends_the_process_whatever_it_does(numbers: str, stuck: bool) -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUCK.format(stuck=stuck)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout
+    process.stdout.readline()
+    last = signal.SIGTERM
+    for name in numbers.split():
+        last = signal.Signals[f"SIG{name}"]
+        process.send_signal(last)
+        time.sleep(1)  # else they are taken for one that was sent twice
+    assert process.wait(LIMIT) in (-last, 128 + last)
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("where", ["train", "validation", "iterable"])
+def test_a_signal_is_obeyed_while_data_is_waited_for(where: str, workers: int, life: Lives, tmp_path: Path) -> None:
+    """The state of the last step is committed, and the resumed run ends as if nothing had happened."""
+    once = tmp_path / "once"
+    after = f"{tmp_path}/rows/cut/commits/s000000003*" if workers and where != "validation" else "null"
+    at = 20 if where == "validation" else 50
+    waits = f"_target_:mine.data.Waits,size:100,at:{at},once:{once},after:'{after}'"
+    data = f"+data.train.rows={{{waits}}}" if where == "iterable" else f"data.{where}={{{waits}}}"
+    kind = ("data.train._target_=mine.data.Iterable",) if where == "iterable" else ()
+    common = (
+        f"--config-dir={USER}/conf",
+        "experiment=rows",
+        "data.shuffle=false",
+        "runtime.audit=false",
+        *kind,
+        data,
+        f"run.root={tmp_path}",
+    )
+    once.touch()
+    whole = life(*common, f"runtime.num_workers={workers}", "run.name=whole", cwd=USER)
+    assert whole.status == 0, whole.output
+    once.unlink()
+    cut = (*common, f"runtime.num_workers={workers}", "run.name=cut")
+    ended = life(*cut, cwd=USER)
+    assert ended.status == 75, ended.output
+    step = 20 if where == "validation" else 3
+    assert f"SIGTERM: stopped after step {step}, which is committed" in ended.output
+    assert life(*cut, cwd=USER).status == 0
+    assert results(tmp_path / "rows/cut") == results(tmp_path / "rows/whole")
