@@ -180,6 +180,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite. Sums show it, at a twentieth of the price of asking for each element; only
     where finite elements make one overflow is each asked.
     """
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # for which torch has neither
     pieces = torch.split(tensor.reshape(-1), _PIECE)
     sums = torch.stack([(piece.float() if piece.itemsize < 4 else piece).sum() for piece in pieces])
     return bool(sums.isfinite().all()) or bool(tensor.isfinite().all())
