@@ -100,16 +100,28 @@ def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) 
     assert run.store.values == {1: 1.0, 4: 4.0}, "of two that wait the better one"
 
 
-def test_of_several_best_ones_each_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_of_several_best_ones_each_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
+    monkeypatch.setattr("runner.callbacks.checkpoint._TOLD_SECONDS", 0.0)
     run = Run(tmp_path, best=3, pins=lambda step: step == 4)
     run.store.gate.clear()
     run.step(improved=True)
     run.begun()
     run.step(improved=True)
-    threading.Timer(6, run.store.gate.set).start()  # longer than it waits without a word
+
+    def open_when_told() -> None:
+        until = time.monotonic() + 60
+        while "training waits: the states of steps 2 and 3 are both to be kept" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        run.store.gate.set()
+
+    opener = threading.Thread(target=open_when_told)
+    opener.start()
     run.step(improved=True)
-    assert "training waits: the states of steps 2 and 3 are both to be kept" in caplog.text
+    opener.join(60)
     run.step()
     run.step(improved=True)
     run.settle()
@@ -147,8 +159,9 @@ def test_kept_copies_that_could_not_be_written_are_tried_until_they_are(tmp_path
     run.step(improved=True)
     run.store.gate.set()
     run.settle()
-    run.now += 2
-    threading.Timer(0.5, setattr, (run.store, "error", None)).start()
+    run.saver._look()
+    run.now += 10
+    run.store.error = None
     run.step(improved=True)
     run.saver.on_end(run.loop)
     run.saver.close()
