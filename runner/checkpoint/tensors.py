@@ -5,6 +5,7 @@ while streaming and to make them durable. A digest is of a block, not of a tenso
 tensor reads little more than those, and a thousand small ones need one digest.
 """
 
+import cmath
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -182,8 +183,8 @@ def is_finite(tensor: Tensor) -> bool:
     """
     tensor = tensor.float() if tensor.itemsize == 1 else tensor  # for which torch has neither
     pieces = torch.split(tensor.reshape(-1), _PIECE)
-    sums = torch.stack([(piece.float() if piece.itemsize < 4 else piece).sum() for piece in pieces])
-    return bool(sums.isfinite().all()) or bool(tensor.isfinite().all())
+    sums = ((piece.float() if piece.itemsize < 4 else piece).sum().item() for piece in pieces)
+    return all(map(cmath.isfinite, sums)) or bool(tensor.isfinite().all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
