@@ -91,12 +91,14 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         if isinstance(saver, SaveCheckpoint):
             saver.begins = resumed.origin is not None
-        with closing(saver), _advising(opening, parts):
+        with closing(saver), _advising(opening):
             loop = trainer.fit(
                 parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
             )
         if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
             raise _interrupted(loop, team.stop)
+        if 0 < loop.step <= parts.update.in_a_row:
+            raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
         patience = config.checkpoint.max_unsaved
         return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
 
@@ -116,12 +118,10 @@ def _closing() -> Iterator[ExitStack]:
 
 
 @contextmanager
-def _advising(opening: Opening, parts: Parts) -> Iterator[None]:
+def _advising(opening: Opening) -> Iterator[None]:
     """Say how to go on from the last checkpoint, where training ends because it did not stay finite."""
     try:
         yield
-        if 0 < parts.state.progress.step <= parts.update.in_a_row:
-            raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
     except NonFiniteError as error:
         if opening.identity["trainer"]["on_nonfinite"] == "stop":
             how = "trainer.on_nonfinite=skip run.on_drift=accept"

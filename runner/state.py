@@ -105,13 +105,16 @@ class TrainState:
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint can be loaded, as far as its manifest says."""
-        changes, parts = checkpoint.facts.get("structure", {}), checkpoint.parts
         places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
         shapes = {name: place.shelf.tensors[place.name].shape for name, place in places.items()}
-        groups = [] if "groups" in changes else parts["optimizer"].get("param_groups", [])
-        sizes = [len(group["params"]) for group in groups]
-        buffers = changes.get("buffers", {}).get("model", ())
-        return self.built is not None and {*parts} == {*self.parts()} and self.built.fits(shapes, buffers, sizes)
+        if self.built is None or {*checkpoint.parts} != {*self.parts()}:
+            return False
+        try:
+            changes = checkpoint.facts.get("structure", {})
+            sizes = [] if "groups" in changes else _sizes(checkpoint)
+            return self.built.fits(shapes, changes.get("buffers", {}).get("model", ()), sizes)
+        except (AttributeError, KeyError, TypeError):  # of a stranger
+            return False
 
     def weights(self) -> list[str]:
         """The names, in a commit, of what has to be finite."""
@@ -157,16 +160,16 @@ class TrainState:
         """Load a part, and return its state; one that is sharded knows by its live state, or by what it has ``like``
         that, what it needs.
         """
-        buffers = checkpoint.facts.get("structure", {}).get("buffers", {})
 
         def load() -> None:
             if self.built is not None and name in self.built.modules:
+                buffers = checkpoint.facts.get("structure", {}).get("buffers", {})
                 self.built.resize(name, buffers.get(name, ()), state)
             part.load_state_dict(state)
 
         try:
             if self.built is not None and name == "optimizer":
-                self.built.regroup(part, _groups(checkpoint), self.parts())
+                self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
             live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
             state = checkpoint.load(name, like=live and live())
             together(checkpoint.among, load, kinds=(Damaged,))
@@ -184,14 +187,20 @@ def _state_of(part: Stateful) -> dict[str, Any]:
     return Own(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
-def _groups(checkpoint: Checkpoint) -> list[list[str]] | None:
-    """The names of the weights in each of the optimizer's groups, as far as they are known; earlier versions have those
-    that the optimizer was given with them.
+def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:
+    """The names of the weights in each of the optimizer's groups, where those are not as they were built. Earlier
+    versions have them only if the optimizer was given names.
     """
+    noted: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
+    if noted or _sizes(checkpoint) == [*map(len, built.groups)]:
+        return noted
     saved = checkpoint.parts["optimizer"].get("param_groups", [])
     named = [[f"model/{name}" for name in group["param_names"]] for group in saved if "param_names" in group]
-    noted: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
-    return noted or (named if len(named) == len(saved) else None)
+    return named if len(named) == len(saved) else None
+
+
+def _sizes(checkpoint: Checkpoint) -> list[int]:
+    return [len(group["params"]) for group in checkpoint.parts["optimizer"].get("param_groups", [])]
 
 
 def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:

@@ -147,6 +147,19 @@ def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
     assert not results(folder(tmp_path, "cut")).differences(uninterrupted(name)[0])
 
 
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_many_restore_a_structure_that_training_changed(layout: str, crew: Crews, tmp_path: Path) -> None:
+    """A group of the optimizer that a task added, and buffers that grow."""
+    task = ("task._target_=mine.growing.Changes", "+task.what=add", "~task.label_smoothing")
+    head = ("optimizer._target_=mine.growing.some", "+optimizer.names=[layers.4]")
+    command = (*SMOKE, layout, *task, *head, "model._target_=mine.growing.Remembers", f"run.root={tmp_path}")
+    finished(crew(2, *command, "trainer.max_steps=12", "run.name=whole", cwd=USER))
+    assert crew(2, *command, "trainer.max_steps=12", "run.name=cut", cwd=USER, to=[1], step=10).statuses[1] is None
+    resumed = finished(crew(2, *command, "trainer.max_steps=12", "run.name=cut", cwd=USER))
+    assert "resumed from step 8 of attempt 1" in resumed.output
+    assert not results(folder(tmp_path, "cut")).differences(results(folder(tmp_path, "whole")))
+
+
 def test_a_signal_to_any_rank_stops_all_after_the_same_step(
     crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:

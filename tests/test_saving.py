@@ -12,7 +12,7 @@ import torch
 
 from runner.callbacks.base import Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.saving import Hooks
+from runner.callbacks.saving import Hooks, _is_spoiled
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.staging import Staging
@@ -98,6 +98,96 @@ def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) 
     run.store.gate.set()
     run.settle()
     assert run.store.values == {1: 1.0, 4: 4.0}, "of two that wait the better one"
+
+
+def test_of_several_best_ones_each_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
+    monkeypatch.setattr("runner.callbacks.checkpoint._TOLD_SECONDS", 0.0)
+    run = Run(tmp_path, best=3, pins=lambda step: step == 4)
+    run.store.gate.clear()
+    run.step(improved=True)
+    run.begun()
+    run.step(improved=True)
+
+    def open_when_told() -> None:
+        until = time.monotonic() + 60
+        while "training waits: the states of steps 2 and 3 are both to be kept" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        run.store.gate.set()
+
+    opener = threading.Thread(target=open_when_told)
+    opener.start()
+    run.step(improved=True)
+    opener.join(60)
+    run.step()
+    run.step(improved=True)
+    run.settle()
+    run.saver.close()
+    assert run.store.values == {step: float(step) for step in range(1, 6)}
+    assert len(run.saver.saves.rooms) <= 2
+
+
+def test_a_pinned_step_is_kept_beside_a_better_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, pins=lambda step: step in (2, 4))
+    run.store.gate.clear()
+    run.step()
+    run.begun()
+    run.step()
+    threading.Timer(0.2, run.store.gate.set).start()
+    run.step(improved=True)
+    run.store.gate.wait(20)
+    run.begun()
+    run.store.gate.clear()
+    run.step()
+    threading.Timer(0.2, run.store.gate.set).start()
+    run.step(improved=True)
+    run.settle()
+    run.saver.close()
+    assert {2, 3, 4, 5} <= {*run.store.values}
+
+
+def test_kept_copies_that_could_not_be_written_are_tried_until_they_are(tmp_path: Path) -> None:
+    """Training waits for the first of them rather than to give one up."""
+    run = Run(tmp_path, best=3)
+    run.store.gate.clear()
+    run.store.error = StorageError("no space left")
+    run.step(improved=True)
+    run.begun()
+    run.step(improved=True)
+    run.store.gate.set()
+    run.settle()
+    run.saver._look()
+    run.now += 10
+    run.store.error = None
+    run.step(improved=True)
+    run.saver.on_end(run.loop)
+    run.saver.close()
+    assert run.store.values == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert run.saver._saved == 3
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name", "spoiled"),
+    [
+        (torch.tensor([1.0, torch.nan]), "model/w", True),
+        (torch.tensor([1.0, -torch.inf]), "model/w", True),
+        (torch.full((70_000,), 60_000.0, dtype=torch.float16), "model/w", False),
+        (torch.full((70_000,), 3e38), "model/w", False),
+        (torch.zeros(0, 3), "model/w", False),
+        (torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn), "model/w", True),
+        (torch.tensor([1, torch.nan * 1j]), "model/w", True),
+        (torch.tensor([torch.nan, -torch.inf]), "model/mask", False),
+        (torch.tensor([torch.inf, 1.0]), "optimizer/state/0/max_exp_avg", False),
+        (torch.tensor([torch.inf, torch.nan]), "optimizer/state/0/exp_avg", True),
+        (torch.tensor([1, 2]), "optimizer/state/0/step", False),
+        (torch.tensor(torch.inf), "task/best", False),
+    ],
+)
+def test_what_training_cannot_go_on_with(tensor: torch.Tensor, name: str, spoiled: bool) -> None:
+    assert _is_spoiled(name, tensor, {"model/w"}) is spoiled
 
 
 def test_a_failure_is_told_and_tried_again_after_a_growing_pause(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -122,4 +122,4 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     moments = name.startswith("optimizer/") and tensor.is_floating_point()
     if is_finite(tensor) if moments or name in weights else True:
         return False
-    return not moments or bool(tensor.isnan().any())
+    return not moments or bool(tensor.float().isnan().any())

@@ -5,6 +5,7 @@ while streaming and to make them durable. A digest is of a block, not of a tenso
 tensor reads little more than those, and a thousand small ones need one digest.
 """
 
+import cmath
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,9 +181,10 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite. Sums show it, at a twentieth of the price of asking for each element; only
     where finite elements make one overflow is each asked.
     """
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # for which torch has neither
     pieces = torch.split(tensor.reshape(-1), _PIECE)
-    sums = torch.stack([(piece.float() if piece.itemsize < 4 else piece).sum() for piece in pieces])
-    return bool(sums.isfinite().all()) or bool(tensor.isfinite().all())
+    sums = ((piece.float() if piece.itemsize < 4 else piece).sum().item() for piece in pieces)
+    return all(map(cmath.isfinite, sums)) or bool(tensor.isfinite().all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

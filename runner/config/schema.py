@@ -138,8 +138,10 @@ class CheckpointConfig:
     max_unsaved: float = 1800.0  # seconds of training after which a run whose storage keeps failing ends
     background: bool = True  # write while training continues; false: wait for each checkpoint
     keep_last: int = 2  # the newest ones
-    keep_every_steps: int | None = None  # also save and keep one at every multiple of so many steps
-    keep_best: int = 1  # also keep the best ones by the objective
+    # Also save and keep one at every multiple of so many steps, and the best ones by the objective. Training waits if
+    # they come faster than the storage writes: there is memory for two copies.
+    keep_every_steps: int | None = None
+    keep_best: int = 1
 
 
 @dataclass
