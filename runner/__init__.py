@@ -17,7 +17,7 @@ module here, there are no import cycles. Each third-party package is imported by
     3  run/ (directory, attempts, records, heartbeat, drift, parent, links)
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
-       shards/ (manifest, scan, records, tokens, packing)     update     device
+       shards/ (formats, manifest, scan, records, tokens, packing)     update     device
     2  distributed/ (world, team, watch, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     average
        config/ (schema, identity, environment, secrets, checks)     signals     agreement     task (the interface)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from runner.errors import DataError
-from runner.shards import blocks
+from runner.shards import formats
 from runner.shards.packing import Packed, PackingStream
 from runner.shards.records import Records
 
@@ -97,7 +97,7 @@ def test_lengths_that_cannot_be_are_refused(lengths: Any, told: str) -> None:
 
 def test_a_file_that_holds_no_lengths_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"a\.npy: no array in numpy's format"):
+    with pytest.raises(DataError, match=r"a\.npy: not an array in numpy's format"):
         Packed(documents(), f"{tmp_path}/a.npy", length=1)
 
 
@@ -109,7 +109,7 @@ def test_documents_that_are_no_flat_integers_are_refused() -> None:
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 30)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 30)
     for number, borders in enumerate([(0, 3), (3, 3), (3, 8), (8, 12)]):
         text = "".join(f"{document}\n" for document in documents()[slice(*borders)])
         (tmp_path / f"{number}.jsonl").write_text(text)

@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from runner.errors import DataError
-from runner.shards import blocks
+from runner.shards import formats
 from runner.shards.__main__ import main
 from runner.shards.manifest import load, save
 from runner.shards.records import Records
@@ -92,11 +92,11 @@ def test_a_manifest_can_lie_in_any_store(folder: Path) -> None:
 
 def test_an_incomplete_manifest_names_the_command_that_completes_it(folder: Path) -> None:
     out = f"{folder}/shards.json"
-    save(out, scan(f"{folder}/a.jsonl"), again=f"python -m runner.shards {folder} --out {out}")
+    save(out, scan(f"{folder}/a.jsonl"), command=f"python -m runner.shards {folder} --out {out}")
     with pytest.raises(DataError) as refused:
         Records(manifest=out)
     assert str(refused.value) == (
-        f"{out} is incomplete: its scan was cut. Run it again, it goes on where it stopped: "
+        f"{out} is incomplete: its scan was interrupted. Run it again, it goes on where it stopped: "
         f"python -m runner.shards {folder} --out {out}"
     )
     assert len(load(out, partial=True).shards) == 1
@@ -106,7 +106,7 @@ def test_a_damaged_shard_keeps_the_others(folder: Path, capsys: pytest.CaptureFi
     for name in ("a", "b"):
         (folder / f"{name}.npy").write_bytes(b"no" * 64 if name == "b" else npy())
     assert main([f"{folder}/*.npy", "--out", f"{folder}/s.json", "--dtype", "uint8", "--jobs", "1"]) == 1
-    assert "b.npy is no array in numpy's format" in capsys.readouterr().err
+    assert "b.npy is not an array in numpy's format" in capsys.readouterr().err
     (folder / "b.npy").write_bytes(npy())
     found = summary(capsys, f"{folder}/*.npy", "--out", f"{folder}/s.json", "--dtype", "uint8")
     assert (found["kept"], found["scanned"]) == (1, 1)
@@ -142,11 +142,11 @@ def long_scan(tmp_path: Path) -> tuple[Path, list[str]]:
     for number in range(200):
         (data / f"{number:03}.jsonl").write_text(f"[{number}]\n" * (number % 7))
     slow = (
-        "import sys, time; from runner.shards import __main__ as command, lines\n"
+        "import sys, time; from runner.shards import __main__ as command, formats\n"
         "command._SAVE_SECONDS = command._SAVE_SHARE = 0\n"
-        "count = lines.JsonLines._count\n"
+        "count = formats.JsonLines._count\n"
         "def slowly(self, data): time.sleep(0.02); return count(self, data)\n"
-        "lines.JsonLines._count = slowly\n"
+        "formats.JsonLines._count = slowly\n"
         "sys.exit(command.main(sys.argv[1:]))"
     )
     return data, [sys.executable, "-c", slow, str(data), "--out", f"{data}/shards.json", "--jobs", "2"]
@@ -198,8 +198,8 @@ def change(good: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("format", True, "format: expected 1, found True"),
         ("kind", "csv", "kind: expected one of jsonl"),
         ("kind", [], "kind: expected one of jsonl"),
-        ("kind", "tokens", "dtype: expected that of tokens"),
-        ("dtype", "uint8", "dtype: expected that of tokens"),
+        ("kind", "tokens", "dtype: expected a dtype of tokens"),
+        ("dtype", "uint8", "dtype: expected a dtype of tokens"),
         ("complete", 1, "complete: expected true or false"),
         ("complete", False, "again: expected the command"),
         ("shards", {}, "shards: expected a list"),
@@ -211,7 +211,7 @@ def change(good: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("shards.1.size", 1 << 70, r"shards\[1\]\.size: expected a number"),
         ("shards.1.records", 2.0, r"shards\[1\]\.records: expected a number"),
         ("shards.1.records", 0, r"shards\[1\]\.starts\.records: expected numbers from 0 to -1"),
-        ("shards.1.mark", None, r"shards\[1\]\.mark: expected a text"),
+        ("shards.1.mark", None, r"shards\[1\]\.mark: expected a string"),
         ("shards.1.starts", [], r"shards\[1\]\.starts: expected an object"),
         ("shards.1.starts.records", [], r"shards\[1\]\.starts: expected as many records as bytes"),
         ("shards.1.starts.records", [1], r"shards\[1\]\.starts\.records: expected 0 first"),
@@ -219,25 +219,25 @@ def change(good: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("shards.1.starts.bytes", ["0"], r"shards\[1\]\.starts\.bytes: expected a list of numbers"),
         ("shards.1.starts.bytes", [99], r"shards\[1\]\.starts\.bytes: expected numbers from 0 to 13"),
         ("shards.1.starts.bytes", [1 << 80], r"shards\[1\]\.starts\.bytes: expected numbers"),
-        ("shards.2.starts.bytes", [0, 0], r"shards\[2\]\.starts\.bytes: expected rising numbers"),
+        ("shards.2.starts.bytes", [0, 0], r"shards\[2\]\.starts\.bytes: expected increasing numbers"),
         ("shards.1.starts.bytes", "0" * 999, r"found '0{59}\.\.\."),
     ],
 )
 def test_a_hostile_manifest_is_refused_by_key(
     folder: Path, path: str, value: object, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 14)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 14)
     out = folder / "shards.json"
     assert main([str(folder), "--out", str(out)]) == 0
     out.write_text(json.dumps(change(json.loads(out.read_text()), path, value)))
-    with pytest.raises(DataError, match=f"^{out} is no manifest of shards: .*{told}"):
+    with pytest.raises(DataError, match=f"^{out} is not a manifest of shards: .*{told}"):
         Records(manifest=str(out))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1" * 5000, "[" * 100_000, '"\udcff"', '{"format": 1, "\\u001b": 0}'])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match=f"^{tmp_path}/m.json is no manifest of shards: "):
+    with pytest.raises(DataError, match=f"^{tmp_path}/m.json is not a manifest of shards: "):
         Records(manifest=f"{tmp_path}/m.json")
 
 

@@ -108,7 +108,7 @@ def test_a_manifest_of_tokens(tmp_path: Path) -> None:
     save(f"{tmp_path}/m.json", scan(f"{tmp_path}/x", dtype="uint32"))
     samples = Tokens(manifest=f"{tmp_path}/m.json", length=10)
     assert rows(samples) == rows(Tokens(path=f"{tmp_path}/x", length=10, dtype="uint32"))
-    with pytest.raises(ConfigError, match="lists shards of tokens uint32, and the configuration says tokens uint16"):
+    with pytest.raises(ConfigError, match="lists shards of tokens uint32, but the configuration says tokens uint16"):
         Tokens(manifest=f"{tmp_path}/m.json", length=10, dtype="uint16")
 
 
@@ -137,7 +137,7 @@ def test_locate_names_every_shard_of_a_sample(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({"length": 0}, "length=0"),
-        ({"length": 4, "dtype": "float32"}, "dtype='float32' is none of"),
+        ({"length": 4, "dtype": "float32"}, "dtype='float32' is not a dtype"),
         ({"length": 4, "separator": 70000}, "a token from 0 to 65535"),
         ({"length": 4, "separator": 1, "pack": False}, "needs pack=true"),
     ],
@@ -155,7 +155,7 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(100))
     whole = (tmp_path / "a.npy").read_bytes()
     (tmp_path / "a.npy").write_bytes(whole[:-8])
-    with pytest.raises(DataError, match=r"a\.npy is cut: 920 bytes, and its header says 100 tokens of int64"):
+    with pytest.raises(DataError, match=r"a\.npy is truncated: 920 bytes, but its header promises 100 tokens of int64"):
         Tokens(path=f"{tmp_path}/a.npy", length=1)
     for wrong in (np.zeros((2, 2), np.int32), np.zeros(4), np.zeros(4, ">i4")):
         np.save(tmp_path / "a.npy", wrong)
@@ -169,7 +169,7 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
 def test_arrays_of_two_dtypes_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(9))
     np.save(tmp_path / "b.npy", np.arange(9, dtype=np.int32))
-    with pytest.raises(DataError, match=r"b\.npy holds int32, other shards or the configuration say int64"):
+    with pytest.raises(DataError, match=r"b\.npy holds int32, but other shards or the configuration have int64"):
         Tokens(path=str(tmp_path), length=1)
 
 

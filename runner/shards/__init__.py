@@ -1,6 +1,6 @@
-"""Data sets in shards at any fsspec path, read in blocks, by record number.
+"""Map-style data sets over sharded files at any fsspec path.
 
-A *manifest* lists how many records every shard has and where its blocks begin. So any record takes one ranged read, and
-a resume reads nothing to find its position. ``Records`` and ``Tokens`` are map-style data sets over a manifest;
-``Packed`` concatenates documents into rows. Nothing here knows of epochs, orders or runs.
+A *manifest* lists the record count of every shard and the offsets of its blocks. So reading a record takes one ranged
+read, and a resume reads nothing to find its position. ``Records`` and ``Tokens`` are data sets over a manifest;
+``Packed`` joins documents into rows. This package does not know of epochs, orders or runs.
 """

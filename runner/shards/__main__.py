@@ -1,6 +1,6 @@
 """``python -m runner.shards PATTERN... --out shards.json``: count the records of shards and find their blocks.
 
-A scan that was cut goes on where it stopped: the same command scans only what is new or has changed.
+An interrupted scan goes on where it stopped: the same command scans only shards that are new or have changed.
 """
 
 import argparse
@@ -13,17 +13,16 @@ from tqdm import tqdm
 
 from runner.errors import DataError, Interrupted, RunnerError
 from runner.shards import manifest
-from runner.shards.arrays import DTYPES
-from runner.shards.formats import KINDS
+from runner.shards.formats import DTYPES, KINDS
 from runner.shards.scan import Scan
 from runner.storage import files
 
 _SAVE_SECONDS = 2.0
-_SAVE_SHARE = 20  # writing a large manifest must not take more than a 20th of the time
+_SAVE_SHARE = 20  # writing a large manifest may take at most 1/20 of the time
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Scan; returns the exit status, as listed in ``runner.errors``."""
+    """Run the command; returns the exit status, as listed in ``runner.errors``."""
     parsed = _parser().parse_args(arguments)
     try:
         _scan(parsed)
@@ -48,25 +47,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _scan(parsed: argparse.Namespace) -> None:
-    scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, leave_out=files.resolve(parsed.out))
+    scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, exclude=files.resolve(parsed.out))
     kept = scan.keep(_earlier(parsed.out)) if files.exists(parsed.out) else 0
-    scanned = scan.missing
-    save = _Saving(scan, parsed)
+    missing = scan.missing
+    save = _PartialManifest(scan, parsed)
     try:
         with tqdm(
             total=scan.missing_bytes, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None
         ) as bar:
-            scan.run(jobs=max(1, parsed.jobs), passed=bar.update, save=save.now_and_then)
+            scan.run(jobs=max(1, parsed.jobs), progress=bar.update, save=save.if_due)
     except KeyboardInterrupt:
         save.now()
-        done = scanned - scan.missing
-        raise Interrupted(f"stopped: kept {kept}, scanned {done}, missing {scan.missing}; run it again") from None
+        raise Interrupted(
+            f"stopped: kept {kept}, scanned {missing - scan.missing}, missing {scan.missing}; run it again"
+        ) from None
     except RunnerError:
         save.now()
         raise
-    whole = scan.manifest
-    manifest.save(parsed.out, whole)
-    _tell(whole, kept, scanned, parsed)
+    complete = scan.manifest
+    manifest.save(parsed.out, complete)
+    _print_summary(complete, kept, missing, parsed)
 
 
 def _earlier(out: str) -> manifest.Manifest:
@@ -76,22 +76,22 @@ def _earlier(out: str) -> manifest.Manifest:
         raise DataError(f"{error}\n--out {out} is in the way: remove it, or give another name") from error
 
 
-class _Saving:
-    """Writes what is known so far; less often where that takes long."""
+class _PartialManifest:
+    """Writes the results so far, less often if writing takes long."""
 
     def __init__(self, scan: Scan, parsed: argparse.Namespace) -> None:
         self._scan = scan
         self._out = parsed.out
-        self._again = _command(parsed)
+        self._command = _command(parsed)
         self._due = time.monotonic() + _SAVE_SECONDS
 
-    def now_and_then(self) -> None:
+    def if_due(self) -> None:
         if time.monotonic() >= self._due:
             self.now()
 
     def now(self) -> None:
         began = time.monotonic()
-        manifest.save(self._out, self._scan.known, again=self._again)
+        manifest.save(self._out, self._scan.partial, command=self._command)
         ended = time.monotonic()
         self._due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
@@ -103,20 +103,20 @@ def _command(parsed: argparse.Namespace) -> str:
     return f"python -m runner.shards {shlex.join(words)}"
 
 
-def _tell(whole: manifest.Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
-    found = {
-        "shards": len(whole.shards),
-        "records": int(whole.firsts[-1]),
-        "bytes": sum(shard.size for shard in whole.shards),
+def _print_summary(complete: manifest.Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
+    summary = {
+        "shards": len(complete.shards),
+        "records": int(complete.firsts[-1]),
+        "bytes": sum(shard.size for shard in complete.shards),
         "kept": kept,
         "scanned": scanned,
     }
     if parsed.json:
-        print(json.dumps(found))
+        print(json.dumps(summary))
         return
     print(
-        f"{parsed.out}: {found['records']} records in {found['shards']} shards of {whole.kind}, "
-        f"{found['bytes']} bytes; kept {kept}, scanned {scanned}"
+        f"{parsed.out}: {summary['records']} records in {summary['shards']} shards of {complete.kind}, "
+        f"{summary['bytes']} bytes; kept {kept}, scanned {scanned}"
     )
 
 

@@ -1,14 +1,309 @@
-"""The formats of shards, by name and by suffix."""
+"""The formats of shards: how a scan finds the records of a file, and how one block of them is read later."""
 
-from collections.abc import Sequence
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from runner.errors import DataError
-from runner.shards.arrays import Arrays
-from runner.shards.blocks import Format, Scanner
-from runner.shards.lines import JsonLines, Lines
-from runner.shards.parquet import Parquet
-from runner.shards.tar import Tar
+import numpy as np
+from numpy.lib import format as npy
+
+from runner.errors import ConfigError, DataError
 from runner.storage import files
+
+BLOCK_BYTES = 1 << 20  # about what a store sends in the time of one round trip
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+
+
+class Block(NamedTuple):
+    """Whole records from byte ``start`` on. A block without records only reports the progress of the scan."""
+
+    start: int
+    records: int
+
+
+class Scanner(Protocol):
+    """Finds records. Holds no state."""
+
+    def blocks(self, path: str, size: int) -> Iterator[Block]:
+        """Scan a shard of ``size`` bytes, in bounded memory. A block ends where the next begins, or with the file."""
+
+
+class Format(Scanner, Protocol):
+    """Finds records and reads them. Holds no state."""
+
+    def read(self, path: str, start: int, stop: int) -> Sequence[Any]:
+        """The raw records of the block at the bytes [start, stop)."""
+
+    def decode(self, raw: Any) -> Any:
+        """A record as the data set returns it. Raises ValueError for an invalid one."""
+
+
+class TextLines:
+    """A record is a line that ends with LF or CRLF. A compressed shard cannot be read from the middle, so it is one
+    block: to read one record decompresses all of it. Prefer many small compressed shards to a large one.
+    """
+
+    keeps_blank = True
+
+    def blocks(self, path: str, size: int) -> Iterator[Block]:
+        """A block ends at the last line end of every ``BLOCK_BYTES``, or of more where a line is longer."""
+        compressed = files.is_compressed(path)
+        start, total = 0, 0
+        for data in _whole_lines(path):
+            records = self._count(data)
+            total += records
+            yield Block(start, 0 if compressed else records)
+            start += 0 if compressed else len(data)
+        if compressed:
+            yield Block(0, total)
+
+    def read(self, path: str, start: int, stop: int) -> Sequence[bytes]:
+        """The lines of a block, without their ends."""
+        data = files.read(path) if files.is_compressed(path) else files.read_range(path, start, stop)
+        lines = data.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return lines if self.keeps_blank else [line for line in lines if line.strip()]
+
+    def decode(self, raw: bytes) -> Any:
+        """The text of a line."""
+        return raw.removesuffix(b"\r").decode()
+
+    def _count(self, data: bytes) -> int:
+        if self.keeps_blank:
+            return data.count(b"\n") + (not data.endswith(b"\n"))
+        return sum(map(bool, map(bytes.strip, data.split(b"\n"))))
+
+
+class JsonLines(TextLines):
+    """A record is a line of JSON. Blank lines are skipped."""
+
+    keeps_blank = False
+
+    def decode(self, raw: bytes) -> Any:
+        """The parsed JSON value."""
+        return json.loads(str(raw, "utf-8"))
+
+
+def _whole_lines(path: str) -> Iterator[bytes]:
+    """Pieces of about ``BLOCK_BYTES`` that end with a line end, except perhaps the last."""
+    head: list[bytes] = []  # of a line whose end is not read yet; joined once, so that long lines stay linear
+    for piece in files.pieces(path, BLOCK_BYTES):
+        cut = piece.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*head, piece[:cut]])
+            head = []
+        if cut < len(piece):
+            head.append(piece[cut:])
+    if head:
+        yield b"".join(head)
+
+
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_METADATA_NAME = re.compile(r"__[^/]*__(/|$)")  # files in which webdataset keeps its own metadata
+
+
+class _Member(NamedTuple):
+    key: str
+    suffix: str
+    info: tarfile.TarInfo
+
+
+class Tar:
+    """Tar archives in webdataset's convention: ``dir/000.jpg dir/000.cls dir/001.jpg ...``.
+
+    Consecutive members whose names agree up to the first dot of the base name are one record,
+    ``{"__key__": "dir/000", "jpg": bytes, "cls": bytes}``. Members without such a name, and members that are not
+    regular files, are skipped. A block begins with the (extended) header of a record's first member.
+    """
+
+    def blocks(self, path: str, size: int) -> Iterator[Block]:
+        """Reads only the headers where the store can seek."""
+        start = records = 0
+        key, suffixes = None, set[str]()
+        with files.open_file(path) as file, _tar_archive(file, path) as archive:
+            for member in _record_members(archive):
+                at = member.info.offset
+                if member.key != key:
+                    if records and at - start >= BLOCK_BYTES:
+                        yield Block(start, records)
+                        records = 0
+                    start = start if records else at
+                    records += 1
+                    key, suffixes = member.key, set()
+                if member.suffix in suffixes:
+                    raise DataError(
+                        f"{path}: record {key!r} has two members .{member.suffix}; its second is at byte {at}"
+                    )
+                suffixes.add(member.suffix)
+            _check_tar_end(archive, file, path)
+        if records:
+            yield Block(start, records)
+
+    def read(self, path: str, start: int, stop: int) -> list[dict[str, Any]]:
+        """The records of a block, each with the bytes of its members."""
+        records: list[dict[str, Any]] = []
+        with _tar_archive(BytesIO(files.read_range(path, start, stop)), path) as archive:
+            for member in _record_members(archive):
+                if not records or records[-1]["__key__"] != member.key:
+                    records.append({"__key__": member.key})
+                content = archive.extractfile(member.info)
+                assert content is not None, "a regular file has a content"
+                records[-1][member.suffix] = content.read()
+        return records
+
+    def decode(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """A copy, so that changes a caller makes do not come back with the next epoch."""
+        return dict(raw)
+
+
+@contextmanager
+def _tar_archive(file: BinaryIO | BytesIO, path: str) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield archive
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not a whole tar archive: {error}; make or fetch it again") from error
+
+
+def _record_members(archive: tarfile.TarFile) -> Iterator[_Member]:
+    if archive.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek before its start
+        return
+    while (info := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # else the archive remembers them all
+        name = _MEMBER_NAME.fullmatch(info.name)
+        if name and info.isreg() and not _METADATA_NAME.match(info.name):
+            yield _Member(name[1], name[2].lower(), info)
+
+
+def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
+    """Raise DataError for a damaged header, which tarfile takes for the end of the archive."""
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise DataError(f"{path} is damaged: no header at byte {archive.offset}; make or fetch it again")
+
+
+class Parquet:
+    """Parquet files, through pyarrow (the extra ``parquet``). A record is a row, as a dict; a block is a row group.
+    Counts come from the footer alone.
+    """
+
+    def blocks(self, path: str, size: int) -> Iterator[Block]:
+        """The row groups that have rows."""
+        with _parquet_file(path) as file:
+            for group in range(file.metadata.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                yield Block(_first_byte(metadata), metadata.num_rows)
+
+    def read(self, path: str, start: int, stop: int) -> "_Rows":
+        """The rows of the group that begins at byte ``start``; empty if no group begins there."""
+        with _parquet_file(path) as file:
+            groups = [g for g in range(file.metadata.num_row_groups) if file.metadata.row_group(g).num_rows]
+            group = [g for g in groups if _first_byte(file.metadata.row_group(g)) == start]
+            # One thread: pyarrow's pool does not survive a fork.
+            return _Rows(file.read_row_groups(group, use_threads=False))
+
+    def decode(self, raw: Any) -> dict[str, Any]:
+        """The row as Python values."""
+        row: dict[str, Any] = raw.to_pylist()[0]
+        return row
+
+
+class _Rows(Sequence[Any]):
+    """The rows of a table, kept as columns: Python values take many times the memory."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(index, 1)
+
+
+@contextmanager
+def _parquet_file(path: str) -> Iterator[Any]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigError(f"{path}: reading parquet needs pyarrow: pip install 'hydra-runner[parquet]'") from error
+    with files.open_file(path) as file, ParquetFile(file) as parquet:
+        yield parquet
+
+
+def _first_byte(group: Any) -> int:
+    """The offset of a row group's first column; many writers leave its own ``file_offset`` at 0."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    offsets = [(c.dictionary_page_offset if c.has_dictionary_page else None) or c.data_page_offset for c in columns]
+    return int(min(offsets, default=0))
+
+
+_NPY_HEADER_BYTES = 4096  # numpy writes 128; the rest allows for other writers
+
+
+class TokenArrays:
+    """Flat arrays of tokens: ``.bin`` (raw, little endian) and ``.npy``. A record is a token of ``dtype``; a file is
+    one block.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = np.dtype(checked_dtype(dtype)).newbyteorder("<")
+
+    def blocks(self, path: str, size: int) -> Iterator[Block]:
+        """One block, without reading the tokens."""
+        if files.is_compressed(path):
+            raise DataError(f"{path}: a compressed array cannot be read from the middle; decompress it")
+        start = 0
+        if path.endswith(".npy"):
+            dtype, count, start = _npy_header(path, size)
+            if dtype != self.dtype.name:
+                raise DataError(f"{path} holds {dtype}, but other shards or the configuration have {self.dtype.name}")
+            if size != start + count * self.dtype.itemsize:
+                raise DataError(f"{path} is truncated: {size} bytes, but its header promises {count} tokens of {dtype}")
+        if (size - start) % self.dtype.itemsize:
+            raise DataError(
+                f"{path}: expected tokens of {self.dtype.itemsize} bytes ({self.dtype.name}), found {size - start} "
+                "bytes; give the right dtype or restore the file"
+            )
+        yield Block(start, (size - start) // self.dtype.itemsize)
+
+
+def dtype_of(paths: Sequence[str], dtype: str | None) -> str:
+    """The dtype of the tokens: as configured, else from the first .npy header, else uint16."""
+    arrays = [path for path in paths if path.endswith(".npy")]
+    if arrays and dtype is None:
+        return _npy_header(arrays[0], files.stat(arrays[0]).size)[0]
+    return checked_dtype(dtype or "uint16")
+
+
+def checked_dtype(dtype: str) -> str:
+    """Return ``dtype`` if tokens can have it. Raises ConfigError."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not a dtype of tokens; those are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _npy_header(path: str, size: int) -> tuple[str, int, int]:
+    """Dtype, number of tokens, and the offset of the first."""
+    file = BytesIO(files.read_range(path, 0, min(size, _NPY_HEADER_BYTES)))
+    try:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except ValueError as error:
+        raise DataError(f"{path} is not an array in numpy's format: {error}") from error
+    if len(shape) != 1 or dtype.name not in DTYPES or dtype.newbyteorder("<") != dtype:
+        raise DataError(
+            f"{path}: expected a flat, little-endian array of integers, found {dtype.str} of shape {list(shape)}; "
+            "save it with numpy.save(path, tokens.ravel())"
+        )
+    return dtype.name, shape[0], file.tell()
+
 
 _SUFFIXES = {
     "jsonl": "jsonl",
@@ -21,33 +316,33 @@ _SUFFIXES = {
     "npy": "tokens",
 }
 KINDS = tuple(dict.fromkeys(_SUFFIXES.values()))
-_READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": Lines(), "tar": Tar(), "parquet": Parquet()}
+_READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": TextLines(), "tar": Tar(), "parquet": Parquet()}
 
 
 def scanner(kind: str, dtype: str | None) -> Scanner:
-    """What scans shards of ``kind``, one of ``KINDS``; only ``tokens`` have a ``dtype``."""
-    return reader(kind) if dtype is None else Arrays(dtype)
+    """The scanner for shards of ``kind``, one of ``KINDS``; only ``tokens`` have a ``dtype``."""
+    return reader(kind) if dtype is None else TokenArrays(dtype)
 
 
 def reader(kind: str) -> Format:
-    """What reads the records of shards of ``kind``: any but ``tokens``."""
+    """The reader of the records of shards of ``kind``: any kind except ``tokens``."""
     return _READERS[kind]
 
 
 def kind_of(paths: Sequence[str]) -> str:
-    """The one format that the suffixes of all ``paths`` say. Raises DataError."""
+    """The format of shards by the suffixes of their ``paths``. Raises DataError if they differ or are unknown."""
     kinds: dict[str, str] = {}  # format -> the first path of it
     for path in paths:
         kind = _kind(path)
         if kind is None:
             raise DataError(
-                f"{path}: its suffix says none of the formats {', '.join(KINDS)}. Give the format (--format, or "
-                "format=...), or a glob that leaves this file out"
+                f"{path}: unknown suffix; known formats: {', '.join(KINDS)}. Give the format (--format or format=...), "
+                "or a glob that leaves this file out"
             )
         kinds.setdefault(kind, path)
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
-        raise DataError(f"expected shards of one format, found {found}; give a glob that matches those of one")
+        raise DataError(f"expected shards of one format, found {found}; give a glob that matches one format")
     return next(iter(kinds))
 
 

@@ -1,4 +1,4 @@
-"""Documents of any length packed into rows of equal length: planned ahead if lengths are known, else while reading."""
+"""Pack documents of any length into rows of equal length: ahead of time if lengths are known, else while reading."""
 
 import json
 from collections import deque
@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.errors import DataError
 from runner.recent import Recent
-from runner.shards.layout import Layout
-from runner.shards.tokens import check_index, checked_length
+from runner.shards.tokens import RowLayout, check_index, checked_length
 from runner.storage import files
 
 _DOCUMENTS_HELD = 8
@@ -32,25 +31,25 @@ class Documents(Protocol):
 
 
 class Packed:
-    """Sample i is the tokens [i * length, i * length + length + 1) of all documents joined, with ``separator`` between
-    them if given: int64 tensors of shape [length + 1].
+    """A map-style data set of rows over joined documents: sample i is the tokens [i * length, (i + 1) * length + 1) of
+    all documents, with ``separator`` between them if it is given. Samples are int64 tensors of shape [length + 1].
 
-    ``lengths`` are the documents' token counts, or the path of a .npy file of them; a document that turns out
-    otherwise is an error. Only the documents of a sample are read. ``counts`` and ``fingerprint`` are there if those
-    of the documents are.
+    ``lengths`` are the token counts of the documents, or the path of a .npy file of these counts. Only the documents of
+    a sample are read. ``counts`` and ``fingerprint`` exist if the documents have them. Raises DataError if a document
+    has another length.
     """
 
     def __init__(
         self, documents: Documents, lengths: ArrayLike | str, *, length: int, separator: int | None = None
     ) -> None:
         self.documents = documents
-        known = _lengths(lengths)
-        if len(known) != len(documents):
-            raise DataError(f"there are {len(documents)} documents and {len(known)} lengths; count the tokens again")
-        self._layout = Layout(known, length=checked_length(length), separator=separator)
+        counts = _lengths(lengths)
+        if len(counts) != len(documents):
+            raise DataError(f"there are {len(documents)} documents and {len(counts)} lengths; count the tokens again")
+        self._layout = RowLayout(counts, length=checked_length(length), separator=separator)
         if not self._layout.rows:
             raise DataError(
-                f"{known.sum()} tokens are too few for a sample of {length + 1}; give more or a smaller length"
+                f"{counts.sum()} tokens are too few for a sample of {length + 1}; give more or a smaller length"
             )
         self._recent: Recent[NDArray[np.int64]] = Recent(_DOCUMENTS_HELD)
 
@@ -69,15 +68,15 @@ class Packed:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that stay the same while the samples do."""
-        below: Any = self.documents
-        facts = [below.fingerprint, self._layout.length, self._layout.separator]
+        """16 hex digits that change with the samples."""
+        documents: Any = self.documents
+        facts = [documents.fingerprint, self._layout.length, self._layout.separator]
         digest = blake2b(json.dumps(facts).encode(), digest_size=8)
         digest.update(self._layout.lengths.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def locate(self, index: int) -> str:
-        """Where a sample lies, for people."""
+        """Documents and tokens of a sample, for messages."""
         check_index(index, len(self))
         return " and ".join(
             f"{self._name(number)}, tokens {start} to {stop}" for number, start, stop in self._layout.spans(index)
@@ -85,11 +84,11 @@ class Packed:
 
     def hold(self, windows: int, window: int) -> None:
         """Keep enough documents in memory to read ``windows`` windows of ``window`` consecutive samples in turn."""
-        spanned = 2 + window * len(self.documents) // len(self)
-        self._recent.capacity = max(_DOCUMENTS_HELD, windows * spanned)
+        per_window = 2 + window * len(self.documents) // len(self)
+        self._recent.capacity = max(_DOCUMENTS_HELD, windows * per_window)
         hold: Callable[[int, int], None] | None = getattr(self.documents, "hold", None)
         if hold is not None:
-            hold(windows, spanned)
+            hold(windows, per_window)
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
         return self._recent.get(number, lambda: self._document(number))[start:stop]
@@ -99,7 +98,7 @@ class Packed:
         if len(tokens) != self._layout.lengths[number]:
             raise DataError(
                 f"{self._name(number)}: expected {self._layout.lengths[number]} tokens, found {len(tokens)}. Count the "
-                "tokens again for new runs; a run that began with these lengths needs the documents that they were of"
+                "tokens again for new runs; a run that began with these lengths needs the original documents"
             )
         return tokens
 
@@ -108,10 +107,11 @@ class Packed:
 
 
 class PackingStream(IterableDataset[Tensor]):
-    """Rows of ``length`` + 1 tokens from documents whose lengths are not known ahead: int64, overlapping by one.
+    """An iterable data set of rows from documents whose lengths are unknown: int64 tensors of shape [length + 1] that
+    overlap by one token.
 
     Each of W data workers packs every W-th document of the epoch's order, so the rows depend on W. The state, a
-    position in that worker's order, is exact at any row. The rest of an epoch's last document is dropped. One pass
+    position in the worker's order, is exact at any row. An incomplete row at the end of an epoch is dropped. One pass
     is one epoch; the next pass is the next epoch.
     """
 
@@ -124,7 +124,7 @@ class PackingStream(IterableDataset[Tensor]):
         self.shuffle = shuffle
         self.seed = seed
         self._epoch = 0
-        self._at = (0, 0)  # document in the order and token in it (the separator before it counted) of the next row
+        self._at = (0, 0)  # the next row's document in the order, and its offset in the document with its separator
         self._restored = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -193,12 +193,14 @@ def _cut(held: "deque[NDArray[np.int64]]", offset: int, size: int) -> Tensor:
 def _lengths(given: ArrayLike | str) -> NDArray[np.int64]:
     where = given if isinstance(given, str) else "the lengths of the documents"
     try:
-        found = np.load(BytesIO(files.read(given)), allow_pickle=False) if isinstance(given, str) else np.asarray(given)
+        counts = (
+            np.load(BytesIO(files.read(given)), allow_pickle=False) if isinstance(given, str) else np.asarray(given)
+        )
     except ValueError as error:
-        raise DataError(f"{where}: no array in numpy's format: {error}") from error
-    if found.ndim != 1 or found.dtype.kind not in "iu" or (found.size and found.min() < 0):
-        raise DataError(f"{where}: expected a flat array of counts, found {found.dtype} of shape {list(found.shape)}")
-    return found.astype(np.int64)
+        raise DataError(f"{where}: not an array in numpy's format: {error}") from error
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts.size and counts.min() < 0):
+        raise DataError(f"{where}: expected a flat array of counts, found {counts.dtype} of shape {list(counts.shape)}")
+    return counts.astype(np.int64)
 
 
 def _tokens(document: Any, name: Callable[[], str]) -> NDArray[np.int64]:

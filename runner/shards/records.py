@@ -6,21 +6,24 @@ from typing import Any
 from runner.errors import ConfigError, DataError
 from runner.recent import Recent
 from runner.shards import formats
-from runner.shards.manifest import Manifest, load
+from runner.shards.manifest import Manifest, Shard, load
 from runner.shards.scan import scan
-from runner.shards.shard import Shard
 from runner.storage import files
 
 _BLOCKS_HELD = 4
-_Block = tuple[int, int, Sequence[Any]]  # numbers of its first record and of the one after its last; its records
+_Block = tuple[int, int, Sequence[Any]]  # number of the first record, number after the last record, raw records
 _NO_BLOCK: _Block = (0, 0, ())
 
 
 class Records:
-    """Every record of the shards that a manifest lists, or that ``path`` (any fsspec file, folder or glob) names.
+    """A map-style data set of all records in shards, which are given by ``path`` (any fsspec file, folder or glob) or
+    by the ``manifest`` of a scan.
 
-    ``format`` is one of jsonl, text, tar, parquet; without it the suffixes decide. ``decode`` is called with every
-    record. Shards are read in whole blocks, and the blocks used last are kept in memory.
+    ``format`` is one of jsonl, text, tar, parquet; by default the suffixes decide. ``decode`` is applied to every
+    record. Shards are read in whole blocks, and the blocks used last stay in memory. Raises ConfigError for arguments
+    that contradict each other, DataError for shards that cannot be read::
+
+        Records(path="s3://bucket/train/*.jsonl", decode=lambda record: record["text"])
     """
 
     def __init__(
@@ -32,13 +35,13 @@ class Records:
         decode: Callable[[Any], Any] | None = None,
     ) -> None:
         _refuse_tokens(format)
-        self.manifest = opened(path=path, manifest=manifest, kind=format)
+        self.manifest = open_manifest(path=path, manifest=manifest, kind=format)
         _refuse_tokens(self.manifest.kind)
         self.decode = decode
         self._format = formats.reader(self.manifest.kind)
         self._blocks: Recent[_Block] = Recent(_BLOCKS_HELD)
         self._last: _Block = _NO_BLOCK
-        self._sizes = Sizes()
+        self._size_check = SizeCheck()
 
     def __len__(self) -> int:
         return int(self.manifest.firsts[-1])
@@ -48,12 +51,13 @@ class Records:
         if not first <= index < end:  # neighbours are often asked for one after the other
             first, end, raws = self._last = self._block(index)
         try:
-            found = self._format.decode(raws[index - first])
+            record = self._format.decode(raws[index - first])
         except ValueError as error:
             raise DataError(
-                f"{self.locate(index)}: no record of {self.manifest.kind}: {error}; mend the shard and scan it again"
+                f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}; correct the shard and scan "
+                "it again"
             ) from error
-        return found if self.decode is None else self.decode(found)
+        return record if self.decode is None else self.decode(record)
 
     @property
     def counts(self) -> list[int]:
@@ -62,11 +66,11 @@ class Records:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that stay the same while the data does, wherever its folder lies."""
+        """16 hex digits that change with the data, but not with the folder that holds it."""
         return self.manifest.fingerprint
 
     def locate(self, index: int) -> str:
-        """Where a record lies, for people."""
+        """Shard, record and block of a record, for messages."""
         number, record = self._place(index)
         shard = self.manifest.shards[number]
         return f"{shard.url}, record {record}, in the block at byte {shard.span(shard.block_of(record))[2]}"
@@ -74,8 +78,8 @@ class Records:
     def hold(self, windows: int, window: int) -> None:
         """Keep enough blocks in memory to read ``windows`` windows of ``window`` consecutive records in turn."""
         blocks = sum(shard.starts.shape[1] for shard in self.manifest.shards)
-        spanned = 1 + -(-window * blocks // len(self))
-        self._blocks.capacity = max(2, windows * spanned)
+        per_window = 1 + -(-window * blocks // len(self))
+        self._blocks.capacity = max(2, windows * per_window)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": _NO_BLOCK}
@@ -94,7 +98,7 @@ class Records:
 
     def _read(self, number: int, block: int) -> _Block:
         shard = self.manifest.shards[number]
-        self._sizes.check(shard)
+        self._size_check.check(shard)
         first, end, start, stop = shard.span(block)
         raws = self._format.read(shard.url, start, stop)
         if len(raws) != end - first:
@@ -116,38 +120,38 @@ _CHANGED = (
 )
 
 
-class Sizes:
-    """Compares the size of each shard with that in the manifest, once per process, when the shard is first read."""
+class SizeCheck:
+    """Compares the size of each shard with its size in the manifest, once per process, when the shard is first read."""
 
     def __init__(self) -> None:
         self._checked: set[str] = set()
 
     def check(self, shard: Shard) -> None:
-        """Raises DataError when the shard is not as large as when it was scanned."""
+        """Raise DataError if the size has changed since the scan."""
         if shard.url in self._checked:
             return
-        found = files.stat(shard.url).size
-        if found != shard.size:
-            raise DataError(f"{shard.url}: expected {shard.size} bytes, found {found}. {_CHANGED}")
+        size = files.stat(shard.url).size
+        if size != shard.size:
+            raise DataError(f"{shard.url}: expected {shard.size} bytes, found {size}. {_CHANGED}")
         self._checked.add(shard.url)
 
-    def __reduce__(self) -> "tuple[type[Sizes], tuple[()]]":
-        return Sizes, ()
+    def __reduce__(self) -> "tuple[type[SizeCheck], tuple[()]]":
+        return SizeCheck, ()
 
 
-def opened(
+def open_manifest(
     *, path: str | list[str] | None, manifest: str | None, kind: str | None, dtype: str | None = None
 ) -> Manifest:
-    """The manifest of a data set that is given by ``path`` or by ``manifest``. Raises ConfigError, DataError."""
+    """Scan the shards at ``path``, or load the ``manifest`` of an earlier scan. Raises ConfigError, DataError."""
     if (path is None) == (manifest is None):
         raise ConfigError("give either path=... (shards, scanned now) or manifest=... (of python -m runner.shards)")
     if kind is not None and kind not in formats.KINDS:
-        raise ConfigError(f"format={kind!r} is none of {', '.join(formats.KINDS)}")
+        raise ConfigError(f"format={kind!r} is unknown; known formats: {', '.join(formats.KINDS)}")
     if manifest is None:
         assert path is not None
         return scan(list(path) if not isinstance(path, str) else path, kind=kind, dtype=dtype)
-    found = load(manifest)
-    if kind not in (None, found.kind) or dtype not in (None, found.dtype):
-        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (found.kind, found.dtype)))
-        raise ConfigError(f"{manifest} lists shards of {listed}, and the configuration says {expected}")
-    return found
+    loaded = load(manifest)
+    if kind not in (None, loaded.kind) or dtype not in (None, loaded.dtype):
+        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (loaded.kind, loaded.dtype)))
+        raise ConfigError(f"{manifest} lists shards of {listed}, but the configuration says {expected}")
+    return loaded

@@ -1,4 +1,4 @@
-"""Finding the records of shards, in threads, one pass over each shard."""
+"""Scan shards for their records: one pass over each shard, several shards at a time in threads."""
 
 import threading
 from array import array
@@ -9,27 +9,22 @@ from queue import SimpleQueue
 import numpy as np
 
 from runner.errors import DataError
-from runner.shards import arrays, formats
-from runner.shards.manifest import Manifest, checked
-from runner.shards.shard import Shard
+from runner.shards import formats
+from runner.shards.manifest import Manifest, Shard, require_records
 from runner.storage import files
 
 
-def _nothing() -> None:
-    pass
-
-
 def scan(paths: str | Sequence[str], *, kind: str | None = None, dtype: str | None = None, jobs: int = 4) -> Manifest:
-    """The manifest of the shards that paths, folders and globs name, held in memory."""
-    one = Scan(paths, kind=kind, dtype=dtype)
-    one.run(jobs=jobs)
-    return one.manifest
+    """Scan the shards that paths, folders and globs name; returns their manifest."""
+    work = Scan(paths, kind=kind, dtype=dtype)
+    work.run(jobs=jobs)
+    return work.manifest
 
 
 class Scan:
     """A scan of the shards at ``paths``, and its results so far.
 
-    ``leave_out`` is a file among them that is not a shard: the manifest. Hidden files are not shards either.
+    ``exclude`` is the URL of a file that is not a shard: the manifest. Hidden files are not shards either.
     """
 
     def __init__(
@@ -38,22 +33,22 @@ class Scan:
         *,
         kind: str | None = None,
         dtype: str | None = None,
-        leave_out: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         self._where = paths if isinstance(paths, str) else ", ".join(paths)
-        self._stats = _listed([paths] if isinstance(paths, str) else paths, leave_out)
+        self._stats = _listed([paths] if isinstance(paths, str) else paths, exclude)
         if not self._stats:
             raise DataError(f"{self._where}: there are only hidden files; give a glob that matches the shards")
         self.kind = kind or formats.kind_of([*self._stats])
-        self.dtype = arrays.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
+        self.dtype = formats.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
         self._format = formats.scanner(self.kind, self.dtype)
         self._done: dict[str, Shard] = {}
         self._stop = threading.Event()
 
-    def keep(self, known: Manifest) -> int:
-        """Reuse the results of an earlier scan for shards that have not changed; returns how many."""
-        if (known.kind, known.dtype) == (self.kind, self.dtype):
-            for shard in known.shards:
+    def keep(self, earlier: Manifest) -> int:
+        """Reuse the results of an earlier scan for shards that have not changed; returns the number of these shards."""
+        if (earlier.kind, earlier.dtype) == (self.kind, self.dtype):
+            for shard in earlier.shards:
                 stat = self._stats.get(shard.url)
                 if stat is not None and (stat.size, stat.mark) == (shard.size, shard.mark):
                     self._done[shard.url] = shard
@@ -61,70 +56,70 @@ class Scan:
 
     @property
     def missing(self) -> int:
-        """Shards not scanned yet."""
+        """The number of shards that are not scanned yet."""
         return len(self._stats) - len(self._done)
 
     @property
     def missing_bytes(self) -> int:
-        """Their size."""
+        """The size in bytes of the shards that are not scanned yet."""
         return sum(stat.size for url, stat in self._stats.items() if url not in self._done)
 
     @property
-    def known(self) -> Manifest:
-        """What is known so far, in the order of the listing."""
+    def partial(self) -> Manifest:
+        """The manifest of the shards scanned so far, in the order of the listing."""
         return Manifest(self.kind, self.dtype, tuple(self._done[url] for url in self._stats if url in self._done))
 
     @property
     def manifest(self) -> Manifest:
-        """The whole. Raises DataError when there is no record in it."""
+        """The complete manifest. Raises DataError if it contains no record."""
         assert not self.missing, "run() comes first"
-        found = self.known
-        return Manifest(found.kind, found.dtype, checked(found.shards, self._where))
+        require_records(self.partial.shards, self._where)
+        return self.partial
 
-    def run(self, *, jobs: int = 4, passed: Callable[[int], object] = int, save: Callable[[], None] = _nothing) -> None:
-        """Scan what is missing. ``passed`` is called with numbers of scanned bytes, ``save`` after each shard. An error
-        or Ctrl-C stops all threads.
+    def run(self, *, jobs: int = 4, progress: Callable[[int], object] = int, save: Callable[[], object] = bool) -> None:
+        """Scan the missing shards. ``progress`` is called with numbers of scanned bytes, ``save`` after each shard. An
+        error or Ctrl-C stops all threads.
         """
         todo = deque(url for url in self._stats if url not in self._done)
-        told: SimpleQueue[int | Shard | BaseException] = SimpleQueue()
+        results: SimpleQueue[int | Shard | BaseException] = SimpleQueue()
         threads = [
-            threading.Thread(target=self._work, args=(todo, told), daemon=True) for _ in range(min(jobs, len(todo)))
+            threading.Thread(target=self._work, args=(todo, results), daemon=True) for _ in range(min(jobs, len(todo)))
         ]
         try:
             for thread in threads:
                 thread.start()
             while self.missing:
-                news = told.get()
-                if isinstance(news, BaseException):
-                    raise news
-                if isinstance(news, int):
-                    passed(news)
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if isinstance(result, int):
+                    progress(result)
                 else:
-                    self._done[news.url] = news
+                    self._done[result.url] = result
                     save()
         finally:
             self._stop.set()
-        for thread in threads:  # they are done; a process must have no others when it forks
+        for thread in threads:  # a process that forks later must have no other threads
             thread.join()
 
-    def _work(self, todo: "deque[str]", told: "SimpleQueue[int | Shard | BaseException]") -> None:
+    def _work(self, todo: "deque[str]", results: "SimpleQueue[int | Shard | BaseException]") -> None:
         while not self._stop.is_set():
             try:
                 url = todo.popleft()
             except IndexError:
                 return
             try:
-                shard = self._scanned(url, told.put)
+                shard = self._scanned(url, results.put)
             except BaseException as error:
-                told.put(error)
+                results.put(error)
                 return
             if shard is not None:
-                told.put(shard)
+                results.put(shard)
 
-    def _scanned(self, url: str, tell: Callable[[int], None]) -> Shard | None:
-        """Scan one shard; None if the scan was stopped. ``tell`` is called with numbers of scanned bytes."""
+    def _scanned(self, url: str, progress: Callable[[int], None]) -> Shard | None:
+        """Scan one shard; None if the scan was stopped. ``progress`` is called with numbers of scanned bytes."""
         stat = self._stats[url]
-        records = passed = 0
+        records = position = 0
         firsts, offsets = array("q"), array("q")
         for block in self._format.blocks(url, stat.size):
             if self._stop.is_set():
@@ -133,22 +128,22 @@ class Scan:
                 firsts.append(records)
                 offsets.append(block.start)
             records += block.records
-            tell(block.start - passed)
-            passed = block.start
+            progress(block.start - position)
+            position = block.start
         if (now := files.stat(url).size) != stat.size:
             raise DataError(f"{url} changed while it was scanned: {stat.size} bytes, now {now}; scan it again")
-        tell(stat.size - passed)
+        progress(stat.size - position)
         return Shard(url, stat.size, stat.mark, records, np.array([firsts, offsets], dtype=np.int64))
 
 
-def _listed(patterns: Sequence[str], leave_out: str | None) -> dict[str, files.Stat]:
-    """All files, each once. Beside the manifest may lie what a killed scan left of it."""
-    found: dict[str, files.Stat] = {}
+def _listed(patterns: Sequence[str], exclude: str | None) -> dict[str, files.Stat]:
+    """All shards, each once. A killed scan may have left a temporary file beside the manifest."""
+    listed: dict[str, files.Stat] = {}
     for pattern in patterns:
-        found |= files.listing(pattern)
+        listed |= files.listing(pattern)
     return {
         url: stat
-        for url, stat in found.items()
+        for url, stat in listed.items()
         if not url.rpartition("/")[2].startswith(".")
-        and not (leave_out and (url == leave_out or url.startswith(f"{leave_out}.tmp-")))
+        and not (exclude and (url == exclude or url.startswith(f"{exclude}.tmp-")))
     }

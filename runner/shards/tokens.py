@@ -1,32 +1,34 @@
 """Rows of equal length from flat arrays of tokens."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from runner.errors import ConfigError, DataError
 from runner.recent import Recent
-from runner.shards.layout import Layout
-from runner.shards.records import Sizes, opened
-from runner.shards.shard import Shard
+from runner.shards.manifest import Shard
+from runner.shards.records import SizeCheck, open_manifest
 from runner.storage import files
 
 _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
-# torch can do little with the wider unsigned ones
+# torch has few operations on the wider unsigned types
 _WIDENED = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 
 class Tokens:
-    """Sample i is the tokens [i * length, i * length + length + 1): neighbours overlap by one, the target of the last.
+    """A map-style data set of rows from flat arrays of tokens: sample i is the tokens
+    [i * length, (i + 1) * length + 1). Neighbours overlap by one token, the target of a row's last position.
 
-    The arrays are .bin files of ``dtype`` (uint16 unless given), .npy files, or any files as bytes (uint8). With
-    ``pack`` all shards are joined, with ``separator`` between them if given; without, the rest of each is dropped.
-    Local files are mapped into memory; of others only the bytes of a sample are read. Tensors have shape
-    [length + 1] and the dtype of the tokens, uint16 and uint32 widened to int32 and int64.
+    The arrays are .bin files of ``dtype`` (default: uint16), .npy files, or any files read as bytes (uint8). With
+    ``pack`` all shards are joined, with ``separator`` between them if it is given; otherwise the last, incomplete row
+    of each shard is dropped. Local files are memory-mapped; from other stores only the bytes of a sample are read.
+    Tensors have shape [length + 1] and the dtype of the tokens; uint16 and uint32 become int32 and int64. Raises
+    ConfigError and DataError.
     """
 
     def __init__(
@@ -39,22 +41,22 @@ class Tokens:
         pack: bool = True,
         separator: int | None = None,
     ) -> None:
-        self.manifest = opened(path=path, manifest=manifest, kind="tokens", dtype=dtype)
-        assert self.manifest.dtype is not None, "a manifest of tokens has one"
+        self.manifest = open_manifest(path=path, manifest=manifest, kind="tokens", dtype=dtype)
+        assert self.manifest.dtype is not None, "a manifest of tokens has a dtype"
         self.length = checked_length(length)
         self.pack = pack
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._widened = np.dtype(_WIDENED.get(self.manifest.dtype, self.manifest.dtype))
-        self._layout = Layout(self.manifest.counts, length=length, separator=self._checked_separator(separator))
+        self._layout = RowLayout(self.manifest.counts, length=length, separator=self._checked_separator(separator))
         self.counts: list[int] = self._counts()
         self._firsts = np.cumsum([0, *self.counts], dtype=np.int64)
         if not len(self):
             raise DataError(
-                f"{self.manifest.shards[0].url} and the other shards, {len(self.manifest.shards)} in all, hold "
-                f"{self.tokens} tokens: too few for one sample of {length + 1}; give more, or a smaller length"
+                f"{len(self.manifest.shards)} shards ({self.manifest.shards[0].url} ...) hold {self.tokens} tokens: "
+                f"too few for one sample of {length + 1}; give more, or a smaller length"
             )
         self._maps: Recent[NDArray[np.integer] | None] = Recent(_MAPS_HELD)
-        self._sizes = Sizes()
+        self._size_check = SizeCheck()
 
     @property
     def tokens(self) -> int:
@@ -74,12 +76,12 @@ class Tokens:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that stay the same while the samples do, wherever their folder lies."""
+        """16 hex digits that change with the samples, but not with the folder that holds them."""
         facts = [self.manifest.fingerprint, self.length, self.pack, self._layout.separator]
         return blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
     def locate(self, index: int) -> str:
-        """Where a sample lies, for people."""
+        """Shards and tokens of a sample, for messages."""
         check_index(index, len(self))
         spans = self._layout.spans(index) if self.pack else [self._alone(index)]
         return " and ".join(
@@ -92,7 +94,7 @@ class Tokens:
         return [max(0, tokens - 1) // self.length for tokens in self.manifest.counts]
 
     def _alone(self, index: int) -> tuple[int, int, int]:
-        """Shard, start and stop of a sample that lies in one shard."""
+        """Shard, start and stop of a sample if shards are not joined."""
         check_index(index, len(self))
         number = int(np.searchsorted(self._firsts, index, side="right")) - 1
         start = (index - int(self._firsts[number])) * self.length
@@ -100,7 +102,7 @@ class Tokens:
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.integer]:
         shard = self.manifest.shards[number]
-        self._sizes.check(shard)
+        self._size_check.check(shard)
         mapped = self._maps.get(number, lambda: self._map(shard))
         if mapped is not None:
             return mapped[start:stop]
@@ -108,7 +110,7 @@ class Tokens:
         return np.frombuffer(files.read_range(shard.url, begin + start * width, begin + stop * width), self._dtype)
 
     def _map(self, shard: Shard) -> NDArray[np.integer] | None:
-        """A local shard in memory, None for others."""
+        """The memory map of a local shard; None for shards in other stores."""
         local = files.local_path(shard.url)
         if local is None:
             return None
@@ -128,13 +130,60 @@ class Tokens:
 
 
 def checked_length(length: int) -> int:
-    """``length`` if rows can have it. Raises ConfigError."""
+    """Return ``length`` if rows can have it. Raises ConfigError."""
     if length < 1:
         raise ConfigError(f"length={length}: a sample has at least one token and its target")
     return length
 
 
 def check_index(index: int, size: int) -> None:
-    """Raises IndexError."""
+    """Raise IndexError unless 0 <= index < size."""
     if not 0 <= index < size:
         raise IndexError(f"sample {index}: there are {size}, from 0 on")
+
+
+class RowLayout:
+    """Rows of ``length`` + 1 tokens over sequences of given ``lengths`` that are joined, as by ``str.join``, with
+    ``separator``. Arithmetic only: nothing is read.
+
+    Row i is the tokens [i * length, (i + 1) * length + 1) of the joined sequence, so rows overlap by one token. An
+    incomplete row at the end is dropped.
+    """
+
+    def __init__(self, lengths: ArrayLike, *, length: int, separator: int | None = None) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.length = length
+        self.separator = separator
+        widths = self.lengths + (separator is not None)
+        widths[-1:] = self.lengths[-1:]
+        self.begins = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
+        self.rows = max(0, int(self.begins[-1]) - 1) // length
+
+    def row(self, index: int, read: Callable[[int, int, int], NDArray[np.integer]]) -> list[NDArray[np.integer]]:
+        """The parts of a row; ``read(sequence, start, stop)`` returns tokens of one sequence."""
+        parts = []
+        for number, start, stop in self.spans(index):
+            size = int(self.lengths[number])
+            if start < size:
+                parts.append(read(number, start, min(stop, size)))
+            if stop > size:
+                parts.append(np.array([self.separator]))
+        return parts
+
+    def spans(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """The parts of a row as (sequence, start, stop). A separator counts as one more token of its sequence."""
+        at = index * self.length
+        end = at + self.length + 1
+        number = int(self.begins.searchsorted(at, side="right")) - 1
+        while at < end:
+            begin, following = self.begins[number : number + 2].tolist()
+            if at < following:
+                yield number, at - begin, min(end, following) - begin
+            at = following
+            number += 1
+
+    def counts(self, borders: Sequence[int]) -> list[int]:
+        """The number of rows that begin in sequences [b0, b1), [b1, b2) ..., for ``borders`` b0 = 0 <= b1 <= b2 ..."""
+        rows = np.minimum(-(-self.begins[np.asarray(borders)] // self.length), self.rows)
+        counts: list[int] = np.diff(rows).tolist()
+        return counts
