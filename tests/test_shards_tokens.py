@@ -162,7 +162,7 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"a\.npy: expected a flat, little-endian array of integers"):
             Tokens(path=f"{tmp_path}/a.npy", length=1)
     (tmp_path / "a.txt.gz").write_bytes(b"1234")
-    with pytest.raises(DataError, match="unpack it"):
+    with pytest.raises(DataError, match="decompress it"):
         Tokens(path=f"{tmp_path}/a.txt.gz", length=1, dtype="uint8")
 
 
