@@ -8,11 +8,13 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import torch
+
 import runner
 from runner import signals, topology
 from runner.agreement import led
 from runner.build import Parts, build
-from runner.callbacks.base import Loop
+from runner.callbacks.base import Callback, Loop
 from runner.callbacks.checkpoint import SaveCheckpoint
 from runner.callbacks.follow import FollowCheckpoint
 from runner.checkpoint.manifest import commits
@@ -49,12 +51,9 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
     device = set_up(config, team.world)
     team.begin(device)
     location = opening.directory.location
-    runtime = config.runtime
-    spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
-    here = topology.describe(device, team.world.size, spread, compiled=runtime.compile)
-    facts = {"overrides": overrides, "topology": here}
-    attempt_of_run = _attempt(opening, config, team, facts)
-    with attempt_of_run as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
+    here = _topology(config, device, team)
+    claimed = _attempt(opening, config, team, {"overrides": overrides, "topology": here})
+    with claimed as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
@@ -77,16 +76,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
             introduce(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
-        trainer = Trainer(
-            parts.task,
-            parts.update,
-            [*callbacks.values()],
-            max_steps=_max_steps(config, parts),
-            max_epochs=config.trainer.max_epochs,
-            max_seconds=config.trainer.max_seconds,
-            team=team,
-            layout=parts.layout,
-        )
+        trainer = _trainer(config, parts, [*callbacks.values()], team)
         saver = callbacks["checkpoint"]
         assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
         if isinstance(saver, SaveCheckpoint):
@@ -101,6 +91,25 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
             raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
         patience = config.checkpoint.max_unsaved
         return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
+
+
+def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
+    runtime = config.runtime
+    spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
+    return topology.describe(device, team.world.size, spread, compiled=runtime.compile)
+
+
+def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team) -> Trainer:
+    return Trainer(
+        parts.task,
+        parts.update,
+        callbacks,
+        max_steps=_max_steps(config, parts),
+        max_epochs=config.trainer.max_epochs,
+        max_seconds=config.trainer.max_seconds,
+        team=team,
+        layout=parts.layout,
+    )
 
 
 @contextmanager
