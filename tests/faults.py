@@ -66,7 +66,9 @@ class MemoryLocation:
     def list(self, folder: str) -> list[Entry]:
         def found() -> Any:
             names = (name.rpartition("/") for name in sorted(self.objects))
-            return [Entry(name, len(self.objects[f"{at}/{name}" if at else name])) for at, _, name in names if at == folder]
+            return [
+                Entry(name, len(self.objects[f"{at}/{name}" if at else name])) for at, _, name in names if at == folder
+            ]
 
         listed: list[Entry] = self._do("list", folder, found)
         return listed

@@ -54,7 +54,10 @@ def recorded(
     monkeypatch.setattr(local, "os", system)
     if below:
         system.others_make(root / below)
-    store = CheckpointStore(kind(root / below))
+    location = kind(root / below)
+    if below:
+        location.settle()
+    store = CheckpointStore(location)
     made: list[CommitId] = []
     for attempt in (1, 2):
         for step in (1, 2, 3):
@@ -113,6 +116,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     for made in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
         system.others_make(tmp_path / f"outputs/e/v{made}")
     directory = RunDirectory.under(str(tmp_path / "outputs"), "e", "v")
+    directory.settle()
     directory.location.put("attempts/000001-aaaaaaaaaaaa.json", [b"{}"])
     directory.create(identity, parent=None)
     ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)

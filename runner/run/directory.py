@@ -24,7 +24,7 @@ import yaml
 from runner.config.identity import digest
 from runner.errors import ConfigError, StorageError, printable
 from runner.run import records
-from runner.storage import open_location
+from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location
 
 FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed at
@@ -139,6 +139,11 @@ class RunDirectory:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return accepted if isinstance(accepted, dict) else self.configured()
+
+    def settle(self) -> None:
+        """Make the folder of the run last, and those above it, which others may have made."""
+        if isinstance(self.location, LocalLocation):
+            self.location.settle()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
