@@ -445,7 +445,7 @@ def uploads(server: Server, path: str) -> list[str]:
     return sorted(upload["Key"].removeprefix(f"{key}/") for upload in found)
 
 
-def test_unfinished_uploads_of_killed_processes_are_aborted_by_the_next(s3: Server) -> None:
+def test_uploads_of_killed_processes_are_aborted(s3: Server) -> None:
     """Those of its own folders, and none of a run below it or beside it."""
     url = f"{s3.url}/{os.urandom(4).hex()}"
     system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
