@@ -22,6 +22,7 @@ from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
 from runner.storage import backend, is_remote, open_location, remote
 from runner.storage.location import Entry, Location, local_root
+from runner.storage.requests import REQUESTS
 
 VERBS: dict[str, Callable[[Location], Any]] = {
     "put": lambda location: location.put("new", [b"new"]),
@@ -399,7 +400,7 @@ def test_the_pages_of_a_listing_are_counted(store: str, request: pytest.FixtureR
 
     def operation(system: Any) -> None:
         system.ls(location._backend.path("a"), detail=True)  # type: ignore[attr-defined]
-        requests = backend._requests.get()
+        requests = REQUESTS.get()
         assert requests is not None
         found.append(len(requests))
 
