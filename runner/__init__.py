@@ -19,7 +19,7 @@ module here, there are no import cycles. Each third-party package is imported by
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (formats, manifest, scan, records, tokens, packing)     update     device
     2  distributed/ (world, team, watch, layouts)     tasks/
-    1  storage/ (location, local, remote, uploads, backend, files)     average
+    1  storage/ (location, local, remote, uploads, backend, requests, files)     average
        config/ (schema, identity, environment, secrets, checks)     signals     agreement     task (the interface)
     0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks     plain
        modes

@@ -191,6 +191,7 @@ def _attempt(
 
 def _claim(opening: Opening, config: Config, facts: dict[str, Any]) -> Attempt:
     # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
+    opening.directory.settle()
     location = opening.directory.location
     above = max((commit.attempt for commit in commits(location)), default=0)
     attempt = attempts.claim(location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)

@@ -26,7 +26,7 @@ from runner.storage.remote import RemoteLocation
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "trainer.evaluate_every_steps=10")
 
 
-def until(what: Callable[[], bool], seconds: float = 60) -> None:
+def until(what: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
@@ -47,7 +47,7 @@ class Living:
         return self._log.exists() and what in self._log.read_text(errors="replace")
 
     def end(self) -> Ended:
-        self._thread.join(120)
+        self._thread.join(240)
         return self._ended[0]
 
 

@@ -368,7 +368,7 @@ def test_an_attempt_reads_few_segments_of_those_before_it(on: int, location: Loc
             opened.add(line(begin, digest=1))
 
 
-def test_an_early_attempt_that_got_further_than_all_is_compared_with(location: LocalLocation) -> None:
+def test_an_early_attempt_that_got_furthest_is_compared(location: LocalLocation) -> None:
     add(attempt(location, 1, 0), *range(1, 31))
     for number in (2, 3, 4):
         add(attempt(location, number, 5 * (number - 1)), *range(5 * (number - 1) + 1, 5 * number))

@@ -1,5 +1,7 @@
 """Whenever the power goes: what was acknowledged is there, to the bit, and nothing wrong is handed out."""
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,7 +56,10 @@ def recorded(
     monkeypatch.setattr(local, "os", system)
     if below:
         system.others_make(root / below)
-    store = CheckpointStore(kind(root / below))
+    location = kind(root / below)
+    if below:
+        location.settle()
+    store = CheckpointStore(location)
     made: list[CommitId] = []
     for attempt in (1, 2):
         for step in (1, 2, 3):
@@ -106,6 +111,26 @@ def test_a_folder_that_hydra_made_is_there_after_a_cut(tmp_path: Path, monkeypat
     assert check(events, "outputs/experiment/run") > 1000
 
 
+def test_a_run_syncs_all_names_above_it_before_it_claims(tmp_path: Path) -> None:
+    code = """
+import sys
+from runner.storage import local
+
+sync, log = local.sync_folder, open("synced", "w", buffering=1)
+local.sync_folder = lambda folder, **how: (sync(folder, **how), print(folder, file=log))
+from runner.__main__ import main
+
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "experiment=smoke", "trainer.max_steps=1", "run.root=new/root", "run.name=r"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    run = tmp_path / "new/root/smoke/r"
+    synced = (tmp_path / "synced").read_text().splitlines()
+    claimed = synced.index(str(run / "attempts"))
+    above = [folder for folder in run.parents if folder.is_relative_to(tmp_path)]
+    assert {*map(str, above), str(run)} <= {*synced[:claimed]}
+
+
 def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim, run.json, config.yaml, ledger, weights and result, in folders that Hydra or a killed life made."""
     system, identity = RecordingOs(tmp_path), {"seed": 1}
@@ -113,6 +138,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     for made in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
         system.others_make(tmp_path / f"outputs/e/v{made}")
     directory = RunDirectory.under(str(tmp_path / "outputs"), "e", "v")
+    directory.settle()
     directory.location.put("attempts/000001-aaaaaaaaaaaa.json", [b"{}"])
     directory.create(identity, parent=None)
     ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)

@@ -22,6 +22,7 @@ from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
 from runner.storage import backend, is_remote, open_location, remote
 from runner.storage.location import Entry, Location, local_root
+from runner.storage.requests import REQUESTS
 
 VERBS: dict[str, Callable[[Location], Any]] = {
     "put": lambda location: location.put("new", [b"new"]),
@@ -399,7 +400,7 @@ def test_the_pages_of_a_listing_are_counted(store: str, request: pytest.FixtureR
 
     def operation(system: Any) -> None:
         system.ls(location._backend.path("a"), detail=True)  # type: ignore[attr-defined]
-        requests = backend._requests.get()
+        requests = REQUESTS.get()
         assert requests is not None
         found.append(len(requests))
 
@@ -445,7 +446,7 @@ def uploads(server: Server, path: str) -> list[str]:
     return sorted(upload["Key"].removeprefix(f"{key}/") for upload in found)
 
 
-def test_unfinished_uploads_of_killed_processes_are_aborted_by_the_next(s3: Server) -> None:
+def test_uploads_of_killed_processes_are_aborted(s3: Server) -> None:
     """Those of its own folders, and none of a run below it or beside it."""
     url = f"{s3.url}/{os.urandom(4).hex()}"
     system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)

@@ -423,9 +423,7 @@ def test_the_first_retention_of_an_attempt_is_linear(count: int, tmp_path: Path)
     assert location.listed == 2 * count
 
 
-def test_a_retention_reads_a_few_manifests_and_keeps_what_it_does_not_know(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retention_reads_few_manifests_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits wait for it. Step by step it comes to the same as one that reads all."""
     reads: list[str] = []
 

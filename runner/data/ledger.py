@@ -146,15 +146,20 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
     }
     wanted: list[tuple[int, int]] = []
     longest: dict[int, int] = {}
+    ends: dict[tuple[int, int], int] = {}
     following = (0, 0)
     for attempt, step in sorted(sizes, reverse=True):
         over = following[0] == attempt and following[1] <= after
         again = after >= 0 and sizes[attempt, step] <= longest.get(step, -1)
+        if following[0] == attempt:
+            ends[attempt, step] = following[1]
         if not over and not again:
             wanted.insert(0, (attempt, step))
         longest[step] = max(longest.get(step, 0), sizes[attempt, step])
         following = attempt, step
-    reach = (place for place, key in enumerate(wanted) if key[1] + sizes[key] // _SHORTEST > after)
+    reach = (
+        place for place, key in enumerate(wanted) if max(ends.get(key, 0), key[1] + sizes[key] // _SHORTEST) > after
+    )
     first = next(reach, len(wanted))
     return [segment for attempt, step in wanted[first:] for segment in _read(location, step, attempt)]
 

@@ -26,7 +26,7 @@ from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import records
-from runner.storage import open_location
+from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location
 
 FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed at
@@ -146,6 +146,11 @@ class RunDirectory:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
+
+    def settle(self) -> None:
+        """Make the folder of the run last, and those above it, which others may have made."""
+        if isinstance(self.location, LocalLocation):
+            self.location.settle()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""

@@ -6,7 +6,6 @@ no client's own timeout covers a server that accepts a request and never answers
 
 import asyncio
 import copy
-import functools
 import os
 import random
 import re
@@ -15,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import fsspec
@@ -23,6 +21,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import protocol
+from runner.storage.requests import REQUESTS, count_requests
 
 T = TypeVar("T")
 
@@ -60,9 +59,6 @@ _FINAL_NAMES = {
 }
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
-# What s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
-_REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
-_requests: ContextVar[list[None] | None] = ContextVar("requests", default=None)  # tasks in fsspec's loop inherit it
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
 
 
@@ -147,7 +143,7 @@ class Backend:
         requests: list[None] = []
 
         def work() -> T:
-            _requests.set(requests)
+            REQUESTS.set(requests)
             return self._lend(operation, used)
 
         future, seen = _start(work), 1
@@ -198,7 +194,7 @@ class Backend:
         given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
         system = self._class(**given, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
-        _count_requests(system)
+        count_requests(system)
         return system
 
     def _discard(self, system: Any) -> None:
@@ -249,25 +245,6 @@ def _file_system(kind: str) -> Any:
             f"run.root={kind}://...: no kind of storage for runs; use a path, {known}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
-
-
-def _count_requests(system: Any) -> None:
-    """Have a file system note every request for the operation that it belongs to."""
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any, **keywords: Any) -> Any:
-            requests = _requests.get()
-            if requests is not None:
-                requests.append(None)
-            return call(*arguments, **keywords)
-
-        return noted
-
-    for path in _REQUEST:
-        *owners, name = path.split(".")
-        owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, system)
-        if call := getattr(owner, name, None):
-            setattr(owner, name, counted(call))
 
 
 def _start(function: Callable[[], T]) -> "Future[T]":

@@ -35,7 +35,7 @@ class LocalLocation:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.url = str(self.path)
-        self._lasting: set[Path] = set()  # folders whose entries, up to the root, are durable
+        self._lasting: set[Path] = set()  # folders in use, whose names are durable
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         with self._explained("write", name):
@@ -134,23 +134,31 @@ class LocalLocation:
                 raise StorageError(f"{path} is a link; everything in {self.url} must be there itself")
         return path
 
+    def settle(self) -> None:
+        """Make the names of this folder and of all above it durable, whoever made them: Hydra makes a run's, and syncs
+        nothing.
+        """
+        with self._explained("sync", ""):
+            for folder in (self.path, *self.path.parents):
+                if folder.is_mount():
+                    break
+                sync_folder(folder.parent, ours=False)
+
     def _prepare(self, name: str) -> Path:
-        """The path of a name whose folder exists, durably: whoever made it and the folders above may not have synced
-        their entries, as Hydra does not, or have died before.
+        """The path of a name whose folder exists, durably. One that exists may have been made by a process that died
+        before its name was synced.
         """
         path = self._path(name)
-        if path.parent.is_dir():
-            if path.parent in self._lasting:
-                return path
-        elif gone := [folder for folder in [*self._lasting] if not folder.is_dir()]:
+        if path.parent in self._lasting and path.parent.is_dir():
+            return path
+        if gone := [folder for folder in [*self._lasting] if not folder.is_dir()]:
             raise FileNotFoundError(errno.ENOENT, f"{min(gone)} was there and is gone; it is not made again")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in path.parents:
-            if folder in self._lasting or folder.is_mount():
-                break
-            sync_folder(folder.parent, ours=folder.parent.is_relative_to(self.path))
-        self._lasting.update(path.parents)
+        unsure = [folder for folder in path.parents if self.path in folder.parents or not folder.is_dir()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in unsure:
+            if folder not in self._lasting:
+                sync_folder(folder.parent)
+        self._lasting.update(unsure, [path.parent])
         return path
 
     @contextlib.contextmanager
