@@ -70,7 +70,7 @@ class Origin:
             return None
         try:
             return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StorageError(
                 printable(f"{directory.location.url}/run.json has a parent that cannot be used: {record}")
             ) from error
