@@ -164,7 +164,7 @@ MISTAKES = {
     "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "no search space of a study: "),
     "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
-    "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
+    "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage looks like a secret"),
 }
 
 
