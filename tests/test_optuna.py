@@ -166,7 +166,7 @@ MISTAKES = {
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
     "two directions": (("hydra.sweeper.direction=[minimize,maximize]",), "a run has one objective. Leave the"),
     "one name": (("run.name=same",), "all trials would be the run run.name=same"),
-    "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage=none://host/x cannot"),
+    "its password": (("hydra.sweeper.storage=none://me:secret@host/x",), "hydra.sweeper.storage looks like a secret"),
 }
 
 
