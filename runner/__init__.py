@@ -18,7 +18,7 @@ module here, there are no import cycles. Each third-party package is imported by
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
        data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)     update
-    2  distributed/ (world, team, watch, layouts)     tasks/
+    2  distributed/ (world, team, watch, stall, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
        signals     agreement     task (the interface)
     0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks
