@@ -9,7 +9,7 @@ The sample and its randomness are pure functions of the position, so workers hol
     plan                                which positions make which step
     fetch, generators, engine           from positions to batches, in workers or here
     stream, held_out                    training batches with a cursor; passes over evaluation data
-    opaque, passes                      iterables, which resume by their own state: a weaker guarantee
+    opaque, passes, foreign             iterables, which resume by their own state: a weaker guarantee
     probe                               checks of a few samples before training
     ledger, digest, proof               what was trained on, and what that proves
     training                            from a configuration and a data set to the stream
