@@ -16,7 +16,7 @@ module here, there are no import cycles. Each third-party package is imported by
     4  state (all that is restored)     evaluation     datasets/
     3  run/ (directory, attempts, records, heartbeat, drift, parent)
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging)
-       data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
+       data/ (order, plan, fetch, workers, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
        shards/ (manifest, scan, records, tokens, packing)     update
     2  distributed/ (world, team, watch, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, files)     config/ (schema, identity, checks)
