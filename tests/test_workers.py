@@ -141,6 +141,17 @@ def read_evaluation(loading: Loading, collate: Any) -> None:
 READERS = {"data.train": read_training, "data.train (a Endless)": read_iterable, "data.validation": read_evaluation}
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The runner's signal handlers, for one test."""
+    before = {number: signal.getsignal(number) for number in (*signals.STOP_SIGNALS, signal.SIGURG)}
+    signals.install()
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
@@ -188,9 +199,9 @@ def test_batches_before_an_unsendable_one_come_in_order() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("handlers")
 def test_a_killed_worker_is_told_with_the_cause(method: str) -> None:
     """In the middle of a message, too, at whose rest the training process would wait for ever."""
-    signals.install()
     stream = training(Killed(), Loading(2, start_method=method))
     stream.open()
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was ended by SIGKILL.*memory"):
