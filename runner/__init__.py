@@ -14,13 +14,13 @@ module here, there are no import cycles. Each third-party package is imported by
     6  trainer (the training loop)     build (configuration -> live objects)     restore (checkpoint -> state)
     5  callbacks/ (guard, evaluate, report, progress, checkpoint)
     4  state (all that is restored)     evaluation     datasets/
-    3  run/ (directory, attempts, records, heartbeat, drift, parent, links)
-       checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, staging,
-       structure)     data/ (order, plan, fetch, engine, stream, ledger, proof)     metrics/ (lines, curves, hparams)
-       shards/ (formats, manifest, scan, records, tokens, packing)     update     device
+    3  run/ (directory, attempts, records, heartbeat, drift, parent, links)     update     device
+       checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, structure)
+       data/ (order, plan, fetch, workers, engine, foreign, stream, ledger, proof)     metrics/ (lines, curves, hparams)
+       shards/ (formats, manifest, scan, records, tokens, packing)
     2  distributed/ (world, team, watch, stall, layouts)     tasks/
-    1  storage/ (location, local, remote, uploads, backend, requests, files)     average
-       config/ (schema, identity, environment, secrets, checks)     signals     agreement     task (the interface)
+    1  storage/ (location, local, remote, uploads, backend, requests, files)     average     signals     agreement
+       config/ (schema, identity, environment, secrets, checks)     task (the interface)
     0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks     plain
        modes
 """
