@@ -86,7 +86,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         stream=stream,
         progress=Progress(),
     )
-    state.built = Structure(state.parts(), optimizer, partial(_model, config.model))
+    state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, layout, validation, team)
     callbacks: dict[str, Callback] = {
