@@ -215,7 +215,7 @@ def test_a_signal_commits_starts_no_more_and_leaves_with_75(
     assert [outcomes(folder) for folder in runs(tmp_path).values()] == [["interrupted", "finished"]] * 3
 
 
-def test_finished_runs_cost_no_training_imports_and_one_read_each(s3: Server, tmp_path: Path) -> None:
+def test_finished_runs_cost_a_read_and_a_listing_each(s3: Server, tmp_path: Path) -> None:
     """On a store, where every operation is a round trip."""
     code = """
 import collections, sys
@@ -237,7 +237,7 @@ print("counted", status, dict(verbs), "torch" in sys.modules)
     ]
     assert "3 new" in outputs[0]
     assert "3 done" in outputs[1]
-    assert outputs[1].endswith("counted 0 {'read': 3} False\n")
+    assert outputs[1].endswith("counted 0 {'read': 3, 'list': 3} False\n")
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
