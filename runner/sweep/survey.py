@@ -43,10 +43,10 @@ class Found:
 
 
 def look(job: Job) -> Found:
-    """The status of one run. For a finished run this takes a read and a listing."""
+    """The status of one run. For a finished run this takes a single read."""
     name = job.directory.name
     try:
-        result = job.directory.finished(job.identity) or job.open().result
+        result = job.directory.result(job.identity) or job.open().result
         if result is not None:
             goal = result.get("objective") or {}
             return Found(name, DONE, result.get("step", 0), goal.get("value"))
