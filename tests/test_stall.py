@@ -148,14 +148,17 @@ def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path
 
 
 def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "runner", *ARGUMENTS, *SLOW, "+task.step=0.1", "runtime.timeout=3"]
+    """Also in the middle of a step."""
+    more = (*SLOW, "+task.step=2", "trainer.max_steps=4", "checkpoint.every_steps=1", "runtime.timeout=5")
+    command = [sys.executable, "-m", "runner", *ARGUMENTS, *more]
     process = subprocess.Popen([*command, f"run.root={tmp_path}"], cwd=USER, start_new_session=True)
     try:
         until = time.monotonic() + LIMIT
         while not [*tmp_path.glob("*/r/commits/*")] and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
+        time.sleep(1)  # into the step
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(9)
         os.killpg(process.pid, signal.SIGCONT)
         assert process.wait(LIMIT) == 0
     finally:

@@ -118,7 +118,7 @@ class _Outside:
         """This process is not stuck."""
         if self._process is None and watching:
             command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(self._limit)]
-            with suppress(OSError, ValueError):  # no room for another process; stderr may be anything
+            with suppress(Exception):  # no room for another process; stderr may be anything
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
                 faulthandler.enable()
         elif self._process is not None and watching:
