@@ -122,7 +122,7 @@ def printable(text: object) -> str:
     shown = redacted(str(text))
     if shown.isprintable():
         return shown
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
 
 
 def hide(secret: str) -> None:

@@ -49,9 +49,8 @@ def evaluate(
     run repeats it.
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
-    reading = signals.at_once(team.world.size == 1)  # of which a process alone may break off the reading of data
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast(), reading:
+        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # those who had another batch may have drawn other numbers
                 seed_all(key)
@@ -81,9 +80,15 @@ def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why:
 def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_Before") -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     samples = 0
-    for count, batch in data:
+    batches = iter(data)
+    while True:
         if team.poll() and before.restored(team):
             raise EvaluationInterrupted
+        # A process alone may break off the wait for a batch at once, unless only the end of the evaluation helps.
+        with signals.at_once(team.world.size == 1 and not before.lost):
+            if (item := next(batches, None)) is None:
+                break
+        count, batch = item
         found = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
         for name, value in found.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
@@ -111,14 +116,14 @@ class _Before:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._weights = [weight for model in models for weight in model.parameters()]
         self._sums = _sums(self._weights)
-        self._lost = False
+        self.lost = False
 
     def restored(self, team: Team) -> bool:
         """Put all back; False, in all processes, if the weights of one have changed."""
-        if not self._lost:
+        if not self.lost:
             changed = torch.tensor(float(_sums(self._weights) != self._sums))
-            self._lost = bool(team.added({"": changed})[""])
-        if self._lost:
+            self.lost = bool(team.added({"": changed})[""])
+        if self.lost:
             return False
         for module, saved in self._buffers:
             module._buffers.clear()

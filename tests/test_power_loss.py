@@ -147,7 +147,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     ledger.flush()
     ledger.close()
     sha256, size = export(directory.location, MODEL, {"weight": torch.ones(9)})
-    directory.finish(identity, {"sha256": {MODEL: sha256}, "bytes": {MODEL: size}})
+    directory.finish(identity, {"step": 1, "metrics": {}, "sha256": {MODEL: sha256}, "bytes": {MODEL: size}})
     monkeypatch.undo()
     after = [files for number, files in crash_states(system.events) if number == len(system.events)]
     assert after
