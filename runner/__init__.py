@@ -16,8 +16,8 @@ module here, there are no import cycles. Each third-party package is imported by
     4  state (all that is restored)     evaluation     datasets/
     3  run/ (directory, attempts, records, heartbeat, drift, parent, links)     update     device
        checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, structure)
-       data/ (order, plan, fetch, workers, engine, foreign, stream, ledger, proof)     metrics/ (lines, curves, hparams)
-       shards/ (formats, manifest, scan, records, tokens, packing)
+       data/ (order, plan, fetch, workers, engine, look, foreign, stream, ledger, proof)     metrics/
+       (lines, curves, hparams)     shards/ (formats, manifest, scan, records, tokens, packing)
     2  distributed/ (world, team, watch, stall, layouts)     tasks/
     1  storage/ (location, local, remote, uploads, backend, requests, files)     average     signals     agreement
        config/ (schema, identity, environment, secrets, checks)     task (the interface)

@@ -4,7 +4,10 @@ import os
 import re
 import shlex
 import sys
+import threading
+import time
 import traceback
+from contextlib import suppress
 from dataclasses import is_dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +17,8 @@ from runner.distributed.world import world
 from runner.errors import RunnerError, printable, redacted
 
 _ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
+_EXIT_SECONDS = 60.0  # for what a user's code does at the exit; none once a stop is asked for
+_POLL_SECONDS = 0.5
 _PLAIN = "letters, digits and -./:%+@"
 _WHOLE = re.compile("(?s).+")
 _NESTED = re.compile(r"[\[{]|\w+\(")
@@ -143,5 +148,27 @@ def _unknown_key(error: BaseException | None) -> str:
     return known_keys(schema, full_key.removesuffix(key), key)
 
 
+def _leave(status: int) -> None:
+    """See to it that this process ends: Python waits at its exit for every thread that is no daemon."""
+
+    def end() -> None:
+        until = time.monotonic() + _EXIT_SECONDS
+        while time.monotonic() < until and not signals.received():
+            time.sleep(_POLL_SECONDS)
+        main_thread = threading.main_thread()
+        if left := [each.name for each in threading.enumerate() if not each.daemon and each is not main_thread]:
+            with suppress(Exception):  # stderr may be anything
+                print(f"threads that never end are left behind: {', '.join(left)}", file=sys.stderr)
+                sys.stdout.flush()
+            os._exit(status)
+
+    threading.Thread(target=end, name="exit", daemon=True).start()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = 1  # of what is raised
+    try:
+        status = main()
+    finally:
+        _leave(status)
+    sys.exit(status)

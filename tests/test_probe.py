@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from runner.checkpoint.tree import encode
 from runner.data import probe
 from runner.data.engine import Loading
 from runner.data.fetch import Fetcher
+from runner.data.held_out import EvaluationData
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
 from runner.errors import DataError
@@ -245,6 +248,51 @@ def opened(make: Callable[[int], Any], workers: int = 1) -> BatchStream:
 def test_samples_that_depend_on_the_process_are_refused() -> None:
     with pytest.raises(DataError, match=r"^sample 0 of Made is another one in a data worker than in this process"):
         next(opened(lambda index: (index, os.getpid())).step())
+
+
+class Lazy:
+    """Opens its file when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(range(N)))
+        self.path = path
+        self.file: Any = None
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        if self.file is None:
+            self.file = self.path.open("rb", buffering=0)
+        self.file.seek(index)
+        return self.file.read(1)[0]
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
+def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str) -> None:
+    """Forked workers would move its position under each other's hands; others could not be sent it."""
+    data, plan, loading = Lazy(tmp_path / "numbers"), Plan(N, 1, 2, shuffle=False), Loading(2, start_method=method)
+    cpu = torch.device("cpu")
+    stream = BatchStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
+    held_out = EvaluationData(
+        data, seed=1, batch_size=2, randomness="sample", loading=loading, device=cpu, collate=list, audit=True
+    )
+    assert data.file is None
+    stream.open()
+    try:
+        assert [batch for _, batch in stream.step()] == [[0, 1]]
+        assert [number for _, batch in held_out for number in batch] == [*range(N)]
+    finally:
+        stream.close()
+        held_out.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "told"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"), (lambda: os._exit(3), "status 3")]
+)
+def test_a_data_set_that_ends_the_process_is_told(end: Callable[[], Any], told: str) -> None:
+    with pytest.raises(DataError, match=rf"^data\.train: data worker 0 .* {told}"):
+        opened(lambda index: end())
 
 
 @pytest.mark.parametrize("kind", ["nested", "sets", "NaN", "what cannot be pickled"])

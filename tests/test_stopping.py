@@ -163,3 +163,24 @@ def test_a_best_evaluation_made_after_a_resume_has_its_checkpoint(life: Lives, t
     assert "best     val/loss" in ended.output
     assert "at step 10" in ended.output
     assert (tmp_path / "smoke/cut/best.safetensors").exists(), ended.output
+
+
+LEAVES = """
+import signal, sys, threading
+from runner import __main__ as main, signals
+
+signals.install()
+main._EXIT_SECONDS = float(sys.argv[1])
+threading.Thread(target=threading.Event().wait, name="theirs").start()
+main._leave(4)
+if len(sys.argv) > 2:
+    signal.raise_signal(signal.SIGTERM)
+sys.exit(4)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("0.5",), ("1000", "SIGTERM")], ids=["in time", "stopped"])
+def test_a_thread_that_never_ends_does_not_keep_the_process(arguments: tuple[str, ...]) -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVES, *arguments], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 4, ended.stderr
+    assert "threads that never end are left behind: theirs" in ended.stderr

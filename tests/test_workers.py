@@ -208,6 +208,21 @@ def test_a_killed_worker_is_told_with_the_cause(method: str) -> None:
         take(stream, 4)
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), BaseException("x")])
+def test_a_worker_that_ends_is_told_by_its_end(error: BaseException) -> None:
+    """And not by the batches that it has sent and can no longer hand over."""
+
+    def collate(samples: list[Any]) -> Any:
+        if samples[0] >= 20:
+            raise error
+        return torch.stack(samples)
+
+    stream = training(Numbers(), Loading(2, prefetch=8), collate)
+    stream.open()
+    with pytest.raises(DataError, match=r"^data.train: data worker \d \(pid \d+\) ended with status [13]"):
+        take(stream, 8)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_closing_ends_workers_that_wait_for_ever(method: str) -> None:
     stream = training(Blocks(), Loading(2, start_method=method))

@@ -23,6 +23,8 @@ from runner.data.probe import Probe, digests
 from runner.data.workers import Unsent, Workers, explained, start_worker
 from runner.errors import DataError, RunnerError
 
+_DEATH_SECONDS = 5.0  # from the last sign of a worker to its exit status
+
 
 @dataclass(frozen=True, slots=True)
 class Loading:
@@ -118,7 +120,9 @@ class Loader:
         """What went wrong in a worker or on the way from it. Raises the runner's errors, and any without workers."""
         if self._workers is None or isinstance(error, RunnerError):
             raise error
-        return self._workers.death() or (self._workers.unstarted(error) if starting else explained(error))
+        cut = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # of the pipe to a worker that ends
+        death = self._workers.death(_DEATH_SECONDS if cut else 0.0)
+        return death or (self._workers.unstarted(error) if starting else explained(error))
 
     def _failure(self, why: str) -> BaseException:
         """End the workers, and return the error to raise; without a cause, whose frames would keep open what there is

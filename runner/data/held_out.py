@@ -10,8 +10,9 @@ from torch.utils.data import IterableDataset
 from runner.data.engine import Loader, Loading
 from runner.data.fetch import Collate, Fetcher, Samples, unreadable
 from runner.data.foreign import stateful
+from runner.data.look import look
 from runner.data.plan import Plan, Slice
-from runner.data.probe import differences, require_pure, sketch
+from runner.data.probe import differences
 from runner.data.stream import to_device
 from runner.distributed.world import World
 from runner.errors import DataError
@@ -48,10 +49,9 @@ class EvaluationData:
             self._slices, self._weights = [*self._slices, whole[0]], [*self._weights, 0]
         self._samples = samples
         fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        if audit:
-            require_pure(fetcher)
+        described, _ = look(fetcher, loading, audit=audit, key="data.validation")
         self._loader = Loader(fetcher, self._slices, loading, key="data.validation")
-        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch(fetcher)}
+        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": described}
         self.device = device
 
     def changes(self, then: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from runner.data import probe
 from runner.data.engine import Loader, Loading, Probed
 from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
 from runner.data.ledger import Line
+from runner.data.look import look
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
 
@@ -111,11 +112,8 @@ class BatchStream:
         self.substituted = 0
         self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
         self._plan_state = plan.state()
-        self._fingerprint: dict[str, Any] = {
-            "samples": probe.sketch(self._fetcher),
-            "text": str(getattr(samples, "fingerprint", "")),
-        }
-        self._found = probe.require_pure(self._fetcher) if audit else None
+        described, self._found = look(self._fetcher, loading, audit=audit)
+        self._fingerprint: dict[str, Any] = {"samples": described, "text": str(getattr(samples, "fingerprint", ""))}
         self._loading = loading
         self._device = device
         self._steps: Iterator[list[Slice]] = iter(())

@@ -76,8 +76,9 @@ class Workers(BaseContext):
         _open.add(self)
         threading.Thread(target=self._watch, name="workers", daemon=True).start()
 
-    def death(self) -> str | None:
-        """How a worker died, with the remedy; None if all live."""
+    def death(self, seconds: float = 0.0) -> str | None:
+        """How a worker died, with the remedy; None if all live, for as long."""
+        wait([process.sentinel for process in self._started], seconds)
         for number, process in enumerate(self._started):
             if not process.is_alive():
                 return f"data worker {number} (pid {process.pid}) {_ending(process.exitcode)}"
