@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runner import signals
-from runner.checkpoint.layout import local
+from runner.checkpoint.layout import is_distributed, local
 from runner.checkpoint.tree import decode, encode
 from runner.data.held_out import EvaluationData
 from runner.distributed.team import Team
@@ -49,9 +50,8 @@ def evaluate(
     run repeats it.
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
-    reading = signals.at_once(team.world.size == 1)  # of which a process alone may break off the reading of data
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast(), reading:
+        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # those who had another batch may have drawn other numbers
                 seed_all(key)
@@ -81,9 +81,15 @@ def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why:
 def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_Before") -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     samples = 0
-    for count, batch in data:
+    batches = iter(data)
+    while True:
         if team.poll() and before.restored(team):
             raise EvaluationInterrupted
+        # A process alone may break off the wait for a batch at once, unless only the end of the evaluation helps.
+        with signals.at_once(team.world.size == 1 and not before.lost):
+            if (item := next(batches, None)) is None:
+                break
+        count, batch = item
         found = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
         for name, value in found.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
@@ -109,16 +115,17 @@ class _Before:
         self._extra = [(module, deepcopy(module.get_extra_state())) for module in own]
         self._memory, tensors = encode(None if self._task is None else self._task.state_dict(), "task")
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._weights = [weight for model in models for weight in model.parameters()]
+        self._models = models
+        self._weights = self._now()
         self._sums = _sums(self._weights)
-        self._lost = False
+        self.lost = False
 
     def restored(self, team: Team) -> bool:
         """Put all back; False, in all processes, if the weights of one have changed."""
-        if not self._lost:
-            changed = torch.tensor(float(_sums(self._weights) != self._sums))
-            self._lost = bool(team.added({"": changed})[""])
-        if self._lost:
+        if not self.lost:
+            changed = torch.tensor(float(self._changed()))
+            self.lost = bool(team.added({"": changed})[""])
+        if self.lost:
             return False
         for module, saved in self._buffers:
             module._buffers.clear()
@@ -131,6 +138,17 @@ class _Before:
         if self._task is not None:
             self._task.load_state_dict(decode(self._memory, lambda name: self._tensors[name].cpu()))
         return True
+
+    def _changed(self) -> bool:
+        """Whether a weight has another value, or another one is in its place. (Of one in slices, FSDP puts there the
+        whole one for a while.)
+        """
+        now = zip_longest(self._weights, self._now())
+        others = any(new is not old and not (old is not None and is_distributed(old)) for old, new in now)
+        return others or _sums(self._weights) != self._sums
+
+    def _now(self) -> list[Tensor]:
+        return [weight for model in self._models for weight in model.parameters()]
 
 
 def _copy(module: nn.Module, name: str) -> Tensor | None:
