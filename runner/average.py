@@ -29,6 +29,9 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 def follow(average: AveragedModel, model: nn.Module) -> None:
     """Move the average. Buffers are copied, whatever became of them; raises TaskError for other weights than before."""
     copy: nn.Module = average.module
+    if _outline(copy) == _outline(model):
+        average.update_parameters(model)
+        return
     then, now = _shapes(copy), _shapes(model)
     changed = [name for name in {**then, **now} if then.get(name, 0) != now.get(name, 0)]
     if changed := changed or [name for name, other in zip(then, now, strict=True) if name != other]:
@@ -43,6 +46,18 @@ def follow(average: AveragedModel, model: nn.Module) -> None:
             old._buffers.update({n: b if b is None else b.detach().clone() for n, b in new._buffers.items()})
             old._non_persistent_buffers_set = {*new._non_persistent_buffers_set}
     average.update_parameters(model)
+
+
+def _outline(model: nn.Module) -> list[object]:
+    """What has to be equal for the average to follow, by one walk, as it is asked for at each step."""
+    first: dict[int, int] = {}  # weights by the order in which they come, since parts may share them
+    found: list[object] = []
+    for module in model.modules():
+        found += module._modules
+        for name, weight in module._parameters.items():
+            found += [name, None if weight is None else (weight.shape, first.setdefault(id(weight), len(first)))]
+        found += [(name, b if b is None else (b.shape, b.dtype)) for name, b in module._buffers.items()]
+    return found
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size | None]:

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runner import signals
-from runner.checkpoint.layout import local
+from runner.checkpoint.layout import is_distributed, local
 from runner.checkpoint.tree import decode, encode
 from runner.data.held_out import EvaluationData
 from runner.distributed.team import Team
@@ -114,14 +115,15 @@ class _Before:
         self._extra = [(module, deepcopy(module.get_extra_state())) for module in own]
         self._memory, tensors = encode(None if self._task is None else self._task.state_dict(), "task")
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._weights = [weight for model in models for weight in model.parameters()]
+        self._models = models
+        self._weights = self._now()
         self._sums = _sums(self._weights)
         self.lost = False
 
     def restored(self, team: Team) -> bool:
         """Put all back; False, in all processes, if the weights of one have changed."""
         if not self.lost:
-            changed = torch.tensor(float(_sums(self._weights) != self._sums))
+            changed = torch.tensor(float(self._changed()))
             self.lost = bool(team.added({"": changed})[""])
         if self.lost:
             return False
@@ -136,6 +138,17 @@ class _Before:
         if self._task is not None:
             self._task.load_state_dict(decode(self._memory, lambda name: self._tensors[name].cpu()))
         return True
+
+    def _changed(self) -> bool:
+        """Whether a weight has another value, or another one is in its place. (Of one in slices, FSDP puts there the
+        whole one for a while.)
+        """
+        now = zip_longest(self._weights, self._now())
+        others = any(new is not old and not (old is not None and is_distributed(old)) for old, new in now)
+        return others or _sums(self._weights) != self._sums
+
+    def _now(self) -> list[Tensor]:
+        return [weight for model in self._models for weight in model.parameters()]
 
 
 def _copy(module: nn.Module, name: str) -> Tensor | None:

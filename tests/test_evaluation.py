@@ -30,7 +30,9 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("trainer.ema_decay=0.5",), ("+task.pushes=true",)], ids=["plain", "ema", "pushes"]
+    "more",
+    [(), ("trainer.ema_decay=0.5",), ("+task.pushes=true",), ("+task.swaps=true",)],
+    ids=["plain", "ema", "pushes", "swaps"],
 )
 def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], life: Lives, tmp_path: Path) -> None:
     """Neither in the buffers that it moved nor in the task. One that moves weights goes on to its end."""

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import torch
+from torch import nn
 
 from runner.errors import RunnerError
 from runner.tasks.classification import Classification
@@ -169,13 +170,14 @@ def first(once):
 
 
 class Wakes(Classification):
-    """Evaluates in training mode, and trains the smoother the more it has evaluated; ``pushes`` weights, too. Sends its
-    process SIGTERM at a call.
+    """Evaluates in training mode, and trains the smoother the more it has evaluated; ``pushes`` weights, too, or
+    ``swaps`` others in until the end. Sends its process SIGTERM at a call.
     """
 
-    def __init__(self, *, call: int, pushes: bool = False, remembers: bool = True) -> None:
+    def __init__(self, *, call: int, pushes: bool = False, swaps: bool = False, remembers: bool = True) -> None:
         super().__init__()
         self.call, self.pushes, self.remembers, self.seen = call, pushes, remembers, torch.zeros(())
+        self.swaps, self.own = swaps, []
 
     def training_step(self, model, batch):
         self.label_smoothing = min(0.3, self.seen.item() / 50)
@@ -189,7 +191,17 @@ class Wakes(Classification):
         self.seen += self.remembers
         if self.pushes:
             next(model.parameters()).mul_(1.01)
+        if self.swaps and not self.own:
+            self.own = [(part, {**part._parameters}) for part in model.modules()]
+            for part, weights in self.own:
+                part._parameters.update({name: nn.Parameter(weight / 2) for name, weight in weights.items()})
         return self.training_step(model, batch)
+
+    def evaluation_end(self, model, metrics):
+        for part, weights in self.own:
+            part._parameters.update(weights)
+        self.own = []
+        return metrics
 
     def state_dict(self):
         return {"seen": self.seen}
