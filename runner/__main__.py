@@ -11,7 +11,7 @@ from typing import Any
 
 from runner import signals
 from runner.distributed.world import world
-from runner.errors import RunnerError, printable, redacted
+from runner.errors import RunnerError, printable
 
 _ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
 _PLAIN = "letters, digits and -./:%+@"
@@ -24,7 +24,7 @@ _QUOTED = r'"\g<0>"'
 def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
     signals.install()  # before the imports, which take a second in which a signal may arrive
-    sys.excepthook = _print_redacted
+    sys.excepthook = _print_escaped
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here, where each gets its status
 
     from hydra.errors import HydraException
@@ -53,8 +53,8 @@ def main() -> int:
     return sweep.status
 
 
-def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _failed(error: Exception) -> int:
