@@ -44,7 +44,7 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
         if _speaks():
-            print(own or printable(_explained(error)), file=sys.stderr)
+            print(own or _escaped(_explained(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
         return _failed(error)
@@ -54,7 +54,12 @@ def main() -> int:
 
 
 def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    print(_escaped("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _escaped(text: str) -> str:
+    """Printable, but with the tabs of Hydra's lists."""
+    return "\t".join(map(printable, text.split("\t")))
 
 
 def _failed(error: Exception) -> int:
@@ -76,6 +81,9 @@ def _failed(error: Exception) -> int:
         told = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
     elif "can be specified" in str(error):  # another plain ValueError, for --cfg and its like with -m
         told = f"{error}. Leave -m out to see the configuration of one job"
+    elif _went_through("_apply_overrides_to_config", error.__traceback__):
+        told = f"an override cannot be applied: {error}".replace("\n    full_key", ", key").partition("\n")[0]
+        told += ". What is null until then, like hydra.sweeper.params, can get keys in a file of yours only"
     if not told:
         raise error
     if _speaks():
@@ -103,6 +111,10 @@ def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None
     while trace is not None and trace.tb_frame.f_globals.get("__name__") != name:
         trace = trace.tb_next
     return trace
+
+
+def _went_through(function: str, trace: TracebackType | None) -> bool:
+    return trace is not None and (trace.tb_frame.f_code.co_name == function or _went_through(function, trace.tb_next))
 
 
 def _explained(error: BaseException) -> str:

@@ -299,3 +299,22 @@ def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives,
         assert (ended.status, f"weights from step 4 of {tmp_path}" in ended.output) == (0, True), ended.output
     else:
         assert (ended.status, "a store that this command does not name" in ended.output) == (2, True), ended.output
+
+
+def test_a_secret_of_the_environment_makes_no_folder_and_no_study(nest: Nest) -> None:
+    experiment = nest.folder / "own/experiment/space.yaml"
+    experiment.parent.mkdir(parents=True)
+    space = '{+data.train.harmless: "${oc.env:CANARY}", seed: "1,2"}'
+    experiment.write_text(f"# @package _global_\ndefaults: [secret, _self_]\nhydra: {{sweeper: {{params: {space}}}}}")
+    path = f"hydra.searchpath=[file://{experiment.parent.parent}]"
+    for given in (
+        ("run.name='x-${oc.env:API_KEY}'",),
+        ("run.root='o/x-${oc.env:API_KEY}'",),
+        ("-m", "experiment=space", path),
+        ("-m", "experiment=space", path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"),
+    ):
+        ended = nest(*given)
+        assert (ended.status, "has a secret" in ended.output) == (2, True), ended.output
+        assert CANARY not in ended.output
+    assert nest.leaks() == []
+    assert not nest.root.exists()
