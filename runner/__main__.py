@@ -14,7 +14,7 @@ from typing import Any
 
 from runner import signals
 from runner.distributed.world import world
-from runner.errors import RunnerError, printable, redacted
+from runner.errors import RunnerError, printable
 
 _ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
 _EXIT_SECONDS = 60.0  # for what a user's code does at the exit; none once a stop is asked for
@@ -29,7 +29,7 @@ _QUOTED = r'"\g<0>"'
 def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
     signals.install()  # before the imports, which take a second in which a signal may arrive
-    sys.excepthook = _print_redacted
+    sys.excepthook = _print_escaped
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here, where each gets its status
 
     from hydra.errors import HydraException
@@ -49,7 +49,7 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
         own = _own(error)
         if _speaks():
-            print(own or printable(_explained(error)), file=sys.stderr)
+            print(own or _escaped(_explained(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
         return _failed(error)
@@ -58,8 +58,13 @@ def main() -> int:
     return sweep.status
 
 
-def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(_escaped("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _escaped(text: str) -> str:
+    """Printable, but with the tabs of Hydra's lists."""
+    return "\t".join(map(printable, text.split("\t")))
 
 
 def _failed(error: Exception) -> int:
@@ -81,6 +86,9 @@ def _failed(error: Exception) -> int:
         told = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
     elif "can be specified" in str(error):  # another plain ValueError, for --cfg and its like with -m
         told = f"{error}. Leave -m out to see the configuration of one job"
+    elif _went_through("_apply_overrides_to_config", error.__traceback__):
+        told = f"an override cannot be applied: {error}".replace("\n    full_key", ", key").partition("\n")[0]
+        told += ". What is null until then, like hydra.sweeper.params, can get keys in a file of yours only"
     if not told:
         raise error
     if _speaks():
@@ -108,6 +116,10 @@ def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None
     while trace is not None and trace.tb_frame.f_globals.get("__name__") != name:
         trace = trace.tb_next
     return trace
+
+
+def _went_through(function: str, trace: TracebackType | None) -> bool:
+    return trace is not None and (trace.tb_frame.f_code.co_name == function or _went_through(function, trace.tb_next))
 
 
 def _explained(error: BaseException) -> str:

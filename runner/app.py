@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def main(config: DictConfig) -> float | None:
     except Exception as error:
         if HydraConfig.get().mode is RunMode.RUN:
             raise
-        log.exception("failed")
+        log.error("%s", "failed\n" + traceback.format_exc().rstrip())
         failure = RunnerError(f"{type(error).__name__}: {error}")
     # Without frames, also those of other errors: they hold the model and all else, and a sweep keeps the error.
     failure.__traceback__ = failure.__context__ = failure.__cause__ = None
@@ -166,12 +167,12 @@ def _conclude(opening: Opening, result: dict[str, Any]) -> None:
     log.info(
         "finished step %d (%s)%s",
         result["step"],
-        result["reason"],
+        result.get("reason"),  # what follows may be of anyone
         "".join(f", {n} {v:.4g}" for n, v in metrics.items()),
     )
     goal = result.get("objective")
-    if goal and goal["value"] is not None:
-        log.info("best     %s %.4g at step %d", goal["metric"], goal["value"], goal["step"])
+    if goal and goal.get("value") is not None:
+        log.info("best     %s %.4g at step %s", goal.get("metric"), goal["value"], goal.get("step"))
     url = opening.directory.location.url
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory

@@ -27,8 +27,8 @@ from contextlib import contextmanager
 _hidden: set[str] = set()  # values of secrets that this process read from its environment
 _USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # with a password, and not a port
 _QUERY = re.compile(
-    r"(?i)((?:^|[?&;])[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|api_?key|access_?key|account_?key"
-    r"|access_?key_?id)=)([^&;\s'\"]{4,})"
+    r"(?i)((?:^|[?&;]|\s(?=passw|pwd))[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|api_?key|access_?key|account_?key"
+    r"|access_?key_?id)=)(?![{<])([^&;\s'\"]{4,})"
 )
 
 

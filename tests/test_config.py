@@ -136,6 +136,16 @@ MISTAKES = {
         "the override 'seed=range(a)' cannot be read: TypeError while evaluating",
     ),
     "a sweep's configuration": (("--cfg", "job", "-m", "experiment=smoke", "seed=1,2"), 2, "Leave -m out to see"),
+    "a search space": (
+        ("-m", "experiment=smoke", "+hydra.sweeper.params={seed: '1,2'}"),
+        2,
+        "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. What is",
+    ),
+    "a part of a search space": (
+        ("-m", "experiment=smoke", "+hydra.sweeper.params.seed='1,2'"),
+        2,
+        "an override cannot be applied: Unexpected type for root: NoneType",
+    ),
     "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
     "no such metric": (
         ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),

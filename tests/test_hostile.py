@@ -325,6 +325,28 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     return {name: found[path] for name, path in zip(names, paths, strict=True)}
 
 
+FACTS: list[dict[str, Any]] = [
+    {"metrics": 1},
+    {"metrics": {"segment": "s000000000-a000001.jsonl"}},
+    {"metrics": {"segment": 1, "lines": 1}},
+    {"metrics": {"segment": "s000000000-a000001.jsonl", "lines": "1"}},
+    {"identity": [1]},
+    {"structure": "groups"},
+    {"elapsed": "long"},
+    {"elapsed": 10**299},
+    {"elapsed": {"$": "float", "value": "nan"}},
+]
+
+
+@pytest.mark.parametrize("facts", FACTS, ids=str)
+def test_facts_that_cannot_be_true_are_damage(facts: dict[str, Any], tmp_path: Path) -> None:
+    store = CheckpointStore(LocalLocation(run(tmp_path / "run")))
+    store.open(store.commits()[0])
+    changed(lambda manifest: manifest.update(facts=facts))(tmp_path / "run")
+    with pytest.raises(Damaged):
+        store.open(store.commits()[0])
+
+
 @pytest.mark.parametrize("name", [*HOSTILE, *(f"plan: {name}" for name in PLANS)])
 def test_a_hostile_directory_ends_in_a_clean_error(name: str, ends: dict[str, dict[str, str]]) -> None:
     assert {look: end for look, end in ends[name].items() if not end.startswith("clean")} == {}

@@ -41,7 +41,18 @@ WRITTEN_OUT: list[Any] = [
     {"connection_string": "x"},
     {"credentials": {"user": "me", "passphrase": "x"}},
     {"token": "hunter2secret"},
-    {"token": "swordfish"},
+    {"token": "Zq8Lm2Xv"},
+    {"token": "mysecretword"},
+    {"session_key": "hunter2secret"},
+    {"secrets": {"hub": "x"}},
+    {"password": {"value": "x"}},
+    {"cookies": {"session": "x"}},
+    {"db_pass": "swordfish"},
+    {"args": ["--api-key=x"]},
+    {"x": "host=h user=me password=swordfish"},
+    {"x": "curl -H 'Authorization: Bearer hunter2' https://host"},
+    {"x": "sk-proj-0123456789abcdefghij"},
+    {"x": "https://hooks.slack.com/services/T0/B0/x"},
     {"token": "${oc.env:TOKEN,hunter2secret}"},
     {"token": "${oc.decode:${oc.env:TOKEN,'hunter2secret'}}"},
     {"key": "9f86d081884c7d659a2feaa0c55ad015"},
@@ -104,6 +115,10 @@ HARMLESS: list[Any] = [
     },
     {"key": "layer4.conv2.weight_1", "monitor_key": "val/top5", "query_key_norm": "rms", "public_key": "x"},
     {"auth": None, "password": "", "secret": True, "token": "none", "signature": "serving_default", "bypass": "x"},
+    {"token": "wordpiece", "tokenizer": {"token": "byte_level"}, "session_key": "session_id", "shared_key": "embed"},
+    {"id": "sk-learn-logistic-regression-baseline", "name": "hf_internal_testing_tiny_random_llama"},
+    {"prompt": "Authorization: what does it mean?", "template": "user={user} password={password}"},
+    {"tokens": {"pad": "<pad>", "unknown": "unk"}, "keys": {"image": "pixel_values"}, "secret": {"_target_": "mine.S"}},
     {"token": "word", "tokens": "/data/tokens.bin", "hf_token": "~/.cache/huggingface/token"},
     {"credentials": "/home/me/key.json", "credentials_file": "prod", "secret_name": "prod/db", "password_env": "PW"},
     {"token": "gs://bucket/token.json", "auth_url": "https://host/login", "private_key": "keys/deploy.pem"},
@@ -284,3 +299,22 @@ def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives,
         assert (ended.status, f"weights from step 4 of {tmp_path}" in ended.output) == (0, True), ended.output
     else:
         assert (ended.status, "a store that this command does not name" in ended.output) == (2, True), ended.output
+
+
+def test_a_secret_of_the_environment_makes_no_folder_and_no_study(nest: Nest) -> None:
+    experiment = nest.folder / "own/experiment/space.yaml"
+    experiment.parent.mkdir(parents=True)
+    space = '{+data.train.harmless: "${oc.env:CANARY}", seed: "1,2"}'
+    experiment.write_text(f"# @package _global_\ndefaults: [secret, _self_]\nhydra: {{sweeper: {{params: {space}}}}}")
+    path = f"hydra.searchpath=[file://{experiment.parent.parent}]"
+    for given in (
+        ("run.name='x-${oc.env:API_KEY}'",),
+        ("run.root='o/x-${oc.env:API_KEY}'",),
+        ("-m", "experiment=space", path),
+        ("-m", "experiment=space", path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"),
+    ):
+        ended = nest(*given)
+        assert (ended.status, "has a secret" in ended.output) == (2, True), ended.output
+        assert CANARY not in ended.output
+    assert nest.leaks() == []
+    assert not nest.root.exists()

@@ -319,6 +319,18 @@ def test_a_sweep_refuses_links_and_does_the_other_jobs(place: Path, life: Lives)
     assert untouched(place)
 
 
+def test_a_result_without_all_its_values_is_told(runs: Path, tmp_path: Path, life: Lives) -> None:
+    shutil.copytree(runs / "smoke/done", tmp_path / "smoke/r")
+    path = tmp_path / "smoke/r/result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "reason": ESCAPE, "objective": {"value": 0.5, "step": ESCAPE}}))
+    status, output = start(life, tmp_path)
+    assert (status, "best     None 0.5 at step" in output, ESCAPE in output) == (0, True, False), output
+    del result["reason"]
+    path.write_text(json.dumps(result))
+    assert start(life, tmp_path)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("pattern", "kind"),
     [

@@ -121,7 +121,7 @@ def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, am
             raise Damaged(f"{commit.commit} has more than {MAX_TENSORS} tensors")
         if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
             raise Damaged(f"{commit.commit} is the manifest of another commit")
-        facts, ranks = dict(decode(manifest["facts"], no_tensor)), manifest["ranks"]
+        facts, ranks = _facts(decode(manifest["facts"], no_tensor)), manifest["ranks"]
         if type(ranks) is not int or ranks < 1:
             raise Damaged(f"{commit.commit} was saved by {ranks!r} ranks")
         reader = Reader(location, files)
@@ -139,6 +139,18 @@ def objective(facts: Mapping[str, Any]) -> float | None:
 def no_tensor(name: str) -> Tensor:
     """For ``decode``, where a state may have none. Raises ValueError."""
     raise ValueError(f"a tensor {name!r} among the facts")
+
+
+def _facts(told: Any) -> dict[str, Any]:
+    """What a commit says besides the state, of the types that its readers expect. Raises ValueError."""
+    facts = dict(told)
+    end, elapsed = facts.get("metrics") or {"segment": "", "lines": 0}, facts.get("elapsed", 0.0)
+    mappings = (end, facts.get("identity", {}), facts.get("structure", {}))
+    if not all(isinstance(each, dict) for each in mappings) or not isinstance(elapsed, int | float):
+        raise ValueError("facts of another kind")
+    if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
+        raise ValueError("facts that cannot be true")
+    return facts
 
 
 def _file(size: int, header: int, digest: str, blocks: list[str]) -> StoredFile:

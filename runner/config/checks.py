@@ -1,5 +1,7 @@
 """Checks of a configuration that its types cannot express."""
 
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -12,8 +14,8 @@ from omegaconf import Container, DictConfig, OmegaConf
 
 from runner.config.environment import plain
 from runner.config.schema import Config, Inherit
-from runner.config.secrets import Unresolved, written_out
-from runner.errors import ConfigError, has_credentials, redacted
+from runner.config.secrets import Unresolved, may_be_secret, written_out
+from runner.errors import ConfigError, redacted
 
 _AT_LEAST = {
     "data.batch_size": 1,
@@ -119,22 +121,30 @@ def refuse_secrets(config: DictConfig) -> None:
         _check_parameters(config.hydra.sweeper)
         places += [written_out(_as_written(config, key), key) for key in _HYDRA]
         places.append(_swept(config))
-    for secret in chain(*places, ["run.root"] if has_credentials(config.run.root) else []):
+    for secret in chain(*places):
         raise ConfigError(
             f"{secret} looks like a secret and is written out, which would end in files and in the process list. Put "
             "it into an environment variable and give '${oc.env:NAME}'; or, for a store, leave it to what its own "
             "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
         )
+    for key in ("run.root", "run.name", "run.parent"):  # whatever they are made of
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and redacted(value) != value:
+            raise ConfigError(
+                f"{key} has a secret in it, and would be the name of a folder and stored. Name it otherwise; what a "
+                "store wants to know has its place in run.storage_options"
+            )
 
 
 def _check_parameters(sweeper: DictConfig) -> None:
     """Hydra's sweepers resolve their own parameters, and make the names of jobs of them."""
     parameters = plain(sweeper, "params") if sweeper.get("params") else {}
     for key, value in parameters.items():
-        if isinstance(value, Unresolved) and redacted(str(value.value)) != value.value:
+        words = re.split(r"[\s,()]+", str(value.value)) if isinstance(value, Unresolved) else []
+        if any(redacted(word) != word or may_be_secret(word) for word in words):
             raise ConfigError(
                 f"hydra.sweeper.params.{key} has a secret of the environment, which would end in names of jobs: give "
-                f"it on the command line, '{key}={value}'"
+                f"it on the command line, {shlex.quote(f'{key}={value}')}"
             )
 
 

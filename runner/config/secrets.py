@@ -5,8 +5,9 @@
 * **By the key**: under ``password``, ``secret``, ``credentials``, ``authorization``, ``api_key``, ``access_token`` and
   the like (``_STRONG``) every text is one, unless the key's last word says that it is about one (``secret_name``).
 * ``token``, ``key``, ``auth`` and the like mean other things in language models (``_WEAK``). There a text is one if it
-  looks random; under ``token`` alone from 8 characters on; in options of a store, in headers and in an environment
-  always.
+  looks random; under ``token`` alone, or ``session_key`` and its like, also if it has 8 characters and is not made
+  of small words (``word_piece``); in options of a store, in headers and in an environment always.
+* What is below ``secrets``, ``tokens`` or ``keys``, and a ``value`` below any key, has that key's name.
 * Never: numbers (but for those of a password), booleans, paths, addresses, special tokens (``<pad>``), interpolations.
 """
 
@@ -19,19 +20,25 @@ from runner.errors import has_credentials
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of snake_case, Kebab-Case, camelCase
 _PASSWORD = re.compile(r"(^|_)(password|passwd|pwd|passphrase|passcode)s?(_|$)")
 _STRONG = re.compile(
-    rf"{_PASSWORD.pattern}|(^|_)(secret|credential|authorization|bearer|cookie|api_?key|connection_?string"
-    r"|(access|account|api|app|auth|bot|client|deploy|github|gitlab|hf|hub|master|oauth|private|refresh|secret"
-    r"|security|service|session|shared|signing|slack|ssh|storage|wandb)(_access)?_?(key|token|sas|signature))s?(_|$)"
+    rf"{_PASSWORD.pattern}|(^|_)(secret|credential|cred|authorization|bearer|cookie|api_?key|connection_?string"
+    r"|(access|account|api|auth|bot|deploy|github|gitlab|hf|hub|oauth|private|refresh|secret|security|signing|slack"
+    r"|ssh|wandb)(_access)?_?(key|token|sas|signature)|(app|client|master|service|session|shared|storage)(_access_?key"
+    r"|_?(token|sas|signature))|(admin|db|ftp|http|login|proxy|root|smtp|sql|user)_pass)s?(_|$)"
 )
 _WEAK = re.compile(r"(^|_)(token|key|auth|sas|sig|signature|jwt|pat|pass|pw)s?$")
+_TOKEN = re.compile(r"token$|([a-z_]+_)?(app|client|master|service|session|shared|storage)_?keys?$")
+_PLAIN = re.compile(r"(?!.*(secret|passw))[a-z]+([_-][a-z]+)*")
+_SHARED = re.compile(r"(^|_)(password|passwd|secret|token|key|cookie)s$")  # by all that is below such a key
 _ABOUT = re.compile(
     r"_(column|dim|dir|env|field|file|folder|format|kind|length|mode|name|path|policy|size|type|uri|url|var)s?$"
 )
 _STRICT = re.compile(r"(^|_)(storage_options|client_kwargs|headers|env_set|environ|auth)$")
 _SHAPE = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(ghp|gho|ghs|ghu|glpat|github_pat|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
-    r"|\b(hf_|sk-|AIza)[A-Za-z0-9_-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}\.|^Bearer +[^\s$]{8,}$"
-    r"|^(proxy-)?authorization\s*:\s*(?!\S*\s*\$)\S|^(cookie|[\w-]*(api-?key|-token))\s*:\s*(?!\$)\S{4,}|^--?password=(?!\$)\S",
+    r"|\b(hf_|npm_|sk-)(?=[\w-]*[a-z0-9]{16})[\w-]{20,}|\b(AIza|ya29\.)[\w-]{20,}|hooks\.slack\.com/services/[^$]"
+    r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}\.|^Bearer +[^\s$]{8,}$"
+    r"|^(proxy-)?authorization\s*:\s*(?!\S*\s*\$)((basic|bearer|digest|token)\s|\S+(\s+\S+)?$)"
+    r"|\bauthorization\s*:\s*(basic|bearer|token)\s+(?=\S*\d)[^\s$]{6,}|^(cookie|[\w-]*(api-?key|-token))\s*:\s*(?!\$)\S{4,}",
     re.IGNORECASE,
 )
 _HARMLESS = re.compile(
@@ -62,7 +69,7 @@ def written_out(value: Any, key: str) -> Iterator[str]:
 def names_a_secret(key: str) -> bool:
     """Whether what a key, or a variable, of this name holds is a secret, whatever it looks like."""
     name = _words(key.rpartition(".")[2])
-    return (bool(_STRONG.search(name)) and not _ABOUT.search(name)) or name == "token"
+    return (bool(_STRONG.search(name)) and not _ABOUT.search(name)) or bool(_TOKEN.match(name))
 
 
 def may_be_secret(value: str) -> bool:
@@ -78,7 +85,10 @@ def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = Fa
     if isinstance(value, Mapping):
         strict = strict or bool(_STRICT.search(_words(name)))
         for key, inner in value.items():
-            yield from _search(inner, f"{path}.{key}", str(key).rpartition(".")[2], strict=strict)
+            own = str(key).rpartition(".")[2]
+            if own == "value" or (_SHARED.search(_words(name)) and not own.startswith("_")):
+                own = name
+            yield from _search(inner, f"{path}.{key}", own, strict=strict)
     elif isinstance(value, list | tuple):
         names = _names(value, name, paired=strict or nested)
         for place, (inner, each) in enumerate(zip(value, names, strict=True)):
@@ -102,6 +112,8 @@ def _names(values: "list[Any] | tuple[Any, ...]", name: str, *, paired: bool) ->
 
 
 def _is_secret(value: Any, name: str, *, strict: bool) -> bool:
+    if isinstance(value, str) and (option := re.fullmatch(r"--?(\w[\w.-]*)=(.+)", value)):
+        name, value = _words(option[1]), option[2]
     strong = bool(_STRONG.search(name)) and not _ABOUT.search(name)
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
@@ -117,7 +129,7 @@ def _is_secret(value: Any, name: str, *, strict: bool) -> bool:
         return False
     if strong or not _WEAK.search(name):
         return strong
-    if strict or (name == "token" and len(text) >= 8 and text.split() == [text]):
+    if strict or (_TOKEN.match(name) and len(text) >= 8 and text.split() == [text] and not _PLAIN.fullmatch(text)):
         return True
     return bool(_RANDOM.search(text)) or (name in ("auth", "pass", "pw", "jwt", "sas", "pat") and may_be_secret(text))
 

@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from runner import signals
+from runner.config.checks import refuse_secrets
 from runner.distributed.world import World, world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
 from runner.job import Job, absolute_root, storage_options
@@ -62,6 +63,7 @@ def install() -> Outcome:
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
         _require_one(world())
+        refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         inner = _instantiate(plugins, inner_context, isolated(task_function, config), config)
