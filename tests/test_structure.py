@@ -90,7 +90,7 @@ def as_before(run: Path) -> None:
 
 def pasted(output: str) -> list[str]:
     """The arguments of the command that a message offers."""
-    line = next(line for line in output.splitlines() if line.startswith("  python"))
+    line = next(line for line in output.splitlines() if line.startswith("  ") and " -m runner " in line)
     return shlex.split(line)[3:]
 
 
