@@ -1,5 +1,6 @@
 """Everything about one run: its attempts, what changed between them, and how many steps each lost."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,7 +43,7 @@ def text(found: Mapping[str, Any]) -> str:
     facts = {key: found[key] for key in ("run", "url", "status", "step", "max_steps", "objective")} | {
         "created": found["record"].get("created"),
         "parent": _lineage(found["record"].get("parent")),
-        "overrides": " ".join(map(str, overrides)) if isinstance(overrides, list) else None,
+        "overrides": shlex.join(map(str, overrides)) if isinstance(overrides, list) else None,
         "result": _result(result) if result else None,
     }
     parts = [screen.pairs(facts), "attempts\n" + screen.table(found["attempts"], _ATTEMPTS)]
