@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -13,7 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -74,6 +74,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     if config.runtime.compile:
         model.compile()
     optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
+    if isinstance(optimizer, Optimizer):
+        optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
     scheduler = _stepping(config.scheduler, optimizer, "scheduler")
     update = _update(config.trainer, model, optimizer, device, average, layout)
     state = TrainState(
@@ -93,6 +95,25 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
     return Parts(state, task, update, layout, plan, recipe, evaluation, validation, callbacks)
+
+
+def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
+    """``Optimizer.add_param_group`` that also takes weights without names: torch refuses them beside weights with
+    names, which is how this optimizer was built.
+    """
+    given = group["params"]
+    weights = [given] if isinstance(given, Tensor) else given
+    if isinstance(weights, Sequence | Iterator) and "param_names" in optimizer.param_groups[0]:
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        first = sum(len(each["params"]) for each in optimizer.param_groups)
+        group = {
+            **group,
+            "params": [
+                (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
+                for number, weight in enumerate(weights, first)
+            ],
+        }
+    type(optimizer).add_param_group(optimizer, group)
 
 
 def _model(node: Any) -> nn.Module:

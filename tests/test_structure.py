@@ -25,8 +25,9 @@ HEAD = ("optimizer._target_=mine.growing.some", "+optimizer.names=[layers.4]")
     [
         (*CHANGES, "+task.what=add", *HEAD, "model._target_=mine.growing.Remembers", "trainer.ema_decay=null"),
         (*CHANGES, "+task.what=add_own", *HEAD),
+        (*CHANGES, "+task.what=add_own"),
     ],
-    ids=["group and buffers", "group of the task"],
+    ids=["group and buffers", "group of the task", "group without names beside named ones"],
 )
 def test_a_changed_structure_is_restored(settings: tuple[str, ...], life: Lives, tmp_path: Path) -> None:
     """Also by the second resume, and a third from where it had not changed."""
