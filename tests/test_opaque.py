@@ -392,7 +392,7 @@ def test_a_worker_that_dies_is_told() -> None:
             os._exit(3)
             yield
 
-    with pytest.raises(DataError, match=r"data\.train \(a .*Dies\) : data worker 0 \(pid \d+\) ended with status 3"):
+    with pytest.raises(DataError, match=r"data\.train \(a .*Dies\): data worker 0 \(pid \d+\) ended with status 3"):
         step(stream(Dies(), 1))
 
 
