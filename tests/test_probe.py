@@ -267,6 +267,10 @@ class Lazy:
         self.file.seek(index)
         return self.file.read(1)[0]
 
+    def __del__(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str) -> None:
