@@ -47,14 +47,17 @@ class Stall:
         self._training = threading.get_ident()
         self._watching = False  # from the first step or batch on
         self._moved = False
+        self._telling = threading.Lock()
         self._outside = _Outside(timeout + _SLACK_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
 
     def moved(self) -> None:
-        """A step or a batch is done; costs nothing."""
-        self._watching = self._moved = True
+        """A step or a batch is done; costs nothing but the first time."""
+        first, self._watching, self._moved = not self._watching, True, True
+        if first:  # from this thread: the next step may keep Python's lock before the other one looks
+            self._tell_outside()
 
     def rest(self) -> None:
         """Training is over."""
@@ -64,13 +67,18 @@ class Stall:
         """End the thread."""
         self._ended.set()
         self._thread.join(2 * _LOOK_SECONDS)
-        self._outside.tell(watching=False)
+        self._watching = False
+        self._tell_outside()
+
+    def _tell_outside(self) -> None:
+        with self._telling:
+            self._outside.tell(watching=self._watching)
 
     def _watch(self) -> None:
         spent: Counter[str] = Counter()
         last = time.monotonic()
         while not self._ended.wait(_LOOK_SECONDS):
-            self._outside.tell(watching=self._watching)
+            self._tell_outside()
             # More has not passed for the training thread either, whatever the clock says: both were stopped.
             passed, last = min(time.monotonic() - last, 2 * _LOOK_SECONDS), time.monotonic()
             if self._moved or not self._watching:
