@@ -41,13 +41,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.nn import functional as F
 
 from runner.callbacks.base import Loop
-from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.saving import Hooks
+from runner.callbacks.saving import Hooks, SaveCheckpoint
 from runner.checkpoint.retention import Retention
-from runner.checkpoint.snapshot import Snapshot
-from runner.checkpoint.staging import Staging
+from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import bytes_of
+from runner.checkpoint.tensor_file import bytes_of
 from runner.interval import Interval
 from runner.storage.local import LocalLocation
 

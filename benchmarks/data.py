@@ -17,7 +17,8 @@
     ledger     microseconds per step for a line of the ledger, against ``os.write`` of such a line; and for the digest
                of a micro-batch's samples, against blake2b of their indices
 
-Streams are made by ``runner.data.training`` from a configuration with its defaults, as the command does it. One thread.
+Streams are made by ``runner.data.training_data`` from a configuration with its defaults, as the command does it. One
+thread.
 Both sides of a line live in this process and take turns (a block here, a block there, the order changing from turn to
 turn), so that other load meets both; the first turn does not count. Figures are medians over the turns; ratios are of
 such medians, and differences are medians of those within a turn; the spread is the quartiles, of the ratios within a
@@ -58,13 +59,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from runner.config.schema import Config
-from runner.data.digest import digest
-from runner.data.engine import Loading
 from runner.data.ledger import Ledger, Line
+from runner.data.loader import Loading
+from runner.data.order import digest
 from runner.data.stream import Stream
-from runner.data.training import training_data
+from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
-from runner.distributed.world import World
+from runner.distributed.environment import World
 from runner.shards.__main__ import main as scan_shards
 from runner.shards.records import Records
 from runner.shards.tokens import Tokens

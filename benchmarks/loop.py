@@ -83,7 +83,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     """The way of ``app.main``, with the gate as one more callback."""
     from runner import experiment
     from runner.callbacks.base import Callback, Loop
-    from runner.distributed.team import Alone
+    from runner.distributed.team import SingleProcessTeam
     from runner.run.directory import RunDirectory
     from runner.run.opening import open_run
     from runner.trainer import Trainer
@@ -100,7 +100,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     directory = RunDirectory.under(config.run.root, "benchmark", "runner")
     opening = open_run(directory, identity(config), on_drift="refuse", command="")
     with patch.object(experiment, "Trainer", trainer):
-        experiment.run(opening, config, Alone(), overrides=overrides)
+        experiment.run(opening, config, SingleProcessTeam(), overrides=overrides)
 
 
 def train_bare(config: Any, gate: Gate) -> None:

@@ -27,14 +27,13 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
-from runner.checkpoint.layout import Cuts, Dealt, cell_of, cells
+from runner.checkpoint.checkpoint import Checkpoint, parsed
+from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
-from runner.checkpoint.opened import Checkpoint, parsed
 from runner.checkpoint.reading import Reader
-from runner.checkpoint.shelves import Plan, plan
+from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, cells, plan
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
-from runner.checkpoint.tensors import BLOCK, StoredFile
-from runner.checkpoint.tree import encode
+from runner.checkpoint.tensor_file import BLOCK, StoredFile
 from runner.storage.local import LocalLocation
 
 ROWS, COLUMNS = 2048, 32  # of every tensor
@@ -80,11 +79,11 @@ class Layout:
         if ranks > 8:
             yield cls("fsdp in groups of 8", ((0, 8),), ranks // 8)
 
-    def deal(self, tensors: int, seat: Seat) -> dict[str, Dealt]:
+    def deal(self, tensors: int, seat: Seat) -> dict[str, LocalShard]:
         base, cell = torch.zeros(tensors), seat.rank // self.replicas
         local = cell_of((ROWS, COLUMNS), self.cuts, cell).shape
         return {
-            f"model/layers.{number}.weight": Dealt(
+            f"model/layers.{number}.weight": LocalShard(
                 base[number].expand(local),
                 (ROWS, COLUMNS),
                 self.cuts,
@@ -97,7 +96,7 @@ class Layout:
         }
 
 
-def stored(how: Plan, number: int, cell: int) -> tuple[str, StoredFile]:
+def stored(how: WritePlan, number: int, cell: int) -> tuple[str, StoredFile]:
     """The file of a cell, as it would have been written."""
     shelf = how.shelves[number]
     size = sum(prod(shelf.cell(name, cell).shape) * kind.itemsize for name, kind in shelf.tensors.items())
@@ -144,11 +143,11 @@ def row(layout: Layout, ranks: int, tensors: int) -> list[str]:
     ]
 
 
-def state(dealt: dict[str, Dealt]) -> dict[str, Any]:
+def state(dealt: dict[str, LocalShard]) -> dict[str, Any]:
     return {name.partition("/")[2]: one.local for name, one in dealt.items()}
 
 
-def everybody(how: Plan, mine: Report, ranks: int) -> Iterator[Report]:
+def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
     """The reports of all ranks; those of others are like this rank's, of other cells."""
     shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     for number, shelf in enumerate(how.shelves):
@@ -179,7 +178,7 @@ def opened(raw: bytes, seat: Seat) -> Checkpoint:
     return found
 
 
-def read(checkpoint: Checkpoint, dealt: dict[str, Dealt]) -> int:
+def read(checkpoint: Checkpoint, dealt: dict[str, LocalShard]) -> int:
     checkpoint.tensors_of("model", dealt)
     reader: Any = checkpoint.reader
     return int(reader.blocks)

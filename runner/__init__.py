@@ -1,28 +1,31 @@
 """Kill it anywhere, run the same command again, get the same result.
 
-All modules by layer, the highest first. A module imports only from lower layers; inside a folder, which is one
-module here, there are no import cycles. Each third-party package is imported by as few modules as possible.
-``tests/test_architecture.py`` checks the code against this picture.
+All modules by layer, the highest first. A module imports only from lower layers; within a package, which is in one
+layer, there are no import cycles. Few modules import any given third-party package. ``tests/test_architecture.py``
+checks the code against this map.
 
-   13  verify/ (the proof that an experiment resumes)
-   12  __main__ (entry, exit statuses)
-   11  sweep/ (survey, launcher, optuna)     runs/ (commands that look at runs)
-   10  app (the Hydra application)
-    9  job (configuration -> the run it names)     stop (a sweep's request to stop)
-    8  experiment (one attempt at a run)
-    7  introduction (the first lines printed)     finish (exported weights, the result)     wiring (callbacks)
-    6  trainer (the training loop)     build (configuration -> live objects)     restore (checkpoint -> state)
-    5  callbacks/ (guard, evaluate, report, progress, checkpoint)
-    4  state (all that is restored)     evaluation     datasets/
-    3  run/ (directory, attempts, records, heartbeat, drift, parent, links)     update     device
-       checkpoint/ (tree, tensors, layout, shelves, sealing, manifest, snapshot, reading, opened, store, structure)
-       data/ (order, plan, fetch, workers, engine, look, foreign, stream, ledger, proof)     metrics/
-       (lines, curves, hparams)     shards/ (formats, manifest, scan, records, tokens, packing)
-    2  distributed/ (world, team, watch, stall, layouts)     tasks/
-    1  storage/ (location, local, remote, uploads, backend, requests, files)     average     signals     agreement
-       config/ (schema, identity, environment, secrets, checks)     task (the interface)
-    0  errors     interval     recent     seeds     rng     topology     schedules     models/     ranks     plain
-       modes
+   13  verify/ (__main__, campaign, causes, diagnosis, difference, execution, fingerprint, fork_server, html_report,
+       memory, options, pins, proof, recorder, testing, verdict)
+   12  __main__
+   11  runs/ (__main__, audit, compare, export, html_report, listing, prune, show, watch)
+   10  app
+    9  experiment     sweep/ (jobs, launcher, optuna, survey)
+    8  job     finish     startup_log     assembly
+    7  trainer     build     restore
+    6  callbacks/ (base, evaluation, guards, progress, reporting, saving)
+    5  state     evaluation     datasets/ (digits, fashion_mnist, images, text)
+    4  checkpoint/ (checkpoint, encoding, manifest, reading, retention, sharding, snapshot, store, structure,
+       tensor_file, writer)
+       data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, look, mixture, order,
+       plan, probe, sandbox, stream, training_data, workers)
+       run/ (attempt_records, attempts, directory, drift, links, opening, parent)
+       shards/ (__main__, formats, manifest, packing, records, scan, tokens)
+       update     device
+    3  distributed/ (communicator, environment, joining, outside, parallel, processes, stall, team, watchdog)
+       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+    2  storage/ (backend, files, local, location, remote)     config/ (checks, environment, identity, schema, secrets)
+    1  signals     average     task
+    0  errors     cache     interval     rng     schedules     models/ (convnet, gpt, mlp)     plain     modes
 """
 
 __version__ = "0.1.0"

@@ -22,18 +22,17 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
-from runner.agreement import led
 from runner.config import schema
 from runner.config.checks import refuse_secrets
+from runner.distributed.communicator import Communicator, on_rank_zero
+from runner.distributed.environment import world
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
-from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.job import Job, run_name
-from runner.ranks import Ranks
 from runner.run.links import refuse_links
-from runner.run.opening import Opening, is_free
-from runner.stop import VARIABLE, StopRequest
+from runner.run.opening import OpenedRun, is_free
+from runner.stop_request import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
@@ -123,7 +122,7 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
     opening = _opened(job, config, team.ranks)
     result = opening.result
     if result is None:
-        from runner import experiment  # imports torch
+        from runner import experiment
 
         try:
             # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
@@ -135,9 +134,9 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
     return goal
 
 
-def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
+def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
     """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
-    found: list[Opening] = []
+    found: list[OpenedRun] = []
 
     def open_run() -> dict[str, Any]:
         found.append(job.open())
@@ -145,11 +144,11 @@ def _opened(job: Job, config: DictConfig, ranks: Ranks) -> Opening:
 
     if config.run.on_conflict is schema.OnConflict.wait:
         _wait_until_free(job, ranks)
-    seen = led(ranks, open_run)
+    seen = on_rank_zero(ranks, open_run)
     return found[0] if found else job.following(**seen)
 
 
-def _wait_until_free(job: Job, ranks: Ranks) -> None:
+def _wait_until_free(job: Job, ranks: Communicator) -> None:
     """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
 
     def free() -> bool:
@@ -158,11 +157,11 @@ def _wait_until_free(job: Job, ranks: Ranks) -> None:
             signals.raise_if_received("while waiting for the run")
         return found
 
-    while not led(ranks, free):
+    while not on_rank_zero(ranks, free):
         time.sleep(_POLL_SECONDS)
 
 
-def _conclude(opening: Opening, result: dict[str, Any]) -> None:
+def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if value is not None}
     log.info(
         "finished step %d (%s)%s",

@@ -21,18 +21,17 @@ from runner.average import averaged
 from runner.callbacks.base import Callback
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
-from runner.data.engine import Loading
-from runner.data.held_out import EvaluationData, checked
+from runner.data.evaluation_data import EvaluationData, checked
+from runner.data.loader import Loading
 from runner.data.plan import Plan
-from runner.data.training import training_data
-from runner.distributed.layout import Layout, Single
+from runner.data.training_data import training_data
+from runner.distributed.environment import World
+from runner.distributed.parallel import Layout, Single
 from runner.distributed.team import Team
-from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.modes import train_mode
-from runner.rng import seed_all
-from runner.seeds import derive
+from runner.rng import derive, seed_all
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate
@@ -168,10 +167,10 @@ def _layout(
     runtime = config.runtime
     models = [model] if average is None else [model, average.module]
     if not _sharded(runtime.parallel, model, device):
-        from runner.distributed.replicated import Replicated
+        from runner.distributed.parallel import Replicated
 
         return Replicated(models, micro_batches=plan.micro_batches)
-    from runner.distributed.sharded import Sharded
+    from runner.distributed.parallel import Sharded
 
     shard = runtime.shard or world.size
     if world.size % shard:

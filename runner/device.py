@@ -5,7 +5,7 @@ import os
 import torch
 
 from runner.config.schema import Config
-from runner.distributed.world import World
+from runner.distributed.environment import World
 from runner.errors import ConfigError
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from runner import signals
-from runner.checkpoint.layout import is_distributed, local
-from runner.checkpoint.tree import decode, encode
-from runner.data.held_out import EvaluationData
+from runner.checkpoint.encoding import decode, encode
+from runner.checkpoint.sharding import is_distributed, local
+from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode

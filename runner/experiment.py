@@ -11,38 +11,36 @@ from typing import Any
 import torch
 
 import runner
-from runner import signals, topology
-from runner.agreement import led
+from runner import signals, startup_log
+from runner.assembly import RunRecords, Wiring
 from runner.build import Parts, build
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.follow import FollowCheckpoint
+from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
 from runner.data.stream import BatchStream
 from runner.device import set_up
+from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
-from runner.introduction import introduce
-from runner.metrics import hparams
-from runner.ranks import Ranks
+from runner.metrics import tensorboard
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
-from runner.run import attempts, records
+from runner.run import attempt_records, attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
-from runner.run.opening import Opening, begin
-from runner.run.parent import Origin, anew
+from runner.run.opening import OpenedRun, begin
+from runner.run.parent import ParentRecord, anew
+from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
-from runner.wiring import Books, Wiring
 
 
-def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
+def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
     """Start the run, or resume it, and train until it is finished; returns its result.
 
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
@@ -60,20 +58,20 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
         if parts.held_out is not None:
             stack.callback(parts.held_out.close)
         store = CheckpointStore(location, team.channel("writer"))
-        books = None if attempt is None else Books.of(attempt, location, config, parts)
+        books = None if attempt is None else RunRecords.of(attempt, location, config, parts)
         callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = led(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
+            found = on_rank_zero(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
             parts.state.stream.repeat(dict(found))
         with signals.at_once(team.world.size == 1):
             resumed = _resume(opening, parts, store, team.ranks)
         if books is not None:
             books.open(resumed)
-            before = records.last(location, before=number)
-            hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
-            introduce(opening, parts, resumed, before=before, number=number, here=here)
+            before = attempt_records.last(location, before=number)
+            tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
+            log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
         trainer = _trainer(config, parts, [*callbacks.values()], team)
@@ -96,7 +94,7 @@ def run(opening: Opening, config: Config, team: Team, *, overrides: list[str]) -
 def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
     runtime = config.runtime
     spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
-    return topology.describe(device, team.world.size, spread, compiled=runtime.compile)
+    return startup_log.topology(device, team.world.size, spread, compiled=runtime.compile)
 
 
 def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team) -> Trainer:
@@ -127,7 +125,7 @@ def _closing() -> Iterator[ExitStack]:
 
 
 @contextmanager
-def _advising(opening: Opening) -> Iterator[None]:
+def _advising(opening: OpenedRun) -> Iterator[None]:
     """Say how to go on from the last checkpoint, where training ends because it did not stay finite."""
     try:
         yield
@@ -150,7 +148,7 @@ def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
 
 @contextmanager
 def _attempt(
-    opening: Opening, config: Config, team: Team, facts: dict[str, Any]
+    opening: OpenedRun, config: Config, team: Team, facts: dict[str, Any]
 ) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
@@ -164,7 +162,7 @@ def _attempt(
         claimed.append(_claim(opening, config, facts))
         return claimed[0].number
 
-    number = led(team.ranks, claim)
+    number = on_rank_zero(team.ranks, claim)
     if not claimed:
         yield number, None
         return
@@ -189,7 +187,7 @@ def _attempt(
             attempt.end(outcome, reason=reason)
 
 
-def _claim(opening: Opening, config: Config, facts: dict[str, Any]) -> Attempt:
+def _claim(opening: OpenedRun, config: Config, facts: dict[str, Any]) -> Attempt:
     # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
     opening.directory.settle()
     location = opening.directory.location
@@ -207,9 +205,9 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks) -> Resumed:
+def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, ranks: Communicator) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
-    origin = Origin.of(opening.directory)
+    origin = ParentRecord.of(opening.directory)
     fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
     begun = partial(anew, opening.command, opening.directory)
     return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
@@ -217,14 +215,14 @@ def _resume(opening: Opening, parts: Parts, store: CheckpointStore, ranks: Ranks
 
 def _evidence(location: Location) -> str | None:
     """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
-    for record in records.history(location):
+    for record in attempt_records.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):
                 return f"attempt {record.number} noted one at step {printable(source['committed'])}"
     return None
 
 
-def _origin(opening: Opening) -> dict[str, Any] | None:
+def _origin(opening: OpenedRun) -> dict[str, Any] | None:
     """The parent of a new run, for its record; None for a run that exists, whose record has it already."""
     if opening.parent is None or opening.directory.record() is not None:
         return None

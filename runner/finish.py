@@ -10,19 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from runner import signals
-from runner.agreement import led
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluate import Best, Evaluate
+from runner.callbacks.evaluation import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged, SafetensorsFile
+from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
+from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
-from runner.metrics import hparams
-from runner.ranks import Ranks
+from runner.metrics import tensorboard
 from runner.restore import evaluated_weights
 from runner.run.attempts import Attempt
 from runner.run.directory import BEST, MODEL, TENSORBOARD
-from runner.run.opening import Opening
+from runner.run.opening import OpenedRun
 from runner.storage.location import Buffer, Location
 
 log = logging.getLogger("runner")
@@ -32,12 +31,12 @@ _LOOK_SECONDS = 0.5  # while waiting for the next
 
 
 def finish(
-    opening: Opening,
+    opening: OpenedRun,
     parts: Parts,
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
     loop: Loop,
-    ranks: Ranks,
+    ranks: Communicator,
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def finish(
     tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None
     while result is None:  # each try by itself, so that ranks that wait hear of it
-        result = led(ranks, tries.next)
+        result = on_rank_zero(ranks, tries.next)
     return result
 
 
@@ -94,7 +93,7 @@ class _Tries:
 
 
 def _finish(
-    opening: Opening,
+    opening: OpenedRun,
     parts: Parts,
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
@@ -123,7 +122,7 @@ def _finish(
         "sha256": {name: digest for name, (digest, _) in exported.items()},
         "bytes": {name: size for name, (_, size) in exported.items()},
     }
-    hparams.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
+    tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
     opening.directory.finish(opening.identity, result)
     return result
 

@@ -36,7 +36,7 @@ class Interval:
 
 
 @dataclass(slots=True)
-class Affordable:
+class CostBudget:
     """Due as often as its cost (reported by ``spent``) stays below ``share`` of the time.
 
     The seconds between two are at least ``least`` and at most ``most``; the first is due after ``least``.

@@ -19,8 +19,8 @@ from runner.config.checks import check
 from runner.config.identity import identity, is_name, variant
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
-from runner.run.opening import Opening, open_run
-from runner.run.parent import Parent, Which
+from runner.run.opening import OpenedRun, open_run
+from runner.run.parent import CheckpointRef, Parent
 from runner.storage.location import is_remote, local_root, protocol
 
 
@@ -49,16 +49,16 @@ class Job:
         command = _command(about, overrides)
         return cls(directory, identity(config), overrides, _parent(config), config.run.on_drift.name, command)
 
-    def open(self) -> Opening:
+    def open(self) -> OpenedRun:
         """Look at the run directory; see ``open_run``."""
         return open_run(self.directory, self.identity, on_drift=self.on_drift, command=self.command, parent=self.parent)
 
-    def following(self, variant: str, result: dict[str, Any] | None) -> Opening:
+    def following(self, variant: str, result: dict[str, Any] | None) -> OpenedRun:
         """The opening on ranks above 0, from what rank 0 found; rank 0 alone writes the run's records."""
         place = self.directory
         directory = RunDirectory.under(place.root, place.experiment, variant, place.options)
         parent = self.parent if variant == place.variant else Parent.forked(place)
-        return Opening(directory, self.identity, [], None, parent, result, "")
+        return OpenedRun(directory, self.identity, [], None, parent, result, "")
 
 
 def absolute_root(config: DictConfig) -> str:
@@ -114,7 +114,7 @@ def _parent(config: DictConfig) -> Parent | None:
     run = config.run
     if run.parent is None:
         return None
-    which = Which.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
+    which = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
     fits = protocol(run.root) in ("file", protocol(run.parent))  # the options of another kind of store do not
     return Parent(
         which, run.inherit.name, str(which.under(absolute_root(config))), storage_options(config) if fits else None

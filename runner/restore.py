@@ -10,20 +10,18 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from runner import signals
-from runner.agreement import led, together
-from runner.checkpoint.layout import local
+from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
-from runner.checkpoint.opened import Checkpoint
 from runner.checkpoint.retention import ranked
+from runner.checkpoint.sharding import local
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged, is_finite
+from runner.checkpoint.tensor_file import Damaged, is_finite
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
-from runner.ranks import ALONE, Ranks
-from runner.rng import seed_all
+from runner.rng import derive, seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
-from runner.run.parent import Origin, Parent
-from runner.seeds import derive
+from runner.run.parent import Parent, ParentRecord
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
@@ -41,7 +39,7 @@ class Resumed:
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     unusable: tuple[str, ...] = ()
-    origin: Origin | None = None
+    origin: ParentRecord | None = None
 
     @property
     def step(self) -> int:
@@ -63,7 +61,7 @@ def restore_newest(
     evidence: Callable[[], str | None],
     fresh: Callable[[], Resumed],
     anew: Callable[[int], str] = str,
-    ranks: Ranks = ALONE,
+    ranks: Communicator = SINGLE_PROCESS,
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
@@ -73,13 +71,13 @@ def restore_newest(
     for one rank is damaged for all.
     """
     unusable: list[str] = []
-    names = led(ranks, lambda: [commit.commit for commit in store.commits()])
+    names = on_rank_zero(ranks, lambda: [commit.commit for commit in store.commits()])
     commits = [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
     for number, commit in enumerate(commits):
         try:
             checkpoint = store.open(commit, ranks)
             _restore(state, checkpoint, identity)
-            together(ranks, partial(_require_finite, state, commit))
+            on_all_ranks(ranks, partial(_require_finite, state, commit))
             store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
@@ -93,7 +91,7 @@ def restore_newest(
                 f"{error}\n{anew(older) if older else 'No older checkpoint is kept that fits and is finite.'}",
             )
             raise
-    trace = led(ranks, evidence)
+    trace = on_rank_zero(ranks, evidence)
     if trace is not None:
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
     return replace(fresh(), unusable=tuple(unusable))
@@ -102,10 +100,10 @@ def restore_newest(
 def begin(
     state: TrainState,
     identity: dict[str, Any],
-    origin: Origin | None,
+    origin: ParentRecord | None,
     asked: Parent | None,
     directory: RunDirectory,
-    ranks: Ranks = ALONE,
+    ranks: Communicator = SINGLE_PROCESS,
 ) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent, which this command ``asked`` for.
 
@@ -130,14 +128,14 @@ def begin(
         raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_why(commit, error)])) from error
 
 
-def resolve(parent: Parent) -> Origin:
+def resolve(parent: Parent) -> ParentRecord:
     """The checkpoint that a new run is to begin from, with all its bytes verified.
 
     Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
     """
     directory = RunDirectory.at(parent.which.run, parent.options)
     checkpoint, _ = read(directory, parent.which.checkpoint, Checkpoint.verify)
-    return Origin(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
+    return ParentRecord(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
 
 
 def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
@@ -186,7 +184,7 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
     return found
 
 
-def _parent(origin: Origin, asked: Parent | None, directory: RunDirectory) -> Location:
+def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
     """Where the parent is, as the command says: anyone may have written the record of it, and a store is called with
     this user's keys.
     """
@@ -252,7 +250,7 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
 
 
 def _older(
-    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], ranks: Ranks
+    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], ranks: Communicator
 ) -> int | None:
     """The step of the first of the commits from which training can go on; restores them until one is."""
     for commit in commits:
@@ -260,7 +258,7 @@ def _older(
             checkpoint = store.open(commit, ranks)
             if state.fits(checkpoint):
                 _restore(state, checkpoint, identity)
-                together(ranks, partial(_require_finite, state, commit))
+                on_all_ranks(ranks, partial(_require_finite, state, commit))
                 return commit.step
     return None
 

@@ -7,15 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from runner.agreement import together
-from runner.checkpoint.opened import Checkpoint
+from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.structure import Structure
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.data.stream import Stream
+from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
-from runner.ranks import Own
-from runner.rng import Generators, seed_all
-from runner.seeds import derive
+from runner.rng import Generators, derive, seed_all
 
 _MEMORY = "callback."
 
@@ -172,7 +170,7 @@ class TrainState:
                 self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
             live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
             state = checkpoint.load(name, like=live and live())
-            together(checkpoint.among, load, kinds=(Damaged,))
+            on_all_ranks(checkpoint.among, load, kinds=(Damaged,))
         except (RunnerError, Damaged):
             raise
         except Exception as error:
@@ -184,7 +182,7 @@ class TrainState:
 
 def _state_of(part: Stateful) -> dict[str, Any]:
     state = part.state_dict()
-    return Own(state) if isinstance(part, Generators) else state  # each rank draws for itself
+    return PerRank(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
 def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from runner import signals
 from runner.callbacks.base import Callback, Loop
 from runner.data.stream import Read, Stream
-from runner.distributed.layout import Layout, Single
-from runner.distributed.team import Alone, News, Team
+from runner.distributed.parallel import Layout, Single
+from runner.distributed.team import SingleProcessTeam, StepReport, Team
 from runner.state import TrainState
 from runner.task import Metrics, Task, Update, checked
 from runner.update import MEASURED
@@ -36,7 +36,7 @@ class Trainer:
         self.max_steps = max_steps
         self.max_epochs = max_epochs
         self.max_seconds = max_seconds
-        self.team = team or Alone()
+        self.team = team or SingleProcessTeam()
         self.layout = layout or Single()
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
@@ -85,7 +85,7 @@ class Trainer:
         found = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
         metrics = checked(found, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
-        news = self.team.exchange(News(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
+        news = self.team.exchange(StepReport(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
         stream.advance(Read(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.average import follow
-from runner.distributed.layout import Layout, Single
+from runner.distributed.parallel import Layout, Single
 from runner.errors import NonFiniteError, TaskError
 
 MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import servers
 from lives import Lives, lives
 
-from runner.run.heartbeat import Heartbeat
+from runner.run.attempts import Heartbeat
 
 # A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C; nohup has
 # them ignore the end of the session.

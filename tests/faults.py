@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.opened import Checkpoint
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 

@@ -20,13 +20,13 @@ from faults import save
 
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.data import ledger
 from runner.errors import RunnerError, printable
-from runner.run import records as attempts
+from runner.run import attempt_records as attempts
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
-from runner.runs.details import details
+from runner.runs.show import details
 from runner.storage import LocalLocation
 
 MEMORY = 1 << 30  # bytes that looking at a directory may take

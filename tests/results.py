@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import bytes_of
+from runner.checkpoint.tensor_file import bytes_of
 from runner.storage.local import LocalLocation
 
 

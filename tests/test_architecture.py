@@ -33,17 +33,20 @@ DOORS = {
 }
 
 
-def floors() -> dict[str, int]:
-    """Room -> floor, read from the picture."""
+def layers() -> list[tuple[int, str, list[str]]]:
+    """The map in the package's docstring: layer, package or module, and the modules of a package."""
     assert runner.__doc__
-    found: dict[str, int] = {}
-    floor = 0
-    for line in runner.__doc__.splitlines():
-        if picture := re.fullmatch(r" {3}([0-9 ]{2}) {2}(.*)", line):
-            floor = int(picture[1]) if picture[1].strip() else floor
-            rooms = re.sub(r"\(.*?\)", "", picture[2])
-            found |= {room.rstrip("/"): floor for room in re.findall(r"[a-z_]+/?", rooms)}
-    return found
+    text = re.sub(r"\n {7}(?! )", "  ", runner.__doc__.partition("\n\n   ")[2].join(["\n   ", ""]))
+    entries = []
+    for number, line in re.findall(r"^ {3}([0-9 ]{2}) {2}(.*)$", text, re.MULTILINE):
+        for name, inner in re.findall(r"(\w+)/? ?(?:\((.*?)\))?(?: {2,}|$)", line):
+            entries.append((int(number), name, re.findall(r"\w+", inner)))
+    return entries
+
+
+def floors() -> dict[str, int]:
+    """Package or module -> layer."""
+    return {name: layer for layer, name, _ in layers()}
 
 
 def room(path: Path) -> str:
@@ -67,8 +70,10 @@ def functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
 
-def test_every_room_stands_in_the_picture() -> None:
-    assert {room(path) for path in MODULES} - {"__init__"} == floors().keys()
+def test_the_map_names_every_module_once() -> None:
+    named = [name if not inner else f"{name}.{each}" for _, name, inner in layers() for each in inner or [""]]
+    present = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.stem != "__init__"]
+    assert sorted(named) == sorted(present)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

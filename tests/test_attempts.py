@@ -21,12 +21,11 @@ from lives import lives
 from results import results
 
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
-from runner.run import attempts, records
-from runner.run.attempts import Attempt, claim
+from runner.run import attempt_records, attempts
+from runner.run.attempt_records import Name
+from runner.run.attempts import Attempt, Heartbeat, claim
 from runner.run.directory import RunDirectory
-from runner.run.heartbeat import Heartbeat
 from runner.run.opening import begin, is_free, open_run
-from runner.run.records import Name
 from runner.storage import open_location
 from runner.storage.local import LocalLocation
 from runner.storage.location import Buffer, Entry
@@ -148,7 +147,7 @@ def check(outcomes: list[Any], location: Memory) -> None:
     (owner,) = (outcome for outcome in outcomes if isinstance(outcome, Attempt))
     assert all(isinstance(outcome, Attempt | RunInUse) for outcome in outcomes), outcomes
     location.turn = lambda: None
-    assert records.names(location) == [owner.name]
+    assert attempt_records.names(location) == [owner.name]
 
 
 @pytest.mark.usefixtures("still")
@@ -246,7 +245,7 @@ def test_of_processes_that_start_at_once_one_owns_the_run(count: int, location: 
                 process.stdin.flush()
             said = [process.stdout.readline().split() for process in started]
             assert sorted(word[0] for word in said) == ["in"] * (count - 1) + ["owner"]
-        assert len(records.history(location)) == lifetime + 1
+        assert len(attempt_records.history(location)) == lifetime + 1
 
 
 def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: LocalLocation) -> None:
@@ -256,11 +255,11 @@ def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: L
         assert process.stdout.readline() == "owner 1\n"
         with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
             attempts.raise_if_live(location)
-        assert records.last(location).outcome() == "running"
+        assert attempt_records.last(location).outcome() == "running"
     began = time.monotonic()
     attempts.raise_if_live(location)
     assert time.monotonic() - began < 0.1
-    assert records.last(location).outcome() == "killed"
+    assert attempt_records.last(location).outcome() == "killed"
 
 
 def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> Name:
@@ -295,7 +294,7 @@ def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -
     with beating(location, name):
         with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
             claim(location, {})
-        assert records.last(location).outcome() == "unknown (another host)"
+        assert attempt_records.last(location).outcome() == "unknown (another host)"
         stolen = claim(location, {}, steal=True)
     assert stolen.number == 2
     stolen.end("finished")
@@ -305,7 +304,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     name = stranger(location)
     location.replace(f"{name}.beat", [b'{"sequence": 7}'])
     began = time.monotonic()
-    assert records.last(location).outcome() == "unknown (another host)"
+    assert attempt_records.last(location).outcome() == "unknown (another host)"
     assert time.monotonic() - began < 0.1, "only a starter waits"
     attempt = claim(location, {})
     assert 0.3 < time.monotonic() - began < 3
@@ -318,7 +317,7 @@ def test_another_machine_that_ends_or_withdraws_is_not_waited_for(location: Loca
     threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
     with pytest.MonkeyPatch.context() as patch:
         sleep = time.sleep
-        patch.setattr(records.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
+        patch.setattr(attempt_records.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
         attempts.raise_if_live(location)
         other = stranger(location, 2, beat=60)
         threading.Timer(0.2, lambda: location.remove(f"{other}.json")).start()
@@ -354,12 +353,12 @@ def test_a_claim_that_says_nonsense_still_counts(
 ) -> None:
     name = Name(41, "0123456789ab")
     location.put(f"{name}.json", [text])
-    (record,) = records.history(location)
+    (record,) = attempt_records.history(location)
     assert record.outcome() == "unknown (another host)"
     assert "\x1b" not in record.owner()
     waited: list[float] = []
-    monkeypatch.setattr(records.time, "sleep", waited.append)
-    monkeypatch.setattr(records.time, "monotonic", lambda: sum(waited))
+    monkeypatch.setattr(attempt_records.time, "sleep", waited.append)
+    monkeypatch.setattr(attempt_records.time, "monotonic", lambda: sum(waited))
     attempts.raise_if_live(location)
     assert 0.3 < sum(waited) < 200
     attempt = claim(location, {}, steal=True)
@@ -370,26 +369,26 @@ def test_a_claim_that_says_nonsense_still_counts(
 def test_names_that_are_no_claims_do_not_count(location: LocalLocation) -> None:
     for name in ("000007.json", "000008-xyz.json", "000009-0123456789ab.end.json", "9" * 30 + "-0123456789ab.json"):
         location.put(f"attempts/{name}", [b"{}"])
-    assert records.names(location) == []
+    assert attempt_records.names(location) == []
 
 
 def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocation) -> None:
     attempt = claim(location, {"overrides": ["a=1"]})
     attempt.beat(committed=3)
-    assert records.last(location).beat["committed"] == 3
+    assert attempt_records.last(location).beat["committed"] == 3
     attempt.note(step=5)
-    first = records.last(location).beat["sequence"]
+    first = attempt_records.last(location).beat["sequence"]
     until = time.monotonic() + 5
-    while records.last(location).beat.get("step") != 5:
+    while attempt_records.last(location).beat.get("step") != 5:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert records.last(location).beat["sequence"] > first
+    assert attempt_records.last(location).beat["sequence"] > first
     attempt.end("finished", reason="")
-    record = records.last(location)
+    record = attempt_records.last(location)
     assert (record.end["outcome"], record.end["step"], record.end["committed"]) == ("finished", 5, 3)
     assert record.claim["overrides"] == ["a=1"]
     time.sleep(0.3)
-    assert records.last(location).beat == record.beat, "the heart stands still"
+    assert attempt_records.last(location).beat == record.beat, "the heart stands still"
 
 
 def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
@@ -406,7 +405,7 @@ def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
     time.sleep(0.3)
     monkeypatch.undo()
     attempt.beat(step=2)
-    assert records.last(location).beat["step"] == 2
+    assert attempt_records.last(location).beat["step"] == 2
     free = threading.Event()
     monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
     time.sleep(0.15)
@@ -454,7 +453,7 @@ def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "
 
 
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
-    stranger(location, machine=records.machine(location))
+    stranger(location, machine=attempt_records.machine(location))
     found = opening(location, {"seed": 1})
     attempt = claim(location, {"accepted": found.accepted})
     begin(found, attempt, parent=None)
@@ -468,11 +467,11 @@ def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation
 
 
 def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -> None:
-    stranger(location, 3, machine=records.machine(location))
+    stranger(location, 3, machine=attempt_records.machine(location))
     attempt = claim(location, {}, above=7)
     assert attempt.number == 8
     attempt.end("finished")
-    stranger(location, records.HIGHEST, machine=records.machine(location))
+    stranger(location, attempt_records.HIGHEST, machine=attempt_records.machine(location))
     with pytest.raises(StorageError, match=r"no attempt can follow number 9{15},"):
         claim(location, {})
 
@@ -635,7 +634,7 @@ def test_a_hundred_thousand_claims_are_looked_at_once() -> None:
     location.objects[f"{found[-1]}.json"] = b"{}"
     location.objects |= {f"{found[-1]}.end.json": b'{"outcome": "failed"}'}
     dead: set[Name] = set()
-    assert records.live(location, found, dead=dead) is None
+    assert attempt_records.live(location, found, dead=dead) is None
     assert dead == {found[-1]}
 
 
@@ -643,14 +642,14 @@ def test_claims_of_one_number_are_bounded() -> None:
     location = Memory()
     location.objects = {f"attempts/000007-{nonce:012x}.json": b"{}" for nonce in range(2000)}
     with pytest.raises(StorageError, match="2000 claims of attempt 7, which no run makes"):
-        records.last(location)
+        attempt_records.last(location)
 
 
 @pytest.mark.parametrize("beat", [60, 1e300, 10**200, float("inf")])
 def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     location = Memory()
     location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
-    record = records.last(location)
+    record = attempt_records.last(location)
     assert record
     assert record._beat_seconds() <= RemoteLocation.beat_seconds
 
@@ -660,7 +659,7 @@ def test_claims_of_one_number_are_watched_at_the_same_time() -> None:
     about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
     location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(100)}
     begun = time.monotonic()
-    assert records.live(location, records.names(location), dead=set()) is None
+    assert attempt_records.live(location, attempt_records.names(location), dead=set()) is None
     assert time.monotonic() - begun < 60  # one by one it would be 80 s
 
 
@@ -675,6 +674,6 @@ def test_one_of_many_that_are_watched_is_seen_to_live() -> None:
         return json.dumps({"sequence": next(reads)}).encode() if name == f"{living}.beat" else read(name, limit=limit)
 
     location.read = beating  # type: ignore[method-assign]
-    found = records.live(location, records.names(location), dead=set())
+    found = attempt_records.live(location, attempt_records.names(location), dead=set())
     assert found
     assert str(found.name) == living

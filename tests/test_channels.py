@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from runner.agreement import gathered, led
-from runner.distributed.channel import Channel, OthersFailed
-from runner.distributed.watch import MAIN, Failure, Watch
-from runner.distributed.world import World
+from runner.distributed.communicator import gather, on_rank_zero
+from runner.distributed.environment import World
+from runner.distributed.processes import Channel, OthersFailed
+from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.errors import DataError
 
 SIZE = 3
-Work = Callable[[Channel, Watch], Any]
+Work = Callable[[Channel, Watchdog], Any]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def together(server: TCPStore, work: Work) -> list[Any]:
 
     def one(rank: int) -> Any:
         world = World(rank, SIZE)
-        watch = Watch(connect("watch"), world, timeout=60, patience=0)
+        watch = Watchdog(connect("watch"), world, timeout=60, patience=0)
         try:
             return work(Channel(connect("channel"), world, watch, thread=MAIN), watch)
         finally:
@@ -42,7 +42,7 @@ def together(server: TCPStore, work: Work) -> list[Any]:
 
 
 def test_all_get_what_the_first_has_and_the_first_what_all_have(server: TCPStore) -> None:
-    def work(channel: Channel, watch: Watch) -> Any:
+    def work(channel: Channel, watch: Watchdog) -> Any:
         return channel.broadcast({"from": channel.rank}), channel.gather([channel.rank, 1.5, None])
 
     assert together(server, work) == [
@@ -53,7 +53,7 @@ def test_all_get_what_the_first_has_and_the_first_what_all_have(server: TCPStore
 
 
 def test_what_was_exchanged_is_not_kept(server: TCPStore) -> None:
-    def work(channel: Channel, watch: Watch) -> None:
+    def work(channel: Channel, watch: Watchdog) -> None:
         for number in range(50):
             assert channel.broadcast(number if channel.rank == 0 else None) == number
             channel.gather("x" * 100)
@@ -66,9 +66,12 @@ def test_what_one_raises_all_raise(server: TCPStore) -> None:
     def refuse() -> None:
         raise DataError("mine")
 
-    def work(channel: Channel, watch: Watch) -> list[str]:
+    def work(channel: Channel, watch: Watchdog) -> list[str]:
         told = []
-        for act in (lambda: led(channel, refuse), lambda: gathered(channel, refuse if channel.rank == 2 else str)):
+        for act in (
+            lambda: on_rank_zero(channel, refuse),
+            lambda: gather(channel, refuse if channel.rank == 2 else str),
+        ):
             with pytest.raises(DataError) as error:
                 act()
             told.append(str(error.value))
@@ -80,7 +83,7 @@ def test_what_one_raises_all_raise(server: TCPStore) -> None:
 def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:
     failed = threading.Event()
 
-    def work(channel: Channel, watch: Watch) -> Failure | None:
+    def work(channel: Channel, watch: Watchdog) -> Failure | None:
         if channel.rank == 2:
             watch.fail(Failure(2, 5, "gone"))
             failed.set()

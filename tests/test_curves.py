@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.errors import StorageError
-from runner.metrics.curves import Curves
+from runner.metrics.tensorboard import Curves
 from runner.storage import local
 from runner.storage.local import LocalLocation
 

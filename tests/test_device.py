@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from runner.config.schema import Config
 from runner.device import device_of, set_up
-from runner.distributed.world import World
+from runner.distributed.environment import World
 from runner.errors import ConfigError
 
 

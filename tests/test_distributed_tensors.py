@@ -12,13 +12,13 @@ import torch.multiprocessing as processes
 from faults import same
 from torch import nn
 
-from runner.checkpoint.layout import deal
+from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.sharding import shard
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tree import encode
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
 from runner.errors import StateError
-from runner.ranks import ALONE, Own, Ranks
 from runner.storage import LocalLocation
 
 
@@ -83,19 +83,19 @@ def full(state: Any) -> Any:
     return type(state)(map(full, state)) if isinstance(state, list | tuple) else state
 
 
-def save(folder: Path, mesh: Any, ranks: Ranks) -> CommitId:
+def save(folder: Path, mesh: Any, ranks: Communicator) -> CommitId:
     parts = trained(mesh, steps=3)
     states = {name: part.state_dict() for name, part in parts.items()}
     whole = {name: full(state) for name, state in states.items()}
     if ranks.rank == 0:
         torch.save(whole, folder / "whole")
-    snapshot = Snapshot.of(3, {**states, "own": Own(number=ranks.rank)}, ranks=ranks)
+    snapshot = Snapshot.of(3, {**states, "own": PerRank(number=ranks.rank)}, ranks=ranks)
     held = sum(tensor.nbytes for tensor in snapshot.tensors.values())
     assert held < 0.6 * sum(tensor.nbytes for tensor in encode(whole, "")[1].values()), "no rank writes it all"
     return CheckpointStore(LocalLocation(folder), ranks).commit(snapshot, attempt=1, successor=lambda: None)
 
 
-def load(folder: Path, commit: CommitId, mesh: Any, ranks: Ranks) -> None:
+def load(folder: Path, commit: CommitId, mesh: Any, ranks: Communicator) -> None:
     parts = trained(mesh, steps=1)
     checkpoint = CheckpointStore(LocalLocation(folder)).open(commit, ranks)
     for name, part in parts.items():
@@ -127,18 +127,18 @@ def process(rank: int, port: int, folder: Path) -> None:
         load(folder, commit, None, GroupRanks(rank, 2))
         torch.distributed.destroy_process_group()
     if rank == 0:
-        load(folder, commit, None, ALONE)
+        load(folder, commit, None, SINGLE_PROCESS)
 
 
-def refuse(mesh: Any, ranks: Ranks) -> None:
+def refuse(mesh: Any, ranks: Communicator) -> None:
     """What has no cell of its own on each rank is refused by name."""
     from torch.distributed.tensor import DTensor, Partial
 
     partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     with pytest.raises(StateError, match="cannot save model/w: a tensor placed as"):
-        deal({"model/w": partial}, ranks)
+        shard({"model/w": partial}, ranks)
     with pytest.raises(StateError, match="a tensor on 4 of 8 ranks"):
-        deal({"model/w": partial}, GroupRanks(ranks.rank, 8))
+        shard({"model/w": partial}, GroupRanks(ranks.rank, 8))
 
 
 def test_torchs_sharded_states_load_on_other_worlds_to_the_bit(tmp_path: Path) -> None:

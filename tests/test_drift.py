@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from runner.run.drift import ABSENT, Difference, compare, table
+from runner.run.drift import ABSENT, ChangedKey, compare, table
 
 
 def test_equal_configurations_have_no_differences() -> None:
@@ -15,13 +15,13 @@ def test_equal_configurations_have_no_differences() -> None:
 def test_differences_are_named_by_dotted_key_in_order() -> None:
     saved = {"seed": 0, "model": {"width": 8, "depth": 2}}
     now = {"seed": 1, "model": {"width": 16, "depth": 2}}
-    assert compare(saved, now) == [Difference("model.width", 8, 16), Difference("seed", 0, 1)]
+    assert compare(saved, now) == [ChangedKey("model.width", 8, 16), ChangedKey("seed", 0, 1)]
 
 
 def test_a_key_of_one_side_only_is_a_difference() -> None:
-    assert compare({"a": None}, {}) == [Difference("a", None, ABSENT)]
-    assert compare({}, {"a": {"b": 1}}) == [Difference("a.b", ABSENT, 1)]
-    assert compare({"a": {}}, {"a": {"b": 1}}) == [Difference("a", {}, ABSENT), Difference("a.b", ABSENT, 1)]
+    assert compare({"a": None}, {}) == [ChangedKey("a", None, ABSENT)]
+    assert compare({}, {"a": {"b": 1}}) == [ChangedKey("a.b", ABSENT, 1)]
+    assert compare({"a": {}}, {"a": {"b": 1}}) == [ChangedKey("a", {}, ABSENT), ChangedKey("a.b", ABSENT, 1)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_equal_numbers_are_equal_however_yaml_wrote_them(saved: Any, now: Any) -
     ],
 )
 def test_unlike_values_differ(saved: Any, now: Any) -> None:
-    assert compare({"x": saved}, {"x": now}) == [Difference("x", saved, now)]
+    assert compare({"x": saved}, {"x": now}) == [ChangedKey("x", saved, now)]
 
 
 def test_the_table_shows_key_and_both_values() -> None:
@@ -64,7 +64,7 @@ def test_the_table_shows_key_and_both_values() -> None:
 
 def test_values_are_shown_as_they_are() -> None:
     """Neither rounded nor aligned as numbers, and a text of digits is not shown as a number."""
-    shown = table([Difference("x", "1", 1), Difference("y", 1e-10, 0.30000000000000004)])
+    shown = table([ChangedKey("x", "1", 1), ChangedKey("y", 1e-10, 0.30000000000000004)])
     assert "'1'" in shown
     assert "1e-10" in shown
     assert "0.30000000000000004" in shown

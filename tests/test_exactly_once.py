@@ -18,11 +18,11 @@ from results import results
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from runner.data import fetch, generators, order
-from runner.data.engine import Loading, without_noise
+from runner.data import fetch, order, sandbox
+from runner.data.loader import Loading, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
-from runner.distributed.world import World
+from runner.distributed.environment import World
 from runner.runs.__main__ import main as runs
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
@@ -292,7 +292,7 @@ def early_cursor(patch: pytest.MonkeyPatch) -> None:
 
 
 def unpinned_threads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(generators, "one_thread", nullcontext)
+    patch.setattr(sandbox, "one_thread", nullcontext)
 
 
 @pytest.fixture

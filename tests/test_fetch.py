@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from runner.checkpoint.tree import encode
-from runner.data.digest import mix, mix_one
+from runner.checkpoint.encoding import encode
 from runner.data.fetch import Fetcher
+from runner.data.order import mix, mix_one
 from runner.data.plan import Plan, Slice
 from runner.rng import Generators, seed_all
 

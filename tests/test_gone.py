@@ -17,7 +17,7 @@ from lives import Ended, Lives, lives
 from runner import signals
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
 from runner.finish import _Tries
-from runner.run import attempts, heartbeat, records
+from runner.run import attempt_records, attempts
 from runner.run.attempts import Attempt, claim
 from runner.storage import open_location
 from runner.storage.location import Location
@@ -53,7 +53,7 @@ class Living:
 
 @pytest.fixture(params=["local", "memory"])
 def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
-    monkeypatch.setattr(heartbeat, "GONE_SECONDS", 0.3)
+    monkeypatch.setattr(attempts, "GONE_SECONDS", 0.3)
     monkeypatch.setattr(RemoteLocation, "beat_seconds", 0.05)
     found = open_location(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path}/run")
     if request.param == "local":
@@ -81,7 +81,7 @@ def removed(location: Location) -> None:
 
 
 def claim_deleted(location: Location) -> None:
-    (name,) = records.names(location)
+    (name,) = attempt_records.names(location)
     location.remove(f"{name}.json")
 
 
@@ -121,10 +121,10 @@ def test_a_directory_that_comes_back_in_time_is_waited_for(tmp_path: Path, monke
         location.put("attempts/x", [b""])
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     until(lambda: attempt._heart._lost is None)
-    monkeypatch.setattr(heartbeat, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "GONE_SECONDS", 0.0)
     attempt.raise_if_superseded()
     attempt.end("finished")
-    assert records.history(location)[0].outcome() == "finished"
+    assert attempt_records.history(location)[0].outcome() == "finished"
 
 
 def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.
         raise StorageError("no answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "successor", fails)
+        patch.setattr(attempt_records, "successor", fails)
         until(lambda: len(asked) > 5)
         assert attempt._heart._lost is None
     attempt.end("finished")

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.engine import Loading
-from runner.data.held_out import EvaluationData
-from runner.distributed.world import World
+from runner.data.evaluation_data import EvaluationData
+from runner.data.loader import Loading
+from runner.distributed.environment import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]

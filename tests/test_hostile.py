@@ -16,12 +16,11 @@ import pytest
 import torch
 from faults import MemoryLocation, save
 
-from runner.checkpoint import tensors
-from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, unseal
-from runner.checkpoint.sealing import seal_of
+from runner.checkpoint import tensor_file
+from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, seal_of, unseal
 from runner.checkpoint.snapshot import MAX_TENSORS, Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger
 from runner.data.plan import Plan
 from runner.errors import StateError, StorageError
@@ -424,7 +423,7 @@ def modest(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.numel() * found.itemsize < 4096
         return found
 
-    monkeypatch.setattr(tensors.torch, "empty", measured)
+    monkeypatch.setattr(tensor_file.torch, "empty", measured)
 
 
 def loads(body: bytes, objects: dict[str, bytes]) -> bool:

@@ -16,7 +16,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_groups
 from tensorboard.plugins.hparams.backend_context import Context
 
-from runner.metrics import hparams
+from runner.metrics import tensorboard
 from runner.storage.local import LocalLocation
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=8", "trainer.evaluate_every_steps=2", "checkpoint.every_steps=2")
@@ -28,7 +28,7 @@ class Row:
     """What the table says of a run."""
 
     status: str
-    hparams: dict[str, float | str]
+    tensorboard: dict[str, float | str]
     metrics: dict[str, float]
 
 
@@ -94,5 +94,5 @@ def test_what_was_accepted_since_is_what_the_row_says(life: Lives, tmp_path: Pat
     ],
 )
 def test_numbers_are_numbers_and_all_else_is_text(value: Any, shown: float | str, tmp_path: Path) -> None:
-    hparams.write(LocalLocation(tmp_path), "tensorboard", "e", {"model": {"x": value}}, finished=False)
+    tensorboard.write(LocalLocation(tmp_path), "tensorboard", "e", {"model": {"x": value}}, finished=False)
     assert table(tmp_path)[0]["tensorboard"].hparams == {"experiment": "e", "model.x": shown}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.engine import Loading
-from runner.data.opaque import OpaqueStream
+from runner.data.iterable_stream import OpaqueStream
+from runner.data.loader import Loading
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
 

@@ -15,10 +15,10 @@ import pytest
 from lives import Lives
 
 from runner.job import Job
-from runner.run import records
+from runner.run import attempt_records
+from runner.run.attempt_records import Name, Record
+from runner.run.attempts import dump
 from runner.run.directory import RunDirectory
-from runner.run.heartbeat import dump
-from runner.run.records import Name, Record
 from runner.storage.local import LocalLocation
 from runner.sweep import survey
 
@@ -46,7 +46,10 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
 def attempts(root: Path) -> dict[str, list[Record]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
-    return {path.name.partition("number=")[2].partition(",")[0]: records.history(LocalLocation(path)) for path in runs}
+    return {
+        path.name.partition("number=")[2].partition(",")[0]: attempt_records.history(LocalLocation(path))
+        for path in runs
+    }
 
 
 def outcomes(root: Path) -> dict[str, list[str]]:
@@ -239,7 +242,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
     attempts: list[dict[str, Any]], failures: int, tmp_path: Path
 ) -> None:
     for number, facts in enumerate(attempts, 1):
-        directory = claimed(tmp_path, "run", number, machine=records.machine(LocalLocation(tmp_path)), **facts)
+        directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
     (found,) = looked(directory)
     assert found.failures == failures
     assert found.status == survey.CUT
@@ -248,7 +251,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
 def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run = claimed(tmp_path, "run", 1, machine=records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
+    run = claimed(tmp_path, "run", 1, machine=attempt_records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)

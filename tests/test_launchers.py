@@ -16,8 +16,8 @@ import servers
 from lives import Lives
 from results import results
 
-from runner.run import records
-from runner.run.records import Record
+from runner.run import attempt_records
+from runner.run.attempt_records import Record
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
 def attempts(root: Path) -> dict[str, list[Record]]:
     """The attempts at each run."""
     folders = (path.parent for path in root.glob("runs/smoke/*/run.json"))
-    return {folder.name: records.history(LocalLocation(folder)) for folder in folders}
+    return {folder.name: attempt_records.history(LocalLocation(folder)) for folder in folders}
 
 
 def at_work(root: Path, *, above: int = 0) -> list[Record]:

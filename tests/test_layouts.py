@@ -66,7 +66,7 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def replicated(rank: int) -> None:
-    from runner.distributed.replicated import Replicated
+    from runner.distributed.parallel import Replicated
 
     norms, weights = expected()
     model = Net()
@@ -93,7 +93,7 @@ def replicated(rank: int) -> None:
 
 
 def sharded(rank: int) -> None:
-    from runner.distributed.sharded import Sharded
+    from runner.distributed.parallel import Sharded
 
     norms, weights = expected()
     model = Net()

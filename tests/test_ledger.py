@@ -13,7 +13,7 @@ from runner.data import ledger
 from runner.data.ledger import Ledger, Line, recipe, segments
 from runner.errors import DataError, StorageError
 from runner.storage import LocalLocation, open_location
-from runner.storage.journals import Journals
+from runner.storage.location import Journals
 
 RECIPE = {"samples": 10, "seed": 1}
 FIRST = "ledger/s000000000-a000001.txt"

@@ -17,7 +17,7 @@ from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 
-from runner.checkpoint.layout import Box
+from runner.checkpoint.sharding import Box
 from runner.checkpoint.store import CheckpointStore
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit

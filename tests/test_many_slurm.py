@@ -13,8 +13,8 @@ import servers
 from crews import crews
 from results import results
 
-from runner.distributed.world import Meeting, World, first_host, meeting, world
-from runner.run import records
+from runner.distributed.environment import Meeting, World, first_host, meeting, world
+from runner.run import attempt_records
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -80,8 +80,10 @@ def slurm(cluster: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
-def attempts(root: Path) -> list[records.Record]:
-    return [one for run in root.glob("runs/smoke/*/run.json") for one in records.history(LocalLocation(run.parent))]
+def attempts(root: Path) -> list[attempt_records.Record]:
+    return [
+        one for run in root.glob("runs/smoke/*/run.json") for one in attempt_records.history(LocalLocation(run.parent))
+    ]
 
 
 def committed(root: Path) -> int:

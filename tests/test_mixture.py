@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from runner.data.mixture import Mixed, Mixture, shares
-from runner.data.order import Indices, Permuted
+from runner.data.order import Indices, Permuted, Streams, Windowed
 from runner.data.plan import Plan, Source
-from runner.data.windows import Streams, Windowed
 from runner.errors import ConfigError
 
 SIZES, SHARES = (30, 7, 50), (5, 1, 2)  # a block is 8 positions, an epoch 87

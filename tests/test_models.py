@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.checkpoint.tree import decode, encode
+from runner.checkpoint.encoding import decode, encode
 from runner.models.convnet import ConvNet
 from runner.models.gpt import GPT
 from runner.models.mlp import MLP

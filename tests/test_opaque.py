@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from runner.checkpoint.tree import decode, encode
-from runner.data.engine import Loading
-from runner.data.opaque import OpaqueStream
+from runner.checkpoint.encoding import decode, encode
+from runner.data.iterable_stream import OpaqueStream
+from runner.data.loader import Loading
 from runner.errors import DataError
 from runner.rng import Generators
 

@@ -14,7 +14,7 @@ from faults import Fault, MemoryLocation, newest, save
 from runner.checkpoint.manifest import parse_commit, parse_data, unseal
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.errors import StorageError
 from runner.storage.location import Buffer
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.engine import Loading
-from runner.data.opaque import OpaqueStream
+from runner.data.iterable_stream import OpaqueStream
+from runner.data.loader import Loading
 from runner.shards.packing import PackingStream
 
 LENGTHS = [random.Random(0).randint(0, 40) for _ in range(30)]

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.run.parent import Which
+from runner.run.parent import CheckpointRef
 from runner.runs.__main__ import main
 from runner.state import Progress, TrainState
 from runner.storage import LocalLocation
@@ -45,8 +45,8 @@ def record(child: Path) -> dict[str, object]:
     ],
 )
 def test_a_run_and_its_checkpoint_are_told_apart(text: str, run: str, checkpoint: int | str | None) -> None:
-    assert Which.parse(text) == Which(run, checkpoint)
-    assert str(Which.parse(text)) == text
+    assert CheckpointRef.parse(text) == CheckpointRef(run, checkpoint)
+    assert str(CheckpointRef.parse(text)) == text
 
 
 def test_a_child_takes_the_weights_and_begins_at_step_0(life: Lives, parent: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from power import Event, RecordingOs, crash_states
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Torn
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger, Line, segments
 from runner.finish import export
-from runner.run import records
+from runner.run import attempt_records
 from runner.run.directory import MODEL, RunDirectory
 from runner.storage import LocalLocation, local
 from runner.storage.location import Buffer
@@ -154,7 +154,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     for files in after:
         there = MemoryLocation({name.removeprefix("outputs/e/v/"): files[name] for name in files})
         found = RunDirectory("", "e", "v", there)
-        assert [name.number for name in records.names(there)] == [1]
+        assert [name.number for name in attempt_records.names(there)] == [1]
         assert (found.record() or {})["variant"] == "v"
         assert found.identity() == identity
         assert found.finished(identity) is not None

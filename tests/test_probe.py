@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from runner.checkpoint.tree import encode
+from runner.checkpoint.encoding import encode
 from runner.data import probe
-from runner.data.engine import Loading
+from runner.data.evaluation_data import EvaluationData
 from runner.data.fetch import Fetcher
-from runner.data.held_out import EvaluationData
+from runner.data.loader import Loading
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
 from runner.errors import DataError

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from runner.data.digest import digest
-from runner.data.engine import Loading
+from runner.data.exactly_once import Proof, prove
 from runner.data.ledger import Ledger, Line, Segment, segments
+from runner.data.loader import Loading
+from runner.data.order import Streams, digest
 from runner.data.plan import Plan, Source
-from runner.data.proof import Proof, prove
 from runner.data.stream import BatchStream
-from runner.data.windows import Streams
 from runner.storage import LocalLocation
 
 N, BATCH = 10, 4
@@ -172,7 +171,7 @@ def test_it_does_not_matter_how_many_positions_are_looked_at_together(
 ) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
-        monkeypatch.setattr("runner.data.proof._CHUNK", together)
+        monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
         assert verdict(whole) == expected
 
 

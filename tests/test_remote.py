@@ -21,8 +21,8 @@ from servers import Server
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
 from runner.storage import backend, is_remote, open_location, remote
+from runner.storage.backend import REQUESTS
 from runner.storage.location import Entry, Location, local_root
-from runner.storage.requests import REQUESTS
 
 VERBS: dict[str, Callable[[Location], Any]] = {
     "put": lambda location: location.put("new", [b"new"]),

@@ -6,14 +6,14 @@ import random
 import pytest
 
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import Kept, Retention, ranked
+from runner.checkpoint.retention import CommitInfo, Retention, ranked
 
 
-def known(attempt: int, step: int, *, objective: float | None = None, state: str = "verified") -> Kept:
-    return Kept(CommitId.new(attempt, step), state == "verified", state == "damaged", objective)
+def known(attempt: int, step: int, *, objective: float | None = None, state: str = "verified") -> CommitInfo:
+    return CommitInfo(CommitId.new(attempt, step), state == "verified", state == "damaged", objective)
 
 
-def left(retention: Retention, *commits: Kept) -> list[tuple[int, int]]:
+def left(retention: Retention, *commits: CommitInfo) -> list[tuple[int, int]]:
     return sorted((one.attempt, one.step) for one in retention.kept(commits))
 
 
@@ -93,7 +93,7 @@ def test_each_reason_is_told() -> None:
     }
 
 
-def stays(one: Kept, commits: list[Kept], retention: Retention) -> bool:
+def stays(one: CommitInfo, commits: list[CommitInfo], retention: Retention) -> bool:
     """The rules, each for itself."""
     newer = [other for other in commits if other.id > one.id]
     if sum(other.verified and not other.damaged for other in newer) < max(retention.last, 2):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from runner.checkpoint.tree import decode, encode
-from runner.rng import Generators, isolated, seed_all
-from runner.seeds import derive
+from runner.checkpoint.encoding import decode, encode
+from runner.rng import Generators, derive, isolated, seed_all
 
 
 def draw() -> list[Any]:

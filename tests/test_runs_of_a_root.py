@@ -21,9 +21,9 @@ import pytest
 from lives import Lives, lives
 from servers import Server
 
-from runner.runs import compare, listing, picture
+from runner.runs import compare, html_report, listing
 from runner.runs.__main__ import main
-from runner.runs.overview import Overview
+from runner.runs.listing import Overview
 from runner.runs.watch import Pulse
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
@@ -240,11 +240,11 @@ def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_p
 def test_a_legend_says_what_sets_a_run_apart() -> None:
     row = Overview("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
-    assert picture._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
-    assert picture._legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
+    assert html_report._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
+    assert html_report._legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
         "0.25  lr=0.1, model.width=3, task.width=4"
     )
-    assert picture._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
+    assert html_report._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
 def test_what_a_picture_needs_is_told(

@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from runner.callbacks.base import Loop
-from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.saving import Hooks, _is_spoiled
+from runner.callbacks.saving import Hooks, SaveCheckpoint, _is_spoiled
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.snapshot import Snapshot
-from runner.checkpoint.staging import Staging
+from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import StorageError, Superseded
-from runner.interval import Affordable, Interval
+from runner.interval import CostBudget, Interval
 from runner.storage import LocalLocation
 
 
@@ -104,7 +102,7 @@ def test_of_several_best_ones_each_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
-    monkeypatch.setattr("runner.callbacks.checkpoint._TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("runner.callbacks.saving._TOLD_SECONDS", 0.0)
     run = Run(tmp_path, best=3, pins=lambda step: step == 4)
     run.store.gate.clear()
     run.step(improved=True)
@@ -304,7 +302,7 @@ def test_a_staged_copy_is_apart_from_the_state_keeps_ties_and_uses_its_memory_ag
 
 def test_the_affordable_interval_keeps_the_cost_at_its_share() -> None:
     now = [0.0]
-    affordable = Affordable(share=0.01, least=10, most=1000, clock=lambda: now[0])
+    affordable = CostBudget(share=0.01, least=10, most=1000, clock=lambda: now[0])
     assert not affordable.due()
     now[0] = 10
     assert affordable.due()

@@ -11,13 +11,11 @@ from faults import MemoryLocation
 from threads import Meeting, ThreadRanks, ends_among
 
 from runner.callbacks.base import Loop
-from runner.callbacks.checkpoint import SaveCheckpoint
-from runner.callbacks.follow import FollowCheckpoint
-from runner.callbacks.saving import Hooks
+from runner.callbacks.saving import FollowCheckpoint, Hooks, SaveCheckpoint
 from runner.checkpoint.store import CheckpointStore
+from runner.distributed.communicator import PerRank
 from runner.errors import RunnerError, StorageError, Superseded
 from runner.interval import Interval
-from runner.ranks import Own
 
 SIZE = 3
 Settings = dict[str, Any]
@@ -56,7 +54,7 @@ class Seat:
 
     def _state(self) -> dict[str, Any]:
         model = {str(number): weight for number, weight in enumerate(self.weights)}
-        return {"model": model, "generators": Own(rank=self.ranks.rank, drawn=self.weights[0])}
+        return {"model": model, "generators": PerRank(rank=self.ranks.rank, drawn=self.weights[0])}
 
 
 def train(location: MemoryLocation, script: Callable[[Seat], None], **settings: Any) -> list[Any]:

@@ -7,8 +7,7 @@ from hashlib import blake2b, sha256
 import pytest
 from faults import MemoryLocation, newest, save
 
-from runner.checkpoint.manifest import seal, unseal
-from runner.checkpoint.sealing import VARIABLE, digest
+from runner.checkpoint.manifest import VARIABLE, digest, seal, unseal
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import ConfigError
 

@@ -11,13 +11,12 @@ from faults import MemoryLocation
 from threads import ThreadRanks, among, ends_among
 from torch import Tensor
 
-from runner.checkpoint.layout import Box, Cuts, Dealt, cell_of, cells_in
+from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, parse_data, seal, unseal
-from runner.checkpoint.shelves import plan
+from runner.checkpoint.sharding import Box, Cuts, LocalShard, cell_of, cells_in, plan
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import BLOCK, Damaged
-from runner.checkpoint.tree import encode
+from runner.checkpoint.tensor_file import BLOCK, Damaged
 from runner.errors import RunnerError, StateError, StorageError, Superseded
 
 Layout = tuple[Cuts, int]  # the chunks along dimensions, and how many ranks have the same
@@ -41,7 +40,7 @@ def whole() -> dict[str, Tensor]:
     return found
 
 
-def deal(tensors: dict[str, Tensor], layout: Layout, ranks: "ThreadRanks | Seat") -> dict[str, Dealt]:
+def deal(tensors: dict[str, Tensor], layout: Layout, ranks: "ThreadRanks | Seat") -> dict[str, LocalShard]:
     """What a rank has of them, those with too few dimensions whole; two names are of one tensor each."""
     cuts, replicas = layout
     found = {}
@@ -49,14 +48,14 @@ def deal(tensors: dict[str, Tensor], layout: Layout, ranks: "ThreadRanks | Seat"
         shape, cell = tuple(tensor.shape), ranks.rank // replicas
         if cuts and max(dimension for dimension, _ in cuts) < len(shape):
             local = tensor[cell_of(shape, cuts, cell).within(Box.whole(shape))].clone()
-            found[name] = Dealt(local, shape, cuts, cell, replicas, ranks.rank % replicas, "mesh")
+            found[name] = LocalShard(local, shape, cuts, cell, replicas, ranks.rank % replicas, "mesh")
         else:
-            found[name] = Dealt(tensor, shape, (), 0, ranks.size, ranks.rank, ())
+            found[name] = LocalShard(tensor, shape, (), 0, ranks.size, ranks.rank, ())
     ties = {"model/tied": "model/1", "model/tied empty": "model/4"}
     return found | {name: found[other] for name, other in ties.items() if other in found}
 
 
-def snapshot(found: dict[str, Dealt], ranks: ThreadRanks, *, step: int = 7, **more: Any) -> Snapshot:
+def snapshot(found: dict[str, LocalShard], ranks: ThreadRanks, *, step: int = 7, **more: Any) -> Snapshot:
     """As of a state with these tensors in one part, and a part that each rank has to itself."""
     model, _ = encode({name.partition("/")[2]: one.local for name, one in found.items()} | more, "model")
     own, tensors = encode({"seed": torch.tensor([ranks.rank, 9]), "number": ranks.rank}, f"rng/{ranks.rank}")

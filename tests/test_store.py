@@ -15,7 +15,7 @@ from runner.checkpoint.manifest import CommitId, parse_data, seal, unseal
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore, Torn
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.errors import StorageError, Superseded
 from runner.storage import LocalLocation
 from runner.storage.location import Buffer, Entry

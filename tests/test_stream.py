@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from runner.checkpoint.tree import encode
-from runner.data.engine import Loader, Loading
+from runner.checkpoint.encoding import encode
+from runner.data.evaluation_data import EvaluationData, checked
 from runner.data.fetch import Fetcher
-from runner.data.held_out import EvaluationData, checked
+from runner.data.loader import Loader, Loading
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream, to_device
 from runner.errors import DataError

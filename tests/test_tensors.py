@@ -9,11 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from runner.checkpoint.layout import Box
-from runner.checkpoint.reading import Place, Reader
-from runner.checkpoint.sealing import digest
-from runner.checkpoint.shelves import Shelf
-from runner.checkpoint.tensors import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_order
+from runner.checkpoint.manifest import digest
+from runner.checkpoint.reading import Reader, TensorBytes
+from runner.checkpoint.sharding import Box, FileGroup
+from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_order
 from runner.errors import StateError
 from runner.storage import LocalLocation
 
@@ -70,13 +69,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 class Written:
     """A file of tensors, and how to read them."""
 
-    shelf: Shelf
+    shelf: FileGroup
     file: StoredFile
     location: LocalLocation
 
     def read(self, *names: str) -> dict[str, Tensor]:
         kinds = self.shelf.tensors
-        places = {name: (Place(self.shelf, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
+        places = {name: (TensorBytes(self.shelf, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
         return Reader(self.location, {FILE: self.file}).read(places)
 
     def begin(self, name: str) -> int:
@@ -87,7 +86,7 @@ def write(location: LocalLocation, found: dict[str, Tensor]) -> Written:
     kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in found.items()}
     file = SafetensorsFile(found, metadata={"step": "7"})
     size = location.put(FILE, file.chunks())
-    return Written(Shelf((), {name: kinds[name] for name in in_order(kinds)}), file.stored(size), location)
+    return Written(FileGroup((), {name: kinds[name] for name in in_order(kinds)}), file.stored(size), location)
 
 
 @pytest.fixture
@@ -202,9 +201,9 @@ def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told:
 def test_sizes_that_are_not_those_of_the_file_are_damage_before_anything_is_allocated(
     location: LocalLocation, shape: tuple[int, ...], size: int
 ) -> None:
-    shelf, file = Shelf((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
+    shelf, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
     with pytest.raises(Damaged, match="bytes cannot be the tensors"):
-        Reader(location, {FILE: file}).read({"a": (Place(shelf, "a", 0), Box.whole(shape))})
+        Reader(location, {FILE: file}).read({"a": (TensorBytes(shelf, "a", 0), Box.whole(shape))})
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])

@@ -8,13 +8,13 @@ import torch
 from omegaconf import OmegaConf
 
 from runner.config.schema import Config
-from runner.data.engine import Loading
+from runner.data.iterable_stream import OpaqueStream
+from runner.data.loader import Loading
 from runner.data.mixture import Mixture
-from runner.data.opaque import OpaqueStream
+from runner.data.order import Streams
 from runner.data.stream import BatchStream, Stream
-from runner.data.training import training_data
-from runner.data.windows import Streams
-from runner.distributed.world import World
+from runner.data.training_data import training_data
+from runner.distributed.environment import World
 from runner.errors import DataError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from runner.checkpoint.tree import decode, encode
+from runner.checkpoint.encoding import decode, encode
 from runner.errors import StateError
 
 

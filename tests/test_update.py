@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.checkpoint.tree import decode, encode
+from runner.checkpoint.encoding import decode, encode
 from runner.update import WeightUpdate
 
 CPU = torch.device("cpu")

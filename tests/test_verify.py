@@ -21,12 +21,11 @@ from runner.errors import ConfigError, StorageError
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan
 from runner.verify.difference import first
-from runner.verify.lives import Ended, Life, Servers, servers
+from runner.verify.execution import AttemptEnd, AttemptRequest, AttemptTrace, RunTrace, Servers, servers
+from runner.verify.html_report import page
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
-from runner.verify.page import page
 from runner.verify.proof import prove
-from runner.verify.run import Lived, Run
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"
@@ -181,7 +180,7 @@ def test_what_is_forgotten_without_effect_is_noted(two: Servers, scratch: Path) 
     assert "without effect within these steps: task.seen was " in verdict.text()
 
 
-def lived(memories: Sequence[set[str]]) -> Run:
+def lived(memories: Sequence[set[str]]) -> RunTrace:
     """A run of so many steps, after each of which something is remembered."""
     begun = {"event": "resumed", "step": 0, "memory": {}}
     steps = [
@@ -196,8 +195,8 @@ def lived(memories: Sequence[set[str]]) -> Run:
         for n, names in enumerate(memories, 1)
     ]
     ended = [{"event": "built", "indexed": True, "epoch": 7}, {"event": "finished", "result": {"reason": "max_steps"}}]
-    life = Life("undisturbed", (), Path("record"))
-    return Run("undisturbed", [Lived(Ended(life, 0, 1.0), 0, (begun, *steps, *ended))])
+    life = AttemptRequest("undisturbed", (), Path("record"))
+    return RunTrace("undisturbed", [AttemptTrace(AttemptEnd(life, 0, 1.0), 0, (begun, *steps, *ended))])
 
 
 @pytest.mark.parametrize("seed", range(20))

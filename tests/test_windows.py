@@ -8,8 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from runner.data.order import Indices
-from runner.data.windows import Streams, Windowed
+from runner.data.order import Indices, Streams, Windowed
 
 LAYOUTS = [
     (1,),

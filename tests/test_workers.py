@@ -19,9 +19,9 @@ from results import results
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner import signals
-from runner.data.engine import Loading
-from runner.data.held_out import EvaluationData
-from runner.data.opaque import OpaqueStream
+from runner.data.evaluation_data import EvaluationData
+from runner.data.iterable_stream import OpaqueStream
+from runner.data.loader import Loading
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
 from runner.errors import DataError
@@ -248,7 +248,7 @@ def python(code: str, *arguments: str, **how: Any) -> subprocess.CompletedProces
 FEW = """
 import multiprocessing, resource, sys
 from test_workers import Numbers, training
-from runner.data.engine import Loading
+from runner.data.loader import Loading
 from runner.errors import DataError
 
 stream = training(Numbers(), Loading(4, start_method=sys.argv[1]))
@@ -280,7 +280,7 @@ def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
 ORPHANS = """
 import os, signal, sys
 from test_workers import Blocks, training
-from runner.data.engine import Loading
+from runner.data.loader import Loading
 
 stream = training(Blocks(), Loading(2, start_method=sys.argv[1]))
 stream.open()

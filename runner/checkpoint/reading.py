@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from runner.checkpoint.layout import Box, cells_in
-from runner.checkpoint.sealing import digest
-from runner.checkpoint.shelves import Shelf
-from runner.checkpoint.tensors import BLOCK, Damaged, Kind, StoredFile, bytes_of
+from runner.checkpoint.manifest import digest
+from runner.checkpoint.sharding import Box, FileGroup, cells_in
+from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.storage.location import Location
 
 _AT_ONCE = 8  # blocks that are read at once
@@ -22,10 +21,10 @@ _READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorBytes:
     """A tensor of a shelf. ``first`` is the number of the shelf's first file among all files."""
 
-    shelf: Shelf
+    shelf: FileGroup
     name: str
     first: int
 
@@ -65,7 +64,7 @@ class Reader:
         self._files = files
         self._names = [*files]
 
-    def read(self, wanted: Mapping[str, tuple[Place, Box]]) -> dict[str, Tensor]:
+    def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
         """The boxes of tensors, by any name. Raises Damaged."""
         blocks: dict[tuple[str, int], _Block] = {}
         found: dict[str, Tensor] = {}
@@ -92,14 +91,14 @@ class Reader:
         if found != expected:
             raise Damaged(f"{name} bytes 0 to {len(header)}: digest {found}, expected {expected}")
 
-    def offsets(self, shelf: Shelf, number: int, name: str) -> dict[str, int]:
+    def offsets(self, shelf: FileGroup, number: int, name: str) -> dict[str, int]:
         """Where each tensor begins in the file of a shelf's cell. Raises Damaged for a file of another size."""
         try:
             return shelf.offsets(number, self._files[name].data)
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None
 
-    def _sources(self, place: Place, box: Box) -> list[_Source]:
+    def _sources(self, place: TensorBytes, box: Box) -> list[_Source]:
         """What holds some of a box. Raises Damaged unless the files have room for it: before anything is allocated."""
         kind, found = place.shelf.tensors[place.name], []
         for number, cell, common in cells_in(box, kind.shape, place.shelf.cuts):

@@ -10,7 +10,7 @@ LEAST = 2  # verified commits that are always kept, so that the loss of any one 
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CommitInfo:
     """What is known of a commit when it is decided whether it is kept.
 
     ``verified``: its bytes were written, or all of them read, by this process. One that is neither verified nor
@@ -39,11 +39,11 @@ class Retention:
         """Whether commits of that step stay for good."""
         return self.every_steps is not None and step % self.every_steps == 0
 
-    def kept(self, commits: Iterable[Kept]) -> set[CommitId]:
+    def kept(self, commits: Iterable[CommitInfo]) -> set[CommitId]:
         """The commits to keep: at least two verified ones, and all if there are fewer."""
         return {*self.reasons(commits)}
 
-    def reasons(self, commits: Iterable[Kept]) -> dict[CommitId, str]:
+    def reasons(self, commits: Iterable[CommitInfo]) -> dict[CommitId, str]:
         """The commits to keep, the newest first, each with the reason in a few words."""
         newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
         best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
@@ -64,13 +64,13 @@ class Retention:
         return found
 
 
-def ranked(commits: Sequence[Kept], mode: str | None) -> list[Kept]:
+def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
     """The commits that are not damaged and have an objective, the best first, of equal ones the earlier step.
 
     One for each step, and none that a newer attempt did not begin from: its step was done again, or it is from a
     process that went on after it had been superseded.
     """
-    found: list[Kept] = []
+    found: list[CommitInfo] = []
     attempt, below, lowest = 0, math.inf, math.inf
     for commit in sorted(commits, key=lambda commit: commit.id, reverse=True):
         if commit.damaged:

@@ -1,20 +1,22 @@
-"""The state at a step on its way to the storage: what each rank writes, reports, and the manifest of all of it."""
+"""The state at a step on its way to the storage: what each rank writes, reports, and the manifest of all of it.
+
+Copies of the state in reused host memory: the only part of saving for which training waits.
+"""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from runner.checkpoint.layout import deal, is_distributed, local
-from runner.checkpoint.manifest import FORMAT, CommitId
-from runner.checkpoint.sealing import digest
-from runner.checkpoint.shelves import Plan, Shelf, plan
-from runner.checkpoint.tensors import StoredFile, bytes_of
-from runner.checkpoint.tree import encode
+from runner.checkpoint.encoding import encode
+from runner.checkpoint.manifest import FORMAT, CommitId, digest
+from runner.checkpoint.sharding import FileGroup, WritePlan, is_distributed, local, plan, shard
+from runner.checkpoint.tensor_file import StoredFile, bytes_of, memory_key
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
 from runner.errors import StateError
-from runner.ranks import ALONE, Own, Ranks
 
 MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 
@@ -38,20 +40,22 @@ class Snapshot:
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
-    plan: Plan | None = None
+    plan: WritePlan | None = None
     contents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, step: int, parts: Mapping[str, Any], *, ranks: Ranks = ALONE, **facts: Any) -> "Snapshot":
+    def of(
+        cls, step: int, parts: Mapping[str, Any], *, ranks: Communicator = SINGLE_PROCESS, **facts: Any
+    ) -> "Snapshot":
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
-        own = {name for name, state in parts.items() if isinstance(state, Own) and ranks.size > 1}
+        own = {name for name, state in parts.items() if isinstance(state, PerRank) and ranks.size > 1}
         encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in parts.items()}
         found = {name: value for name, (value, _) in encoded.items() if name not in own}
         shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
         told = encode(facts, "facts")[0]
         if ranks.size == 1:
             return cls(step, found, {name: local(tensor) for name, tensor in shared.items()}, told)
-        dealt = deal(shared, ranks)
+        dealt = shard(shared, ranks)
         how = plan(dealt, alone)
         tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
         contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
@@ -76,7 +80,7 @@ def _content(tensors: Iterable[Tensor]) -> str:
     return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
-def report(snapshot: Snapshot, how: Plan, files: Sequence[tuple[str, StoredFile]]) -> Report:
+def report(snapshot: Snapshot, how: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
     """What a rank tells of the ``files`` that it wrote, one for each of its shelves and one for what it has to itself,
     and of the state that all ranks have alike: a digest for each part.
     """
@@ -93,14 +97,14 @@ def report(snapshot: Snapshot, how: Plan, files: Sequence[tuple[str, StoredFile]
     }
 
 
-def require_few(how: Plan, *, more: int = 0) -> None:
+def require_few(how: WritePlan, *, more: int = 0) -> None:
     """Raise StateError for so many tensors that they could not be loaded again."""
     found = sum(len(shelf.tensors) for shelf in how.shelves) + len(how.same) + more
     if found > MAX_TENSORS:
         raise StateError(f"cannot save {found} tensors; a checkpoint has at most {MAX_TENSORS}")
 
 
-def assemble(commit: CommitId, snapshot: Snapshot, how: Plan, reports: Sequence[Report]) -> dict[str, Any]:
+def assemble(commit: CommitId, snapshot: Snapshot, how: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
     own: list[tuple[dict[str, Any], list[Any]]] = []
@@ -131,7 +135,7 @@ def _fields(file: StoredFile) -> list[Any]:
     return [file.size, file.header, file.digest, list(file.blocks)]
 
 
-def _kinds(shelf: Shelf) -> dict[str, Any]:
+def _kinds(shelf: FileGroup) -> dict[str, Any]:
     return {name: [kind.dtype, kind.shape] for name, kind in shelf.tensors.items()}
 
 
@@ -139,7 +143,7 @@ def _of_ranks(part: str, reports: Sequence[Report]) -> dict[str, Any]:
     return {"$": "ranks", "items": [told["own"][part] for told in reports]}
 
 
-def _alike(snapshot: Snapshot, how: Plan) -> dict[str, str]:
+def _alike(snapshot: Snapshot, how: WritePlan) -> dict[str, str]:
     """A digest of each part, of its values as of its tensors' names, shapes, places and contents."""
     lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
     for number, shelf in enumerate(how.shelves):
@@ -160,3 +164,42 @@ def _require_alike(rank: int, told: Report, first: Report) -> None:
             "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each "
             "saw, and let what moves weights draw the same on all."
         )
+
+
+class Staging:
+    """Room for one copy of the state. Tensors that share all their memory share it in the copy."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+        self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
+
+    def stage(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its tensors as they are at this moment, on the host.
+
+        From CUDA they are copied into pinned memory in the order of the stream: kernels that are launched later see the
+        copy done, and this thread does not wait for it. ``wait`` does.
+        """
+        return replace(snapshot, tensors=self._copy(snapshot.tensors))
+
+    def wait(self) -> None:
+        """Return when everything that was staged has arrived."""
+        for event in self._copied:
+            event.synchronize()
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        first: dict[object, str] = {}
+        alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
+        rooms = {name: self._room(name, tensors[name]) for name in first.values()}
+        self._rooms = rooms  # what is no longer part of the state is given back
+        for name, room in rooms.items():
+            room.copy_(tensors[name], non_blocking=True)
+        devices = {tensors[name].device for name in rooms if tensors[name].is_cuda}
+        # An event alone would be of the current device, whatever device the copies come from.
+        self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+        return {name: rooms[alias[name]] for name in tensors}
+
+    def _room(self, name: str, tensor: Tensor) -> Tensor:
+        room = self._rooms.get(name)
+        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return room

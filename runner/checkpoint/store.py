@@ -8,18 +8,16 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from runner.agreement import gathered, led, together
 from runner.checkpoint import manifest as manifests
-from runner.checkpoint.layout import deal
+from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parsed
+from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.opened import Checkpoint, no_tensor, objective, parsed
-from runner.checkpoint.retention import Kept, Retention
-from runner.checkpoint.shelves import Plan, Shelf, plan
+from runner.checkpoint.retention import CommitInfo, Retention
+from runner.checkpoint.sharding import FileGroup, WritePlan, plan, shard
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
-from runner.checkpoint.tensors import Damaged, SafetensorsFile, StoredFile
-from runner.checkpoint.tree import decode
+from runner.checkpoint.tensor_file import Damaged, SafetensorsFile, StoredFile
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather, on_all_ranks, on_rank_zero
 from runner.errors import StorageError, Superseded
-from runner.ranks import ALONE, Ranks
 from runner.storage.location import Location
 
 _SURVEYED = 64  # manifests that one retention reads: commits wait for it
@@ -34,7 +32,7 @@ class CheckpointStore:
     in full.
     """
 
-    def __init__(self, location: Location, ranks: Ranks = ALONE) -> None:
+    def __init__(self, location: Location, ranks: Communicator = SINGLE_PROCESS) -> None:
         self.location = location
         self.ranks = ranks
         self.damaged: set[CommitId] = set()
@@ -56,10 +54,10 @@ class CheckpointStore:
             self._failed.add(new)
             return new.nonce
 
-        commit = CommitId(attempt, snapshot.step, led(self.ranks, begin))
-        how = snapshot.plan or plan(deal(snapshot.tensors, ALONE), {})
+        commit = CommitId(attempt, snapshot.step, on_rank_zero(self.ranks, begin))
+        how = snapshot.plan or plan(shard(snapshot.tensors, SINGLE_PROCESS), {})
         how = how.split(self.location.part_bytes)
-        reports = gathered(self.ranks, lambda: self._put(commit, snapshot, how))
+        reports = gather(self.ranks, lambda: self._put(commit, snapshot, how))
 
         def conclude() -> None:
             assert reports is not None
@@ -73,7 +71,7 @@ class CheckpointStore:
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
             self._require_newest(successor)
 
-        led(self.ranks, conclude)
+        on_rank_zero(self.ranks, conclude)
         self.verified.add(commit)
         self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
         return commit
@@ -98,7 +96,7 @@ class CheckpointStore:
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""
-        led(self.ranks, lambda: self._require_newest(successor))
+        on_rank_zero(self.ranks, lambda: self._require_newest(successor))
 
     def _require_newest(self, successor: Callable[[], str | None]) -> None:
         newer = successor()
@@ -107,12 +105,12 @@ class CheckpointStore:
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
 
-    def _put(self, commit: CommitId, snapshot: Snapshot, how: Plan) -> Report:
+    def _put(self, commit: CommitId, snapshot: Snapshot, how: WritePlan) -> Report:
         """Write this rank's tensors; what is told of it."""
         require_few(how)
         rank = None if self.ranks.size == 1 else self.ranks.rank
 
-        def put(number: int, shelf: Shelf) -> tuple[str, StoredFile]:
+        def put(number: int, shelf: FileGroup) -> tuple[str, StoredFile]:
             tensors = {name: snapshot.tensors[name] for name in shelf.tensors}
             file = SafetensorsFile(tensors, metadata={"step": str(snapshot.step)})
             name = commit.data(number, rank)
@@ -127,18 +125,18 @@ class CheckpointStore:
         """All commits, the one to resume from first."""
         return manifests.commits(self.location)
 
-    def open(self, commit: CommitId, ranks: Ranks = ALONE) -> Checkpoint:
+    def open(self, commit: CommitId, ranks: Communicator = SINGLE_PROCESS) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""
-        return together(ranks, lambda: self._open(commit, ranks), kinds=(Damaged, Torn))
+        return on_all_ranks(ranks, lambda: self._open(commit, ranks), kinds=(Damaged, Torn))
 
-    def _open(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
+    def _open(self, commit: CommitId, ranks: Communicator) -> Checkpoint:
         checkpoint = self._described(commit, ranks)
         if ranks.rank == 0:  # one listing is enough
             _require_sizes(checkpoint, self._sizes())
         checkpoint.check()
         return checkpoint
 
-    def _described(self, commit: CommitId, ranks: Ranks) -> Checkpoint:
+    def _described(self, commit: CommitId, ranks: Communicator) -> Checkpoint:
         """What its manifest says. Raises Damaged."""
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         if raw is None:
@@ -156,7 +154,7 @@ class CheckpointStore:
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
-    def survey(self) -> list[Kept]:
+    def survey(self) -> list[CommitInfo]:
         """What is known of every commit, the one to resume from first: its manifest unseals, and its files have their
         sizes. Computed from fresh listings.
         """
@@ -173,7 +171,7 @@ class CheckpointStore:
         kept = {*retention.kept(known), *listed[len(known) :]}
         self.remove(listed, kept, attempt=attempt)
 
-    def _known(self, listed: Sequence[CommitId], *, most: int | None = None) -> list[Kept]:
+    def _known(self, listed: Sequence[CommitId], *, most: int | None = None) -> list[CommitInfo]:
         """What is known of the commits; of the first ones if it takes the reading of more than ``most`` manifests."""
         unread = [one for one in listed if one not in self._objectives and one not in self.damaged]  # they never change
         if unread:
@@ -188,12 +186,12 @@ class CheckpointStore:
                         self._objectives[one] = found
             if most is not None and len(unread) > most:
                 listed = listed[: listed.index(unread[most])]
-        return [Kept(one, one in self.verified, one in self.damaged, self._objectives.get(one)) for one in listed]
+        return [CommitInfo(one, one in self.verified, one in self.damaged, self._objectives.get(one)) for one in listed]
 
     def _look(self, commit: CommitId, sizes: Mapping[str, int]) -> float | Damaged | None:
         """The objective of a commit, or what is wrong with it; without a look into its data files."""
         try:
-            checkpoint = self._described(commit, ALONE)
+            checkpoint = self._described(commit, SINGLE_PROCESS)
             _require_sizes(checkpoint, sizes)
             return objective(checkpoint.facts)
         except Damaged as error:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner.checkpoint.layout import is_distributed, local
-from runner.checkpoint.tensors import is_finite
+from runner.checkpoint.sharding import is_distributed, local
+from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
 from runner.rng import isolated
 

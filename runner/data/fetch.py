@@ -12,14 +12,13 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from runner import signals
-from runner.data.digest import Words, digest_words, mix
-from runner.data.generators import isolated, peek, seed_all, seed_others
-from runner.data.order import Indices
+from runner.cache import LRUCache
+from runner.data.order import Indices, Words, digest_words, mix
 from runner.data.plan import Plan, Slice
+from runner.data.sandbox import peek, sandboxed, seed_host, seed_others
 from runner.data.workers import remedy
 from runner.errors import DataError
-from runner.recent import Recent
-from runner.seeds import derive
+from runner.rng import derive
 
 Collate = Callable[[list[Any]], Any]
 
@@ -98,18 +97,18 @@ class Fetcher(Dataset[Fetched]):
         self.substitute = substitute
         self.recorded: dict[int, int] = {}
         self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
-        self._blocks = Recent[tuple[Indices, Words, Words]](4)
+        self._blocks = LRUCache[tuple[Indices, Words, Words]](4)
         self._bad: list[Bad] = []  # of the slice being fetched, as is its digest
         self._digest = 0
 
     def __getitem__(self, piece: Slice) -> Fetched:
-        with isolated(draws=self.plan.randomness != "off"), signals.reading():
+        with sandboxed(draws=self.plan.randomness != "off"), signals.reading():
             try:
                 rows = self._rows(piece)
             except _Unreadable as error:
                 return Fetched(piece.first, None, bad=(error.bad,))
             if self.plan.randomness != "off":
-                seed_all(self._key("collate", piece))
+                seed_host(self._key("collate", piece))
             try:
                 batch = self.collate(rows)
             except Exception as error:
@@ -118,13 +117,13 @@ class Fetcher(Dataset[Fetched]):
 
     def sample(self, index: int, key: int) -> Any:
         """One sample as ``randomness=sample`` draws it with that key."""
-        return self._read(index, key, seed_all)
+        return self._read(index, key, seed_host)
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
             return self._drawn(piece, _seed_nothing)
         if self.plan.randomness == "batch":
-            seed_all(self._key("batch", piece))
+            seed_host(self._key("batch", piece))
             return self._drawn(piece, _seed_nothing)
         if self._torch_suffices:
             # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
@@ -136,7 +135,7 @@ class Fetcher(Dataset[Fetched]):
             if peek() == untouched:
                 return rows
             self._torch_suffices = False
-        return self._drawn(piece, seed_all)
+        return self._drawn(piece, seed_host)
 
     def _drawn(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""

@@ -19,8 +19,7 @@ from typing import Any
 
 from runner.errors import DataError, StorageError
 from runner.plain import parse, parse_object
-from runner.storage.journals import Journals
-from runner.storage.location import Location
+from runner.storage.location import Journals, Location
 
 log = logging.getLogger("runner")
 

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from runner import signals
-from runner.data.engine import Loading
 from runner.data.fetch import Fetcher
+from runner.data.loader import Loading
 from runner.data.probe import Sketch, require_pure, sketch
 from runner.data.workers import Workers, explained, start_worker
 from runner.errors import DataError, RunnerError

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from runner.cache import LRUCache
 from runner.data.order import Indices, Order, groups, permutation, stretches
 from runner.errors import ConfigError
-from runner.recent import Recent
 
 _RESOLUTION = 1000  # weights are rounded to so many parts
 
@@ -78,7 +78,7 @@ class Mixed:
         self._orders = orders
         self._shares = np.asarray(shares, dtype=np.int64)
         self._first = np.cumsum([0, *(order.size for order in orders)])
-        self._blocks = Recent[tuple[Indices, Indices]](4)
+        self._blocks = LRUCache[tuple[Indices, Indices]](4)
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""

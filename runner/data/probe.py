@@ -17,9 +17,9 @@ import torch
 
 from runner import signals
 from runner.data.fetch import Fetcher, location
-from runner.data.generators import isolated
+from runner.data.sandbox import sandboxed
 from runner.errors import DataError
-from runner.seeds import derive
+from runner.rng import derive
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 
@@ -130,7 +130,7 @@ class _Unreadable(str):
 
 def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
     rows: list[Any] = []
-    with isolated(draws=True), signals.reading():
+    with sandboxed(draws=True), signals.reading():
         for index in chosen:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))

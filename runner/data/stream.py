@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from runner.data import probe
-from runner.data.engine import Loader, Loading, Probed
 from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
 from runner.data.ledger import Line
+from runner.data.loader import Loader, Loading, Probed
 from runner.data.look import look
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable

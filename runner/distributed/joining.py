@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runner.distributed.team import Alone, Team
-from runner.distributed.world import World, meeting
+from runner.distributed.environment import World, meeting
+from runner.distributed.team import SingleProcessTeam, Team
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
     them with the same exit status; only one prints it, and the errors raised in the others have an empty text.
     """
     if world.size == 1:
-        alone = Alone(timeout=timeout, patience=patience)
+        alone = SingleProcessTeam(timeout=timeout, patience=patience)
         try:
             yield alone
         finally:
@@ -26,7 +26,7 @@ def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
         return
     # Otherwise torch prints C++ stack traces when another process dies.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from runner.distributed.many import met
+    from runner.distributed.processes import process_team
 
-    with met(world, meeting(), timeout=timeout, patience=patience) as team:
+    with process_team(world, meeting(), timeout=timeout, patience=patience) as team:
         yield team

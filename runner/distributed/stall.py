@@ -23,8 +23,7 @@ from types import FrameType
 import torch
 
 from runner.distributed import outside
-from runner.distributed.ending import end
-from runner.distributed.place import JOINS, SAVES, place, stack
+from runner.distributed.watchdog import JOINS, SAVES, activity, end_process, stack
 
 _LOOK_SECONDS = 0.5
 _SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread speaks first
@@ -97,7 +96,7 @@ class Stall:
         frames = stack(self._training)
         if any(_at_leisure(frame) for frame in frames) or any(map(_compiles, sys._current_frames().values())):
             return None
-        if place(self._training).does in (SAVES, JOINS):
+        if activity(self._training).does in (SAVES, JOINS):
             return _SAVE
         inside = [frame.f_code.co_name for frame in frames if frame.f_code.co_filename == _EVALUATION]
         return (_BATCH if "_means" in inside else _END) if inside else _STEP
@@ -107,12 +106,12 @@ class Stall:
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         reason = (
-            f"{what} for {seconds:.0f} s ({key}); the training thread is at {place(self._training).line}.\n"
+            f"{what} for {seconds:.0f} s ({key}); the training thread is at {activity(self._training).line}.\n"
             f"{chr(10).join([*_threads(), *_children()])}\n"
             "If that takes so long by right, set a longer runtime.timeout. "
             "The same command goes on from the last checkpoint."
         )
-        end(reason, 1, self.last_words)
+        end_process(reason, 1, self.last_words)
 
 
 class _Outside:
@@ -153,7 +152,7 @@ def _threads() -> Iterator[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident in sys._current_frames():
         if ident != threading.get_ident():
-            yield f"  thread {names.get(ident, ident)} is at {place(ident).line}"
+            yield f"  thread {names.get(ident, ident)} is at {activity(ident).line}"
 
 
 def _children() -> Iterator[str]:

@@ -7,8 +7,8 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runner import signals
-from runner.distributed.world import World
-from runner.ranks import ALONE, Ranks
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator
+from runner.distributed.environment import World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class StepReport:
     """What one process reports after a step, and, as the answer, the same combined over all processes.
 
     ``digest`` and ``swaps`` describe the samples that were read (``Stream.read``), ``elapsed`` is the training time on
@@ -38,18 +38,18 @@ class Team(Protocol):
     """
 
     world: World
-    ranks: Ranks
+    ranks: Communicator
 
     @property
     def stop(self) -> str | None: ...
 
-    def channel(self, name: str) -> Ranks:
+    def channel(self, name: str) -> Communicator:
         """Exchanges for another thread of that name."""
 
     def begin(self, device: Any) -> None:
         """Set up process groups for tensors on that device."""
 
-    def exchange(self, news: News) -> News:
+    def exchange(self, news: StepReport) -> StepReport:
         """Combine the reports of all processes; once after every step."""
 
     def poll(self) -> str | None:
@@ -71,12 +71,12 @@ class Team(Protocol):
         """Within the block, an error that is only a consequence of another process's failure becomes OthersFailed."""
 
 
-class Alone:
+class SingleProcessTeam:
     """The team of a single process. From ``begin`` on it notices if training stands still; see ``stall``."""
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.ranks: Ranks = ALONE
+        self.ranks: Communicator = SINGLE_PROCESS
         self._bounds = timeout, patience
         self._stall: Stall | None = None
 
@@ -84,15 +84,15 @@ class Alone:
     def stop(self) -> str | None:
         return signals.received()
 
-    def channel(self, name: str) -> Ranks:
-        return ALONE
+    def channel(self, name: str) -> Communicator:
+        return SINGLE_PROCESS
 
     def begin(self, device: Any) -> None:
-        from runner.distributed.stall import Stall  # imports torch
+        from runner.distributed.stall import Stall
 
         self._stall = Stall(*self._bounds)
 
-    def exchange(self, news: News) -> News:
+    def exchange(self, news: StepReport) -> StepReport:
         self.poll()
         return news
 

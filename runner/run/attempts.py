@@ -1,23 +1,138 @@
-"""One attempt at a run, which is the life of one process (or team of processes), from the claim to the end.
+"""The thread that shows that an attempt lives, and that notices if another attempt has taken over its run.
+
+One attempt at a run, which is the life of one process (or team of processes), from the claim to the end.
 
 Attempt numbers only grow. A process that finds a higher number than its own has been superseded.
 """
 
+import json
+import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from itertools import count
 from typing import Any
 
 from runner import signals
-from runner.errors import RunInUse, StorageError, Superseded, redacted
-from runner.run import records
-from runner.run.heartbeat import Heartbeat, dump, now
-from runner.run.records import Name, Record
+from runner.errors import RunGone, RunInUse, StorageError, Superseded, redacted
+from runner.run import attempt_records
+from runner.run.attempt_records import Name, Record
 from runner.storage.location import Location, Lock
+
+log = logging.getLogger("runner")
+
+GONE_SECONDS = 10.0  # so long a run directory that was moved away may take to come back
+_EASY = 25  # attempts that are looked through at every beat; more of them less often
+_PATIENCE_SECONDS = 0.2
+_JOIN_SECONDS = 1.0
+
+
+class Heartbeat:
+    """Writes ``attempts/<name>.beat`` every ``location.beat_seconds``, and ignores errors of the storage.
+
+    ``superseded`` is the attempt that took over the run, once there is one. Where the claim is gone nothing is written:
+    it would make the folder of a removed run again. The thread takes no lock but its own, which forked data workers
+    never use, so that a fork cannot deadlock.
+    """
+
+    def __init__(self, location: Location, name: Name) -> None:
+        self.superseded: Record | None = None
+        self._location = location
+        self._name = name
+        self._facts: dict[str, Any] = {}
+        self._sequence = 0
+        self._lost: float | None = None  # since when the claim is gone
+        self._told = False
+        self._asked = self._done = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def note(self, **facts: Any) -> None:
+        """Put these facts into all further heartbeats; costs nothing."""
+        self._facts.update(facts)
+
+    def facts(self) -> dict[str, Any]:
+        """All facts noted so far, with the current time."""
+        return {**self._facts, "time": now()}
+
+    def beat(self) -> None:
+        """Write a heartbeat now. Waits for it only a moment, in case the storage does not answer."""
+        with self._changed:
+            self._asked = asked = self._asked + 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._done >= asked, timeout=_PATIENCE_SECONDS)
+
+    def raise_if_gone(self) -> None:
+        """Raise RunGone if the claim has not been in the run directory for ``GONE_SECONDS``; costs nothing."""
+        lost = self._lost
+        if lost is None:
+            self._told = False
+            return
+        gone = f"{self._location.url} was moved, removed or replaced: attempt {self._name.number}, this process, is not"
+        if time.monotonic() - lost > GONE_SECONDS:
+            raise RunGone(
+                f"{gone} in it, and has not been for {GONE_SECONDS:.0f} seconds. Nothing was written there since. If "
+                "the directory is somewhere else, move it back and run the same command again; else that begins anew."
+            )
+        if not self._told:
+            log.warning("%s in it. Waiting %.0f seconds for it to come back", gone, GONE_SECONDS)
+        self._told = True
+
+    def stop(self) -> None:
+        """End the thread; one that still waits for the storage is abandoned."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            asked = self._asked
+            self._look()
+            if self._lost is None:
+                self._write()
+            with self._changed:
+                self._done = asked
+                self._changed.notify_all()
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopped or self._asked > self._done, timeout=self._location.beat_seconds
+                )
+
+    def _write(self) -> None:
+        self._sequence += 1
+        beat = {"sequence": self._sequence, **self.facts()}
+        with suppress(StorageError):
+            self._location.replace(f"{self._name}.beat", [dump(beat)], durable=False)
+
+    def _look(self) -> None:
+        rare = self._lost is None and self._sequence % (1 + self._name.number // _EASY)
+        if self.superseded is None and not rare:
+            try:
+                self.superseded = attempt_records.successor(self._location, self._name)
+                self._lost = None
+            except attempt_records.Lost:
+                self._lost = self._lost or time.monotonic()
+            except StorageError:
+                pass  # an outage says nothing of the claim
+
+
+def now() -> str:
+    """The current time as records contain it (ISO 8601, UTC)."""
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+
+
+def dump(value: dict[str, Any]) -> bytes:
+    """A record as bytes to be stored."""
+    return json.dumps(value, indent=1).encode() + b"\n"
+
 
 _CHANCE = secrets.SystemRandom()  # not the global generator, which is part of the run's state
 _PAUSE_SECONDS = 0.005
@@ -64,7 +179,7 @@ class Attempt:
     def successor(self) -> Record | None:
         """The attempt that superseded this one, if any has. Asks the storage; raises StorageError, and RunGone."""
         self._heart.raise_if_gone()
-        return records.successor(self.location, self.name)
+        return attempt_records.successor(self.location, self.name)
 
     def _raise_if(self, newer: Record | None) -> None:
         if newer is not None:
@@ -79,7 +194,9 @@ class Attempt:
         told = {key: redacted(fact) if isinstance(fact, str) else fact for key, fact in facts.items()}
         record = self._heart.facts() | told | {"outcome": outcome}
         try:
-            if self.name in records.names(self.location):  # else the directory of a removed run would be made again
+            if self.name in attempt_records.names(
+                self.location
+            ):  # else the directory of a removed run would be made again
                 self.location.replace(f"{self.name}.end.json", [dump(record)])
         finally:
             self._lock.release()
@@ -104,7 +221,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
     dead: set[Name] = set()
     for tries in count():
         signals.raise_if_received("during start-up, nothing to commit")
-        before = records.names(location)
+        before = attempt_records.names(location)
         if not steal:
             _raise_if_live(location, before, dead, remedy=_REMEDY)
         attempt = _try(location, facts, before, above)
@@ -116,11 +233,11 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
 
 def raise_if_live(location: Location) -> None:
     """Raise RunInUse if the process of the newest attempt lives."""
-    _raise_if_live(location, records.names(location), set())
+    _raise_if_live(location, attempt_records.names(location), set())
 
 
 def _raise_if_live(location: Location, found: list[Name], dead: set[Name], *, remedy: str = "") -> None:
-    record = records.live(location, found, dead=dead)
+    record = attempt_records.live(location, found, dead=dead)
     if record is not None:
         raise RunInUse(f"{location.url} is in use by {record.owner()}.{remedy}")
 
@@ -128,13 +245,13 @@ def _raise_if_live(location: Location, found: list[Name], dead: set[Name], *, re
 def _try(location: Location, facts: dict[str, Any], before: list[Name], above: int) -> Attempt | None:
     """Claim the next number; None if the claims differ from those of ``before`` by more than this one."""
     name = Name(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
-    if name.number > records.HIGHEST:
+    if name.number > attempt_records.HIGHEST:
         raise StorageError(f"{location.url}: no attempt can follow number {name.number - 1}, which no run has reached")
     lock = location.lock(f"{name}.lock")  # before the claim, so that nobody sees a living process's claim unlocked
     assert lock is not None, "nobody else has this name"
     try:
         location.put(f"{name}.json", [dump(_self(location) | facts | {"attempt": name.number})])
-        alone = records.names(location) == [*before, name]
+        alone = attempt_records.names(location) == [*before, name]
     except BaseException:
         with suppress(StorageError):
             _withdraw(location, name, lock)
@@ -156,9 +273,9 @@ def _withdraw(location: Location, name: Name, lock: Lock) -> None:
 def _self(location: Location) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "machine": records.machine(location),
+        "machine": attempt_records.machine(location),
         "pid": os.getpid(),
         "started": now(),
         "beat": location.beat_seconds,
-        "cluster": records.cluster_job(),
+        "cluster": attempt_records.cluster_job(),
     }

@@ -25,7 +25,7 @@ from runner.config.identity import IDENTITY, digest
 from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
-from runner.run import records
+from runner.run import attempt_records
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location
 
@@ -140,9 +140,9 @@ class RunDirectory:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
         a number below ``before``) accepted instead.
         """
-        return self.identity_since(records.last(self.location, before=before))
+        return self.identity_since(attempt_records.last(self.location, before=before))
 
-    def identity_since(self, newest: records.Record | None) -> dict[str, Any] | None:
+    def identity_since(self, newest: attempt_records.Record | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()

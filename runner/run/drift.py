@@ -20,7 +20,7 @@ ABSENT = _Absent()
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class ChangedKey:
     """One key with two values; ``ABSENT`` where a side has no such key."""
 
     key: str
@@ -28,7 +28,7 @@ class Difference:
     now: Any
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
     """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``; and what an older version saved in place of
     ``${oc.env:NAME}`` equals that, if it is still what that stands for.
     """
@@ -38,7 +38,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
         for key in sorted(left | right)
         if not any(_equal(left.get(key, ABSENT), now.get(key, ABSENT)) for now in (right, older))
     ]
-    return [Difference(key, *_shown(left.get(key, ABSENT), right.get(key, ABSENT))) for key in differing]
+    return [ChangedKey(key, *_shown(left.get(key, ABSENT), right.get(key, ABSENT))) for key in differing]
 
 
 def resolved(value: Any) -> Any:
@@ -56,7 +56,7 @@ def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
     return ("***" if older else saved), now
 
 
-def table(differences: list[Difference]) -> str:
+def table(differences: list[ChangedKey]) -> str:
     """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
     rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
     return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)

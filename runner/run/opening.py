@@ -18,7 +18,7 @@ log = logging.getLogger("runner")
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class OpenedRun:
     """A run directory as this command finds it, before it claims the run.
 
     ``drift``: changes of the configuration that the user accepted. ``accepted``: the configuration from now on, if it
@@ -28,7 +28,7 @@ class Opening:
 
     directory: RunDirectory
     identity: dict[str, Any]
-    drift: list[drift.Difference]
+    drift: list[drift.ChangedKey]
     accepted: dict[str, Any] | None
     parent: Parent | None
     result: dict[str, Any] | None
@@ -37,14 +37,14 @@ class Opening:
 
 def open_run(
     directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str, parent: Parent | None = None
-) -> Opening:
+) -> OpenedRun:
     """Find out in which state the run is; a new one starts from ``parent``. Only reads.
 
     Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
     """
     refuse_links(directory.root, directory.name)
     if directory.record() is None:
-        return Opening(directory, identity, [], None, parent, None, command)
+        return OpenedRun(directory, identity, [], None, parent, None, command)
     require_same(directory, parent)
     saved = directory.identity()
     differences = drift.compare(saved, identity) if saved is not None else []
@@ -53,7 +53,7 @@ def open_run(
     if differences and on_drift == "refuse":
         raise DriftRefused(_refusal(directory, differences, command))
     if saved is None:
-        return Opening(directory, identity, [], None, parent, None, command)
+        return OpenedRun(directory, identity, [], None, parent, None, command)
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
@@ -61,10 +61,10 @@ def open_run(
     if result is not None and (lacking := directory.lacks(result)):
         log.warning("finished, but %s: made again from the last checkpoint", lacking)
         result = None
-    return Opening(directory, identity, differences, accepted, parent, result, command)
+    return OpenedRun(directory, identity, differences, accepted, parent, result, command)
 
 
-def begin(opening: Opening, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
+def begin(opening: OpenedRun, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
     """Write the run's record and configuration unless they are there.
 
     Raises, and withdraws the attempt, if the run has changed since it was opened: DriftRefused if another command with
@@ -94,7 +94,7 @@ def is_free(directory: RunDirectory) -> bool:
     return True
 
 
-def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opening:
+def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> OpenedRun:
     """The fork's name is made from its configuration, so that the same command finds it again."""
     older = drift.resolved(identity)  # an older version named it so
     fork, before = (
@@ -105,10 +105,10 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Openi
         fork, identity = before, older
     refuse_links(fork.root, fork.name)
     finished = fork.finished(identity) if fork.record() is not None else None
-    return Opening(fork, identity, [], None, Parent.forked(parent), finished, command)
+    return OpenedRun(fork, identity, [], None, Parent.forked(parent), finished, command)
 
 
-def _refusal(directory: RunDirectory, differences: list[drift.Difference], command: str) -> str:
+def _refusal(directory: RunDirectory, differences: list[drift.ChangedKey], command: str) -> str:
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
         f"{drift.table(differences)}\n\n"

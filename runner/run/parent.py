@@ -13,23 +13,23 @@ _WHICH = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Which:
+class CheckpointRef:
     """A run (path or URL), and which of its checkpoints: a step, ``best`` by the objective, or None for the newest."""
 
     run: str
     checkpoint: int | str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Which":
+    def parse(cls, text: str) -> "CheckpointRef":
         """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
         found = _WHICH.fullmatch(text)
         if found is None:
             return cls(text)
         return cls(found[1], found[2] if found[2] == "best" else int(found[2]))
 
-    def under(self, root: str) -> "Which":
+    def under(self, root: str) -> "CheckpointRef":
         """With a path within ``root`` if it is there, so that it stays the same when the root is moved or copied."""
-        return Which(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
+        return CheckpointRef(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
 
     def __str__(self) -> str:
         return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
@@ -41,7 +41,7 @@ class Parent:
     is there; None for a fork after drift. ``options`` are those of a remote storage.
     """
 
-    which: Which
+    which: CheckpointRef
     inherit: str  # model, all
     asked: str | None = None
     options: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -49,11 +49,11 @@ class Parent:
     @classmethod
     def forked(cls, directory: RunDirectory) -> "Parent":
         """That of a fork of a run."""
-        return cls(Which(directory.location.url), inherit="all", options=directory.options)
+        return cls(CheckpointRef(directory.location.url), inherit="all", options=directory.options)
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ParentRecord:
     """What a run started from, as recorded in its ``run.json``: one particular commit of the run ``run``."""
 
     run: str
@@ -63,7 +63,7 @@ class Origin:
     asked: str | None
 
     @classmethod
-    def of(cls, directory: RunDirectory) -> "Origin | None":
+    def of(cls, directory: RunDirectory) -> "ParentRecord | None":
         """The recorded origin; None for a run that started from scratch or does not exist."""
         record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
         if record is None:
@@ -81,9 +81,9 @@ class Origin:
         return 0 if self.inherit == "model" else self.step
 
     @property
-    def which(self) -> Which:
+    def which(self) -> CheckpointRef:
         """What was asked for, where it was then."""
-        return Which(self.run, Which.parse(self.asked or "").checkpoint)
+        return CheckpointRef(self.run, CheckpointRef.parse(self.asked or "").checkpoint)
 
     def record(self) -> dict[str, Any]:
         """As plain values, for ``run.json``."""
@@ -99,7 +99,7 @@ def anew(command: str, directory: RunDirectory, step: int) -> str:
 
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
     """Raise DriftRefused if the existing run started from something else than this command asks for."""
-    origin = Origin.of(directory)
+    origin = ParentRecord.of(directory)
     then = (origin.which, origin.inherit) if origin and origin.asked else None
     now = (parent.which, parent.inherit) if parent else None
     moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
@@ -111,7 +111,7 @@ def require_same(directory: RunDirectory, parent: Parent | None) -> None:
         )
 
 
-def _told(parent: tuple[Which, str] | None) -> str:
+def _told(parent: tuple[CheckpointRef, str] | None) -> str:
     return (
         printable(f"with run.parent={shlex.quote(str(parent[0]))} run.inherit={parent[1]}")
         if parent

@@ -12,8 +12,8 @@ from typing import Any
 
 from runner.errors import RunnerError, printable
 from runner.run.directory import RunDirectory
-from runner.runs import compare, details, diff, listing
-from runner.runs.overview import Overview, guarded, overviews
+from runner.runs import compare, listing, show
+from runner.runs.listing import Overview, guarded, overviews
 
 _USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would be taken for one more status
 _Commands = Any  # argparse's type for subcommands is private
@@ -120,22 +120,22 @@ def _watch(parsed: argparse.Namespace) -> int:
 def _compare(parsed: argparse.Namespace) -> int:
     found = compare.compare(parsed.root, _selection(parsed))
     if parsed.png or parsed.html:
-        from runner.runs import page  # imports fsspec
+        from runner.runs import html_report
 
-        page.write(found, png=parsed.png, html=parsed.html)
+        html_report.write(found, png=parsed.png, html=parsed.html)
     return _print(parsed, compare.plain(found), lambda _: compare.text(found))
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    return _print(parsed, details.details(RunDirectory.at(parsed.run)), details.text)
+    return _print(parsed, show.details(RunDirectory.at(parsed.run)), show.details_text)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    return _print(parsed, diff.diff(RunDirectory.at(parsed.a), RunDirectory.at(parsed.b)), diff.text)
+    return _print(parsed, show.diff(RunDirectory.at(parsed.a), RunDirectory.at(parsed.b)), show.diff_text)
 
 
 def _audit(parsed: argparse.Namespace) -> int:
-    from runner.runs import audit  # imports numpy
+    from runner.runs import audit
 
     proof, found = audit.audit(RunDirectory.at(parsed.run))
     _print(parsed, found, audit.text)
@@ -143,7 +143,7 @@ def _audit(parsed: argparse.Namespace) -> int:
 
 
 def _prune(parsed: argparse.Namespace) -> int:
-    from runner.runs import prune  # imports torch
+    from runner.runs import prune
 
     rows = prune.prune(
         RunDirectory.at(parsed.run),
@@ -156,7 +156,7 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from runner.runs import export  # imports torch
+    from runner.runs import export
 
     return _print(parsed, export.export(parsed.run, parsed.target, force=parsed.force), export.text)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from runner.checkpoint import manifest
 from runner.data import ledger
+from runner.data.exactly_once import Proof, prove
 from runner.data.plan import Plan
-from runner.data.proof import Proof, prove
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
-from runner.run.parent import Origin
-from runner.runs import screen
-from runner.runs.overview import guarded, integer
+from runner.run.parent import ParentRecord
+from runner.runs import listing
+from runner.runs.listing import guarded, integer
 
 
 def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
@@ -23,7 +23,7 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
-    origin = Origin.of(directory)
+    origin = ParentRecord.of(directory)
     with guarded(f"the ledger of {location.url}"):
         proof = prove(
             segments,
@@ -54,7 +54,7 @@ def text(found: Mapping[str, Any]) -> str:
     if found["indexed"]:
         columns = ["source"] * ("source" in found["epochs"][0]) if found["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
-        told.append(screen.table(_folded(found["epochs"]), columns))
+        told.append(listing.table(_folded(found["epochs"]), columns))
     else:
         told.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = found["again"].values()

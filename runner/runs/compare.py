@@ -10,9 +10,8 @@ from runner.errors import ConfigError
 from runner.metrics import lines
 from runner.run import drift
 from runner.run.directory import RunDirectory
-from runner.runs import screen
-from runner.runs.listing import Selection
-from runner.runs.overview import Facts, Overview, integer, number, of_each_run, overview
+from runner.runs import listing
+from runner.runs.listing import Facts, Overview, Selection, integer, number, of_each_run, overview
 
 _MOST_COLUMNS = 8  # parameters in a table for people
 
@@ -96,24 +95,24 @@ def text(found: Comparison) -> str:
     """The comparison as a table, with a line that explains it."""
     shown = found.swept[:_MOST_COLUMNS]
     rows = [{**{key: parameter(run, key) for key in shown}, **asdict(run.line)} for run in found.runs]
-    told = [screen.table(rows, ["run", "objective", "status", "step", *shown]), ""]
+    told = [listing.table(rows, ["run", "objective", "status", "step", *shown]), ""]
     told.append(f"{len(rows)} runs, best first by {title(found.goal)}.")
     if not found.swept:
         told.append("No parameter differs between them.")
     if len(shown) < len(found.swept):
-        more = ", ".join(map(screen.cell, found.swept[len(shown) :]))
+        more = ", ".join(map(listing.cell, found.swept[len(shown) :]))
         told.append(f"They also differ in {more}: choose runs with --experiment or --match, or see --json.")
     return "\n".join(told)
 
 
 def title(goal: Goal | None) -> str:
     """The goal in words."""
-    return f"{screen.cell(goal.metric)} ({goal.mode})" if goal else "no objective: none has a metric for it"
+    return f"{listing.cell(goal.metric)} ({goal.mode})" if goal else "no objective: none has a metric for it"
 
 
 def parameter(run: Candidate, key: str) -> str:
     """A parameter of a run as text; empty if the run has no such key."""
-    return screen.value(run.parameters[key]) if key in run.parameters else ""
+    return listing.value(run.parameters[key]) if key in run.parameters else ""
 
 
 def _candidate(name: str, directory: RunDirectory) -> Candidate:

@@ -8,7 +8,7 @@ from runner.errors import ConfigError
 from runner.finish import plain
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
-from runner.run.parent import Which
+from runner.run.parent import CheckpointRef
 from runner.storage import files
 
 
@@ -18,7 +18,7 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     Raises ConfigError for a step that is not there, and for a target that is there unless ``force``;
     NoLoadableCheckpoint; StorageError.
     """
-    which = Which.parse(run)
+    which = CheckpointRef.parse(run)
     directory = RunDirectory.at(which.run)
     if not force and files.exists(target):
         raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")

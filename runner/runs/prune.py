@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from runner.checkpoint.manifest import CommitId, parse_data
-from runner.checkpoint.retention import LEAST, Kept, Retention
+from runner.checkpoint.retention import LEAST, CommitInfo, Retention
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.tensors import Damaged
+from runner.checkpoint.tensor_file import Damaged
 from runner.errors import ConfigError
-from runner.run import attempts, records
+from runner.run import attempt_records, attempts
 from runner.run.directory import RunDirectory
-from runner.runs import screen
+from runner.runs import listing
 
 
 def prune(
@@ -28,7 +28,7 @@ def prune(
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
     goal = (directory.identity() or {}).get("objective") or {}
     retention = Retention(last, every_steps, best, goal.get("mode") if goal.get("metric") else None)
-    newest = records.last(directory.location)
+    newest = attempt_records.last(directory.location)
     attempts.raise_if_live(directory.location)
     store = CheckpointStore(directory.location)
     if remove:
@@ -45,11 +45,11 @@ def text(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
     """The same for people."""
     gone = [row["size"] for row in rows if not row["keep"]]
     would = "Removed" if removed else "Nothing was changed. --yes would remove"
-    told = screen.table(rows, ["commit", "step", "objective", "size", "keep", "why"])
+    told = listing.table(rows, ["commit", "step", "objective", "size", "keep", "why"])
     return f"{told}\n\n{would} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB."
 
 
-def _survey(store: CheckpointStore) -> list[Kept]:
+def _survey(store: CheckpointStore) -> list[CommitInfo]:
     """All commits; one counts as verified if its manifest and the sizes of its files are right."""
     return [replace(one, verified=not one.damaged) for one in store.survey()]
 
@@ -68,7 +68,7 @@ def _verify(store: CheckpointStore, retention: Retention) -> None:
             store.damaged.add(newest)
 
 
-def _rows(known: list[Kept], reasons: dict[CommitId, str], store: CheckpointStore) -> list[dict[str, Any]]:
+def _rows(known: list[CommitInfo], reasons: dict[CommitId, str], store: CheckpointStore) -> list[dict[str, Any]]:
     sizes = Counter[CommitId | None]()
     for entry in store.location.list("data"):
         sizes[parse_data(entry.name)] += entry.size

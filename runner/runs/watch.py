@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from runner.errors import ConfigError, RunnerError, printable
 from runner.runs import listing
-from runner.runs.overview import Overview
+from runner.runs.listing import Overview
 
 _BEATS_SECONDS = 15.0  # three beats of a process that works on a remote root
 

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from runner.cache import LRUCache
 from runner.errors import DataError
-from runner.recent import Recent
 from runner.shards.tokens import RowLayout, check_index, checked_length
 from runner.storage import files
 
@@ -51,7 +51,7 @@ class Packed:
             raise DataError(
                 f"{counts.sum()} tokens are too few for a sample of {length + 1}; give more or a smaller length"
             )
-        self._recent: Recent[NDArray[np.int64]] = Recent(_DOCUMENTS_HELD)
+        self._recent: LRUCache[NDArray[np.int64]] = LRUCache(_DOCUMENTS_HELD)
 
     def __len__(self) -> int:
         return self._layout.rows

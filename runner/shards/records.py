@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
-from runner.recent import Recent
 from runner.shards import formats
 from runner.shards.manifest import Manifest, Shard, load
 from runner.shards.scan import scan
@@ -39,7 +39,7 @@ class Records:
         _refuse_tokens(self.manifest.kind)
         self.decode = decode
         self._format = formats.reader(self.manifest.kind)
-        self._blocks: Recent[_Block] = Recent(_BLOCKS_HELD)
+        self._blocks: LRUCache[_Block] = LRUCache(_BLOCKS_HELD)
         self._last: _Block = _NO_BLOCK
         self._size_check = SizeCheck()
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
-from runner.recent import Recent
 from runner.shards.manifest import Shard
 from runner.shards.records import SizeCheck, open_manifest
 from runner.storage import files
@@ -55,7 +55,7 @@ class Tokens:
                 f"{len(self.manifest.shards)} shards ({self.manifest.shards[0].url} ...) hold {self.tokens} tokens: "
                 f"too few for one sample of {length + 1}; give more, or a smaller length"
             )
-        self._maps: Recent[NDArray[np.integer] | None] = Recent(_MAPS_HELD)
+        self._maps: LRUCache[NDArray[np.integer] | None] = LRUCache(_MAPS_HELD)
         self._size_check = SizeCheck()
 
     @property

@@ -16,7 +16,7 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
     ``options`` are fsspec's for a URL: credentials, endpoints.
     """
     if is_remote(url):
-        from runner.storage.remote import RemoteLocation  # imports fsspec, which a run on a disk may not need
+        from runner.storage.remote import RemoteLocation
 
         return RemoteLocation(url, options or {})
     return LocalLocation(local_root(url))

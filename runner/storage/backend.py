@@ -1,4 +1,6 @@
-"""Access to an fsspec store with deadlines, retries and clear errors.
+"""Which requests of an fsspec store belong to which operation: a listing that asks for page after page gets on.
+
+Access to an fsspec store with deadlines, retries and clear errors.
 
 An operation is a function of a file system. It runs in a daemon thread, which is abandoned when its time is up, because
 no client's own timeout covers a server that accepts a request and never answers. All operations can be repeated.
@@ -6,6 +8,7 @@ no client's own timeout covers a server that accepts a request and never answers
 
 import asyncio
 import copy
+import functools
 import os
 import random
 import re
@@ -14,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import fsspec
@@ -21,7 +25,30 @@ from fsspec.asyn import AsyncFileSystem
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import protocol
-from runner.storage.requests import REQUESTS, count_requests
+
+# What s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
+_REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
+REQUESTS: ContextVar[list[None] | None] = ContextVar("requests", default=None)  # tasks in fsspec's loop inherit it
+
+
+def count_requests(system: Any) -> None:
+    """Have a file system note every request for the operation that it belongs to."""
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            requests = REQUESTS.get()
+            if requests is not None:
+                requests.append(None)
+            return call(*arguments, **keywords)
+
+        return noted
+
+    for path in _REQUEST:
+        *owners, name = path.split(".")
+        owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, system)
+        if call := getattr(owner, name, None):
+            setattr(owner, name, counted(call))
+
 
 T = TypeVar("T")
 

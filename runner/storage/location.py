@@ -2,10 +2,13 @@
 
 A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``; nothing above or beside the location can
 be named. Every implementation gives the guarantees below, so no other package needs to know which one it has.
+
+One journal after the other, so that none grows without end.
 """
 
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -136,3 +139,41 @@ def local_root(root: str) -> str:
         raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
     found = _URL.match(root)
     return os.path.expanduser(root[found.end() :] if found else root)
+
+
+class Journals:
+    """Journals of one writer; ``size`` bytes were appended to the last one since it was begun.
+
+    One thread may call ``flush`` while another appends and begins.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.size = 0
+        self._location = location
+        self._open: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
+
+    def begin(self, name: str, head: bytes) -> None:
+        """Go on in a new object that starts with ``head``. Raises StorageError, and then the last one grows on."""
+        journal = self._location.journal(name)
+        journal.append(head)
+        self._open.append(journal)
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Add to the last one; never fails, as ``Journal.append``."""
+        self._open[-1].append(data)
+        self.size += len(data)
+
+    def flush(self) -> None:
+        """Make everything so far durable. Raises StorageError, after which it can be called again."""
+        while True:
+            journal, full = self._open[0], len(self._open) > 1
+            journal.sync()
+            if not full:
+                return
+            self._open.popleft().close()
+
+    def close(self) -> None:
+        """Let go of them, without a promise for what was not flushed."""
+        while self._open:
+            self._open.popleft().close()

@@ -1,4 +1,6 @@
-"""A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
+"""An object that grows on this machine and is uploaded as a whole, for stores that cannot append to objects.
+
+A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
 
 Object stores show an object when its upload is complete. All other stores are written like a disk: a temporary name,
 then ``mv`` over the final one, which such a file system must do in one step. SFTP's posix-rename does; what it cannot
@@ -14,6 +16,7 @@ import math
 import os
 import secrets
 import tempfile
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -23,8 +26,35 @@ from typing import Any
 from runner.errors import StorageError
 from runner.storage.backend import Backend, limits
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
-from runner.storage.location import Buffer, Entry, check_name
-from runner.storage.uploads import UploadedJournal
+from runner.storage.location import Buffer, Entry, Location, check_name
+
+
+class UploadedJournal:
+    """A growing object in memory, uploaded as a whole by each ``sync``. Later data is lost with the process."""
+
+    def __init__(self, location: Location, name: str) -> None:
+        self._location = location
+        self._name = name
+        self._data = bytearray()
+        self._synced = -1
+        self._appending = threading.Lock()
+        self._uploading = threading.Lock()
+
+    def append(self, data: bytes) -> None:
+        with self._appending:
+            self._data += data
+
+    def sync(self) -> None:
+        with self._uploading:
+            with self._appending:
+                data = bytes(self._data)
+            if len(data) != self._synced:
+                self._location.replace(self._name, [data])
+                self._synced = len(data)
+
+    def close(self) -> None:
+        pass
+
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 _MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file

@@ -21,12 +21,11 @@ from omegaconf import DictConfig
 
 from runner import signals
 from runner.config.checks import refuse_secrets
-from runner.distributed.world import World, world
+from runner.distributed.environment import World, world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
 from runner.job import Job, absolute_root, storage_options
-from runner.stop import VARIABLE, StopRequest
-from runner.sweep.isolation import isolated
-from runner.sweep.jobs import Jobs, Names, SignalLoader
+from runner.stop_request import VARIABLE, StopRequest
+from runner.sweep.jobs import Jobs, Names, SignalLoader, isolated
 from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, Overrides, failed, survey, table
 
 log = logging.getLogger("runner")

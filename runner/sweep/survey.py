@@ -13,8 +13,8 @@ from runner import signals
 from runner.checkpoint.manifest import CommitId, commits
 from runner.errors import ConfigError, DriftRefused, RunnerError, printable
 from runner.job import Job
-from runner.run import records
-from runner.run.records import Record
+from runner.run import attempt_records
+from runner.run.attempt_records import Record
 
 DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
 _SHOWN = 20  # runs of one status
@@ -122,7 +122,7 @@ def _row(one: Found) -> list[str]:
 
 def _unfinished(job: Job) -> Found:
     location, name = job.directory.location, job.directory.name
-    history = records.history(location)
+    history = attempt_records.history(location)
     if not history:
         return Found(name, NEW)
     last = history[-1]
@@ -146,13 +146,13 @@ def _failures(history: Sequence[Record], committed: Sequence[CommitId]) -> int:
     a cluster ended to queue their job again.
     """
     saved = {commit.attempt for commit in committed}
-    failures, later = 0, records.cluster_job()
+    failures, later = 0, attempt_records.cluster_job()
     for record in reversed(history):
         job = record.claim.get("cluster")
         killed = record.end is None and not record.beat.get("committed") and record.number not in saved
         if not killed and _outcome(record) != "failed":
             break
-        failures += not (killed and records.requeued(job, later))
+        failures += not (killed and attempt_records.requeued(job, later))
         later = job
     return failures
 
@@ -166,7 +166,7 @@ def _beating(unclear: Mapping[Overrides, Record], pool: Executor) -> set[Overrid
     began = time.monotonic()
     while silent:
         last = time.monotonic() - began > patience
-        looks = [*pool.map(lambda record: records.read(record.location, record.name), silent.values())]
+        looks = [*pool.map(lambda record: attempt_records.read(record.location, record.name), silent.values())]
         for (each, before), now in zip([*silent.items()], looks, strict=True):
             alive = now.alive() if now else False  # a claim may be withdrawn
             if alive or (alive is None and now and now.beat != before.beat):

@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
         options, command, as_json = parse(given)
-        from runner.verify.proof import prove  # imports torch
+        from runner.verify.proof import prove
 
         verdict = prove(command, options, tell=lambda line: print(line, file=sys.stderr, flush=True))
         if options.html:
-            from runner.verify.page import write
+            from runner.verify.html_report import write
 
             verdict = write(verdict, options.html)
     except RunnerError as error:

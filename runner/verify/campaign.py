@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import count, pairwise
 
 from runner.verify import difference
-from runner.verify.lives import Ended, Kill
+from runner.verify.execution import AttemptEnd, AttemptTrace, Executor, Kill, RunTrace
 from runner.verify.options import Options
-from runner.verify.run import Lived, Run, Stage
 
 _STEPS = 100  # unless verify.steps says more
 _SECONDS = 20.0  # of training in which as many of them are done as can be
@@ -25,7 +24,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class KillPlan:
     """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
     checkpoint of ``size`` bytes ``every`` so many, and the ``kills``. Of each kill a rank may be the only one of the
     ``victims``; None: all are.
@@ -56,9 +55,9 @@ def evaluations(options: Options) -> int:
     return max(1, (options.steps or _STEPS) // 3)
 
 
-def undisturbed(stage: Stage, options: Options) -> Run:
+def undisturbed(stage: Executor, options: Options) -> RunTrace:
     """The run to which others are compared."""
-    run = Run("undisturbed")
+    run = RunTrace("undisturbed")
     wanted = options.steps or _STEPS
     limit = None if options.steps else _SECONDS
     more = ("checkpoint.background=false", *saving(interval(wanted)))
@@ -73,7 +72,7 @@ def interval(steps: int) -> int:
     return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
-def plan(run: Run, options: Options) -> Plan:
+def plan(run: RunTrace, options: Options) -> KillPlan:
     """What the undisturbed run showed to be worth trying: as many steps as it did, kills at moments of every kind."""
     life = run.lives[0]
     built = life.of("built")[0]
@@ -90,12 +89,12 @@ def plan(run: Run, options: Options) -> Plan:
     ended = life.of("finished")[0]["result"]["reason"]
     limit = steps if ended == "max_steps" else steps + 1
     size = max((event["bytes"] for event in life.of("committed")), default=0)
-    return Plan(steps, limit, every, size, built["epoch"], kills, victims, workers)
+    return KillPlan(steps, limit, every, size, built["epoch"], kills, victims, workers)
 
 
-def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
+def disturbed(stage: Executor, found: KillPlan, tell: Tell) -> RunTrace:
     """The same run, killed at every moment of the plan."""
-    run = Run("killed")
+    run = RunTrace("killed")
     for number, (kill, victim) in enumerate([*zip(found.kills, found.victims, strict=True), (None, None)]):
         workers = found.workers[(number + 1) % len(found.workers)]
         background = f"checkpoint.background={'true' if number % 2 else 'false'}"
@@ -112,13 +111,13 @@ def disturbed(stage: Stage, found: Plan, tell: Tell) -> Run:
         )
         if life.ended.status not in (None, 0):
             break
-        tell(told(life))
+        tell(summary(life))
         if life.ended.status == 0:
             break
     return run
 
 
-def told(life: Lived) -> str:
+def summary(life: AttemptTrace) -> str:
     """A life in words."""
     how = {
         None: "to the end",
@@ -134,7 +133,7 @@ def told(life: Lived) -> str:
     return f"steps {life.first:>5} to {life.last:>5}, {life.workers} workers, {how}{alone}"
 
 
-def failure(ended: Ended) -> str:
+def failure(ended: AttemptEnd) -> str:
     """The last lines of a life that failed, without a traceback's frames."""
     lines = [line for line in ended.output.splitlines() if line.strip()]
     starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
@@ -153,7 +152,7 @@ def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
     return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
 
 
-def _losable(run: Run, steps: int) -> dict[int, set[object]]:
+def _losable(run: RunTrace, steps: int) -> dict[int, set[object]]:
     """By step before the last, what would be lost in a process that ended there, as far as it is in no state: what
     objects remember that is not as it was at first, and what cannot be seen but may come and go every few steps.
     """

@@ -1,10 +1,13 @@
-"""What makes runs differ, in words: the likely cause of a first difference, and what to do about it."""
+"""What makes runs differ, in words: the likely cause of a first difference, and what to do about it.
+
+What is behind an attempt that ended with an error, as far as its words tell.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runner.verify import memory
-from runner.verify.difference import Difference, Remembered
+from runner.verify.difference import FirstDifference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
 SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
@@ -89,12 +92,12 @@ CAUSES: Mapping[str, Cause] = {
 }
 
 
-def of_chance(found: Difference) -> Cause:
+def of_chance(found: FirstDifference) -> Cause:
     """Nothing that can be held fast explains why two undisturbed runs differ."""
     return CAUSES["entropy" if any(map(_is_generator, found.remembered)) else "chance"]
 
 
-def of_process(found: Difference) -> Cause:
+def of_process(found: FirstDifference) -> Cause:
     """Another number of data workers makes another result, although nothing was killed."""
     if _of_data(found.moving):  # each worker has a memory of its own
         return _data(found)
@@ -105,7 +108,7 @@ def of_process(found: Difference) -> Cause:
     )
 
 
-def of_part(found: Difference) -> Cause:
+def of_part(found: FirstDifference) -> Cause:
     """What a difference after a resume says of the part that differs first."""
     if found.restored:
         part = found.part
@@ -117,12 +120,12 @@ def of_part(found: Difference) -> Cause:
     return _BY_PART.get(found.part, _other)(found)
 
 
-def has_callbacks(found: Difference) -> bool:
+def has_callbacks(found: FirstDifference) -> bool:
     """Whether a callback of the user's remembers something that it did not get back."""
     return bool(_suspects(found, "callbacks."))
 
 
-def of_callbacks(found: Difference) -> Cause:
+def of_callbacks(found: FirstDifference) -> Cause:
     """Without the user's callbacks a resumed run is equal."""
     return Cause(
         "callback memory",
@@ -131,7 +134,7 @@ def of_callbacks(found: Difference) -> Cause:
     )
 
 
-def _order(found: Difference) -> Cause:
+def _order(found: FirstDifference) -> Cause:
     return Cause(
         "data order",
         f"the samples come in another order after a resume{_who(found, 'data.train')}",
@@ -139,7 +142,7 @@ def _order(found: Difference) -> Cause:
     )
 
 
-def _data(found: Difference) -> Cause:
+def _data(found: FirstDifference) -> Cause:
     moving = _of_data(found.moving) or _of_data(found.remembered)
     told = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in moving[:3])
     if any(_is_generator(entry) for entry in moving):
@@ -161,7 +164,7 @@ def _is_generator(entry: Remembered) -> bool:
     return "in state" in (entry[1] or "")
 
 
-def _generators(found: Difference) -> Cause:
+def _generators(found: FirstDifference) -> Cause:
     return Cause(
         "generators",
         f"the global generators stand elsewhere: {found.where}. Something draws or seeds them after they were restored",
@@ -169,7 +172,7 @@ def _generators(found: Difference) -> Cause:
     )
 
 
-def _scheduler(found: Difference) -> Cause:
+def _scheduler(found: FirstDifference) -> Cause:
     if not _suspects(found, "scheduler") and _culprits(found):
         return _forward(found)
     return Cause(
@@ -180,7 +183,7 @@ def _scheduler(found: Difference) -> Cause:
     )
 
 
-def _optimizer(found: Difference) -> Cause:
+def _optimizer(found: FirstDifference) -> Cause:
     if not _suspects(found, "optimizer") and _culprits(found):
         return _forward(found)
     return Cause(
@@ -191,7 +194,7 @@ def _optimizer(found: Difference) -> Cause:
     )
 
 
-def _forward(found: Difference) -> Cause:
+def _forward(found: FirstDifference) -> Cause:
     """The likeliest of those that remember, and whoever else does."""
     culprits = _culprits(found)
     if not culprits:
@@ -202,7 +205,7 @@ def _forward(found: Difference) -> Cause:
     return replace(cause, what=f"{what}. Or it is this: {other}" if other else what)
 
 
-def _culprits(found: Difference) -> list[tuple[Cause, list[Remembered]]]:
+def _culprits(found: FirstDifference) -> list[tuple[Cause, list[Remembered]]]:
     """What may have been forgotten where a step is computed, the likeliest first."""
     named = [(cause, [entry for entry in _suspects(found, "model") if mark in entry[0]]) for mark, cause in _OF_MODEL]
     marked = {entry for _, entries in named for entry in entries}
@@ -259,7 +262,7 @@ _TASK = Cause("task memory", "the task has a memory that is not saved", f"for th
 _PROCESS = Cause("process", "training changes what holds for the whole process, and a new one begins without", _ANEW)
 
 
-def _other(found: Difference) -> Cause:
+def _other(found: FirstDifference) -> Cause:
     return Cause(
         "memory",
         f"{found.part} differs although all before it is equal: something remembers beside the state{_who(found, '')}",
@@ -282,13 +285,13 @@ _BY_PART = {
 }
 
 
-def _suspects(found: Difference, prefix: str) -> list[Remembered]:
+def _suspects(found: FirstDifference, prefix: str) -> list[Remembered]:
     """What was remembered and is not any more; first what training changes."""
     among = [entry for entry in found.remembered if entry[0].startswith(prefix)]
     return sorted(among, key=lambda entry: entry[0] not in {path for path, _, _ in found.moving})
 
 
-def _who(found: Difference, prefix: str) -> str:
+def _who(found: FirstDifference, prefix: str) -> str:
     """Whoever may have forgotten, and what."""
     told = "; ".join(map(_told, _suspects(found, prefix)[:3]))
     return f": {told}" if told else ""
@@ -297,3 +300,52 @@ def _who(found: Difference, prefix: str) -> str:
 def _told(entry: Remembered) -> str:
     path, was, now = entry
     return f"{path} was {was or 'absent'} and is {now or 'absent'} after loading"
+
+
+def of_refusal(said: str, moved: str) -> Cause:
+    """A life that ended with an error: the runner's own say what to do, and some of torch's are known. ``moved`` is
+    what was seen to change in the data set.
+    """
+    for word, kind, what, remedy in _REFUSALS:
+        if word in said:
+            if kind == "data memory" and "in state" in moved:
+                kind, what = "hidden generator", "the data set draws from a generator of its own"
+            return Cause(kind, f"{what}{f': {moved}' if moved else ''} (refused by the runner, above)", remedy)
+    return Cause("error", "an attempt ended with an error; above is what it said", "mend that first", sure=False)
+
+
+_REFUSALS = (
+    ("does not have a deterministic implementation", "kernel", CAUSES["kernel"].what, "use another kernel"),
+    ("when it is drawn again with the same seed", "data memory", "a sample is another one every time", SEEDED),
+    (
+        "in a data worker than in this process",
+        "workers",
+        "a sample depends on the process that reads it",
+        "make it depend on its index alone",
+    ),
+    (
+        "draws random numbers, and data.randomness=off",
+        "randomness",
+        "the data set draws random numbers that nobody seeds",
+        "use data.randomness=sample",
+    ),
+    (
+        "is done again and has other samples",
+        "data order",
+        "the samples come in another order after a resume",
+        "the order must follow from the position",
+    ),
+    (
+        "the data is not what this run began with",
+        "data memory",
+        "the samples are others in another process",
+        "make a sample depend on its index and on the global generators alone",
+    ),
+    ("cannot save", "state", "something in a state_dict cannot be saved", "keep plain values and tensors in it"),
+    (
+        "does not fit what step",
+        "restoring",
+        "a part cannot load what it saved",
+        "load_state_dict must take what state_dict gives",
+    ),
+)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from runner.verify.campaign import Plan, Tell, saving
+from runner.verify.campaign import KillPlan, Tell, saving
 from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
-from runner.verify.difference import Difference, first
-from runner.verify.lives import Kill
-from runner.verify.run import Run, Stage, dumped
+from runner.verify.difference import FirstDifference, first
+from runner.verify.execution import Executor, Kill, RunTrace, dumped
 
 _ONE_THREAD = ("runtime.num_threads=1",)
 _STRICT = ("runtime.deterministic=true",)
@@ -34,16 +33,16 @@ _PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 class Diagnosis:
     """The difference that was reproduced, its cause, and how that was found."""
 
-    difference: Difference
+    difference: FirstDifference
     cause: Cause
     tried: tuple[str, ...]
     magnitude: str = ""
 
 
-class Detective:
+class Investigation:
     """Repeats a run until it knows what makes it differ."""
 
-    def __init__(self, stage: Stage, plan: Plan, base: Run, tell: Tell) -> None:
+    def __init__(self, stage: Executor, plan: KillPlan, base: RunTrace, tell: Tell) -> None:
         self.stage = stage
         self.plan = plan
         self.base = base
@@ -52,7 +51,7 @@ class Detective:
         self._runs = 0
         self._until = 0
 
-    def diagnose(self, run: Run, difference: Difference) -> Diagnosis:
+    def diagnose(self, run: RunTrace, difference: FirstDifference) -> Diagnosis:
         """Find the cause of a difference between a killed run and the undisturbed one."""
         self._until = min(difference.step + _MORE, self.plan.steps)
         cause = self._of_undisturbed() or self._of_restarting()
@@ -85,7 +84,7 @@ class Detective:
                 return self._held(again)
         return None
 
-    def _held(self, again: Run) -> Cause:
+    def _held(self, again: RunTrace) -> Cause:
         """What has to be held fast for two undisturbed runs to be equal."""
         found = first(again, self.base, until=self._until)
         assert found is not None
@@ -110,7 +109,7 @@ class Detective:
         found = self._differs("killed before the first step and started again", run)
         return CAUSES["attempts"].at(found.part, found.where) if found else None
 
-    def _of_resuming(self, run: Run, difference: Difference) -> tuple[Cause, str]:
+    def _of_resuming(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
         """What a single kill and resume changes, with one thing after the other held fast."""
         life = run.lives[difference.life]
         cut = life.first or max(1, self._until // 2)
@@ -129,7 +128,7 @@ class Detective:
             self._killed("the same with one batch for all steps", cut, pins=("batches",))
         return of_part(found), magnitude
 
-    def _killed(self, what: str, cut: int, *, pins: tuple[str, ...] = ()) -> tuple[Difference | None, str]:
+    def _killed(self, what: str, cut: int, *, pins: tuple[str, ...] = ()) -> tuple[FirstDifference | None, str]:
         """Kill after step ``cut`` is committed, resume, compare with an undisturbed run under the same pins."""
         base, run = self._new(), self._new()
         self._live(base, pins=pins, dump=self._until)
@@ -143,24 +142,24 @@ class Detective:
     def _evaluated(self, cut: int) -> bool:
         return any(e["evaluation"] for _, e in self.base.steps() if e["event"] == "step" and e["step"] <= cut)
 
-    def _run(self, *overrides: str, **how: Any) -> Run:
+    def _run(self, *overrides: str, **how: Any) -> RunTrace:
         run = self._new()
         self._live(run, *overrides, **how)
         self.stage.forget(run)
         return run
 
     def _live(
-        self, run: Run, *overrides: str, workers: int | None = None, every: int | None = None, **how: Any
+        self, run: RunTrace, *overrides: str, workers: int | None = None, every: int | None = None, **how: Any
     ) -> None:
         count = self.plan.workers[0] if workers is None else workers
         more = ("checkpoint.background=false", *saving(every or self.plan.every), *overrides)
         self.stage.live(run, *more, workers=count, steps=min(self._until + 1, self.plan.limit), **how)
 
-    def _new(self) -> Run:
+    def _new(self) -> RunTrace:
         self._runs += 1
-        return Run(f"again-{self._runs}")
+        return RunTrace(f"again-{self._runs}")
 
-    def _differs(self, what: str, run: Run, base: Run | None = None) -> Difference | None:
+    def _differs(self, what: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
         found = first(run, base or self.base, until=self._until)
         self._note(what, f"differs at step {found.step}: {found.part}" if found else "equal")
         return found
@@ -170,11 +169,11 @@ class Detective:
         self._tell(f"  {self.tried[-1]}")
 
 
-def _names(found: Difference) -> str:
+def _names(found: FirstDifference) -> str:
     return ", ".join(path for path, _, _ in found.remembered[:3])
 
 
-def _magnitude(run: Run, base: Run) -> str:
+def _magnitude(run: RunTrace, base: RunTrace) -> str:
     """By how much the states of two runs differ where both wrote them down."""
     one, other = (_dumped(each) for each in (base, run))
     sizes = {
@@ -194,6 +193,6 @@ def _magnitude(run: Run, base: Run) -> str:
     )
 
 
-def _dumped(run: Run) -> dict[str, torch.Tensor]:
+def _dumped(run: RunTrace) -> dict[str, torch.Tensor]:
     file = dumped(run.lives[-1])
     return torch.load(file, weights_only=True) if file.exists() else {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.verify.run import Event, Run, by_step
+from runner.verify.execution import Event, RunTrace, by_step
 
 # Fields of a record, and what they are called.
 _GIVEN = {"samples": "data order", "batch": "augmentation", "generators": "generators", "rate": "scheduler"}
@@ -20,7 +20,7 @@ Remembered = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class FirstDifference:
     """At ``step``, in the run's life of number ``life`` (from 0), ``part`` differs at ``where``.
 
     ``restored``: in the state right after loading, before any step. ``remembered`` is what objects remembered beside
@@ -47,7 +47,7 @@ class Difference:
         return f"a difference of {gap:.3g}, which is {relative:.2g} of it"
 
 
-def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference | None:
+def first(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
     """The first difference in time in what the lives of ``run`` noted, up to a step."""
     known, begun, lasts = by_step(undisturbed), _begun(undisturbed), _lasts(run, undisturbed)
     remembered: tuple[Remembered, ...] = ()
@@ -61,15 +61,15 @@ def first(run: Run, undisturbed: Run, *, until: int | None = None) -> Difference
             remembered = tuple(_unequal(expected["memory"], event["memory"])) if "memory" in event else ()
         parted = bool(lasts) and step == min(lasts)
         for part, where, was, now in _compared(expected, event, restored=restored, parted=parted):
-            return Difference(step, life, part, where, was, now, restored, remembered, changing)
+            return FirstDifference(step, life, part, where, was, now, restored, remembered, changing)
     if not lasts or (until is not None and min(lasts) >= until):
         return None
-    return Difference(
+    return FirstDifference(
         min(lasts) + 1, len(run.lives) - 1, "end", "the last step", lasts[0], lasts[1], False, remembered, changing
     )
 
 
-def _lasts(run: Run, undisturbed: Run) -> tuple[int, ...]:
+def _lasts(run: RunTrace, undisturbed: RunTrace) -> tuple[int, ...]:
     """The last steps of the undisturbed run and of the other, where both ended by themselves, but not after the same
     step.
     """
@@ -79,7 +79,7 @@ def _lasts(run: Run, undisturbed: Run) -> tuple[int, ...]:
     return lasts if lasts[0] != lasts[1] else ()
 
 
-def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
+def at_the_end(run: RunTrace, undisturbed: RunTrace) -> FirstDifference | None:
     """The first difference in what finished runs left: every checkpoint against the state that the undisturbed run had
     at that step, then metric lines and result.
     """
@@ -90,19 +90,19 @@ def at_the_end(run: Run, undisturbed: Run) -> Difference | None:
     for evidence in (expected, found):
         for step, state in evidence["checkpoints"].items():
             for path, was, now in _unequal(known[int(step)]["state"], state):
-                return Difference(int(step), life, "checkpoint", path, was, now)
+                return FirstDifference(int(step), life, "checkpoint", path, was, now)
     for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
         for tag, one, other in _unequal(was, now):
-            return Difference(now.get("step", 0), life, "metric lines", tag, one, other)
+            return FirstDifference(now.get("step", 0), life, "metric lines", tag, one, other)
     if len(expected["lines"]) != len(found["lines"]):
         lengths = len(expected["lines"]), len(found["lines"])
-        return Difference(found["result"]["step"], life, "metric lines", "how many", *lengths)
+        return FirstDifference(found["result"]["step"], life, "metric lines", "how many", *lengths)
     for path, was, now in _unequal(_flat(expected["result"]), _flat(found["result"])):
-        return Difference(found["result"].get("step", 0), life, "result", path, was, now)
+        return FirstDifference(found["result"].get("step", 0), life, "result", path, was, now)
     return None
 
 
-def forgotten(run: Run, undisturbed: Run) -> tuple[Remembered, ...]:
+def forgotten(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     """What training changes in objects, and was not there any more after a load, as (path, expected, found): of every
     container one entry.
     """
@@ -118,7 +118,7 @@ def forgotten(run: Run, undisturbed: Run) -> tuple[Remembered, ...]:
     return tuple({entry[0].partition("[")[0]: entry for entry in found}.values())
 
 
-def checkpoints(*runs: Run) -> int:
+def checkpoints(*runs: RunTrace) -> int:
     """How many checkpoints they left."""
     return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
 
@@ -169,17 +169,17 @@ def _padded(lines: list[Event], others: list[Event]) -> list[Event]:
     return [*lines, *([{}] * (len(others) - len(lines)))]
 
 
-def _begun(run: Run) -> Event | None:
+def _begun(run: RunTrace) -> Event | None:
     return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
 
 
-def moving(run: Run) -> tuple[Remembered, ...]:
+def moving(run: RunTrace) -> tuple[Remembered, ...]:
     """What the objects of a run remember and change."""
     last = {entry[0]: entry for entries in moved(run).values() for entry in entries}
     return tuple(last.values())
 
 
-def moved(run: Run) -> dict[int, list[Remembered]]:
+def moved(run: RunTrace) -> dict[int, list[Remembered]]:
     """By step, what the objects of a run remember that is not as it was at first."""
     remembered = [(event["step"], event["memory"]) for _, event in run.steps()]
     return {step: [*_unequal(remembered[0][1], memory)] for step, memory in remembered}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.verify import words
+from runner.verify import fingerprint
 from runner.verify.fingerprint import of_value
 
 # What is told of a model beside its attributes.
@@ -75,7 +75,9 @@ def settings() -> dict[str, str]:
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
     }
-    environment = {f"os.environ[{key!r}]": words.digest(value.encode()) for key, value in [*os.environ.items()]}
+    environment = {
+        f"os.environ[{key!r}]": fingerprint.short_digest(value.encode()) for key, value in [*os.environ.items()]
+    }
     return {f"{PROCESS}{name}": str(value) for name, value in (found | environment).items()}
 
 
@@ -151,7 +153,7 @@ def _beside(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f".{name}{LEFT_OUT}", of_value(parameter)
     yield FROZEN, _names(name for name, parameter in named if not parameter.requires_grad)
     yield RESTING, _names(name for name, module in model.named_modules() if not module.training)
-    yield GRADIENTS, _names(f"{name} {words.of_array(p.grad)}" for name, p in named if p.grad is not None)
+    yield GRADIENTS, _names(f"{name} {fingerprint.describe_array(p.grad)}" for name, p in named if p.grad is not None)
 
 
 def _names(names: Iterable[str]) -> str:
@@ -159,7 +161,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _walk(path: str, value: Any, depth: int, seen: dict[int, Any]) -> Iterator[tuple[str, str]]:
-    told = words.told(value)
+    told = fingerprint.describe(value)
     if told is not None:
         yield path, told
     elif depth < _DEPTH and id(value) not in seen and _may_hold(value):
@@ -201,7 +203,7 @@ def _inside(value: Any, *, own: bool = False) -> Iterator[tuple[str, Any]]:
 
 def _key(key: Any, place: int) -> str:
     """A key in words; of an object its place, since its text may hold an address."""
-    return repr(key) if isinstance(key, (*words.PLAIN, tuple)) else f"{type(key).__name__} {place}"
+    return repr(key) if isinstance(key, (*fingerprint.PLAIN, tuple)) else f"{type(key).__name__} {place}"
 
 
 def _attributes(value: Any) -> dict[str, Any]:

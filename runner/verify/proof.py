@@ -11,15 +11,12 @@ from pathlib import Path
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify import campaign, difference
-from runner.verify.campaign import Plan, Tell
-from runner.verify.causes import CAUSES
-from runner.verify.cost import cost
-from runner.verify.diagnosis import Detective
-from runner.verify.lives import Servers, servers
+from runner.verify.campaign import KillPlan, Tell
+from runner.verify.causes import CAUSES, of_refusal
+from runner.verify.diagnosis import Investigation
+from runner.verify.execution import Executor, RunTrace, Servers, by_step, servers
 from runner.verify.options import Options, new_name
-from runner.verify.refusal import of_refusal
-from runner.verify.run import Run, Stage, by_step
-from runner.verify.verdict import Verdict
+from runner.verify.verdict import Verdict, cost
 
 _KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
 
@@ -36,12 +33,12 @@ def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers 
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="runner-verify-"))
     root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{new_name()}"
-    runs: list[Run] = []
+    runs: list[RunTrace] = []
     kept = False
     try:
         with nullcontext(two) if two else servers() as both:
             evaluations = campaign.evaluations(options)
-            stage = Stage(tuple(command), scratch, root, both, runs, evaluations, options.processes)
+            stage = Executor(tuple(command), scratch, root, both, runs, evaluations, options.processes)
             verdict = _judged(stage, options, tell, began)
         kept = options.keep or not verdict.holds
         return replace(verdict, scratch=_where(scratch, root)) if kept else verdict
@@ -50,9 +47,9 @@ def prove(command: Sequence[str], options: Options, *, tell: Tell, two: Servers 
             _remove(root, scratch, runs, two)
 
 
-def _judged(stage: Stage, options: Options, tell: Tell, began: float) -> Verdict:
+def _judged(stage: Executor, options: Options, tell: Tell, began: float) -> Verdict:
     base = campaign.undisturbed(stage, options)
-    run, failed = Run("killed"), base.failed
+    run, failed = RunTrace("killed"), base.failed
     if failed is not None and failed.status == ConfigError.status:
         raise ConfigError(campaign.failure(failed))
     if failed is not None and not base.lives[0].of("made"):  # it did not get as far as the experiment
@@ -85,7 +82,7 @@ def _require_room(root: str, size: int) -> None:
         )
 
 
-def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verdict:
+def _compared(stage: Executor, plan: KillPlan, base: RunTrace, run: RunTrace, tell: Tell) -> Verdict:
     found = difference.first(run, base) or difference.at_the_end(run, base)
     failed = run.failed
     verdict = Verdict(
@@ -101,14 +98,14 @@ def _compared(stage: Stage, plan: Plan, base: Run, run: Run, tell: Tell) -> Verd
     )
     if found is not None:
         tell(f"differs at step {found.step}: {found.part} ({found.where}); looking for the cause")
-        diagnosis = Detective(stage, plan, base, tell).diagnose(run, found)
+        diagnosis = Investigation(stage, plan, base, tell).diagnose(run, found)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failed:
         return replace(verdict, cause=of_refusal(verdict.refusal, _moved(run) or _moving(base)))
     return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
 
 
-def _incomplete(base: Run, run: Run) -> str:
+def _incomplete(base: RunTrace, run: RunTrace) -> str:
     """Why nothing is proven although nothing differs; empty where the runs did all that they were to do."""
     if base.evidence is None or run.evidence is None:
         return _KILLED
@@ -118,7 +115,7 @@ def _incomplete(base: Run, run: Run) -> str:
     return "" if any(life.killed for life in run.lives) else "no kill came before the end; try more verify.steps"
 
 
-def _moved(run: Run) -> str:
+def _moved(run: RunTrace) -> str:
     """What a data set that was refused remembers and changed while a few of its samples were drawn."""
     last = run.lives[-1]
     made = {path: value for event in last.of("made") for path, value in event["memory"].items()}
@@ -128,18 +125,18 @@ def _moved(run: Run) -> str:
     )
 
 
-def _moving(base: Run) -> str:
+def _moving(base: RunTrace) -> str:
     """What its data sets remember and change while it trains."""
     entries = [entry for entry in difference.moving(base) if entry[0].startswith("data.")]
     return "; ".join(f"{path} was {was}, then {now}" for path, was, now in entries[:3])
 
 
-def _problems(run: Run) -> list[str]:
+def _problems(run: RunTrace) -> list[str]:
     evidence = run.evidence
     return [f"{run.name}: {problem}" for problem in evidence["audit"]["problems"]] if evidence else []
 
 
-def _notes(plan: Plan, base: Run) -> list[str]:
+def _notes(plan: KillPlan, base: RunTrace) -> list[str]:
     notes = []
     if plan.epoch is not None and plan.steps <= plan.epoch:
         notes.append(
@@ -160,7 +157,7 @@ def _notes(plan: Plan, base: Run) -> list[str]:
     return notes
 
 
-def _forgotten(base: Run, run: Run) -> list[str]:
+def _forgotten(base: RunTrace, run: RunTrace) -> list[str]:
     """What may make a difference later, or what shows that the data set is a cache."""
     entries = difference.forgotten(run, base)
     told = "; ".join(
@@ -170,7 +167,7 @@ def _forgotten(base: Run, run: Run) -> list[str]:
     return [f"not in the state, and without effect within these steps: {told}{more}"] if entries else []
 
 
-def _remove(root: str, scratch: Path, runs: Sequence[Run], two: Servers | None) -> None:
+def _remove(root: str, scratch: Path, runs: Sequence[RunTrace], two: Servers | None) -> None:
     """Remove all that a proof made, also where it was cut short."""
     if is_remote(root) and runs:
         with nullcontext(two) if two else servers() as (server, _):

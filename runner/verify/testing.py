@@ -13,7 +13,7 @@ def assert_resumes(*command: str, **options: Any) -> None:
             assert_resumes("experiment=mine", kills=5)
     """
     from runner.verify.options import parse
-    from runner.verify.proof import prove  # imports torch
+    from runner.verify.proof import prove
 
     given = [f"verify.{name}={_written(value)}" for name, value in options.items()]
     parsed, rest, _ = parse([*command, *given])

@@ -1,0 +1,157 @@
+"""Writes metrics: training metrics as means over a window of steps, evaluations, and the best objective so far.
+
+Records which samples every step was trained on, and compares them with those of earlier attempts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.callbacks.base import Callback, Loop
+from runner.callbacks.evaluation import Best
+from runner.data.ledger import Ledger
+from runner.distributed.team import SingleProcessTeam, Team
+from runner.evaluation import same_for_all
+from runner.metrics.lines import MetricLines
+from runner.metrics.tensorboard import Curves
+from runner.metrics.writer import NullMetrics
+
+_APART = (
+    "What a callback adds to loop.metrics must be the same in all processes, or it would be that of rank 0 alone. "
+    "Return it from training_step, whose metrics are means over the samples of all of them"
+)
+
+
+class Report(Callback):
+    """Writes curves and metric lines every ``every_steps`` steps.
+
+    The window is part of the state, so a mean over steps of two attempts equals that of the uninterrupted run. Metrics
+    stay on their device until their window is full. Means leave out values that are not finite. All processes make the
+    same report, and compare it. ``curves`` opens the curves for writing from a step on.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_steps: int,
+        curves: Callable[[int], Curves | NullMetrics],
+        lines: MetricLines | NullMetrics,
+        best: Best | None,
+        team: Team | None = None,
+    ) -> None:
+        self.every_steps = every_steps
+        self._begun = curves
+        self._lines = lines
+        self._best = best
+        self._team = team or SingleProcessTeam()
+        self._curves: Curves | NullMetrics | None = None
+        self._unread: list[Mapping[str, Tensor]] = []
+        self._window: dict[str, list[float]] = {}
+        self._rate = 0.0  # the learning rate of the last step
+        self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
+
+    def on_start(self, loop: Loop) -> None:
+        # A step whose evaluation was interrupted was not reported; it is reported now, or after the next resume.
+        again = loop.evaluation is not None or loop.evaluation_due
+        self._curves = self._begun(loop.step + (not again))
+        self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)
+        self._report(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        # Copies: a metric may be a weight or a running mean, which the next step changes in place.
+        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
+        self._rate = loop.rate
+        if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
+            self._report(loop)
+
+    def on_end(self, loop: Loop) -> None:
+        assert self._curves is not None
+        self._curves.close()
+
+    def mark(self, step: int) -> dict[str, Any]:
+        """The end of the metric lines, for the commit at ``step``; ``flush`` in any thread makes them durable."""
+        assert self._curves is not None
+        self._curves.mark()
+        return self._lines.mark(step)
+
+    def flush(self) -> None:
+        """Make everything that was marked durable. May run beside training, once at a time."""
+        assert self._curves is not None
+        self._curves.flush()
+        self._lines.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._read()
+        return {"window": self._window, "rate": self._rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._window, self._rate = state["window"], state["rate"]
+
+    def _report(self, loop: Loop) -> None:
+        if loop.evaluation_due:
+            return
+        values: dict[str, float | str] = {}
+        if loop.step % self.every_steps == 0 or loop.stop is not None:
+            values |= self._training(loop)
+        values |= loop.evaluation or {}
+        if loop.evaluation and self._best and self._best.step:
+            # TensorBoard's tables show the last point of each curve; of this one it is the objective.
+            values[f"best/{self._best.metric}"] = self._best.value
+        if values:
+            assert self._curves is not None
+            self._curves.add(loop.step, values)
+            scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
+            self._lines.add(loop.step, scalars)
+
+    def _training(self, loop: Loop) -> dict[str, float | str]:
+        self._read()
+        if not self._window:
+            return {}
+        values: dict[str, float | str] = {
+            f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
+        }
+        same_for_all(values, self._team, "the training", _APART)
+        self._window = {}
+        if loop.state.stream.substituted:
+            values["data/substituted"] = float(loop.state.stream.substituted)
+        return values | {"train/lr": self._rate} | self._timing(loop)
+
+    def _timing(self, loop: Loop) -> dict[str, float | str]:
+        (step, samples, since, waited), now = self._clock, time.monotonic()
+        self._clock = (loop.step, loop.consumed, now, loop.waited)
+        steps, seconds = loop.step - step, now - since
+        if not steps:
+            return {}
+        return {
+            "time/step": seconds / steps,
+            "time/data_wait": (loop.waited - waited) / steps,
+            "time/samples_per_second": (loop.consumed - samples) / seconds,
+        }
+
+    def _read(self) -> None:
+        """Bring the metrics of all unread steps to the host, one transfer for each name."""
+        for name in {name: None for metrics in self._unread for name in metrics}:
+            values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
+            self._window.setdefault(name, []).extend(filter(math.isfinite, values))
+        self._unread = []
+        self._window = {name: values for name, values in self._window.items() if values}
+
+
+class KeepLedger(Callback):
+    """Runs first, so that a repeated step with other samples than before is not reported, evaluated or committed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def on_start(self, loop: Loop) -> None:
+        self.ledger.open(loop.step)
+
+    def on_step(self, loop: Loop) -> None:
+        self.ledger.add(loop.state.stream.line(loop.step))
+
+    def on_end(self, loop: Loop) -> None:
+        self.ledger.close()

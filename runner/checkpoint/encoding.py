@@ -1,0 +1,152 @@
+"""State as strict JSON beside named tensors, and back, without loss and without pickle.
+
+Tensors leave the tree and are named by their path (``model/head.weight``). Tuples, dicts whose keys are not strings or
+that are ordered or count, and non-finite floats are tagged, because JSON has none of them. What only resembles one of
+these (an enumeration's member, a dict with a default) would come back as less than it was, and is refused.
+
+A tensor's entry has the order in which its dimensions lie in memory, where that is not the usual one (channels last):
+fused optimizers take a weight's bytes and those of its moments pairwise, as they lie. And it says whether the tensor is
+one to be trained.
+"""
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runner.checkpoint.sharding import is_distributed
+from runner.distributed.communicator import PerRank
+from runner.errors import StateError
+
+_TAG = "$"
+_ALLOWED = "tensors, str, int, float, bool, None, and dicts, lists and tuples of them"
+
+
+def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
+    """``state`` as (JSON value, tensors by name), every name beginning with ``path``.
+
+    Tensors are those of the state itself, not copies. Raises StateError, naming the path, for anything but the plain
+    values that can be restored exactly.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(state, path, tensors), tensors
+
+
+def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The state that ``encode`` was given; ``tensor`` supplies tensors by name, laid out as ``orders`` says."""
+    if isinstance(value, list):
+        return [decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TAG not in value:
+        return {key: decode(item, tensor) for key, item in value.items()}
+    match value[_TAG]:
+        case "tensor":
+            return _trained(tensor(value["name"])) if value.get("trained") else tensor(value["name"])
+        case "tuple":
+            return tuple(decode(item, tensor) for item in value["items"])
+        case "float":
+            return float(value["value"])
+        case "dict":
+            return {decode(key, tensor): decode(item, tensor) for key, item in value["items"]}
+        case "counter":
+            return Counter(decode(value["items"], tensor))
+        case "ordered":
+            return _ordered(decode(value["items"], tensor), decode(value["versions"], tensor))
+        case unknown:
+            raise StateError(f"a stored state holds the unknown tag {unknown!r}")
+
+
+def orders(value: Any) -> list[tuple[str, Any]]:
+    """The names of all tensors that ``decode`` will ask for, each with its order."""
+    if isinstance(value, dict) and value.get(_TAG) == "tensor":
+        return [(value["name"], value.get("order"))]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [found for item in inner for found in orders(item)]
+
+
+def laid_out(tensor: Tensor, order: Any) -> Tensor:
+    """The tensor with its dimensions in that order in memory. Raises ValueError for what is no order of them."""
+    if order is None:
+        return tensor
+    if sorted(order) != [*range(tensor.ndim)]:
+        raise ValueError(f"dimensions in the order {order!r}")
+    return torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype).copy_(tensor)
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        entry, order = {_TAG: "tensor", "name": _add(value, path, tensors)}, _order(value)
+        trained = {"trained": True} if value.requires_grad and value.is_leaf else {}
+        return {**entry, **trained} if order is None else {**entry, **trained, "order": order}
+    if isinstance(value, float) and not isinstance(value, Enum):
+        return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
+    if value is None or (isinstance(value, str | int) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one would come back without its names
+        return {_TAG: "tuple", "items": _encode(list(value), path, tensors)}
+    if isinstance(value, list):
+        return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    if type(value) in (dict, PerRank):
+        if all(type(key) is str for key in value) and _TAG not in value:
+            return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        items = [[_encode(key, path, tensors), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
+        return {_TAG: "dict", "items": items}
+    if type(value) is Counter:
+        return {_TAG: "counter", "items": _encode(dict(value), path, tensors)}
+    if type(value) is OrderedDict:
+        versions = getattr(value, "_metadata", None)  # of a module's classes, by which they load what older ones saved
+        told = None if versions is None else _encode(dict(versions), path, tensors)
+        return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": told}
+    raise StateError(
+        f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. "
+        f"A state_dict may hold {_ALLOWED}."
+    )
+
+
+def _ordered(items: dict[Any, Any], versions: Any) -> OrderedDict[Any, Any]:
+    found = OrderedDict(items)
+    if versions is not None:
+        found._metadata = versions  # type: ignore[attr-defined]
+    return found
+
+
+def _trained(tensor: Tensor) -> Tensor:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"a {tensor.dtype} tensor that is trained")
+    return tensor.detach().requires_grad_()  # the same tensor may be part of the state as it is, too
+
+
+def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    if not _is_dense(tensor):
+        kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
+        raise StateError(
+            f"cannot save {path}: {kind}; only dense tensors can be saved, with bytes of their own for each element"
+        )
+    if path in tensors:
+        raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
+    tensors[path] = tensor.detach()
+    return path
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its bytes are its elements. What wraps others (of fewer bits, say) would come back as what it stands for,
+    and training go on differently. Into what is expanded no module can load.
+    """
+    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
+    if tensor.layout != torch.strided or wraps or tensor.is_quantized or tensor.is_meta:
+        return False
+    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """The dimensions, outermost in memory first; None where they are in order already, or do not lie densely."""
+    if tensor.is_contiguous() or is_distributed(tensor):
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dimension: -strides[dimension])
+    return order if tensor.permute(order).is_contiguous() else None

@@ -1,0 +1,303 @@
+"""Exchanges of small JSON values between the processes of a run, with one channel per thread that needs them.
+
+The team of several processes: how they connect, what they exchange, and how all of them end when one fails.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStore
+
+from runner import signals
+from runner.distributed.communicator import Communicator
+from runner.distributed.environment import Meeting, World
+from runner.distributed.team import StepReport
+from runner.distributed.watchdog import MAIN, Failure, Watchdog
+from runner.errors import ConfigError, RunnerError
+
+_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two looks at the store
+_FIRST_BYTES = 256  # of a broadcast over a process group: its length, and as much of the message as fits
+_LENGTH_BYTES = 4
+
+
+class OthersFailed(RunnerError):
+    """Another process of the run failed and prints why; this one ends with the same exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Channel:
+    """Implements ``ranks.Ranks`` over a key-value store.
+
+    Every exchange has a number, from which its keys are made; keys are removed once all have read them. Raises
+    OthersFailed once another process has failed.
+    """
+
+    def __init__(self, store: Store, world: World, watch: Watchdog, *, thread: str) -> None:
+        self.rank = world.rank
+        self.size = world.size
+        self._store = store
+        self._watch = watch
+        self._thread = thread  # that uses this channel
+        self._awaited: int | None = None  # the rank that this one is waiting for
+        self._number = 0  # of exchanges so far
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """The values of all ranks in order, for rank 0."""
+        names = self._names()
+        if self.rank:
+            self._store.set(names[self.rank], json.dumps(value))
+            return None
+        return [value, *(self._take(name, rank) for rank, name in enumerate(names[1:], 1))]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, for all."""
+        name = self._names()[0]
+        if self.rank == 0:
+            self._store.set(name, json.dumps(value))
+            return value
+        found = self._read(name, 0)
+        if self._store.add(f"{name}/read", 1) == self.size - 1:
+            self._store.delete_key(name)
+            self._store.delete_key(f"{name}/read")
+        return found
+
+    def awaited(self) -> str:
+        rank = self.rank if self._awaited is None else self._awaited
+        return self._watch.whereabouts(rank, self._thread)
+
+    def _names(self) -> Sequence[str]:
+        self._watch.met(self._thread)
+        self._number += 1
+        return [f"{self._number}/{rank}" for rank in range(self.size)]
+
+    def _take(self, name: str, rank: int) -> Any:
+        found = self._read(name, rank)
+        self._store.delete_key(name)
+        return found
+
+    def _read(self, name: str, rank: int) -> Any:
+        pause, self._awaited = _SHORTEST, rank
+        while not self._store.check([name]):
+            raise_if_failed(self._watch)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST)
+        self._awaited = None
+        return json.loads(self._store.get(name))
+
+
+class GroupChannel(Channel):
+    """The channel of the training thread, which exchanges values at every step: it broadcasts over a process group on
+    the CPU, which takes a tenth of the time of the store.
+    """
+
+    def __init__(self, store: Store, world: World, watch: Watchdog, group: ProcessGroup) -> None:
+        super().__init__(store, world, watch, thread=MAIN)
+        self._group = group
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, for all."""
+        self._watch.met(MAIN)
+        text = json.dumps(value).encode() if self.rank == 0 else b""
+        text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
+        head = self._broadcast_bytes(text[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
+        length = int.from_bytes(head[:_LENGTH_BYTES], "big")
+        body, rest = head[_LENGTH_BYTES:], length + _LENGTH_BYTES - _FIRST_BYTES
+        if rest > 0:
+            body += self._broadcast_bytes(text[_FIRST_BYTES:].ljust(rest, b"\0"))
+        return json.loads(body[:length])
+
+    def _broadcast_bytes(self, text: bytes) -> bytes:
+        """The bytes of rank 0; ``text`` has the same length on all ranks."""
+        buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=self._group)
+        return buffer.numpy().tobytes()
+
+
+def raise_if_failed(watch: Watchdog) -> None:
+    """Raise OthersFailed once a process has failed."""
+    if watch.failure is not None:
+        raise OthersFailed(watch.failure.message, watch.failure.status)
+
+
+_CONSEQUENCE_SECONDS = 3.0  # to wait, after an error, for the news that another process failed and caused it
+_READ_SECONDS = 1.5  # that rank 0, which keeps the store, gives the others to read why it failed
+_NANOSECONDS = 10**9
+
+
+class ProcessTeam:
+    """Implements ``team.Team`` with a key-value store for small values and torch's process groups for tensors."""
+
+    def __init__(self, world: World, place: Meeting, *, timeout: float, patience: float) -> None:
+        self.world = world
+        self.place = place
+        self.stop: str | None = None
+        self._timeout = timeout
+        self._served: Store | None = None
+        if world.rank == 0 and not place.kept:
+            self._served = self._connect(serve=True)
+        self._own = self._store("watch")
+        self.watch = Watchdog(self._store("watch"), world, timeout=timeout, patience=patience)
+        self.ranks = self.channel(MAIN)
+        self._group: dist.ProcessGroup | None = None
+
+    def channel(self, name: str) -> Communicator:
+        return Channel(self._store(name), self.world, self.watch, thread=name)
+
+    def begin(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=self._store("group"),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            timeout=timedelta(seconds=10 * self._timeout),  # the watchdog acts earlier, and names the process at fault
+        )
+        self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
+        assert self._group is not None
+        self.ranks = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
+
+    def exchange(self, news: StepReport) -> StepReport:
+        names = crc32(",".join(news.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
+        elapsed = 0 if self.world.rank else round(news.elapsed * _NANOSECONDS)
+        digest = news.digest - (news.digest >> 63 << 64)  # the same bits as a signed number
+        told = self._sums([digest, len(news.swaps), elapsed, names, names**2, *_arrived()])
+        digest, swapped, elapsed, names, squares, *arrived = told
+        self.stop = self.stop or _signal(arrived)
+        swaps = self._swaps(news.swaps) if swapped else ""
+        # Equal on all ranks if and only if the mean of the squares is the square of the mean.
+        metrics = news.metrics if squares * self.world.size == names**2 else self.union(news.metrics)
+        return StepReport(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
+
+    def poll(self) -> str | None:
+        self.stop = self.stop or _signal(self._sums(_arrived()))
+        return self.stop
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        told = self.ranks.gather([*names])
+        found: list[str] = self.ranks.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
+        return found
+
+    def added(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not values:
+            return values
+        sums = torch.stack([value.detach().double() for value in values.values()])
+        dist.all_reduce(sums)
+        return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), sums, strict=True)}
+
+    def rest(self) -> None:
+        self.watch.rest()
+
+    def at_failure(self, last_words: Callable[[str], None]) -> None:
+        self.watch.last_words = last_words
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except RunnerError:
+            raise
+        except RuntimeError:  # of a collective, perhaps
+            if self.watch.wait(_CONSEQUENCE_SECONDS):
+                raise_if_failed(self.watch)
+            raise
+
+    def leave(self) -> None:
+        """End in good order, all processes together. Rank 0 goes last, because it may keep the store."""
+        self.watch.rest()
+        self._left()
+        self.ranks.gather(None)
+        self.watch.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> Failure:
+        """Make all other processes end as well; returns why all end, which may be an earlier failure elsewhere."""
+        status = error.status if isinstance(error, RunnerError) else 1
+        failure = self.watch.failure or self.watch.fail(
+            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", told=True)
+        )
+        self._left()
+        if self._served is not None:
+            time.sleep(_READ_SECONDS)
+        return failure
+
+    def _left(self) -> None:
+        with suppress(RuntimeError):
+            self._own.set(f"left/{self.world.rank}", "")
+
+    def _sums(self, numbers: Sequence[int]) -> list[int]:
+        self.watch.met(MAIN, training=True)
+        told = torch.tensor(numbers)
+        dist.all_reduce(told, group=self._group)
+        self.watch.met(MAIN)
+        found: list[int] = told.tolist()
+        return found
+
+    def _swaps(self, swaps: str) -> str:
+        told = self.ranks.gather(swaps)
+        found = sorted("".join(told or []).split(), key=lambda swap: int(swap.partition(":")[0]))
+        ordered: str = self.ranks.broadcast("".join(f" {swap}" for swap in found))
+        return ordered
+
+    def _store(self, name: str) -> Store:
+        """A connection of its own, so that a thread that waits for an answer does not block another."""
+        return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
+
+    def _connect(self, *, serve: bool = False) -> Store:
+        place = self.place
+        try:
+            return TCPStore(
+                place.host,
+                place.port,
+                is_master=serve,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=self._timeout),
+            )
+        except RuntimeError as error:
+            what = "keep the store of the processes" if serve else "reach the store of the processes"
+            raise ConfigError(f"cannot {what} at {place.host}:{place.port}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def process_team(world: World, place: Meeting, *, timeout: float, patience: float) -> Iterator[ProcessTeam]:
+    """Within the block, a member of the team. An error is raised with its text in one process only, which prints it."""
+    team = ProcessTeam(world, place, timeout=timeout, patience=patience)
+    try:
+        with team.explaining():
+            yield team
+    except BaseException as error:
+        if isinstance(error, RunnerError) and error.agreed:
+            team.leave()
+            if world.rank == 0:
+                raise
+            raise OthersFailed("", error.status) from None
+        failure = team.fail(error)
+        if failure.told and failure.rank == world.rank:
+            raise
+        told = "" if failure.told or world.rank != (failure.rank == 0) else failure.message
+        raise OthersFailed(told, failure.status) from None
+    team.leave()
+
+
+def _arrived() -> list[int]:
+    """For each of the stop signals, 1 if this process received it."""
+    here = signals.received()
+    return [int(number.name == here) for number in signals.STOP_SIGNALS]
+
+
+def _signal(arrived: Sequence[int]) -> str | None:
+    """The first of the stop signals that any process received."""
+    return next((number.name for number, count in zip(signals.STOP_SIGNALS, arrived, strict=True) if count), None)
