@@ -129,7 +129,7 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
             result = experiment.run(opening, copy.deepcopy(config), team, overrides=job.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(job, config, team)
-    _conclude(opening, result)
+    _conclude(opening, result, curves=config.metrics.writers.get("tensorboard") is not None)
     goal: float | None = (result.get("objective") or {}).get("value")
     return goal
 
@@ -161,7 +161,7 @@ def _wait_until_free(job: Job, ranks: Communicator) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
+def _conclude(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if value is not None}
     log.info(
         "finished step %d (%s)%s",
@@ -175,7 +175,8 @@ def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
     url = opening.directory.location.url
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
-    log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+    if curves:
+        log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 
 def _directory(*, _root_: DictConfig) -> str:

@@ -28,7 +28,7 @@ class Row:
     """What the table says of a run."""
 
     status: str
-    tensorboard: dict[str, float | str]
+    hparams: dict[str, float | str]
     metrics: dict[str, float]
 
 
@@ -94,5 +94,5 @@ def test_what_was_accepted_since_is_what_the_row_says(life: Lives, tmp_path: Pat
     ],
 )
 def test_numbers_are_numbers_and_all_else_is_text(value: Any, shown: float | str, tmp_path: Path) -> None:
-    tensorboard.write(LocalLocation(tmp_path), "tensorboard", "e", {"model": {"x": value}}, finished=False)
+    tensorboard.write_hparams(LocalLocation(tmp_path), "e", {"model": {"x": value}}, finished=False)
     assert table(tmp_path)[0]["tensorboard"].hparams == {"experiment": "e", "model.x": shown}

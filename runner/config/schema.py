@@ -147,6 +147,7 @@ class CheckpointConfig:
 @dataclass
 class MetricsConfig:
     every_steps: int = 10  # training metrics are written as means over so many steps
+    writers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
