@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import configured as default_config
 from omegaconf import OmegaConf
 
-from runner.config.schema import Config
 from runner.device import device_of, set_up
 from runner.distributed.environment import World
 from runner.errors import ConfigError
@@ -23,7 +23,7 @@ def _default() -> Iterator[None]:
 
 
 def configured(*overrides: str) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*overrides]))
+    return default_config(OmegaConf.from_dotlist([*overrides]))
 
 
 @pytest.mark.parametrize(
