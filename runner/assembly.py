@@ -49,9 +49,14 @@ class RunRecords:
         """Continue after the step that was resumed from. The ledger is opened by its callback. Raises ConfigError for a
         metric writer that cannot be used.
         """
-        directory, number = opening.directory, self.attempt.number
+        directory = opening.directory
         context = WriterContext(
-            directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step
+            location=directory.location,
+            experiment=directory.experiment,
+            run=directory.name,
+            hyperparameters=opening.identity,
+            attempt=self.attempt.number,
+            step=resumed.step,
         )
         self.writers.marks.update(resumed.facts.get("writers", {}))
         if "metrics" in resumed.facts:
@@ -59,9 +64,8 @@ class RunRecords:
         for name, node in config.metrics.writers.items():
             if node is not None:
                 mark = self.writers.marks.get(name)
-                self.writers.writers[name] = metric_writer(node, name, replace(context, mark=mark))
-        unusable = [*resumed.unusable]
-        self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=unusable)
+                self.writers.by_name[name] = metric_writer(node, name, replace(context, mark=mark))
+        self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
 
     def mark(self, step: int) -> dict[str, Any]:
         """The positions of ledger and metric writers at ``step``, as facts for its commit; see ``flush``."""
@@ -78,60 +82,60 @@ class RunRecords:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What the callbacks of an attempt are made from. ``books`` is None on ranks above 0."""
+    """Constructs the callbacks of an attempt. ``records`` is None on ranks above 0."""
 
     config: Config
     opening: OpenedRun
     parts: Parts
     store: CheckpointStore
     attempt: int
-    books: RunRecords | None
+    records: RunRecords | None
     team: Team
 
     def callbacks(self) -> dict[str, Callback]:
         """All callbacks in the order in which they run, by the names under which a checkpoint holds their state.
 
-        Callbacks with a state are the same in all processes.
+        All processes have the same callbacks with state; the others exist where they are needed.
         """
-        config, books = self.config, self.books
+        config, records = self.config, self.records
         guard, evaluation = FiniteLoss(), self._evaluation()
         report = Report(
             every_steps=config.metrics.every_steps,
-            writers=MetricWriters() if books is None else books.writers,
+            writers=MetricWriters() if records is None else records.writers,
             best=evaluation.get("best"),
             team=self.team,
         )
         return {
-            **({} if books is None else {"ledger": KeepLedger(books.ledger)}),
+            **({} if records is None else {"ledger": KeepLedger(records.ledger)}),
             **({"finite_loss": guard} if config.trainer.on_nonfinite is OnNonfinite.stop else {}),
             **evaluation,
             **{f"own.{name}": own for name, own in self.parts.callbacks.items()},
             "last": LastEvaluation([*evaluation.values()]),
             "report": report,
-            **({} if books is None else {"progress": ShowProgress(), "heartbeat": NoteProgress(books.attempt)}),
+            **({} if records is None else {"progress": ShowProgress(), "heartbeat": NoteProgress(records.attempt)}),
             "checkpoint": self._saver(guard),
         }
 
     def _evaluation(self) -> dict[str, Any]:
-        """The callback that evaluates, and those that use its results."""
+        """The callback that evaluates, and the callbacks that use its results."""
         trainer, goal = self.config.trainer, self.config.objective
         if self.parts.evaluate is None or self.parts.held_out is None:
             return {}
         interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-        found: dict[str, Callback] = {"evaluate": Evaluate(interval, self.parts.evaluate, self.parts.held_out)}
+        callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, self.parts.evaluate, self.parts.held_out)}
         if goal.metric is None:
-            return found
-        found["best"] = Best(goal.metric, mode=goal.mode.name, keep=self.config.checkpoint.keep_best)
+            return callbacks
+        callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=self.config.checkpoint.keep_best)
         stopping = trainer.early_stopping
         if stopping.patience is not None:
-            found["early_stopping"] = EarlyStopping(
+            callbacks["early_stopping"] = EarlyStopping(
                 goal.metric, mode=goal.mode.name, patience=stopping.patience, min_delta=stopping.min_delta
             )
-        return found
+        return callbacks
 
     def _saver(self, guard: FiniteLoss) -> Callback:
         checkpoint, retention = self.config.checkpoint, self._retention()
-        if self.books is None:
+        if self.records is None:
             return FollowCheckpoint(
                 self.store,
                 attempt=self.attempt,
@@ -143,7 +147,7 @@ class Wiring:
             self.store,
             Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
             CostBudget() if checkpoint.every is Every.auto else None,
-            self._hooks(self.books, guard, retention),
+            self._hooks(self.records, guard, retention),
             attempt=self.attempt,
             pins=retention.pins,
             max_unsaved=checkpoint.max_unsaved,
@@ -153,18 +157,18 @@ class Wiring:
             ranks=self.team.ranks,
         )
 
-    def _hooks(self, books: RunRecords, guard: FiniteLoss, retention: Retention) -> Hooks:
-        attempt = books.attempt
+    def _hooks(self, records: RunRecords, guard: FiniteLoss, retention: Retention) -> Hooks:
+        attempt = records.attempt
 
         def mark(step: int) -> dict[str, Any]:
             guard.check()
-            facts = {"identity": self.opening.identity, **books.mark(step)}
+            facts = {"identity": self.opening.identity, **records.mark(step)}
             changes = self.parts.state.changes()
             return facts | {"structure": changes} if changes else facts
 
         return Hooks(
             mark=mark,
-            flush=books.flush,
+            flush=records.flush,
             successor=lambda: _name(attempt.successor()),
             committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
             retain=lambda: self.store.retain(retention, attempt=attempt.number),

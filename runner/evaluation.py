@@ -1,4 +1,4 @@
-"""One pass over held-out data: exact means, and no trace in the training state."""
+"""One pass over the validation data: exact means, and no change of the training state."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,12 @@ from runner.modes import evaluation_mode
 from runner.rng import isolated, seed_all
 from runner.task import Task, checked
 
-_SAMPLES = ""  # no metric has this name
-_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
-_APART = (
-    "What a task adds up by itself is of the batches of its own process. Return from evaluation_step what can be "
-    "averaged over samples (shares of hits and misses, say), and make the rest of the means in evaluation_end"
+_SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+_REMEDY = (
+    "A sum that a task keeps by itself covers only the batches of its own process. Return from evaluation_step values "
+    "that can be averaged over samples (such as the share of correct answers), and compute the rest from these means "
+    "in evaluation_end"
 )
 
 
@@ -42,90 +43,93 @@ def evaluate(
     team: Team,
     trained: nn.Module | None = None,
 ) -> Mapping[str, float | str]:
-    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The batches are
-    divided among the processes of the team.
+    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The processes
+    of the team divide the batches among themselves.
 
-    Runs without gradients, in evaluation mode and under the random seed ``key``. Raises EvaluationInterrupted, and then
-    buffers, also those of the model that is ``trained``, and the task's memory are as they were before: the resumed
-    run repeats it.
+    Runs without gradients, in evaluation mode and with the random seed ``key``. ``trained`` is the model in training,
+    where its average is evaluated. Raises EvaluationInterrupted after a stop signal, with the buffers of both models
+    and the task's state as they were before.
     """
-    before = _Before([*dict.fromkeys([model, trained or model])], task)
+    before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     try:
         with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
-            if team.world.size > 1:  # those who had another batch may have drawn other numbers
+            if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
                 seed_all(key)
             report = _checked(task.evaluation_end(model, means), type(task).__name__)
     except signals.Stopped:
-        if team.world.size > 1 or not before.restored(team):
+        if team.world.size > 1 or not before.restore(team):
             raise
         raise EvaluationInterrupted from None
-    return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _APART)
+    return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _REMEDY)
 
 
-def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why: str) -> Mapping[str, float | str]:
-    """The report, which is the same in all processes. Raises TaskError in all of them where it is not."""
+def same_for_all(report: Mapping[str, float | str], team: Team, source: str, remedy: str) -> Mapping[str, float | str]:
+    """Return the report if it is the same in all processes. Else raises a TaskError in all of them that shows the first
+    metric that differs.
+    """
     first = team.ranks.broadcast(dict(report))
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
     if not team.added({"": torch.tensor(float(differs))})[""]:
         return report
-    every = team.ranks.broadcast(team.ranks.gather(dict(report)))
-    texts = [{name: json.dumps(value) for name, value in one.items()} for one in every]
-    name = min(name for one in texts for name in one if any(other.get(name) != one[name] for other in texts))
-    values = ", ".join(f"{one.get(name, 'nothing')} on rank {rank}" for rank, one in enumerate(every))
-    error = TaskError(f"{whose} reports {name!r} as {values}. {why}")
+    reports = team.ranks.broadcast(team.ranks.gather(dict(report)))
+    texts = [{name: json.dumps(value) for name, value in each.items()} for each in reports]
+    name = min(name for each in texts for name in each if any(other.get(name) != each[name] for other in texts))
+    values = ", ".join(f"{each.get(name, 'nothing')} on rank {rank}" for rank, each in enumerate(reports))
+    error = TaskError(f"{source} reports {name!r} as {values}. {remedy}")
     error.agreed = True
     raise error
 
 
-def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_Before") -> dict[str, float]:
+def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, float]:
+    """The mean of each metric over all samples of all processes."""
     sums: dict[str, Tensor] = {}
     samples = 0
     batches = iter(data)
     while True:
-        if team.poll() and before.restored(team):
+        if team.poll() and before.restore(team):
             raise EvaluationInterrupted
-        # A process alone may break off the wait for a batch at once, unless only the end of the evaluation helps.
-        with signals.at_once(team.world.size == 1 and not before.lost):
+        # A single process may stop waiting for a batch at once, unless its evaluation has to be completed.
+        with signals.at_once(team.world.size == 1 and not before.irreversible):
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
-        found = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
-        for name, value in found.items():
+        metrics = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
+        for name, value in metrics.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count
-    nothing = torch.zeros((), dtype=torch.double, device=data.device)
-    shares = {name: sums.get(name, nothing) for name in team.union([*sums])}
-    totals = team.added({**shares, _SAMPLES: nothing + samples})
+    zero = torch.zeros((), dtype=torch.double, device=data.device)
+    shares = {name: sums.get(name, zero) for name in team.union([*sums])}
+    totals = team.added({**shares, _SAMPLES: zero + samples})
     return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
 
 
-class _Before:
-    """What an evaluation may change in passing, as it was before: the buffers and extra states of models, and what the
-    task remembers. Weights are not copied, but looked at: an evaluation that changes these (it may swap in others)
-    cannot be taken back, and goes on to its end.
+class _StateBefore:
+    """The state that an evaluation may change, as it was before: buffers and extra states of the models, and the task's
+    state. Weights are not copied, only summed up: an evaluation that changes them (such as one that swaps in other
+    weights for a while) is ``irreversible`` until it ends.
     """
 
     def __init__(self, models: Sequence[nn.Module], task: Task) -> None:
         self._task: Any = task if hasattr(task, "state_dict") and hasattr(task, "load_state_dict") else None
         modules = [module for model in models for module in model.modules()]
-        self._buffers = [(one, {n: (b, _copy(one, n)) for n, b in one._buffers.items()}) for one in modules]
-        own = [one for one in modules if type(one).get_extra_state is not nn.Module.get_extra_state]
-        self._extra = [(module, deepcopy(module.get_extra_state())) for module in own]
+        self._buffers = [(module, {n: (b, _copy(module, n)) for n, b in module._buffers.items()}) for module in modules]
+        with_extra = [module for module in modules if type(module).get_extra_state is not nn.Module.get_extra_state]
+        self._extra = [(module, deepcopy(module.get_extra_state())) for module in with_extra]
         self._memory, tensors = encode(None if self._task is None else self._task.state_dict(), "task")
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._models = models
-        self._weights = self._now()
+        self._weights = self._current_weights()
         self._sums = _sums(self._weights)
-        self.lost = False
+        self.irreversible = False
 
-    def restored(self, team: Team) -> bool:
-        """Put all back; False, in all processes, if the weights of one have changed."""
-        if not self.lost:
-            changed = torch.tensor(float(self._changed()))
-            self.lost = bool(team.added({"": changed})[""])
-        if self.lost:
+    def restore(self, team: Team) -> bool:
+        """Restore the state. Returns False, in all processes, if weights have changed in any process."""
+        if not self.irreversible:
+            changed = torch.tensor(float(self._weights_changed()))
+            self.irreversible = bool(team.added({"": changed})[""])
+        if self.irreversible:
             return False
         for module, saved in self._buffers:
             module._buffers.clear()
@@ -139,37 +143,39 @@ class _Before:
             self._task.load_state_dict(decode(self._memory, lambda name: self._tensors[name].cpu()))
         return True
 
-    def _changed(self) -> bool:
-        """Whether a weight has another value, or another one is in its place. (Of one in slices, FSDP puts there the
-        whole one for a while.)
+    def _weights_changed(self) -> bool:
+        """Whether a weight has another value or was replaced. FSDP replaces a sharded weight by the whole weight while
+        a layer computes, which is no change.
         """
-        now = zip_longest(self._weights, self._now())
-        others = any(new is not old and not (old is not None and is_distributed(old)) for old, new in now)
-        return others or _sums(self._weights) != self._sums
+        pairs = zip_longest(self._weights, self._current_weights())
+        replaced = any(new is not old and not (old is not None and is_distributed(old)) for old, new in pairs)
+        return replaced or _sums(self._weights) != self._sums
 
-    def _now(self) -> list[Tensor]:
+    def _current_weights(self) -> list[Tensor]:
         return [weight for model in self._models for weight in model.parameters()]
 
 
 def _copy(module: nn.Module, name: str) -> Tensor | None:
-    """A copy of a buffer that a checkpoint holds."""
+    """A copy of a buffer; None for a buffer that no checkpoint holds."""
     buffer = module._buffers[name]
     return None if buffer is None or name in module._non_persistent_buffers_set else buffer.detach().clone()
 
 
 def _sums(weights: Sequence[Tensor]) -> list[Tensor]:
-    """For each weight the sum of its bits, taken as whole numbers."""
-    real = (torch.view_as_real(one) if one.is_complex() else one for one in (local(w.detach()) for w in weights))
-    return [one.view(_WHOLE[one.element_size()]).sum() for one in real]
+    """The sum of the bits of each weight, read as integers: any change of a value shows, also of NaN and -0.0."""
+    tensors = (local(weight.detach()) for weight in weights)
+    reals = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
+    return [tensor.view(_INTEGERS[tensor.element_size()]).sum() for tensor in reals]
 
 
 def _checked(report: Any, task: str) -> Mapping[str, float | str]:
-    values = report.values() if isinstance(report, Mapping) else [report]
-    wrong = [value for value in values if not isinstance(value, int | float | str)]
+    if not isinstance(report, Mapping):
+        wrong = [report]
+    else:
+        wrong = [value for value in report.values() if not isinstance(value, int | float | str)]
     if wrong:
         raise TaskError(
             f"{task}.evaluation_end returned a {type(wrong[0]).__name__}; expected a dict of numbers and texts, as in "
             "{**metrics, 'perplexity': math.exp(metrics['loss'])}"
         )
-    found: Mapping[str, float | str] = report
-    return found
+    return dict(report)

@@ -16,8 +16,10 @@ log = logging.getLogger("runner")
 
 
 class Evaluate(Callback):
-    """Evaluates when due and at the last step. Remembers the step, so that one that was cut short is made after the
-    resume, and what the data looks like: what an attempt before saw of other data is no longer to be compared with.
+    """Evaluates when due and at the last step.
+
+    The state has the step of the last evaluation, so that an interrupted evaluation is repeated after the resume, and a
+    fingerprint of the data: results on changed data cannot be compared with earlier ones.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Evaluate(Callback):
         changed = self.data.changes(state["data"]) if "data" in state else []
         if changed:
             log.warning(
-                "changed  data.validation is not what it was, and earlier figures and the best one are of that: %s",
+                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s",
                 printable("; ".join(changed)),
             )
 
@@ -63,12 +65,12 @@ class Evaluate(Callback):
 
 
 class LastEvaluation(Callback):
-    """Evaluates at a step that a user's own callback has made the last, when evaluation had had its turn. ``calls``:
-    the callback that evaluates, and those that use its results.
+    """Evaluates after a step that a user's callback made the last one, which happens after ``Evaluate`` had its turn.
+    ``callbacks`` are the callback that evaluates, and those that use its results.
     """
 
-    def __init__(self, calls: Sequence[Callback]) -> None:
-        self.calls = calls
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
 
     def on_start(self, loop: Loop) -> None:
         if loop.step > 0:
@@ -76,14 +78,14 @@ class LastEvaluation(Callback):
 
     def on_step(self, loop: Loop) -> None:
         if loop.stop is not None and loop.evaluation is None and not loop.evaluation_due:
-            for call in self.calls:
-                call.on_step(loop)
+            for callback in self.callbacks:
+                callback.on_step(loop)
 
 
 class Best(Callback):
     """Remembers the best value of the objective and its step, whose checkpoint holds the best weights.
 
-    ``keep``: an evaluation among so many of the best ones is worth a checkpoint.
+    An evaluation among the ``keep`` best sets ``loop.improved``, which saves a checkpoint.
     """
 
     def __init__(self, metric: str, *, mode: str, keep: int = 1) -> None:
@@ -92,7 +94,7 @@ class Best(Callback):
         self.keep = keep
         self.value = math.nan
         self.step = 0
-        self.values: list[float] = []  # the best ones, the best first
+        self.values: list[float] = []  # the ``keep`` best, the best first
 
     def on_start(self, loop: Loop) -> None:
         self.on_step(loop)
@@ -123,7 +125,7 @@ class EarlyStopping(Callback):
         self.patience = patience
         self.min_delta = min_delta
         self.value = math.nan
-        self.waited = 0
+        self.waited = 0  # evaluations since the last improvement
 
     def on_start(self, loop: Loop) -> None:
         self.on_step(loop)
@@ -146,13 +148,13 @@ class EarlyStopping(Callback):
 
 
 def objective(report: Mapping[str, float | str], metric: str) -> float:
-    """The objective in an evaluation's report. Raises ConfigError naming the metrics there are."""
+    """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
     value = report.get(metric)
     if value is None or isinstance(value, str):
-        known = ", ".join(sorted(name for name, found in report.items() if not isinstance(found, str)))
+        names = ", ".join(sorted(name for name, value in report.items() if not isinstance(value, str)))
         raise ConfigError(
-            f"objective.metric={metric} is not among the metrics of the evaluation: {known}. Set it to one of them; "
-            "a run that has begun goes on with run.on_drift=accept"
+            f"objective.metric={metric} is not among the metrics of the evaluation: {names}. Set it to one of them; "
+            "add run.on_drift=accept if the run has begun"
         )
     return value
 

@@ -9,28 +9,28 @@ from torch import Tensor
 from runner.callbacks.base import Callback, Loop
 from runner.errors import NonFiniteError
 
-_WINDOW = 32  # steps between two checks, each of which synchronises with the device
+_WINDOW = 32  # steps between two checks: each check waits for the device
 
 
 class FiniteLoss(Callback):
     """Checks the losses of many steps at once, and names the first step whose loss was not finite."""
 
     def __init__(self) -> None:
-        self._unseen: list[tuple[int, int, int, Tensor]] = []
+        self._unchecked: list[tuple[int, int, int, Tensor]] = []  # step, first and last position, loss
 
     def on_step(self, loop: Loop) -> None:
-        self._unseen.append((loop.step, loop.position, loop.consumed - 1, loop.metrics["loss"]))
-        if len(self._unseen) >= _WINDOW:
+        self._unchecked.append((loop.step, loop.position, loop.consumed - 1, loop.metrics["loss"]))
+        if len(self._unchecked) >= _WINDOW:
             self.check()
 
     def on_end(self, loop: Loop) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raise NonFiniteError if a loss since the last look was not finite."""
-        unseen, self._unseen = self._unseen, []
-        losses: list[Any] = torch.stack([loss for *_, loss in unseen]).tolist() if unseen else []
-        for (step, first, last, _), loss in zip(unseen, losses, strict=True):
+        """Raise NonFiniteError if a loss since the last check was not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        losses: list[Any] = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
+        for (step, first, last, _), loss in zip(unchecked, losses, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "

@@ -1,4 +1,4 @@
-"""Progress on the screen (a bar on a terminal, otherwise a line every 15 seconds) and in the heartbeat."""
+"""Progress on the screen and in the heartbeat."""
 
 import logging
 import sys
@@ -13,18 +13,20 @@ from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
 
-_BAR_SECONDS = 0.1
-_LINE_SECONDS = 15.0
+_BAR_SECONDS = 0.1  # between two updates of the bar
+_LINE_SECONDS = 15.0  # between two lines, where there is no terminal
 
 
 class ShowProgress(Callback):
-    """Shows step, loss, rate and time left; reads the loss from its device only when it draws."""
+    """Shows step, loss, rate and time left: a bar on a terminal, lines elsewhere. Reads the loss from its device only
+    when it draws, because that waits for the device.
+    """
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None: closed when the process was started
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed before the start
         self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
         self._bar: tqdm[Any] | None = None
-        self._drawn = (0, 0.0)
+        self._drawn = (0, 0.0)  # step and time of the last update
 
     def on_start(self, loop: Loop) -> None:
         self._drawn = (loop.step, time.monotonic())
@@ -32,13 +34,13 @@ class ShowProgress(Callback):
             self._bar = tqdm(
                 total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, mininterval=0, miniters=1
             )
-        self._tell_evaluation(loop)
+        self._log_evaluation(loop)
 
     def on_step(self, loop: Loop) -> None:
         now = time.monotonic()
         if now - self._drawn[1] >= self._every:
             self._draw(loop, now)
-        self._tell_evaluation(loop)
+        self._log_evaluation(loop)
 
     def on_end(self, loop: Loop) -> None:
         if self._bar is not None:
@@ -53,17 +55,12 @@ class ShowProgress(Callback):
             self._bar.update(loop.step - self._bar.n)
             return
         rate = (loop.step - step) / (now - since)
-        left = f", {(loop.max_steps - loop.step) / rate:.0f} s left" if loop.max_steps else ""
-        log.info(
-            "step %d%s: loss %s, %.1f steps/s%s",
-            loop.step,
-            f"/{loop.max_steps}" if loop.max_steps else "",
-            loss,
-            rate,
-            left,
-        )
+        total, left = "", ""
+        if loop.max_steps:
+            total, left = f"/{loop.max_steps}", f", {(loop.max_steps - loop.step) / rate:.0f} s left"
+        log.info("step %d%s: loss %s, %.1f steps/s%s", loop.step, total, loss, rate, left)
 
-    def _tell_evaluation(self, loop: Loop) -> None:
+    def _log_evaluation(self, loop: Loop) -> None:
         if loop.evaluation is None:
             return
         if self._bar is not None:
@@ -74,9 +71,10 @@ class ShowProgress(Callback):
 
 
 class NoteProgress(Callback):
-    """Puts the step into the heartbeat, for others to see, and for the next attempt to know how many steps were lost.
+    """Puts the step into the heartbeat, from which other commands show the progress, and the next attempt counts the
+    steps that were lost.
 
-    Raises Superseded at the first step after the heartbeat found that another attempt took the run over.
+    Raises Superseded at the first step after the heartbeat noticed that another attempt took the run over.
     """
 
     def __init__(self, attempt: Attempt) -> None:
@@ -94,5 +92,5 @@ class NoteProgress(Callback):
 
 
 def summary(scalars: Mapping[str, float | str]) -> str:
-    """Scalars in one line for people."""
+    """The numbers among the scalars in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items() if isinstance(value, float))

@@ -1,6 +1,5 @@
-"""Writes metrics: training metrics as means over a window of steps, evaluations, and the best objective so far.
-
-Records which samples every step was trained on, and compares them with those of earlier attempts.
+"""Reports metrics to the writers: training metrics as means over a window of steps, evaluations, and the best
+objective so far. Records the samples of every step in the ledger.
 """
 
 import math
@@ -18,9 +17,9 @@ from runner.distributed.team import SingleProcessTeam, Team
 from runner.evaluation import same_for_all
 from runner.metrics.writer import MetricWriters
 
-_APART = (
-    "What a callback adds to loop.metrics must be the same in all processes, or it would be that of rank 0 alone. "
-    "Return it from training_step, whose metrics are means over the samples of all of them"
+_REMEDY = (
+    "What a callback adds to loop.metrics must be the same in all processes. Return the value from training_step "
+    "instead, whose metrics are averaged over the samples of all processes"
 )
 
 
@@ -49,7 +48,7 @@ class Report(Callback):
         self._report(loop)  # a step whose evaluation was interrupted is reported only now
 
     def on_step(self, loop: Loop) -> None:
-        # Copies: a metric may be a weight or a running mean, which the next step changes in place.
+        # Copies, because a metric may be a weight or a running mean that the next step changes in place.
         self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
         self._rate = loop.rate
         if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
@@ -73,7 +72,7 @@ class Report(Callback):
             values |= self._training(loop)
         values |= loop.evaluation or {}
         if loop.evaluation and self._best and self._best.step:
-            # TensorBoard's tables show the last point of each curve; of this one it is the objective.
+            # TensorBoard's tables show the last point of a curve; the last point of this curve is the objective.
             values[f"best/{self._best.metric}"] = self._best.value
         if values:
             self.writers.add(loop.step, values)
@@ -83,9 +82,9 @@ class Report(Callback):
         if not self._window:
             return {}
         values: dict[str, float | str] = {
-            f"train/{name}": math.fsum(found) / len(found) for name, found in sorted(self._window.items())
+            f"train/{name}": math.fsum(window) / len(window) for name, window in sorted(self._window.items())
         }
-        same_for_all(values, self._team, "the training", _APART)
+        same_for_all(values, self._team, "the training", _REMEDY)
         self._window = {}
         if loop.state.stream.substituted:
             values["data/substituted"] = float(loop.state.stream.substituted)
@@ -104,7 +103,7 @@ class Report(Callback):
         }
 
     def _read(self) -> None:
-        """Bring the metrics of all unread steps to the host, one transfer for each name."""
+        """Copy the metrics of all unread steps from their device, with one transfer for each name."""
         for name in {name: None for metrics in self._unread for name in metrics}:
             values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
             self._window.setdefault(name, []).extend(filter(math.isfinite, values))
@@ -113,7 +112,9 @@ class Report(Callback):
 
 
 class KeepLedger(Callback):
-    """Runs first, so that a repeated step with other samples than before is not reported, evaluated or committed."""
+    """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
+    Runs first, so that a step with other samples is not reported, evaluated or committed.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -20,7 +20,7 @@ from runner.errors import hide
 
 _NONE = object()
 _PLACES = re.compile(
-    r"(run\.(root|name|parent)|runtime|checkpoint|metrics|sweep|hydra)\b"
+    r"(run\.(root|name|parent)|runtime|checkpoint|metrics\.every_steps|sweep|hydra)\b"
 )  # messages need their values
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 _masked: ContextVar[bool] = ContextVar("masked", default=False)

@@ -91,29 +91,29 @@ class WriterContext:
 
 @dataclass(frozen=True, slots=True)
 class MetricWriters:
-    """The writers of an attempt by name; none on ranks above 0. ``marks`` are those of the last checkpoint, also of a
+    """The writers of an attempt; none on ranks above 0. ``marks`` are those of the last checkpoint, also of a
     writer that is no longer configured: if it is put back later, it continues from its last mark.
     """
 
-    writers: dict[str, MetricWriter] = field(default_factory=dict)
+    by_name: dict[str, MetricWriter] = field(default_factory=dict)
     marks: dict[str, Any] = field(default_factory=dict)
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
         """Pass the values of a step to every writer."""
-        for name, writer in self.writers.items():
+        for name, writer in self.by_name.items():
             with _naming(name, "add"):
                 writer.add(step, values)
 
     def mark(self, step: int) -> dict[str, Any]:
         """The marks of all writers by name, without empty ones."""
-        for name, writer in self.writers.items():
+        for name, writer in self.by_name.items():
             with _naming(name, "mark"):
                 self.marks[name] = json.loads(json.dumps(dict(writer.mark(step))))
         return {name: mark for name, mark in self.marks.items() if mark}
 
     def flush(self) -> None:
         """Make durable what was added before the last mark. Raises StorageError."""
-        for name, writer in self.writers.items():
+        for name, writer in self.by_name.items():
             with _naming(name, "flush"):
                 try:
                     writer.flush()
@@ -122,7 +122,7 @@ class MetricWriters:
 
     def close(self) -> None:
         """Close all writers."""
-        for name, writer in self.writers.items():
+        for name, writer in self.by_name.items():
             with _naming(name, "close"):
                 writer.close()
 
