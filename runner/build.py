@@ -31,7 +31,8 @@ from runner.distributed.team import Team
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.modes import train_mode
-from runner.rng import derive, seed_all
+from runner.rng import seed_all
+from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate

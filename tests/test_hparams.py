@@ -28,7 +28,7 @@ class Row:
     """What the table says of a run."""
 
     status: str
-    tensorboard: dict[str, float | str]
+    hparams: dict[str, float | str]
     metrics: dict[str, float]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators, derive, isolated, seed_all
+from runner.rng import Generators, isolated, seed_all
+from runner.seeds import derive
 
 
 def draw() -> list[Any]:

@@ -18,7 +18,7 @@ from runner.data.plan import Plan, Slice
 from runner.data.sandbox import peek, sandboxed, seed_host, seed_others
 from runner.data.workers import remedy
 from runner.errors import DataError
-from runner.rng import derive
+from runner.seeds import derive
 
 Collate = Callable[[list[Any]], Any]
 

@@ -26,7 +26,7 @@ from runner.data.order import mix_one
 from runner.data.probe import digest
 from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.errors import DataError, RunnerError
-from runner.rng import derive
+from runner.seeds import derive
 
 _MANY = 10_000  # items of an attribute that is data, and that a copy need not have for itself
 _PLAIN = (str, int, float, bool, torch.Tensor, type(None))

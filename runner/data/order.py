@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runner.cache import LRUCache
-from runner.rng import derive
+from runner.seeds import derive
 
 Indices = NDArray[np.int64]
 _Words = NDArray[np.uint64]

@@ -23,7 +23,7 @@ from runner.data.mixture import Mixed
 from runner.data.order import Indices, Order, Permuted, Streams, Windowed, permutation
 from runner.distributed.environment import World
 from runner.errors import DataError
-from runner.rng import derive
+from runner.seeds import derive
 
 _POOL = 4096
 

@@ -19,7 +19,7 @@ from runner import signals
 from runner.data.fetch import Fetcher, location
 from runner.data.sandbox import sandboxed
 from runner.errors import DataError
-from runner.rng import derive
+from runner.seeds import derive
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 
