@@ -65,11 +65,11 @@ def evaluate(
 
 def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why: str) -> Mapping[str, float | str]:
     """The report, which is the same in all processes. Raises TaskError in all of them where it is not."""
-    first = team.ranks.broadcast(dict(report))
+    first = team.comm.broadcast(dict(report))
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
     if not team.added({"": torch.tensor(float(differs))})[""]:
         return report
-    every = team.ranks.broadcast(team.ranks.gather(dict(report)))
+    every = team.comm.broadcast(team.comm.gather(dict(report)))
     texts = [{name: json.dumps(value) for name, value in one.items()} for one in every]
     name = min(name for one in texts for name in one if any(other.get(name) != one[name] for other in texts))
     values = ", ".join(f"{one.get(name, 'nothing')} on rank {rank}" for rank, one in enumerate(every))

@@ -63,10 +63,10 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = on_rank_zero(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
+            found = on_rank_zero(team.comm, lambda: [*ledger.swaps(location, parts.recipe).items()])
             parts.state.stream.repeat(dict(found))
         with signals.at_once(team.world.size == 1):
-            resumed = _resume(opening, parts, store, team.ranks)
+            resumed = _resume(opening, parts, store, team.comm)
         if books is not None:
             books.open(resumed)
             before = attempt_records.last(location, before=number)
@@ -88,7 +88,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         if 0 < loop.step <= parts.update.in_a_row:
             raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
         patience = config.checkpoint.max_unsaved
-        return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
+        return finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
 
 
 def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _attempt(
         claimed.append(_claim(opening, config, facts))
         return claimed[0].number
 
-    number = on_rank_zero(team.ranks, claim)
+    number = on_rank_zero(team.comm, claim)
     if not claimed:
         yield number, None
         return
@@ -205,12 +205,12 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, ranks: Communicator) -> Resumed:
+def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, comm: Communicator) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
     origin = ParentRecord.of(opening.directory)
-    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
+    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, comm)
     begun = partial(anew, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, comm=comm)
 
 
 def _evidence(location: Location) -> str | None:

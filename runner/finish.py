@@ -36,7 +36,7 @@ def finish(
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
     loop: Loop,
-    ranks: Communicator,
+    comm: Communicator,
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def finish(
     tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None
     while result is None:  # each try by itself, so that ranks that wait hear of it
-        result = on_rank_zero(ranks, tries.next)
+        result = on_rank_zero(comm, tries.next)
     return result
 
 

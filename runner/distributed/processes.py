@@ -37,7 +37,7 @@ class OthersFailed(RunnerError):
 
 
 class Channel:
-    """Implements ``ranks.Ranks`` over a key-value store.
+    """Implements ``Communicator`` over a key-value store.
 
     Every exchange has a number, from which its keys are made; keys are removed once all have read them. Raises
     OthersFailed once another process has failed.
@@ -148,7 +148,7 @@ class ProcessTeam:
             self._served = self._connect(serve=True)
         self._own = self._store("watch")
         self.watch = Watchdog(self._store("watch"), world, timeout=timeout, patience=patience)
-        self.ranks = self.channel(MAIN)
+        self.comm = self.channel(MAIN)
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Communicator:
@@ -167,7 +167,7 @@ class ProcessTeam:
         )
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
-        self.ranks = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
+        self.comm = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
 
     def exchange(self, news: StepReport) -> StepReport:
         names = crc32(",".join(news.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
@@ -186,8 +186,8 @@ class ProcessTeam:
         return self.stop
 
     def union(self, names: Sequence[str]) -> list[str]:
-        told = self.ranks.gather([*names])
-        found: list[str] = self.ranks.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
+        told = self.comm.gather([*names])
+        found: list[str] = self.comm.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
         return found
 
     def added(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -218,7 +218,7 @@ class ProcessTeam:
         """End in good order, all processes together. Rank 0 goes last, because it may keep the store."""
         self.watch.rest()
         self._left()
-        self.ranks.gather(None)
+        self.comm.gather(None)
         self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -247,9 +247,9 @@ class ProcessTeam:
         return found
 
     def _swaps(self, swaps: str) -> str:
-        told = self.ranks.gather(swaps)
+        told = self.comm.gather(swaps)
         found = sorted("".join(told or []).split(), key=lambda swap: int(swap.partition(":")[0]))
-        ordered: str = self.ranks.broadcast("".join(f" {swap}" for swap in found))
+        ordered: str = self.comm.broadcast("".join(f" {swap}" for swap in found))
         return ordered
 
     def _store(self, name: str) -> Store:

@@ -33,12 +33,12 @@ class StepReport:
 class Team(Protocol):
     """The processes of a run. All of them make the same calls in the same order.
 
-    ``ranks`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
+    ``comm`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
     ``poll`` found in any process.
     """
 
     world: World
-    ranks: Communicator
+    comm: Communicator
 
     @property
     def stop(self) -> str | None: ...
@@ -76,7 +76,7 @@ class SingleProcessTeam:
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.ranks: Communicator = SINGLE_PROCESS
+        self.comm: Communicator = SINGLE_PROCESS
         self._bounds = timeout, patience
         self._stall: Stall | None = None
 

@@ -181,8 +181,8 @@ def _hash_batches(probe: Recorder, stream: Any) -> None:
 def _watch_resuming(probe: Recorder) -> None:
     resume = experiment._resume
 
-    def resumed(opening: Any, parts: Any, store: Any, ranks: Any) -> Any:
-        found = resume(opening, parts, store, ranks)
+    def resumed(opening: Any, parts: Any, store: Any, comm: Any) -> Any:
+        found = resume(opening, parts, store, comm)
         probe.write("resumed", step=found.step, **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
