@@ -25,9 +25,9 @@ from runner import signals
 from runner.config import schema
 from runner.config.checks import refuse_secrets
 from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.environment import world
-from runner.distributed.joining import joined
+from runner.distributed.joining import join_team
 from runner.distributed.team import Team
+from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.job import Job, run_name
 from runner.run.links import refuse_links
@@ -110,7 +110,7 @@ def _hand_over() -> None:
 
 def _job(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
-    with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
+    with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         job = Job.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():

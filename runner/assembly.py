@@ -5,7 +5,7 @@ from typing import Any
 
 from runner.build import Parts
 from runner.callbacks.base import Callback
-from runner.callbacks.evaluation import Best, EarlyStopping, Evaluate, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report

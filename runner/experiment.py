@@ -21,7 +21,7 @@ from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
 from runner.data.stream import BatchStream
-from runner.device import set_up
+from runner.device import set_up_device
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
@@ -46,12 +46,12 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
     everything committed, and RunInUse while another process works on the run.
     """
-    device = set_up(config, team.world)
+    device = set_up_device(config, team.world)
     team.begin(device)
     location = opening.directory.location
     here = _topology(config, device, team)
     claimed = _attempt(opening, config, team, {"overrides": overrides, "topology": here})
-    with claimed as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
+    with claimed as (number, attempt), team.blame_peer(), _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
@@ -106,7 +106,7 @@ def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team
         max_epochs=config.trainer.max_epochs,
         max_seconds=config.trainer.max_seconds,
         team=team,
-        layout=parts.layout,
+        parallelism=parts.parallelism,
     )
 
 
@@ -167,7 +167,7 @@ def _attempt(
         yield number, None
         return
     (attempt,) = claimed
-    team.at_failure(lambda why: attempt.end("failed", reason=why))
+    team.on_failure(lambda why: attempt.end("failed", reason=why))
     outcome, reason = "failed", ""
     try:
         opening.directory.sweep()

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
+from runner.checkpoint.background_writer import Follower, Writer
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
-from runner.checkpoint.writer import Follower, Writer
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
 from runner.interval import CostBudget, Interval
@@ -328,7 +328,7 @@ class SaveCheckpoint(Callback):
     def _raise_if_stuck(self) -> None:
         unsaved = self._unsaved()
         if unsaved > max(self.max_unsaved, _PATIENCE):
-            where = self.saves.store.comm.awaited()
+            where = self.saves.store.comm.describe_wait()
             raise StorageError(
                 f"a checkpoint has been on its way for {unsaved:.0f} seconds. {where and f'{where}. '}{self._remedy()}"
             )

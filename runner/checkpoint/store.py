@@ -117,7 +117,7 @@ class CheckpointStore:
             return name, file.stored(self.location.put(name, file.chunks()))
 
         shelves = [how.shelves[number] for number in how.mine] + ([how.own] if how.own.tensors else [])
-        with ThreadPoolExecutor(self.location.parallel) as pool:
+        with ThreadPoolExecutor(self.location.parallel_puts) as pool:
             files = [*pool.map(put, range(len(shelves)), shelves)]
         return report(snapshot, how, files)
 

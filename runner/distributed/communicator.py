@@ -30,7 +30,7 @@ class Communicator(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0; the values that other ranks pass are ignored."""
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         """For error messages, from any thread: the rank that a running exchange waits for, and where that rank is."""
 
 
@@ -47,7 +47,7 @@ class SingleProcess:
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         return ""
 
 

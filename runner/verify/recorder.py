@@ -22,7 +22,7 @@ import torch
 
 from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
-from runner.callbacks.evaluation import Evaluate
+from runner.callbacks.evaluate import Evaluate
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
