@@ -65,7 +65,7 @@ from runner.data.order import digest
 from runner.data.stream import Stream
 from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.shards.__main__ import main as scan_shards
 from runner.shards.records import Records
 from runner.shards.tokens import Tokens

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from runner import signals
-from runner.distributed.environment import world
+from runner.distributed.world import world
 from runner.errors import RunnerError, printable
 
 _ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")

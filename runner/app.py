@@ -25,9 +25,9 @@ from runner import signals
 from runner.config import schema
 from runner.config.checks import refuse_secrets
 from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.environment import world
-from runner.distributed.joining import joined
+from runner.distributed.joining import join_team
 from runner.distributed.team import Team
+from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.job import Job, run_name
 from runner.run.links import refuse_links
@@ -110,7 +110,7 @@ def _hand_over() -> None:
 
 def _job(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
-    with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
+    with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         job = Job.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
@@ -119,7 +119,7 @@ def _job(config: DictConfig) -> float | None:
 
 
 def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
-    opening = _opened(job, config, team.ranks)
+    opening = _opened(job, config, team.comm)
     result = opening.result
     if result is None:
         from runner import experiment
@@ -134,7 +134,7 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
     return goal
 
 
-def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
+def _opened(job: Job, config: DictConfig, comm: Communicator) -> OpenedRun:
     """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
     found: list[OpenedRun] = []
 
@@ -143,12 +143,12 @@ def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
         return {"variant": found[0].directory.variant, "result": found[0].result}
 
     if config.run.on_conflict is schema.OnConflict.wait:
-        _wait_until_free(job, ranks)
-    seen = on_rank_zero(ranks, open_run)
+        _wait_until_free(job, comm)
+    seen = on_rank_zero(comm, open_run)
     return found[0] if found else job.following(**seen)
 
 
-def _wait_until_free(job: Job, ranks: Communicator) -> None:
+def _wait_until_free(job: Job, comm: Communicator) -> None:
     """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
 
     def free() -> bool:
@@ -157,7 +157,7 @@ def _wait_until_free(job: Job, ranks: Communicator) -> None:
             signals.raise_if_received("while waiting for the run")
         return found
 
-    while not on_rank_zero(ranks, free):
+    while not on_rank_zero(comm, free):
         time.sleep(_POLL_SECONDS)
 
 

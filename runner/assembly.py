@@ -5,7 +5,7 @@ from typing import Any
 
 from runner.build import Parts
 from runner.callbacks.base import Callback
-from runner.callbacks.evaluation import Best, EarlyStopping, Evaluate, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
@@ -116,7 +116,7 @@ class Wiring:
                 self.store,
                 attempt=self.attempt,
                 background=checkpoint.background,
-                ranks=self.team.ranks,
+                comm=self.team.comm,
                 weights=self.parts.state.weights,
             )
         return SaveCheckpoint(
@@ -130,7 +130,7 @@ class Wiring:
             background=checkpoint.background,
             best=checkpoint.keep_best,
             weights=self.parts.state.weights,
-            ranks=self.team.ranks,
+            comm=self.team.comm,
         )
 
     def _hooks(self, books: RunRecords, guard: FiniteLoss, report: Report, retention: Retention) -> Hooks:

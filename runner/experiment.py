@@ -21,7 +21,7 @@ from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
 from runner.data.stream import BatchStream
-from runner.device import set_up
+from runner.device import set_up_device
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
@@ -46,12 +46,12 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
     everything committed, and RunInUse while another process works on the run.
     """
-    device = set_up(config, team.world)
+    device = set_up_device(config, team.world)
     team.begin(device)
     location = opening.directory.location
     here = _topology(config, device, team)
     claimed = _attempt(opening, config, team, {"overrides": overrides, "topology": here})
-    with claimed as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
+    with claimed as (number, attempt), team.blame_peer(), _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
@@ -63,10 +63,10 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = on_rank_zero(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
+            found = on_rank_zero(team.comm, lambda: [*ledger.swaps(location, parts.recipe).items()])
             parts.state.stream.repeat(dict(found))
         with signals.at_once(team.world.size == 1):
-            resumed = _resume(opening, parts, store, team.ranks)
+            resumed = _resume(opening, parts, store, team.comm)
         if books is not None:
             books.open(resumed)
             before = attempt_records.last(location, before=number)
@@ -88,7 +88,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         if 0 < loop.step <= parts.update.in_a_row:
             raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
         patience = config.checkpoint.max_unsaved
-        return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
+        return finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
 
 
 def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team
         max_epochs=config.trainer.max_epochs,
         max_seconds=config.trainer.max_seconds,
         team=team,
-        layout=parts.layout,
+        parallelism=parts.parallelism,
     )
 
 
@@ -162,12 +162,12 @@ def _attempt(
         claimed.append(_claim(opening, config, facts))
         return claimed[0].number
 
-    number = on_rank_zero(team.ranks, claim)
+    number = on_rank_zero(team.comm, claim)
     if not claimed:
         yield number, None
         return
     (attempt,) = claimed
-    team.at_failure(lambda why: attempt.end("failed", reason=why))
+    team.on_failure(lambda why: attempt.end("failed", reason=why))
     outcome, reason = "failed", ""
     try:
         opening.directory.sweep()
@@ -205,12 +205,12 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, ranks: Communicator) -> Resumed:
+def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, comm: Communicator) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
     origin = ParentRecord.of(opening.directory)
-    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
+    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, comm)
     begun = partial(anew, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, comm=comm)
 
 
 def _evidence(location: Location) -> str | None:

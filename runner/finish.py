@@ -12,7 +12,7 @@ from torch import Tensor
 from runner import signals
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluation import Best, Evaluate
+from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
@@ -36,7 +36,7 @@ def finish(
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
     loop: Loop,
-    ranks: Communicator,
+    comm: Communicator,
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:
@@ -45,11 +45,13 @@ def finish(
     A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
     """
     state = parts.state
-    weights = {name: parts.layout.whole(tensor) for name, tensor in state.evaluated_model.state_dict().items()}
+    weights = {
+        name: parts.parallelism.full_tensor(tensor) for name, tensor in state.evaluated_model.state_dict().items()
+    }
     tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None
     while result is None:  # each try by itself, so that ranks that wait hear of it
-        result = on_rank_zero(ranks, tries.next)
+        result = on_rank_zero(comm, tries.next)
     return result
 
 

@@ -96,8 +96,8 @@ def log_start(
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %s", parts.state.stream.guarantee)
-    if parts.layout.told:
-        log.info("together %s; %s", parts.layout.told, _share(parts))
+    if parts.parallelism.description:
+        log.info("together %s; %s", parts.parallelism.description, _share(parts))
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.state.stream.workers)
     log.info("model    %s parameters", f"{count:,}")
 

@@ -38,7 +38,7 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=1
 class Memory:
     """A location that promises no more than it must. ``turn`` is called before every verb that others may notice."""
 
-    part_bytes, parallel, beat_seconds, url, locks = 1, 1, 0.01, "memory", ""
+    part_bytes, parallel_puts, beat_seconds, url, lock_domain = 1, 1, 0.01, "memory", ""
 
     def __init__(self, turn: Callable[[], None] = lambda: None) -> None:
         self.turn = turn
@@ -67,12 +67,12 @@ class Memory:
         self.objects.pop(name, None)
 
     def lock(self, name: str) -> Any:
-        if self.locked(name):
+        if self.is_locked(name):
             return None
         self.held.add(name)
         return _Release(self.held, name)
 
-    def locked(self, name: str) -> bool:
+    def is_locked(self, name: str) -> bool:
         return name in self.held
 
 
@@ -539,7 +539,7 @@ import os
 here = sys.argv.pop(1)
 attempt_records.machine = lambda location: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
-LocalLocation.locked = lambda self, name: False
+LocalLocation.is_locked = lambda self, name: False
 from runner.__main__ import main
 sys.exit(main())
 """

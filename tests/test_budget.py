@@ -10,7 +10,7 @@ import pytest
 from runner.data import plan as plans
 from runner.data.order import Permuted
 from runner.data.plan import Budgeted, Plan, Slice
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CHANCE = np.random.default_rng(0)

@@ -9,9 +9,9 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from runner.distributed.communicator import gather, on_rank_zero
-from runner.distributed.environment import World
-from runner.distributed.processes import Channel, OthersFailed
+from runner.distributed.processes import Channel, PeerFailed
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZE = 3
@@ -90,7 +90,7 @@ def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:
             return watch.failure
         failed.wait(30)
         later = watch.fail(Failure(channel.rank, 1, "another reason")) if channel.rank == 1 else None
-        with pytest.raises(OthersFailed, match="gone") as error:
+        with pytest.raises(PeerFailed, match="gone") as error:
             channel.gather(None) if channel.rank == 0 else channel.broadcast(None)
         assert error.value.status == 5
         return later or watch.failure

@@ -22,7 +22,7 @@ from runner.data import fetch, order, sandbox
 from runner.data.loader import Loading, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import BatchStream
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.runs.__main__ import main as runs
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))

@@ -7,7 +7,7 @@ import torch
 
 from runner.data.evaluation_data import EvaluationData
 from runner.data.loader import Loading
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]

@@ -13,7 +13,7 @@ from runner.data import ledger
 from runner.data.ledger import Ledger, Line, recipe, segments
 from runner.errors import DataError, StorageError
 from runner.storage import LocalLocation, open_location
-from runner.storage.location import Journals
+from runner.storage.location import JournalChain
 
 RECIPE = {"samples": 10, "seed": 1}
 FIRST = "ledger/s000000000-a000001.txt"
@@ -329,7 +329,7 @@ def test_positions_that_other_groups_moved_are_not_compared(location: LocalLocat
 
 def test_a_flush_reaches_every_journal() -> None:
     location = open_location("memory://journals/run")
-    journals = Journals(location)
+    journals = JournalChain(location)
     for name, head, rest in (("a", b"1", b"2"), ("b", b"3", b"45")):
         journals.begin(name, head)
         journals.append(rest)

@@ -13,7 +13,7 @@ import servers
 from crews import crews
 from results import results
 
-from runner.distributed.environment import Meeting, World, first_host, meeting, world
+from runner.distributed.world import Rendezvous, World, first_host, rendezvous, world
 from runner.run import attempt_records
 from runner.storage.local import LocalLocation
 
@@ -112,7 +112,7 @@ def test_the_tasks_of_a_step_of_slurm_are_a_world(monkeypatch: pytest.MonkeyPatc
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert world() == World(3, 4, 1)
-    assert meeting() == Meeting("node07", 15001, kept=False, restart=0)
+    assert rendezvous() == Rendezvous("node07", 15001, served_by_launcher=False, restart=0)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # the script of a batch job, however many tasks that has
     assert world() == World()
 

@@ -10,7 +10,7 @@ import pytest
 
 from runner.data.order import Streams
 from runner.data.plan import Plan, Slice, Source
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [*product((1, 2, 3, 7, 12), (1, 2, 4, 7, 30))]  # samples, samples per batch

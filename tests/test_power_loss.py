@@ -58,7 +58,7 @@ def recorded(
         system.others_make(root / below)
     location = kind(root / below)
     if below:
-        location.settle()
+        location.sync_parents()
     store = CheckpointStore(location)
     made: list[CommitId] = []
     for attempt in (1, 2):

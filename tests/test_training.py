@@ -14,7 +14,7 @@ from runner.data.mixture import Mixture
 from runner.data.order import Streams
 from runner.data.stream import BatchStream, Stream
 from runner.data.training_data import training_data
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from runner.verify import assert_resumes
 from runner.verify.campaign import plan
 from runner.verify.difference import first
 from runner.verify.execution import AttemptEnd, AttemptRequest, AttemptTrace, RunTrace, Servers, servers
-from runner.verify.html_report import page
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove
+from runner.verify.proof_report import page
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"

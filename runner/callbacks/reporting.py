@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluation import Best
+from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger
 from runner.distributed.team import SingleProcessTeam, Team
 from runner.evaluation import same_for_all

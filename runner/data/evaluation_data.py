@@ -14,7 +14,7 @@ from runner.data.look import look
 from runner.data.plan import Plan, Slice
 from runner.data.probe import differences
 from runner.data.stream import to_device
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 log = logging.getLogger("runner")

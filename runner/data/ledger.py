@@ -19,7 +19,7 @@ from typing import Any
 
 from runner.errors import DataError, StorageError
 from runner.plain import parse, parse_object
-from runner.storage.location import Journals, Location
+from runner.storage.location import JournalChain, Location
 
 log = logging.getLogger("runner")
 
@@ -76,7 +76,7 @@ class Ledger:
         self._recipe = recipe
         self._accept = accept
         self._header = {"plan": _digest(recipe), "grouping": grouping}
-        self._journals = Journals(location)
+        self._journals = JournalChain(location)
         self._before: dict[int, tuple[Line, int]] = {}
 
     def open(self, step: int) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from runner.cache import LRUCache
 from runner.data.mixture import Mixed
 from runner.data.order import Indices, Order, Permuted, Streams, Windowed, permutation
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 from runner.seeds import derive
 

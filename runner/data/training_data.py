@@ -18,7 +18,7 @@ from runner.data.mixture import Mixture
 from runner.data.order import Streams
 from runner.data.plan import Plan, Source
 from runner.data.stream import BatchStream, Stream
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import ConfigError, DataError
 
 log = logging.getLogger("runner")

@@ -33,7 +33,7 @@ from typing import NoReturn
 import torch
 from torch._C._distributed_c10d import Store
 
-from runner.distributed.environment import World
+from runner.distributed.world import World
 
 GRACE_SECONDS = 10.0
 
@@ -62,7 +62,7 @@ _TORCH = f"{Path(torch.__file__).parent}/"
 _STANDARD = f"{Path(os.__file__).parent}/"
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _EXCHANGES = (f"{_RUNNER}distributed/", f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
-_WRITER = f"{_RUNNER}checkpoint/writer.py"
+_WRITER = f"{_RUNNER}checkpoint/background_writer.py"
 _STORES = tuple(
     f"{_RUNNER}{file}" for file in ("checkpoint/", "callbacks/saving.py", "storage/journals.py", "finish.py")
 )

@@ -23,7 +23,7 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, printable
-from runner.storage.location import Journals, Location
+from runner.storage.location import JournalChain, Location
 
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
@@ -36,7 +36,7 @@ class Curves:
         self._location = location
         self._folder = folder
         self._attempt = attempt
-        self._journals = Journals(location)
+        self._journals = JournalChain(location)
         self._files = 0
         self._time = self._now()
         self._begin()

@@ -68,7 +68,7 @@ class Record:
         """Whether its process lives; None if this machine cannot tell without watching its heartbeat."""
         if self.end is not None:
             return False
-        if self.location.locked(f"{self.name}.lock"):
+        if self.location.is_locked(f"{self.name}.lock"):
             return True
         return False if self.claim.get("machine") == machine(self.location) else None
 
@@ -181,7 +181,7 @@ def machine(location: Location) -> str:
     A container, another user, or a job with its own temporary folder counts as another machine if it cannot see the
     same locks.
     """
-    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.locks}"
+    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.lock_domain}"
 
 
 def cluster_job() -> list[str] | None:

@@ -150,12 +150,12 @@ class RunDirectory:
     def settle(self) -> None:
         """Make the folder of the run last, and those above it, which others may have made."""
         if isinstance(self.location, LocalLocation):
-            self.location.settle()
+            self.location.sync_parents()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
         for folder in ("", "attempts", "commits", "data", "metrics", TENSORBOARD):
-            self.location.sweep(folder)
+            self.location.remove_leftovers(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the run; None if it is not finished, or was finished with another configuration."""

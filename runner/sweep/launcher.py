@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from runner import signals
 from runner.config.checks import refuse_secrets
-from runner.distributed.environment import World, world
+from runner.distributed.world import World, world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
 from runner.job import Job, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest

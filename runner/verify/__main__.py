@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         verdict = prove(command, options, tell=lambda line: print(line, file=sys.stderr, flush=True))
         if options.html:
-            from runner.verify.html_report import write
+            from runner.verify.proof_report import write
 
             verdict = write(verdict, options.html)
     except RunnerError as error:

@@ -22,7 +22,7 @@ from typing import Any
 
 _TICK_SECONDS = 0.005
 _PATIENCE_SECONDS = 60.0  # in which all processes end once one of them has failed or was killed
-_MANY = ("runner.distributed.processes", "runner.distributed.parallel", "runner.distributed.parallel")
+_MANY = ("runner.distributed.processes", "runner.distributed.parallel")
 
 
 def serve() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from runner import build
 from runner.callbacks.base import Loop
-from runner.callbacks.evaluation import Evaluate
+from runner.callbacks.evaluate import Evaluate
 from runner.data.stream import BatchStream
 
 _PID = 4242

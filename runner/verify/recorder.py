@@ -22,7 +22,7 @@ import torch
 
 from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
-from runner.callbacks.evaluation import Evaluate
+from runner.callbacks.evaluate import Evaluate
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
@@ -181,8 +181,8 @@ def _hash_batches(probe: Recorder, stream: Any) -> None:
 def _watch_resuming(probe: Recorder) -> None:
     resume = experiment._resume
 
-    def resumed(opening: Any, parts: Any, store: Any, ranks: Any) -> Any:
-        found = resume(opening, parts, store, ranks)
+    def resumed(opening: Any, parts: Any, store: Any, comm: Any) -> Any:
+        found = resume(opening, parts, store, comm)
         probe.write("resumed", step=found.step, **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
