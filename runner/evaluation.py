@@ -17,7 +17,7 @@ from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode
-from runner.rng import isolated, seed_all
+from runner.rng import seed_all, temporary_seed
 from runner.task import Task, checked
 
 _SAMPLES = ""  # no metric has this name
@@ -51,7 +51,7 @@ def evaluate(
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
+        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # those who had another batch may have drawn other numbers
                 seed_all(key)

@@ -55,7 +55,7 @@ class Generators:
 
 
 @contextmanager
-def isolated(key: int) -> Iterator[None]:
+def temporary_seed(key: int) -> Iterator[None]:
     """Run a block under its own seed and give the global generators back untouched."""
     generators = Generators()
     before = generators.state_dict()

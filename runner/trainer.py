@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from runner import signals
 from runner.callbacks.base import Callback, Loop
-from runner.data.stream import Read, Stream
+from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.parallel import Layout, Single
 from runner.distributed.team import SingleProcessTeam, StepReport, Team
 from runner.state import TrainState
@@ -62,7 +62,7 @@ class Trainer:
             callback.on_end(loop)
         return loop
 
-    def _stopped(self, stream: Stream) -> str | None:
+    def _stopped(self, stream: TrainingStream) -> str | None:
         """Wait for data; returns the stop signal if one comes first, when the state is still that of the last step.
         Other processes may be in the next step already, so only a single one stops here.
         """
@@ -85,8 +85,8 @@ class Trainer:
         found = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
         metrics = checked(found, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
-        news = self.team.exchange(StepReport(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
-        stream.advance(Read(news.digest, news.swaps))
+        news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
+        stream.advance(StepSamples(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
 

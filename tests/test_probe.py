@@ -20,9 +20,9 @@ from runner.checkpoint.encoding import encode
 from runner.data import probe
 from runner.data.evaluation_data import EvaluationData
 from runner.data.fetch import Fetcher
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -237,9 +237,9 @@ def test_one_impure_sample_is_told_by_its_place() -> None:
         probe.require_pure(Fetcher(data, Plan(N, 1, 2), label="train"))
 
 
-def opened(make: Callable[[int], Any], workers: int = 1) -> BatchStream:
-    stream = BatchStream(
-        Made(make), Plan(N, 1, 2), loading=Loading(workers), device=torch.device("cpu"), audit=True, collate=list
+def opened(make: Callable[[int], Any], workers: int = 1) -> MapStyleStream:
+    stream = MapStyleStream(
+        Made(make), Plan(N, 1, 2), loading=LoaderOptions(workers), device=torch.device("cpu"), audit=True, collate=list
     )
     stream.open()
     return stream
@@ -275,9 +275,13 @@ class Lazy:
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str) -> None:
     """Forked workers would move its position under each other's hands; others could not be sent it."""
-    data, plan, loading = Lazy(tmp_path / "numbers"), Plan(N, 1, 2, shuffle=False), Loading(2, start_method=method)
+    data, plan, loading = (
+        Lazy(tmp_path / "numbers"),
+        Plan(N, 1, 2, shuffle=False),
+        LoaderOptions(2, start_method=method),
+    )
     cpu = torch.device("cpu")
-    stream = BatchStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
+    stream = MapStyleStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
     held_out = EvaluationData(
         data, seed=1, batch_size=2, randomness="sample", loading=loading, device=cpu, collate=list, audit=True
     )

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from runner.data.fetch import Collate, Fetcher, Samples, unreadable
 from runner.data.iterable import stateful
-from runner.data.loader import Loader, Loading
+from runner.data.loader import Loader, LoaderOptions
 from runner.data.look import look
 from runner.data.plan import Plan, Slice
 from runner.data.probe import differences
@@ -34,7 +34,7 @@ class EvaluationData:
         seed: int,
         batch_size: int,
         randomness: str,
-        loading: Loading,
+        loading: LoaderOptions,
         device: torch.device,
         collate: Collate | None = None,
         world: World | None = None,
@@ -75,7 +75,7 @@ class EvaluationData:
             yield weight, to_device(fetched.batch, self.device)
 
 
-def checked(samples: Any, key: str) -> Samples:
+def require_map_style(samples: Any, key: str) -> Samples:
     """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
     if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise DataError(

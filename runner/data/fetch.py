@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from runner import signals
 from runner.cache import LRUCache
-from runner.data.order import Indices, Words, digest_words, mix
+from runner.data.order import Indices, Words, digest_words, splitmix64
 from runner.data.plan import Plan, Slice
 from runner.data.sandbox import peek, sandboxed, seed_host, seed_others
 from runner.data.workers import remedy
@@ -186,7 +186,7 @@ class Fetcher(Dataset[Fetched]):
     def _block(self, epoch: int, number: int) -> tuple[Indices, Words, Words]:
         places = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.plan.epoch_size))
         indices = self.order(epoch, places)
-        keys = mix(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
+        keys = splitmix64(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
         return indices, keys, digest_words(epoch * self.plan.epoch_size + places, indices)
 
     def _instead(self, position: int, index: int, key: int, seed: Callable[[int], object], error: Exception) -> Any:

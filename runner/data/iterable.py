@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from runner import signals
 from runner.data.fetch import Collate
-from runner.data.order import mix_one
+from runner.data.order import splitmix64_int
 from runner.data.probe import digest
 from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.errors import DataError, RunnerError
@@ -307,7 +307,7 @@ class Passes(IterableDataset[Batch]):
 
     def _seed(self, label: str, item: int = 0) -> None:
         if self.making.randomness != "off":
-            seed_host(mix_one(self._keys[label] ^ item))
+            seed_host(splitmix64_int(self._keys[label] ^ item))
 
     @property
     def _worker(self) -> int:

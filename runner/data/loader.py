@@ -27,7 +27,7 @@ _DEATH_SECONDS = 5.0  # from the last sign of a worker to its exit status
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class LoaderOptions:
     """How batches are loaded; free to change between attempts.
 
     ``num_workers`` processes (0: in this one), each with ``prefetch`` batches in flight, started by ``start_method``.
@@ -51,7 +51,7 @@ class Loader:
         self,
         data: Dataset[Any],
         sampler: Iterable[Any] | None,
-        loading: Loading,
+        loading: LoaderOptions,
         *,
         key: str = "data.train",
         states: bool = False,

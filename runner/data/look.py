@@ -13,7 +13,7 @@ import torch
 
 from runner import signals
 from runner.data.fetch import Fetcher
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 from runner.data.probe import Sketch, require_pure, sketch
 from runner.data.workers import Workers, explained, start_worker
 from runner.errors import DataError, RunnerError
@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 2.0
 
 
-def look(fetcher: Fetcher, loading: Loading, *, audit: bool, key: str = "data.train") -> Seen:
+def look(fetcher: Fetcher, loading: LoaderOptions, *, audit: bool, key: str = "data.train") -> Seen:
     """The sketch of the data, and with ``audit`` the digests of the probed samples. Raises DataError if they change."""
     if not loading.num_workers:
         return _seen(fetcher, audit)

@@ -69,7 +69,7 @@ class Mixture:
         return source, index - int(self._ends[source]) + len(self.sources[source])
 
 
-class Mixed:
+class MixtureOrder:
     """The order of a mixture: a block of ``sum(shares)`` positions has ``shares[s]`` from source s."""
 
     def __init__(self, orders: Sequence[Order], shares: Sequence[int], *, seed: int) -> None:
@@ -89,7 +89,7 @@ class Mixed:
             found[here] = self._first[one] + self._orders[one](epoch, place[here])
         return found
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """The source that each place draws from, and how often that source was gone through before."""
         source, passed, _ = self._drawn(epoch, places)
         return source, passed

@@ -39,11 +39,11 @@ class Order(Protocol):
     def __call__(self, epoch: int, places: Indices) -> Indices:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """The source that each place draws from, and how often that source was gone through before; both [k]."""
 
 
-class Permuted:
+class PermutationOrder:
     """All samples in an order of their own in every epoch; the identity without ``shuffle``."""
 
     def __init__(self, size: int, *, seed: int, shuffle: bool) -> None:
@@ -60,7 +60,7 @@ class Permuted:
             return _feistel(places, self.size, _keys("order", self.seed, epoch))
         return self._sorted.get(epoch, lambda: permutation(self.size, "order", self.seed, epoch))[places]
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """One source, gone through once per epoch."""
         return one_source(epoch, places)
 
@@ -88,7 +88,7 @@ def groups(*columns: Indices) -> Iterator[Indices]:
 def permutation(size: int, label: str, *parts: int) -> Indices:
     """The permutation of [0, size) for a labelled tuple, as a list."""
     words, keys = np.arange(size, dtype=np.uint64), _keys(label, *parts)
-    return np.argsort(_mix(_mix(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
+    return np.argsort(_murmur(_murmur(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
 
 
 def _keys(label: str, *parts: int) -> _Words:
@@ -111,12 +111,12 @@ def _feistel(places: Indices, size: int, keys: _Words) -> Indices:
 def _encrypt(words: _Words, low: np.uint64, masks: tuple[np.uint64, np.uint64], keys: _Words) -> _Words:
     left, right = words >> low, words & masks[1]
     for one, two in zip(keys[0::2], keys[1::2], strict=True):
-        left = (left ^ _mix(right, one)) & masks[0]
-        right = (right ^ _mix(left, two)) & masks[1]
+        left = (left ^ _murmur(right, one)) & masks[0]
+        right = (right ^ _murmur(left, two)) & masks[1]
     return (left << low) | right
 
 
-def _mix(words: _Words, key: np.uint64) -> _Words:
+def _murmur(words: _Words, key: np.uint64) -> _Words:
     """The finaliser of MurmurHash3 (Appleby, public domain), keyed; a bijection of 64-bit words."""
     with np.errstate(over="ignore"):
         words = words + key
@@ -127,7 +127,7 @@ def _mix(words: _Words, key: np.uint64) -> _Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
+class Interleaving:
     """How many streams, samples per window, and consecutive samples taken from a stream before the next one's turn."""
 
     count: int
@@ -144,10 +144,10 @@ class Streams:
         return next((w for w in range(wanted, 1, -1) if self.count % (w * world * chunks) == 0), min(wanted, 1))
 
 
-class Windowed:
+class WindowOrder:
     """Which sample stands where, for samples that lie in ``shards``: so many in each, in order of index."""
 
-    def __init__(self, shards: Sequence[int], streams: Streams, *, seed: int) -> None:
+    def __init__(self, shards: Sequence[int], streams: Interleaving, *, seed: int) -> None:
         self.seed = seed
         self.streams = streams
         self._shards = np.asarray(shards, dtype=np.int64)
@@ -162,7 +162,7 @@ class Windowed:
         stream, offset = self._dealt(places)
         return self._found(epoch, self._borders[stream] + self._permuted(epoch, stream, offset))
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """One source, gone through once per epoch."""
         return one_source(epoch, places)
 
@@ -217,32 +217,32 @@ _ALL = 2**64 - 1
 _27, _30, _31 = (np.uint64(c) for c in (27, 30, 31))
 
 
-def digest(positions: Indices, indices: Indices) -> int:
+def digest_positions(positions: Indices, indices: Indices) -> int:
     """64 bits of which samples stand at these positions; of two sets of positions it is the sum, modulo 2^64."""
     return int(digest_words(positions, indices).sum(dtype=np.uint64))
 
 
 def digest_words(positions: Indices, indices: Indices) -> Words:
     """What each position adds to a digest."""
-    return mix(mix(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
+    return splitmix64(splitmix64(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
 
 
-def digests(positions: Indices, indices: Indices, ends: Indices) -> Words:
+def digest_pieces(positions: Indices, indices: Indices, ends: Indices) -> Words:
     """The digests of consecutive pieces that end at ``ends``."""
     sums = np.cumsum(digest_words(positions, indices), dtype=np.uint64)[ends - 1]
     found: Words = np.diff(sums, prepend=np.uint64(0))
     return found
 
 
-def mix_one(word: int) -> int:
-    """``mix`` of a single word, for which numpy is slow."""
+def splitmix64_int(word: int) -> int:
+    """``splitmix64`` of a single word, for which numpy is slow."""
     word = (word + 0x9E3779B97F4A7C15) & _ALL
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _ALL
     return word ^ (word >> 31)
 
 
-def mix(words: Words) -> Words:
+def splitmix64(words: Words) -> Words:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for every word."""
     words = words + _ADDED  # arrays of integers wrap around without a warning
     words = (words ^ (words >> _30)) * _FIRST

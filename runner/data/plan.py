@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runner.cache import LRUCache
-from runner.data.mixture import Mixed
-from runner.data.order import Indices, Order, Permuted, Streams, Windowed, permutation
+from runner.data.mixture import MixtureOrder
+from runner.data.order import Indices, Interleaving, Order, PermutationOrder, WindowOrder, permutation
 from runner.distributed.environment import World
 from runner.errors import DataError
 from runner.rng import derive
@@ -28,7 +28,7 @@ from runner.rng import derive
 _POOL = 4096
 
 
-class Budgeted:
+class BudgetOrder:
     """An order in which samples of like length stand together, and where its batches end.
 
     No batch has more than ``max_tokens`` tokens, padding included, or ``max_samples`` samples. Raises DataError for a
@@ -61,9 +61,9 @@ class Budgeted:
         """Sample indices of shape [k] for places of shape [k] in [0, size)."""
         return self._order(epoch, self._plan(epoch)[0][places])
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
         """As the order underneath."""
-        return self._order.passes(epoch, self._plan(epoch)[0][places])
+        return self._order.source_passes(epoch, self._plan(epoch)[0][places])
 
     def ends(self, epoch: int) -> Indices:
         """The places at which the batches of an epoch end, ascending; the last is ``size``."""
@@ -135,7 +135,7 @@ class Plan:
     tail: str = "carry"
     randomness: str = "sample"
     shards: tuple[int, ...] = ()
-    streams: Streams | None = None
+    interleaving: Interleaving | None = None
     sources: tuple[Source, ...] = ()
     max_tokens: int | None = None
     lengths: tuple[int, ...] = ()
@@ -196,7 +196,7 @@ class Plan:
         order = self._order()
         if self.max_tokens is None:
             return order
-        return Budgeted(
+        return BudgetOrder(
             order,
             np.asarray(self.lengths, dtype=np.int64),
             max_tokens=self.max_tokens,
@@ -207,7 +207,7 @@ class Plan:
 
     def steps(self, consumed: int, order: Order) -> Iterator[list[Slice]]:
         """The slices of all processes, step by step from ``consumed`` on, for ever."""
-        slices = self._planned(consumed, order) if isinstance(order, Budgeted) else self._equal(consumed)
+        slices = self._planned(consumed, order) if isinstance(order, BudgetOrder) else self._equal(consumed)
         while True:
             yield [next(slices) for _ in range(self.slices_per_step)]
 
@@ -246,7 +246,7 @@ class Plan:
             for source in recipe.get("sources", ())
         )
         if "streams" in recipe:
-            values["streams"] = Streams(**recipe["streams"])
+            values["interleaving"] = Interleaving(**values.pop("streams"))
         return cls(**values)
 
     def _described(self, long: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
@@ -265,8 +265,8 @@ class Plan:
                 {"samples": source.samples, "share": source.share, "shards": long(source.shards)}
                 for source in self.sources
             ]
-        if self.streams is not None:
-            found["streams"] = asdict(self.streams)
+        if self.interleaving is not None:
+            found["streams"] = asdict(self.interleaving)
         return found
 
     def _order(self) -> Order:
@@ -276,12 +276,12 @@ class Plan:
             self._single(source.samples, source.shards, derive("source", self.seed, number))
             for number, source in enumerate(self.sources)
         ]
-        return Mixed(orders, [source.share for source in self.sources], seed=self.seed)
+        return MixtureOrder(orders, [source.share for source in self.sources], seed=self.seed)
 
     def _single(self, samples: int, shards: tuple[int, ...], seed: int) -> Order:
-        if shards and self.shuffle and self.streams is not None:
-            return Windowed(shards, self.streams, seed=seed)
-        return Permuted(samples, seed=seed, shuffle=self.shuffle)
+        if shards and self.shuffle and self.interleaving is not None:
+            return WindowOrder(shards, self.interleaving, seed=seed)
+        return PermutationOrder(samples, seed=seed, shuffle=self.shuffle)
 
     def _equal(self, consumed: int) -> Iterator[Slice]:
         size = self.batch_size // self.slices_per_step
@@ -289,7 +289,7 @@ class Plan:
             yield Slice(consumed, size)
             consumed += size
 
-    def _planned(self, consumed: int, order: Budgeted) -> Iterator[Slice]:
+    def _planned(self, consumed: int, order: BudgetOrder) -> Iterator[Slice]:
         epoch, place = divmod(consumed, self.samples)
         while True:
             ends = order.ends(epoch)

@@ -12,8 +12,8 @@ import torch
 
 from runner.data import probe
 from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
-from runner.data.ledger import Line
-from runner.data.loader import Loader, Loading, Probed
+from runner.data.ledger import LedgerLine
+from runner.data.loader import Loader, LoaderOptions, Probed
 from runner.data.look import look
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
@@ -23,7 +23,7 @@ log = logging.getLogger("runner")
 _TOLD = 20  # bad records that are logged; the rest is counted
 
 
-class Read(NamedTuple):
+class StepSamples(NamedTuple):
     """The samples of a step: a 64-bit digest, which adds up over processes, and substituted samples, in the format of
     the ledger.
     """
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     swaps: str = ""
 
 
-class Stream(Protocol):
+class TrainingStream(Protocol):
     """Training data as a part of the state. ``consumed`` counts samples of finished steps: it moves in ``advance``,
     after the optimizer step, however far workers have read ahead.
 
@@ -57,7 +57,7 @@ class Stream(Protocol):
     def substituted(self) -> int: ...
 
     @property
-    def read(self) -> Read:
+    def step_samples(self) -> StepSamples:
         """What this process read of the current step, once it has been handed out."""
 
     def open(self) -> None:
@@ -71,10 +71,10 @@ class Stream(Protocol):
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
-    def advance(self, whole: Read | None = None) -> None:
+    def advance(self, whole: StepSamples | None = None) -> None:
         """The step that used the current batch is done; ``whole`` is what all processes read, if there are others."""
 
-    def line(self, step: int) -> Line:
+    def ledger_line(self, step: int) -> LedgerLine:
         """What the ledger says of the last finished step, which has that number."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -89,7 +89,7 @@ class Stream(Protocol):
         """End the workers, within some seconds."""
 
 
-class BatchStream:
+class MapStyleStream:
     """The stream of a map-style data set: the state is {positions consumed, plan, fingerprint}, the same for any number
     of workers.
     """
@@ -99,7 +99,7 @@ class BatchStream:
         samples: Samples,
         plan: Plan,
         *,
-        loading: Loading,
+        loading: LoaderOptions,
         device: torch.device,
         collate: Collate | None = None,
         substitute: bool = False,
@@ -120,7 +120,9 @@ class BatchStream:
         self._batches: Loader | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
         self._ahead: Fetched | None = None
-        self._step: tuple[int, int, Read] | None = None  # first position, count: of the current step, once handed out
+        self._step: tuple[int, int, StepSamples] | None = (
+            None  # first position, count: of the current step, once handed out
+        )
 
     @property
     def epochs(self) -> int:
@@ -137,7 +139,7 @@ class BatchStream:
         """What holds for the samples, for people."""
         return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
 
-    def repeat(self, swaps: Mapping[int, int]) -> None:
+    def repeat_substitutions(self, swaps: Mapping[int, int]) -> None:
         """Before ``open``: take these samples at these positions, as an earlier attempt did."""
         self._fetcher.recorded = {**swaps}
 
@@ -181,11 +183,11 @@ class BatchStream:
             digest += found
             swaps += self._tell(bad)
             if number == len(ours):
-                self._step = slices[0].first, total, Read(digest % 2**64, swaps)
+                self._step = slices[0].first, total, StepSamples(digest % 2**64, swaps)
             yield piece.count / total, to_device(batch, self._device)
 
     @property
-    def read(self) -> Read:
+    def step_samples(self) -> StepSamples:
         """What this process read of the current step. Raises DataError if its task did not take all of it."""
         if self._step is None:
             raise DataError(
@@ -194,9 +196,9 @@ class BatchStream:
             )
         return self._step[2]
 
-    def advance(self, whole: Read | None = None) -> None:
+    def advance(self, whole: StepSamples | None = None) -> None:
         """The step that used the current batch is done. Raises DataError if it did not take all of it."""
-        read = whole or self.read
+        read = whole or self.step_samples
         assert self._step is not None, "step() comes first"
         first, count, _ = self._step
         self._step = first, count, read
@@ -204,11 +206,11 @@ class BatchStream:
         self.substituted += read.swaps.count(">")
         self.consumed += count
 
-    def line(self, step: int) -> Line:
+    def ledger_line(self, step: int) -> LedgerLine:
         """What the ledger says of the last finished step, which has that number."""
         assert self._step is not None, "advance() comes first"
         first, count, (digest, swaps) = self._step
-        return Line(step, first, first + count - 1, digest, swaps)
+        return LedgerLine(step, first, first + count - 1, digest, swaps)
 
     def state_dict(self) -> dict[str, Any]:
         return {
