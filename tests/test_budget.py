@@ -7,9 +7,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from runner.data import plan as plans
-from runner.data.order import PermutationOrder
-from runner.data.plan import BudgetOrder, Plan, Slice
+from runner.data import order as orders
+from runner.data.order import BudgetOrder, PermutationOrder
+from runner.data.plan import Plan, Slice
 from runner.distributed.environment import World
 from runner.errors import DataError
 
@@ -48,7 +48,7 @@ def test_every_batch_keeps_the_budget_and_the_cap(max_tokens: int, shuffle: bool
 
 @pytest.mark.parametrize("pool", [7, 64, 4096])
 def test_every_sample_comes_once_per_epoch(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_POOL", pool)
+    monkeypatch.setattr(orders, "_POOL", pool)
     for epoch in range(3):
         batches = epoch_of(plan(), epoch)
         assert sorted(index for batch in batches for index in batch) == [*range(1000)]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner.data.mixture import Mixture, MixtureOrder, shares
-from runner.data.order import Indices, Interleaving, PermutationOrder, WindowOrder
+from runner.data.mixture import Mixture, integer_shares
+from runner.data.order import Indices, Interleaving, MixtureOrder, PermutationOrder, WindowOrder
 from runner.data.plan import Plan, Source
 from runner.errors import ConfigError
 
@@ -147,22 +147,22 @@ def test_equal_sources_of_a_plan_have_orders_of_their_own() -> None:
     ],
 )
 def test_weights_become_whole_parts_in_lowest_terms(weights: list[float], expected: list[int]) -> None:
-    assert shares(weights) == expected
+    assert integer_shares(weights) == expected
 
 
 def test_shares_of_many_weights_add_up() -> None:
-    assert sum(shares([1.0] * 7)) == sum(shares([0.1] * 11)) == 1000
+    assert sum(integer_shares([1.0] * 7)) == sum(integer_shares([0.1] * 11)) == 1000
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_that_is_no_positive_number_is_refused(weight: float) -> None:
     with pytest.raises(ConfigError, match=f"positive numbers, not 1, {weight}"):
-        shares([1, weight])
+        integer_shares([1, weight])
 
 
 def test_a_weight_too_small_to_be_kept_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a weight of 0\.1 in 1000\.1 is less than one part in 1000"):
-        shares([1000, 0.1])
+        integer_shares([1000, 0.1])
 
 
 @pytest.mark.parametrize(

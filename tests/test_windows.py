@@ -146,7 +146,7 @@ def readers(streams: Interleaving, workers: int, *, slice_size: int, world: int,
 @pytest.mark.parametrize("count", [8, 12, 16, 24])
 def test_no_two_workers_read_one_stream(count: int, wanted: int, chunks: int, world: int) -> None:
     streams = Interleaving(count, 64, 4)
-    workers = streams.workers(wanted, slice_size=4 * chunks, world=world)
+    workers = streams.max_workers(wanted, slice_size=4 * chunks, world=world)
     assert 1 <= workers <= wanted
     if workers > 1:
         found = readers(streams, workers, slice_size=4 * chunks, world=world, slices=3 * count)
@@ -170,4 +170,4 @@ def test_no_two_workers_read_one_stream(count: int, wanted: int, chunks: int, wo
 def test_workers_are_rounded_down_to_what_divides_the_streams(
     count: int, wanted: int, world: int, workers: int
 ) -> None:
-    assert Interleaving(count, 64, 2).workers(wanted, slice_size=8, world=world) == workers
+    assert Interleaving(count, 64, 2).max_workers(wanted, slice_size=8, world=world) == workers

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runner.data.ledger import LedgerLine, Segment
-from runner.data.order import Indices, Order, digest_pieces, groups, stretches
+from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
 from runner.data.plan import Plan
 
 _CHUNK = 1 << 18  # positions looked at together
@@ -167,7 +167,7 @@ def _together(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLi
 
 def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
     source, passed, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for here in stretches(epochs):
+    for here in equal_runs(epochs):
         epoch = int(epochs[here.start])
         source[here], passed[here] = order.source_passes(epoch, places[here])
         index[here] = order(epoch, places[here])
@@ -175,7 +175,7 @@ def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices,
 
 
 def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
-    for some in groups(source, passed):
+    for some in group_rows(source, passed):
         key = int(source[some[0]]), int(passed[some[0]])
         first, size = _extent(plan, key[0])
         if key not in found:

@@ -153,7 +153,7 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> Loader
     else:
         slice_size = plan.batch_size // plan.slices_per_step
         chunks = max(1, slice_size // plan.interleaving.chunk)
-        workers = plan.interleaving.workers(wanted, slice_size=slice_size, world=world_size)
+        workers = plan.interleaving.max_workers(wanted, slice_size=slice_size, world=world_size)
         # One more for each micro-batch than it has streams, because epochs need not end with a micro-batch.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if workers < wanted:
