@@ -91,7 +91,7 @@ OWN: dict[str, Callable[[], Callable[[int], Any]]] = {
 @pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
 def test_what_no_seed_reaches_is_refused(kind: str, randomness: str) -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one when it is drawn again with the same seed"):
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different when it is drawn again with the same seed"):
         probe.require_pure(fetcher(OWN[kind](), randomness=randomness))
 
 
@@ -233,7 +233,7 @@ def test_one_impure_sample_is_told_by_its_place() -> None:
             return f"line {index} of a.txt"
 
     data = Located(lambda index: time.time_ns() if index == N - 1 else index)
-    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is another one"):
+    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is different"):
         probe.require_pure(Fetcher(data, Plan(N, 1, 2), label="train"))
 
 
@@ -246,7 +246,7 @@ def opened(make: Callable[[int], Any], workers: int = 1) -> MapStyleStream:
 
 
 def test_samples_that_depend_on_the_process_are_refused() -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one in a data worker than in this process"):
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different in a data worker than in this process"):
         next(opened(lambda index: (index, os.getpid())).step())
 
 

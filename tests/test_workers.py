@@ -278,14 +278,14 @@ def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
 
 
 ORPHANS = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 from test_workers import Blocks, training
 from runner.data.loader import LoaderOptions
 
 stream = training(Blocks(), LoaderOptions(2, start_method=sys.argv[1]))
 stream.open()
 list(stream.step())
-print(*[p.pid for p in stream._batches._workers._started], flush=True)
+print(*[p.pid for p in multiprocessing.active_children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

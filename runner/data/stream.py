@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from runner.data import probe
-from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
+from runner.data.fetch import MAX_SUBSTITUTES, BadRecord, Collate, FetchedBatch, Fetcher, Samples, bad_record_error
 from runner.data.ledger import LedgerLine
-from runner.data.loader import Loader, LoaderOptions, Probed
-from runner.data.look import look
+from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
 
@@ -112,14 +111,14 @@ class MapStyleStream:
         self.substituted = 0
         self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
         self._plan_state = plan.state()
-        described, self._found = look(self._fetcher, loading, audit=audit)
+        described, self._found = probe.examine(self._fetcher, loading, audit=audit)
         self._fingerprint: dict[str, Any] = {"samples": described, "text": str(getattr(samples, "fingerprint", ""))}
         self._loading = loading
         self._device = device
         self._steps: Iterator[list[Slice]] = iter(())
         self._batches: Loader | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
-        self._ahead: Fetched | None = None
+        self._ahead: FetchedBatch | None = None
         self._step: tuple[int, int, StepSamples] | None = (
             None  # first position, count: of the current step, once handed out
         )
@@ -141,7 +140,7 @@ class MapStyleStream:
 
     def repeat_substitutions(self, swaps: Mapping[int, int]) -> None:
         """Before ``open``: take these samples at these positions, as an earlier attempt did."""
-        self._fetcher.recorded = {**swaps}
+        self._fetcher.substitutions = {**swaps}
 
     def open(self) -> None:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
@@ -153,8 +152,8 @@ class MapStyleStream:
         steps = self.plan.steps(self.consumed, order)  # far ahead of the others
         ours = (piece for step in steps for piece in step[world.rank :: world.size])
         probed = self._found is not None and self._loading.num_workers > 0
-        asked = [probe.Probe(probe.indices(self.plan.samples))] if probed else []
-        data = Probed(self._fetcher) if probed else self._fetcher
+        asked = [probe.ProbeRequest(probe.indices(self.plan.samples))] if probed else []
+        data = probe.ProbedDataset(self._fetcher) if probed else self._fetcher
         self._batches = Loader(data, chain(asked, ours), self._loading)
         iter(self._batches)
         self._probed, self._ahead = probed, None
@@ -253,27 +252,27 @@ class MapStyleStream:
         if self._batches is not None:
             self._batches.close()
 
-    def _next(self) -> Fetched:
+    def _next(self) -> FetchedBatch:
         assert self._batches is not None
         asked = time.perf_counter()
-        fetched: Fetched = next(self._batches)
+        fetched: FetchedBatch = next(self._batches)
         self.waited += time.perf_counter() - asked
         return fetched
 
-    def _tell(self, bad: Sequence[Bad]) -> str:
+    def _tell(self, bad: Sequence[BadRecord]) -> str:
         """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
         for number, one in enumerate(bad, self.substituted):
-            if one.instead is None:
+            if one.substitute is None:
                 remedy = (
-                    f"{SUBSTITUTES} others in its place could not be read either; look at the data set"
+                    f"{MAX_SUBSTITUTES} others in its place could not be read either; look at the data set"
                     if self._fetcher.substitute
                     else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
                 )
-                raise unreadable(one, self._fetcher.samples, remedy=remedy)
+                raise bad_record_error(one, self._fetcher.samples, remedy=remedy)
             if number < _TOLD:
-                why = one.why.splitlines()[-1]
-                log.warning("bad      %s: %s; sample %d instead", one.where, printable(why), one.instead)
-        return "".join(f" {one.position}:{one.index}>{one.instead}" for one in bad)
+                why = one.error.splitlines()[-1]
+                log.warning("bad      %s: %s; sample %d instead", one.location, printable(why), one.substitute)
+        return "".join(f" {one.position}:{one.index}>{one.substitute}" for one in bad)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
