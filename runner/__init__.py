@@ -16,7 +16,7 @@ checks the code against this map.
     5  state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (background_writer, checkpoint, encoding, manifest, reading, retention, sharding, snapshot,
        store, structure, tensor_file)
-       data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, look, mixture, order,
+       data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, mixture, order,
        plan, probe, sandbox, stream, training_data, workers)
        run/ (attempt_records, attempts, directory, drift, links, opening, parent)
        shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)

@@ -21,8 +21,8 @@ from runner.average import moving_average
 from runner.callbacks.base import Callback
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
-from runner.data.evaluation_data import EvaluationData, checked
-from runner.data.loader import Loading
+from runner.data.evaluation_data import EvaluationData, require_map_style
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.training_data import training_data
 from runner.distributed.team import Parallelism, SingleDevice, Team
@@ -189,12 +189,12 @@ def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool
 
 
 def _validation(
-    config: Config, loading: Loading, device: torch.device, collate: Callable[..., Any] | None, world: World
+    config: Config, loading: LoaderOptions, device: torch.device, collate: Callable[..., Any] | None, world: World
 ) -> EvaluationData | None:
     if config.data.validation is None:
         return None
     return EvaluationData(
-        checked(_instance(config.data.validation, "data.validation"), "data.validation"),
+        require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
         seed=config.seed,
         batch_size=config.data.evaluation_batch_size,
         randomness=config.data.randomness.name,
@@ -221,9 +221,9 @@ def _evaluation(
     return report
 
 
-def _loading(config: Config, device: torch.device) -> Loading:
+def _loading(config: Config, device: torch.device) -> LoaderOptions:
     runtime = config.runtime
-    return Loading(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
+    return LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:

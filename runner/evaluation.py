@@ -17,8 +17,10 @@ from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode
-from runner.rng import isolated, seed_all
-from runner.task import Task, check_metrics
+from runner.rng import seed_all
+from runner.task import Task
+from runner.task import check_metrics
+from runner.rng import temporary_seed
 
 _SAMPLES = ""  # no metric has this name
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
@@ -51,7 +53,7 @@ def evaluate(
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
+        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # those who had another batch may have drawn other numbers
                 seed_all(key)

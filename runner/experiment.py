@@ -20,8 +20,8 @@ from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
 from runner.data import ledger
-from runner.data.stream import BatchStream
 from runner.device import set_up_device
+from runner.data.stream import MapStyleStream
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
@@ -62,9 +62,9 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
-        if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = on_rank_zero(team.comm, lambda: [*ledger.swaps(location, parts.recipe).items()])
-            parts.state.stream.repeat(dict(found))
+        if isinstance(parts.state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
+            found = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
+            parts.state.stream.repeat_substitutions(dict(found))
         with signals.at_once(team.world.size == 1):
             resumed = _resume(opening, parts, store, team.comm)
         if books is not None:

@@ -45,7 +45,7 @@ class Generators:
 
 
 @contextmanager
-def isolated(key: int) -> Iterator[None]:
+def temporary_seed(key: int) -> Iterator[None]:
     """Run a block under its own seed and give the global generators back untouched."""
     generators = Generators()
     before = generators.state_dict()

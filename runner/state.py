@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged
-from runner.data.stream import Stream
+from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
 from runner.rng import Generators, seed_all
@@ -58,7 +58,7 @@ class TrainState:
     update: Stateful
     average: nn.Module | None
     task: Stateful | None
-    stream: Stream
+    stream: TrainingStream
     progress: Progress
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)

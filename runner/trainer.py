@@ -5,8 +5,13 @@ from collections.abc import Sequence
 
 from runner import signals
 from runner.callbacks.base import Callback, Loop
-from runner.data.stream import Read, Stream
-from runner.distributed.team import Parallelism, SingleDevice, SingleProcessTeam, StepReport, Team
+from runner.distributed.team import Parallelism
+from runner.distributed.team import SingleDevice
+from runner.distributed.team import SingleProcessTeam
+from runner.distributed.team import StepReport
+from runner.distributed.team import Team
+from runner.data.stream import StepSamples
+from runner.data.stream import TrainingStream
 from runner.state import TrainState
 from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED
@@ -61,7 +66,7 @@ class Trainer:
             callback.on_end(loop)
         return loop
 
-    def _stopped(self, stream: Stream) -> str | None:
+    def _stopped(self, stream: TrainingStream) -> str | None:
         """Wait for data; returns the stop signal if one comes first, when the state is still that of the last step.
         Other processes may be in the next step already, so only a single one stops here.
         """
@@ -84,8 +89,8 @@ class Trainer:
         found = self.task.optimization_step(state.model, self.parallelism.iterate(stream.step()), self.update)
         metrics = check_metrics(found, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
-        news = self.team.exchange(StepReport(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
-        stream.advance(Read(news.digest, news.swaps))
+        news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
+        stream.advance(StepSamples(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
 

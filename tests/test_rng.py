@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators, isolated, seed_all
+from runner.rng import Generators
+from runner.rng import seed_all
 from runner.seeds import derive
+from runner.rng import temporary_seed
 
 
 def draw() -> list[Any]:
@@ -111,7 +113,7 @@ def test_an_isolated_block_leaves_no_trace() -> None:
     expected = draw()
     seed_all(3)
     draw()
-    with isolated(8):
+    with temporary_seed(8):
         draw()
     assert states() == before
     assert draw() == expected
@@ -119,7 +121,7 @@ def test_an_isolated_block_leaves_no_trace() -> None:
 
 def test_an_isolated_block_leaves_no_trace_when_it_fails() -> None:
     def fail() -> None:
-        with isolated(8):
+        with temporary_seed(8):
             draw()
             raise KeyError
 
@@ -135,7 +137,7 @@ def test_an_isolated_block_draws_by_its_key_alone() -> None:
     drawn = []
     for outside, key in ((1, 8), (2, 8), (2, 9)):
         seed_all(outside)
-        with isolated(key):
+        with temporary_seed(key):
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert drawn[1] != drawn[2]

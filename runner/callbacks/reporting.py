@@ -151,7 +151,7 @@ class KeepLedger(Callback):
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.line(loop.step))
+        self.ledger.add(loop.state.stream.ledger_line(loop.step))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class StepReport:
     """What one process reports after a step, and, as the answer, the same combined over all processes.
 
-    ``digest`` and ``swaps`` describe the samples that were read (``Stream.read``), ``elapsed`` is the training time on
-    rank 0 in seconds, ``metrics`` are the names of the step's metrics.
+    ``digest`` and ``swaps`` describe the samples that were read (``TrainingStream.step_samples``), ``elapsed`` is
+    the training time on rank 0 in seconds, ``metrics`` are the names of the step's metrics.
     """
 
     digest: int

@@ -6,7 +6,7 @@ from typing import Any
 
 from runner.checkpoint import manifest
 from runner.data import ledger
-from runner.data.exactly_once import Proof, prove
+from runner.data.exactly_once import LedgerReport, check_exactly_once
 from runner.data.plan import Plan
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
@@ -15,7 +15,7 @@ from runner.runs import listing
 from runner.runs.listing import guarded, integer
 
 
-def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
+def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
     """The proof, and the same as plain values. Raises ConfigError for a run without a ledger."""
     location = directory.location
     segments = ledger.segments(location)
@@ -25,7 +25,7 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
     recipe = ledger.recipe(location, plans[-1] if plans else "")
     origin = ParentRecord.of(directory)
     with guarded(f"the ledger of {location.url}"):
-        proof = prove(
+        proof = check_exactly_once(
             segments,
             None if recipe.get("kind") == "opaque" else Plan.of(recipe),
             begun=origin.begun if origin else 0,

@@ -212,7 +212,7 @@ def _watch_steps(probe: Recorder) -> None:
             "step": loop.step,
             "took": time.monotonic() - before,
             "epochs": loop.epochs,
-            "samples": str(loop.state.stream.line(loop.step)),
+            "samples": str(loop.state.stream.ledger_line(loop.step)),
             "rate": loop.rate,
             "metrics": {name: float(value) for name, value in loop.metrics.items()},
         }
