@@ -10,7 +10,7 @@ checks the code against this map.
    11  runs/ (__main__, audit, compare, export, html_report, listing, prune, show, watch)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna, survey)
-    8  job     finish     startup_log     assembly
+    8  run_spec     finish     startup_log     assembly
     7  trainer     build     restore
     6  callbacks/ (base, evaluation, guards, progress, reporting, saving)
     5  state     evaluation     datasets/ (digits, fashion_mnist, images, text)

@@ -29,9 +29,9 @@ from runner.distributed.environment import world
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
-from runner.job import Job, run_name
 from runner.run.links import refuse_links
 from runner.run.opening import OpenedRun, is_free
+from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
 
@@ -111,14 +111,14 @@ def _hand_over() -> None:
 def _job(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
     with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
-        job = Job.of(config)
+        job = RunSpec.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(job, config, team)
 
 
-def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
+def _finished(job: RunSpec, config: DictConfig, team: Team) -> float | None:
     opening = _opened(job, config, team.ranks)
     result = opening.result
     if result is None:
@@ -134,7 +134,7 @@ def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
     return goal
 
 
-def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
+def _opened(job: RunSpec, config: DictConfig, ranks: Communicator) -> OpenedRun:
     """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
     found: list[OpenedRun] = []
 
@@ -148,7 +148,7 @@ def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
     return found[0] if found else job.following(**seen)
 
 
-def _wait_until_free(job: Job, ranks: Communicator) -> None:
+def _wait_until_free(job: RunSpec, ranks: Communicator) -> None:
     """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
 
     def free() -> bool:

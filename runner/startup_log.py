@@ -18,7 +18,7 @@ import torch
 from runner.build import Parts
 from runner.errors import printable
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.opening import OpenedRun
 
 # A difference in one of these may change float results; the others are recorded for people.
@@ -81,7 +81,13 @@ log = logging.getLogger("runner")
 
 
 def log_start(
-    opening: OpenedRun, parts: Parts, resumed: Resumed, *, before: Record | None, number: int, here: dict[str, Any]
+    opening: OpenedRun,
+    parts: Parts,
+    resumed: Resumed,
+    *,
+    before: AttemptRecord | None,
+    number: int,
+    here: dict[str, Any],
 ) -> None:
     """Print the lines, once per attempt. ``before`` is the previous attempt, ``here`` the topology of this process."""
     count = sum(parameter.numel() for parameter in parts.state.model.parameters())
@@ -110,7 +116,7 @@ def _share(parts: Parts) -> str:
     return f"each takes {each} of {'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
 
 
-def _from_where(resumed: Resumed, before: Record | None) -> str:
+def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
         what = "forked" if origin.begun else "weights"

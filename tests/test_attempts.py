@@ -22,7 +22,7 @@ from results import results
 
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
 from runner.run import attempt_records, attempts
-from runner.run.attempt_records import Name
+from runner.run.attempt_records import ClaimName
 from runner.run.attempts import Attempt, Heartbeat, claim
 from runner.run.directory import RunDirectory
 from runner.run.opening import begin, is_free, open_run
@@ -181,15 +181,15 @@ def test_what_comes_or_goes_between_the_listings_makes_a_claimer_look_again() ->
     for change in ("came", "went"):
         location = Memory()
         if change == "went":
-            location.objects[f"{Name(4, 'b' * 12)}.json"] = b"{}"
+            location.objects[f"{ClaimName(4, 'b' * 12)}.json"] = b"{}"
         seen = []
 
         def turn(location: Memory = location, seen: list[int] = seen, change: str = change) -> None:
             seen.append(len(location.objects))
             if len(seen) == 2 and change == "came":  # before the put
-                location.objects[f"{Name(1, 'a' * 12)}.json"] = b"{}"
+                location.objects[f"{ClaimName(1, 'a' * 12)}.json"] = b"{}"
             if len(seen) == 2 and change == "went":
-                del location.objects[f"{Name(4, 'b' * 12)}.json"]
+                del location.objects[f"{ClaimName(4, 'b' * 12)}.json"]
 
         location.turn = turn
         owner = claim(location, {}, steal=True)
@@ -262,16 +262,16 @@ def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: L
     assert attempt_records.last(location).outcome() == "killed"
 
 
-def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> Name:
+def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> ClaimName:
     """A claim by another machine."""
-    name = Name(number, "0123456789ab")
+    name = ClaimName(number, "0123456789ab")
     claimed = {"host": "far", "machine": "far", "pid": 7, "beat": 0.1, "started": "then"}
     location.put(f"{name}.json", [json.dumps(claimed | facts).encode()])
     return name
 
 
 @contextlib.contextmanager
-def beating(location: LocalLocation, name: Name, *, seconds: float = 0.1) -> Iterator[None]:
+def beating(location: LocalLocation, name: ClaimName, *, seconds: float = 0.1) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
@@ -351,7 +351,7 @@ def test_waiting_is_for_the_living(location: LocalLocation) -> None:
 def test_a_claim_that_says_nonsense_still_counts(
     text: bytes, location: LocalLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = Name(41, "0123456789ab")
+    name = ClaimName(41, "0123456789ab")
     location.put(f"{name}.json", [text])
     (record,) = attempt_records.history(location)
     assert record.outcome() == "unknown (another host)"
@@ -533,7 +533,7 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 
 ELSEWHERE = """
 import sys
-from runner.run import records
+from runner.run import attempt_records as records
 from runner.storage.local import LocalLocation, LocalLock
 import os
 here = sys.argv.pop(1)
@@ -619,7 +619,7 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
     (tmp_path / "attempts").mkdir()
     for old in range(1, number + 1):
         (tmp_path / f"attempts/{old:06d}-aaaaaaaaaaaa.json").touch()
-    heart = Heartbeat(location, Name(number, "aaaaaaaaaaaa"))
+    heart = Heartbeat(location, ClaimName(number, "aaaaaaaaaaaa"))
     deadline = time.monotonic() + 60
     while location.beats < 200 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -630,10 +630,10 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
 
 def test_a_hundred_thousand_claims_are_looked_at_once() -> None:
     location = Memory()
-    found = [Name(number, f"{number:012x}") for number in range(100_000)]
+    found = [ClaimName(number, f"{number:012x}") for number in range(100_000)]
     location.objects[f"{found[-1]}.json"] = b"{}"
     location.objects |= {f"{found[-1]}.end.json": b'{"outcome": "failed"}'}
-    dead: set[Name] = set()
+    dead: set[ClaimName] = set()
     assert attempt_records.live(location, found, dead=dead) is None
     assert dead == {found[-1]}
 

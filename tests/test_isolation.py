@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from lives import Lives
 
-from runner.job import Job
 from runner.run import attempt_records
-from runner.run.attempt_records import Name, Record
+from runner.run.attempt_records import AttemptRecord, ClaimName
 from runner.run.attempts import dump
 from runner.run.directory import RunDirectory
+from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
 from runner.sweep import survey
 
@@ -43,7 +43,7 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
     return ("~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
 
-def attempts(root: Path) -> dict[str, list[Record]]:
+def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
     return {
@@ -187,7 +187,7 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     """A run with an attempt of that number."""
     directory = RunDirectory.under(str(root), "smoke", run)
     directory.create({}, parent=None)
-    name = Name(number, f"{number:012x}")
+    name = ClaimName(number, f"{number:012x}")
     directory.location.put(f"{name}.json", [dump({"attempt": number, "pid": 1, "host": "other", **facts})])
     if end:
         directory.location.put(f"{name}.end.json", [dump({"outcome": end})])
@@ -195,7 +195,7 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
 
 
 def looked(*directories: RunDirectory) -> list[survey.Found]:
-    jobs = {(one.variant,): Job(one, {}, [], None, "refuse", "") for one in directories}
+    jobs = {(one.variant,): RunSpec(one, {}, [], None, "refuse", "") for one in directories}
     return [*survey.survey(jobs).values()]
 
 
@@ -209,7 +209,7 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
         count = 0
         while not over.wait(0.2):
             count += 1
-            living.location.replace(f"{Name(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
+            living.location.replace(f"{ClaimName(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
 
     thread = threading.Thread(target=beat)
     thread.start()

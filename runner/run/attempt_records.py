@@ -35,7 +35,7 @@ class Lost(StorageError):
     """A claim is not where its process wrote it."""
 
 
-class Name(NamedTuple):
+class ClaimName(NamedTuple):
     """The name of a claim without its suffix; ordered by number."""
 
     number: int
@@ -46,11 +46,11 @@ class Name(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AttemptRecord:
     """The records of one attempt. ``end`` is None if it lives or was killed."""
 
     location: Location
-    name: Name
+    name: ClaimName
     claim: dict[str, Any]
     beat: dict[str, Any]
     end: dict[str, Any] | None
@@ -115,18 +115,18 @@ class Record:
         return min(max(told, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
 
 
-def names(location: Location) -> list[Name]:
+def names(location: Location) -> list[ClaimName]:
     """The names of all claims, oldest first."""
     found = (_CLAIM.fullmatch(entry.name) for entry in location.list("attempts"))
-    return sorted(Name(int(match[1]), match[2]) for match in found if match)
+    return sorted(ClaimName(int(match[1]), match[2]) for match in found if match)
 
 
-def history(location: Location) -> list[Record]:
+def history(location: Location) -> list[AttemptRecord]:
     """All attempts, oldest first."""
     return _all(location, names(location))
 
 
-def last(location: Location, *, before: int | None = None) -> Record | None:
+def last(location: Location, *, before: int | None = None) -> AttemptRecord | None:
     """The newest attempt, or the newest with a number below ``before``, if there is one.
 
     If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
@@ -135,7 +135,7 @@ def last(location: Location, *, before: int | None = None) -> Record | None:
     return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
 
 
-def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | None:
+def live(location: Location, found: list[ClaimName], *, dead: set[ClaimName]) -> AttemptRecord | None:
     """The newest attempt among ``found`` if its process lives, else None.
 
     Attempts that are found dead are added to ``dead``, and those that are in it already are not looked at again.
@@ -149,7 +149,7 @@ def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | 
     return None
 
 
-def successor(location: Location, mine: Name) -> Record | None:
+def successor(location: Location, mine: ClaimName) -> AttemptRecord | None:
     """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises Lost if
     that claim is gone, because where the run directory was, nothing must be written any more.
 
@@ -165,14 +165,14 @@ def successor(location: Location, mine: Name) -> Record | None:
     return read(location, max(higher)) if higher else None
 
 
-def read(location: Location, name: Name) -> Record | None:
+def read(location: Location, name: ClaimName) -> AttemptRecord | None:
     """The record of one attempt; None if it has no claim. What cannot be parsed counts as empty."""
     claimed = location.read(f"{name}.json", limit=_LIMIT)
     if claimed is None:
         return None
     beat = parse_object(location.read(f"{name}.beat", limit=_LIMIT) or b"")
     end = parse_object(location.read(f"{name}.end.json", limit=_LIMIT) or b"")
-    return Record(location, name, parse_object(claimed) or {}, beat or {}, end)
+    return AttemptRecord(location, name, parse_object(claimed) or {}, beat or {}, end)
 
 
 def machine(location: Location) -> str:
@@ -210,12 +210,12 @@ def _namespace() -> str:
         return "?"
 
 
-def _all(location: Location, found: list[Name]) -> list[Record]:
+def _all(location: Location, found: list[ClaimName]) -> list[AttemptRecord]:
     records = (read(location, name) for name in found)
     return [record for record in records if record is not None]
 
 
-def _newest(location: Location, found: list[Name]) -> list[Name]:
+def _newest(location: Location, found: list[ClaimName]) -> list[ClaimName]:
     highest = max(found).number if found else 0
     newest = [name for name in found if name.number == highest]
     if len(newest) > _MOST_ALIKE:
@@ -223,5 +223,5 @@ def _newest(location: Location, found: list[Name]) -> list[Name]:
     return newest
 
 
-def _higher(found: Iterable[Name], mine: Name) -> set[Name]:
+def _higher(found: Iterable[ClaimName], mine: ClaimName) -> set[ClaimName]:
     return {name for name in found if name.number > mine.number}

@@ -21,7 +21,7 @@ from typing import Any
 from runner import signals
 from runner.errors import RunGone, RunInUse, StorageError, Superseded, redacted
 from runner.run import attempt_records
-from runner.run.attempt_records import Name, Record
+from runner.run.attempt_records import AttemptRecord, ClaimName
 from runner.storage.location import Location, Lock
 
 log = logging.getLogger("runner")
@@ -40,8 +40,8 @@ class Heartbeat:
     never use, so that a fork cannot deadlock.
     """
 
-    def __init__(self, location: Location, name: Name) -> None:
-        self.superseded: Record | None = None
+    def __init__(self, location: Location, name: ClaimName) -> None:
+        self.superseded: AttemptRecord | None = None
         self._location = location
         self._name = name
         self._facts: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class Attempt:
     """The newest attempt of the run. Holds a lock while its process lives, and writes a heartbeat."""
 
     location: Location
-    name: Name
+    name: ClaimName
     _lock: Lock
     _heart: Heartbeat
 
@@ -176,12 +176,12 @@ class Attempt:
         """Raise Superseded if there is a newer attempt. Asks the storage; raises StorageError, and RunGone."""
         self._raise_if(self.successor())
 
-    def successor(self) -> Record | None:
+    def successor(self) -> AttemptRecord | None:
         """The attempt that superseded this one, if any has. Asks the storage; raises StorageError, and RunGone."""
         self._heart.raise_if_gone()
         return attempt_records.successor(self.location, self.name)
 
-    def _raise_if(self, newer: Record | None) -> None:
+    def _raise_if(self, newer: AttemptRecord | None) -> None:
         if newer is not None:
             raise Superseded(
                 f"{newer.owner()} took over {self.location.url}; this process stops. "
@@ -218,7 +218,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
     sees another claim withdraws its own and starts over, so abandoned claims do not stay. It gives up for good only if
     it sees a live attempt, so one process wins.
     """
-    dead: set[Name] = set()
+    dead: set[ClaimName] = set()
     for tries in count():
         signals.raise_if_received("during start-up, nothing to commit")
         before = attempt_records.names(location)
@@ -236,15 +236,15 @@ def raise_if_live(location: Location) -> None:
     _raise_if_live(location, attempt_records.names(location), set())
 
 
-def _raise_if_live(location: Location, found: list[Name], dead: set[Name], *, remedy: str = "") -> None:
+def _raise_if_live(location: Location, found: list[ClaimName], dead: set[ClaimName], *, remedy: str = "") -> None:
     record = attempt_records.live(location, found, dead=dead)
     if record is not None:
         raise RunInUse(f"{location.url} is in use by {record.owner()}.{remedy}")
 
 
-def _try(location: Location, facts: dict[str, Any], before: list[Name], above: int) -> Attempt | None:
+def _try(location: Location, facts: dict[str, Any], before: list[ClaimName], above: int) -> Attempt | None:
     """Claim the next number; None if the claims differ from those of ``before`` by more than this one."""
-    name = Name(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
+    name = ClaimName(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
     if name.number > attempt_records.HIGHEST:
         raise StorageError(f"{location.url}: no attempt can follow number {name.number - 1}, which no run has reached")
     lock = location.lock(f"{name}.lock")  # before the claim, so that nobody sees a living process's claim unlocked
@@ -262,7 +262,7 @@ def _try(location: Location, facts: dict[str, Any], before: list[Name], above: i
     return None
 
 
-def _withdraw(location: Location, name: Name, lock: Lock) -> None:
+def _withdraw(location: Location, name: ClaimName, lock: Lock) -> None:
     try:
         location.remove(f"{name}.json")
         location.remove(f"{name}.lock")

@@ -142,7 +142,7 @@ class RunDirectory:
         """
         return self.identity_since(attempt_records.last(self.location, before=before))
 
-    def identity_since(self, newest: attempt_records.Record | None) -> dict[str, Any] | None:
+    def identity_since(self, newest: attempt_records.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()

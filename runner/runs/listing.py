@@ -22,7 +22,7 @@ from tabulate import tabulate
 from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, StorageError, printable
 from runner.run import attempt_records
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.directory import FOLDERS, RunDirectory
 from runner.storage import find_folders
 
@@ -112,7 +112,7 @@ class Facts:
     record: Mapping[str, Any]
     identity: Mapping[str, Any]
     result: Mapping[str, Any] | None
-    newest: Record | None
+    newest: AttemptRecord | None
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "Facts":

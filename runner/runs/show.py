@@ -106,7 +106,7 @@ def details_text(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _attempt(record: attempt_records.Record) -> dict[str, Any]:
+def _attempt(record: attempt_records.AttemptRecord) -> dict[str, Any]:
     end = record.end or {}
     return {
         "attempt": record.number,
@@ -121,7 +121,7 @@ def _attempt(record: attempt_records.Record) -> dict[str, Any]:
     }
 
 
-def _lost(history: Sequence[attempt_records.Record], begun: int) -> list[int | None]:
+def _lost(history: Sequence[attempt_records.AttemptRecord], begun: int) -> list[int | None]:
     """The number of steps that had to be repeated after each attempt, at least: a heartbeat records the step only now
     and then. None if no later attempt has resumed yet.
     """
@@ -136,7 +136,7 @@ def _lost(history: Sequence[attempt_records.Record], begun: int) -> list[int | N
     return found[::-1]
 
 
-def _drift(directory: RunDirectory, history: list[attempt_records.Record]) -> list[dict[str, Any]]:
+def _drift(directory: RunDirectory, history: list[attempt_records.AttemptRecord]) -> list[dict[str, Any]]:
     """What each attempt changed in the configuration that the run had until then."""
     before = configured = directory.configured() or {}
     found = []

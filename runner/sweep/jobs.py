@@ -29,8 +29,8 @@ from omegaconf import DictConfig
 
 from runner import errors, signals
 from runner.errors import ConfigError, Interrupted, JobDied, RunnerError
-from runner.job import Job
 from runner.run import drift
+from runner.run_spec import RunSpec
 from runner.stop_request import VARIABLE, orphaned
 from runner.sweep.survey import Overrides
 
@@ -159,7 +159,7 @@ class Jobs:
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self._loader = loader
         self._master = master
-        self._known: dict[Overrides, Job | RunnerError] = {}
+        self._known: dict[Overrides, RunSpec | RunnerError] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -169,12 +169,12 @@ class Jobs:
         config = self._loader.load_sweep_config(master_config, sweep_overrides)
         with _hydra_config(config):
             try:
-                self._known[tuple(sweep_overrides)] = Job.of(config)
+                self._known[tuple(sweep_overrides)] = RunSpec.of(config)
             except RunnerError as error:
                 self._known[tuple(sweep_overrides)] = error
         return config
 
-    def job(self, overrides: Overrides) -> Job | RunnerError:
+    def job(self, overrides: Overrides) -> RunSpec | RunnerError:
         """The job for these overrides, or the error that they cause."""
         if overrides not in self._known:
             self.load_sweep_config(self._master, [*overrides])
@@ -197,10 +197,10 @@ class Names:
     """The runs that the jobs of a command name, over all calls of the launcher."""
 
     def __init__(self) -> None:
-        self._first: dict[str, tuple[Overrides, Job]] = {}
+        self._first: dict[str, tuple[Overrides, RunSpec]] = {}
 
     def distinct(
-        self, given: Sequence[Overrides], jobs: Mapping[Overrides, Job | RunnerError]
+        self, given: Sequence[Overrides], jobs: Mapping[Overrides, RunSpec | RunnerError]
     ) -> dict[Overrides, Overrides]:
         """For each given job the first one that names the same run: it stands for both.
 
@@ -222,7 +222,7 @@ class Names:
         return chosen
 
     @staticmethod
-    def _require_same(first: Overrides, known: Job, each: Overrides, job: Job) -> None:
+    def _require_same(first: Overrides, known: RunSpec, each: Overrides, job: RunSpec) -> None:
         differing = [difference.key for difference in drift.compare(known.identity, job.identity)]
         if known.parent != job.parent:
             differing.append("run.parent")

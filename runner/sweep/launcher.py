@@ -23,7 +23,7 @@ from runner import signals
 from runner.config.checks import refuse_secrets
 from runner.distributed.environment import World, world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
-from runner.job import Job, absolute_root, storage_options
+from runner.run_spec import RunSpec, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
 from runner.sweep.jobs import Jobs, Names, SignalLoader, isolated
 from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, Overrides, failed, survey, table
@@ -132,7 +132,7 @@ class SweepLauncher(Launcher):
         self._outcome.last |= found
         return [_returned(each, found[run_of[each]]) for each in overrides]
 
-    def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
+    def _look(self, jobs: dict[Overrides, RunSpec | RunnerError]) -> dict[Overrides, Found]:
         return {each: self._settled(found) for each, found in survey(jobs).items()}
 
     def _startable(self, found: Found) -> bool:
@@ -153,7 +153,7 @@ class SweepLauncher(Launcher):
     def _launch(
         self,
         startable: list[Overrides],
-        jobs: dict[Overrides, Job | RunnerError],
+        jobs: dict[Overrides, RunSpec | RunnerError],
         before: dict[Overrides, Found],
         index: int,
     ) -> dict[Overrides, Found]:
@@ -176,7 +176,7 @@ class SweepLauncher(Launcher):
         return after
 
     def _run(
-        self, batch: list[Overrides], jobs: dict[Overrides, Job | RunnerError], index: int
+        self, batch: list[Overrides], jobs: dict[Overrides, RunSpec | RunnerError], index: int
     ) -> dict[Overrides, BaseException | None]:
         """The error of each job, or None."""
         try:

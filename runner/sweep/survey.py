@@ -12,9 +12,9 @@ from tabulate import tabulate
 from runner import signals
 from runner.checkpoint.manifest import CommitId, commits
 from runner.errors import ConfigError, DriftRefused, RunnerError, printable
-from runner.job import Job
 from runner.run import attempt_records
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
+from runner.run_spec import RunSpec
 
 DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
 _SHOWN = 20  # runs of one status
@@ -42,7 +42,7 @@ class Found:
     final: bool = False
     exit_status: int = 1
     error: BaseException | None = None
-    unclear: Record | None = field(default=None, repr=False)
+    unclear: AttemptRecord | None = field(default=None, repr=False)
 
     @property
     def why(self) -> str:
@@ -50,7 +50,7 @@ class Found:
         return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
 
 
-def survey(jobs: Mapping[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
+def survey(jobs: Mapping[Overrides, RunSpec | RunnerError]) -> dict[Overrides, Found]:
     """The status of the run of each job; an error in place of a job is one that has failed."""
     with ThreadPoolExecutor(_READERS) as pool:
         found = dict(zip(jobs, pool.map(_look, jobs.items()), strict=True))
@@ -60,7 +60,7 @@ def survey(jobs: Mapping[Overrides, Job | RunnerError]) -> dict[Overrides, Found
     return found
 
 
-def _look(item: tuple[Overrides, Job | RunnerError]) -> Found:
+def _look(item: tuple[Overrides, RunSpec | RunnerError]) -> Found:
     """The status of one run, if ``unclear`` is dead. For a finished run this takes a read and a listing."""
     overrides, job = item
     if isinstance(job, RunnerError):
@@ -120,7 +120,7 @@ def _row(one: Found) -> list[str]:
     return [printable(one.run), status, str(one.step or ""), objective, printable(one.reason)[:80]]
 
 
-def _unfinished(job: Job) -> Found:
+def _unfinished(job: RunSpec) -> Found:
     location, name = job.directory.location, job.directory.name
     history = attempt_records.history(location)
     if not history:
@@ -141,7 +141,7 @@ def _unfinished(job: Job) -> Found:
     return Found(name, status, step, attempts=last.number, failures=failures, reason=reason, unclear=unclear)
 
 
-def _failures(history: Sequence[Record], committed: Sequence[CommitId]) -> int:
+def _failures(history: Sequence[AttemptRecord], committed: Sequence[CommitId]) -> int:
     """How many of the last attempts in a row failed, or were killed without a new checkpoint; not counting those that
     a cluster ended to queue their job again.
     """
@@ -157,7 +157,7 @@ def _failures(history: Sequence[Record], committed: Sequence[CommitId]) -> int:
     return failures
 
 
-def _beating(unclear: Mapping[Overrides, Record], pool: Executor) -> set[Overrides]:
+def _beating(unclear: Mapping[Overrides, AttemptRecord], pool: Executor) -> set[Overrides]:
     """Those whose heartbeat changes. All are watched at the same time: a thousand dead runs take as long as one, and a
     look at each.
     """
@@ -180,11 +180,11 @@ def _beating(unclear: Mapping[Overrides, Record], pool: Executor) -> set[Overrid
     return living
 
 
-def _outcome(record: Record) -> Any:
+def _outcome(record: AttemptRecord) -> Any:
     return (record.end or {}).get("outcome")
 
 
-def _reason(record: Record) -> str:
+def _reason(record: AttemptRecord) -> str:
     return _line((record.end or {}).get("reason") or "")
 
 

@@ -29,11 +29,11 @@ from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
-from runner.job import Job
 from runner.metrics import lines
 from runner.rng import Generators
 from runner.run import attempt_records
 from runner.run.directory import RunDirectory
+from runner.run_spec import RunSpec
 from runner.runs.audit import audit
 from runner.trainer import Trainer
 from runner.update import WeightUpdate
@@ -307,7 +307,7 @@ def _watch_evaluation(probe: Recorder) -> None:
 def _watch_the_end(probe: Recorder) -> None:
     finished, before = app._finished, {*sys.modules}
 
-    def ended(job: Job, config: Any, team: Any) -> Any:
+    def ended(job: RunSpec, config: Any, team: Any) -> Any:
         found = finished(job, config, team)
         if probe.rank:
             return found

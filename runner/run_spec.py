@@ -25,7 +25,7 @@ from runner.storage.location import is_remote, local_root, protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RunSpec:
     """The run that a command asks for: its directory, what it computes, and the parent that it starts from."""
 
     directory: RunDirectory
@@ -36,7 +36,7 @@ class Job:
     command: str  # that starts this job alone, for messages
 
     @classmethod
-    def of(cls, config: DictConfig) -> "Job":
+    def of(cls, config: DictConfig) -> "RunSpec":
         """The job of ``config``, which must be the configuration that HydraConfig holds. Reads no run directory.
 
         Raises ConfigError for values that cannot work.
