@@ -33,7 +33,7 @@ from runner.run import attempt_records, attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import OpenedRun, begin
-from runner.run.parent import ParentRecord, anew
+from runner.run.parent import ParentRecord, new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -69,7 +69,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             resumed = _resume(opening, parts, store, team.ranks)
         if books is not None:
             books.open(resumed)
-            before = attempt_records.last(location, before=number)
+            before = attempt_records.newest(location, before=number)
             tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
@@ -209,8 +209,8 @@ def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, ranks: Com
     evidence = partial(_evidence, opening.directory.location)
     origin = ParentRecord.of(opening.directory)
     fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
-    begun = partial(anew, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
+    hint = partial(new_run_hint, opening.command, opening.directory)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=hint, ranks=ranks)
 
 
 def _evidence(location: Location) -> str | None:

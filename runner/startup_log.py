@@ -119,7 +119,7 @@ def _share(parts: Parts) -> str:
 def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
-        what = "forked" if origin.begun else "weights"
+        what = "forked" if origin.start else "weights"
         return printable(f"{what} from step {origin.step} of {origin.run}")
     if resumed.commit is None:
         told = f"attempt {before.number} was {before.outcome()} before its first checkpoint" if before else ""

@@ -255,11 +255,11 @@ def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: L
         assert process.stdout.readline() == "owner 1\n"
         with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
             attempts.raise_if_live(location)
-        assert attempt_records.last(location).outcome() == "running"
+        assert attempt_records.newest(location).outcome() == "running"
     began = time.monotonic()
     attempts.raise_if_live(location)
     assert time.monotonic() - began < 0.1
-    assert attempt_records.last(location).outcome() == "killed"
+    assert attempt_records.newest(location).outcome() == "killed"
 
 
 def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> ClaimName:
@@ -294,7 +294,7 @@ def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -
     with beating(location, name):
         with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
             claim(location, {})
-        assert attempt_records.last(location).outcome() == "unknown (another host)"
+        assert attempt_records.newest(location).outcome() == "unknown (another host)"
         stolen = claim(location, {}, steal=True)
     assert stolen.number == 2
     stolen.end("finished")
@@ -304,7 +304,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     name = stranger(location)
     location.replace(f"{name}.beat", [b'{"sequence": 7}'])
     began = time.monotonic()
-    assert attempt_records.last(location).outcome() == "unknown (another host)"
+    assert attempt_records.newest(location).outcome() == "unknown (another host)"
     assert time.monotonic() - began < 0.1, "only a starter waits"
     attempt = claim(location, {})
     assert 0.3 < time.monotonic() - began < 3
@@ -375,20 +375,20 @@ def test_names_that_are_no_claims_do_not_count(location: LocalLocation) -> None:
 def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocation) -> None:
     attempt = claim(location, {"overrides": ["a=1"]})
     attempt.beat(committed=3)
-    assert attempt_records.last(location).beat["committed"] == 3
+    assert attempt_records.newest(location).beat["committed"] == 3
     attempt.note(step=5)
-    first = attempt_records.last(location).beat["sequence"]
+    first = attempt_records.newest(location).beat["sequence"]
     until = time.monotonic() + 5
-    while attempt_records.last(location).beat.get("step") != 5:
+    while attempt_records.newest(location).beat.get("step") != 5:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert attempt_records.last(location).beat["sequence"] > first
+    assert attempt_records.newest(location).beat["sequence"] > first
     attempt.end("finished", reason="")
-    record = attempt_records.last(location)
+    record = attempt_records.newest(location)
     assert (record.end["outcome"], record.end["step"], record.end["committed"]) == ("finished", 5, 3)
     assert record.claim["overrides"] == ["a=1"]
     time.sleep(0.3)
-    assert attempt_records.last(location).beat == record.beat, "the heart stands still"
+    assert attempt_records.newest(location).beat == record.beat, "the heart stands still"
 
 
 def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
@@ -405,7 +405,7 @@ def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
     time.sleep(0.3)
     monkeypatch.undo()
     attempt.beat(step=2)
-    assert attempt_records.last(location).beat["step"] == 2
+    assert attempt_records.newest(location).beat["step"] == 2
     free = threading.Event()
     monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
     time.sleep(0.15)
@@ -642,14 +642,14 @@ def test_claims_of_one_number_are_bounded() -> None:
     location = Memory()
     location.objects = {f"attempts/000007-{nonce:012x}.json": b"{}" for nonce in range(2000)}
     with pytest.raises(StorageError, match="2000 claims of attempt 7, which no run makes"):
-        attempt_records.last(location)
+        attempt_records.newest(location)
 
 
 @pytest.mark.parametrize("beat", [60, 1e300, 10**200, float("inf")])
 def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     location = Memory()
     location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
-    record = attempt_records.last(location)
+    record = attempt_records.newest(location)
     assert record
     assert record._beat_seconds() <= RemoteLocation.beat_seconds
 

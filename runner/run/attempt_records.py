@@ -126,13 +126,13 @@ def history(location: Location) -> list[AttemptRecord]:
     return _all(location, names(location))
 
 
-def last(location: Location, *, before: int | None = None) -> AttemptRecord | None:
+def newest(location: Location, *, before: int | None = None) -> AttemptRecord | None:
     """The newest attempt, or the newest with a number below ``before``, if there is one.
 
     If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
     """
-    newest = _newest(location, [name for name in names(location) if before is None or name.number < before])
-    return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
+    highest = _newest(location, [name for name in names(location) if before is None or name.number < before])
+    return max(_all(location, highest), key=lambda record: bool(record.end or record.beat), default=None)
 
 
 def live(location: Location, found: list[ClaimName], *, dead: set[ClaimName]) -> AttemptRecord | None:

@@ -140,7 +140,7 @@ class RunDirectory:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
         a number below ``before``) accepted instead.
         """
-        return self.identity_since(attempt_records.last(self.location, before=before))
+        return self.identity_since(attempt_records.newest(self.location, before=before))
 
     def identity_since(self, newest: attempt_records.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""

@@ -41,7 +41,7 @@ class Parent:
     is there; None for a fork after drift. ``options`` are those of a remote storage.
     """
 
-    which: CheckpointRef
+    source: CheckpointRef
     inherit: str  # model, all
     asked: str | None = None
     options: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -76,12 +76,12 @@ class ParentRecord:
             ) from error
 
     @property
-    def begun(self) -> int:
+    def start(self) -> int:
         """The step after which the run started."""
         return 0 if self.inherit == "model" else self.step
 
     @property
-    def which(self) -> CheckpointRef:
+    def source(self) -> CheckpointRef:
         """What was asked for, where it was then."""
         return CheckpointRef(self.run, CheckpointRef.parse(self.asked or "").checkpoint)
 
@@ -90,7 +90,7 @@ class ParentRecord:
         return asdict(self)
 
 
-def anew(command: str, directory: RunDirectory, step: int) -> str:
+def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:
     """The words with which a message offers a step of a run for a new one; its command can be pasted into a shell."""
     name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
     more = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
@@ -100,8 +100,8 @@ def anew(command: str, directory: RunDirectory, step: int) -> str:
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
     """Raise DriftRefused if the existing run started from something else than this command asks for."""
     origin = ParentRecord.of(directory)
-    then = (origin.which, origin.inherit) if origin and origin.asked else None
-    now = (parent.which, parent.inherit) if parent else None
+    then = (origin.source, origin.inherit) if origin and origin.asked else None
+    now = (parent.source, parent.inherit) if parent else None
     moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
     if then != now and not moved:
         raise DriftRefused(

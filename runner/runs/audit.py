@@ -28,7 +28,7 @@ def audit(directory: RunDirectory) -> tuple[Proof, dict[str, Any]]:
         proof = prove(
             segments,
             None if recipe.get("kind") == "opaque" else Plan.of(recipe),
-            begun=origin.begun if origin else 0,
+            begun=origin.start if origin else 0,
             committed=_committed(directory),
         )
     if len({*plans}) > 1:

@@ -120,7 +120,7 @@ class Facts:
         record = directory.record()
         if record is None:
             raise ConfigError(f"{directory.location.url} is not a run directory: it has no {_MARKER}")
-        newest = attempt_records.last(directory.location)
+        newest = attempt_records.newest(directory.location)
         identity = directory.identity_since(newest) or {}
         return cls(record, identity, directory.result(identity), newest)
 

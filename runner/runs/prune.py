@@ -28,7 +28,7 @@ def prune(
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
     goal = (directory.identity() or {}).get("objective") or {}
     retention = Retention(last, every_steps, best, goal.get("mode") if goal.get("metric") else None)
-    newest = attempt_records.last(directory.location)
+    newest = attempt_records.newest(directory.location)
     attempts.raise_if_live(directory.location)
     store = CheckpointStore(directory.location)
     if remove:

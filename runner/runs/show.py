@@ -71,7 +71,7 @@ def details(directory: RunDirectory) -> dict[str, Any]:
     history = attempt_records.history(directory.location)
     newest = facts.newest.claim if facts.newest else {}
     origin = ParentRecord.of(directory)
-    begun = origin.begun if origin else 0
+    begun = origin.start if origin else 0
     return {
         **asdict(overview(directory.name, directory, facts)),
         "url": directory.location.url,
