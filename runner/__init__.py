@@ -18,7 +18,7 @@ checks the code against this map.
        tensor_file, writer)
        data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, look, mixture, order,
        plan, probe, sandbox, stream, training_data, workers)
-       run/ (attempt_records, attempts, directory, drift, links, opening, parent)
+       run/ (attempt_records, attempts, directory, drift, opening, parent)
        shards/ (__main__, formats, manifest, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, environment, joining, outside, parallel, processes, stall, team, watchdog)

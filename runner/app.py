@@ -29,8 +29,7 @@ from runner.distributed.environment import world
 from runner.distributed.joining import joined
 from runner.distributed.team import Team
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
-from runner.run.links import refuse_links
-from runner.run.opening import OpenedRun, is_free
+from runner.run.opening import OpenedRun, refuse_links
 from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
@@ -111,57 +110,50 @@ def _hand_over() -> None:
 def _job(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
     with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
-        job = RunSpec.of(config)
-        request = StopRequest.named(job.directory.root, job.directory.options)
+        spec = RunSpec.of(config)
+        request = StopRequest.named(spec.directory.root, spec.directory.options)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            return _finished(job, config, team)
+            return _finished(spec, config, team)
 
 
-def _finished(job: RunSpec, config: DictConfig, team: Team) -> float | None:
-    opening = _opened(job, config, team.ranks)
+def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
+    """Train until the run is finished, unless it is already; returns its objective."""
+    opening = _opened(spec, team.ranks)
     result = opening.result
     if result is None:
         from runner import experiment
 
         try:
             # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
-            result = experiment.run(opening, copy.deepcopy(config), team, overrides=job.overrides)  # type: ignore[arg-type]
+            result = experiment.run(opening, copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
-            return _finished(job, config, team)
-    _conclude(opening, result)
-    goal: float | None = (result.get("objective") or {}).get("value")
-    return goal
+            return _finished(spec, config, team)
+    _log_result(opening, result)
+    objective: float | None = (result.get("objective") or {}).get("value")
+    return objective
 
 
-def _opened(job: RunSpec, config: DictConfig, ranks: Communicator) -> OpenedRun:
-    """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
-    found: list[OpenedRun] = []
+def _opened(spec: RunSpec, ranks: Communicator) -> OpenedRun:
+    """The run as rank 0 opens it. Other ranks take over its state, because the storage may change between two reads.
 
-    def open_run() -> dict[str, Any]:
-        found.append(job.open())
-        return {"variant": found[0].directory.variant, "result": found[0].result}
+    While the command must wait for another process, all ranks look again together, so that none runs into a timeout.
+    """
+    openings: list[OpenedRun] = []
 
-    if config.run.on_conflict is schema.OnConflict.wait:
-        _wait_until_free(job, ranks)
-    seen = on_rank_zero(ranks, open_run)
-    return found[0] if found else job.following(**seen)
-
-
-def _wait_until_free(job: RunSpec, ranks: Communicator) -> None:
-    """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
-
-    def free() -> bool:
-        found = is_free(job.directory)
-        if not found:
+    def open_run() -> dict[str, Any] | None:
+        if spec.must_wait():
             signals.raise_if_received("while waiting for the run")
-        return found
+            return None
+        openings.append(spec.open())
+        return {"variant": openings[0].directory.variant, "result": openings[0].result}
 
-    while not on_rank_zero(ranks, free):
+    while (state := on_rank_zero(ranks, open_run)) is None:
         time.sleep(_POLL_SECONDS)
+    return openings[0] if openings else spec.follow(**state)
 
 
-def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
+def _log_result(opening: OpenedRun, result: dict[str, Any]) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if value is not None}
     log.info(
         "finished step %d (%s)%s",
@@ -194,7 +186,7 @@ def _place(config: DictConfig) -> tuple[str, str]:
 
 def _safe(config: DictConfig, root: str, below: str) -> str:
     """That folder, in which Hydra is about to write; it would follow any link. Raises ConfigError for one."""
-    refuse_links(root, below, log=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
+    refuse_links(root, below, log_file=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
     return f"{root}/{below}" if below else root
 
 

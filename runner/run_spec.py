@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.checks import check
 from runner.config.identity import identity, is_name, variant
+from runner.config.schema import OnConflict
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
-from runner.run.opening import OpenedRun, open_run
+from runner.run.opening import OpenedRun, must_wait, open_run
 from runner.run.parent import CheckpointRef, Parent
 from runner.storage.location import is_remote, local_root, protocol
 
@@ -33,7 +34,8 @@ class RunSpec:
     overrides: list[str]
     parent: Parent | None
     on_drift: str
-    command: str  # that starts this job alone, for messages
+    command: str  # that starts this run alone, for messages
+    on_conflict: OnConflict = OnConflict.fail
 
     @classmethod
     def of(cls, config: DictConfig) -> "RunSpec":
@@ -46,19 +48,37 @@ class RunSpec:
         overrides = _as_given(about.overrides.task)
         experiment, name = about.runtime.choices["experiment"], run_name(config, about)
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
-        command = _command(about, overrides)
-        return cls(directory, identity(config), overrides, _parent(config), config.run.on_drift.name, command)
+        return cls(
+            directory,
+            identity(config),
+            overrides,
+            _parent(config),
+            config.run.on_drift.name,
+            _command(about, overrides),
+            config.run.on_conflict,
+        )
+
+    def must_wait(self) -> bool:
+        """Whether another process works on the run, and this command is to wait for it."""
+        return must_wait(self.directory, self.on_conflict)
 
     def open(self) -> OpenedRun:
         """Look at the run directory; see ``open_run``."""
-        return open_run(self.directory, self.identity, on_drift=self.on_drift, command=self.command, parent=self.parent)
+        return open_run(
+            self.directory,
+            self.identity,
+            on_drift=self.on_drift,
+            command=self.command,
+            parent=self.parent,
+            on_conflict=self.on_conflict,
+        )
 
-    def following(self, variant: str, result: dict[str, Any] | None) -> OpenedRun:
-        """The opening on ranks above 0, from what rank 0 found; rank 0 alone writes the run's records."""
-        place = self.directory
-        directory = RunDirectory.under(place.root, place.experiment, variant, place.options)
-        parent = self.parent if variant == place.variant else Parent.forked(place)
-        return OpenedRun(directory, self.identity, [], None, parent, result, "")
+    def follow(self, variant: str, result: dict[str, Any] | None) -> OpenedRun:
+        """The opened run on ranks above 0, as rank 0 opened it; rank 0 alone writes the run's records."""
+        own = self.directory
+        directory = RunDirectory.under(own.root, own.experiment, variant, own.options)
+        parent = self.parent if variant == own.variant else Parent.forked(own)
+        return OpenedRun(directory, self.identity, "", self.on_conflict, parent=parent, result=result)
 
 
 def absolute_root(config: DictConfig) -> str:

@@ -95,8 +95,8 @@ def log_start(
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
-    if opening.drift:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.drift))
+    if opening.changes:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:

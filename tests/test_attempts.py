@@ -20,12 +20,13 @@ import pytest
 from lives import lives
 from results import results
 
+from runner.config.schema import OnConflict
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
 from runner.run import attempt_records, attempts
 from runner.run.attempt_records import ClaimName
 from runner.run.attempts import Attempt, Heartbeat, claim
 from runner.run.directory import RunDirectory
-from runner.run.opening import begin, is_free, open_run
+from runner.run.opening import claim_run, must_wait, open_run
 from runner.storage import open_location
 from runner.storage.local import LocalLocation
 from runner.storage.location import Buffer, Entry
@@ -328,9 +329,10 @@ def test_waiting_is_for_the_living(location: LocalLocation) -> None:
     directory = RunDirectory("", "a", "b", location)
     name = stranger(location)
     with beating(location, name):
-        assert not is_free(directory)
+        assert must_wait(directory, OnConflict.wait)
+        assert not must_wait(directory, OnConflict.steal)
         location.replace(f"{name}.end.json", [b"{}"])
-        assert is_free(directory)
+        assert not must_wait(directory, OnConflict.wait)
 
 
 @pytest.mark.parametrize(
@@ -455,14 +457,13 @@ def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
     stranger(location, machine=attempt_records.machine(location))
     found = opening(location, {"seed": 1})
-    attempt = claim(location, {"accepted": found.accepted})
-    begin(found, attempt, parent=None)
+    attempt = claim_run(found, {}, above=0, parent=None)
     assert attempt.number == 2
     assert found.directory.identity() == {"seed": 1}
     (location.path / "config.yaml").unlink()
     attempt.end("failed")
     found = opening(location, {"seed": 1})
-    begin(found, claim(location, {"accepted": found.accepted}), parent=None)
+    claim_run(found, {}, above=0, parent=None)
     assert found.directory.configured() == {"seed": 1}
 
 
@@ -493,27 +494,20 @@ def test_who_has_another_folder_for_locks_is_not_judged_by_a_lock(
 def test_two_commands_of_one_name_do_not_mix(location: LocalLocation) -> None:
     """Both found no run; the slower one is refused, and leaves no trace."""
     ours, theirs = opening(location, {"seed": 1}), opening(location, {"seed": 2})
-    attempt = claim(location, {"accepted": None})
-    begin(theirs, attempt, parent=None)
-    attempt.end("failed")
+    claim_run(theirs, {}, above=0, parent=None).end("failed")
     kept = {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()}
-    attempt = claim(location, {"accepted": None})
     with pytest.raises(DriftRefused, match=r"seed +2 +1"):
-        begin(ours, attempt, parent=None)
+        claim_run(ours, {}, above=0, parent=None)
     assert {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()} == kept
 
 
 def test_a_change_that_another_command_made_meanwhile_is_refused(location: LocalLocation) -> None:
     first = opening(location, {"seed": 1})
-    attempt = claim(location, {"accepted": None})
-    begin(first, attempt, parent=None)
-    attempt.end("failed")
+    claim_run(first, {}, above=0, parent=None).end("failed")
     late, accepting = opening(location, {"seed": 1}), opening(location, {"seed": 3}, "accept")
-    attempt = claim(location, {"accepted": accepting.accepted})
-    begin(accepting, attempt, parent=None)  # what it accepts itself is no reason
-    attempt.end("failed")
+    claim_run(accepting, {}, above=0, parent=None).end("failed")  # a change that it accepts is no reason to refuse
     with pytest.raises(DriftRefused, match=r"seed +3 +1"):
-        begin(late, claim(location, {"accepted": late.accepted}), parent=None)
+        claim_run(late, {}, above=0, parent=None)
     assert late.directory.identity() == {"seed": 3}
 
 

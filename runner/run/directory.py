@@ -175,9 +175,9 @@ class RunDirectory:
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The same; None also if exported weights are not there in full size, so that a run makes them again."""
         result = self.result(identity)
-        return None if result is None or self.lacks(result) else result
+        return None if result is None or self.missing_export(result) else result
 
-    def lacks(self, result: Mapping[str, Any]) -> str:
+    def missing_export(self, result: Mapping[str, Any]) -> str:
         """What exported weights a finished run does not have in full size, in words; empty if it has all."""
         names, sizes = result.get("sha256"), result.get("bytes")
         if not names or not isinstance(names, dict):

@@ -1,6 +1,6 @@
 """Differences between the configuration that a run was created with and the one of this command."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
     return ("***" if older else saved), now
 
 
-def table(differences: list[ChangedKey]) -> str:
+def drift_table(differences: Sequence[ChangedKey]) -> str:
     """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
     rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
     return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
