@@ -13,7 +13,7 @@ checks the code against this map.
     8  run_spec     finish     startup_log     assembly
     7  trainer     build     restore
     6  callbacks/ (base, evaluation, guards, progress, reporting, saving)
-    5  state     evaluation     datasets/ (digits, fashion_mnist, images, text)
+    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, reading, retention, sharding, snapshot, store, structure,
        tensor_file, writer)
        data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, look, mixture, order,

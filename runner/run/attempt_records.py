@@ -108,11 +108,15 @@ class AttemptRecord:
             return printable(self.end.get("outcome"))
         return {True: "running", False: "killed", None: "unknown (another host)"}[self.alive()]
 
+    def ending(self, key: str) -> Any:
+        """A value of the record of its end; None while there is no such record."""
+        return (self.end or {}).get(key)
+
     def _beat_seconds(self) -> float:
-        told = self.claim.get("beat")
-        if not isinstance(told, int | float) or told != told:
-            told = self.location.beat_seconds
-        return min(max(told, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
+        seconds = self.claim.get("beat")
+        if not isinstance(seconds, int | float) or seconds != seconds:
+            seconds = self.location.beat_seconds
+        return min(max(seconds, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
 
 
 def names(location: Location) -> list[ClaimName]:

@@ -18,11 +18,11 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     Raises ConfigError for a step that is not there, and for a target that is there unless ``force``;
     NoLoadableCheckpoint; StorageError.
     """
-    which = CheckpointRef.parse(run)
-    directory = RunDirectory.at(which.run)
+    source = CheckpointRef.parse(run)
+    directory = RunDirectory.at(source.run)
     if not force and files.exists(target):
         raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")
-    checkpoint, weights = read(directory, which.checkpoint, evaluated_weights)
+    checkpoint, weights = read(directory, source.checkpoint, evaluated_weights)
     data = b"".join(plain(weights))
     files.write(target, data)
     return {
@@ -35,6 +35,6 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The same for people."""
-    return f"step {found['step']} of {found['run']}: {found['bytes']} bytes, sha256 {found['sha256']}"
+def format_export(exported: Mapping[str, Any]) -> str:
+    """The values of ``export`` as text."""
+    return f"step {exported['step']} of {exported['run']}: {exported['bytes']} bytes, sha256 {exported['sha256']}"

@@ -31,8 +31,8 @@ from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
 from runner.metrics import lines
 from runner.rng import Generators
-from runner.run import attempt_records
 from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts
 from runner.run_spec import RunSpec
 from runner.runs.audit import audit
 from runner.trainer import Trainer
@@ -49,7 +49,7 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
     """Checkpoints by step, metric lines, result and audit of a finished run, as plain values."""
     store = CheckpointStore(directory.location)
     proof, audited = audit(directory)
-    result = directory.result(directory.identity() or {}) or {}
+    facts = RunFacts(directory)
     return {
         "url": directory.location.url,
         "checkpoints": {str(commit.step): _checkpoint(store, commit) for commit in reversed(store.commits())},
@@ -57,9 +57,9 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
             {tag: value for tag, value in line.items() if not tag.startswith("time/")}
             for line in lines.read(directory.location)
         ],
-        "result": {key: value for key, value in result.items() if key != "seconds"},
+        "result": {key: value for key, value in (facts.result or {}).items() if key != "seconds"},
         "audit": audited | {"holds": proof.holds},
-        "attempts": [record.outcome() for record in attempt_records.history(directory.location)],
+        "attempts": [record.outcome() for record in facts.attempts],
     }
 
 
