@@ -55,7 +55,7 @@ def main() -> int:
         return _failed(error)
     if summary := sweep.summary():
         print(f"\n{summary}")
-    return sweep.status
+    return sweep.exit_status
 
 
 def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

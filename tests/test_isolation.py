@@ -194,8 +194,8 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     return directory
 
 
-def looked(*directories: RunDirectory) -> list[survey.Found]:
-    jobs = {(one.variant,): RunSpec(one, {}, [], None, "refuse", "") for one in directories}
+def statuses(*directories: RunDirectory) -> list[survey.RunStatus]:
+    jobs = {(each.variant,): RunSpec(each, {}, [], None, "refuse", "") for each in directories}
     return [*survey.survey(jobs).values()]
 
 
@@ -215,7 +215,7 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
     thread.start()
     try:
         began = time.monotonic()
-        found = looked(*dead, living)
+        found = statuses(*dead, living)
         took = time.monotonic() - began
     finally:
         over.set()
@@ -243,7 +243,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
 ) -> None:
     for number, facts in enumerate(attempts, 1):
         directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
-    (found,) = looked(directory)
+    (found,) = statuses(directory)
     assert found.failures == failures
     assert found.status == survey.CUT
 
@@ -255,4 +255,4 @@ def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        assert looked(run)[0].failures == failures
+        assert statuses(run)[0].failures == failures

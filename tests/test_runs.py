@@ -162,7 +162,9 @@ def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
     """Thousands of epochs are read by programs; a person wants to see the one that is not like the others."""
     rows = [{"epoch": n, "seen": 9 - (n == 5), "repeated": 0, "missed": int(n == 5), "whole": True} for n in range(8)]
     found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "epochs": rows}
-    text = audit.format_audit({**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []})
+    text = audit.format_audit(
+        {**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []}
+    )
     assert [line.split()[:-1] for line in text.splitlines()[4:7]] == [
         ["0", "to", "4", "9", "0", "0"],
         ["5", "8", "0", "1"],
