@@ -39,14 +39,14 @@ class RunSpec:
 
     @classmethod
     def of(cls, config: DictConfig) -> "RunSpec":
-        """The job of ``config``, which must be the configuration that HydraConfig holds. Reads no run directory.
+        """The run of ``config``, which must be the configuration that HydraConfig holds. Reads no run directory.
 
         Raises ConfigError for values that cannot work.
         """
         check(config)
-        about = HydraConfig.get()
-        overrides = _as_given(about.overrides.task)
-        experiment, name = about.runtime.choices["experiment"], run_name(config, about)
+        hydra = HydraConfig.get()
+        overrides = _unresolved(hydra.overrides.task)
+        experiment, name = hydra.runtime.choices["experiment"], run_name(config, hydra)
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
         return cls(
             directory,
@@ -54,7 +54,7 @@ class RunSpec:
             overrides,
             _parent(config),
             config.run.on_drift.name,
-            _command(about, overrides),
+            _command(hydra, overrides),
             config.run.on_conflict,
         )
 
@@ -89,26 +89,26 @@ def absolute_root(config: DictConfig) -> str:
 
 
 def storage_options(config: DictConfig) -> dict[str, Any]:
-    """What fsspec needs for the root."""
+    """The options of fsspec for the root."""
     return OmegaConf.to_container(config.run.storage_options, resolve=True)  # type: ignore[return-value]
 
 
-def run_name(config: DictConfig, about: HydraConf) -> str:
+def run_name(config: DictConfig, hydra: HydraConf) -> str:
     """The name of the run's directory: ``run.name``, or one made from the overrides as given. Raises ConfigError."""
     name = config.run.name
     if name is None:
-        return _older_name(config, about) or variant(_as_given(about.overrides.task))
+        return _older_name(config, hydra) or variant(_unresolved(hydra.overrides.task))
     if not is_name(name):
         raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
     return str(name)
 
 
-def _older_name(config: DictConfig, about: HydraConf) -> str | None:
+def _older_name(config: DictConfig, hydra: HydraConf) -> str | None:
     """The name with the values of ``${oc.env:NAME}`` in it, if an older version made a run of that name."""
-    names = [variant(_as_given(about.overrides.task))]
-    with suppress(OmegaConfBaseException):  # a variable is not there; who uses it says so
-        names.append(variant([*about.overrides.task]))
-    root, experiment, options = absolute_root(config), about.runtime.choices["experiment"], storage_options(config)
+    names = [variant(_unresolved(hydra.overrides.task))]
+    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
+        names.append(variant([*hydra.overrides.task]))
+    root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
     if len({*names}) == 2:
         for name in names:
             if RunDirectory.under(root, experiment, name, options).record() is not None:
@@ -116,17 +116,19 @@ def _older_name(config: DictConfig, about: HydraConf) -> str | None:
     return None
 
 
-def _command(about: HydraConf, overrides: list[str]) -> str:
-    given = [source.path for source in about.runtime.config_sources if source.provider == "command-line"]
-    folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), to_absolute_path('.'))}" for path in given]
-    searched = [given for given in _as_given(about.overrides.hydra) if given.startswith("hydra.searchpath=")]
+def _command(hydra: HydraConf, overrides: list[str]) -> str:
+    """A command that starts this run alone, to be pasted into a shell."""
+    sources = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    here = to_absolute_path(".")
+    folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), here)}" for path in sources]
+    search = [word for word in _unresolved(hydra.overrides.hydra) if word.startswith("hydra.searchpath=")]
     name = Path(sys.executable).name
     python = name if shutil.which(name) == sys.executable else sys.executable
-    return shlex.join([python, "-m", "runner", *folders, *searched, *overrides])
+    return shlex.join([python, "-m", "runner", *folders, *search, *overrides])
 
 
-def _as_given(overrides: Any) -> list[str]:
-    """With ``${oc.env:NAME}`` as that: they are stored and shown, and what it stands for may be a secret."""
+def _unresolved(overrides: Any) -> list[str]:
+    """The overrides with ``${oc.env:NAME}`` as typed: they are stored and shown, and the variable may be a secret."""
     return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
 
 
@@ -134,8 +136,7 @@ def _parent(config: DictConfig) -> Parent | None:
     run = config.run
     if run.parent is None:
         return None
-    which = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
-    fits = protocol(run.root) in ("file", protocol(run.parent))  # the options of another kind of store do not
-    return Parent(
-        which, run.inherit.name, str(which.under(absolute_root(config))), storage_options(config) if fits else None
-    )
+    source = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
+    same_store = protocol(run.root) in ("file", protocol(run.parent))
+    options = storage_options(config) if same_store else None
+    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), options)
