@@ -15,8 +15,7 @@ import pytest
 from lives import Lives
 
 from runner.run import attempt_records
-from runner.run.attempt_records import AttemptRecord, ClaimName
-from runner.run.attempts import dump
+from runner.run.attempt_records import AttemptRecord, ClaimName, encode
 from runner.run.directory import RunDirectory
 from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
@@ -188,9 +187,9 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     directory = RunDirectory.under(str(root), "smoke", run)
     directory.create({}, parent=None)
     name = ClaimName(number, f"{number:012x}")
-    directory.location.put(f"{name}.json", [dump({"attempt": number, "pid": 1, "host": "other", **facts})])
+    directory.location.put(f"{name}.json", [encode({"attempt": number, "pid": 1, "host": "other", **facts})])
     if end:
-        directory.location.put(f"{name}.end.json", [dump({"outcome": end})])
+        directory.location.put(f"{name}.end.json", [encode({"outcome": end})])
     return directory
 
 
@@ -209,7 +208,7 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
         count = 0
         while not over.wait(0.2):
             count += 1
-            living.location.replace(f"{ClaimName(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
+            living.location.replace(f"{ClaimName(1, f'{1:012x}')}.beat", [encode({"sequence": count})], durable=False)
 
     thread = threading.Thread(target=beat)
     thread.start()
