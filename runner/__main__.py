@@ -36,10 +36,10 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
-    from runner.config.identity import typed
+    from runner.config.identity import quote_run_names
     from runner.sweep import launcher, optuna
 
-    sys.argv[1:] = typed(sys.argv[1:])
+    sys.argv[1:] = quote_run_names(sys.argv[1:])
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     report = launcher.install()

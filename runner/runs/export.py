@@ -5,7 +5,7 @@ from hashlib import sha256
 from typing import Any
 
 from runner.errors import ConfigError
-from runner.finish import plain
+from runner.finish import safetensors_file
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
 from runner.run.parent import CheckpointRef
@@ -23,7 +23,7 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     if not force and files.exists(target):
         raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")
     checkpoint, weights = read(directory, source.checkpoint, evaluated_weights)
-    data = b"".join(plain(weights))
+    data = b"".join(safetensors_file(weights))
     files.write(target, data)
     return {
         "run": directory.location.url,
