@@ -65,7 +65,10 @@ class _Tries:
         self._next_try = 0.0
 
     def next(self) -> dict[str, Any] | None:
-        """The result of a try; None while it is not time for one, or it failed. Raises StorageError, Superseded, RunGone, and Interrupted."""
+        """The result of a try; None if the try failed, or before it is time for the next.
+
+        Raises StorageError, Superseded, RunGone, and Interrupted.
+        """
         assert self._attempt is not None
         if time.monotonic() < self._next_try:
             signals.raise_if_received("while the weights could not be exported; every step is committed")
@@ -104,6 +107,7 @@ def _finish(
     location = opening.directory.location
     weights = {MODEL: final}
     evaluate, best = callbacks.get("evaluate"), callbacks.get("best")
+    scalars = evaluate.scalars if isinstance(evaluate, Evaluate) else {}
     objective = None
     if isinstance(best, Best) and best.step:
         objective = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
@@ -115,9 +119,7 @@ def _finish(
         "step": loop.step,
         "epochs": loop.epochs,
         "reason": loop.stop,
-        "metrics": {name: _number(value) for name, value in evaluate.scalars.items()}
-        if isinstance(evaluate, Evaluate)
-        else {},
+        "metrics": {name: _number(value) for name, value in scalars.items()},
         "objective": objective,
         "skipped_steps": parts.update.skipped,
         "substituted_samples": parts.state.stream.substituted,
