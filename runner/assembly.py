@@ -20,7 +20,7 @@ from runner.metrics.lines import MetricLines
 from runner.metrics.tensorboard import Curves
 from runner.metrics.writer import NullMetrics
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import OpenedRun
@@ -161,5 +161,5 @@ class Wiring:
         return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
 
 
-def _name(record: Record | None) -> str | None:
+def _name(record: AttemptRecord | None) -> str | None:
     return None if record is None else record.owner()

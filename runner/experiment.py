@@ -18,7 +18,7 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, OnBadRecord, OnConflict
+from runner.config.schema import Config, OnBadRecord
 from runner.data import ledger
 from runner.device import set_up_device
 from runner.data.stream import MapStyleStream
@@ -29,11 +29,11 @@ from runner.finish import finish
 from runner.metrics import tensorboard
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
-from runner.run import attempt_records, attempts
+from runner.run import attempt_records
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
-from runner.run.opening import OpenedRun, begin
-from runner.run.parent import ParentRecord, anew
+from runner.run.opening import OpenedRun, claim_run
+from runner.run.parent import ParentRecord, new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -50,7 +50,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     team.begin(device)
     location = opening.directory.location
     here = _topology(config, device, team)
-    claimed = _attempt(opening, config, team, {"overrides": overrides, "topology": here})
+    claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
     with claimed as (number, attempt), team.blame_peer(), _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
@@ -69,7 +69,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             resumed = _resume(opening, parts, store, team.comm)
         if books is not None:
             books.open(resumed)
-            before = attempt_records.last(location, before=number)
+            before = attempt_records.newest(location, before=number)
             tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
@@ -147,19 +147,16 @@ def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
 
 
 @contextmanager
-def _attempt(
-    opening: OpenedRun, config: Config, team: Team, facts: dict[str, Any]
-) -> Iterator[tuple[int, Attempt | None]]:
+def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
     Records how the attempt ended, unless the process is killed.
     """
     signals.raise_if_received("during start-up, nothing to commit")
-    facts |= {"version": runner.__version__, "accepted": opening.accepted}
     claimed: list[Attempt] = []
 
     def claim() -> int:
-        claimed.append(_claim(opening, config, facts))
+        claimed.append(_claim(opening, facts))
         return claimed[0].number
 
     number = on_rank_zero(team.comm, claim)
@@ -187,14 +184,11 @@ def _attempt(
             attempt.end(outcome, reason=reason)
 
 
-def _claim(opening: OpenedRun, config: Config, facts: dict[str, Any]) -> Attempt:
+def _claim(opening: OpenedRun, facts: dict[str, Any]) -> Attempt:
     # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
     opening.directory.settle()
-    location = opening.directory.location
-    above = max((commit.attempt for commit in commits(location)), default=0)
-    attempt = attempts.claim(location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
-    begin(opening, attempt, parent=_origin(opening))
-    return attempt
+    above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
+    return claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=_origin(opening))
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
@@ -209,8 +203,8 @@ def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, comm: Comm
     evidence = partial(_evidence, opening.directory.location)
     origin = ParentRecord.of(opening.directory)
     fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, comm)
-    begun = partial(anew, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, comm=comm)
+    hint = partial(new_run_hint, opening.command, opening.directory)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=hint, comm=comm)
 
 
 def _evidence(location: Location) -> str | None:

@@ -134,8 +134,8 @@ def resolve(parent: Parent) -> ParentRecord:
 
     Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
     """
-    directory = RunDirectory.at(parent.which.run, parent.options)
-    checkpoint, _ = read(directory, parent.which.checkpoint, Checkpoint.verify)
+    directory = RunDirectory.at(parent.source.run, parent.options)
+    checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
     return ParentRecord(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
 
 
@@ -190,7 +190,7 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
     this user's keys.
     """
     if asked is not None:
-        return open_location(asked.which.run, asked.options)
+        return open_location(asked.source.run, asked.options)
     root = open_location(directory.root, directory.options).url.rstrip("/")
     if is_remote(origin.run) and not origin.run.startswith(f"{root}/"):
         raise ConfigError(

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, typed, variant
+from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
 from runner.config.schema import Config
 
 FILLED = {
@@ -144,7 +144,7 @@ def test_names_of_ordinary_texts_have_no_quotes() -> None:
     ],
 )
 def test_names_may_be_typed_as_they_are_printed(words: list[str], expected: list[str] | None) -> None:
-    assert typed(words) == (expected or words)
+    assert quote_run_names(words) == (expected or words)
 
 
 def test_long_names_are_cut_and_stay_distinct() -> None:

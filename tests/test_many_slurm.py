@@ -80,7 +80,7 @@ def slurm(cluster: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
-def attempts(root: Path) -> list[attempt_records.Record]:
+def attempts(root: Path) -> list[attempt_records.AttemptRecord]:
     return [
         one for run in root.glob("runs/smoke/*/run.json") for one in attempt_records.history(LocalLocation(run.parent))
     ]

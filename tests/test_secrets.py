@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lives import Ended, Lives
 
-from runner.config.secrets import written_out
+from runner.config.secrets import find_secrets
 from runner.runs.__main__ import main
 
 USER = Path(__file__).parent / "user"
@@ -138,13 +138,13 @@ HARMLESS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", WRITTEN_OUT, ids=str)
-def test_a_secret_that_is_written_out_is_noticed(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")]
+def test_a_secret_that_is_find_secrets_is_noticed(value: Any) -> None:
+    assert [*find_secrets({"train": value}, "data")]
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: ",".join(value))
 def test_what_only_sounds_like_a_secret_is_none(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")] == []
+    assert [*find_secrets({"train": value}, "data")] == []
 
 
 class Nest:
@@ -262,7 +262,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("sweep", [False, True])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_secret_written_out_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
+def test_a_secret_find_secrets_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
     given = tuple(argument.format(canary=CANARY) for argument in WRITTEN[name])
     ended = nest(*(("-m", "seed=1,2") if sweep else ()), *given)
     assert (ended.status, "looks like a secret and is written out" in ended.output) == (2, True), ended.output

@@ -29,11 +29,11 @@ from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
-from runner.job import Job
 from runner.metrics import lines
 from runner.rng import Generators
-from runner.run import attempt_records
 from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts
+from runner.run_spec import RunSpec
 from runner.runs.audit import audit
 from runner.trainer import Trainer
 from runner.update import WeightUpdate
@@ -49,7 +49,7 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
     """Checkpoints by step, metric lines, result and audit of a finished run, as plain values."""
     store = CheckpointStore(directory.location)
     proof, audited = audit(directory)
-    result = directory.result(directory.identity() or {}) or {}
+    facts = RunFacts(directory)
     return {
         "url": directory.location.url,
         "checkpoints": {str(commit.step): _checkpoint(store, commit) for commit in reversed(store.commits())},
@@ -57,9 +57,9 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
             {tag: value for tag, value in line.items() if not tag.startswith("time/")}
             for line in lines.read(directory.location)
         ],
-        "result": {key: value for key, value in result.items() if key != "seconds"},
+        "result": {key: value for key, value in (facts.result or {}).items() if key != "seconds"},
         "audit": audited | {"holds": proof.holds},
-        "attempts": [record.outcome() for record in attempt_records.history(directory.location)],
+        "attempts": [record.outcome() for record in facts.attempts],
     }
 
 
@@ -307,7 +307,7 @@ def _watch_evaluation(probe: Recorder) -> None:
 def _watch_the_end(probe: Recorder) -> None:
     finished, before = app._finished, {*sys.modules}
 
-    def ended(job: Job, config: Any, team: Any) -> Any:
+    def ended(job: RunSpec, config: Any, team: Any) -> Any:
         found = finished(job, config, team)
         if probe.rank:
             return found
