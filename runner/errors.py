@@ -125,7 +125,7 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
 
 
-def hide(secret: str) -> None:
+def hide_secret(secret: str) -> None:
     """From now on, show and store no text with this in it."""
     _hidden.add(secret)
 

@@ -61,7 +61,7 @@ def install() -> None:
             threading.Thread(target=_guard, args=[_pipe[0]], name="signals", daemon=True).start()
 
 
-def hand_over() -> None:
+def call_previous_handlers() -> None:
     """Call the handlers that were installed before ours for the signals that arrived, and forget these signals.
 
     For use after everything is committed: submitit's handler then queues the job again. May end the process, or raise.

@@ -37,13 +37,13 @@ class StopRequest:
         return cls(open_location(root, options), f"s{secrets.token_hex(8)}")
 
     @classmethod
-    def named(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
+    def from_environment(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
         """The request that this process has to obey, if a sweep started it."""
         name = os.environ.get(VARIABLE)
         return cls(open_location(root, options), name) if name else None
 
     @contextmanager
-    def passed_on(self) -> Iterator[None]:
+    def forward_signals(self) -> Iterator[None]:
         """Within the block, a stop signal that this process receives is written as the request."""
         with _repeated(self._pass_on, _LISTEN_SECONDS):
             yield
@@ -54,7 +54,7 @@ class StopRequest:
             self.location.remove(self._object)
 
     @contextmanager
-    def obeyed(self) -> Iterator[None]:
+    def obey(self) -> Iterator[None]:
         """Within the block, the request stops this process as a signal would. So does the death of the parent process,
         after which nobody could stop this one.
         """

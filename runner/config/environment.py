@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.base import Container, Node
 
 from runner.config.secrets import Unresolved, may_be_secret, names_a_secret
-from runner.errors import hide
+from runner.errors import hide_secret
 
 _NONE = object()
 _PLACES = re.compile(
@@ -95,7 +95,7 @@ def _env(variable: str, default: Any = _NONE, *, _node_: Node) -> str | None:
     value, key = os.environ[variable], str(_node_._get_full_key(None))
     named = names_a_secret(variable) or names_a_secret(key)
     if (named and len(value) >= 4) or (may_be_secret(value) and not _PLACES.match(key)):
-        hide(value)
+        hide_secret(value)
     return value
 
 

@@ -52,7 +52,7 @@ class Stall:
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
 
-    def moved(self) -> None:
+    def note_progress(self) -> None:
         """A step or a batch is done; costs nothing but the first time."""
         first, self._watching, self._moved = not self._watching, True, True
         if first:  # from this thread: the next step may keep Python's lock before the other one looks

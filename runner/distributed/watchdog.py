@@ -122,12 +122,12 @@ MAIN = "main"  # the training thread
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why all processes have to end, and their exit status. ``told``: the failed rank prints the message itself."""
+    """Why all processes have to end, and their exit status. ``printed``: the failed rank prints the message itself."""
 
     rank: int
     status: int
     message: str
-    told: bool = False
+    printed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def met(self, thread: str, *, training: bool | None = None) -> None:
+    def note_exchange(self, thread: str, *, training: bool | None = None) -> None:
         """The calling thread, of that name, has reached an exchange."""
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
@@ -309,7 +309,7 @@ class Watchdog:
         return Failure(0, 1, f"rank 0, or the launcher that started it, {how}. {_AGAIN}")
 
     def _end(self, failure: Failure) -> None:
-        at_fault = failure.rank == self._world.rank and not failure.told
+        at_fault = failure.rank == self._world.rank and not failure.printed
         until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):

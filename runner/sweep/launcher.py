@@ -124,7 +124,7 @@ class SweepLauncher(Launcher):
             if startable:
                 found |= self._launch(startable, jobs, found, initial_job_idx)
             elif running:
-                with self._stop.passed_on() if self._stop else nullcontext():  # some may have been started by us
+                with self._stop.forward_signals() if self._stop else nullcontext():  # some may have been started by us
                     time.sleep(_POLL_SECONDS)
             else:
                 break
@@ -195,7 +195,7 @@ class SweepLauncher(Launcher):
         """Launch jobs in other processes, and pass stop signals of this process on to them."""
         assert self._stop
         mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
-        with self._stop.passed_on():
+        with self._stop.forward_signals():
             returns = self._inner.launch([[*each, mark] for each in batch], index)
         if signals.received() and not self._left_behind:
             self._stop.withdraw()
