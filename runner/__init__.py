@@ -25,7 +25,8 @@ checks the code against this map.
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)     config/ (checks, environment, identity, schema, secrets)
     1  signals     average     task
-    0  errors     cache     interval     rng     schedules     models/ (convnet, gpt, mlp)     plain     modes
+    0  errors     activity     cache     interval     rng     schedules     plain     modes
+       models/ (convnet, gpt, mlp)
 """
 
 __version__ = "0.1.0"

@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lives import Lives
+
+from runner.activity import activities, doing
 
 USER = Path(__file__).parent / "user"
 LIMIT = 100  # seconds in which a run that stands still has to end
@@ -70,6 +74,15 @@ def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Pat
     while any(map(lives, pids)):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_activities_nest_and_belong_to_a_thread() -> None:
+    ident, found = threading.get_ident(), []
+    with doing("saves"):
+        with doing("joins"), ThreadPoolExecutor(1) as pool:
+            found += [activities(ident), pool.submit(lambda: activities(threading.get_ident())).result()]
+        found.append(activities(ident))
+    assert [*found, activities(ident)] == [("saves", "joins"), (), ("saves",), ()]
 
 
 def lives(pid: str) -> bool:
