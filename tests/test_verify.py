@@ -135,9 +135,9 @@ QUICK = (
 
 def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The same experiment with the cause mended."""
-    found = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
-    found = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in found]
-    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in found)
+    good = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
+    good = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in good]
+    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
@@ -294,12 +294,12 @@ def test_what_is_held_fast_shows_the_same_whoever_else_looks(pin: str, read: str
             library()
         print(first, mine())
     """
-    told = [
+    outputs = [
         subprocess.run([sys.executable, "-c", code, *more], check=True, stdout=subprocess.PIPE, timeout=300).stdout
         for more in ([], ["beside"])
     ]
-    assert told[0] == told[1]
-    first, second = told[0].split(b" ", 1)
+    assert outputs[0] == outputs[1]
+    first, second = outputs[0].split(b" ", 1)
     assert first != second.strip()
 
 
@@ -315,7 +315,7 @@ def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> N
     assert [*scratch.iterdir()] == []
 
 
-def test_processes_that_cannot_share_a_batch_are_a_configuration_error(servers: Servers, scratch: Path) -> None:
+def test_processes_that_cannot_share_a_batch_are_refused(servers: Servers, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size"):
         judged(servers, processes=3)
     assert [*scratch.iterdir()] == []
@@ -359,7 +359,7 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("option", "message"),
     [
         ("verify.step=3", "there is no option verify.step; did you mean verify.steps?"),
         ("verify.steps=many", "verify.steps=many cannot be used"),
@@ -372,9 +372,9 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
         ("-m", "one run"),
     ],
 )
-def test_a_mistyped_option_is_told(given: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
-        parse(["experiment=smoke", given])
+def test_a_mistyped_option_is_refused(option: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(["experiment=smoke", option])
 
 
 def test_options_are_taken_out_of_the_command() -> None:
@@ -399,11 +399,11 @@ def verify(*arguments: str, cwd: Path = USER) -> subprocess.Popen[str]:
 @pytest.mark.campaign
 def test_the_command_has_statuses_and_json(scratch: Path) -> None:
     common = ("--config-dir", "conf", "experiment=broken", "verify.steps=10", "verify.kills=2", "--json")
-    told, _ = verify(*common).communicate()
-    assert json.loads(told)["verdict"] == "PASS"
+    output, _ = verify(*common).communicate()
+    assert json.loads(output)["verdict"] == "PASS"
     failing = verify(*common, *CASES["a kernel without an order"][0])
-    told, _ = failing.communicate()
-    assert (failing.returncode, json.loads(told)["cause"]["kind"]) == (1, "kernel")
+    output, _ = failing.communicate()
+    assert (failing.returncode, json.loads(output)["cause"]["kind"]) == (1, "kernel")
 
 
 def test_a_command_that_cannot_run_is_a_configuration_error(servers: Servers, scratch: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(servers: Servers,
     assert [*scratch.iterdir()] == []
 
 
-def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(
     servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
@@ -432,8 +432,8 @@ def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> Non
     while not list(scratch.rglob("*.jsonl")):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
-    assert (process.returncode, "nothing is left behind" in told) == (130, True), told
+    _, errors = process.communicate()
+    assert (process.returncode, "nothing is left behind" in errors) == (130, True), errors
     assert [*scratch.glob("runner-verify-*")] == []
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(scratch) not in running
