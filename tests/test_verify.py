@@ -1,6 +1,7 @@
 """``python -m runner.verify`` on real processes: exact resumes pass, and what users really get wrong is named."""
 
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import pytest
 import servers as servers_of_tests
 import torch
 
-from runner.errors import ConfigError, StorageError
+from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan
+from runner.verify.causes import of_error
 from runner.verify.difference import first_difference
 from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
 from runner.verify.html_report import page
@@ -234,6 +236,22 @@ def test_what_only_the_end_makes_is_not_the_difference(kind: str) -> None:
     difference = first_difference(killed, undisturbed)
     assert difference
     assert (difference.step, difference.part, difference.expected, difference.actual) == (11, "end", 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StateError("cannot save task/seen: it is a builtins.set"), "state"),
+        (StateError("the task does not fit", kind="restore"), "restoring"),
+        (DataError("sample 3 changed", kind="sample-changed"), "data memory"),
+        (pickle.loads(pickle.dumps(DataError("sent by a process", kind="sample-per-process"))), "workers"),
+        (RuntimeError("put_ does not have a deterministic implementation"), "kernel"),
+        (RuntimeError("anything else"), "error"),
+    ],
+    ids=str,
+)
+def test_the_kind_of_an_error_names_its_cause(error: Exception, kind: str) -> None:
+    assert of_error(kind_of(error), "").kind == kind
 
 
 class Slotted:
