@@ -25,70 +25,58 @@ class Cause:
         return replace(self, what=f"{self.what}. It shows in: {part}{f' ({names})' if names else ''}")
 
 
-# Causes that repetitions of the run establish.
-CAUSES: Mapping[str, Cause] = {
-    cause.kind: cause
-    for cause in (
-        Cause(
-            "hash",
-            "hash() of a text or the order of a set is used in training: both differ from process to process",
-            "sort a set before its elements are used, and use hashlib or zlib.crc32 instead of hash()",
-        ),
-        Cause(
-            "pid",
-            "the number of the process (os.getpid) is used in training",
-            "use the configuration's seed instead of the pid",
-        ),
-        Cause("time", "the time is used in training", "count steps instead of seconds; the runner has metrics of time"),
-        Cause(
-            "entropy",
-            "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
-            f"{_SEEDED}, or seed it from the configuration and save its state",
-        ),
-        Cause(
-            "threads",
-            "the result depends on how threads take turns",
-            "runtime.num_threads=1, or a kernel that adds up in a fixed order",
-        ),
-        Cause(
-            "turns",
-            "two undisturbed runs differ: your code starts threads, and the result depends on which ends first",
-            "use the results of threads in the order in which they were started (executor.map), not as they arrive",
-        ),
-        Cause(
-            "kernel",
-            "a kernel is used whose result varies from call to call",
-            "runtime.deterministic=true refuses such kernels by name; use another",
-        ),
-        Cause(
-            "chance",
-            "two undisturbed runs differ, so no resume could be exact; neither pid, time, seeds, threads nor torch's "
-            "kernels explain it",
-            "look for other inputs of this part: files, the network, other processes, id() of an object, a kernel of "
-            "your own",
-        ),
-        Cause(
-            "attempts",
-            "training depends on how often the run was started: nothing was resumed, and still it differs",
-            "do not count starts, and do not read the run's own directory, in training",
-        ),
-        Cause(
-            "saving",
-            "the run depends on how often its state is taken: a state_dict changes something",
-            "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped in the meantime",
-        ),
-        Cause(
-            "evaluation",
-            "evaluation leaves a trace in training: without it a resumed run is equal",
-            "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
-        ),
-        Cause(
-            "incomplete",
-            "nothing differs, but not enough was done to prove anything",
-            "read the output of the attempts, and try again with more verify.steps or memory",
-        ),
-    )
+# Causes that repetitions of the run establish: kind -> what, remedy.
+_TEXTS = {
+    "hash": (
+        "hash() of a text or the order of a set is used in training: both differ from process to process",
+        "sort a set before its elements are used, and use hashlib or zlib.crc32 instead of hash()",
+    ),
+    "pid": (
+        "the number of the process (os.getpid) is used in training",
+        "use the configuration's seed instead of the pid",
+    ),
+    "time": (
+        "the time is used in training",
+        "count steps instead of seconds; the runner has metrics of time",
+    ),
+    "entropy": (
+        "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
+        f"{_SEEDED}, or seed it from the configuration and save its state",
+    ),
+    "threads": (
+        "the result depends on how threads take turns",
+        "runtime.num_threads=1, or a kernel that adds up in a fixed order",
+    ),
+    "turns": (
+        "two undisturbed runs differ: your code starts threads, and the result depends on which ends first",
+        "use the results of threads in the order in which they were started (executor.map), not as they arrive",
+    ),
+    "kernel": (
+        "a kernel is used whose result varies from call to call",
+        "runtime.deterministic=true refuses such kernels by name; use another",
+    ),
+    "chance": (
+        "two undisturbed runs differ, for another reason than the pid, time, seeds, threads or torch's kernels",
+        "look for other inputs of this part: files, network, other processes, id() of an object, your own kernels",
+    ),
+    "attempts": (
+        "training depends on how often the run was started: nothing was resumed, and still it differs",
+        "do not count starts, and do not read the run's own directory, in training",
+    ),
+    "saving": (
+        "the run depends on how often its state is taken: a state_dict changes something",
+        "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped in the meantime",
+    ),
+    "evaluation": (
+        "evaluation leaves a trace in training: without it a resumed run is equal",
+        "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
+    ),
+    "incomplete": (
+        "nothing differs, but not enough was done to prove anything",
+        "read the output of the attempts, and try again with more verify.steps or memory",
+    ),
 }
+CAUSES: Mapping[str, Cause] = {kind: Cause(kind, what, remedy) for kind, (what, remedy) in _TEXTS.items()}
 
 
 def unexplained(difference: FirstDifference) -> Cause:
@@ -203,7 +191,7 @@ def _any_memory(difference: FirstDifference) -> Cause:
 def _culprits(difference: FirstDifference) -> list[tuple[Cause, list[Remembered]]]:
     """Memory outside the state that may change a step, by cause, the likeliest first."""
     of_model = _suspects(difference, "model")
-    named = [(cause, [entry for entry in of_model if mark in entry[0]]) for mark, cause in _OF_MODEL]
+    named = [(cause, [entry for entry in of_model if mark in entry[0]]) for mark, cause in _OF_MODEL.items()]
     marked = {entry for _, entries in named for entry in entries}
     attributes = [entry for entry in of_model if entry not in marked]
     changed = {path for path, _, _ in difference.changing}
@@ -214,48 +202,34 @@ def _culprits(difference: FirstDifference) -> list[tuple[Cause, list[Remembered]
 
 
 # How ``memory`` marks what a model has beside its state, and the cause that it is; the first three are the likeliest.
-_OF_MODEL = (
-    (
-        memory.LEFT_OUT,
-        Cause(
-            "model memory",
-            "a parameter of the model is not in its state_dict",
-            "make the model's state_dict contain all parameters that are trained",
-        ),
+_OF_MODEL = {
+    memory.LEFT_OUT: Cause(
+        "model memory",
+        "a parameter of the model is not in its state_dict",
+        "make the model's state_dict contain all parameters that are trained",
     ),
-    (
-        memory.NOT_PERSISTENT,
-        Cause(
-            "model memory",
-            "a buffer of the model that training changes is not saved",
-            "register it with persistent=True",
-        ),
+    memory.NOT_PERSISTENT: Cause(
+        "model memory",
+        "a buffer of the model that training changes is not saved",
+        "register it with persistent=True",
     ),
-    (
-        memory.HOOKS,
-        Cause(
-            "hooks",
-            "a hook is registered while training, and a new process begins without it",
-            "register it where the model is built, and let a buffer of the model decide whether it acts",
-        ),
+    memory.HOOKS: Cause(
+        "hooks",
+        "a hook is registered while training, and a new process begins without it",
+        "register it where the model is built, and let a buffer of the model decide whether it acts",
     ),
-    (
-        memory.FROZEN,
-        Cause("freezing", "training changes which parameters are trained, and no state_dict has that", _EVERY_STEP),
+    memory.FROZEN: Cause(
+        "freezing", "training changes which parameters are trained, and no state_dict has that", _EVERY_STEP
     ),
-    (
-        memory.EVALUATING,
-        Cause("freezing", "training changes which modules are in eval mode, and no state_dict has that", _EVERY_STEP),
+    memory.EVALUATING: Cause(
+        "freezing", "training changes which modules are in eval mode, and no state_dict has that", _EVERY_STEP
     ),
-    (
-        memory.GRADIENTS,
-        Cause(
-            "gradients",
-            "gradients are kept from one step to the next, and are in no state_dict",
-            "accumulate them within one step: trainer.accumulate, or several backward() before each update.step",
-        ),
+    memory.GRADIENTS: Cause(
+        "gradients",
+        "gradients are kept from one step to the next, and are in no state_dict",
+        "accumulate them within one step: trainer.accumulate, or several backward() before each update.step",
     ),
-)
+}
 _ATTRIBUTE = Cause(
     "model memory",
     "an attribute of the model matters and is not saved",
