@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
         options, command, as_json = parse(words)
-        from runner.verify import html_report
+        from runner.verify import proof_report
         from runner.verify.proof import prove
 
         verdict = prove(command, options, progress=lambda line: print(line, file=sys.stderr, flush=True))
         if options.html:
-            verdict = html_report.write(verdict, options.html)
+            verdict = proof_report.write(verdict, options.html)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
