@@ -24,10 +24,10 @@ from runner.verify.campaign import plan
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference
 from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
-from runner.verify.proof_report import page
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove
+from runner.verify.proof_report import page
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"
