@@ -5,7 +5,7 @@ layer, there are no import cycles. Few modules import any given third-party pack
 checks the code against this map.
 
    13  verify/ (__main__, campaign, causes, diagnosis, difference, execution, fingerprint, fork_server, memory,
-       options, pins, proof, proof_report, recorder, testing, verdict)
+       options, pins, proof, proof_report, recorder, verdict)
    12  __main__
    11  runs/ (__main__, audit, compare, export, html_report, listing, prune, show, watch)
    10  app
@@ -25,7 +25,8 @@ checks the code against this map.
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)     config/ (checks, environment, identity, schema, secrets)
     1  signals     average     task
-    0  errors     cache     interval     rng     seeds     schedules     models/ (convnet, gpt, mlp)     plain     modes
+    0  errors     activity     cache     interval     rng     seeds     schedules     plain     modes
+       models/ (convnet, gpt, mlp)
 """
 
 __version__ = "0.1.0"

@@ -111,7 +111,7 @@ def _escaped(record: logging.LogRecord) -> bool:
 
 def _hand_over() -> None:
     try:
-        signals.hand_over()
+        signals.call_previous_handlers()
     except Exception as error:  # not queued again by the cluster; the sweep starts the job again
         log.warning("not queued again: %s: %s", type(error).__name__, error)
 
@@ -120,8 +120,8 @@ def _run(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
     with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         spec = RunSpec.of(config)
-        request = StopRequest.named(spec.directory.root, spec.directory.options)
-        with request.obeyed() if request else nullcontext():
+        request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
+        with request.obey() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runner import signals
+from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.evaluation_data import EvaluationData
@@ -34,6 +35,7 @@ class EvaluationInterrupted(Exception):
     """A stop signal arrived during the evaluation; the resumed run repeats it."""
 
 
+@doing("ends evaluation")
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -80,6 +82,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why:
     raise error
 
 
+@doing("evaluates")
 def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_Before") -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     samples = 0

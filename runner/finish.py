@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from runner import signals
+from runner.activity import doing
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
@@ -30,6 +31,7 @@ _LONGEST_PAUSE = 30.0  # seconds between two tries to export
 _POLL_SECONDS = 0.5  # while waiting for the next try
 
 
+@doing("saves")
 def finish(
     opening: OpenedRun,
     parts: Parts,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from runner import signals
+from runner.activity import doing
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.retention import ranked
@@ -54,6 +55,7 @@ class Resumed:
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
+@doing("saves")
 def restore_newest(
     state: TrainState,
     store: CheckpointStore,
@@ -98,6 +100,7 @@ def restore_newest(
     return replace(fresh(), unusable=tuple(unusable))
 
 
+@doing("saves")
 def begin(
     state: TrainState,
     identity: dict[str, Any],

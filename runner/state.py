@@ -176,7 +176,7 @@ class TrainState:
             raise
         except Exception as error:
             raise StateError(
-                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}", kind="restore"
             ) from error
         return state
 
@@ -225,5 +225,6 @@ def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Chec
         raise StateError(
             f"{checkpoint.id.commit} does not hold the parts of this run: "
             f"missing {', '.join(missing) or 'none'}, left over {', '.join(left) or 'none'}. "
-            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork."
+            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork.",
+            kind="structure",
         )

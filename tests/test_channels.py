@@ -64,20 +64,20 @@ def test_what_was_exchanged_is_not_kept(server: TCPStore) -> None:
 
 def test_what_one_raises_all_raise(server: TCPStore) -> None:
     def refuse() -> None:
-        raise DataError("mine")
+        raise DataError("mine", kind="sample-changed")
 
-    def work(channel: Channel, watch: Watchdog) -> list[str]:
-        told = []
+    def work(channel: Channel, watch: Watchdog) -> list[tuple[str, str]]:
+        raised = []
         for act in (
             lambda: on_rank_zero(channel, refuse),
             lambda: gather(channel, refuse if channel.rank == 2 else str),
         ):
             with pytest.raises(DataError) as error:
                 act()
-            told.append(str(error.value))
-        return told
+            raised.append((str(error.value), error.value.kind))
+        return raised
 
-    assert together(server, work) == [["mine", "rank 2: mine"]] * SIZE
+    assert together(server, work) == [[("mine", "sample-changed"), ("rank 2: mine", "sample-changed")]] * SIZE
 
 
 def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:

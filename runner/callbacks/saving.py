@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.checkpoint.background_writer import Follower, Writer
 from runner.checkpoint.manifest import CommitId
@@ -194,6 +195,7 @@ class SaveCheckpoint(Callback):
         self._retry_at = 0.0
         self._cost = _Cost(clock)
 
+    @doing("saves")
     def on_start(self, loop: Loop) -> None:
         self.saves.check(loop)
         self._saved = loop.step
@@ -224,6 +226,7 @@ class SaveCheckpoint(Callback):
                 return self._order()
         return None
 
+    @doing("saves")
     def act(self, loop: Loop, order: Order | None) -> None:
         """Do what ``decide`` returned."""
         if order is None:
@@ -236,6 +239,7 @@ class SaveCheckpoint(Callback):
             on_rank_zero(self.comm, self._look)
         self._cost.saved(stall=self._clock() - began)
 
+    @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._wait()
         order = on_rank_zero(self.comm, lambda: self._last(loop, pause=False))
@@ -244,6 +248,7 @@ class SaveCheckpoint(Callback):
             self._wait()
             order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
 
+    @doing("saves")
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         since = self._unsaved_since or self._clock()
@@ -261,6 +266,7 @@ class SaveCheckpoint(Callback):
             time.sleep(min(self._pause, 5.0))
         return self._order() if self._saved != loop.step or self._unwritten else None
 
+    @doing("saves")
     def _exact(self, loop: Loop) -> Order:
         """Order a copy of this step as soon as there is room for it; before that, what makes room."""
         began, told = time.monotonic(), False
@@ -423,6 +429,7 @@ class FollowCheckpoint(Callback):
         self.background = background
         self._writer: Follower[PendingSave] = Follower(self._commit, lambda: int(store.comm.broadcast(None)))
 
+    @doing("saves")
     def on_start(self, loop: Loop) -> None:
         self.saves.check(loop)
         self._act(loop)
@@ -431,11 +438,13 @@ class FollowCheckpoint(Callback):
         while (order := self._act(loop)) and order["more"]:
             pass
 
+    @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._writer.wait()
         while self._act(loop):
             self._writer.wait()
 
+    @doing("saves")
     def act(self, loop: Loop, order: Order | None) -> None:
         """Do what was decided."""
         if order is None:
@@ -449,6 +458,7 @@ class FollowCheckpoint(Callback):
             self._writer.wait()
             on_rank_zero(self.comm, lambda: None)  # what the first rank makes of it
 
+    @doing("saves")
     def close(self) -> None:
         """Finish the commit in flight, if there is one."""
         self._writer.close(5.0)

@@ -106,7 +106,10 @@ class Checkpoint:
         for name, tensor in live.items():
             place = self.places.get(name)
             if place is not None and (saved := place.shelf.tensors[place.name].shape) != tuple(tensor.shape):
-                raise StateError(f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}")
+                raise StateError(
+                    f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}",
+                    kind="structure",
+                )
 
 
 def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:

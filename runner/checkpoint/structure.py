@@ -179,5 +179,6 @@ def _refused(step: int, what: str) -> StateError:
         f"the state of step {step} is not saved, because no resume could load it: {what}. A resume begins with what "
         "the configuration builds. Make it in the constructor, in its last size, or give the model a "
         "_load_from_state_dict that makes it; groups of the optimizer may get the weights that the model, the task or "
-        "a callback have. Checkpoints from before are kept."
+        "a callback have. Checkpoints from before are kept.",
+        kind="structure",
     )

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.base import Container, Node
 
 from runner.config.secrets import Unresolved, may_be_secret, names_a_secret
-from runner.errors import hide
+from runner.errors import hide_secret
 
 _NO_DEFAULT = object()
 # Below these keys a value of the environment is hidden only if its name says that it is secret: messages need them.
@@ -95,7 +95,7 @@ def _env(variable: str, default: Any = _NO_DEFAULT, *, _node_: Node) -> str | No
     value, key = os.environ[variable], str(_node_._get_full_key(None))
     named = names_a_secret(variable) or names_a_secret(key)
     if (named and len(value) >= 4) or (may_be_secret(value) and not _SHOWN.match(key)):
-        hide(value)
+        hide_secret(value)
     return value
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
 from runner import signals
+from runner.activity import doing
 from runner.data.fetch import Collate
 from runner.data.order import splitmix64_int
 from runner.data.probe import content_digest
@@ -241,8 +242,9 @@ class Passes(IterableDataset[Batch]):
             self._enter(_Place(self._number))
         return place.read - place.since
 
+    @doing("reads again")
     def _read_again(self, place: _Place) -> None:
-        """Read what was delivered; the watchdog knows by this name that it may take as long as it likes."""
+        """Read the samples that were delivered before the interruption."""
         again: Iterable[int] = range(place.since, place.read)
         if place.own is None:  # the bar comes after a second, and from one worker only
             again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)

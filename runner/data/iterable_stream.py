@@ -14,6 +14,7 @@ import xxhash
 from torch.utils.data import default_collate
 
 from runner import signals
+from runner.activity import doing
 from runner.data.fetch import Collate
 from runner.data.iterable import Batch, BatchRecipe, Passes, iterator, stateful
 from runner.data.ledger import LedgerLine
@@ -232,12 +233,8 @@ class IterableStream:
 
     def _received(self) -> Batch | None:
         behind, self._behind = self._behind > 0, self._behind - 1
-        batch: Batch | None = self._read_again() if behind else next(self._batches, None)
-        return batch
-
-    def _read_again(self) -> Batch | None:
-        """The next batch, under a name by which the watchdog knows that it may take as long as it likes."""
-        batch: Batch | None = next(self._batches, None)
+        with doing("reads again") if behind else nullcontext():
+            batch: Batch | None = next(self._batches, None)
         return batch
 
     def _empty(self) -> DataError:

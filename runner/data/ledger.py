@@ -129,7 +129,8 @@ class Ledger:
             raise DataError(
                 f"{differs}The data set or the code that orders it is not what the run began with, or a sample cannot "
                 "be read any more. Nothing of this step was committed; restore them, go on with what there is now by "
-                "run.on_drift=accept, or begin a new run with run.name=..."
+                "run.on_drift=accept, or begin a new run with run.name=...",
+                kind="order-changed",
             )
         log.warning("changed  %sThat is accepted, and stays in the ledger.", differs)
 

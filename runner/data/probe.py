@@ -170,14 +170,16 @@ def require_pure(fetcher: Fetcher) -> list[str]:
             "would train on other data. It depends on something that the runner does not control: a generator of its "
             "own (np.random.default_rng(), random.Random(), torch.Generator()), a counter or cache that changes from "
             "call to call, the clock. Draw from python's, numpy's or torch's global generators, which are seeded for "
-            "every sample, or make it depend on the index alone; runtime.audit=false turns this check off."
+            "every sample, or make it depend on the index alone; runtime.audit=false turns this check off.",
+            kind="sample-changed",
         )
     if fetcher.plan.randomness == "off":
         name = _first_difference(fetcher, digests, sample_digests(fetcher, chosen, label="another"))
         if name:
             raise DataError(
                 f"{name} draws random numbers, and data.randomness=off seeds none, so a resumed "
-                "run would draw others. Use data.randomness=sample; runtime.audit=false turns this check off."
+                "run would draw others. Use data.randomness=sample; runtime.audit=false turns this check off.",
+                kind="randomness-off",
             )
     return digests
 
@@ -190,7 +192,8 @@ def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], in_worker: Seq
             f"{name} is different in a data worker than in this process. It depends on the "
             "process: a generator seeded at import, the pid or worker number, hash() of a text or the order of a set, "
             "the number of threads, a file position shared after a fork. Make it depend on the index alone; "
-            "runtime.audit=false turns this check off."
+            "runtime.audit=false turns this check off.",
+            kind="sample-per-process",
         )
 
 

@@ -227,7 +227,8 @@ class MapStyleStream:
             raise DataError(
                 f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
                 f"  {printable(chr(10).join(changed)).replace(chr(10), chr(10) + '  ')}\n"
-                "Restore it, or begin a new run with run.name=..."
+                "Restore it, or begin a new run with run.name=...",
+                kind="data-changed",
             )
         self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
         self.substituted = state["substituted"]

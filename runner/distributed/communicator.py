@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, kind_of
 
 
 class Communicator(Protocol):
@@ -105,7 +105,8 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def _told(error: Exception, rank: int | None = None) -> dict[str, Any]:
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
-    return {"kind": type(error).__name__, "text": text if rank is None else f"rank {rank}: {text}"}
+    text = text if rank is None else f"rank {rank}: {text}"
+    return {"class": type(error).__name__, "text": text, "kind": kind_of(error)}
 
 
 def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
@@ -115,10 +116,12 @@ def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> 
     if told is None:
         return
     every: Kinds = (RunnerError, *_below(RunnerError), *kinds)
-    found = {kind.__name__: kind for kind in every}.get(told["kind"])
+    found = {kind.__name__: kind for kind in every}.get(told["class"])
     if found is None and own is not None:
         raise own
     error: Any = (found or RunnerError)(told["text"])
+    if isinstance(error, RunnerError):
+        error.kind = told["kind"]
     error.elsewhere = own is None
     raise error from own
 

@@ -77,7 +77,7 @@ class Channel:
         return self._watch.whereabouts(rank, self._thread)
 
     def _names(self) -> Sequence[str]:
-        self._watch.met(self._thread)
+        self._watch.note_exchange(self._thread)
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
@@ -107,7 +107,7 @@ class GroupChannel(Channel):
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, for all."""
-        self._watch.met(MAIN)
+        self._watch.note_exchange(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
         text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
         head = self._broadcast_bytes(text[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
@@ -227,7 +227,7 @@ class ProcessTeam:
         """Make all other processes end as well; returns why all end, which may be an earlier failure elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
         failure = self.watch.failure or self.watch.fail(
-            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", told=True)
+            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
         )
         self._left()
         if self._served is not None:
@@ -239,10 +239,10 @@ class ProcessTeam:
             self._own.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
-        self.watch.met(MAIN, training=True)
+        self.watch.note_exchange(MAIN, training=True)
         told = torch.tensor(numbers)
         dist.all_reduce(told, group=self._group)
-        self.watch.met(MAIN)
+        self.watch.note_exchange(MAIN)
         found: list[int] = told.tolist()
         return found
 
@@ -285,9 +285,9 @@ def process_team(world: World, place: Rendezvous, *, timeout: float, patience: f
                 raise
             raise PeerFailed("", error.status) from None
         failure = team.fail(error)
-        if failure.told and failure.rank == world.rank:
+        if failure.printed and failure.rank == world.rank:
             raise
-        told = "" if failure.told or world.rank != (failure.rank == 0) else failure.message
+        told = "" if failure.printed or world.rank != (failure.rank == 0) else failure.message
         raise PeerFailed(told, failure.status) from None
     team.leave()
 

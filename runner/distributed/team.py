@@ -98,7 +98,7 @@ class SingleProcessTeam:
 
     def poll(self) -> str | None:
         if self._stall is not None:
-            self._stall.moved()
+            self._stall.note_progress()
         return signals.received()
 
     def union(self, names: Sequence[str]) -> list[str]:

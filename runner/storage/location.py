@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from runner.activity import doing
 from runner.errors import ConfigError, StorageError
 
 Buffer = bytes | bytearray | memoryview
@@ -152,6 +153,7 @@ class JournalChain:
         self._location = location
         self._open: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
 
+    @doing("saves")
     def begin(self, name: str, head: bytes) -> None:
         """Go on in a new object that starts with ``head``. Raises StorageError, and then the last one grows on."""
         journal = self._location.journal(name)
@@ -164,6 +166,7 @@ class JournalChain:
         self._open[-1].append(data)
         self.size += len(data)
 
+    @doing("saves")
     def flush(self) -> None:
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
         while True:

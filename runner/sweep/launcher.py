@@ -135,7 +135,7 @@ class SweepLauncher(Launcher):
             if startable:
                 statuses |= self._launch(startable, specs, statuses, initial_job_idx)
             elif running:
-                with self._stop.passed_on() if self._stop else nullcontext():  # some may have been started by us
+                with self._stop.forward_signals() if self._stop else nullcontext():  # some may have been started by us
                     time.sleep(_POLL_SECONDS)
             else:
                 break
@@ -199,7 +199,7 @@ class SweepLauncher(Launcher):
         """Launch jobs in other processes, and pass stop signals of this process on to them."""
         assert self._stop
         mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
-        with self._stop.passed_on():
+        with self._stop.forward_signals():
             returns = self._inner.launch([[*job, mark] for job in batch], index)
         if signals.received() and not self._launcher_failed:  # else jobs may be left that have to obey the request
             self._stop.withdraw()
