@@ -128,3 +128,8 @@ def test_every_module_and_public_thing_has_a_docstring() -> None:
                 and path.name != "schema.py"
             ):
                 assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_names_of_tests_are_short() -> None:
+    names = [node.name for path in Path(__file__).parent.glob("test_*.py") for node in functions(path)]
+    assert not [name for name in names if name.startswith("test_") and len(name) >= 60]

@@ -164,7 +164,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
+def test_a_mistake_is_reported(name: str, life: Lives, tmp_path: Path) -> None:
     overrides, status, message = MISTAKES[name]
     root = () if any(item.startswith("run.root") for item in overrides) else (f"run.root={tmp_path}",)
     ended = life(*overrides, *root, cwd=tmp_path)
@@ -181,14 +181,14 @@ def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
         ("# @package _global_\ntrainer: {max_step: 5}", "Did you mean trainer.max_steps?"),
     ],
 )
-def test_a_mistake_in_a_file_is_told(text: str, message: str, life: Lives, tmp_path: Path) -> None:
+def test_a_mistake_in_a_file_is_reported(text: str, message: str, life: Lives, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(text)
     ended = life("--config-dir", str(tmp_path), "experiment=mine", cwd=tmp_path)
     assert (ended.status, message in ended.output, "Traceback" in ended.output) == (2, True, False), ended.output
 
 
-def test_an_error_of_the_user_shows_the_users_frames_and_none_of_hydra(life: Lives, tmp_path: Path) -> None:
+def test_an_error_shows_the_users_frames_and_none_of_hydra(life: Lives, tmp_path: Path) -> None:
     task = ("task._target_=mine.tasks.Breaks", "~task.label_smoothing")
     ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
     assert ended.status == 1
@@ -196,7 +196,7 @@ def test_an_error_of_the_user_shows_the_users_frames_and_none_of_hydra(life: Liv
     assert "hydra/_internal" not in ended.output
 
 
-def test_state_that_cannot_be_saved_is_told_before_the_first_step(life: Lives, tmp_path: Path) -> None:
+def test_unsavable_state_is_reported_before_the_first_step(life: Lives, tmp_path: Path) -> None:
     task = ("task._target_=mine.tasks.Forgetful", "~task.label_smoothing")
     ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
     assert "cannot save task/nested/0/what: it is a builtins.object" in ended.output
@@ -224,7 +224,7 @@ FULL = "mount -t tmpfs -o size=100k none {root}"
 @pytest.mark.parametrize(
     ("mount", "message"), [(READ_ONLY, "Read-only file system"), (FULL, "No space left on device")]
 )
-def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_path: Path) -> None:
+def test_a_real_file_system_that_refuses_is_reported(mount: str, message: str, tmp_path: Path) -> None:
     """In a mount namespace of its own, so that even root meets a real refusal."""
     root = tmp_path / "root"
     ended = mounted(mount, root, "checkpoint.max_unsaved=0")
@@ -271,14 +271,14 @@ def mounted(mount: str, root: Path, *arguments: str, then: str = "true") -> "sub
     )
 
 
-def test_an_unreadable_run_root_is_told(life: Lives, tmp_path: Path) -> None:
+def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     ended = life("experiment=smoke", f"run.root={tmp_path}/file")
     assert (ended.status, "Traceback" in ended.output) == (1, False)
     assert "Not a directory. Choose another run.root" in ended.output
 
 
-def test_help_says_what_a_person_needs(life: Lives) -> None:
+def test_help_explains_the_command(life: Lives) -> None:
     text = life("--help").output
     for part in (
         "start the run, resume it, or print its result",

@@ -30,7 +30,7 @@ def test_a_count_without_a_meaning_is_refused() -> None:
         counts.count("murders")
 
 
-def test_the_table_of_what_proves_what_names_tests_that_exist() -> None:
+def test_the_readme_of_the_tests_names_tests_that_exist() -> None:
     folder = Path(__file__).parent
     named = set(re.findall(r"`(test_\w+)`", (folder / "README.md").read_text()))
     tests = "\n".join(path.read_text() for path in folder.glob("test_*.py"))

@@ -45,7 +45,7 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_digits_are_split_into_disjoint_halves_that_make_the_whole() -> None:
+def test_the_splits_of_the_digits_are_disjoint_and_complete() -> None:
     whole = load_digits()
     train, validation = Digits(split="train"), Digits(split="validation")
     assert (len(train), len(validation)) == (1437, 360)
@@ -81,7 +81,7 @@ def test_pictures_as_they_are_draw_no_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_shifted_picture_is_moved_in_every_direction_and_filled_with_zeros() -> None:
+def test_a_shifted_picture_is_filled_with_zeros() -> None:
     torch.manual_seed(0)
     data = LabelledImages(torch.ones(1, 1, 3, 3), torch.tensor([0]), shift=1)
     moved = {tuple(data[0][0].flatten().tolist()) for _ in range(200)}
@@ -111,7 +111,7 @@ def test_fashion_mnist_is_read_from_idx_files(fashion: Path) -> None:
     assert same(test[0][0], train[0][0])
 
 
-def test_missing_pictures_are_told_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_pictures_are_reported_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         FashionMNIST(path=str(tmp_path), split="train")
     assert f"cannot read {tmp_path}/train-images-idx3-ubyte.gz" in str(refused.value)
@@ -134,7 +134,7 @@ NO_IDX = {
 
 
 @pytest.mark.parametrize("raw", NO_IDX.values(), ids=NO_IDX.keys())
-def test_what_is_no_idx_file_is_told_with_its_path_and_the_remedy(fashion: Path, raw: bytes) -> None:
+def test_a_file_of_another_format_than_idx_is_reported(fashion: Path, raw: bytes) -> None:
     (fashion / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not an idx file .*\n.*apt-get"):
         FashionMNIST(path=str(fashion), split="train")
@@ -230,7 +230,7 @@ def test_a_limit_keeps_blocks_from_all_over_the_text(tmp_path: Path) -> None:
     assert bytes_of(Text(**how, limit=1000)) == bytes_of(whole)
 
 
-def test_too_little_text_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_too_little_text_is_reported_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"0123456789")
     assert len(Text(split="train", block_size=8, path=f"{tmp_path}/a.txt", held_out=10)) == 1
     with pytest.raises(DataError) as refused:

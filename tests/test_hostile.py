@@ -476,7 +476,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def test_what_could_not_be_read_again_is_not_sealed() -> None:
+def test_an_unreadable_manifest_is_not_sealed() -> None:
     """Else it would be acknowledged, and no resume could use it."""
     for depth in (MAX_DEPTH - 2, 100):
         assert unseal(seal({"a": nested(depth)})) == {"a": nested(depth)}

@@ -53,7 +53,7 @@ def test_how_a_run_is_executed_is_not_in_its_name(override: str) -> None:
     assert variant([override, "seed=3"]) == "seed=3"
 
 
-def test_what_a_run_begins_from_is_in_its_name() -> None:
+def test_the_parent_of_a_run_is_in_its_name() -> None:
     assert variant(["run.inherit=all", "seed=1"]) == "run.inherit=all,seed=1"
     names = [variant([f"run.parent={parent}"]) for parent in ("a/b", "a_b", "a/b@best", "a/b@10")]
     assert len({*names}) == len(names)
@@ -82,7 +82,7 @@ def test_the_same_value_gives_the_same_name(spellings: list[str], name: str) -> 
     assert {variant([spelling]) for spelling in spellings} == {name}
 
 
-def test_the_spelling_within_lists_and_mappings_does_not_matter_either() -> None:
+def test_spelling_within_lists_and_mappings_does_not_matter() -> None:
     assert variant(["model.hidden=[64, 1e1,null]"]) == variant(["model.hidden=[64.0,10,NULL]"])
     assert variant(["model.sizes={a: 1, b: 2}"]) == variant(["model.sizes={b:2.0,a:1}"])
     assert variant(["model.hidden=[1,2]"]) != variant(["model.hidden=[2,1]"])

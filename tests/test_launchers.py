@@ -204,7 +204,7 @@ def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
     assert ("4 done" if jobs else "4 failed") in ended.output
 
 
-def test_a_run_that_failed_by_itself_says_so_whatever_became_of_the_launcher(life: Lives, tmp_path: Path) -> None:
+def test_a_run_reports_its_own_failure_without_its_launcher(life: Lives, tmp_path: Path) -> None:
     fragile = ("hydra/launcher=fragile", "hydra.launcher.jobs=1", "sweep.retry_failed=false")
     how = ("task=fails", "task.step=1", *fragile, f"run.root={tmp_path}")
     ended = life(*(word for word in SWEEP if word != "task=slow"), *how, cwd=USER)
@@ -215,7 +215,7 @@ def test_a_run_that_failed_by_itself_says_so_whatever_became_of_the_launcher(lif
 
 
 @pytest.mark.campaign
-def test_whatever_slurm_does_to_a_job_it_loses_nothing(
+def test_a_job_loses_nothing_whatever_slurm_does(
     start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
     """The first is preempted by a signal and then queued again by hand, one is cancelled, one reaches its time limit.

@@ -132,7 +132,7 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
 @pytest.mark.parametrize(
     ("name", "victim"), [("ddp", 0), ("fsdp", 1), pytest.param("three", 2, marks=pytest.mark.campaign)]
 )
-def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
+def test_a_dying_rank_ends_the_others_and_costs_nothing(
     name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
     size, *command = LAYOUTS[name]
@@ -184,7 +184,7 @@ def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: 
     assert ended.seconds < 30
 
 
-def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
+def test_an_error_of_one_rank_ends_all_and_is_reported_once(crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
     task = (
         "task._target_=mine.tasks.Hangs",
@@ -203,7 +203,7 @@ def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: P
     )
 
 
-def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+def test_of_two_jobs_on_the_same_run_only_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     command = (*LAYOUTS["ddp"], f"run.root={tmp_path}", "run.name=both")
     first, second = crew.side_by_side(command, command)
     trained, other = sorted([first, second], key=lambda ended: "from scratch" not in ended.output)
@@ -216,7 +216,7 @@ def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterr
     assert not results(folder(tmp_path, "both")).differences(uninterrupted("ddp")[0])
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
+def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
     """4 -> 1 -> 2 -> 4, and from ddp to fsdp: every line of the ledger is that of one process."""
     command = (*SMOKE, "trainer.max_steps=36", "trainer.accumulate=2", f"run.root={tmp_path}")
     assert life(*command, "run.name=one").status == 0
@@ -233,9 +233,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, 
     assert (about["steps"], about["attempts"]) == (36, 4)
 
 
-def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
-    crew: Crews, tmp_path: Path
-) -> None:
+def test_a_child_of_several_processes_goes_on_as_its_parent(crew: Crews, tmp_path: Path) -> None:
     """Also with a mean of what a rank saw, which is that of all, and an optimizer that never leaves weights alone."""
     odd = ("model._target_=mine.odd.Centres", "optimizer=sgd", "optimizer._target_=mine.odd.Decays")
     command = (*SMOKE, FSDP, *odd, "+callbacks.brakes._target_=mine.odd.Brakes", f"run.root={tmp_path}")
@@ -266,7 +264,7 @@ def ledger(run: Path) -> dict[int, str]:
     return {int(line.split()[0]): line for line in lines}
 
 
-def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
+def test_a_run_is_the_same_in_all_layouts_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
     """Losses, gradient norms and the means over 360 samples in four batches, which three processes have unequally."""
     command = (*SMOKE, "data.batch_size=48", "model.dropout=0.0", "trainer.accumulate=2", "trainer.ema_decay=0.9")
     command = (*command, "data.evaluation_batch_size=100", f"run.root={tmp_path}")
@@ -299,7 +297,7 @@ def test_weights_that_were_built_frozen_are_trained_by_all(
         torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_one_process_imports_nothing_of_many(tmp_path: Path) -> None:
+def test_a_single_process_imports_no_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys, torch
 before = {*sys.modules}
@@ -400,7 +398,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_once(name: str, crew: Crews, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(name: str, crew: Crews, tmp_path: Path) -> None:
     overrides, message = MISTAKES[name]
     ended = crew(2, *overrides, *SMOKE, f"run.root={tmp_path}", cwd=USER)
     assert ended.statuses == [2, 2], ended.output

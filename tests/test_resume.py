@@ -222,7 +222,7 @@ def test_every_way_of_training_survives_a_kill(settings: tuple[str, ...], life: 
     assert not results(run(life, tmp_path, command, "run.name=cut")).differences(expected)
 
 
-def test_what_is_kept_in_odd_ways_survives_a_kill(life: Lives, tmp_path: Path) -> None:
+def test_state_in_unusual_forms_survives_a_kill(life: Lives, tmp_path: Path) -> None:
     """See ``mine.odd``. The second life saves at other steps: what a copy reads is not what the next step changes."""
     command = ("--config-dir", f"{USER}/conf", "experiment=odd", *COMMON)
     expected = results(run(life, tmp_path, command, "run.name=whole", "checkpoint.every_steps=5"))

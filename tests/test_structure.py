@@ -70,7 +70,7 @@ def test_a_layer_made_in_the_first_forward(made: bool, life: Lives, tmp_path: Pa
         ("nothing", ""),
     ],
 )
-def test_what_no_resume_could_load_is_refused(what: str, told: str, life: Lives, tmp_path: Path) -> None:
+def test_state_that_no_resume_could_load_is_refused(what: str, told: str, life: Lives, tmp_path: Path) -> None:
     """With the step and what it is; the checkpoints from before stay. New keys of a task are nobody's business."""
     command = (*COMMAND, *CHANGES, f"+task.what={what}", "optimizer=sgd", f"run.root={tmp_path}", "run.name=r")
     ended = life(*command, cwd=USER)
@@ -105,7 +105,7 @@ def test_a_commit_of_before_with_named_weights_is_restored(life: Lives, tmp_path
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
 
 
-def test_one_that_cannot_be_loaded_names_the_last_that_can(life: Lives, tmp_path: Path) -> None:
+def test_an_unloadable_commit_names_the_last_loadable(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, *CHANGES, "+task.what=add", *HEAD, f"run.root={tmp_path}", 'run.name="lr=1,a"')
     assert life(*command, "checkpoint.keep_last=5", cwd=USER, step=11).status is None
     as_before(tmp_path / "smoke/lr=1,a")

@@ -83,7 +83,7 @@ def test_gradients_add_up_until_the_step() -> None:
     assert model.weight.item() == -3.0
 
 
-def test_clipping_scales_all_gradients_to_the_norm_and_tells_the_one_before() -> None:
+def test_clipping_scales_gradients_and_returns_the_old_norm() -> None:
     weight, measured = linear([3.0, 4.0], clip_norm=1.0)
     expected = nn.Parameter(torch.zeros(1, 2))
     expected.grad = torch.tensor([[3.0, 4.0]])
@@ -107,7 +107,7 @@ def test_frozen_weights_are_not_in_the_norm() -> None:
     assert update.step(torch.tensor(0.0))["grad_norm"].item() == 5.0
 
 
-def test_gradients_of_what_the_optimizer_does_not_have_are_cleared_too() -> None:
+def test_gradients_outside_the_optimizer_are_cleared_too() -> None:
     model = nn.Linear(2, 1)
     update = WeightUpdate(model, torch.optim.SGD([model.weight], lr=0.0), device=CPU, clip_norm=100.0)
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_without_skipping_a_bad_step_is_taken_as_it_is() -> None:
     assert repr(weight.tolist()) == "[[nan, -1.0]]"
 
 
-def test_half_precision_takes_no_step_that_overflowed_and_lowers_its_scale() -> None:
+def test_half_precision_skips_overflows_and_lowers_its_scale() -> None:
     run = Run(fp16=True, precision="fp16")
     before = run.weights()
     run.step(1, factor=float("inf"))
@@ -204,7 +204,7 @@ def test_a_restored_update_goes_on_as_the_kept_one(how: dict[str, Any]) -> None:
     assert resumed.update.skipped == bool(how.get("skip_nonfinite"))
 
 
-def test_the_scale_and_what_it_counts_are_state() -> None:
+def test_the_scale_and_its_counters_are_state() -> None:
     """A growth is due after two good steps in a row: one before the restart, one after."""
     run = Run(fp16=True)
     run.step(1)

@@ -141,7 +141,7 @@ def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
-def test_what_is_broken_is_named(name: str, two: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_is_named(name: str, two: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES[name]
     verdict = judged(two, *overrides)
     text = verdict.text()
@@ -155,12 +155,12 @@ def test_what_is_broken_is_named(name: str, two: Servers, scratch: Path) -> None
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_mended_passes(name: str, two: Servers, scratch: Path) -> None:
+def test_a_mended_experiment_passes(name: str, two: Servers, scratch: Path) -> None:
     verdict = judged(two, *mended(CASES[name][0]))
     assert verdict.holds, verdict.text()
 
 
-def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> None:
+def test_a_correct_experiment_passes_and_leaves_nothing(two: Servers, scratch: Path) -> None:
     verdict = judged(two, steps=16, kills=6)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
@@ -174,7 +174,7 @@ def test_what_resumes_passes_and_leaves_nothing(two: Servers, scratch: Path) -> 
     assert [*scratch.iterdir()] == []
 
 
-def test_what_is_forgotten_without_effect_is_noted(two: Servers, scratch: Path) -> None:
+def test_forgotten_state_without_effect_is_noted(two: Servers, scratch: Path) -> None:
     verdict = judged(two, *node("task", "Waits", mended=False), steps=6, kills=1)
     assert verdict.holds, verdict.text()
     assert "without effect within these steps: task.seen was " in verdict.text()
@@ -223,7 +223,7 @@ def test_kills_are_within_the_run(steps: int, kills: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["step", "resumed"])
-def test_what_only_the_end_makes_is_not_the_difference(kind: str) -> None:
+def test_files_of_the_end_are_not_the_difference(kind: str) -> None:
     """A run that went past the step at which the other ended has more in its window of metrics there, and no
     evaluation.
     """
@@ -279,7 +279,7 @@ def test_memory_is_seen_wherever_it_is() -> None:
 
 
 @pytest.mark.parametrize(("pin", "read"), [("time", "time.time_ns()"), ("entropy", "os.urandom(4)")])
-def test_what_is_held_fast_shows_the_same_whoever_else_looks(pin: str, read: str) -> None:
+def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> None:
     code = f"""if True:
         import sys
         from runner.verify import pins
@@ -315,14 +315,14 @@ def test_a_run_of_several_processes_passes(two: Servers, scratch: Path) -> None:
     assert [*scratch.iterdir()] == []
 
 
-def test_processes_that_cannot_share_a_batch_are_a_configuration_error(two: Servers, scratch: Path) -> None:
+def test_a_batch_that_processes_cannot_share_is_refused(two: Servers, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size"):
         judged(two, processes=3)
     assert [*scratch.iterdir()] == []
 
 
 @pytest.mark.campaign
-def test_what_is_broken_in_several_processes_is_named(two: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_of_several_processes_is_named(two: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES["a task without a state"]
     verdict = judged(two, *overrides, processes=2)
     assert not verdict.holds, verdict.text()
@@ -372,7 +372,7 @@ def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
         ("-m", "one run"),
     ],
 )
-def test_a_mistyped_option_is_told(given: str, told: str) -> None:
+def test_a_mistyped_option_is_reported(given: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         parse(["experiment=smoke", given])
 
@@ -418,7 +418,7 @@ def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scr
     assert [*scratch.iterdir()] == []
 
 
-def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
+def test_a_disk_that_cannot_hold_the_checkpoints_is_reported(
     two: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))

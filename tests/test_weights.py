@@ -68,7 +68,7 @@ def own(model: Any, optimizer: Any) -> None:
 
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("change", [thaw, freeze, replace, add, own])
-def test_what_changes_after_the_start_is_clipped(change: Any, fp16: bool) -> None:
+def test_weights_that_change_after_the_start_are_clipped(change: Any, fp16: bool) -> None:
     model = Net()
     model.first.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -164,7 +164,7 @@ class Caches(Net):
         return super().forward(x)
 
 
-def test_the_average_has_the_buffers_of_the_model_whatever_became_of_them() -> None:
+def test_the_average_has_the_current_buffers_of_the_model() -> None:
     model = Caches()
     average = averaged(model, 0.5)
     for size in (2, 4, 3):
@@ -283,7 +283,7 @@ def arrived(how: str) -> nn.Module:
         ("train", set()),
     ],
 )
-def test_what_came_in_evaluation_mode_is_trained(how: str, stays: set[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_models_in_evaluation_mode_are_trained(how: str, stays: set[str], caplog: pytest.LogCaptureFixture) -> None:
     model = arrived(how)
     with caplog.at_level(logging.INFO, "runner"):
         train_mode(model)
@@ -297,7 +297,7 @@ def test_what_came_in_evaluation_mode_is_trained(how: str, stays: set[str], capl
     assert in_evaluation(model) == stays
 
 
-def test_a_wrapper_trains_what_it_was_given_in_evaluation_mode() -> None:
+def test_a_wrapper_trains_a_model_in_evaluation_mode() -> None:
     """Dropout tells, as it would after ``from_pretrained``."""
     model = nn.Sequential(Parts().eval())
     train_mode(model)
