@@ -44,7 +44,8 @@ def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Cre
     )
     if name == "restore":
         crew(2, *command, cwd=USER, step=3)
-    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
+    to, hang = ([1], 1) if name == "writer" else (None, None)
+    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, to=to, hang=hang)
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
     assert f"rank {1 - rank} (pid" not in ended.output, "that one only waits"

@@ -222,7 +222,7 @@ def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Cre
     assert life(*command, "run.name=one").status == 0
     hops = [(4, FSDP, 9), (1, DDP, 18), (2, DDP, 27), (4, FSDP, None)]
     for size, layout, cut in hops:
-        ended = crew(size, *command, "run.name=hops", layout, **({"step": cut} if cut else {}))
+        ended = crew(size, *command, "run.name=hops", layout, step=cut)
     finished(ended)
     assert "moved    processes 2 -> 4" in ended.output
     assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
