@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from lives import lives
 from results import results
+from waiting import until
 
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
 from runner.run import attempt_records, attempts
@@ -557,14 +558,11 @@ def test_an_owner_paused_past_its_beats_is_superseded(tmp_path: Path) -> None:
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with start("one") as first:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.02)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         first.send_signal(signal.SIGSTOP)
         committed = max(int(path.name[9:18]) for path in tmp_path.glob("smoke/r/commits/a000001-*"))
         with start("two") as second:
-            while not list(tmp_path.glob("smoke/r/commits/a000002-*")):
-                assert second.poll() is None, log.read_text()
-                time.sleep(0.02)
+            until(lambda: [*tmp_path.glob("smoke/r/commits/a000002-*")], process=second, log=log)
             first.send_signal(signal.SIGCONT)
             assert first.wait(300) == 4
             assert second.wait(120) == 0
@@ -592,8 +590,7 @@ def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **how))
         stack.callback(first.kill)
-        while not list(tmp_path.glob("smoke/r/attempts/*.beat")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/attempts/*.beat")])
         thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
         stack.callback(thief.kill)
         assert first.wait(300) == 4

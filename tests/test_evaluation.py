@@ -1,10 +1,9 @@
 """When a run is evaluated, what an evaluation may leave behind, and whose report it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crews import Crews, crews
+from crews import Crews
 from lives import Lives
 from results import metric_lines, results
 
@@ -21,12 +20,6 @@ ROWS = (
     "runtime.audit=false",
 )
 WAKES = (*ROWS, "task._target_=mine.tasks.Wakes", "model._target_=mine.odd.Centres")
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
 
 
 @pytest.mark.parametrize(

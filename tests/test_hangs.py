@@ -1,11 +1,10 @@
 """A process that hangs, wherever that is: it is told by rank and place, none is left, and the same command goes on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crews import Crews, crews
+from crews import Crews
 
 USER = Path(__file__).parent / "user"
 DATA = ("data.train._target_=mine.data.Stuck", "+data.train.rank=1", "+data.train.once=ONCE")
@@ -19,12 +18,6 @@ HANGS = {
     "restore": (0, (*CALLBACK, "+callbacks.own.at=load", "checkpoint.every_steps=1"), "mine/callbacks.py"),
     "end": (0, (*CALLBACK, "+callbacks.own.at=end"), "mine/callbacks.py"),
 }
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
 
 
 @pytest.mark.parametrize(

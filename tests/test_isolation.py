@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from waiting import until
 
 from runner.job import Job
 from runner.run import attempt_records
@@ -135,7 +136,7 @@ def slow(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
             stderr=log,
             start_new_session=True,
         )
-    job = until(lambda: at_work(tmp_path), tmp_path)
+    job = until(lambda: at_work(tmp_path), log=tmp_path / "log")
     assert job != process.pid
     yield process
     with contextlib.suppress(ProcessLookupError):
@@ -147,14 +148,6 @@ def at_work(root: Path) -> int | None:
     """The process that has made a step of a run."""
     last = [history[-1] for history in attempts(root).values() if history]
     return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
-
-
-def until(found: Any, root: Path) -> Any:
-    stop = time.monotonic() + 120
-    while not (value := found()):
-        assert time.monotonic() < stop, (root / "log").read_text()
-        time.sleep(0.05)
-    return value
 
 
 @pytest.mark.parametrize("whom", ["sweep", "terminal"])
@@ -173,7 +166,7 @@ def test_a_stop_signal_reaches_sweep_and_job_whoever_gets_it(
 def test_a_job_whose_sweep_is_killed_commits_and_ends(slow: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
     slow.kill()
     slow.wait(60)
-    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], tmp_path)
+    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], log=tmp_path / "log")
 
 
 def test_nothing_of_a_failed_job_stays_in_the_sweep(life: Lives, tmp_path: Path) -> None:

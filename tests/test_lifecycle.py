@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from lives import Lives, lives
 from results import metric_lines, results
+from waiting import until
 
 from runner.__main__ import _failed
 from runner.checkpoint.store import CheckpointStore
@@ -169,8 +169,7 @@ def test_two_processes_do_not_train_the_same_run(life: Lives, tmp_path: Path) ->
     command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
     first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         second = life(*command)
         assert second.status == 4
         assert f"is in use by attempt 1 (pid {first.pid}" in second.output
@@ -187,8 +186,7 @@ def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> Non
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=log, stderr=log, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         thief = life(*command, "run.on_conflict=steal", after=8.0, send=15)
         assert thief.status == 75, thief.output
         assert first.wait(300) == 4
@@ -202,8 +200,7 @@ def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> Non
 def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> None:
     command = ("experiment=smoke", "trainer.max_steps=400", f"run.root={tmp_path}", "run.name=r")
     first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("smoke/r/attempts/*.lock")):
-        time.sleep(0.05)
+    until(lambda: [*tmp_path.glob("smoke/r/attempts/*.lock")])
     waited = life(*command, "run.on_conflict=wait")
     assert first.wait(300) == 0
     assert waited.status == 0, waited.output

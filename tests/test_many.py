@@ -6,16 +6,16 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crews import Crews, Ended, crews
+from crews import Crews, Ended
 from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
+from waiting import until
 
 from runner.checkpoint.sharding import Box
 from runner.checkpoint.store import CheckpointStore
@@ -72,12 +72,6 @@ LAYOUTS = {
 }
 
 Uninterrupted = Callable[[str], tuple[Results, float]]
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -355,22 +349,13 @@ def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
     with (tmp_path / "said").open("wb") as said:
         torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=said, stderr=said)
     try:
-        until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], torchrun.poll)
+        until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], process=torchrun)
         ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     finally:
         torchrun.kill()
         torchrun.wait()
-    until(lambda: not any(runs(int(rank)) for rank in ranks), lambda: None)
+    until(lambda: not any(runs(int(rank)) for rank in ranks))
     assert b"the launcher that started it, is gone" in (tmp_path / "said").read_bytes()
-
-
-def until(found: Callable[[], object], ended: Callable[[], int | None]) -> None:
-    """Wait until something is found, before something else has ended, for a minute at most."""
-    stop = time.monotonic() + 60
-    while not found():
-        assert ended() is None
-        assert time.monotonic() < stop
-        time.sleep(0.05)
 
 
 def runs(pid: int) -> bool:

@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from lives import Lives
+from waiting import until
 
 from runner.runs.__main__ import main
 
@@ -94,8 +94,7 @@ def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
     command = [sys.executable, "-m", "runner", *COMMAND, "trainer.max_steps=100000", f"run.root={tmp_path}"]
     live = subprocess.Popen([*command, "run.name=live"], stdout=subprocess.DEVNULL, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/live/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/live/commits/*")])
         assert main(["prune", str(tmp_path / "smoke/live"), "--yes"]) == 4
         told = capsys.readouterr().err
         assert f"is in use by attempt 1 (pid {live.pid}" in told

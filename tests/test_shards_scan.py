@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from waiting import until
 
 from runner.errors import DataError
 from runner.shards import formats
@@ -159,9 +159,7 @@ def test_a_scan_that_is_cut_goes_on_to_the_same_manifest(
     data, command = long_scan(tmp_path)
     out = data / "shards.json"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not out.exists() or out.read_text().count('"name"') < 20:
-        assert process.poll() is None
-        time.sleep(0.01)
+    until(lambda: out.exists() and out.read_text().count('"name"') >= 20, process=process)
     process.send_signal(ending)
     _, told = process.communicate(timeout=300)
     assert process.returncode == (75 if ending == signal.SIGINT else -ending)

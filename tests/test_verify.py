@@ -16,6 +16,7 @@ import fsspec
 import pytest
 import servers as servers_of_tests
 import torch
+from waiting import until
 
 from runner.errors import ConfigError, StorageError
 from runner.verify import assert_resumes
@@ -429,8 +430,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_reported(
 
 def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> None:
     process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
-    while not list(scratch.rglob("*.jsonl")):
-        assert process.poll() is None
+    until(lambda: [*scratch.rglob("*.jsonl")], process=process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert (process.returncode, "nothing is left behind" in told) == (130, True), told
