@@ -66,8 +66,8 @@ class Crews:
         that step, ``hang`` has its n-th put never return. A stopped rank is killed when the others have ended.
         """
         options = {"send": send, "to": to, "after": after, "when": when, "step": step, "hang": hang}
-        given = {name: value for name, value in options.items() if value is not None}
-        return self._live([(size, *arguments)], cwd, given)[0]
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return self._live([(size, *arguments)], cwd, chosen)[0]
 
     def side_by_side(self, *crews: Sequence[Any]) -> list[Ended]:
         """Several crews at the same time, each with a port of its own; nobody is killed."""
@@ -78,8 +78,8 @@ class Crews:
         assert self._server.stdout
         requests = []
         for number, (size, *arguments) in enumerate(crews):
-            given = {argument.partition("=")[0] for argument in arguments}
-            waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
+            keys = {argument.partition("=")[0] for argument in arguments}
+            waited = [f"{key}={value}" for key, value in WAITED.items() if key not in keys]
             place = next(n for n, argument in enumerate(arguments) if argument.startswith("experiment="))
             argv = ["runner", *arguments[:place], *waited, *arguments[place:]]
             logs = [str(self._folder / f"crew{number}.rank{rank}.log") for rank in range(size)]
@@ -171,7 +171,7 @@ def _started(request: dict[str, Any], rank: int, size: int, port: int) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = {"argv": request["argv"], "cwd": request["cwd"], "log": request["logs"][rank]}
         if rank == request.get("to", [0])[0]:
-            own |= {how: request[how] for how in ("step", "hang") if how in request}
+            own |= {name: request[name] for name in ("step", "hang") if name in request}
         become(own)
     return pid
 

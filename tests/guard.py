@@ -65,9 +65,9 @@ class Guard:
         if not f"{real}/".startswith(f"{self.root}/") and not (reads and real.startswith("/proc/")):
             self._stop(f"{event} {real}")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, action: str) -> None:
         self.root = ""
-        raise Forbidden(what)
+        raise Forbidden(action)
 
 
 def bomb(*_: Any, **__: Any) -> None:
@@ -128,16 +128,16 @@ LOOKS: list[Callable[[str], Any]] = [checkpoints, records, show, audited, segmen
 def look(path: str, guard: Guard) -> dict[str, str]:
     """How each look ended: ``clean`` with what it found, or with an error of ours; else ``forbidden`` or ``crash``."""
     ends: dict[str, str] = {}
-    for one in LOOKS:
+    for view in LOOKS:
         guard.root = os.path.realpath(path)
         try:
-            ends[one.__name__] = f"clean: {one(path)}"
+            ends[view.__name__] = f"clean: {view(path)}"
         except (RunnerError, Damaged) as error:
-            ends[one.__name__] = f"clean: {type(error).__name__}"
+            ends[view.__name__] = f"clean: {type(error).__name__}"
         except Forbidden as error:
-            ends[one.__name__] = f"forbidden: {error}"
+            ends[view.__name__] = f"forbidden: {error}"
         except BaseException as error:
-            ends[one.__name__] = f"crash: {error!r:.300}"
+            ends[view.__name__] = f"crash: {error!r:.300}"
         guard.root = ""
     return ends
 
@@ -146,8 +146,8 @@ def main() -> None:
     """The first directory is an ordinary one: what Python loads late is loaded then, unguarded."""
     ordinary, *paths = json.load(sys.stdin)
     guard = Guard()
-    for one in LOOKS:
-        one(ordinary)
+    for view in LOOKS:
+        view(ordinary)
     printable("\x1b")
     warnings.simplefilter("ignore")  # a warning reads the source that it is about
     for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "_Unpickler")]:

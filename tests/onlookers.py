@@ -50,14 +50,14 @@ def ended(*words: str) -> dict[str, Any]:
 
 def looks(root: str, runs: list[str], good: str) -> list[dict[str, Any]]:
     """Every command for the root, and for each run of it."""
-    found = [ended(command, root, *more) for command in ("list", "compare", "watch") for more in ([], ["--json"])]
-    found += [ended("list", root, "--sort", by) for by in ("objective", "age")]
-    found.append(ended("compare", root, "--html", f"{root}.html", "--match", "smoke/r00"))
+    ends = [ended(command, root, *more) for command in ("list", "compare", "watch") for more in ([], ["--json"])]
+    ends += [ended("list", root, "--sort", by) for by in ("objective", "age")]
+    ends.append(ended("compare", root, "--html", f"{root}.html", "--match", "smoke/r00"))
     for run in runs:
-        found += [ended(command, run) for command in ("show", "audit")]
-        found += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]
-        found.append(ended("export", run, f"{root}.safetensors", "--force"))
-    return found
+        ends += [ended(command, run) for command in ("show", "audit")]
+        ends += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]
+        ends.append(ended("export", run, f"{root}.safetensors", "--force"))
+    return ends
 
 
 def bound() -> None:

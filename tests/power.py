@@ -207,14 +207,14 @@ def crash_states(events: list[Event], seed: int = 0) -> Iterator[tuple[int, dict
 
 
 def _renamed(names: dict[str, int], changes: list[list[tuple[str, int | None]]]) -> dict[str, int]:
-    found = dict(names)
+    names_after = dict(names)
     for change in changes:
         for name, inode in change:
             if inode is None:
-                found.pop(name, None)
+                names_after.pop(name, None)
             else:
-                found[name] = inode
-    return found
+                names_after[name] = inode
+    return names_after
 
 
 def _written(old: bytes, at: int, data: bytes) -> bytes:

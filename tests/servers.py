@@ -191,8 +191,8 @@ def silent() -> Iterator[int]:
 
 def _program(*candidates: str) -> str:
     for candidate in candidates:
-        if found := shutil.which(candidate):
-            return found
+        if path := shutil.which(candidate):
+            return path
     pytest.skip(f"{candidates[0]} is not installed, which .ci/run does")
 
 

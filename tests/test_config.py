@@ -48,8 +48,8 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
 
 def test_the_split_covers_every_key() -> None:
     """A new key must be given a side: what is computed, or how."""
-    how = {"checkpoint", "metrics", "runtime", "run", "sweep"}
-    assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | how
+    execution = {"checkpoint", "metrics", "runtime", "run", "sweep"}
+    assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | execution
 
 
 Mistake = tuple[tuple[str, ...], int, str]  # overrides, exit status, what is said
@@ -226,8 +226,8 @@ def test_a_real_file_system_that_refuses_is_reported(mount: str, message: str, t
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
     """Training goes on and says so; when somebody makes room, everything is saved as if nothing had been."""
     log = tmp_path / "log"
-    told = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
-    room = f"{{{{ ({told}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
+    reported = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
+    room = f"{{{{ ({reported}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
     keep = f"cp -r {{root}}/smoke {tmp_path}"
     ended = mounted(f"{FULL} && {room}", tmp_path / "root", "objective.metric=null", then=keep)
     assert ended.returncode == 0, ended.stderr

@@ -12,10 +12,10 @@ def test_counts_of_all_processes_add_up(tmp_path: Path, monkeypatch: pytest.Monk
     for number in (3, 1000):
         counts.count("kills", number)
     counts.count("faults")
-    found = counts.totals(tmp_path / "counts")
-    assert found == {"kills": 1003, "faults": 1}
-    assert "| kills | 1,003 |" in counts.table(found)
-    assert "| corruptions | 0 |" in counts.table(found)
+    numbers = counts.totals(tmp_path / "counts")
+    assert numbers == {"kills": 1003, "faults": 1}
+    assert "| kills | 1,003 |" in counts.table(numbers)
+    assert "| corruptions | 0 |" in counts.table(numbers)
 
 
 def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,13 @@ def test_the_step_where_a_callback_ends_training_is_evaluated(cut: int | None, l
     ended = life(*command, cwd=USER)
     assert ended.status == 0, ended.output
     assert "model    it came in evaluation mode, and trains now" in ended.output
-    found = results(tmp_path / "rows/r")
-    assert (found.result["step"], found.result["reason"]) == (7, "enough")
-    assert found.parts["callback.evaluate"]["step"] == 7
+    actual = results(tmp_path / "rows/r")
+    assert (actual.result["step"], actual.result["reason"]) == (7, "enough")
+    assert actual.parts["callback.evaluate"]["step"] == 7
     lines = {line["step"]: line for line in metric_lines(tmp_path / "rows/r")}
     assert [step for step, line in lines.items() if "val/loss" in line] == [4, 7]
-    assert found.result["metrics"]["val/loss"] == lines[7]["val/loss"]
-    assert found.result["objective"]["value"] == min(lines[4]["val/loss"], lines[7]["val/loss"])
+    assert actual.result["metrics"]["val/loss"] == lines[7]["val/loss"]
+    assert actual.result["objective"]["value"] == min(lines[4]["val/loss"], lines[7]["val/loss"])
     assert "train/loss" in lines[7]
 
 

@@ -121,7 +121,9 @@ def outcomes(root: Path) -> list[list[str]]:
 
 def reasons(root: Path) -> list[list[str]]:
     """Why the attempts at each run ended."""
-    return [[(one.end or {}).get("reason", "") for one in history] for _, history in sorted(attempts(root).items())]
+    return [
+        [(record.end or {}).get("reason", "") for record in history] for _, history in sorted(attempts(root).items())
+    ]
 
 
 def assert_equal(root: Path, whole: Path) -> None:
@@ -174,7 +176,9 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     assert launcher != "slurm" or "in use" in output
     if launcher == "joblib":
         assert "interrupted" in [
-            one.outcome() for one in attempts(tmp_path)[Path(orphan.location.url).name] if one.name == orphan.name
+            record.outcome()
+            for record in attempts(tmp_path)[Path(orphan.location.url).name]
+            if record.name == orphan.name
         ]
     assert_equal(tmp_path, whole)
 
@@ -193,8 +197,8 @@ def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
 
 def test_a_run_reports_its_own_failure_without_its_launcher(life: Lives, tmp_path: Path) -> None:
     fragile = ("hydra/launcher=fragile", "hydra.launcher.jobs=1", "sweep.retry_failed=false")
-    how = ("task=fails", "task.step=1", *fragile, f"run.root={tmp_path}")
-    ended = life(*(word for word in SWEEP if word != "task=slow"), *how, cwd=USER)
+    overrides = ("task=fails", "task.step=1", *fragile, f"run.root={tmp_path}")
+    ended = life(*(word for word in SWEEP if word != "task=slow"), *overrides, cwd=USER)
     assert "failed   smoke/" in ended.output
     assert [line for line in ended.output.splitlines() if "ZeroDivisionError: division by zero" in line][-1].startswith(
         "smoke/"
@@ -218,7 +222,7 @@ def test_a_job_loses_nothing_whatever_slurm_does(
         return slurm("squeue", "--noheader", "--format=%F").split()
 
     def working(seed: int, attempt: int) -> bool:
-        return any(f"seed={seed}," in one.location.url and one.number == attempt for one in at_work(tmp_path))
+        return any(f"seed={seed}," in record.location.url and record.number == attempt for record in at_work(tmp_path))
 
     until(lambda: working(1, 1), process=sweep, log=tmp_path / "log")
     job = array()[0]

@@ -93,14 +93,14 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
 
 
 def test_the_value_of_an_environment_variable_is_not_stored(life: Lives, tmp_path: Path) -> None:
-    given = "+run.storage_options.secret=${oc.env:PATH}"
-    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", given)
+    override = "+run.storage_options.secret=${oc.env:PATH}"
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", override)
     assert life(*command, step=15).status is None
     ended = life(*command, "optimizer.lr=0.5")
-    assert f"'{given}'" in ended.output
+    assert f"'{override}'" in ended.output
     assert os.environ["PATH"] not in ended.output
     files = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(given in text for text in files)
+    assert any(override in text for text in files)
     assert not [text for text in files if os.environ["PATH"] in text]
 
 

@@ -78,20 +78,20 @@ Uninterrupted = Callable[[str], tuple[Results, float]]
 def uninterrupted(crew: Crews, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """The results of a layout's command that nothing interrupted, and the seconds it took; each is run once."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    known: dict[str, tuple[Results, float]] = {}
+    cache: dict[str, tuple[Results, float]] = {}
 
     def find(name: str) -> tuple[Results, float]:
-        if name not in known:
+        if name not in cache:
             ended = finished(crew(*LAYOUTS[name], f"run.root={root}", f"run.name={name}"))
-            known[name] = results(folder(root, name)), ended.seconds
-        return known[name]
+            cache[name] = results(folder(root, name)), ended.seconds
+        return cache[name]
 
     return find
 
 
 def folder(root: Path, name: str) -> Path:
-    (found,) = root.glob(f"*/{name}")
-    return found
+    (run,) = root.glob(f"*/{name}")
+    return run
 
 
 def finished(ended: Ended) -> Ended:
@@ -133,8 +133,8 @@ def test_a_dying_rank_ends_the_others_and_costs_nothing(
     more = (f"run.root={tmp_path}", "run.name=cut")
     ended = crew(size, *command, *more, to=[victim], step=17)
     assert ended.statuses == [None if rank == victim else 1 for rank in range(size)]
-    told = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
-    assert told in ended.output
+    message = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
+    assert message in ended.output
     assert "Traceback" not in ended.output
     resumed = finished(crew(size, *command, *more))
     assert "attempt  2, resumed from step 16 of attempt 1" in resumed.output
@@ -220,8 +220,8 @@ def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Cre
     finished(ended)
     assert "moved    processes 2 -> 4" in ended.output
     assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
-    one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
-    assert ledger(hops_) == ledger(one)
+    alone, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
+    assert ledger(hops_) == ledger(alone)
     proof, about = audit(RunDirectory.at(str(hops_)))
     assert not proof.problems
     assert (about["steps"], about["attempts"]) == (36, 4)
@@ -268,8 +268,8 @@ def test_a_run_is_the_same_in_all_layouts_up_to_rounding(life: Lives, crew: Crew
     weights = load_file(folder(tmp_path, "one") / "model.safetensors")
     for size, layout in [(3, DDP), (2, FSDP)]:
         finished(crew(size, *command, layout, f"run.name={size}"))
-        for line, found in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
-            assert found == pytest.approx(line, rel=1e-4)
+        for line, actual in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
+            assert actual == pytest.approx(line, rel=1e-4)
         for name, tensor in load_file(folder(tmp_path, f"{size}") / "model.safetensors").items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
 
@@ -286,8 +286,8 @@ def test_weights_that_were_built_frozen_are_trained_by_all(
     assert None in crew(2, *command, layout, "run.name=cut", cwd=USER, to=[0], step=6).statuses
     finished(crew(2, *command, layout, "run.name=cut", cwd=USER))
     assert not results(folder(tmp_path, "cut")).differences(results(folder(tmp_path, "whole")))
-    one, whole = (load_file(folder(tmp_path, name) / "model.safetensors") for name in ("one", "whole"))
-    for name, tensor in one.items():
+    alone, whole = (load_file(folder(tmp_path, name) / "model.safetensors") for name in ("one", "whole"))
+    for name, tensor in alone.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-5)
 
 
@@ -346,8 +346,8 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
     """It is killed while one of them hangs and the other waits for that one, which both would do for an hour."""
     command = [*TORCHRUN, "-m", "runner", *SMOKE, *HANGS, "runtime.timeout=3600", *EVERY_STEP, f"run.root={tmp_path}"]
-    with (tmp_path / "said").open("wb") as said:
-        torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=said, stderr=said)
+    with (tmp_path / "said").open("wb") as log:
+        torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=log, stderr=log)
     try:
         until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], process=torchrun)
         ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()

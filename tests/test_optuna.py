@@ -38,12 +38,12 @@ def trials(database: Path) -> Trials:
     """All trials of a database with one study, in order."""
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT trial_id, state, value FROM trials LEFT JOIN trial_values USING (trial_id)")
-        found = []
+        result = []
         for trial, state, value in rows.fetchall():
             query = "SELECT param_name, param_value FROM trial_params WHERE trial_id=?"
-            found.append({"state": state, "value": value, **dict(connection.execute(query, (trial,)))})
+            result.append({"state": state, "value": value, **dict(connection.execute(query, (trial,)))})
     connection.close()
-    return found
+    return result
 
 
 def objective(run: Path) -> float:
@@ -55,15 +55,15 @@ def objective(run: Path) -> float:
 @pytest.fixture(scope="module")
 def undisturbed(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trials]:
     """The trials of a study that nobody killed."""
-    known: dict[tuple[str, ...], Trials] = {}
+    cache: dict[tuple[str, ...], Trials] = {}
 
     def find(*options: str) -> Trials:
-        if options not in known:
+        if options not in cache:
             root = tmp_path_factory.mktemp("undisturbed")
             ended = life(*STUDY, *options, f"run.root={root}")
             assert ended.status == 0, ended.output
-            known[options] = trials(root / "smoke/optuna.sqlite3")
-        return known[options]
+            cache[options] = trials(root / "smoke/optuna.sqlite3")
+        return cache[options]
 
     return find
 
@@ -170,11 +170,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("options", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_reported(options: tuple[str, ...], said: str, life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_reported(options: tuple[str, ...], message: str, life: Lives, tmp_path: Path) -> None:
     ended = life(*STUDY[:3], "optimizer.lr=0.1,0.2", f"run.root={tmp_path}", *options)
     assert ended.status == 2, ended.output
-    assert said in ended.output
+    assert message in ended.output
     assert "Traceback" not in ended.output
 
 

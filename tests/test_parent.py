@@ -58,8 +58,8 @@ def test_a_child_takes_the_weights_and_begins_at_step_0(life: Lives, parent: Pat
     assert "run.parent=" in child.name
     assert record(child)["step"] == 20
     assert main(["export", f"{parent}@20", str(tmp_path / "w.safetensors")]) == 0
-    expected, found = load_file(tmp_path / "w.safetensors"), load_file(child / "model.safetensors")
-    assert all(found[name].equal(tensor) for name, tensor in expected.items()), "with a rate of 0 they do not move"
+    expected, actual = load_file(tmp_path / "w.safetensors"), load_file(child / "model.safetensors")
+    assert all(actual[name].equal(tensor) for name, tensor in expected.items()), "with a rate of 0 they do not move"
     assert json.loads((child / "result.json").read_text())["step"] == 15
     assert main(["audit", str(child)]) == 0
 

@@ -123,8 +123,8 @@ def test_of_two_runs_started_at_once_only_one_trains(store: Store, tmp_path: Pat
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(one.status for one in ended) == [0, 4], [one.output for one in ended]
-    assert any("is in use by" in one.output for one in ended)
+    assert sorted(process.status for process in ended) == [0, 4], [process.output for process in ended]
+    assert any("is in use by" in process.output for process in ended)
 
 
 def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
@@ -143,6 +143,6 @@ def test_children_open_their_parent_with_the_runs_options(store: Store) -> None:
     assert store.life(*command, "run.name=p").status == 0
     child = store.life(*command, "run.name=c", f"run.parent={store.root('family')}/smoke/p")
     fork = store.life(*command, "run.name=p", "optimizer.lr=0.5", "run.on_drift=fork")
-    for ended, told in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
+    for ended, message in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
         assert ended.status == 0, ended.output
-        assert told in ended.output
+        assert message in ended.output

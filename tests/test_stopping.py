@@ -84,9 +84,9 @@ def test_an_evaluation_cut_by_a_signal_follows_the_resume(
     resumed = (*whole[:-1], "run.name=cut", "run.on_drift=accept")
     ended = life(*resumed, cwd=USER)
     assert ended.status == 0, ended.output
-    ours, expected = results(tmp_path / "smoke/cut"), results(tmp_path / "smoke/whole")
-    assert not set(ours.differences(expected)) - {"result"}
-    assert {**ours.result, "identity": 0} == {**expected.result, "identity": 0}
+    actual, expected = results(tmp_path / "smoke/cut"), results(tmp_path / "smoke/whole")
+    assert not set(actual.differences(expected)) - {"result"}
+    assert {**actual.result, "identity": 0} == {**expected.result, "identity": 0}
 
 
 def test_a_signal_during_start_up_exits_75_and_loses_nothing(life: Lives, tmp_path: Path) -> None:

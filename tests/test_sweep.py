@@ -257,8 +257,8 @@ def test_a_sweep_started_twice_executes_every_run_once(
         starters = []
         for log in logs:
             out = stack.enter_context(log.open("wb"))
-            how: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
-            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **how))
+            settings: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
+            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **settings))
             stack.callback(starters[-1].kill)
         for starter in starters:
             starter.wait(150)

@@ -63,11 +63,11 @@ class Uniform(Successor):
         return torch.zeros(*tokens.shape, 256) + self.weight
 
 
-def descended(cuts: list[int], **how: Any) -> tuple[float, dict[str, Tensor]]:
+def descended(cuts: list[int], **options: Any) -> tuple[float, dict[str, Tensor]]:
     """The weight after one step over 1, 2, 3 and 6, cut into micro-batches, and the metrics of the step."""
     model = Weight()
     update = WeightUpdate(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"), clip_norm=1e9, **how
+        model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"), clip_norm=1e9, **options
     )
     pieces = torch.tensor([1.0, 2.0, 3.0, 6.0]).split(cuts)
     metrics = Descent().optimization_step(model, ((len(piece) / 4, piece) for piece in pieces), update)
@@ -171,7 +171,7 @@ def test_a_prompt_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "told"),
+    ("metrics", "message"),
     [
         (None, "Mine.training_step returned a NoneType; expected a dict of scalar tensors"),
         (torch.tensor(1.0), "Mine.training_step returned a tensor of shape []; expected a dict"),
@@ -181,10 +181,10 @@ def test_a_prompt_of_nothing_is_refused() -> None:
         ({}, "returned nothing and no 'loss'"),
     ],
 )
-def test_unusable_metrics_are_reported_with_an_example(metrics: Any, told: str) -> None:
+def test_unusable_metrics_are_reported_with_an_example(metrics: Any, message: str) -> None:
     with pytest.raises(TaskError) as error:
         checked(metrics, "Mine.training_step")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert '{"loss": loss, ' in str(error.value)
 
 
