@@ -55,15 +55,15 @@ def room(path: Path) -> str:
 
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             assert node.module
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
@@ -128,3 +128,8 @@ def test_every_module_and_public_thing_has_a_docstring() -> None:
                 and path.name != "schema.py"
             ):
                 assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_names_of_tests_are_short() -> None:
+    names = [node.name for path in Path(__file__).parent.glob("test_*.py") for node in functions(path)]
+    assert not [name for name in names if name.startswith("test_") and len(name) >= 60]

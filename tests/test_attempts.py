@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from lives import lives
 from results import results
+from waiting import until
 
 from runner.config.schema import OnConflict
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
@@ -152,7 +153,7 @@ def check(outcomes: list[Any], location: Memory) -> None:
 
 
 @pytest.mark.usefixtures("still")
-def test_of_two_claimers_one_wins_whatever_the_order_of_their_verbs() -> None:
+def test_of_two_claimers_only_one_wins_in_any_order() -> None:
     """All orders of the first five verbs of each: list, put, list, remove, list."""
     for first in itertools.combinations(range(10), 5):
         stage = Stage([0 if turn in first else 1 for turn in range(10)], steal=(False, False))
@@ -160,7 +161,7 @@ def test_of_two_claimers_one_wins_whatever_the_order_of_their_verbs() -> None:
 
 
 @pytest.mark.usefixtures("still")
-def test_of_three_claimers_one_wins() -> None:
+def test_of_three_claimers_only_one_wins() -> None:
     chance = random.Random(7)
     for _ in range(400):
         stage = Stage([chance.randrange(3) for _ in range(chance.randrange(30))], steal=(False,) * 3)
@@ -177,7 +178,7 @@ def test_thieves_at_once_get_numbers_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("still")
-def test_what_comes_or_goes_between_the_listings_makes_a_claimer_look_again() -> None:
+def test_claims_that_change_between_listings_are_listed_again() -> None:
     """Also a claim with a lower number, and one that was counted on and is gone."""
     for change in ("came", "went"):
         location = Memory()
@@ -237,7 +238,7 @@ def starters(location: LocalLocation, count: int) -> Iterator[list["subprocess.P
 
 
 @pytest.mark.parametrize("count", [2, 16])
-def test_of_processes_that_start_at_once_one_owns_the_run(count: int, location: LocalLocation) -> None:
+def test_of_processes_started_at_once_only_one_owns_the_run(count: int, location: LocalLocation) -> None:
     """Again and again, each time after a kill of the owner, without any waiting."""
     for lifetime in range(3):
         with starters(location, count) as started:
@@ -249,7 +250,7 @@ def test_of_processes_that_start_at_once_one_owns_the_run(count: int, location: 
         assert len(attempt_records.history(location)) == lifetime + 1
 
 
-def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: LocalLocation) -> None:
+def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation) -> None:
     with starters(location, 1) as (process,):
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -313,7 +314,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     attempt.end("finished")
 
 
-def test_another_machine_that_ends_or_withdraws_is_not_waited_for(location: LocalLocation) -> None:
+def test_another_machine_that_withdraws_is_not_waited_for(location: LocalLocation) -> None:
     name = stranger(location, beat=60)
     threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
     with pytest.MonkeyPatch.context() as patch:
@@ -439,7 +440,7 @@ def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(location: LocalLocat
     attempt.end("finished")
 
 
-def test_an_owner_whose_run_directory_was_moved_learns_of_it_until_it_is_back(location: LocalLocation) -> None:
+def test_an_owner_notices_that_its_directory_was_moved(location: LocalLocation) -> None:
     attempt = claim(location, {})
     location.path.rename(location.path.with_name("elsewhere"))
     with pytest.raises(StorageError, match="was moved or removed: attempt 1, this process, is not in it"):
@@ -477,7 +478,7 @@ def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -
         claim(location, {})
 
 
-def test_who_has_another_folder_for_locks_is_not_judged_by_a_lock(
+def test_a_process_with_another_lock_folder_is_not_judged_by_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs of one machine with a private /tmp each: a lock that is not seen does not mean that its holder is dead."""
@@ -501,7 +502,7 @@ def test_two_commands_of_one_name_do_not_mix(location: LocalLocation) -> None:
     assert {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()} == kept
 
 
-def test_a_change_that_another_command_made_meanwhile_is_refused(location: LocalLocation) -> None:
+def test_a_change_made_by_another_command_is_refused(location: LocalLocation) -> None:
     first = opening(location, {"seed": 1})
     claim_run(first, {}, above=0, parent=None).end("failed")
     late, accepting = opening(location, {"seed": 1}), opening(location, {"seed": 3}, "accept")
@@ -540,7 +541,7 @@ sys.exit(main())
 """
 
 
-def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
+def test_an_owner_paused_past_its_beats_is_superseded(tmp_path: Path) -> None:
     """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
     command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
     log = tmp_path / "log"
@@ -552,14 +553,11 @@ def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_pa
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with start("one") as first:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.02)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         first.send_signal(signal.SIGSTOP)
         committed = max(int(path.name[9:18]) for path in tmp_path.glob("smoke/r/commits/a000001-*"))
         with start("two") as second:
-            while not list(tmp_path.glob("smoke/r/commits/a000002-*")):
-                assert second.poll() is None, log.read_text()
-                time.sleep(0.02)
+            until(lambda: [*tmp_path.glob("smoke/r/commits/a000002-*")], process=second, log=log)
             first.send_signal(signal.SIGCONT)
             assert first.wait(300) == 4
             assert second.wait(120) == 0
@@ -587,8 +585,7 @@ def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **how))
         stack.callback(first.kill)
-        while not list(tmp_path.glob("smoke/r/attempts/*.beat")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/attempts/*.beat")])
         thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
         stack.callback(thief.kill)
         assert first.wait(300) == 4
@@ -658,7 +655,7 @@ def test_claims_of_one_number_are_watched_at_the_same_time() -> None:
     assert time.monotonic() - begun < 60  # one by one it would be 80 s
 
 
-def test_one_of_many_that_are_watched_is_seen_to_live() -> None:
+def test_a_live_claim_among_many_watched_is_seen() -> None:
     location = Memory()
     about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
     location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(3)}

@@ -73,7 +73,7 @@ def test_the_batches_are_frozen() -> None:
     )
 
 
-def test_pools_are_shuffled_even_if_epochs_have_the_same_samples() -> None:
+def test_pools_are_shuffled_in_epochs_of_the_same_samples() -> None:
     """In the order of the data set the pools are the same in every epoch; the turns of their batches are not."""
     order = PermutationOrder(1000, seed=0, shuffle=False)
     lengths = np.array(SKEWED)
@@ -107,7 +107,7 @@ def test_a_resume_after_whole_epochs_goes_on_with_the_next() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_slices_do_not_depend_on_the_world_if_there_are_as_many_per_step(world: int) -> None:
+def test_slices_do_not_depend_on_the_number_of_processes(world: int) -> None:
     alone = plan(micro_batches=4)
     shared = plan(micro_batches=4 // world, world=World(0, world))
     assert shared.state() == alone.state()

@@ -5,7 +5,6 @@ that is not, and nothing is written where nothing belongs.
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import fsspec
 import pytest
 import servers
 from lives import Ended, Lives, lives
+from waiting import until
 
 from runner import signals
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
@@ -24,13 +24,6 @@ from runner.storage.location import Location
 from runner.storage.remote import RemoteLocation
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "trainer.evaluate_every_steps=10")
-
-
-def until(what: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Living:
@@ -102,7 +95,7 @@ def test_a_run_that_is_gone_for_good_ends_with_its_reason(
     goes(location)
     until(lambda: attempt._heart.gone_since is not None)
     left = objects(location)
-    until(lambda: ended(attempt), 20)
+    until(lambda: ended(attempt), seconds=20)
     assert "Waiting 0 seconds for it to come back" in caplog.text
     with pytest.raises(RunGone, match=r"was moved, removed or replaced: attempt 1, this process, is not in it"):
         attempt.successor()

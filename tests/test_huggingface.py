@@ -76,9 +76,7 @@ def test_a_map_style_one_is_like_any_other(data: Any, workers: int) -> None:
 
 @pytest.mark.parametrize(("workers", "cuts"), [(0, range(12)), (2, range(1, 12, 3))])
 @pytest.mark.parametrize("form", [None, "torch"])
-def test_an_iterable_one_that_is_not_shuffled_is_resumed_exactly(
-    data: Any, form: str | None, workers: int, cuts: range
-) -> None:
+def test_an_unshuffled_iterable_is_resumed_exactly(data: Any, form: str | None, workers: int, cuts: range) -> None:
     assert differing(data.to_iterable_dataset(num_shards=4).with_format(form), workers, cuts) == []
 
 

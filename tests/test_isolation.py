@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from waiting import until
 
 from runner.run import attempt_records
 from runner.run.attempt_records import AttemptRecord, ClaimName, encode
@@ -89,7 +90,7 @@ def test_a_job_that_dies_between_checkpoints_goes_on(life: Lives, tmp_path: Path
     assert ", at step 5 or later: its process was killed by SIGKILL" in ended.output
 
 
-def test_what_ends_a_process_without_a_word_is_named(life: Lives, tmp_path: Path) -> None:
+def test_the_cause_of_a_silent_end_is_named(life: Lives, tmp_path: Path) -> None:
     how = (f"run.root={tmp_path}", "sweep.max_retries=0")
     ended = life(*COMMAND, "task._target_=mine.tasks.Leaves,runner.tasks.classification.Classification", *how, cwd=USER)
     assert ended.status == 1
@@ -134,7 +135,7 @@ def slow(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
             stderr=log,
             start_new_session=True,
         )
-    job = until(lambda: at_work(tmp_path), tmp_path)
+    job = until(lambda: at_work(tmp_path), log=tmp_path / "log")
     assert job != process.pid
     yield process
     with contextlib.suppress(ProcessLookupError):
@@ -146,14 +147,6 @@ def at_work(root: Path) -> int | None:
     """The process that has made a step of a run."""
     last = [history[-1] for history in attempts(root).values() if history]
     return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
-
-
-def until(found: Any, root: Path) -> Any:
-    stop = time.monotonic() + 120
-    while not (value := found()):
-        assert time.monotonic() < stop, (root / "log").read_text()
-        time.sleep(0.05)
-    return value
 
 
 @pytest.mark.parametrize("whom", ["sweep", "terminal"])
@@ -172,7 +165,7 @@ def test_a_stop_signal_reaches_sweep_and_job_whoever_gets_it(
 def test_a_job_whose_sweep_is_killed_commits_and_ends(slow: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
     slow.kill()
     slow.wait(60)
-    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], tmp_path)
+    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], log=tmp_path / "log")
 
 
 def test_nothing_of_a_failed_job_stays_in_the_sweep(life: Lives, tmp_path: Path) -> None:
@@ -247,9 +240,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
     assert found.status == survey.CUT
 
 
-def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = claimed(tmp_path, "run", 1, machine=attempt_records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")

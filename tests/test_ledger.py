@@ -109,7 +109,7 @@ def test_a_segment_whose_first_line_is_torn_is_none(location: LocalLocation, tex
         (b'"grouping": 4', b'"grouping": "four"'),
     ],
 )
-def test_a_damaged_segment_is_told_by_name(location: LocalLocation, old: bytes, new: bytes) -> None:
+def test_a_damaged_segment_is_reported_by_name(location: LocalLocation, old: bytes, new: bytes) -> None:
     """And what stands before the damage is still used; a power cut may leave anything at the end of a file."""
     add(attempt(location, 1, 0), 1, 2)
     spoil(location, FIRST, old, new)
@@ -122,7 +122,7 @@ def test_a_damaged_segment_is_told_by_name(location: LocalLocation, old: bytes, 
 @pytest.mark.parametrize(
     "header", [b"[]", b"null", b"1", b'"text"', b"[" * 100_000], ids=lambda text: text[:6].decode()
 )
-def test_a_header_of_another_kind_is_told_by_name(location: LocalLocation, header: bytes) -> None:
+def test_a_header_of_another_kind_is_reported_by_name(location: LocalLocation, header: bytes) -> None:
     attempt(location, 1, 0)
     (location.path / FIRST).write_bytes(header + b"\n")
     (found,) = segments(location)
@@ -150,7 +150,7 @@ def test_a_damaged_plan_is_mended_by_the_next_attempt(location: LocalLocation) -
 @pytest.mark.parametrize(
     "text", [None, b"", b"{}", b"[]", b'{"samples": 10, "seed": 2}', b'{"samples": 10, "se', b"\xff"]
 )
-def test_a_damaged_plan_is_told_by_name(location: LocalLocation, text: bytes | None) -> None:
+def test_a_damaged_plan_is_reported_by_name(location: LocalLocation, text: bytes | None) -> None:
     attempt(location, 1, 0)
     plan = segments(location)[0].plan
     path = location.path / f"ledger/plan-{plan}.json"
@@ -167,14 +167,14 @@ def test_attempts_with_one_plan_share_its_file(location: LocalLocation) -> None:
     assert len([entry for entry in location.list("ledger") if entry.name.startswith("plan-")]) == 1
 
 
-def test_what_is_done_again_with_the_same_samples_is_silent(location: LocalLocation) -> None:
+def test_steps_repeated_with_the_same_samples_are_silent(location: LocalLocation) -> None:
     add(attempt(location, 1, 0), 1, 2, 3)
     add(attempt(location, 2, 1), 2, 3, 4)
     assert [one.lines[-1].step for one in segments(location)] == [3, 4]
 
 
 @pytest.mark.parametrize("now", [line(3, digest=5), line(3, grouping=5), line(3, bad=" 8:3>4")], ids=str)
-def test_what_is_done_again_with_others_is_refused(location: LocalLocation, now: LedgerLine) -> None:
+def test_steps_repeated_with_other_samples_are_refused(location: LocalLocation, now: LedgerLine) -> None:
     add(attempt(location, 1, 0), 1, 2)
     add(attempt(location, 2, 2), 3, 4)
     again = attempt(location, 3, 2)
@@ -213,7 +213,7 @@ def test_substitutes_are_those_of_the_last_time(location: LocalLocation) -> None
     assert ledger.substitutions(location, RECIPE) == {0: 5, 3: 1, 9: 4, 10: 2}
 
 
-def test_what_is_done_again_in_other_groups_is_not_compared(location: LocalLocation) -> None:
+def test_steps_repeated_in_other_groups_are_not_compared(location: LocalLocation) -> None:
     add(attempt(location, 1, 0), 1, 2)
     opened = attempt(location, 2, 0, grouping=2)
     opened.add(line(1, grouping=2, digest=3))
@@ -292,7 +292,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
-def test_a_full_disk_is_told_at_the_flush_and_no_line_is_lost_if_room_comes(location: LocalLocation) -> None:
+def test_a_full_disk_fails_the_flush_and_loses_no_line(location: LocalLocation) -> None:
     """A limit on the size of files stands for the disk; the write that reaches it is cut short within a line."""
     code = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -51,7 +51,7 @@ def read(location: Location, name: str) -> bytes | None:
     return location.read(name, limit=1 << 20)
 
 
-def test_what_is_not_there_is_none_or_empty(location: Location) -> None:
+def test_an_absent_object_is_none_or_empty(location: Location) -> None:
     assert read(location, "a") is None
     assert read(location, "deep/er/a") is None
     assert location.list("") == location.list("data") == []
@@ -230,7 +230,7 @@ def test_a_journal_is_appended_to_while_it_is_synced(location: Location) -> None
     assert read(location, "a") == b"".join(lines)
 
 
-def test_a_lock_excludes_other_processes_and_dies_with_its_holder(location: Location, server: Server) -> None:
+def test_a_lock_excludes_others_and_dies_with_its_holder(location: Location, server: Server) -> None:
     code = """
 import json, sys
 from runner.storage import open_location
@@ -260,7 +260,7 @@ sys.stdin.readline()
         lock.release()
 
 
-def test_what_dead_writers_left_is_hidden_and_swept_after_an_hour(location: Location, server: Server) -> None:
+def test_files_of_dead_writers_are_hidden_and_swept_in_an_hour(location: Location, server: Server) -> None:
     location.put("folder/a", [b"whole"])
     folder = Path(urlsplit(server.url).path) / "folder"
     if server.url.startswith(("/", "sftp:")):
@@ -330,7 +330,7 @@ def test_a_forked_process_has_connections_of_its_own(
         assert [entry.name for entry in location.list("")] == ["a", "b", "c"]
 
 
-def test_folders_are_found_by_what_they_hold(server: Server, location: Location) -> None:
+def test_folders_are_found_by_their_contents(server: Server, location: Location) -> None:
     for name in ("b/run.json", "a/deep/run.json", "a/deep/in/run.json", "c/other.json", "b2/run.json.old"):
         location.put(name, [b"{}"])
     assert [*find_folders(server.url, "run.json", server.options)] == ["a/deep", "b"]

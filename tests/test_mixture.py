@@ -71,7 +71,7 @@ def test_every_sample_comes_once_per_pass_of_its_source() -> None:
         assert own[:size].tolist() != own[size : 2 * size].tolist()
 
 
-def test_passes_count_how_often_a_source_was_gone_through_before() -> None:
+def test_passes_count_earlier_passes_over_a_source() -> None:
     order, seen = mixed(), Counter[int]()
     for epoch in range(4):
         places = np.arange(87)
@@ -82,7 +82,7 @@ def test_passes_count_how_often_a_source_was_gone_through_before() -> None:
             seen[one] += 1
 
 
-def test_a_place_has_its_sample_whatever_was_asked_before() -> None:
+def test_a_place_has_its_sample_after_any_request() -> None:
     order = mixed()
     expected = stream(mixed(), 4).reshape(4, 87)
     for epoch, place in product((3, 0, 2, 1, 3), (86, 0, 44, 7, 8)):
@@ -102,7 +102,7 @@ def test_neighbouring_seeds_have_orders_of_their_own() -> None:
     assert np.count_nonzero(source_of(one) != source_of(other)) > 40
 
 
-def test_one_source_alone_is_gone_through_in_its_own_order() -> None:
+def test_a_single_source_keeps_its_own_order() -> None:
     order = PermutationOrder(10, seed=3, shuffle=True)
     assert MixtureOrder([order], [1], seed=7)(4, np.arange(10)).tolist() == order(4, np.arange(10)).tolist()
 
@@ -200,7 +200,7 @@ def test_a_sample_is_located_in_its_source() -> None:
     assert mixture.locate(2) == "source b, line 0 of b.txt"
 
 
-def test_what_sources_offer_is_passed_on() -> None:
+def test_optional_methods_of_sources_are_passed_on() -> None:
     named = Named("b", 3)
     mixture = Mixture(sources={"a": [1, 2], "b": named}, weights={"a": 1, "b": 1})
     mixture.hold(4, 64)

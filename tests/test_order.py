@@ -44,7 +44,7 @@ def test_neighbouring_seeds_and_epochs_have_orders_of_their_own(size: int) -> No
 
 
 @pytest.mark.parametrize("size", [1000, LARGEST_SORTED + 1])
-def test_a_place_has_its_sample_whatever_was_asked_before(size: int) -> None:
+def test_a_place_has_its_sample_after_any_request(size: int) -> None:
     order = PermutationOrder(size, seed=7, shuffle=True)
     for epoch in (0, 1, 2, 1, 5, 0):
         expected = whole(size, epoch=epoch)

@@ -88,7 +88,7 @@ def test_steps_is_the_first_step_that_finishes_so_many_epochs(tail: str) -> None
             assert steps * batch >= epochs * plan.epoch_size > (steps - 1) * batch
 
 
-def test_the_guarantee_says_what_is_dropped() -> None:
+def test_the_guarantee_names_dropped_samples() -> None:
     assert Plan(10, 0, 4).guarantee == "each exactly once per epoch, any number of workers"
     assert Plan(10, 0, 4, randomness="batch").guarantee.endswith("another split into batches draws others")
     assert "(2 dropped)" in Plan(10, 0, 4, tail="drop").guarantee
@@ -106,7 +106,7 @@ def test_dropping_every_sample_is_refused() -> None:
         Plan(3, 0, 4, tail="drop")
 
 
-def test_the_state_leaves_out_what_moves_no_sample() -> None:
+def test_the_state_has_only_settings_that_move_samples() -> None:
     carry, drop = Plan(10, 5, 4, 2), Plan(10, 5, 4, 2, tail="drop")
     state = {"samples": 10, "seed": 5, "shuffle": True, "tail": "carry", "randomness": "sample"}
     assert carry.state() == state == Plan(10, 5, 10, 1).state()
@@ -120,7 +120,7 @@ def test_drop_is_refused_where_batches_are_always_whole() -> None:
         Plan(10, 0, 4, tail="drop", max_tokens=8, lengths=LENGTHS)
 
 
-def test_a_batch_that_cannot_be_dealt_to_all_processes_is_refused() -> None:
+def test_a_batch_not_divisible_by_the_processes_is_refused() -> None:
     assert Plan(10, 0, 8, micro_batches=2, world=World(0, 4)).slices_per_step == 8
     with pytest.raises(
         DataError, match=r"data\.batch_size=4 .* equal micro-batches in each of 4 processes; .*multiple"

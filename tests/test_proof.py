@@ -86,7 +86,7 @@ def test_every_sample_exactly_once_is_proven(whole: list[LedgerLine]) -> None:
     assert proof.epochs == [row(0, 10), row(1, 10), row(2, 10), row(3, 2, whole=False)]
 
 
-def test_what_is_written_is_what_is_proven(whole: list[LedgerLine], tmp_path: Path) -> None:
+def test_the_audit_reads_the_written_ledger(whole: list[LedgerLine], tmp_path: Path) -> None:
     location = LocalLocation(tmp_path)
     ledger = Ledger(location, attempt=1, recipe=PLAN.recipe(), grouping=BATCH)
     ledger.open(0)
@@ -151,53 +151,51 @@ def moved(line: LedgerLine, by: int, *, longer: int = 0) -> LedgerLine:
     return LedgerLine(line.step, int(positions[0]), int(positions[-1]), digest_positions(positions, samples))
 
 
-def test_repeated_positions_are_told(whole: list[LedgerLine]) -> None:
+def test_repeated_positions_are_reported(whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], -2, longer=2), *whole[2:]])
     assert proof.problems == ["positions 2 to 3 were trained again in step 2", "epoch 0: 2 repeated, 0 missed"]
     assert proof.epochs[0] == row(0, 10, repeated=2)
 
 
-def test_positions_passed_over_are_told(whole: list[LedgerLine]) -> None:
+def test_positions_passed_over_are_reported(whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], 2, longer=-2), *whole[2:]])
     assert proof.problems == ["positions 4 to 5 were passed over before step 2", "epoch 0: 0 repeated, 2 missed"]
     assert proof.epochs[0] == row(0, 8, missed=2, whole=False) | {"whole": proof.epochs[0]["whole"]}
 
 
 @pytest.mark.parametrize(("by", "told"), [(-1, "3 to 3 were trained again"), (1, "4 to 4 were passed over before")])
-def test_a_single_position_is_told(by: int, told: str, whole: list[LedgerLine]) -> None:
+def test_a_single_position_is_reported(by: int, told: str, whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], by, longer=-by), *whole[2:]])
     assert proof.problems[0].startswith(f"positions {told}")
     assert len(proof.problems) == 2
 
 
-def test_it_does_not_matter_how_many_positions_are_looked_at_together(
-    whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_audit_does_not_depend_on_its_chunk_size(whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
         monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
         assert verdict(whole) == expected
 
 
-def test_a_step_done_twice_instead_of_the_next_is_told(whole: list[LedgerLine]) -> None:
+def test_a_step_done_twice_instead_of_the_next_is_reported(whole: list[LedgerLine]) -> None:
     """The cursor that did not move: what the project is about."""
     twice = [*whole[:3], *(replace(line, step=line.step + 1) for line in whole[2:])]
     assert verdict(twice).problems == ["positions 8 to 11 were trained again in step 4", *verdict(twice).problems[1:]]
     assert not verdict(twice).holds
 
 
-def test_a_missing_step_is_told(whole: list[LedgerLine]) -> None:
+def test_a_missing_step_is_reported(whole: list[LedgerLine]) -> None:
     problems = verdict([*whole[:3], *whole[5:]]).problems
     assert problems[:2] == ["steps 4 to 5 are not in the ledger", "positions 12 to 19 were passed over before step 6"]
     assert problems[2:] == ["epoch 1: 0 repeated, 8 missed"]
 
 
-def test_a_missing_segment_is_told(whole: list[LedgerLine]) -> None:
+def test_a_missing_segment_is_reported(whole: list[LedgerLine]) -> None:
     cut = [segment(whole[:3]), segment(whole[5:], step=5)]
     assert "steps 4 to 5 are not in the ledger" in check_exactly_once(cut, PLAN, begun=0, committed=8).problems
 
 
-def test_a_missing_first_step_is_told(whole: list[LedgerLine]) -> None:
+def test_a_missing_first_step_is_reported(whole: list[LedgerLine]) -> None:
     problems = verdict(whole[1:]).problems
     assert problems[:2] == ["steps 1 to 1 are not in the ledger", "positions 0 to 3 were passed over before step 2"]
 
@@ -215,7 +213,7 @@ def test_another_seed_proves_nothing(whole: list[LedgerLine]) -> None:
     assert len([problem for problem in proof.problems if "other samples than the plan says" in problem]) == 8
 
 
-def test_a_ledger_that_ends_before_the_commit_is_told(whole: list[LedgerLine]) -> None:
+def test_a_ledger_that_ends_before_the_commit_is_reported(whole: list[LedgerLine]) -> None:
     assert verdict(whole, committed=9).problems == ["the ledger ends before step 9, which is committed"]
     assert check_exactly_once([segment([])], PLAN, begun=0, committed=1).problems == [
         "the ledger ends before step 1, which is committed"
@@ -250,7 +248,7 @@ def test_a_fork_is_judged_from_where_it_began(begun: int) -> None:
     assert [one["whole"] for one in proof.epochs].count(True) >= 2
 
 
-def test_a_gap_in_a_fork_is_told() -> None:
+def test_a_gap_in_a_fork_is_reported() -> None:
     found = lines(PLAN, 9, begun=2)
     proof = check_exactly_once([segment([*found[:2], *found[3:]], step=2)], PLAN, begun=2, committed=11)
     assert proof.problems[:2] == [
@@ -273,20 +271,20 @@ def test_undone_steps_are_counted_and_not_held_against_the_run(whole: list[Ledge
     assert proof.epochs == verdict(whole).epochs
 
 
-def test_steps_undone_by_an_older_checkpoint_are_counted_every_time(whole: list[LedgerLine]) -> None:
+def test_steps_undone_by_an_older_checkpoint_all_count(whole: list[LedgerLine]) -> None:
     proof = check_exactly_once(lives(whole[:6], whole[2:6], whole[2:8]), PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == {"steps": 8, "positions": 32, "differing": 0}
 
 
-def test_undone_steps_that_differ_are_told(whole: list[LedgerLine]) -> None:
+def test_undone_steps_that_differ_are_reported(whole: list[LedgerLine]) -> None:
     other = replace(whole[4], digest=5)
     proof = check_exactly_once(lives([*whole[:4], other, whole[5]], whole[3:8]), PLAN, begun=0, committed=8)
     assert proof.problems == [f"step 5 was done again with other samples: {other}, then {whole[4]}"]
     assert proof.again == {"steps": 3, "positions": 12, "differing": 1}
 
 
-def test_a_segment_that_follows_in_the_same_attempt_undoes_nothing(whole: list[LedgerLine]) -> None:
+def test_a_later_segment_of_the_same_attempt_undoes_nothing(whole: list[LedgerLine]) -> None:
     proof = check_exactly_once([segment(whole[:5]), segment(whole[5:], step=5)], PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == AGAIN
@@ -328,7 +326,7 @@ def test_digests_of_slices_add_up() -> None:
     assert len({*chain(parts)}) == 4
 
 
-def test_steps_done_in_the_first_groups_again_after_others_are_not_compared(whole: list[LedgerLine]) -> None:
+def test_steps_in_the_first_groups_again_are_not_compared(whole: list[LedgerLine]) -> None:
     """Attempt 1 did step 5 elsewhere than attempt 3, which began where the smaller batches of attempt 2 had led."""
     pairs = lines(replace(PLAN, batch_size=2), 1, begun=3, consumed=12)
     fours = lines(PLAN, 2, begun=4, consumed=14)

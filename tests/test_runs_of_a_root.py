@@ -122,7 +122,7 @@ def test_a_broken_run_is_a_row_among_the_others(
         assert re.search(r"smoke/lr0.03 .*unreadable: ", capsys.readouterr().out)
 
 
-def test_comparing_shows_what_was_swept_best_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_shows_swept_values_best_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["metric"], found["mode"], found["swept"]) == ("val/accuracy", "max", ["optimizer.lr"])
@@ -195,7 +195,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_the_page_holds_everything_and_runs_nothing_of_a_stranger(
+def test_the_page_is_complete_and_runs_no_strangers_code(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = copy / "smoke/lr0.03/config.yaml"
@@ -222,7 +222,7 @@ def test_the_page_holds_everything_and_runs_nothing_of_a_stranger(
 
 
 @pytest.mark.parametrize("count", [1, 30])
-def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_a_run_and_of_several(count: int, root: Path, tmp_path: Path) -> None:
     """With every kind of parameter: numbers, decades, texts, lists, null, absent; and with a run that went astray."""
     for place in range(count):
         run = tmp_path / f"root/smoke/{place}"
@@ -237,7 +237,7 @@ def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_p
     assert len(png.read_bytes()) > 10_000
 
 
-def test_a_legend_says_what_sets_a_run_apart() -> None:
+def test_a_legend_names_the_distinguishing_values() -> None:
     row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
     assert html_report._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
@@ -247,7 +247,7 @@ def test_a_legend_says_what_sets_a_run_apart() -> None:
     assert html_report._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
-def test_what_a_picture_needs_is_told(
+def test_the_needs_of_a_picture_are_reported(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = ["--png", str(tmp_path / "picture.png")]

@@ -77,7 +77,7 @@ def saved(size: int, layout: Layout) -> tuple[MemoryLocation, CommitId]:
 
 
 @pytest.mark.parametrize(("size", "layout"), WORLDS)
-def test_every_layout_of_every_world_loads_into_every_other_one(size: int, layout: Layout) -> None:
+def test_every_layout_loads_into_every_other(size: int, layout: Layout) -> None:
     location, commit = saved(size, layout)
     expected = whole() | {"model/tied": whole()["model/1"], "model/tied empty": whole()["model/4"]}
     for other, wanted in WORLDS:
@@ -145,7 +145,7 @@ class Seat:
     size: int
 
 
-def test_a_rank_reads_little_more_than_what_it_needs() -> None:
+def test_a_rank_reads_little_more_than_its_part() -> None:
     location = Measured()
     large = {"model/large": torch.rand(16 << 20 >> 2, 1), "model/other": torch.rand(8 << 20 >> 2, 1)}
     made = CheckpointStore(location).commit(Snapshot.of(1, {"model": nested(large)}), attempt=1, successor=lambda: None)
@@ -159,7 +159,7 @@ def test_a_rank_reads_little_more_than_what_it_needs() -> None:
             assert needed <= location.read_bytes <= needed + 2 * len(found) * BLOCK
 
 
-def test_a_manifest_grows_with_the_tensors_and_the_files_and_not_with_their_product() -> None:
+def test_a_manifest_grows_with_tensors_plus_files() -> None:
     many = {f"model/{number}": torch.rand(64, 2) for number in range(500)}
 
     def size(comm: int) -> int:
@@ -189,7 +189,7 @@ def broken(location: MemoryLocation, how: Callable[[str], bool]) -> MemoryLocati
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_what_fails_on_one_rank_fails_on_all_and_nothing_is_committed(failing: int) -> None:
+def test_a_failure_on_one_rank_commits_nothing_on_any(failing: int) -> None:
     location = broken(MemoryLocation(), lambda name: f".{failing:05d}.000" in name)
     ends = ends_among(4, lambda comm: save(location, (((0, 4),), 1), comm))
     assert {type(end) for end in ends} == {StorageError}
@@ -199,7 +199,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_nothing_is_committed(failing: i
     assert [name for name in location.objects if name.startswith("commits/")] == []
 
 
-def test_what_only_one_rank_can_explain_ends_all() -> None:
+def test_an_error_of_a_single_rank_ends_all() -> None:
     def work(comm: ThreadRanks) -> CommitId:
         made = snapshot(deal(whole(), ((), 2), comm), comm)
         if comm.rank == 1:
@@ -212,7 +212,7 @@ def test_what_only_one_rank_can_explain_ends_all() -> None:
     assert isinstance(second, KeyError)
 
 
-def test_a_superseded_commit_is_so_on_all_ranks_and_one_asked() -> None:
+def test_a_superseded_commit_is_so_on_all_ranks() -> None:
     asked: list[int] = []
 
     def work(comm: ThreadRanks) -> CommitId:
@@ -238,7 +238,7 @@ def test_the_manifest_is_written_when_all_ranks_have_written() -> None:
 
 
 @pytest.mark.parametrize("differing", ["value", "shape", "name"])
-def test_ranks_with_another_state_are_told_apart(differing: str) -> None:
+def test_ranks_with_differing_tensors_are_refused(differing: str) -> None:
     def work(comm: ThreadRanks) -> CommitId:
         tensors, more = whole(), {}
         if comm.rank == 1 and differing == "value":
@@ -258,7 +258,7 @@ def test_ranks_with_another_state_are_told_apart(differing: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["task", "callback.own.mean", "model"])
-def test_ranks_that_remember_something_else_are_told_apart(part: str) -> None:
+def test_ranks_with_differing_parts_are_refused(part: str) -> None:
     """A mean over what this rank saw, which a resume would give to all; weights after an update that drew numbers."""
 
     def work(comm: ThreadRanks) -> CommitId:
@@ -274,7 +274,7 @@ def test_ranks_that_remember_something_else_are_told_apart(part: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["header", "data"])
-def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
+def test_damage_on_one_rank_is_damage_on_all(place: str) -> None:
     location, commit = saved(4, (((0, 4),), 1))
     name = next(name for name in location.objects if ".00002.00000." in name)
     raw = bytearray(location.objects[name])
@@ -290,7 +290,7 @@ def test_what_is_damaged_for_one_rank_is_for_all(place: str) -> None:
     assert all(name in str(end) for end in ends)
 
 
-def test_one_rank_lists_for_all() -> None:
+def test_a_single_rank_lists_for_all() -> None:
     location, commit = saved(4, (((0, 4),), 1))
     location.log.clear()
     among(4, lambda comm: CheckpointStore(location).open(commit, comm).load("model"))

@@ -151,7 +151,7 @@ def test_every_sample_comes_exactly_once_per_epoch(uninterrupted: list[bytes]) -
     assert len(set(uninterrupted)) == STEPS * BATCH
 
 
-def test_a_resume_at_any_step_goes_on_as_if_nothing_had_happened(uninterrupted: list[bytes]) -> None:
+def test_a_resume_at_any_step_goes_on_exactly(uninterrupted: list[bytes]) -> None:
     """Killed in the middle of the step after: what was fetched and not finished comes again."""
     for done in range(STEPS):
         killed = stream()
@@ -203,7 +203,7 @@ def test_a_step_that_leaves_samples_is_refused() -> None:
         opened.advance()
 
 
-def test_a_step_that_takes_all_without_looking_for_more_is_whole() -> None:
+def test_a_step_that_takes_exactly_all_batches_is_whole() -> None:
     opened = stream(micro_batches=2)
     batches = opened.step()
     assert [next(batches)[0], next(batches)[0]] == [0.5, 0.5]
@@ -253,7 +253,7 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], told: str) 
     assert "run.name" in str(refused.value)
 
 
-def test_another_batch_size_is_refused_only_where_it_drops_other_samples() -> None:
+def test_another_batch_size_is_refused_if_it_drops_others() -> None:
     stream(batch=5).load_state_dict(stream(batch=4).state_dict())
     with pytest.raises(DataError, match="batch_size: 4 then, 3 now"):
         stream(batch=3, tail="drop").load_state_dict(stream(batch=4, tail="drop").state_dict())
@@ -359,12 +359,12 @@ def test_an_object_that_moves_itself_does(how: dict[str, bool]) -> None:
     assert len(graph.asked) == 1
 
 
-def test_what_has_nothing_to_move_is_itself() -> None:
+def test_a_batch_without_tensors_is_not_copied() -> None:
     for value in ("text", b"bytes", 3, None, range(3), object(), np.ones(2), str):
         assert to_device(value, torch.device("meta")) is value
 
 
-def test_a_state_that_is_ignored_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_that_is_ignored_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     class Remembers(Noisy):
         def state_dict(self) -> dict[str, Any]:
             raise AssertionError

@@ -55,7 +55,7 @@ def test_a_micro_batch_is_a_whole_number_of_chunks(batch: int, chunk: int) -> No
     assert plan.interleaving == Interleaving(96, 128, chunk)
 
 
-def test_what_is_read_in_turn_is_held() -> None:
+def test_streams_that_are_read_in_turn_stay_open() -> None:
     for workers, windows in ((0, 96), (2, 61), (4, 31)):
         samples = Shards()
         made(samples, workers=workers)
@@ -77,7 +77,7 @@ def test_shards_may_be_read_in_any_order(how: dict[str, Any]) -> None:
     assert (plan.interleaving, plan.shards, stream.workers, samples.held) == (None, (), 5, (0, 0))
 
 
-def test_batches_by_length_and_mixtures_hold_all_streams_in_every_worker() -> None:
+def test_batches_by_length_hold_all_streams_in_every_worker() -> None:
     samples = Shards()
     stream, plan = made(samples, workers=5, max_tokens=12)
     assert (plan.lengths, stream.workers, samples.held) == ((1, 2) * 50, 5, (192, 128))

@@ -178,7 +178,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error(key: str, method: str) -> None:
         (strange, r"TypeError: .*missing 1 required positional argument"),
     ],
 )
-def test_whatever_cannot_be_sent_is_told(collate: Callable[..., Any], told: str) -> None:
+def test_unsendable_values_are_reported(collate: Callable[..., Any], told: str) -> None:
     for read in READERS.values():
         with pytest.raises(DataError, match=told):
             read(LoaderOptions(1), collate)
@@ -200,7 +200,7 @@ def test_batches_before_an_unsendable_one_come_in_order() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("handlers")
-def test_a_killed_worker_is_told_with_the_cause(method: str) -> None:
+def test_a_killed_worker_is_reported_with_the_cause(method: str) -> None:
     """In the middle of a message, too, at whose rest the training process would wait for ever."""
     stream = training(Killed(), LoaderOptions(2, start_method=method))
     stream.open()
@@ -209,7 +209,7 @@ def test_a_killed_worker_is_told_with_the_cause(method: str) -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), BaseException("x")])
-def test_a_worker_that_ends_is_told_by_its_end(error: BaseException) -> None:
+def test_a_worker_that_ends_is_reported_with_its_status(error: BaseException) -> None:
     """And not by the batches that it has sent and can no longer hand over."""
 
     def collate(samples: list[Any]) -> Any:
