@@ -52,17 +52,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from runner.config.schema import Config
-from runner.data.ledger import Ledger, LedgerLine
+from runner.data.ledger import Ledger
+from runner.data.ledger import LedgerLine
 from runner.data.loader import LoaderOptions
 from runner.data.order import digest_positions
 from runner.data.stream import TrainingStream
+from runner.app import CONFIGS
 from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
 from runner.distributed.world import World
@@ -170,7 +171,8 @@ def stream_of(
     samples: Any, *, workers: int = 0, audit: bool = True, collate: Any = None, **data: Any
 ) -> TrainingStream:
     """The stream that a configuration with these keys of ``data`` makes."""
-    config: Config = OmegaConf.structured(Config)
+    with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):
+        config: Any = compose("config", ["experiment=smoke"])
     config.runtime.num_workers, config.runtime.audit = workers, audit
     config.data.batch_size = BATCH
     for key, value in data.items():

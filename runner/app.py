@@ -138,7 +138,7 @@ def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
             result = experiment.run(opening, copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(spec, config, team)
-    _log_result(opening, result)
+    _log_result(opening, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")
     return objective
 
@@ -162,7 +162,7 @@ def _opened(spec: RunSpec, comm: Communicator) -> OpenedRun:
     return openings[0] if openings else spec.follow(**state)
 
 
-def _log_result(opening: OpenedRun, result: dict[str, Any]) -> None:
+def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if value is not None}
     log.info(
         "finished step %d (%s)%s",
@@ -176,7 +176,8 @@ def _log_result(opening: OpenedRun, result: dict[str, Any]) -> None:
     url = opening.directory.location.url
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
-    log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+    if curves:
+        log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 
 def _directory(*, _root_: DictConfig) -> str:

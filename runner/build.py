@@ -29,6 +29,7 @@ from runner.distributed.team import Parallelism, SingleDevice, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
+from runner.metrics.writer import MetricWriter, WriterContext
 from runner.modes import train_mode
 from runner.rng import seed_all
 from runner.seeds import derive
@@ -268,6 +269,27 @@ def _stepping(node: Any, argument: Any, key: str) -> Any:
     return made
 
 
+def metric_writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be made or
+    lacks a method; errors of the runner that its constructor raises pass through.
+    """
+    key = f"metrics.writers.{name}"
+    maker = _partial(node, key)
+    try:
+        writer: MetricWriter = maker(context)
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
+    lacking = [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]
+    if lacking:
+        raise ConfigError(
+            f"{key}: {_path(type(writer))} has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter "
+            "describes what a writer needs"
+        )
+    return writer
+
+
 def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
     cause = error.__cause__
@@ -275,9 +297,14 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         return f"{key}._target_: {cause}"
-    lines = traceback.format_list(traceback.extract_tb(cause.__traceback__)[1:])  # the first is Hydra's call
-    told = "".join([*lines, f"{type(cause).__name__}: {cause}"])
+    told = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{told}{_hint(told, key)}"
+
+
+def _frames(error: BaseException) -> str:
+    """An error with the lines of code that led to it, without the first: the call of the constructor."""
+    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
+    return "".join([*lines, f"{type(error).__name__}: {error}"])
 
 
 def _hint(told: str, key: str) -> str:

@@ -26,14 +26,14 @@ from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
-from runner.metrics import tensorboard
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempt_records
 from runner.run.attempts import Attempt
-from runner.run.directory import TENSORBOARD
-from runner.run.opening import OpenedRun, claim_run
-from runner.run.parent import ParentRecord, new_run_hint
+from runner.run.opening import OpenedRun
+from runner.run.opening import claim_run
+from runner.run.parent import ParentRecord
+from runner.run.parent import new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -58,7 +58,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         if parts.held_out is not None:
             stack.callback(parts.held_out.close)
         store = CheckpointStore(location, team.channel("writer"))
-        books = None if attempt is None else RunRecords.of(attempt, location, config, parts)
+        books = None if attempt is None else RunRecords.of(attempt, opening, config, parts)
         callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
@@ -68,9 +68,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         with signals.at_once(team.world.size == 1):
             resumed = _resume(opening, parts, store, team.comm)
         if books is not None:
-            books.open(resumed)
+            books.open(opening, config, resumed)
             before = attempt_records.newest(location, before=number)
-            tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 

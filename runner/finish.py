@@ -21,7 +21,7 @@ from runner.errors import StorageError, printable
 from runner.metrics import tensorboard
 from runner.restore import evaluated_weights
 from runner.run.attempts import Attempt
-from runner.run.directory import BEST, MODEL, TENSORBOARD
+from runner.run.directory import BEST, MODEL
 from runner.run.opening import OpenedRun
 from runner.storage.location import Buffer, Location
 
@@ -131,7 +131,7 @@ def _finish(
         "sha256": {name: digest for name, (digest, _) in exported.items()},
         "bytes": {name: size for name, (_, size) in exported.items()},
     }
-    tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
+    tensorboard.declare_finished(location, opening.directory.experiment, opening.identity)
     opening.directory.finish(opening.identity, result)
     return result
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import configured as default_config
 from omegaconf import OmegaConf
 
-from runner.config.schema import Config
-from runner.device import choose_device, set_up_device
+from runner.device import choose_device
+from runner.device import set_up_device
 from runner.distributed.world import World
 from runner.errors import ConfigError
 
@@ -23,7 +24,7 @@ def _default() -> Iterator[None]:
 
 
 def configured(*overrides: str) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*overrides]))
+    return default_config(OmegaConf.from_dotlist([*overrides]))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,16 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from defaults import configured as default_config
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
-from runner.config.schema import Config
+from runner.config.identity import IDENTITY
+from runner.config.identity import digest
+from runner.config.identity import flatten
+from runner.config.identity import identity
+from runner.config.identity import is_name
+from runner.config.identity import quote_run_names
+from runner.config.identity import variant
 
 FILLED = {
     "model": {"_target_": "m", "width": "${data.batch_size}"},
@@ -20,7 +25,7 @@ FILLED = {
 
 
 def configured(**more: Any) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), FILLED, more)
+    return default_config(FILLED, more)
 
 
 def test_without_overrides_a_run_is_the_base() -> None:
@@ -194,7 +199,7 @@ def test_how_a_run_is_executed_does_not_change_its_identity() -> None:
 
 def test_a_missing_value_is_no_identity() -> None:
     with pytest.raises(MissingMandatoryValue, match="model"):
-        identity(OmegaConf.structured(Config))
+        identity(default_config())
 
 
 def test_flatten_names_leaves_by_dotted_key() -> None:

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from defaults import configured as default_config
 
-from runner.config.schema import Config
 from runner.data.iterable_stream import IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
@@ -38,7 +37,7 @@ class Shards:
 
 
 def made(samples: Any, *, workers: int = 0, **data: Any) -> tuple[TrainingStream, Any]:
-    config = OmegaConf.merge(OmegaConf.structured(Config), {"data": {"batch_size": 16, "randomness": "off"} | data})
+    config = default_config({"data": {"batch_size": 16, "randomness": "off"} | data})
     return training_data(config, samples, LoaderOptions(workers), CPU, None, World())  # type: ignore[arg-type]
 
 

@@ -146,7 +146,8 @@ def _facts(told: Any) -> dict[str, Any]:
     """What a commit says besides the state, of the types that its readers expect. Raises ValueError."""
     facts = dict(told)
     end, elapsed = facts.get("metrics") or {"segment": "", "lines": 0}, facts.get("elapsed", 0.0)
-    mappings = (end, facts.get("identity", {}), facts.get("structure", {}))
+    marks = facts.get("writers", {})
+    mappings = (end, facts.get("identity", {}), facts.get("structure", {}), marks, *dict(marks).values())
     if not all(isinstance(each, dict) for each in mappings) or not isinstance(elapsed, int | float):
         raise ValueError("facts of another kind")
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
