@@ -58,12 +58,11 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from runner.data.ledger import Ledger
-from runner.data.ledger import LedgerLine
+from runner.app import CONFIGS
+from runner.data.ledger import Ledger, LedgerLine
 from runner.data.loader import LoaderOptions
 from runner.data.order import digest_positions
 from runner.data.stream import TrainingStream
-from runner.app import CONFIGS
 from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
 from runner.distributed.world import World

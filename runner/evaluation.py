@@ -18,10 +18,8 @@ from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode
-from runner.rng import seed_all
-from runner.task import Task
-from runner.task import check_metrics
-from runner.rng import temporary_seed
+from runner.rng import seed_all, temporary_seed
+from runner.task import Task, check_metrics
 
 _SAMPLES = ""  # no metric has this name
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes

@@ -20,8 +20,8 @@ from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord
 from runner.data import ledger
-from runner.device import set_up_device
 from runner.data.stream import MapStyleStream
+from runner.device import set_up_device
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
@@ -30,10 +30,8 @@ from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempt_records
 from runner.run.attempts import Attempt
-from runner.run.opening import OpenedRun
-from runner.run.opening import claim_run
-from runner.run.parent import ParentRecord
-from runner.run.parent import new_run_hint
+from runner.run.opening import OpenedRun, claim_run
+from runner.run.parent import ParentRecord, new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location

@@ -7,12 +7,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from runner.data.plan import Plan
-from runner.data.plan import Slice
-from runner.distributed.world import World
 from runner.data import order as orders
-from runner.data.order import BudgetOrder
-from runner.data.order import PermutationOrder
+from runner.data.order import BudgetOrder, PermutationOrder
+from runner.data.plan import Plan, Slice
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CHANCE = np.random.default_rng(0)

@@ -8,8 +8,7 @@ import torch
 from defaults import configured as default_config
 from omegaconf import OmegaConf
 
-from runner.device import choose_device
-from runner.device import set_up_device
+from runner.device import choose_device, set_up_device
 from runner.distributed.world import World
 from runner.errors import ConfigError
 

@@ -21,8 +21,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from runner.data import fetch, order, sandbox
 from runner.data.loader import LoaderOptions, without_noise
 from runner.data.plan import Plan
-from runner.distributed.world import World
 from runner.data.stream import MapStyleStream
+from runner.distributed.world import World
 from runner.runs.__main__ import main as runs
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))

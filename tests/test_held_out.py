@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runner.data.evaluation_data import EvaluationData
-from runner.distributed.world import World
 from runner.data.loader import LoaderOptions
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]

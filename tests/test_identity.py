@@ -7,13 +7,7 @@ import pytest
 from defaults import configured as default_config
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY
-from runner.config.identity import digest
-from runner.config.identity import flatten
-from runner.config.identity import identity
-from runner.config.identity import is_name
-from runner.config.identity import quote_run_names
-from runner.config.identity import variant
+from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
 
 FILLED = {
     "model": {"_target_": "m", "width": "${data.batch_size}"},

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators
-from runner.rng import seed_all
+from runner.rng import Generators, seed_all, temporary_seed
 from runner.seeds import derive
-from runner.rng import temporary_seed
 
 
 def draw() -> list[Any]:

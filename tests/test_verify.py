@@ -22,13 +22,9 @@ from waiting import until
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan
-from runner.verify.execution import AttemptRequest
-from runner.verify.execution import AttemptTrace
-from runner.verify.execution import RunTrace
-from runner.verify.execution import Servers
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference
-from runner.verify.execution import fork_servers
+from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runner.cache import LRUCache
-from runner.seeds import derive
 from runner.errors import DataError
+from runner.seeds import derive
 
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]

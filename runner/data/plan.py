@@ -11,13 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.order import Order
+from runner.data.order import BudgetOrder, Interleaving, MixtureOrder, Order, PermutationOrder, WindowOrder
 from runner.distributed.world import World
-from runner.data.order import BudgetOrder
-from runner.data.order import Interleaving
-from runner.data.order import MixtureOrder
-from runner.data.order import PermutationOrder
-from runner.data.order import WindowOrder
 from runner.errors import DataError
 from runner.seeds import derive
 

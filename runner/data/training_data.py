@@ -17,9 +17,8 @@ from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
 from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
+from runner.data.stream import MapStyleStream, TrainingStream
 from runner.distributed.world import World
-from runner.data.stream import MapStyleStream
-from runner.data.stream import TrainingStream
 from runner.errors import ConfigError, DataError
 
 log = logging.getLogger("runner")

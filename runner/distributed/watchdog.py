@@ -29,9 +29,8 @@ from typing import Literal, NoReturn
 import torch
 from torch._C._distributed_c10d import Store
 
+from runner.activity import Activity, activities
 from runner.distributed.world import World
-from runner.activity import Activity
-from runner.activity import activities
 
 GRACE_SECONDS = 10.0
 

@@ -21,9 +21,8 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, printable
-from runner.storage.location import JournalChain
-from runner.storage.location import Location
 from runner.metrics.writer import WriterContext
+from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")

@@ -21,9 +21,8 @@ from omegaconf import DictConfig
 
 from runner import signals
 from runner.config.checks import refuse_secrets
-from runner.distributed.world import World
-from runner.distributed.world import world
 from runner.config.schema import OnConflict
+from runner.distributed.world import world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
 from runner.run_spec import absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
