@@ -5,7 +5,7 @@ from typing import Any
 
 from runner.build import Parts, metric_writer
 from runner.callbacks.base import Callback
-from runner.callbacks.evaluation import Best, EarlyStopping, Evaluate, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
@@ -18,7 +18,7 @@ from runner.distributed.team import Team
 from runner.interval import CostBudget, Interval
 from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
 
@@ -140,7 +140,7 @@ class Wiring:
                 self.store,
                 attempt=self.attempt,
                 background=checkpoint.background,
-                ranks=self.team.ranks,
+                comm=self.team.comm,
                 weights=self.parts.state.weights,
             )
         return SaveCheckpoint(
@@ -154,7 +154,7 @@ class Wiring:
             background=checkpoint.background,
             best=checkpoint.keep_best,
             weights=self.parts.state.weights,
-            ranks=self.team.ranks,
+            comm=self.team.comm,
         )
 
     def _hooks(self, records: RunRecords, guard: FiniteLoss, retention: Retention) -> Hooks:
@@ -180,5 +180,5 @@ class Wiring:
         return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
 
 
-def _name(record: Record | None) -> str | None:
+def _name(record: AttemptRecord | None) -> str | None:
     return None if record is None else record.owner()

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from runner import signals
+from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode
-from runner.rng import isolated, seed_all
-from runner.task import Task, checked
+from runner.rng import seed_all, temporary_seed
+from runner.task import Task, check_metrics
 
 _SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -33,6 +34,7 @@ class EvaluationInterrupted(Exception):
     """A stop signal arrived during the evaluation; the resumed run repeats it."""
 
 
+@doing("ends evaluation")
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -52,7 +54,7 @@ def evaluate(
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
+        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
                 seed_all(key)
@@ -68,11 +70,11 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     """Return the report if it is the same in all processes. Else raises a TaskError in all of them that shows the first
     metric that differs.
     """
-    first = team.ranks.broadcast(dict(report))
+    first = team.comm.broadcast(dict(report))
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
-    if not team.added({"": torch.tensor(float(differs))})[""]:
+    if not team.sum_tensors({"": torch.tensor(float(differs))})[""]:
         return report
-    reports = team.ranks.broadcast(team.ranks.gather(dict(report)))
+    reports = team.comm.broadcast(team.comm.gather(dict(report)))
     texts = [{name: json.dumps(value) for name, value in each.items()} for each in reports]
     name = min(name for each in texts for name in each if any(other.get(name) != each[name] for other in texts))
     values = ", ".join(f"{each.get(name, 'nothing')} on rank {rank}" for rank, each in enumerate(reports))
@@ -81,6 +83,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     raise error
 
 
+@doing("evaluates")
 def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, float]:
     """The mean of each metric over all samples of all processes."""
     sums: dict[str, Tensor] = {}
@@ -94,14 +97,14 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, befor
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
-        metrics = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
+        metrics = check_metrics(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
         for name, value in metrics.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count
     zero = torch.zeros((), dtype=torch.double, device=data.device)
     shares = {name: sums.get(name, zero) for name in team.union([*sums])}
-    totals = team.added({**shares, _SAMPLES: zero + samples})
+    totals = team.sum_tensors({**shares, _SAMPLES: zero + samples})
     return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
 
 
@@ -128,7 +131,7 @@ class _StateBefore:
         """Restore the state. Returns False, in all processes, if weights have changed in any process."""
         if not self.irreversible:
             changed = torch.tensor(float(self._weights_changed()))
-            self.irreversible = bool(team.added({"": changed})[""])
+            self.irreversible = bool(team.sum_tensors({"": changed})[""])
         if self.irreversible:
             return False
         for module, saved in self._buffers:

@@ -64,7 +64,7 @@ def test_each_step_is_there_once_from_the_attempt_that_counts(tmp_path: Path) ->
     ]
 
 
-def test_a_step_that_is_reported_again_takes_its_first_report_back(tmp_path: Path) -> None:
+def test_a_step_reported_again_replaces_its_first_report(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 1, [1, 2])
     attempt(tmp_path, 2, 3, [2, 3])
     assert scalars(tmp_path) == [(1, 1.01), (2, 2.02), (3, 2.03)]
@@ -96,7 +96,7 @@ def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
     assert texts(tmp_path) == [(1, b"```\n1 by 1\n```"), (2, b"```\n2 by 2\n```")]
 
 
-def test_what_was_flushed_is_readable_while_the_writer_lives(tmp_path: Path) -> None:
+def test_flushed_curves_are_readable_while_the_writer_lives(tmp_path: Path) -> None:
     curves = writer(tmp_path)
     curves.add(1, {"loss": 1.0})
     curves.flush()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluation import Best
+from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger
 from runner.distributed.team import SingleProcessTeam, Team
 from runner.evaluation import same_for_all
@@ -123,7 +123,7 @@ class KeepLedger(Callback):
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.line(loop.step))
+        self.ledger.add(loop.state.stream.ledger_line(loop.step))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 from runner.config.identity import flatten
 from runner.errors import StorageError, printable
 from runner.metrics.writer import WriterContext
-from runner.storage.location import Journals, Location
+from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
@@ -37,7 +37,7 @@ class TensorBoardWriter:
         self._location = context.location
         self._attempt = context.attempt
         self._step = context.step
-        self._journals = Journals(context.location)
+        self._journals = JournalChain(context.location)
         self._files = 0
         self._hidden = False  # whether the event that hides older points is written
         self._time = self._now()
