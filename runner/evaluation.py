@@ -97,7 +97,9 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, befor
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
-        metrics = check_metrics(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
+        metrics = check_metrics(
+            task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False
+        )
         for name, value in metrics.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted

@@ -96,7 +96,7 @@ def test_reports_that_differ_between_processes_are_refused(crew: Crews, tmp_path
     assert ended.statuses == [1, 1]
     assert ended.output.count("Counts.evaluation_end reports 'share' as ") == 1, ended.output
     assert "on rank 0, " in ended.output
-    assert "what can be averaged over samples" in ended.output
+    assert "values that can be averaged over samples" in ended.output
     assert "Traceback" not in ended.output
     assert not metric_lines(tmp_path / "rows/apart") or "val/loss" not in metric_lines(tmp_path / "rows/apart")[-1]
     ended = crew(2, *command, "+task.together=true", "run.name=together", cwd=USER)
