@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "user"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import servers
+from crews import Crews, crews
 from lives import Lives, lives
 
 from runner.run.attempts import Heartbeat
@@ -51,6 +52,20 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
     """Call it to live one process life of the runner, and to end it as you please."""
     with lives(tmp_path_factory.mktemp("lives")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
+    """Call it to live one life of a run of several processes, and to end some of them as you please."""
+    with crews(tmp_path_factory.mktemp("crews")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a Slurm cluster with two processors."""
+    with servers.slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as environment:
+        yield environment
 
 
 @pytest.fixture(scope="session")

@@ -35,17 +35,17 @@ def count(name: str, number: int = 1) -> None:
 
 def totals(path: Path) -> Counter[str]:
     """All counts in a file, added up by name."""
-    found: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        found[entry["count"]] += entry["number"]
-    return found
+        numbers[entry["count"]] += entry["number"]
+    return numbers
 
 
-def table(found: Counter[str]) -> str:
+def table(numbers: Counter[str]) -> str:
     """The counts as a table in Markdown; what was not tried is there with 0."""
     lines = ["| count | number | what it counts |", "|---|---:|---|"]
-    lines += [f"| {name} | {found[name]:,} | {meaning} |" for name, meaning in MEANINGS.items()]
+    lines += [f"| {name} | {numbers[name]:,} | {meaning} |" for name, meaning in MEANINGS.items()]
     return "\n".join(lines)
 
 

@@ -49,25 +49,41 @@ class Crews:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         )
 
-    def __call__(self, size: int, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
-        """One life of ``size`` ranks. ``send`` (SIGKILL) goes to the ranks ``to`` (all of them): ``after`` so many
-        seconds, or once the file ``when`` is there. ``step`` kills rank ``to[0]`` by itself after that step,
-        ``hang`` has its n-th put never return. A rank that was stopped is killed when the others have ended.
+    def __call__(
+        self,
+        size: int,
+        *arguments: str,
+        cwd: Path | None = None,
+        send: int | None = None,
+        to: Sequence[int] | None = None,
+        after: float | None = None,
+        when: str | None = None,
+        step: int | None = None,
+        hang: int | None = None,
+    ) -> Ended:
+        """One life of ``size`` ranks. The signal ``send`` (default SIGKILL) goes to the ranks ``to`` (default all)
+        ``after`` so many seconds, or once there is a file that matches ``when``. ``step`` kills rank ``to[0]`` after
+        that step, ``hang`` has its n-th put never return. A stopped rank is killed when the others have ended.
         """
-        return self.side_by_side((size, *arguments), cwd=cwd, **how)[0]
+        options = {"send": send, "to": to, "after": after, "when": when, "step": step, "hang": hang}
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return self._live([(size, *arguments)], cwd, chosen)[0]
 
-    def side_by_side(self, *crews: Sequence[Any], cwd: Path | None = None, **how: Any) -> list[Ended]:
-        """Several at the same time, each with a place of its own to meet."""
+    def side_by_side(self, *crews: Sequence[Any]) -> list[Ended]:
+        """Several crews at the same time, each with a port of its own; nobody is killed."""
+        return self._live(crews, None, {})
+
+    def _live(self, crews: Sequence[Sequence[Any]], cwd: Path | None, options: dict[str, Any]) -> list[Ended]:
         assert self._server.stdin
         assert self._server.stdout
         requests = []
         for number, (size, *arguments) in enumerate(crews):
-            given = {argument.partition("=")[0] for argument in arguments}
-            waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
+            keys = {argument.partition("=")[0] for argument in arguments}
+            waited = [f"{key}={value}" for key, value in WAITED.items() if key not in keys]
             place = next(n for n, argument in enumerate(arguments) if argument.startswith("experiment="))
             argv = ["runner", *arguments[:place], *waited, *arguments[place:]]
             logs = [str(self._folder / f"crew{number}.rank{rank}.log") for rank in range(size)]
-            requests.append({"argv": argv, "cwd": str(cwd or self._folder), "logs": logs, **how})
+            requests.append({"argv": argv, "cwd": str(cwd or self._folder), "logs": logs, **options})
         self._server.stdin.write(json.dumps(requests) + "\n")
         self._server.stdin.flush()
         answers = json.loads(self._server.stdout.readline())
@@ -88,7 +104,7 @@ class Crews:
 def serve() -> None:
     """Answer requests until the client goes away."""
     preload()
-    for module in ("many", "replicated", "sharded"):
+    for module in ("processes", "parallel"):
         importlib.import_module(f"runner.distributed.{module}")
     for line in sys.stdin:
         requests = json.loads(line)
@@ -155,7 +171,7 @@ def _started(request: dict[str, Any], rank: int, size: int, port: int) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = {"argv": request["argv"], "cwd": request["cwd"], "log": request["logs"][rank]}
         if rank == request.get("to", [0])[0]:
-            own |= {how: request[how] for how in ("step", "hang") if how in request}
+            own |= {name: request[name] for name in ("step", "hang") if name in request}
         become(own)
     return pid
 

@@ -1,7 +1,7 @@
-"""Looks at the run directories of strangers as the runner does, in a process that stops at the first thing that none of
-them may bring about: running code, unpickling, leaving the directory, allocating without measure.
+"""Opens run directories that a stranger may have written, as the runner does, in a process that stops at the first
+forbidden act: running code, unpickling, leaving the directory, allocating without limit.
 
-Run as a program: paths of run directories as JSON on stdin; for each, on stdout, how every way of looking at it ended.
+Run as a program, it reads the paths of run directories as JSON from stdin and writes how each view of each ended.
 """
 
 import json
@@ -29,7 +29,7 @@ from runner.runs.audit import audit
 from runner.runs.show import details
 from runner.storage import LocalLocation
 
-MEMORY = 1 << 30  # bytes that looking at a directory may take
+MEMORY = 1 << 30  # bytes that the views may allocate
 
 _NEVER = ("exec", "compile", "import", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn")
 _NEVER += ("pickle", "marshal", "socket.connect", "socket.bind", "ctypes", "code", "os.putenv", "shutil", "tempfile")
@@ -38,11 +38,11 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Forbidden(BaseException):
-    """No handler for errors may swallow it."""
+    """A forbidden act. Not an ``Exception``, so that no handler for errors swallows it."""
 
 
 class Guard:
-    """An audit hook; on while there is a ``root`` that may not be left."""
+    """An audit hook; active while ``root`` names the folder that may not be left."""
 
     root = ""
 
@@ -65,18 +65,18 @@ class Guard:
         if not f"{real}/".startswith(f"{self.root}/") and not (reads and real.startswith("/proc/")):
             self._stop(f"{event} {real}")
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, action: str) -> None:
         self.root = ""
-        raise Forbidden(what)
+        raise Forbidden(action)
 
 
 def bomb(*_: Any, **__: Any) -> None:
-    """In place of everything that makes objects of bytes."""
+    """Replaces every function that builds objects from bytes."""
     raise Forbidden("unpickling")
 
 
 def checkpoints(path: str) -> str:
-    """Everything of every commit."""
+    """Loads every part of every commit."""
     store, damaged, longest = CheckpointStore(LocalLocation(path)), 0, 0
     for commit in store.commits():
         try:
@@ -91,7 +91,7 @@ def checkpoints(path: str) -> str:
 
 
 def records(path: str) -> None:
-    """Who did what, and with which configuration."""
+    """Reads the record, the configuration, the result and all attempts."""
     directory = RunDirectory("", "", "", LocalLocation(path))
     directory.record()
     directory.result(directory.identity() or {})
@@ -116,40 +116,40 @@ def segments(path: str) -> None:
 
 
 def saved(path: str) -> None:
-    """Going on in it."""
+    """Commits to the directory, and removes old commits."""
     store = CheckpointStore(LocalLocation(path))
     save(store, 9, attempt=9)
     store.retain(Retention(2), attempt=9)
 
 
-LOOKS: list[Callable[[str], Any]] = [checkpoints, records, show, audited, segments, saved]
+VIEWS: list[Callable[[str], Any]] = [checkpoints, records, show, audited, segments, saved]
 
 
-def look(path: str, guard: Guard) -> dict[str, str]:
-    """How each look ended: ``clean`` with what it found, or with an error of ours; else ``forbidden`` or ``crash``."""
+def views(path: str, guard: Guard) -> dict[str, str]:
+    """How each view ended: ``clean`` with its result or an error of the runner, ``forbidden``, or ``crash``."""
     ends: dict[str, str] = {}
-    for one in LOOKS:
+    for view in VIEWS:
         guard.root = os.path.realpath(path)
         try:
-            ends[one.__name__] = f"clean: {one(path)}"
+            ends[view.__name__] = f"clean: {view(path)}"
         except (RunnerError, Damaged) as error:
-            ends[one.__name__] = f"clean: {type(error).__name__}"
+            ends[view.__name__] = f"clean: {type(error).__name__}"
         except Forbidden as error:
-            ends[one.__name__] = f"forbidden: {error}"
+            ends[view.__name__] = f"forbidden: {error}"
         except BaseException as error:
-            ends[one.__name__] = f"crash: {error!r:.300}"
+            ends[view.__name__] = f"crash: {error!r:.300}"
         guard.root = ""
     return ends
 
 
 def main() -> None:
-    """The first directory is an ordinary one: what Python loads late is loaded then, unguarded."""
+    """The first directory is an ordinary one: its views import the modules that Python loads late, unguarded."""
     ordinary, *paths = json.load(sys.stdin)
     guard = Guard()
-    for one in LOOKS:
-        one(ordinary)
+    for view in VIEWS:
+        view(ordinary)
     printable("\x1b")
-    warnings.simplefilter("ignore")  # a warning reads the source that it is about
+    warnings.simplefilter("ignore")  # to print a warning reads its source file
     for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "_Unpickler")]:
         setattr(module, name, bomb)
     for module, name in [(marshal, "loads"), (torch, "load"), (yaml, "unsafe_load"), (yaml, "full_load")]:
@@ -158,7 +158,7 @@ def main() -> None:
     bound = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
     sys.addaudithook(guard)
-    print(json.dumps({path: look(path, guard) for path in paths}))
+    print(json.dumps({path: views(path, guard) for path in paths}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Looks at all runs of a root with every command, in one process with bounded memory; anyone may have written the runs.
+"""Runs every command of ``runner.runs`` over a root whose runs a stranger may have written, in one process with bounded
+memory.
 
-Run as a program: the root, its runs and an ordinary one as JSON on stdin; on stdout, how each command ended.
+Run as a program, it reads the root, its runs and an ordinary run as JSON from stdin and writes how each command ended.
 """
 
 import contextlib
@@ -17,12 +18,12 @@ from typing import Any
 from runner.runs import watch
 from runner.runs.__main__ import main
 
-MEMORY = 1 << 30  # bytes that looking at runs may take
-SECONDS = 60  # generous: where it matters, a command would wait for ever
+MEMORY = 1 << 30  # bytes that the commands may allocate
+SECONDS = 60  # generous: the faults to be caught make a command wait for ever
 
 
 class Late(BaseException):
-    """The command still runs; no handler for errors may swallow this."""
+    """The command takes too long. Not an ``Exception``, so that no handler for errors swallows it."""
 
 
 def late(number: int, frame: Any) -> None:
@@ -30,7 +31,7 @@ def late(number: int, frame: Any) -> None:
 
 
 def once(seconds: float) -> None:
-    """In place of the pause between two updates of ``watch``."""
+    """Replaces the pause between two updates of ``watch``, and ends it."""
     raise KeyboardInterrupt
 
 
@@ -49,15 +50,15 @@ def ended(*words: str) -> dict[str, Any]:
 
 
 def looks(root: str, runs: list[str], good: str) -> list[dict[str, Any]]:
-    """Every command for the root, and for each run of it."""
-    found = [ended(command, root, *more) for command in ("list", "compare", "watch") for more in ([], ["--json"])]
-    found += [ended("list", root, "--sort", by) for by in ("objective", "age")]
-    found.append(ended("compare", root, "--html", f"{root}.html", "--match", "smoke/r00"))
+    """How every command ended, for the root and for each of its runs."""
+    ends = [ended(command, root, *more) for command in ("list", "compare", "watch") for more in ([], ["--json"])]
+    ends += [ended("list", root, "--sort", by) for by in ("objective", "age")]
+    ends.append(ended("compare", root, "--html", f"{root}.html", "--match", "smoke/r00"))
     for run in runs:
-        found += [ended(command, run) for command in ("show", "audit")]
-        found += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]
-        found.append(ended("export", run, f"{root}.safetensors", "--force"))
-    return found
+        ends += [ended(command, run) for command in ("show", "audit")]
+        ends += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]
+        ends.append(ended("export", run, f"{root}.safetensors", "--force"))
+    return ends
 
 
 def bound() -> None:
@@ -71,6 +72,6 @@ if __name__ == "__main__":
     request = json.load(sys.stdin)
     watch.time = types.SimpleNamespace(sleep=once, monotonic=time.monotonic, strftime=time.strftime)
     signal.signal(signal.SIGALRM, late)
-    looks(request["ordinary"], [request["good"]], request["good"])  # imports all there is to import
+    looks(request["ordinary"], [request["good"]], request["good"])  # before the limit on memory: imports everything
     bound()
     print(json.dumps(looks(request["root"], request["runs"], request["good"])))

@@ -1,8 +1,8 @@
-"""Power cuts: records what a local location asks of the system, and makes every disk that a cut may leave behind.
+"""Power cuts: records the system calls of a local location, and builds every disk that a power cut may leave behind.
 
-The model is that of POSIX and no kinder: a write counts once its file was synced, a name once its folder was, folders
-that somebody else made (as Hydra makes the run's) included. Until then each of them, by itself, may have reached the
-disk or not, and a write may have left garbage in some sectors.
+The model promises no more than POSIX: a write is on the disk once its file was synced, a name once its folder was
+synced, also in folders that another program made (as Hydra makes the run's). Until then each write and each name may or
+may not have reached the disk, independently, and a write may have left garbage in some sectors.
 """
 
 import os
@@ -37,7 +37,7 @@ class RecordingOs:
         self._lock = threading.Lock()
 
     def others_make(self, path: Path) -> None:
-        """Somebody else makes a folder, and those above it, and syncs nothing."""
+        """Make a folder and its parents as another program would, without a sync."""
         path.mkdir(parents=True, exist_ok=True)
         self._name(path / "x")
 
@@ -85,7 +85,7 @@ class RecordingOs:
         name, inode = self._descriptors[descriptor]
         if name == "..":
             return
-        if not inode:  # folders are made behind our back; what they hold now is what this syncs
+        if not inode:  # other programs make folders unrecorded; this syncs the ones present now
             for entry in os.scandir(self._root / name):
                 if entry.is_dir():
                     self._name(f"{entry.path}/x")
@@ -125,7 +125,7 @@ class RecordingOs:
 
 @dataclass
 class Disk:
-    """What is surely on the disk, and what was asked of it since the last sync."""
+    """The synced contents of a disk, and the writes and changes of names since the last sync."""
 
     contents: dict[int, bytes] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)  # 0 for a folder
@@ -133,7 +133,7 @@ class Disk:
     changes: list[list[tuple[str, int | None]]] = field(default_factory=list)  # together or not at all; None: gone
 
     def apply(self, event: Event) -> None:
-        """Take one event to heart."""
+        """Apply one recorded event."""
         match event:
             case ("name", name, inode):
                 self.changes.append([(name, inode)])
@@ -165,7 +165,7 @@ class Disk:
         self.changes = [change for change in self.changes if _folder(change[0][0]) != folder]
 
     def after_a_cut(self, chance: random.Random) -> Iterator[dict[str, bytes]]:
-        """The files, by name, that may be found when the power is back."""
+        """The files, by name, that a disk may hold after a power cut: all possibilities, or a sample."""
         options = [("dropped", "kept", "trashed", "zeros")] * len(self.writes) + [("dropped", "kept")] * len(
             self.changes
         )
@@ -207,14 +207,14 @@ def crash_states(events: list[Event], seed: int = 0) -> Iterator[tuple[int, dict
 
 
 def _renamed(names: dict[str, int], changes: list[list[tuple[str, int | None]]]) -> dict[str, int]:
-    found = dict(names)
+    names_after = dict(names)
     for change in changes:
         for name, inode in change:
             if inode is None:
-                found.pop(name, None)
+                names_after.pop(name, None)
             else:
-                found[name] = inode
-    return found
+                names_after[name] = inode
+    return names_after
 
 
 def _written(old: bytes, at: int, data: bytes) -> bytes:

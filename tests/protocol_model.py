@@ -152,10 +152,10 @@ class Table(Generic[T]):
 
     def number(self, thing: T) -> int:
         """The number of a thing; equal things have the same."""
-        found = self._numbers.setdefault(thing, len(self._things))
-        if found == len(self._things):
+        index = self._numbers.setdefault(thing, len(self._things))
+        if index == len(self._things):
             self._things.append(thing)
-        return found
+        return index
 
     def __getitem__(self, number: int) -> T:
         return self._things[number]
@@ -248,12 +248,12 @@ class Model:
         queue = deque([first])
         while queue:
             state = queue.popleft()
-            for what, successor, broken in self.successors(state):
+            for label, successor, broken in self.successors(state):
                 if successor in cause and not broken:
                     continue
                 broken = broken or self.broken(successor)
                 if broken:
-                    trace = tuple(str(move) for move in (*self._trace(state, cause), what))
+                    trace = tuple(str(move) for move in (*self._trace(state, cause), label))
                     return Result(len(cause), Violation(*broken, trace), complete=False)
                 if len(cause) == limit:
                     return Result(len(cause), None, complete=False)
@@ -362,13 +362,13 @@ class Model:
 
     def _list_commits(self, life: Life, objects: Objects, rival: int) -> Iterator[Move]:
         # A torn manifest is read and passed over; a life that finds a sealed one never starts from scratch.
-        found = self.protocol.newest_first(objects.sealed)
+        commits = self.protocol.newest_first(objects.sealed)
         damaged = EMPTY
         if not self.protocol.counts_only_sound:
-            newest = self.protocol.rank(found[0]) if found else ()
+            newest = self.protocol.rank(commits[0]) if commits else ()
             damaged = frozenset(commit for commit in objects.torn if self.protocol.rank(commit) > newest)
-        if found:
-            yield Move(f"lists commits: {_text(found)}", life.then("load", todo=found, damaged=damaged), objects)
+        if commits:
+            yield Move(f"lists commits: {_text(commits)}", life.then("load", todo=commits, damaged=damaged), objects)
         else:
             after = life.then(self._begins(), step=1, damaged=damaged)
             yield Move("lists commits, finds none and starts from scratch", after, objects, fresh=True)
@@ -424,8 +424,8 @@ class Model:
     # Removing what is no longer needed.
 
     def _retain(self, life: Life, objects: Objects, rival: int) -> Iterator[Move]:
-        found = self.protocol.newest_first(objects.listed())
-        yield Move(f"lists commits: {_text(found)}", life.then("judge", todo=found), objects)
+        commits = self.protocol.newest_first(objects.listed())
+        yield Move(f"lists commits: {_text(commits)}", life.then("judge", todo=commits), objects)
 
     def _judge(self, life: Life, objects: Objects, rival: int) -> Iterator[Move]:
         superfluous = []
@@ -467,14 +467,14 @@ class Model:
     def broken(self, state: State) -> Broken:
         """The first invariant that does not hold, and why."""
         intact = state.losses == self.world.losses
-        found = self._lives_broken(state) if intact else None
+        violation = self._lives_broken(state) if intact else None
         key = (state.objects, state.acknowledged, intact)
-        if not found and key not in self._sound:
+        if not violation and key not in self._sound:
             check = self._objects_broken if intact else _loss_broken
-            found = check(self._objects[state.objects], state.acknowledged)
-            if not found:
+            violation = check(self._objects[state.objects], state.acknowledged)
+            if not violation:
                 self._sound.add(key)
-        return found
+        return violation
 
     def _lives_broken(self, state: State) -> Broken:
         owners = [life for life in map(self._lives.__getitem__, state.lives) if life.does in OWNS]

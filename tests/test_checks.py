@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
+from defaults import configured as default_config
 from omegaconf import OmegaConf
 
 from runner.config.checks import check
-from runner.config.schema import Config
 from runner.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def configured(*overrides: str) -> Any:
         "scheduler": {"_target_": "s"},
         "trainer": {"max_steps": 10},
     }
-    return OmegaConf.merge(OmegaConf.structured(Config), filled, OmegaConf.from_dotlist([*overrides]))
+    return default_config(filled, OmegaConf.from_dotlist([*overrides]))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def configured(*overrides: str) -> Any:
         ["runtime.start_method=forkserver", "runtime.num_threads=1", "runtime.prefetch=1"],
     ],
 )
-def test_what_can_work_passes(overrides: list[str]) -> None:
+def test_workable_settings_pass(overrides: list[str]) -> None:
     check(configured(*overrides))
 
 
@@ -88,7 +88,7 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
         (["runtime.start_method=thread"], "runtime.start_method=thread is not one of fork, spawn, forkserver"),
     ],
 )
-def test_what_cannot_work_is_refused_with_key_and_remedy(overrides: list[str], told: str) -> None:
+def test_unworkable_settings_are_refused_with_remedy(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         check(configured(*overrides))
     assert str(refused.value) == told

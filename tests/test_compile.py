@@ -42,5 +42,5 @@ def test_a_compiled_run_goes_on_to_the_bit(size: int, crew: Crews, tmp_path: Pat
     resumed = crew(size, *command, "run.name=cut")
     assert not any(resumed.statuses), resumed.output
     assert "resumed from step 6" in resumed.output
-    expected, found = (results(tmp_path / "smoke" / name) for name in ("whole", "cut"))
-    assert not found.differences(expected)
+    expected, actual = (results(tmp_path / "smoke" / name) for name in ("whole", "cut"))
+    assert not actual.differences(expected)

@@ -48,123 +48,111 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
 
 def test_the_split_covers_every_key() -> None:
     """A new key must be given a side: what is computed, or how."""
-    how = {"checkpoint", "metrics", "runtime", "run", "sweep"}
-    assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | how
+    execution = {"checkpoint", "metrics", "runtime", "run", "sweep"}
+    assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | execution
+
+
+Mistake = tuple[tuple[str, ...], int, str]  # overrides, exit status, what is said
+
+
+def command(message: str, *overrides: str, status: int = 2) -> Mistake:
+    return overrides, status, message
+
+
+def smoke(message: str, *overrides: str, status: int = 2) -> Mistake:
+    return ("experiment=smoke", *overrides), status, message
 
 
 MISTAKES = {
-    "no experiment": ((), 2, "You must specify 'experiment'"),
-    "no experiment, the list": ((), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
-    "unknown experiment": (("experiment=nope",), 2, "Could not find 'experiment/nope'"),
-    "unknown experiment, the list": (("experiment=nope",), 2, "\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
-    "misspelt key": (("experiment=smoke", "trainer.max_step=3"), 2, "Did you mean trainer.max_steps?"),
-    "added key": (
-        ("experiment=smoke", "+trainer.max_step=3"),
-        2,
-        "no key trainer.max_step. Did you mean trainer.max_steps",
-    ),
-    "group of null": (("experiment=smoke", "optimizer=null"), 2, "Leave a group out with ~GROUP"),
-    "unknown key": (("experiment=smoke", "sweep.many=3"), 2, "There are: sweep.max_retries, sweep.retry_failed"),
-    "misspelt free key": (("experiment=smoke", "optimizer.lrr=3"), 2, "Key 'lrr' is not in struct"),
-    "wrong type": (("experiment=smoke", "trainer.max_steps=many"), 2, "could not be converted to Integer"),
-    "wrong choice": (("experiment=smoke", "run.on_drift=maybe"), 2, "expected one of [refuse, accept, fork]"),
-    "unknown option": (("experiment=smoke", "optimizer=adamm"), 2, "Available options in 'optimizer':\n\tadamw\n\tsgd"),
-    "too small": (("experiment=smoke", "checkpoint.keep_last=1"), 2, "checkpoint.keep_last=1 is too small: at least 2"),
-    "no end": (("experiment=smoke", "trainer.max_steps=null"), 2, "the training has no end: set trainer.max_steps"),
-    "no such class": (
-        ("experiment=smoke", "model._target_=mine.Net"),
-        2,
-        "Are you sure that module 'mine' is inst",
-    ),
-    "no value": (
-        ("experiment=smoke", "data.batch_size=???"),
-        2,
-        "data.batch_size not set: give a value in the experiment",
-    ),
-    "no model": (
-        ("experiment=smoke", "model._target_=collections.Counter"),
-        2,
-        "model is a collections.Counter; expec",
-    ),
-    "no task": (
-        ("experiment=smoke", "task._target_=collections.Counter"),
-        2,
-        "an object of a subclass of runner.task.Task",
-    ),
-    "no total": (
-        ("experiment=smoke", "scheduler=warmup_cosine", "trainer.max_steps=null", "trainer.max_epochs=1"),
-        2,
+    "no experiment": command("You must specify 'experiment'"),
+    "no experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
+    "unknown experiment": command("Could not find 'experiment/nope'", "experiment=nope"),
+    "unknown experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke", "experiment=nope"),
+    "misspelt key": smoke("Did you mean trainer.max_steps?", "trainer.max_step=3"),
+    "added key": smoke("no key trainer.max_step. Did you mean trainer.max_steps", "+trainer.max_step=3"),
+    "group of null": smoke("Leave a group out with ~GROUP", "optimizer=null"),
+    "unknown key": smoke("There are: sweep.max_retries, sweep.retry_failed", "sweep.many=3"),
+    "misspelt free key": smoke("Key 'lrr' is not in struct", "optimizer.lrr=3"),
+    "wrong type": smoke("could not be converted to Integer", "trainer.max_steps=many"),
+    "wrong choice": smoke("expected one of [refuse, accept, fork]", "run.on_drift=maybe"),
+    "unknown option": smoke("Available options in 'optimizer':\n\tadamw\n\tsgd", "optimizer=adamm"),
+    "too small": smoke("checkpoint.keep_last=1 is too small: at least 2", "checkpoint.keep_last=1"),
+    "no end": smoke("the training has no end: set trainer.max_steps", "trainer.max_steps=null"),
+    "no such class": smoke("Are you sure that module 'mine' is inst", "model._target_=mine.Net"),
+    "no value": smoke("data.batch_size not set: give a value in the experiment", "data.batch_size=???"),
+    "no model": smoke("model is a collections.Counter; expec", "model._target_=collections.Counter"),
+    "no task": smoke("an object of a subclass of runner.task.Task", "task._target_=collections.Counter"),
+    "no total": smoke(
         "total_steps is null; set trainer.max_steps, or scheduler.total_steps",
+        "scheduler=warmup_cosine",
+        "trainer.max_steps=null",
+        "trainer.max_epochs=1",
     ),
-    "wrong argument": (("experiment=smoke", "+optimizer.x=1"), 2, "unexpected keyword argument 'x'"),
-    "an argument of the default": (
-        ("experiment=smoke", "optimizer._target_=torch.optim.SGD"),
-        2,
+    "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
+    "an argument of the default": smoke(
         "'betas'. If the default optimizer gave it, leave that out: `defaults: [override /optimizer: null]`",
+        "optimizer._target_=torch.optim.SGD",
     ),
-    "a scheduler that wants a metric": (
-        ("experiment=smoke", "~scheduler", "+scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}"),
-        2,
+    "a scheduler that wants a metric": smoke(
         "lr_scheduler.ReduceLROnPlateau does not take: missing a required argument: 'metrics'",
+        "~scheduler",
+        "+scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}",
     ),
-    "an optimizer that wants a closure": (
-        ("experiment=smoke", "~optimizer", "+optimizer={_target_:torch.optim.LBFGS}"),
-        2,
+    "an optimizer that wants a closure": smoke(
         "torch.optim.lbfgs.LBFGS does not take: missing a required argument: 'closure'",
+        "~optimizer",
+        "+optimizer={_target_:torch.optim.LBFGS}",
     ),
-    "lazy modules": (
-        ("experiment=smoke", "~model", "+model={_target_:torch.nn.LazyLinear,out_features:10}"),
-        2,
+    "lazy modules": smoke(
         "model: weight, bias of lazy modules have no shape yet",
+        "~model",
+        "+model={_target_:torch.nn.LazyLinear,out_features:10}",
     ),
-    "no target": (("experiment=smoke", "~model._target_"), 2, "model needs a _target_"),
-    "remote root": (
-        ("experiment=smoke", "run.root=nosuch://b/x"),
-        2,
-        "run.root=nosuch://...: no kind of storage for runs",
+    "no target": smoke("model needs a _target_", "~model._target_"),
+    "remote root": smoke("run.root=nosuch://...: no kind of storage for runs", "run.root=nosuch://b/x"),
+    "unquoted": smoke("needs quotes: 'run.root=\"~/x\"'", "run.root=~/x"),
+    "unquoted in a list": smoke(
+        "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides", "model.hidden=[a=b,c]"
     ),
-    "unquoted": (("experiment=smoke", "run.root=~/x"), 2, "needs quotes: 'run.root=\"~/x\"'"),
-    "unquoted in a list": (
-        ("experiment=smoke", "model.hidden=[a=b,c]"),
-        2,
-        "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides",
-    ),
-    "its remedy": (("experiment=smoke", "model.hidden=[a=b,c]"), 2, "needs quotes: 'model.hidden=[\"a=b\",c]'\n"),
-    "a call that cannot be": (
-        ("-m", "experiment=smoke", "seed=range(a)"),
-        2,
+    "its remedy": smoke("needs quotes: 'model.hidden=[\"a=b\",c]'\n", "model.hidden=[a=b,c]"),
+    "a call that cannot be": command(
         "the override 'seed=range(a)' cannot be read: TypeError while evaluating",
+        "-m",
+        "experiment=smoke",
+        "seed=range(a)",
     ),
-    "a sweep's configuration": (("--cfg", "job", "-m", "experiment=smoke", "seed=1,2"), 2, "Leave -m out to see"),
-    "a search space": (
-        ("-m", "experiment=smoke", "+hydra.sweeper.params={seed: '1,2'}"),
-        2,
+    "a sweep's configuration": command("Leave -m out to see", "--cfg", "job", "-m", "experiment=smoke", "seed=1,2"),
+    "a search space": command(
         "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. What is",
+        "-m",
+        "experiment=smoke",
+        "+hydra.sweeper.params={seed: '1,2'}",
     ),
-    "a part of a search space": (
-        ("-m", "experiment=smoke", "+hydra.sweeper.params.seed='1,2'"),
-        2,
+    "a part of a search space": command(
         "an override cannot be applied: Unexpected type for root: NoneType",
+        "-m",
+        "experiment=smoke",
+        "+hydra.sweeper.params.seed='1,2'",
     ),
-    "unsafe name": (("experiment=smoke", "run.name=../x"), 2, "run.name=../x: use letters, digits and"),
-    "no such metric": (
-        ("experiment=smoke", "objective.metric=val/acc", "trainer.max_steps=1"),
-        2,
+    "unsafe name": smoke("run.name=../x: use letters, digits and", "run.name=../x"),
+    "no such metric": smoke(
         "objective.metric=val/acc is not among the metrics of the evaluation: val/accuracy, val/loss",
+        "objective.metric=val/acc",
+        "trainer.max_steps=1",
     ),
-    "uneven": (("experiment=smoke", "trainer.accumulate=7"), 1, "data.batch_size=64 cannot be split into"),
-    "device": (("experiment=smoke", "runtime.device=cuda:99"), 2, "runtime.device=cuda:99: this machine shows"),
-    "no file": (
-        ("experiment=fashion_mnist", "data.train.path=/nowhere"),
-        1,
-        "apt-get install dataset-fashion-mnist",
+    "uneven": smoke("data.batch_size=64 cannot be split into", "trainer.accumulate=7", status=1),
+    "device": smoke("runtime.device=cuda:99: this machine shows", "runtime.device=cuda:99"),
+    "no file": command(
+        "apt-get install dataset-fashion-mnist", "experiment=fashion_mnist", "data.train.path=/nowhere", status=1
     ),
-    "no text": (("experiment=gpt", "data.train.path=/nowhere/*.txt"), 1, "no file matches '/nowhere/*.txt'"),
+    "no text": command(
+        "no file matches '/nowhere/*.txt'", "experiment=gpt", "data.train.path=/nowhere/*.txt", status=1
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
+def test_a_mistake_is_reported(name: str, life: Lives, tmp_path: Path) -> None:
     overrides, status, message = MISTAKES[name]
     root = () if any(item.startswith("run.root") for item in overrides) else (f"run.root={tmp_path}",)
     ended = life(*overrides, *root, cwd=tmp_path)
@@ -181,14 +169,14 @@ def test_a_mistake_is_told(name: str, life: Lives, tmp_path: Path) -> None:
         ("# @package _global_\ntrainer: {max_step: 5}", "Did you mean trainer.max_steps?"),
     ],
 )
-def test_a_mistake_in_a_file_is_told(text: str, message: str, life: Lives, tmp_path: Path) -> None:
+def test_a_mistake_in_a_file_is_reported(text: str, message: str, life: Lives, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(text)
     ended = life("--config-dir", str(tmp_path), "experiment=mine", cwd=tmp_path)
     assert (ended.status, message in ended.output, "Traceback" in ended.output) == (2, True, False), ended.output
 
 
-def test_an_error_of_the_user_shows_the_users_frames_and_none_of_hydra(life: Lives, tmp_path: Path) -> None:
+def test_an_error_shows_the_users_frames_and_none_of_hydra(life: Lives, tmp_path: Path) -> None:
     task = ("task._target_=mine.tasks.Breaks", "~task.label_smoothing")
     ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
     assert ended.status == 1
@@ -196,7 +184,7 @@ def test_an_error_of_the_user_shows_the_users_frames_and_none_of_hydra(life: Liv
     assert "hydra/_internal" not in ended.output
 
 
-def test_state_that_cannot_be_saved_is_told_before_the_first_step(life: Lives, tmp_path: Path) -> None:
+def test_unsavable_state_is_reported_before_the_first_step(life: Lives, tmp_path: Path) -> None:
     task = ("task._target_=mine.tasks.Forgetful", "~task.label_smoothing")
     ended = life("experiment=smoke", *task, f"run.root={tmp_path}", cwd=Path(__file__).parent / "user")
     assert "cannot save task/nested/0/what: it is a builtins.object" in ended.output
@@ -224,7 +212,7 @@ FULL = "mount -t tmpfs -o size=100k none {root}"
 @pytest.mark.parametrize(
     ("mount", "message"), [(READ_ONLY, "Read-only file system"), (FULL, "No space left on device")]
 )
-def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_path: Path) -> None:
+def test_a_real_file_system_that_refuses_is_reported(mount: str, message: str, tmp_path: Path) -> None:
     """In a mount namespace of its own, so that even root meets a real refusal."""
     root = tmp_path / "root"
     ended = mounted(mount, root, "checkpoint.max_unsaved=0")
@@ -238,8 +226,8 @@ def test_a_real_file_system_that_refuses_is_told(mount: str, message: str, tmp_p
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
     """Training goes on and says so; when somebody makes room, everything is saved as if nothing had been."""
     log = tmp_path / "log"
-    told = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
-    room = f"{{{{ ({told}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
+    reported = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
+    room = f"{{{{ ({reported}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
     keep = f"cp -r {{root}}/smoke {tmp_path}"
     ended = mounted(f"{FULL} && {room}", tmp_path / "root", "objective.metric=null", then=keep)
     assert ended.returncode == 0, ended.stderr
@@ -271,14 +259,14 @@ def mounted(mount: str, root: Path, *arguments: str, then: str = "true") -> "sub
     )
 
 
-def test_an_unreadable_run_root_is_told(life: Lives, tmp_path: Path) -> None:
+def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     ended = life("experiment=smoke", f"run.root={tmp_path}/file")
     assert (ended.status, "Traceback" in ended.output) == (1, False)
     assert "Not a directory. Choose another run.root" in ended.output
 
 
-def test_help_says_what_a_person_needs(life: Lives) -> None:
+def test_help_explains_the_command(life: Lives) -> None:
     text = life("--help").output
     for part in (
         "start the run, resume it, or print its result",

@@ -82,7 +82,7 @@ LEAST = {flipped: 3800, zeroed: 18, truncated: 80, extended: 30, swapped: 12, co
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damage_is_found_and_the_newest_good_commit_is_used(damage: Damage) -> None:
+def test_damage_is_detected_and_the_newest_good_commit_used(damage: Damage) -> None:
     objects, cases = whole(3), 0
     assert len(objects) == 6, "three manifests and three data files"
     for name in objects:
@@ -120,7 +120,7 @@ def test_every_byte_of_a_data_file_is_covered_by_a_digest() -> None:
         assert "digest" in reason
 
 
-def test_several_damages_at_once_leave_what_they_left() -> None:
+def test_several_damages_at_once_leave_the_undamaged() -> None:
     objects, chance = whole(3), random.Random(0)
     outcomes: list[int | None] = []
     for _ in range(300):

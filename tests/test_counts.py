@@ -12,10 +12,10 @@ def test_counts_of_all_processes_add_up(tmp_path: Path, monkeypatch: pytest.Monk
     for number in (3, 1000):
         counts.count("kills", number)
     counts.count("faults")
-    found = counts.totals(tmp_path / "counts")
-    assert found == {"kills": 1003, "faults": 1}
-    assert "| kills | 1,003 |" in counts.table(found)
-    assert "| corruptions | 0 |" in counts.table(found)
+    numbers = counts.totals(tmp_path / "counts")
+    assert numbers == {"kills": 1003, "faults": 1}
+    assert "| kills | 1,003 |" in counts.table(numbers)
+    assert "| corruptions | 0 |" in counts.table(numbers)
 
 
 def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_a_count_without_a_meaning_is_refused() -> None:
         counts.count("murders")
 
 
-def test_the_table_of_what_proves_what_names_tests_that_exist() -> None:
+def test_the_readme_of_the_tests_names_tests_that_exist() -> None:
     folder = Path(__file__).parent
     named = set(re.findall(r"`(test_\w+)`", (folder / "README.md").read_text()))
     tests = "\n".join(path.read_text() for path in folder.glob("test_*.py"))

@@ -48,7 +48,7 @@ def using(name: str) -> str:
         ((using("Counter"),), ["of Counter", "a counter or cache that changes from call to call"]),
         (
             (using("ByProcess"), "runtime.num_workers=1"),
-            ["of ByProcess", "another one in a data worker than in this process", "the pid"],
+            ["of ByProcess", "is different in a data worker than in this process", "the pid"],
         ),
         (("data.randomness='off'",), ["of Rows draws random numbers", "data.randomness=sample"]),
         (
@@ -76,7 +76,7 @@ def using(name: str) -> str:
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_a_mistake_is_told(more: tuple[str, ...], told: list[str], live: Live) -> None:
+def test_a_mistake_is_reported(more: tuple[str, ...], told: list[str], live: Live) -> None:
     ended = live(*more)
     assert ended.status in (1, 2), ended.output
     assert "most recent call" not in ended.output
@@ -119,7 +119,7 @@ def test_a_changed_file_under_the_same_name_is_refused(live: Live, tmp_path: Pat
     assert live(*command).status == 0
 
 
-def test_changed_validation_data_is_told(live: Live, tmp_path: Path) -> None:
+def test_changed_validation_data_is_reported(live: Live, tmp_path: Path) -> None:
     command = ("data.validation._target_=mine.data.File", f"+data.validation.path={tmp_path}/rows.txt")
     (tmp_path / "rows.txt").write_text("1 2 3 4 5 6 7 8\n" * 30)
     assert live(*command, step=4).status is None
@@ -149,7 +149,7 @@ def test_a_bad_record_of_a_shard_is_named_with_shard_and_offset(live: Live, tmp_
     assert f"{tmp_path}/shards/000.jsonl, record 30, in the block at byte 0 of Records cannot be read" in ended.output
 
 
-def test_substitutes_are_told_and_counted(live: Live, tmp_path: Path) -> None:
+def test_substitutes_are_reported_and_counted(live: Live, tmp_path: Path) -> None:
     ended = live(using("Broken"), "data.on_bad_record=substitute")
     assert ended.status == 0
     assert "bad      sample 7: KeyError: 'label'; sample " in ended.output
@@ -187,7 +187,7 @@ def test_a_sample_that_is_lost_later_can_be_accepted(live: Live, tmp_path: Path)
     assert runs(["audit", str(tmp_path / "rows" / "r")]) == 1
 
 
-def test_none_in_place_of_a_sample_is_told(live: Live) -> None:
+def test_none_in_place_of_a_sample_is_reported(live: Live) -> None:
     ended = live(using("Holes"))
     assert ended.status == 1
     for told in ("of Holes cannot be read", "__getitem__ returned None", "data.on_bad_record=substitute"):

@@ -22,8 +22,8 @@ from runner.datasets.text import Text
 from runner.errors import ConfigError, DataError
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)
 
 
 def idx(array: Any) -> bytes:
@@ -45,13 +45,13 @@ def fashion(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_digits_are_split_into_disjoint_halves_that_make_the_whole() -> None:
+def test_the_splits_of_the_digits_are_disjoint_and_complete() -> None:
     whole = load_digits()
     train, validation = Digits(split="train"), Digits(split="validation")
     assert (len(train), len(validation)) == (1437, 360)
     pixels = torch.cat([train.images, validation.images]).mul(16).flatten(1).tolist()
-    found = zip(pixels, train.labels + validation.labels, strict=True)
-    assert sorted(found) == sorted(zip(whole.data.tolist(), whole.target.tolist(), strict=True))
+    pairs = zip(pixels, train.labels + validation.labels, strict=True)
+    assert sorted(pairs) == sorted(zip(whole.data.tolist(), whole.target.tolist(), strict=True))
 
 
 def test_a_digit_is_a_picture_from_zero_to_one_with_its_label() -> None:
@@ -81,7 +81,7 @@ def test_pictures_as_they_are_draw_no_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_shifted_picture_is_moved_in_every_direction_and_filled_with_zeros() -> None:
+def test_a_shifted_picture_is_filled_with_zeros() -> None:
     torch.manual_seed(0)
     data = LabelledImages(torch.ones(1, 1, 3, 3), torch.tensor([0]), shift=1)
     moved = {tuple(data[0][0].flatten().tolist()) for _ in range(200)}
@@ -98,7 +98,7 @@ def test_a_picture_is_mirrored_half_of_the_time() -> None:
     image = torch.arange(4.0).view(1, 1, 2, 2)
     data = LabelledImages(image, torch.tensor([0]), flip=True)
     drawn = [data[0][0] for _ in range(400)]
-    mirrored, straight = (sum(same(found, kind) for found in drawn) for kind in (image[0].flip(-1), image[0]))
+    mirrored, straight = (sum(same(picture, kind) for picture in drawn) for kind in (image[0].flip(-1), image[0]))
     assert mirrored + straight == 400
     assert 150 < mirrored < 250
 
@@ -111,7 +111,7 @@ def test_fashion_mnist_is_read_from_idx_files(fashion: Path) -> None:
     assert same(test[0][0], train[0][0])
 
 
-def test_missing_pictures_are_told_with_the_remedy(tmp_path: Path) -> None:
+def test_missing_pictures_are_reported_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         FashionMNIST(path=str(tmp_path), split="train")
     assert f"cannot read {tmp_path}/train-images-idx3-ubyte.gz" in str(refused.value)
@@ -134,7 +134,7 @@ NO_IDX = {
 
 
 @pytest.mark.parametrize("raw", NO_IDX.values(), ids=NO_IDX.keys())
-def test_what_is_no_idx_file_is_told_with_its_path_and_the_remedy(fashion: Path, raw: bytes) -> None:
+def test_a_file_of_another_format_than_idx_is_reported(fashion: Path, raw: bytes) -> None:
     (fashion / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw))
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not an idx file .*\n.*apt-get"):
         FashionMNIST(path=str(fashion), split="train")
@@ -187,9 +187,9 @@ def test_a_single_file_is_held_out_at_its_end(tmp_path: Path) -> None:
 
 def test_every_file_is_for_training_or_for_validation(corpus: Path) -> None:
     parts = [Text(split=split, block_size=1, path=str(corpus), held_out=5) for split in ("train", "validation")]
-    found = [joined(part).split(b"\n") for part in parts]
-    assert sorted(found[0] + found[1]) == sorted(path.read_bytes() for path in corpus.rglob("*.txt"))
-    assert 20 < len(found[1]) < 60
+    documents = [joined(part).split(b"\n") for part in parts]
+    assert sorted(documents[0] + documents[1]) == sorted(path.read_bytes() for path in corpus.rglob("*.txt"))
+    assert 20 < len(documents[1]) < 60
 
 
 def test_a_file_stays_on_its_side_when_others_come_and_go(corpus: Path) -> None:
@@ -223,14 +223,14 @@ def test_files_folders_globs_and_urls_name_the_same_text(corpus: Path, remote: s
 
 def test_a_limit_keeps_blocks_from_all_over_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(bytes(range(201)))
-    how: dict[str, Any] = {"split": "train", "block_size": 2, "path": f"{tmp_path}/a.txt", "held_out": 1000}
-    whole, limited = Text(**how), Text(**how, limit=4)
+    options: dict[str, Any] = {"split": "train", "block_size": 2, "path": f"{tmp_path}/a.txt", "held_out": 1000}
+    whole, limited = Text(**options), Text(**options, limit=4)
     assert len(whole) == 100
     assert bytes_of(limited) == [bytes_of(whole)[index] for index in (0, 25, 50, 75)]
-    assert bytes_of(Text(**how, limit=1000)) == bytes_of(whole)
+    assert bytes_of(Text(**options, limit=1000)) == bytes_of(whole)
 
 
-def test_too_little_text_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_too_little_text_is_reported_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"0123456789")
     assert len(Text(split="train", block_size=8, path=f"{tmp_path}/a.txt", held_out=10)) == 1
     with pytest.raises(DataError) as refused:

@@ -1,10 +1,9 @@
 """When a run is evaluated, what an evaluation may leave behind, and whose report it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crews import Crews, crews
+from crews import Crews
 from lives import Lives
 from results import metric_lines, results
 
@@ -21,12 +20,6 @@ ROWS = (
     "runtime.audit=false",
 )
 WAKES = (*ROWS, "task._target_=mine.tasks.Wakes", "model._target_=mine.odd.Centres")
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
 
 
 @pytest.mark.parametrize(
@@ -47,7 +40,7 @@ def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("cut", [None, 6, 7])
-def test_the_step_at_which_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
+def test_the_step_where_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
     """Killed after that step was evaluated, before, and not at all. Beside it, a model that has to be woken."""
     command = (*ROWS, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", "checkpoint.every_steps=1")
     command = (*command, "model._target_=mine.odd.asleep", f"run.root={tmp_path}", "run.name=r")
@@ -56,17 +49,17 @@ def test_the_step_at_which_a_callback_ends_training_is_evaluated(cut: int | None
     ended = life(*command, cwd=USER)
     assert ended.status == 0, ended.output
     assert "model    it came in evaluation mode, and trains now" in ended.output
-    found = results(tmp_path / "rows/r")
-    assert (found.result["step"], found.result["reason"]) == (7, "enough")
-    assert found.parts["callback.evaluate"]["step"] == 7
+    actual = results(tmp_path / "rows/r")
+    assert (actual.result["step"], actual.result["reason"]) == (7, "enough")
+    assert actual.parts["callback.evaluate"]["step"] == 7
     lines = {line["step"]: line for line in metric_lines(tmp_path / "rows/r")}
     assert [step for step, line in lines.items() if "val/loss" in line] == [4, 7]
-    assert found.result["metrics"]["val/loss"] == lines[7]["val/loss"]
-    assert found.result["objective"]["value"] == min(lines[4]["val/loss"], lines[7]["val/loss"])
+    assert actual.result["metrics"]["val/loss"] == lines[7]["val/loss"]
+    assert actual.result["objective"]["value"] == min(lines[4]["val/loss"], lines[7]["val/loss"])
     assert "train/loss" in lines[7]
 
 
-def test_a_signal_in_the_evaluation_that_a_callback_caused_delays_it(life: Lives, tmp_path: Path) -> None:
+def test_a_signal_delays_the_evaluation_after_a_callbacks_stop(life: Lives, tmp_path: Path) -> None:
     command = (*WAKES, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", f"run.root={tmp_path}")
     assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
     cut = (*command, "+task.call=6", "run.name=cut")
@@ -110,7 +103,7 @@ def test_reports_that_differ_between_processes_are_refused(crew: Crews, tmp_path
     assert ended.statuses == [0, 0], ended.output
 
 
-def test_metrics_of_callbacks_that_differ_between_processes_are_refused(crew: Crews, tmp_path: Path) -> None:
+def test_callback_metrics_that_differ_by_process_are_refused(crew: Crews, tmp_path: Path) -> None:
     numbers = "+callbacks.numbers._target_=mine.callbacks.Numbers"
     ended = crew(2, *ROWS, numbers, f"run.root={tmp_path}", "run.name=r", cwd=USER)
     assert ended.statuses == [1, 1]

@@ -13,13 +13,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from runner.errors import DataError, StorageError
 from runner.storage.files import (
+    chunks,
     exists,
     expand,
     is_compressed,
-    listing,
+    list_files,
     local_path,
     open_file,
-    pieces,
     read,
     read_range,
     resolve,
@@ -106,20 +106,20 @@ def test_no_file_at_all_is_an_error_with_the_remedy(folder: Path, pattern: str) 
     assert str(refused.value) == told
 
 
-def test_what_cannot_be_read_is_told_with_its_path(folder: Path) -> None:
+def test_an_unreadable_file_is_reported_with_its_path(folder: Path) -> None:
     (folder / "a.gz").write_text("not compressed")
     for name, told in (("absent", "FileNotFoundError"), ("deep", "IsADirectoryError"), ("a.gz", "BadGzipFile")):
         with pytest.raises(DataError, match=rf"^cannot read {folder}/{name}: {told}"):
             read(f"{folder}/{name}")
 
 
-def test_an_unknown_store_is_told_with_the_path() -> None:
+def test_an_unknown_store_is_reported_with_the_path() -> None:
     for verb in (read, expand):
         with pytest.raises(DataError, match="cannot read nosuch://a: ValueError: Protocol not known: nosuch"):
             verb("nosuch://a")
 
 
-def test_an_error_of_a_kind_that_only_its_store_knows_is_told_with_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_type_of_a_store_is_reported_with_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoCredentials(Exception):
         pass
 
@@ -134,7 +134,7 @@ def test_an_error_of_a_kind_that_only_its_store_knows_is_told_with_the_path(monk
         write("memory://a", b"x")
 
 
-def test_a_compressed_file_that_is_cut_or_damaged_is_told_with_its_path(tmp_path: Path) -> None:
+def test_a_damaged_compressed_file_is_reported_with_its_path(tmp_path: Path) -> None:
     good = gzip.compress(b"text" * 1000)
     for bad in (good[:-10], good[:12] + b"\xff" + good[13:], good[:5]):
         (tmp_path / "a.gz").write_bytes(bad)
@@ -159,7 +159,7 @@ def test_inside_an_archive_paths_keep_the_way_to_it(tmp_path: Path) -> None:
 
 def test_a_listing_has_sizes_and_marks(memory: str, folder: Path) -> None:
     for where in (memory, str(folder)):
-        found = listing(f"{where}/*.txt")
+        found = list_files(f"{where}/*.txt")
         assert [*found] == expand(f"{where}/*.txt")
         assert [about.size for about in found.values()] == [5, 5]
         assert all(about.mark for about in found.values())
@@ -184,7 +184,7 @@ def test_a_range_comes_whole_or_not_at_all(memory: str, folder: Path) -> None:
 
 def test_a_file_comes_in_pieces_unpacked(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"abcdefg"))
-    assert [*pieces(f"{tmp_path}/a.gz", 3)] == [b"abc", b"def", b"g"]
+    assert [*chunks(f"{tmp_path}/a.gz", 3)] == [b"abc", b"def", b"g"]
     assert is_compressed("a.gz")
     assert not is_compressed("a.txt")
 

@@ -114,7 +114,7 @@ def test_looking_whether_it_sticks_changes_no_sample(kind: Any, workers: int) ->
     assert [step(again) for _ in whole[2:]] == whole[2:]
 
 
-def test_what_cannot_be_copied_is_not_looked_at() -> None:
+def test_a_data_set_that_cannot_be_copied_is_not_probed() -> None:
     class Locked(OnDataset):
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +196,7 @@ class OfNumpy(OnDataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_state_may_hold_what_numpy_has(workers: int) -> None:
+def test_a_state_may_hold_numpy_values(workers: int) -> None:
     whole = uninterrupted(OnDataset, workers)
     state, found = stored(stream(OfNumpy(), workers).state_dict()), []
     for _ in whole:
@@ -229,7 +229,7 @@ def test_a_pass_that_cannot_be_read_again_is_refused(workers: int) -> None:
     step(stream(Restless(), workers, replay=True))
 
 
-def test_what_numpy_has_and_no_checkpoint_takes_is_refused() -> None:
+def test_numpy_values_that_cannot_be_stored_are_refused() -> None:
     class Odd(OnDataset):
         def state_dict(self) -> dict[str, Any]:
             return {"a": np.array([lambda: 0])}

@@ -1,11 +1,10 @@
 """A process that hangs anywhere: its rank and code line are reported, no process is left, the same command goes on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crews import Crews, crews
+from crews import Crews
 
 USER = Path(__file__).parent / "user"
 DATA = ("data.train._target_=mine.data.Stuck", "+data.train.rank=1", "+data.train.once=ONCE")
@@ -19,12 +18,6 @@ HANGS = {
     "restore": (0, (*CALLBACK, "+callbacks.own.at=load", "checkpoint.every_steps=1"), "mine/callbacks.py"),
     "end": (0, (*CALLBACK, "+callbacks.own.at=end"), "mine/callbacks.py"),
 }
-
-
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
 
 
 @pytest.mark.parametrize(
@@ -44,7 +37,8 @@ def test_a_rank_that_hangs_is_named_with_its_line(name: str, crew: Crews, tmp_pa
     )
     if name == "restore":
         crew(2, *command, cwd=USER, step=3)
-    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, **({"to": [1], "hang": 1} if name == "writer" else {}))
+    to, hang = ([1], 1) if name == "writer" else (None, None)
+    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, to=to, hang=hang)
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
     assert f"rank {1 - rank} (pid" not in ended.output, "it only waits"

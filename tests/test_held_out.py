@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runner.data.evaluation_data import EvaluationData
-from runner.data.loader import Loading
-from runner.distributed.environment import World
+from runner.data.loader import LoaderOptions
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def data(samples: Any, *, rank: int = 0, size: int = 1, workers: int = 0, **others: Any) -> EvaluationData:
-    values = {"seed": 1, "batch_size": 4, "randomness": "sample", "loading": Loading(workers), "device": CPU}
+    values = {"seed": 1, "batch_size": 4, "randomness": "sample", "loading": LoaderOptions(workers), "device": CPU}
     return EvaluationData(samples, world=World(rank, size), **(values | others))
 
 
@@ -36,7 +36,7 @@ def test_every_sample_counts_exactly_once(size: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("size", SIZES)
-def test_all_processes_have_equally_many_batches_and_none_is_empty(size: int, world: int) -> None:
+def test_all_processes_have_as_many_batches_and_none_is_empty(size: int, world: int) -> None:
     found = dealt(range(size), world)
     assert {len(own) for own in found} == {-(-size // (4 * world))}
     assert all(len(batch) for own in found for _, batch in own)
@@ -73,7 +73,7 @@ class Noisy:
         return torch.rand(3)
 
 
-def test_what_a_sample_draws_does_not_depend_on_the_world() -> None:
+def test_draws_of_a_sample_do_not_depend_on_the_processes() -> None:
     alone = [batch.tolist() for _, batch in dealt(Noisy(17), 1)[0]]
     for world in (2, 4):
         found = dealt(Noisy(17), world)
@@ -89,7 +89,7 @@ def test_padding_is_the_same_in_every_pass_and_with_workers() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_record_is_told_by_number_where_it_counts(workers: int) -> None:
+def test_a_bad_record_is_reported_by_number_where_it_counts(workers: int) -> None:
     samples = Noisy(16, bad=5)
     assert len([*data(samples, rank=0, size=2, workers=workers)]) == 2
     with pytest.raises(DataError, match=r"sample 5 of Noisy cannot be read \(position 5\):[\s\S]*ValueError: cut off"):

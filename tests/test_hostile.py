@@ -319,9 +319,9 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     )
     assert guard.returncode == 0, guard.stderr
     assert (root / "secret").read_text() == "secret"
-    found = json.loads(guard.stdout)
+    outcomes = json.loads(guard.stdout)
     names = ["ordinary", *HOSTILE, *(f"plan: {name}" for name in PLANS)]
-    return {name: found[path] for name, path in zip(names, paths, strict=True)}
+    return {name: outcomes[path] for name, path in zip(names, paths, strict=True)}
 
 
 FACTS: list[dict[str, Any]] = [
@@ -395,19 +395,19 @@ def mutate(value: Any, chance: random.Random) -> Any:
     if isinstance(value, (dict, list)) and value and chance.random() < 0.85:
         keys: list[Any] = [*value] if isinstance(value, dict) else [*range(len(value))]
         key, other = chance.choice(keys), chance.choice(keys)
-        found = value.copy()
+        other_value = value.copy()
         kind = chance.random()
         if kind < 0.7:
-            found[key] = mutate(value[key], chance)
+            other_value[key] = mutate(value[key], chance)
         elif kind < 0.8:
-            found.pop(key)
+            other_value.pop(key)
         elif kind < 0.9:
-            found[key] = value[other]
-        elif isinstance(found, dict):
-            found[chance.choice(["$", "", "..", "data/x", "model/weight"])] = found.pop(key)
+            other_value[key] = value[other]
+        elif isinstance(other_value, dict):
+            other_value[chance.choice(["$", "", "..", "data/x", "model/weight"])] = other_value.pop(key)
         else:
-            found += found
-        return found
+            other_value += other_value
+        return other_value
     if isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.5:
         return value + chance.choice([-1, 1, 7, 512, -512])
     return chance.choice(VALUES)
@@ -419,9 +419,9 @@ def modest(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def measured(shape: Any, *, dtype: torch.dtype) -> torch.Tensor:
-        found = empty(shape, dtype=dtype)
-        assert found.numel() * found.itemsize < 4096
-        return found
+        tensor = empty(shape, dtype=dtype)
+        assert tensor.numel() * tensor.itemsize < 4096
+        return tensor
 
     monkeypatch.setattr(tensor_file.torch, "empty", measured)
 
@@ -476,7 +476,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def test_what_could_not_be_read_again_is_not_sealed() -> None:
+def test_an_unreadable_manifest_is_not_sealed() -> None:
     """Else it would be acknowledged, and no resume could use it."""
     for depth in (MAX_DEPTH - 2, 100):
         assert unseal(seal({"a": nested(depth)})) == {"a": nested(depth)}

@@ -28,7 +28,7 @@ class Row:
     """What the table says of a run."""
 
     status: str
-    tensorboard: dict[str, float | str]
+    hparams: dict[str, float | str]
     metrics: dict[str, float]
 
 
@@ -47,7 +47,7 @@ def table(folder: Path) -> tuple[dict[str, Row], list[str]]:
     return rows, [column.name for column in experiment.hparam_infos if column.differs]
 
 
-def test_a_sweep_is_a_table_of_what_its_runs_compute_and_how_good_they_are(life: Lives, tmp_path: Path) -> None:
+def test_a_sweep_is_a_table_of_settings_and_objectives(life: Lives, tmp_path: Path) -> None:
     """A run with a default shows it like one to which it was said, so that no cell of a swept column is empty."""
     assert life("-m", *COMMAND, f"run.root={tmp_path}", "optimizer.lr=0.1,0.003").status == 0
     assert life(*COMMAND, f"run.root={tmp_path}", "trainer.clip_norm=1").status == 0
@@ -63,7 +63,7 @@ def test_a_sweep_is_a_table_of_what_its_runs_compute_and_how_good_they_are(life:
         assert all(path.is_file() for path in (tmp_path / "smoke" / name / "tensorboard").iterdir())
 
 
-def test_a_killed_run_has_the_best_so_far_and_a_resumed_one_is_the_same_row(life: Lives, tmp_path: Path) -> None:
+def test_a_killed_run_shows_its_best_and_resumes_in_its_row(life: Lives, tmp_path: Path) -> None:
     found = []
     for step in (3, 5, None):
         ended = life(*COMMAND, f"run.root={tmp_path}", **({} if step is None else {"step": step}))
@@ -77,7 +77,7 @@ def test_a_killed_run_has_the_best_so_far_and_a_resumed_one_is_the_same_row(life
     assert [value for _, value in found] == pytest.approx(best)
 
 
-def test_what_was_accepted_since_is_what_the_row_says(life: Lives, tmp_path: Path) -> None:
+def test_the_row_shows_the_accepted_drift(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
     assert life(*command).status == 0
     assert life(*command, "trainer.max_steps=12", "run.on_drift=accept", step=9).status is None
@@ -94,5 +94,5 @@ def test_what_was_accepted_since_is_what_the_row_says(life: Lives, tmp_path: Pat
     ],
 )
 def test_numbers_are_numbers_and_all_else_is_text(value: Any, shown: float | str, tmp_path: Path) -> None:
-    tensorboard.write(LocalLocation(tmp_path), "tensorboard", "e", {"model": {"x": value}}, finished=False)
+    tensorboard.write_hparams(LocalLocation(tmp_path), "e", {"model": {"x": value}}, finished=False)
     assert table(tmp_path)[0]["tensorboard"].hparams == {"experiment": "e", "model.x": shown}

@@ -4,11 +4,10 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from defaults import configured as default_config
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, typed, variant
-from runner.config.schema import Config
+from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
 
 FILLED = {
     "model": {"_target_": "m", "width": "${data.batch_size}"},
@@ -20,7 +19,7 @@ FILLED = {
 
 
 def configured(**more: Any) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), FILLED, more)
+    return default_config(FILLED, more)
 
 
 def test_without_overrides_a_run_is_the_base() -> None:
@@ -53,7 +52,7 @@ def test_how_a_run_is_executed_is_not_in_its_name(override: str) -> None:
     assert variant([override, "seed=3"]) == "seed=3"
 
 
-def test_what_a_run_begins_from_is_in_its_name() -> None:
+def test_the_parent_of_a_run_is_in_its_name() -> None:
     assert variant(["run.inherit=all", "seed=1"]) == "run.inherit=all,seed=1"
     names = [variant([f"run.parent={parent}"]) for parent in ("a/b", "a_b", "a/b@best", "a/b@10")]
     assert len({*names}) == len(names)
@@ -82,7 +81,7 @@ def test_the_same_value_gives_the_same_name(spellings: list[str], name: str) -> 
     assert {variant([spelling]) for spelling in spellings} == {name}
 
 
-def test_the_spelling_within_lists_and_mappings_does_not_matter_either() -> None:
+def test_spelling_within_lists_and_mappings_does_not_matter() -> None:
     assert variant(["model.hidden=[64, 1e1,null]"]) == variant(["model.hidden=[64.0,10,NULL]"])
     assert variant(["model.sizes={a: 1, b: 2}"]) == variant(["model.sizes={b:2.0,a:1}"])
     assert variant(["model.hidden=[1,2]"]) != variant(["model.hidden=[2,1]"])
@@ -144,7 +143,7 @@ def test_names_of_ordinary_texts_have_no_quotes() -> None:
     ],
 )
 def test_names_may_be_typed_as_they_are_printed(words: list[str], expected: list[str] | None) -> None:
-    assert typed(words) == (expected or words)
+    assert quote_run_names(words) == (expected or words)
 
 
 def test_long_names_are_cut_and_stay_distinct() -> None:
@@ -163,7 +162,7 @@ def test_names_are_frozen() -> None:
 def test_digests_tell_values_apart_whatever_their_order() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     values: list[Any] = [{"a": 1}, {"a": "1"}, {"a": True}, {"a": None}, {"a": [1]}, {"b": 1}, {}]
-    assert all(digest(one) != digest(other) for one, other in combinations(values, 2))
+    assert all(digest(left) != digest(other) for left, other in combinations(values, 2))
     assert digest([{1: {2: 0, "b": 0}, "a": 0}]) == digest([{"a": 0, 1: {"b": 0, 2: 0}}])
 
 
@@ -178,23 +177,23 @@ def test_an_unsafe_text_cannot(text: str) -> None:
 
 
 def test_the_identity_is_resolved_plain_and_in_order() -> None:
-    found = identity(configured(data={"tail": "drop"}, runtime={"num_workers": 3}))
-    assert tuple(found) == IDENTITY
-    assert found["model"] == {"_target_": "m", "width": 8}
-    assert found["data"]["tail"] == "drop"
-    assert found["trainer"]["precision"] == "fp32"
-    assert type(found["objective"]["mode"]) is str
+    parts = identity(configured(data={"tail": "drop"}, runtime={"num_workers": 3}))
+    assert tuple(parts) == IDENTITY
+    assert parts["model"] == {"_target_": "m", "width": 8}
+    assert parts["data"]["tail"] == "drop"
+    assert parts["trainer"]["precision"] == "fp32"
+    assert type(parts["objective"]["mode"]) is str
 
 
 def test_how_a_run_is_executed_does_not_change_its_identity() -> None:
-    one = configured(runtime={"num_workers": 3}, run={"root": "elsewhere"}, checkpoint={"every_steps": 1})
-    assert identity(one) == identity(configured())
+    elsewhere = configured(runtime={"num_workers": 3}, run={"root": "elsewhere"}, checkpoint={"every_steps": 1})
+    assert identity(elsewhere) == identity(configured())
     assert identity(configured(seed=1)) != identity(configured())
 
 
 def test_a_missing_value_is_no_identity() -> None:
     with pytest.raises(MissingMandatoryValue, match="model"):
-        identity(OmegaConf.structured(Config))
+        identity(default_config())
 
 
 def test_flatten_names_leaves_by_dotted_key() -> None:

@@ -40,7 +40,7 @@ def test_whichever_comes_first_is_due() -> None:
     assert not interval.due(7, epochs_before=1, epochs=1)
 
 
-def test_what_is_none_never_comes() -> None:
+def test_an_interval_of_none_is_never_due() -> None:
     assert not any(Interval().due(step, epochs_before=0, epochs=step) for step in range(1, 100))
 
 

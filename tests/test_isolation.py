@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from waiting import until
 
-from runner.job import Job
 from runner.run import attempt_records
-from runner.run.attempt_records import Name, Record
-from runner.run.attempts import dump
+from runner.run.attempt_records import AttemptRecord, ClaimName, encode
 from runner.run.directory import RunDirectory
+from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
 from runner.sweep import survey
 
@@ -43,7 +43,7 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
     return ("~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
 
-def attempts(root: Path) -> dict[str, list[Record]]:
+def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
     return {
@@ -90,7 +90,7 @@ def test_a_job_that_dies_between_checkpoints_goes_on(life: Lives, tmp_path: Path
     assert ", at step 5 or later: its process was killed by SIGKILL" in ended.output
 
 
-def test_what_ends_a_process_without_a_word_is_named(life: Lives, tmp_path: Path) -> None:
+def test_the_cause_of_a_silent_end_is_named(life: Lives, tmp_path: Path) -> None:
     how = (f"run.root={tmp_path}", "sweep.max_retries=0")
     ended = life(*COMMAND, "task._target_=mine.tasks.Leaves,runner.tasks.classification.Classification", *how, cwd=USER)
     assert ended.status == 1
@@ -135,7 +135,7 @@ def slow(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
             stderr=log,
             start_new_session=True,
         )
-    job = until(lambda: at_work(tmp_path), tmp_path)
+    job = until(lambda: at_work(tmp_path), log=tmp_path / "log")
     assert job != process.pid
     yield process
     with contextlib.suppress(ProcessLookupError):
@@ -147,14 +147,6 @@ def at_work(root: Path) -> int | None:
     """The process that has made a step of a run."""
     last = [history[-1] for history in attempts(root).values() if history]
     return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
-
-
-def until(found: Any, root: Path) -> Any:
-    stop = time.monotonic() + 120
-    while not (value := found()):
-        assert time.monotonic() < stop, (root / "log").read_text()
-        time.sleep(0.05)
-    return value
 
 
 @pytest.mark.parametrize("whom", ["sweep", "terminal"])
@@ -173,7 +165,7 @@ def test_a_stop_signal_reaches_sweep_and_job_whoever_gets_it(
 def test_a_job_whose_sweep_is_killed_commits_and_ends(slow: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
     slow.kill()
     slow.wait(60)
-    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], tmp_path)
+    until(lambda: list(outcomes(tmp_path).values()) == [["interrupted"]], log=tmp_path / "log")
 
 
 def test_nothing_of_a_failed_job_stays_in_the_sweep(life: Lives, tmp_path: Path) -> None:
@@ -187,15 +179,15 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     """A run with an attempt of that number."""
     directory = RunDirectory.under(str(root), "smoke", run)
     directory.create({}, parent=None)
-    name = Name(number, f"{number:012x}")
-    directory.location.put(f"{name}.json", [dump({"attempt": number, "pid": 1, "host": "other", **facts})])
+    name = ClaimName(number, f"{number:012x}")
+    directory.location.put(f"{name}.json", [encode({"attempt": number, "pid": 1, "host": "other", **facts})])
     if end:
-        directory.location.put(f"{name}.end.json", [dump({"outcome": end})])
+        directory.location.put(f"{name}.end.json", [encode({"outcome": end})])
     return directory
 
 
-def looked(*directories: RunDirectory) -> list[survey.Found]:
-    jobs = {(one.variant,): Job(one, {}, [], None, "refuse", "") for one in directories}
+def statuses(*directories: RunDirectory) -> list[survey.RunStatus]:
+    jobs = {(each.variant,): RunSpec(each, {}, [], None, "refuse", "") for each in directories}
     return [*survey.survey(jobs).values()]
 
 
@@ -209,13 +201,13 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
         count = 0
         while not over.wait(0.2):
             count += 1
-            living.location.replace(f"{Name(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
+            living.location.replace(f"{ClaimName(1, f'{1:012x}')}.beat", [encode({"sequence": count})], durable=False)
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
         began = time.monotonic()
-        found = looked(*dead, living)
+        found = statuses(*dead, living)
         took = time.monotonic() - began
     finally:
         over.set()
@@ -243,16 +235,14 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
 ) -> None:
     for number, facts in enumerate(attempts, 1):
         directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
-    (found,) = looked(directory)
+    (found,) = statuses(directory)
     assert found.failures == failures
     assert found.status == survey.CUT
 
 
-def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = claimed(tmp_path, "run", 1, machine=attempt_records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        assert looked(run)[0].failures == failures
+        assert statuses(run)[0].failures == failures

@@ -6,18 +6,17 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import servers
 from lives import Lives
 from results import results
+from waiting import until
 
 from runner.run import attempt_records
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -50,13 +49,6 @@ LAUNCHERS = {
 PACKAGES = {"joblib": "hydra_joblib_launcher", "slurm": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
 
 Start = Callable[..., subprocess.Popen[bytes]]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Slurm with two processors."""
-    with servers.slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +93,16 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
         process.wait(10)
 
 
-def attempts(root: Path) -> dict[str, list[Record]]:
+def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run."""
     folders = (path.parent for path in root.glob("runs/smoke/*/run.json"))
     return {folder.name: attempt_records.history(LocalLocation(folder)) for folder in folders}
 
 
-def at_work(root: Path, *, above: int = 0) -> list[Record]:
+def at_work(root: Path, *, above: int = 0) -> list[AttemptRecord]:
     """The attempts that live and have come further than ``above`` steps."""
     last = [history[-1] for history in attempts(root).values() if history]
     return [record for record in last if record.alive() and record.beat.get("committed", 0) > above]
-
-
-def until(found: Callable[[], object], root: Path, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Wait until something is found while the process lives."""
-    stop = time.monotonic() + 60
-    while not found():
-        assert process is None or process.poll() is None, (root / "log").read_text()
-        assert time.monotonic() < stop, (root / "log").read_text()
-        time.sleep(0.02)
 
 
 def ended(process: subprocess.Popen[bytes], root: Path, *, seconds: float) -> str:
@@ -138,7 +121,9 @@ def outcomes(root: Path) -> list[list[str]]:
 
 def reasons(root: Path) -> list[list[str]]:
     """Why the attempts at each run ended."""
-    return [[(one.end or {}).get("reason", "") for one in history] for _, history in sorted(attempts(root).items())]
+    return [
+        [(record.end or {}).get("reason", "") for record in history] for _, history in sorted(attempts(root).items())
+    ]
 
 
 def assert_equal(root: Path, whole: Path) -> None:
@@ -156,11 +141,11 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     """A worker is killed and the sweep goes on; stopped, it stops its jobs; killed and run again, it finishes."""
     chance = random.Random(launcher)
     sweep = start(launcher)
-    until(lambda: at_work(tmp_path), tmp_path, sweep)
+    until(lambda: at_work(tmp_path), process=sweep, log=tmp_path / "log")
     killed = chance.choice(at_work(tmp_path))
     os.kill(killed.claim["pid"], signal.SIGKILL)
-    until(lambda: not killed.alive(), tmp_path, sweep)
-    until(lambda: at_work(tmp_path, above=5), tmp_path, sweep)
+    until(lambda: not killed.alive(), process=sweep, log=tmp_path / "log")
+    until(lambda: at_work(tmp_path, above=5), process=sweep, log=tmp_path / "log")
     sweep.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
     output = ended(sweep, tmp_path, seconds=60)
     assert sweep.returncode == 75, output
@@ -169,17 +154,21 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     assert "interrupted" in [ends[-1] for ends in outcomes(tmp_path)], output
 
     sweep = start(launcher)
-    until(lambda: at_work(tmp_path), tmp_path, sweep)
+    until(lambda: at_work(tmp_path), process=sweep, log=tmp_path / "log")
     orphan = at_work(tmp_path)[0]
     sweep.kill()
     sweep.wait(10)
     if launcher != "slurm":  # there a job belongs to the cluster; here nobody could stop it any more
-        until(lambda: not orphan.alive(), tmp_path)
+        until(lambda: not orphan.alive())
 
     submitted = len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")])
     sweep = start(launcher)
     if launcher == "slurm":  # which had not begun the last job, so that it is submitted again
-        until(lambda: len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")]) > submitted, tmp_path, sweep)
+        until(
+            lambda: len([*tmp_path.glob("runs/smoke/.submitit/*/*.sh")]) > submitted,
+            process=sweep,
+            log=tmp_path / "log",
+        )
     (tmp_path / "pace").write_text("0")
     output = ended(sweep, tmp_path, seconds=120)
     assert sweep.returncode == 0, output
@@ -187,7 +176,9 @@ def test_workers_and_sweeps_may_be_killed_and_stopped(launcher: str, start: Star
     assert launcher != "slurm" or "in use" in output
     if launcher == "joblib":
         assert "interrupted" in [
-            one.outcome() for one in attempts(tmp_path)[Path(orphan.location.url).name] if one.name == orphan.name
+            record.outcome()
+            for record in attempts(tmp_path)[Path(orphan.location.url).name]
+            if record.name == orphan.name
         ]
     assert_equal(tmp_path, whole)
 
@@ -204,10 +195,10 @@ def test_a_launcher_that_always_fails_gets_as_far_as_it_can(
     assert ("4 done" if jobs else "4 failed") in ended.output
 
 
-def test_a_run_that_failed_by_itself_says_so_whatever_became_of_the_launcher(life: Lives, tmp_path: Path) -> None:
+def test_a_run_reports_its_own_failure_without_its_launcher(life: Lives, tmp_path: Path) -> None:
     fragile = ("hydra/launcher=fragile", "hydra.launcher.jobs=1", "sweep.retry_failed=false")
-    how = ("task=fails", "task.step=1", *fragile, f"run.root={tmp_path}")
-    ended = life(*(word for word in SWEEP if word != "task=slow"), *how, cwd=USER)
+    overrides = ("task=fails", "task.step=1", *fragile, f"run.root={tmp_path}")
+    ended = life(*(word for word in SWEEP if word != "task=slow"), *overrides, cwd=USER)
     assert "failed   smoke/" in ended.output
     assert [line for line in ended.output.splitlines() if "ZeroDivisionError: division by zero" in line][-1].startswith(
         "smoke/"
@@ -215,7 +206,7 @@ def test_a_run_that_failed_by_itself_says_so_whatever_became_of_the_launcher(lif
 
 
 @pytest.mark.campaign
-def test_whatever_slurm_does_to_a_job_it_loses_nothing(
+def test_a_job_loses_nothing_whatever_slurm_does(
     start: Start, cluster: dict[str, str], whole: Path, tmp_path: Path
 ) -> None:
     """The first is preempted by a signal and then queued again by hand, one is cancelled, one reaches its time limit.
@@ -231,18 +222,18 @@ def test_whatever_slurm_does_to_a_job_it_loses_nothing(
         return slurm("squeue", "--noheader", "--format=%F").split()
 
     def working(seed: int, attempt: int) -> bool:
-        return any(f"seed={seed}," in one.location.url and one.number == attempt for one in at_work(tmp_path))
+        return any(f"seed={seed}," in record.location.url and record.number == attempt for record in at_work(tmp_path))
 
-    until(lambda: working(1, 1), tmp_path, sweep)
+    until(lambda: working(1, 1), process=sweep, log=tmp_path / "log")
     job = array()[0]
     slurm("scancel", "--signal=USR2", f"{job}_0")
-    until(lambda: working(2, 1), tmp_path, sweep)
+    until(lambda: working(2, 1), process=sweep, log=tmp_path / "log")
     slurm("scancel", f"{job}_1")
-    until(lambda: working(3, 1), tmp_path, sweep)
+    until(lambda: working(3, 1), process=sweep, log=tmp_path / "log")
     slurm("scontrol", "update", f"jobid={job}_2", "timelimit=1")  # its signal comes within 30 s
-    until(lambda: working(1, 2), tmp_path, sweep)
+    until(lambda: working(1, 2), process=sweep, log=tmp_path / "log")
     slurm("scontrol", "requeue", f"{job}_0")
-    until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], tmp_path, sweep)
+    until(lambda: len(attempts(tmp_path)) == 3 and reasons(tmp_path)[2][0], process=sweep, log=tmp_path / "log")
     (tmp_path / "pace").write_text("0")
     output = ended(sweep, tmp_path, seconds=150)
     assert sweep.returncode == 0, output

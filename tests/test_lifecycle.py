@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from lives import Lives, lives
 from results import metric_lines, results
+from waiting import until
 
 from runner.__main__ import _failed
 from runner.checkpoint.store import CheckpointStore
@@ -35,7 +35,7 @@ def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_pa
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in kept.items() if path != log)
 
 
-def test_a_finished_run_is_reported_without_importing_torch_or_optuna(life: Lives, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_without_importing_torch(life: Lives, tmp_path: Path) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}").status == 0
     code = "import sys; from runner.__main__ import main; assert main() == 0; "
     code += "assert not {'torch', 'optuna'} & {*sys.modules}"
@@ -43,7 +43,7 @@ def test_a_finished_run_is_reported_without_importing_torch_or_optuna(life: Live
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
 
 
-def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(life: Lives, tmp_path: Path) -> None:
+def test_only_identity_overrides_name_the_directory(life: Lives, tmp_path: Path) -> None:
     first = life(
         *COMMAND, f"run.root={tmp_path}", "optimizer.lr=1e-2", "runtime.num_workers=1", "checkpoint.keep_last=3"
     )
@@ -52,7 +52,7 @@ def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(li
     assert [path.name for path in (tmp_path / "smoke").iterdir()] == ["optimizer.lr=0.01,trainer.max_steps=30"]
 
 
-def test_a_run_whose_number_is_written_as_another_type_is_still_finished(
+def test_a_number_written_as_another_type_is_the_same_run(
     life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "task.label_smoothing=0").status == 0
@@ -62,7 +62,7 @@ def test_a_run_whose_number_is_written_as_another_type_is_still_finished(
     assert " complete " in capsys.readouterr().out
 
 
-def test_a_sweep_uses_the_directories_of_single_runs_and_skips_what_is_done(life: Lives, tmp_path: Path) -> None:
+def test_a_sweep_skips_single_runs_that_are_finished(life: Lives, tmp_path: Path) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "seed=2").status == 0
     swept = life("-m", *COMMAND, f"run.root={tmp_path}", "seed=1,2")
     assert swept.status == 0, swept.output
@@ -92,21 +92,19 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     assert life(*command).status == 0, "the run was left as it was"
 
 
-def test_what_an_environment_variable_holds_is_neither_stored_nor_shown_in_a_command(
-    life: Lives, tmp_path: Path
-) -> None:
-    given = "+run.storage_options.secret=${oc.env:PATH}"
-    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", given)
+def test_the_value_of_an_environment_variable_is_not_stored(life: Lives, tmp_path: Path) -> None:
+    override = "+run.storage_options.secret=${oc.env:PATH}"
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", override)
     assert life(*command, step=15).status is None
     ended = life(*command, "optimizer.lr=0.5")
-    assert f"'{given}'" in ended.output
+    assert f"'{override}'" in ended.output
     assert os.environ["PATH"] not in ended.output
     files = [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(given in text for text in files)
+    assert any(override in text for text in files)
     assert not [text for text in files if os.environ["PATH"] in text]
 
 
-def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Lives, tmp_path: Path) -> None:
+def test_remedies_for_drift_name_the_users_configurations(life: Lives, tmp_path: Path) -> None:
     experiment = tmp_path / "conf/experiment/mine.yaml"
     experiment.parent.mkdir(parents=True)
     smoke = (Path(__file__).parent.parent / "conf/experiment/smoke.yaml").read_text()
@@ -151,7 +149,7 @@ def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Pat
     assert life(*longer).output.startswith("finished step 50")
 
 
-def test_a_fork_begins_from_the_state_and_leaves_its_parent_alone(life: Lives, tmp_path: Path) -> None:
+def test_a_fork_begins_from_its_parent_and_leaves_it_alone(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
     assert life(*command).status == 0
     before = results(tmp_path / "smoke/r")
@@ -171,8 +169,7 @@ def test_two_processes_do_not_train_the_same_run(life: Lives, tmp_path: Path) ->
     command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
     first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         second = life(*command)
         assert second.status == 4
         assert f"is in use by attempt 1 (pid {first.pid}" in second.output
@@ -189,8 +186,7 @@ def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> Non
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=log, stderr=log, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/r/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
         thief = life(*command, "run.on_conflict=steal", after=8.0, send=15)
         assert thief.status == 75, thief.output
         assert first.wait(300) == 4
@@ -204,28 +200,27 @@ def test_a_stolen_run_stops_its_former_owner(life: Lives, tmp_path: Path) -> Non
 def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> None:
     command = ("experiment=smoke", "trainer.max_steps=400", f"run.root={tmp_path}", "run.name=r")
     first = subprocess.Popen([sys.executable, "-m", "runner", *command], stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("smoke/r/attempts/*.lock")):
-        time.sleep(0.05)
+    until(lambda: [*tmp_path.glob("smoke/r/attempts/*.lock")])
     waited = life(*command, "run.on_conflict=wait")
     assert first.wait(300) == 0
     assert waited.status == 0, waited.output
     assert waited.output.startswith("finished step 400")
 
 
-def test_a_run_that_another_finished_before_it_was_claimed_is_not_begun_again(tmp_path: Path) -> None:
+def test_a_run_finished_before_its_claim_is_not_begun_again(tmp_path: Path) -> None:
     """Both found it unfinished; the slower one takes the result, and leaves no attempt."""
     code = """
 import subprocess, sys
 from runner.runs.__main__ import main
 from runner.__main__ import main
-from runner.job import Job
-opened = Job.open
+from runner.run_spec import RunSpec
+opened = RunSpec.open
 def slowly(job):
     found = opened(job)
     if found.result is None:
         subprocess.run([sys.executable, "-m", "runner", *sys.argv[1:]], check=True, capture_output=True)
     return found
-Job.open = slowly
+RunSpec.open = slowly
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}", "run.name=r"]
@@ -247,7 +242,7 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
     assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
 
 
-def test_a_disk_that_is_full_before_the_run_begins_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_full_before_the_run_begins_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
     assert capsys.readouterr().err == (
         "cannot make the run directory: No space left on device. Choose another run.root.\n"

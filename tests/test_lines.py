@@ -9,7 +9,8 @@ import pytest
 
 from runner.errors import StorageError
 from runner.metrics import lines
-from runner.metrics.lines import MetricLines, read
+from runner.metrics.lines import LinesWriter, read
+from runner.metrics.writer import WriterContext
 from runner.storage import LocalLocation
 
 
@@ -18,19 +19,17 @@ def location(tmp_path: Path) -> LocalLocation:
     return LocalLocation(tmp_path)
 
 
-def attempt(location: LocalLocation, number: int, step: int, end: dict[str, Any] | None) -> MetricLines:
-    """Attempt ``number``, gone on after ``step`` from the commit that recorded ``end``."""
-    curves = MetricLines(location, attempt=number)
-    curves.open(step, end)
-    return curves
+def attempt(location: LocalLocation, number: int, step: int, end: dict[str, Any] | None) -> LinesWriter:
+    """Attempt ``number``, resumed after ``step`` from the commit that recorded ``end``."""
+    return LinesWriter(WriterContext(location, "e", "e/r", {}, number, step, end))
 
 
-def add(curves: MetricLines, *steps: int) -> None:
+def add(curves: LinesWriter, *steps: int) -> None:
     for step in steps:
         curves.add(step, {"loss": step / 7})
 
 
-def flush(curves: MetricLines, step: int) -> dict[str, Any]:
+def flush(curves: LinesWriter, step: int) -> dict[str, Any]:
     end = curves.mark(step)
     curves.flush()
     return end
@@ -54,14 +53,14 @@ def test_lines_are_json_in_the_order_they_were_added(location: LocalLocation) ->
     assert text == b'{"step": 10, "loss": 0.1, "rate": 0.001}\n{"step": 20, "accuracy": 1}\n'
 
 
-def test_what_is_not_finite_is_null(location: LocalLocation) -> None:
+def test_values_that_are_not_finite_are_null(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
     curves.add(1, {"a": float("nan"), "b": float("-inf"), "c": 0.0})
     flush(curves, 1)
     assert [*read(location)] == [{"step": 1, "a": None, "b": None, "c": 0.0}]
 
 
-def test_nothing_is_written_before_a_flush_or_by_one_without_news(location: LocalLocation) -> None:
+def test_nothing_is_written_without_a_flush_of_new_lines(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
     assert flush(curves, 0)["lines"] == 0
     add(curves, 1)
@@ -72,7 +71,7 @@ def test_nothing_is_written_before_a_flush_or_by_one_without_news(location: Loca
     assert segments(location) == []
 
 
-def test_a_resume_cuts_what_came_after_its_commit(location: LocalLocation) -> None:
+def test_a_resume_cuts_lines_after_its_commit(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
     end = flush(first, 2)
@@ -86,7 +85,7 @@ def test_a_resume_cuts_what_came_after_its_commit(location: LocalLocation) -> No
     assert segments(location) == ["s000000000-a000001.jsonl", "s000000002-a000002.jsonl"]
 
 
-def test_a_resume_from_an_older_commit_cuts_the_segments_after_it(location: LocalLocation) -> None:
+def test_a_resume_from_an_older_commit_cuts_later_segments(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
     older = flush(first, 2)
@@ -100,7 +99,7 @@ def test_a_resume_from_an_older_commit_cuts_the_segments_after_it(location: Loca
     assert steps(location) == [1, 2]
 
 
-def test_a_commit_before_the_first_new_line_keeps_the_lines_of_older_attempts(location: LocalLocation) -> None:
+def test_a_commit_before_the_first_line_keeps_older_lines(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1, 2)
     second = attempt(location, 2, 2, flush(first, 2))
@@ -111,7 +110,7 @@ def test_a_commit_before_the_first_new_line_keeps_the_lines_of_older_attempts(lo
     assert steps(location) == [1, 2]
 
 
-def test_a_resume_at_the_same_step_replaces_the_lines_of_the_attempt_before(location: LocalLocation) -> None:
+def test_a_resume_at_the_same_step_replaces_older_lines(location: LocalLocation) -> None:
     first = attempt(location, 1, 0, None)
     add(first, 1)
     end = flush(first, 1)
@@ -157,9 +156,7 @@ def test_foreign_files_are_left_alone(location: LocalLocation) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_step_and_tag_is_read_once_whatever_happened(
-    seed: int, location: LocalLocation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_and_tag_is_read_once(seed: int, location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random lives that end between any two of: a line, a flush, a commit. Some resume from the commit before the
     newest; lines come every third step, so that commits happen before, at and after them.
     """

@@ -103,25 +103,6 @@ def test_an_object_shows_only_when_it_is_whole(location: LocalLocation, monkeypa
     assert during == [[b"new"], [b"newer"]]
 
 
-def test_a_reader_sees_the_old_object_or_the_new_one(location: LocalLocation) -> None:
-    """Objects of one repeated byte, whose value says how long they are."""
-    location.replace("a", [b"\1" * 10_000])
-    code = """
-for i in range(400):
-    location.replace("a", [bytes([i % 20 + 1]) * 5000] * (2 * (i % 20 + 1)), durable=False)
-"""
-    seen = set()
-    with process(location, code) as writer:
-        go(writer)
-        while writer.poll() is None:
-            data = read(location, "a")
-            assert data
-            assert data == data[:1] * 10_000 * data[0]
-            seen.add(data[0])
-            assert [entry.name for entry in location.list("")] == ["a"]
-    assert len(seen) > 1
-
-
 def test_a_list_has_neither_links_nor_half_written_files(location: LocalLocation) -> None:
     location.put("b", [b"b"])
     (location.path / "link").symlink_to(location.path / "b")
@@ -129,13 +110,13 @@ def test_a_list_has_neither_links_nor_half_written_files(location: LocalLocation
     assert location.list("") == [Entry("b", 1)]
 
 
-def test_what_cannot_be_listed_is_no_empty_folder(location: LocalLocation) -> None:
+def test_an_unlistable_folder_is_not_empty(location: LocalLocation) -> None:
     location.put("a", [b""])
     with pytest.raises(StorageError, match=r"cannot list .*here/a: Not a directory"):
         location.list("a")
 
 
-def test_a_list_lives_with_what_is_removed_meanwhile(location: LocalLocation) -> None:
+def test_a_listing_survives_objects_removed_meanwhile(location: LocalLocation) -> None:
     code = """
 print("begun", flush=True)
 for i in range(3000):
@@ -150,14 +131,14 @@ for i in range(3000):
             assert location.list("folder")[0] == Entry("a", 1)
 
 
-def test_what_dead_writers_left_is_swept_after_an_hour(location: LocalLocation) -> None:
+def test_files_of_dead_writers_are_swept_after_an_hour(location: LocalLocation) -> None:
     for name in ("a", "a.tmp-00", "b.tmp-11"):
         (location.path / "folder").mkdir(parents=True, exist_ok=True)
         (location.path / "folder" / name).write_text("half")
         old = name != "b.tmp-11"
         os.utime(location.path / "folder" / name, (0, 0) if old else None)
-    location.sweep("folder")
-    location.sweep("absent")
+    location.remove_leftovers("folder")
+    location.remove_leftovers("absent")
     assert files(location) == ["folder/a", "folder/b.tmp-11"]
 
 
@@ -166,26 +147,7 @@ def test_names_that_stay_are_names() -> None:
         assert check_name(name) == name
 
 
-def test_a_lock_excludes_other_processes_until_it_is_released(location: LocalLocation) -> None:
-    code = """
-for line in sys.stdin:
-    lock = location.lock("a.lock")
-    print("taken" if lock else "refused", flush=True)
-    if lock:
-        lock.release()
-"""
-    lock = location.lock("a.lock")
-    assert lock is not None
-    with process(location, code) as other:
-        go(other)
-        go(other)
-        assert said(other) == "refused"
-        lock.release()
-        go(other)
-        assert said(other) == "taken"
-
-
-def test_a_lock_dies_with_its_holder_though_a_forked_child_lives_on(location: LocalLocation) -> None:
+def test_a_lock_dies_with_its_holder_despite_a_forked_child(location: LocalLocation) -> None:
     """Data workers outlive a killed parent for a while; they must not keep its run locked."""
     code = """
 lock = location.lock("a.lock")
@@ -225,7 +187,7 @@ def test_no_verb_goes_through_a_link(location: LocalLocation) -> None:
             lambda name=name: location.read_into(name, 0, [memoryview(bytearray(1))]),
             lambda name=name: location.remove(name),
             lambda name=name: location.list(name),
-            lambda name=name: location.sweep(name),
+            lambda name=name: location.remove_leftovers(name),
             lambda name=name: location.lock(name),
         ]
         for verb in verbs:
@@ -246,7 +208,7 @@ def test_a_put_that_fails_half_way_leaves_no_file(location: LocalLocation) -> No
     assert files(location) == []
 
 
-def test_a_refusal_of_the_disk_is_told_and_leaves_what_was_there(location: LocalLocation) -> None:
+def test_a_failing_disk_is_reported_and_keeps_the_old_object(location: LocalLocation) -> None:
     location.put("old", [b"old"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # the file system's own refusal, half way through
@@ -263,9 +225,7 @@ def test_a_refusal_of_the_disk_is_told_and_leaves_what_was_there(location: Local
     assert read(location, "old") == b"old"
 
 
-def test_what_is_written_is_synced_and_then_its_folder(
-    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_object_is_synced_and_then_its_folder(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     fsync = os.fsync
 
@@ -291,17 +251,6 @@ def test_what_is_written_is_synced_and_then_its_folder(
     assert synced == []
 
 
-def test_folders_are_found_by_what_they_hold(tmp_path: Path) -> None:
-    for name in ("b/run.json", "a/deep/run.json", "a/deep/in/run.json", "c/other.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert [*find_folders(str(tmp_path), "run.json")] == ["a/deep", "b"]
-    assert [*find_folders(str(tmp_path), "run.json", own=["x"])] == ["a/deep", "a/deep/in", "b"]
-    assert [*find_folders(str(tmp_path), "run.json", own=["in"])] == ["a/deep", "b"]
-    with pytest.raises(StorageError, match=r"cannot list .*absent"):
-        find_folders(str(tmp_path / "absent"), "run.json")
-
-
 def test_one_folder_that_cannot_be_listed_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/run.json", "closed/x", "gone/x"):
         (tmp_path / name).parent.mkdir()
@@ -317,6 +266,8 @@ def test_one_folder_that_cannot_be_listed_hides_no_other(tmp_path: Path, monkeyp
     assert [*find_folders(str(tmp_path), "run.json")] == ["a", "closed"]
     with pytest.raises(StorageError, match=r"cannot list .*closed: Permission denied"):
         find_folders(str(tmp_path / "closed"), "run.json")
+    with pytest.raises(StorageError, match=r"cannot list .*absent"):
+        find_folders(str(tmp_path / "absent"), "run.json")
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])

@@ -51,12 +51,12 @@ def read(location: Location, name: str) -> bytes | None:
     return location.read(name, limit=1 << 20)
 
 
-def test_what_is_not_there_is_none_or_empty(location: Location) -> None:
+def test_an_absent_object_is_none_or_empty(location: Location) -> None:
     assert read(location, "a") is None
     assert read(location, "deep/er/a") is None
     assert location.list("") == location.list("data") == []
     location.remove("a")
-    location.sweep("data")
+    location.remove_leftovers("data")
 
 
 def test_put_writes_all_chunks_and_returns_the_size(location: Location, server: Server) -> None:
@@ -230,7 +230,7 @@ def test_a_journal_is_appended_to_while_it_is_synced(location: Location) -> None
     assert read(location, "a") == b"".join(lines)
 
 
-def test_a_lock_excludes_other_processes_and_dies_with_its_holder(location: Location, server: Server) -> None:
+def test_a_lock_excludes_others_and_dies_with_its_holder(location: Location, server: Server) -> None:
     code = """
 import json, sys
 from runner.storage import open_location
@@ -260,7 +260,7 @@ sys.stdin.readline()
         lock.release()
 
 
-def test_what_dead_writers_left_is_hidden_and_swept_after_an_hour(location: Location, server: Server) -> None:
+def test_files_of_dead_writers_are_hidden_and_swept_in_an_hour(location: Location, server: Server) -> None:
     location.put("folder/a", [b"whole"])
     folder = Path(urlsplit(server.url).path) / "folder"
     if server.url.startswith(("/", "sftp:")):
@@ -268,8 +268,8 @@ def test_what_dead_writers_left_is_hidden_and_swept_after_an_hour(location: Loca
             (folder / name).write_text("half")
             os.utime(folder / name, (time.time() - age, time.time() - age))
         assert location.list("folder") == [Entry("a", 5)]
-    location.sweep("folder")
-    location.sweep("absent")
+    location.remove_leftovers("folder")
+    location.remove_leftovers("absent")
     assert location.list("folder") == [Entry("a", 5)]
     if folder.is_dir():
         assert sorted(os.listdir(folder)) == ["a", "b.tmp-11"]
@@ -286,7 +286,7 @@ def test_names_that_leave_the_location_are_refused(location: Location, name: str
         lambda: location.remove(name),
         lambda: location.lock(name),
         lambda: location.list(name or ".."),
-        lambda: location.sweep(name or ".."),
+        lambda: location.remove_leftovers(name or ".."),
     ]
     for verb in verbs:
         with pytest.raises(StorageError, match="not a name of an object"):
@@ -330,7 +330,7 @@ def test_a_forked_process_has_connections_of_its_own(
         assert [entry.name for entry in location.list("")] == ["a", "b", "c"]
 
 
-def test_folders_are_found_by_what_they_hold(server: Server, location: Location) -> None:
+def test_folders_are_found_by_their_contents(server: Server, location: Location) -> None:
     for name in ("b/run.json", "a/deep/run.json", "a/deep/in/run.json", "c/other.json", "b2/run.json.old"):
         location.put(name, [b"{}"])
     assert [*find_folders(server.url, "run.json", server.options)] == ["a/deep", "b"]

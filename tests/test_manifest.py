@@ -18,7 +18,7 @@ def test_a_sealed_manifest_unseals_to_itself() -> None:
     assert unseal(seal({})) == {}
 
 
-def test_the_seal_is_the_sha256_of_everything_before_the_last_line() -> None:
+def test_the_seal_is_the_sha256_of_all_lines_before_it() -> None:
     """So that anyone can check it with sha256sum."""
     body, tail = seal(MANIFEST)[:-72], seal(MANIFEST)[-72:]
     assert json.loads(body) == MANIFEST
@@ -51,7 +51,7 @@ def test_a_seal_around_something_else_is_no_manifest(body: bytes) -> None:
     assert unseal(body + f"sha256:{sha256(body).hexdigest()}\n".encode()) is None
 
 
-def test_what_json_has_not_is_not_sealed() -> None:
+def test_values_outside_json_are_not_sealed() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         seal({"loss": float("nan")})
 
@@ -100,7 +100,7 @@ def test_no_two_commits_have_one_name() -> None:
     assert len({CommitId.new(1, 5).commit for _ in range(100)}) == 100
 
 
-def test_commits_are_listed_with_the_one_to_resume_from_first(tmp_path: Path) -> None:
+def test_commits_are_listed_in_the_order_of_resuming(tmp_path: Path) -> None:
     """The newest attempt knows best, even where an older one was further."""
     location = LocalLocation(tmp_path)
     assert commits(location) == []

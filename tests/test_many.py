@@ -6,16 +6,16 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from crews import Crews, Ended, crews
+from crews import Crews, Ended
 from lives import Lives
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
+from waiting import until
 
 from runner.checkpoint.sharding import Box
 from runner.checkpoint.store import CheckpointStore
@@ -75,29 +75,23 @@ Uninterrupted = Callable[[str], tuple[Results, float]]
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(crew: Crews, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """The results of a layout's command that nothing interrupted, and the seconds it took; each is run once."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    known: dict[str, tuple[Results, float]] = {}
+    cache: dict[str, tuple[Results, float]] = {}
 
     def find(name: str) -> tuple[Results, float]:
-        if name not in known:
+        if name not in cache:
             ended = finished(crew(*LAYOUTS[name], f"run.root={root}", f"run.name={name}"))
-            known[name] = results(folder(root, name)), ended.seconds
-        return known[name]
+            cache[name] = results(folder(root, name)), ended.seconds
+        return cache[name]
 
     return find
 
 
 def folder(root: Path, name: str) -> Path:
-    (found,) = root.glob(f"*/{name}")
-    return found
+    (run,) = root.glob(f"*/{name}")
+    return run
 
 
 def finished(ended: Ended) -> Ended:
@@ -132,15 +126,15 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
 @pytest.mark.parametrize(
     ("name", "victim"), [("ddp", 0), ("fsdp", 1), pytest.param("three", 2, marks=pytest.mark.campaign)]
 )
-def test_a_rank_that_dies_takes_the_others_along_and_costs_nothing(
+def test_a_dying_rank_ends_the_others_and_costs_nothing(
     name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
     size, *command = LAYOUTS[name]
     more = (f"run.root={tmp_path}", "run.name=cut")
     ended = crew(size, *command, *more, to=[victim], step=17)
     assert ended.statuses == [None if rank == victim else 1 for rank in range(size)]
-    told = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
-    assert told in ended.output
+    message = f"rank {victim} (pid" if victim else "rank 0, or the launcher that started it, is gone"
+    assert message in ended.output
     assert "Traceback" not in ended.output
     resumed = finished(crew(size, *command, *more))
     assert "attempt  2, resumed from step 16 of attempt 1" in resumed.output
@@ -184,7 +178,7 @@ def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: 
     assert ended.seconds < 30
 
 
-def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: Path) -> None:
+def test_an_error_of_one_rank_ends_all_and_is_reported_once(crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
     task = (
         "task._target_=mine.tasks.Hangs",
@@ -203,7 +197,7 @@ def test_what_one_rank_raises_ends_all_and_is_told_once(crew: Crews, tmp_path: P
     )
 
 
-def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
+def test_of_two_jobs_on_the_same_run_only_one_trains(crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     command = (*LAYOUTS["ddp"], f"run.root={tmp_path}", "run.name=both")
     first, second = crew.side_by_side(command, command)
     trained, other = sorted([first, second], key=lambda ended: "from scratch" not in ended.output)
@@ -216,26 +210,24 @@ def test_of_two_jobs_on_one_run_one_trains(crew: Crews, tmp_path: Path, uninterr
     assert not results(folder(tmp_path, "both")).differences(uninterrupted("ddp")[0])
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
+def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Crews, tmp_path: Path) -> None:
     """4 -> 1 -> 2 -> 4, and from ddp to fsdp: every line of the ledger is that of one process."""
     command = (*SMOKE, "trainer.max_steps=36", "trainer.accumulate=2", f"run.root={tmp_path}")
     assert life(*command, "run.name=one").status == 0
     hops = [(4, FSDP, 9), (1, DDP, 18), (2, DDP, 27), (4, FSDP, None)]
     for size, layout, cut in hops:
-        ended = crew(size, *command, "run.name=hops", layout, **({"step": cut} if cut else {}))
+        ended = crew(size, *command, "run.name=hops", layout, step=cut)
     finished(ended)
     assert "moved    processes 2 -> 4" in ended.output
     assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
-    one, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
-    assert ledger(hops_) == ledger(one)
+    alone, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
+    assert ledger(hops_) == ledger(alone)
     proof, about = audit(RunDirectory.at(str(hops_)))
     assert not proof.problems
     assert (about["steps"], about["attempts"]) == (36, 4)
 
 
-def test_a_child_of_many_goes_on_where_its_parent_was_and_every_rank_draws_for_itself(
-    crew: Crews, tmp_path: Path
-) -> None:
+def test_a_child_of_several_processes_goes_on_as_its_parent(crew: Crews, tmp_path: Path) -> None:
     """Also with a mean of what a rank saw, which is that of all, and an optimizer that never leaves weights alone."""
     odd = ("model._target_=mine.odd.Centres", "optimizer=sgd", "optimizer._target_=mine.odd.Decays")
     command = (*SMOKE, FSDP, *odd, "+callbacks.brakes._target_=mine.odd.Brakes", f"run.root={tmp_path}")
@@ -266,7 +258,7 @@ def ledger(run: Path) -> dict[int, str]:
     return {int(line.split()[0]): line for line in lines}
 
 
-def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
+def test_a_run_is_the_same_in_all_layouts_up_to_rounding(life: Lives, crew: Crews, tmp_path: Path) -> None:
     """Losses, gradient norms and the means over 360 samples in four batches, which three processes have unequally."""
     command = (*SMOKE, "data.batch_size=48", "model.dropout=0.0", "trainer.accumulate=2", "trainer.ema_decay=0.9")
     command = (*command, "data.evaluation_batch_size=100", f"run.root={tmp_path}")
@@ -276,8 +268,8 @@ def test_whatever_the_layout_the_run_is_the_same_up_to_rounding(life: Lives, cre
     weights = load_file(folder(tmp_path, "one") / "model.safetensors")
     for size, layout in [(3, DDP), (2, FSDP)]:
         finished(crew(size, *command, layout, f"run.name={size}"))
-        for line, found in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
-            assert found == pytest.approx(line, rel=1e-4)
+        for line, actual in zip(expected, metric_lines(folder(tmp_path, f"{size}")), strict=True):
+            assert actual == pytest.approx(line, rel=1e-4)
         for name, tensor in load_file(folder(tmp_path, f"{size}") / "model.safetensors").items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
 
@@ -294,12 +286,12 @@ def test_weights_that_were_built_frozen_are_trained_by_all(
     assert None in crew(2, *command, layout, "run.name=cut", cwd=USER, to=[0], step=6).statuses
     finished(crew(2, *command, layout, "run.name=cut", cwd=USER))
     assert not results(folder(tmp_path, "cut")).differences(results(folder(tmp_path, "whole")))
-    one, whole = (load_file(folder(tmp_path, name) / "model.safetensors") for name in ("one", "whole"))
-    for name, tensor in one.items():
+    alone, whole = (load_file(folder(tmp_path, name) / "model.safetensors") for name in ("one", "whole"))
+    for name, tensor in alone.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_one_process_imports_nothing_of_many(tmp_path: Path) -> None:
+def test_a_single_process_imports_no_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys, torch
 before = {*sys.modules}
@@ -309,7 +301,7 @@ more = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 assert not [name for name in {*sys.modules} - before if name.startswith(more)]
 assert main() == 0
 ours = {name.removeprefix("runner.distributed.") for name in sys.modules if name.startswith("runner.distributed.")}
-assert ours == {"ending", "joining", "layout", "outside", "place", "stall", "team", "world"}, ours
+assert ours == {"communicator", "joining", "outside", "stall", "team", "watchdog", "world"}, ours
 """
     command = [sys.executable, "-c", code, "experiment=smoke", "trainer.max_steps=2", f"run.root={tmp_path}"]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(USER.parent.parent)})
@@ -354,25 +346,16 @@ def test_torchrun_starts_a_run_again_by_itself(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_torchrun(tmp_path: Path) -> None:
     """It is killed while one of them hangs and the other waits for that one, which both would do for an hour."""
     command = [*TORCHRUN, "-m", "runner", *SMOKE, *HANGS, "runtime.timeout=3600", *EVERY_STEP, f"run.root={tmp_path}"]
-    with (tmp_path / "said").open("wb") as said:
-        torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=said, stderr=said)
+    with (tmp_path / "said").open("wb") as log:
+        torchrun = subprocess.Popen(command, cwd=tmp_path, env=WHERE, stdout=log, stderr=log)
     try:
-        until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], torchrun.poll)
+        until(lambda: [*tmp_path.rglob("commits/*-s000000014-*")], process=torchrun)
         ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     finally:
         torchrun.kill()
         torchrun.wait()
-    until(lambda: not any(runs(int(rank)) for rank in ranks), lambda: None)
+    until(lambda: not any(runs(int(rank)) for rank in ranks))
     assert b"the launcher that started it, is gone" in (tmp_path / "said").read_bytes()
-
-
-def until(found: Callable[[], object], ended: Callable[[], int | None]) -> None:
-    """Wait until something is found, before something else has ended, for a minute at most."""
-    stop = time.monotonic() + 60
-    while not found():
-        assert ended() is None
-        assert time.monotonic() < stop
-        time.sleep(0.05)
 
 
 def runs(pid: int) -> bool:
@@ -400,7 +383,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_once(name: str, crew: Crews, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(name: str, crew: Crews, tmp_path: Path) -> None:
     overrides, message = MISTAKES[name]
     ended = crew(2, *overrides, *SMOKE, f"run.root={tmp_path}", cwd=USER)
     assert ended.statuses == [2, 2], ended.output

@@ -3,17 +3,15 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import servers
 from crews import crews
 from results import results
+from waiting import until
 
-from runner.distributed.environment import Meeting, World, first_host, meeting, world
+from runner.distributed.world import Rendezvous, World, first_host, rendezvous, world
 from runner.run import attempt_records
 from runner.storage.local import LocalLocation
 
@@ -29,13 +27,6 @@ COMMAND = (
     "runtime.timeout=60",
     "seed=1",
 )
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Slurm with two processors."""
-    with servers.slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as environment:
-        yield environment
 
 
 @pytest.mark.campaign
@@ -57,9 +48,9 @@ def test_a_job_of_two_tasks_is_preempted_and_goes_on(cluster: dict[str, str], tm
             stderr=log,
         )
     try:
-        until(lambda: committed(tmp_path) > 0, process, tmp_path)
+        until(lambda: committed(tmp_path) > 0, process=process, log=tmp_path / "log")
         slurm(cluster, "scancel", "--signal=USR2", slurm(cluster, "squeue", "--noheader", "--format=%F").split()[0])
-        until(lambda: len(attempts(tmp_path)) == 2, process, tmp_path)
+        until(lambda: len(attempts(tmp_path)) == 2, process=process, log=tmp_path / "log")
         (tmp_path / "pace").write_text("0")
         assert process.wait(120) == 0, (tmp_path / "log").read_text()
     finally:
@@ -80,7 +71,7 @@ def slurm(cluster: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
-def attempts(root: Path) -> list[attempt_records.Record]:
+def attempts(root: Path) -> list[attempt_records.AttemptRecord]:
     return [
         one for run in root.glob("runs/smoke/*/run.json") for one in attempt_records.history(LocalLocation(run.parent))
     ]
@@ -88,15 +79,6 @@ def attempts(root: Path) -> list[attempt_records.Record]:
 
 def committed(root: Path) -> int:
     return max((attempt.beat.get("committed", 0) for attempt in attempts(root)), default=0)
-
-
-def until(found: Callable[[], object], process: "subprocess.Popen[bytes]", root: Path) -> None:
-    """Wait until something is found while the process lives."""
-    stop = time.monotonic() + 90
-    while not found():
-        assert process.poll() is None, (root / "log").read_text()
-        assert time.monotonic() < stop, (root / "log").read_text()
-        time.sleep(0.05)
 
 
 STEP = {
@@ -112,7 +94,7 @@ def test_the_tasks_of_a_step_of_slurm_are_a_world(monkeypatch: pytest.MonkeyPatc
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert world() == World(3, 4, 1)
-    assert meeting() == Meeting("node07", 15001, kept=False, restart=0)
+    assert rendezvous() == Rendezvous("node07", 15001, served_by_launcher=False, restart=0)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # the script of a batch job, however many tasks that has
     assert world() == World()
 

@@ -80,7 +80,7 @@ def test_residual_branches_begin_smaller_the_more_there_are() -> None:
     assert 3 < ratio < 5
 
 
-def test_a_width_that_heads_cannot_share_is_refused_with_both_keys() -> None:
+def test_a_width_not_divisible_by_the_heads_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.width=10 is not divisible by model\.heads=4"):
         GPT(block_size=4, layers=1, heads=4, width=10)
 
@@ -92,7 +92,7 @@ def test_a_convolutional_net_takes_images_of_its_size(size: int, channels: list[
 
 
 @pytest.mark.parametrize("hidden", [[], [5], [5, 6, 7]])
-def test_a_perceptron_flattens_what_it_gets(hidden: list[int]) -> None:
+def test_a_perceptron_flattens_its_inputs(hidden: list[int]) -> None:
     model = MLP(inputs=12, hidden=hidden, outputs=3)
     assert model(torch.zeros(2, 12)).shape == model(torch.zeros(2, 1, 3, 4)).shape == (2, 3)
     assert len([layer for layer in model.layers if isinstance(layer, nn.Linear)]) == len(hidden) + 1

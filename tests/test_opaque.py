@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.checkpoint.encoding import decode, encode
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -138,10 +138,10 @@ class Stateless:
 KINDS = [OnIterator, OnDataset, Resetting, Unequal, Tiny, Stateless]
 
 
-def stream(data: Any, workers: int = 0, *, opened: bool = True, **how: Any) -> OpaqueStream:
-    loading = how.pop("loading", Loading(workers))
+def stream(data: Any, workers: int = 0, *, opened: bool = True, **how: Any) -> IterableStream:
+    loading = how.pop("loading", LoaderOptions(workers))
     settings = {"seed": 1, "batch_size": BATCH, "micro_batches": 1, "randomness": "sample", "device": CPU}
-    made = OpaqueStream(data, loading=loading, **{**settings, "replay": isinstance(data, Stateless), **how})
+    made = IterableStream(data, loading=loading, **{**settings, "replay": isinstance(data, Stateless), **how})
     if opened:
         made.open()
     return made
@@ -158,13 +158,13 @@ def bits(batch: list[torch.Tensor]) -> list[bytes]:
     return [b"".join(field[row].numpy().tobytes() for field in batch) for row in range(len(batch[0]))]
 
 
-def step(live: OpaqueStream) -> Step:
+def step(live: IterableStream) -> Step:
     rows = [line for _, batch in live.step() for line in bits(batch)]
     live.advance()
     return rows, live.consumed, live.epochs_before, live.epochs, live.digest
 
 
-def resumed(kind: Any, state: Any, workers: int, **how: Any) -> OpaqueStream:
+def resumed(kind: Any, state: Any, workers: int, **how: Any) -> IterableStream:
     made = stream(kind(), workers, opened=False, **how)
     made.load_state_dict(state)
     return made
@@ -205,7 +205,7 @@ def test_a_pass_brings_every_sample_once(kind: Any, workers: int) -> None:
 
 @pytest.mark.parametrize("randomness", ["sample", "batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_cut_at_any_step_goes_on_as_if_nothing_had_happened(kind: Any, randomness: str) -> None:
+def test_a_run_cut_at_any_step_goes_on_exactly(kind: Any, randomness: str) -> None:
     """Killed in the middle of the step after."""
     how = {"randomness": randomness, "batch_size": BATCH, "micro_batches": 2}
     whole = uninterrupted(kind, 0, **how)
@@ -221,7 +221,7 @@ def test_a_run_cut_at_any_step_goes_on_as_if_nothing_had_happened(kind: Any, ran
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_cut_after_every_step_goes_on_as_if_nothing_had_happened(kind: Any, workers: int) -> None:
+def test_a_run_cut_after_every_step_goes_on_exactly(kind: Any, workers: int) -> None:
     """A resume of a resume of a resume; one that did nothing before it was killed lies in between."""
     whole = uninterrupted(kind, workers)
     state, found = stored(stream(kind(), workers).state_dict()), []
@@ -247,7 +247,7 @@ def test_incomplete_batches_are_dropped_on_request(workers: int) -> None:
 
 
 def test_a_spawned_worker_does_the_same() -> None:
-    assert uninterrupted(OnDataset, 1, loading=Loading(1, start_method="spawn")) == uninterrupted(OnDataset, 0)
+    assert uninterrupted(OnDataset, 1, loading=LoaderOptions(1, start_method="spawn")) == uninterrupted(OnDataset, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -260,10 +260,10 @@ def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> No
     live.advance()
     assert live.state_dict() != before
     assert (live.consumed, live.count) == (BATCH, BATCH)
-    assert (live.line(7).first, live.line(7).last) == (0, BATCH - 1)
+    assert (live.ledger_line(7).first, live.ledger_line(7).last) == (0, BATCH - 1)
 
 
-def test_a_state_is_not_changed_by_what_follows() -> None:
+def test_a_state_is_not_changed_by_later_steps() -> None:
     live = stream(OnIterator())
     step(live)
     state = live.state_dict()
@@ -274,7 +274,7 @@ def test_a_state_is_not_changed_by_what_follows() -> None:
     assert repr(state) == before
 
 
-def test_the_digest_tells_what_was_in_the_batches() -> None:
+def test_the_digest_depends_on_the_contents_of_batches() -> None:
     def digests(**how: Any) -> list[int]:
         return [one[4] for one in uninterrupted(OnDataset, 0, **how)]
 
@@ -291,7 +291,7 @@ def test_streams_leave_the_global_generators_alone(workers: int) -> None:
     assert generators() == before
 
 
-def test_another_number_of_workers_is_refused_with_both_and_the_remedy() -> None:
+def test_another_number_of_workers_is_refused_with_remedy() -> None:
     state = stream(OnDataset()).state_dict()
     with pytest.raises(DataError, match=r"read by 0 workers, and now 2 read it.*runtime\.num_workers=0"):
         resumed(OnDataset, state, 2)
@@ -302,12 +302,12 @@ def test_a_position_in_map_style_data_is_refused() -> None:
         resumed(OnDataset, {"consumed": 4, "plan": {}}, 0)
 
 
-def test_an_iterable_without_a_state_is_refused_with_the_remedies() -> None:
+def test_an_iterable_without_a_state_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.train is a Stateless.*state_dict.*map-style.*data\.replay=true"):
         stream(Stateless(), replay=False)
 
 
-def test_what_can_be_read_only_once_or_not_at_all_is_refused() -> None:
+def test_data_that_cannot_be_read_again_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.train is a generator, which can be read only once"):
         stream((number for number in range(3)), replay=True)
     with pytest.raises(DataError, match=r"data\.train is a int, which is neither"):
@@ -324,7 +324,7 @@ def test_looking_for_a_state_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_again_is_told(
+def test_reading_again_is_reported(
     workers: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     live = stream(Stateless(), workers)
@@ -375,7 +375,7 @@ class Broken(OnDataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failure_is_told_where_it_happened_and_when_it_is_due(workers: int) -> None:
+def test_a_failure_is_raised_with_its_place_when_it_is_due(workers: int) -> None:
     live = stream(Broken(), workers, batch_size=2)
     for _ in range(max(1, workers)):
         step(live)
@@ -386,7 +386,7 @@ def test_a_failure_is_told_where_it_happened_and_when_it_is_due(workers: int) ->
         assert "break_down" in str(told.value), "the user's traceback"
 
 
-def test_a_worker_that_dies_is_told() -> None:
+def test_a_worker_that_dies_is_reported() -> None:
     class Dies(OnDataset):
         def __iter__(self) -> Iterator[Any]:
             os._exit(3)
@@ -397,7 +397,7 @@ def test_a_worker_that_dies_is_told() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_state_that_cannot_be_saved_is_refused_at_the_first_step(workers: int) -> None:
+def test_an_unsavable_state_is_refused_at_the_first_step(workers: int) -> None:
     class Odd(OnDataset):
         def state_dict(self) -> dict[str, Any]:
             return {"a": [{"key": lambda: 0}]}
@@ -423,12 +423,12 @@ def test_a_state_that_leads_elsewhere_is_an_error() -> None:
             step(resumed(kind, stored(live.state_dict()), 0))
 
 
-def test_what_cannot_be_pickled_is_refused_where_it_must_be() -> None:
+def test_unpicklable_data_is_refused_where_it_must_be_pickled() -> None:
     class Local(OnDataset):
         pass
 
     with pytest.raises(DataError, match=r"start_method=spawn.*Local.*start_method=fork"):
-        stream(Local(), loading=Loading(1, start_method="spawn"))
+        stream(Local(), loading=LoaderOptions(1, start_method="spawn"))
 
 
 def test_the_guarantee_is_said() -> None:
@@ -450,7 +450,7 @@ def test_a_state_can_be_ignored(kind: Any, workers: int) -> None:
         assert [row[:32] for row in step(again)[0]] == [row[:32] for row in whole[done][0]]
 
 
-def test_what_collating_draws_is_exact_as_well() -> None:
+def test_draws_while_collating_are_exact_as_well() -> None:
     class Quiet(OnDataset):
         def __iter__(self) -> Iterator[Any]:
             for row in super().__iter__():
@@ -465,7 +465,7 @@ def test_what_collating_draws_is_exact_as_well() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_number_of_the_pass_is_told_to_a_data_set_that_asks(workers: int) -> None:
+def test_set_epoch_gets_the_number_of_the_pass(workers: int) -> None:
     for _, batch in (told := stream(Unequal(), workers, batch_size=7)).step():
         assert batch[-1].tolist() == [0] * 7
     told.advance()

@@ -224,7 +224,7 @@ def test_a_failing_operation_of_a_removal_loses_nothing(moment: str) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "half", "after"])
-def test_a_failing_operation_of_a_save_with_removal_loses_nothing(moment: str) -> None:
+def test_a_failing_save_with_removal_loses_nothing(moment: str) -> None:
     def work(store: CheckpointStore) -> None:
         save(store, 3)
         store.retain(Retention(2), attempt=1)

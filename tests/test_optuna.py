@@ -38,12 +38,12 @@ def trials(database: Path) -> Trials:
     """All trials of a database with one study, in order."""
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT trial_id, state, value FROM trials LEFT JOIN trial_values USING (trial_id)")
-        found = []
+        result = []
         for trial, state, value in rows.fetchall():
             query = "SELECT param_name, param_value FROM trial_params WHERE trial_id=?"
-            found.append({"state": state, "value": value, **dict(connection.execute(query, (trial,)))})
+            result.append({"state": state, "value": value, **dict(connection.execute(query, (trial,)))})
     connection.close()
-    return found
+    return result
 
 
 def objective(run: Path) -> float:
@@ -55,15 +55,15 @@ def objective(run: Path) -> float:
 @pytest.fixture(scope="module")
 def undisturbed(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trials]:
     """The trials of a study that nobody killed."""
-    known: dict[tuple[str, ...], Trials] = {}
+    cache: dict[tuple[str, ...], Trials] = {}
 
     def find(*options: str) -> Trials:
-        if options not in known:
+        if options not in cache:
             root = tmp_path_factory.mktemp("undisturbed")
             ended = life(*STUDY, *options, f"run.root={root}")
             assert ended.status == 0, ended.output
-            known[options] = trials(root / "smoke/optuna.sqlite3")
-        return known[options]
+            cache[options] = trials(root / "smoke/optuna.sqlite3")
+        return cache[options]
 
     return find
 
@@ -78,7 +78,7 @@ COMMITS = (1, 7, 20, 22, 31, 33)  # the study is made; trials are drawn and told
         (2, [{"operation": 60}, {"commit": 38}]),
     ],
 )
-def test_killed_and_run_again_it_is_the_study_that_nobody_killed(
+def test_a_killed_study_resumes_to_the_undisturbed_study(
     jobs: int, kills: list[dict[str, int]], life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path
 ) -> None:
     command = (*STUDY, f"hydra.sweeper.n_jobs={jobs}", f"run.root={tmp_path}")
@@ -93,7 +93,7 @@ def test_killed_and_run_again_it_is_the_study_that_nobody_killed(
     assert len(list(tmp_path.glob("smoke/*/run.json"))) == len({trial["optimizer.lr"] for trial in study}) == 3
 
 
-def test_values_are_those_of_single_runs_and_the_best_is_the_best(
+def test_a_study_has_the_values_of_single_runs_and_the_best(
     life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path
 ) -> None:
     best = max(undisturbed("hydra.sweeper.n_jobs=1"), key=lambda trial: trial["value"])
@@ -111,7 +111,7 @@ def test_values_are_those_of_single_runs_and_the_best_is_the_best(
     assert len(trials(tmp_path / "smoke/optuna.sqlite3")) == 4
 
 
-def test_what_was_interrupted_is_not_a_failure(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_not_a_failure(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
     command = (*STUDY, "hydra.sweeper.n_jobs=1", f"run.root={tmp_path}")
     ended = life(*command, commit=40, send=signal.SIGTERM)
     assert ended.status == 75, ended.output
@@ -120,7 +120,7 @@ def test_what_was_interrupted_is_not_a_failure(life: Lives, undisturbed: Callabl
     assert trials(tmp_path / "smoke/optuna.sqlite3") == undisturbed("hydra.sweeper.n_jobs=1")
 
 
-def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Path) -> None:
+def test_a_failing_trial_is_reported_and_the_sweep_goes_on(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:3], *SHORT, "optimizer=sgd", f"run.root={tmp_path}", "hydra.sweeper.n_trials=6", "seed=1")
     ended = life(*command, "optimizer.lr=-1,0.01,1e30")  # refused by the optimizer; works; diverges
     assert ended.status == 2, ended.output
@@ -135,7 +135,7 @@ def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Pa
     assert "none of the 6 trials of study" in ended.output
 
 
-def test_a_trial_whose_run_failed_before_is_told_why(life: Lives, tmp_path: Path) -> None:
+def test_a_trial_of_a_failed_run_is_reported_with_its_cause(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:3], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.n_trials=1", "optimizer.lr=choice(-1)")
     assert life(*command).status == 1
     ended = life(*command, "hydra.sweeper.study_name=mine", "sweep.retry_failed=false")
@@ -170,11 +170,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("options", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_told(options: tuple[str, ...], said: str, life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_reported(options: tuple[str, ...], message: str, life: Lives, tmp_path: Path) -> None:
     ended = life(*STUDY[:3], "optimizer.lr=0.1,0.2", f"run.root={tmp_path}", *options)
     assert ended.status == 2, ended.output
-    assert said in ended.output
+    assert message in ended.output
     assert "Traceback" not in ended.output
 
 

@@ -15,7 +15,7 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensor_file import Damaged
-from runner.data.ledger import Ledger, Line, segments
+from runner.data.ledger import Ledger, LedgerLine, segments
 from runner.finish import export
 from runner.run import attempt_records
 from runner.run.directory import MODEL, RunDirectory
@@ -58,14 +58,14 @@ def recorded(
         system.others_make(root / below)
     location = kind(root / below)
     if below:
-        location.settle()
+        location.sync_parents()
     store = CheckpointStore(location)
-    made: list[CommitId] = []
+    commits: list[CommitId] = []
     for attempt in (1, 2):
         for step in (1, 2, 3):
-            made.append(save(store, step, attempt=attempt))
-            system.note("acknowledged", made[-1])
-            system.note("kept", tuple(made[-2:]))
+            commits.append(save(store, step, attempt=attempt))
+            system.note("acknowledged", commits[-1])
+            system.note("kept", tuple(commits[-2:]))
             store.retain(Retention(2), attempt=attempt)
     monkeypatch.undo()
     return system.events
@@ -135,15 +135,15 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     """Claim, run.json, config.yaml, ledger, weights and result, in folders that Hydra or a killed life made."""
     system, identity = RecordingOs(tmp_path), {"seed": 1}
     monkeypatch.setattr(local, "os", system)
-    for made in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
-        system.others_make(tmp_path / f"outputs/e/v{made}")
+    for folder in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
+        system.others_make(tmp_path / f"outputs/e/v{folder}")
     directory = RunDirectory.under(str(tmp_path / "outputs"), "e", "v")
     directory.settle()
     directory.location.put("attempts/000001-aaaaaaaaaaaa.json", [b"{}"])
     directory.create(identity, parent=None)
     ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)
     ledger.open(0)
-    ledger.add(Line(1, 0, 3, 7))
+    ledger.add(LedgerLine(1, 0, 3, 7))
     ledger.flush()
     ledger.close()
     sha256, size = export(directory.location, MODEL, {"weight": torch.ones(9)})
@@ -153,12 +153,12 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     assert after
     for files in after:
         there = MemoryLocation({name.removeprefix("outputs/e/v/"): files[name] for name in files})
-        found = RunDirectory("", "e", "v", there)
+        reader = RunDirectory("", "e", "v", there)
         assert [name.number for name in attempt_records.names(there)] == [1]
-        assert (found.record() or {})["variant"] == "v"
-        assert found.identity() == identity
-        assert found.finished(identity) is not None
-        assert [segment.lines for segment in segments(there)] == [(Line(1, 0, 3, 7),)]
+        assert (reader.record() or {})["variant"] == "v"
+        assert reader.identity() == identity
+        assert reader.finished(identity) is not None
+        assert [segment.lines for segment in segments(there)] == [(LedgerLine(1, 0, 3, 7),)]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from runner.checkpoint.encoding import encode
 from runner.data import probe
 from runner.data.evaluation_data import EvaluationData
 from runner.data.fetch import Fetcher
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -90,8 +90,8 @@ OWN: dict[str, Callable[[], Callable[[int], Any]]] = {
 
 @pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
-def test_what_no_seed_reaches_is_refused(kind: str, randomness: str) -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one when it is drawn again with the same seed"):
+def test_draws_that_no_seed_reaches_are_refused(kind: str, randomness: str) -> None:
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different when it is drawn again with the same seed"):
         probe.require_pure(fetcher(OWN[kind](), randomness=randomness))
 
 
@@ -103,7 +103,7 @@ GLOBAL: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.mark.parametrize("kind", GLOBAL)
-def test_draws_from_global_generators_are_refused_only_if_nothing_seeds_them(kind: str) -> None:
+def test_global_draws_are_refused_only_where_unseeded(kind: str) -> None:
     make = GLOBAL[kind]
     for randomness in ("sample", "batch"):
         assert len(probe.require_pure(fetcher(make, randomness=randomness))) == 4
@@ -227,26 +227,26 @@ def test_the_wording_of_an_error_does_not_make_the_data_another() -> None:
     assert changed(unidentified, unidentified) == []
 
 
-def test_one_impure_sample_is_told_by_its_place() -> None:
+def test_an_impure_sample_is_reported_by_its_place() -> None:
     class Located(Made):
         def locate(self, index: int) -> str:
             return f"line {index} of a.txt"
 
     data = Located(lambda index: time.time_ns() if index == N - 1 else index)
-    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is another one"):
+    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is different"):
         probe.require_pure(Fetcher(data, Plan(N, 1, 2), label="train"))
 
 
-def opened(make: Callable[[int], Any], workers: int = 1) -> BatchStream:
-    stream = BatchStream(
-        Made(make), Plan(N, 1, 2), loading=Loading(workers), device=torch.device("cpu"), audit=True, collate=list
+def opened(make: Callable[[int], Any], workers: int = 1) -> MapStyleStream:
+    stream = MapStyleStream(
+        Made(make), Plan(N, 1, 2), loading=LoaderOptions(workers), device=torch.device("cpu"), audit=True, collate=list
     )
     stream.open()
     return stream
 
 
 def test_samples_that_depend_on_the_process_are_refused() -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one in a data worker than in this process"):
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different in a data worker than in this process"):
         next(opened(lambda index: (index, os.getpid())).step())
 
 
@@ -275,9 +275,13 @@ class Lazy:
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str) -> None:
     """Forked workers would move its position under each other's hands; others could not be sent it."""
-    data, plan, loading = Lazy(tmp_path / "numbers"), Plan(N, 1, 2, shuffle=False), Loading(2, start_method=method)
+    data, plan, loading = (
+        Lazy(tmp_path / "numbers"),
+        Plan(N, 1, 2, shuffle=False),
+        LoaderOptions(2, start_method=method),
+    )
     cpu = torch.device("cpu")
-    stream = BatchStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
+    stream = MapStyleStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
     held_out = EvaluationData(
         data, seed=1, batch_size=2, randomness="sample", loading=loading, device=cpu, collate=list, audit=True
     )
@@ -294,7 +298,7 @@ def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str)
 @pytest.mark.parametrize(
     ("end", "told"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"), (lambda: os._exit(3), "status 3")]
 )
-def test_a_data_set_that_ends_the_process_is_told(end: Callable[[], Any], told: str) -> None:
+def test_a_data_set_that_ends_the_process_is_reported(end: Callable[[], Any], told: str) -> None:
     with pytest.raises(DataError, match=rf"^data\.train: data worker 0 .* {told}"):
         opened(lambda index: end())
 
@@ -307,7 +311,7 @@ def test_pure_samples_are_the_same_in_a_worker(kind: str) -> None:
     probe.require_same_in_worker(stream._fetcher, stream._found or [], next(stream._batches))
 
 
-def test_what_the_audit_asks_of_a_worker_is_no_batch() -> None:
+def test_requests_of_the_audit_are_no_batches() -> None:
     found = [[batch for _, batch in opened(lambda index: index, workers).step()] for workers in (0, 1)]
     assert found[0] == found[1]
 
@@ -350,11 +354,11 @@ def test_noise_in_the_last_bits_of_floats_is_tolerated() -> None:
     ],
     ids=["label", "dtype", "shape", "floats", "type"],
 )
-def test_a_change_is_told_by_sample_and_path(now: Callable[[int], Any], told: list[str]) -> None:
+def test_a_change_is_reported_by_sample_and_path(now: Callable[[int], Any], told: list[str]) -> None:
     assert changed(lambda index: {"x": torch.ones(3), "y": index}, now) == told
 
 
-def test_a_value_more_or_less_is_told() -> None:
+def test_added_and_removed_values_are_reported() -> None:
     assert changed(lambda index: (1, 2), lambda index: (1, 2, 3) if index == 6 else (1, 2)) == [
         "sample 6: 2 values then, 3 now"
     ]
@@ -376,7 +380,7 @@ def test_a_value_more_or_less_is_told() -> None:
     ],
     ids=str,
 )
-def test_a_changed_value_of_any_type_is_told(then: Any, now: Any) -> None:
+def test_a_changed_value_of_any_type_is_reported(then: Any, now: Any) -> None:
     assert len(changed(lambda index: then, lambda index: now)) == 4
 
 

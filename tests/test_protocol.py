@@ -61,30 +61,30 @@ MISTAKES = {
 
 
 def search(protocol: Protocol, world: World, limit: int | None = None) -> Result:
-    found = Model(protocol, world).search(limit)
-    count("model states", found.states)
-    return found
+    outcome = Model(protocol, world).search(limit)
+    count("model states", outcome.states)
+    return outcome
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_protocol_keeps_its_invariants(name: str) -> None:
-    found = search(Protocol(), SMALL[name])
-    assert found.violation is None, str(found.violation)
-    assert found.complete
-    print(f"{name}: all {found.states:,} states")
+    outcome = search(Protocol(), SMALL[name])
+    assert outcome.violation is None, str(outcome.violation)
+    assert outcome.complete
+    print(f"{name}: all {outcome.states:,} states")
 
 
 @pytest.mark.skipif(not LIMIT, reason="RUNNER_MODEL_STATES says up to how many states")
 @pytest.mark.parametrize("name", LARGE)
 def test_the_protocol_keeps_its_invariants_in_larger_worlds(name: str) -> None:
-    found = search(Protocol(), LARGE[name], LIMIT)
-    assert found.violation is None, str(found.violation)
-    print(f"{name}: {'all ' if found.complete else 'the first '}{found.states:,} states")
+    outcome = search(Protocol(), LARGE[name], LIMIT)
+    assert outcome.violation is None, str(outcome.violation)
+    print(f"{name}: {'all ' if outcome.complete else 'the first '}{outcome.states:,} states")
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_breaks_an_invariant(name: str) -> None:
     protocol, world, invariant = MISTAKES[name]
-    found = search(protocol, world)
-    assert found.violation is not None, "the model does not see this mistake"
-    assert found.violation.invariant == invariant, str(found.violation)
+    outcome = search(protocol, world)
+    assert outcome.violation is not None, "the model does not see this mistake"
+    assert outcome.violation.invariant == invariant, str(outcome.violation)

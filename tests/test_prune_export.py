@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from lives import Lives
+from waiting import until
 
 from runner.runs.__main__ import main
 
@@ -47,7 +47,7 @@ def flip(run: Path, step: int) -> None:
     path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
 
 
-def test_prune_first_says_what_it_would_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_first_shows_its_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = steps(run)
     assert main(["prune", str(run), "--every-steps", "20"]) == 0
     text = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_prune_first_says_what_it_would_do(run: Path, capsys: pytest.CaptureFixt
     assert steps(run) == before
 
 
-def test_prune_removes_what_it_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_removes_the_planned_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", str(run), "--json"]) == 0
     said = sorted(row["step"] for row in json.loads(capsys.readouterr().out) if row["keep"])
     assert main(["prune", str(run), "--yes"]) == 0
@@ -94,8 +94,7 @@ def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
     command = [sys.executable, "-m", "runner", *COMMAND, "trainer.max_steps=100000", f"run.root={tmp_path}"]
     live = subprocess.Popen([*command, "run.name=live"], stdout=subprocess.DEVNULL, process_group=0)
     try:
-        while not list(tmp_path.glob("smoke/live/commits/*")):
-            time.sleep(0.05)
+        until(lambda: [*tmp_path.glob("smoke/live/commits/*")])
         assert main(["prune", str(tmp_path / "smoke/live"), "--yes"]) == 4
         told = capsys.readouterr().err
         assert f"is in use by attempt 1 (pid {live.pid}" in told
@@ -105,7 +104,7 @@ def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
         live.wait()
 
 
-def test_export_writes_what_the_run_itself_did(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_the_same_file_as_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Averaged weights, byte for byte, of the newest and of the best."""
     target = tmp_path / "Weights.safetensors"
     assert main(["export", str(run), str(target)]) == 0
@@ -118,9 +117,7 @@ def test_export_writes_what_the_run_itself_did(run: Path, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["step"] == best(run)
 
 
-def test_export_takes_the_newest_good_one_and_of_a_step_only_that(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_takes_the_newest_good_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(run, 60)
     target = str(tmp_path / "w")
     assert main(["export", str(run), target, "--json"]) == 0
@@ -131,7 +128,7 @@ def test_export_takes_the_newest_good_one_and_of_a_step_only_that(
     assert "has no checkpoint of step 55; there are those of steps 10, 20, 30, 40, 50, 60" in capsys.readouterr().err
 
 
-def test_the_best_of_damaged_checkpoints_is_told_with_the_damage(
+def test_a_damaged_best_checkpoint_is_reported_with_its_damage(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for manifest in (run / "commits").iterdir():
@@ -140,7 +137,7 @@ def test_the_best_of_damaged_checkpoints_is_told_with_the_damage(
     assert "step 60 of attempt 1: commits/" in capsys.readouterr().err
 
 
-def test_the_best_of_a_run_without_objective_is_told(
+def test_the_best_of_a_run_without_objective_is_reported(
     life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ("trainer.max_steps=5", "objective.metric=null", f"run.root={tmp_path}", "run.name=r")

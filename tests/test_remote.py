@@ -104,7 +104,7 @@ def passing() -> list[BaseException]:
 
 @pytest.mark.parametrize("verb", ["put", "replace", "list", "remove"])
 @pytest.mark.parametrize("when", [Faulty.before, Faulty.after], ids=["before", "after"])
-def test_what_passes_is_tried_again(faulty: Location, verb: str, when: list[BaseException]) -> None:
+def test_transient_errors_are_retried(faulty: Location, verb: str, when: list[BaseException]) -> None:
     faulty.put("new", [b"old"])
     # What was removed before the answer was lost is gone at the second try, which is then the last.
     when += passing()[:1] if verb == "remove" else passing()
@@ -125,9 +125,7 @@ def test_a_read_is_tried_again(faulty: Location, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("kind", [EOFError, ValueError, asyncio.TimeoutError, asyncio.CancelledError, Exception])
-def test_what_does_not_pass_is_an_error_with_name_and_cause(
-    faulty: Location, verb: str, kind: type[BaseException]
-) -> None:
+def test_a_permanent_error_names_the_object_and_cause(faulty: Location, verb: str, kind: type[BaseException]) -> None:
     Faulty.before += [kind("gone") for _ in range(20)]
     with pytest.raises(StorageError, match=rf"cannot \w+ faulty://\w+/run(/old|/new)?: {kind.__name__}: gone"):
         VERBS[verb](faulty)
@@ -261,7 +259,7 @@ def test_an_asynchronous_write_that_takes_too_long_is_cancelled(monkeypatch: pyt
     assert cancelled.wait(5)
 
 
-def test_a_journal_that_could_not_be_synced_is_synced_whole_later(faulty: Location) -> None:
+def test_an_unsynced_journal_is_synced_whole_later(faulty: Location) -> None:
     journal = faulty.journal("j")
     journal.append(b"one")
     Faulty.before += [PermissionError("no")]
@@ -314,7 +312,7 @@ def test_a_port_is_no_password() -> None:
     open_location("sftp://host:22/a@b")
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(kind: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
@@ -325,7 +323,7 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("url", ["s4://bucket/x", "https://host/x"])
-def test_an_unusable_kind_of_storage_is_told_with_the_usable_ones(url: str) -> None:
+def test_an_unusable_storage_is_reported_with_the_usable(url: str) -> None:
     with pytest.raises(ConfigError, match=r"no kind of storage for runs; use a path, s3://.*sftp://.*memory://"):
         open_location(url)
 
@@ -336,7 +334,7 @@ def test_a_chained_url_is_refused(url: str) -> None:
         open_location(url)
 
 
-def test_what_is_remote() -> None:
+def test_remote_urls_are_recognised() -> None:
     for url in ("s3://bucket", "S3://bucket", "memory://x", "abfs+x.y-1://z"):
         assert is_remote(url)
         with pytest.raises(ConfigError, match="a path of this machine"):

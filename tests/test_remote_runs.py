@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_costs_steps_and_says_so(store: Store, undisturbed:
     assert not results(store.copy("damaged")).differences(results(undisturbed))
 
 
-def test_of_two_that_start_at_once_one_trains(store: Store, tmp_path: Path) -> None:
+def test_of_two_runs_started_at_once_only_one_trains(store: Store, tmp_path: Path) -> None:
     command = store.command("twice")
     ended = []
     with lives(tmp_path) as other:
@@ -123,8 +123,8 @@ def test_of_two_that_start_at_once_one_trains(store: Store, tmp_path: Path) -> N
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(one.status for one in ended) == [0, 4], [one.output for one in ended]
-    assert any("is in use by" in one.output for one in ended)
+    assert sorted(process.status for process in ended) == [0, 4], [process.output for process in ended]
+    assert any("is in use by" in process.output for process in ended)
 
 
 def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
@@ -138,11 +138,11 @@ def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
         assert not [raw for raw in files if secret.encode() in raw]
 
 
-def test_a_child_and_a_fork_find_their_parent_with_the_options_of_the_run(store: Store) -> None:
+def test_children_open_their_parent_with_the_runs_options(store: Store) -> None:
     command = ("experiment=smoke", "trainer.max_steps=5", f"run.root={store.root('family')}", *store.arguments)
     assert store.life(*command, "run.name=p").status == 0
     child = store.life(*command, "run.name=c", f"run.parent={store.root('family')}/smoke/p")
     fork = store.life(*command, "run.name=p", "optimizer.lr=0.5", "run.on_drift=fork")
-    for ended, told in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
+    for ended, message in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
         assert ended.status == 0, ended.output
-        assert told in ended.output
+        assert message in ended.output

@@ -23,13 +23,13 @@ def test_the_newest_stay_by_attempt_then_by_step() -> None:
     assert left(Retention(3), *history) == [(1, 30), (2, 5), (2, 20)]
 
 
-def test_unverified_ones_stay_where_they_are_newer_and_do_not_count() -> None:
+def test_newer_unverified_checkpoints_stay_and_do_not_count() -> None:
     history = [known(1, 1), known(1, 2), known(1, 3, state="unknown"), known(1, 4), known(1, 5, state="unknown")]
     assert left(Retention(2), *history) == [(1, 2), (1, 3), (1, 4), (1, 5)]
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
-def test_two_verified_ones_stay_whatever_is_asked(asked: int) -> None:
+def test_two_verified_checkpoints_always_stay(asked: int) -> None:
     assert left(Retention(asked, best=0), *[known(1, step) for step in range(5)]) == [(1, 3), (1, 4)]
 
 
@@ -38,17 +38,17 @@ def test_with_fewer_than_two_verified_nothing_goes() -> None:
     assert len(left(Retention(2), *history)) == 4
 
 
-def test_damaged_ones_do_not_count_and_go_once_enough_verified_ones_are_newer() -> None:
+def test_damaged_checkpoints_go_after_enough_verified_newer() -> None:
     history = [known(1, step, state="damaged" if step in (2, 4) else "verified") for step in range(1, 6)]
     assert left(Retention(2), *history) == [(1, 3), (1, 4), (1, 5)]
 
 
-def test_of_every_multiple_the_one_that_a_resume_would_prefer_stays() -> None:
+def test_of_every_multiple_the_preferred_checkpoint_stays() -> None:
     history = [known(1, step) for step in (5, 10, 10, 15, 20)] + [known(2, step) for step in (10, 25, 30, 31, 32)]
     assert left(Retention(2, every_steps=10), *history) == [(1, 20), (2, 10), (2, 30), (2, 31), (2, 32)]
 
 
-def test_of_a_multiple_a_good_one_stays() -> None:
+def test_of_a_multiple_a_good_checkpoint_stays() -> None:
     history = [known(1, 10), known(2, 10, state="damaged"), known(2, 11), known(2, 12)]
     assert left(Retention(2, every_steps=10), *history) == [(1, 10), (2, 11), (2, 12)]
 
@@ -68,7 +68,7 @@ def test_of_equal_ones_the_earlier_is_better_and_nan_never() -> None:
     assert [one.id.step for one in ranked(history, "max")] == [4, 2, 3]
 
 
-def test_of_what_was_done_again_only_the_newer_can_be_the_best() -> None:
+def test_of_a_repeated_step_only_the_newer_can_be_the_best() -> None:
     """Attempt 2 went on from step 20: what attempt 1 did after it is no part of the run any more."""
     again = [known(2, 30, objective=0.6), known(2, 50, objective=0.7)]
     undone = [known(1, 30, objective=0.8), known(1, 40, objective=0.9)]
@@ -76,12 +76,12 @@ def test_of_what_was_done_again_only_the_newer_can_be_the_best() -> None:
     assert [(one.id.attempt, one.id.step) for one in ranked(history, "max")] == [(2, 50), (2, 30), (1, 20)]
 
 
-def test_a_damaged_one_is_not_the_best() -> None:
+def test_a_damaged_checkpoint_is_not_the_best() -> None:
     history = [known(1, 1, objective=0.1, state="damaged"), known(1, 2, objective=0.2), known(1, 3), known(1, 4)]
     assert left(Retention(2, mode="min"), *history) == [(1, 2), (1, 3), (1, 4)]
 
 
-def test_each_reason_is_told() -> None:
+def test_each_reason_is_reported() -> None:
     history = [known(1, 10), known(1, 11, objective=0.1), known(1, 12), known(1, 13, state="damaged"), known(1, 14)]
     reasons = Retention(2, every_steps=10, mode="min").reasons(history)
     assert {commit.step: why for commit, why in reasons.items()} == {

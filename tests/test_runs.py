@@ -64,7 +64,7 @@ def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixtur
     assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
 
 
-def test_what_json_has_no_number_for_is_a_text(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_outside_json_are_texts(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     infinite = ("task.label_smoothing=-inf", "model.hidden=[nan,inf]")
     assert life(*COMMAND, *infinite, f"run.root={tmp_path}", "run.name=r").status == 2
     assert main(["show", str(tmp_path / "smoke/r"), "--json"]) == 0
@@ -80,7 +80,7 @@ def test_show_tells_why_the_last_attempt_ended_in_full(
     assert "found element of type str" in capsys.readouterr().out.partition("why the last attempt ended\n")[2]
 
 
-def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
+def test_show_tells_the_parent_of_a_run_and_its_accepted_drift(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = root / "smoke/done"
@@ -97,7 +97,7 @@ def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
     assert re.search(r"\nresult +step 40 \(max_steps\), val/loss [0-9.]+, val/accuracy [0-9.]+\n", text)
 
 
-def test_diff_tells_what_differs_and_nothing_else(
+def test_diff_shows_only_differences(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ("optimizer.lr=0.02", "+model.activation=null", "trainer.max_steps=3")
@@ -146,7 +146,7 @@ def test_audit_for_programs(root: Path, capsys: pytest.CaptureFixture[str]) -> N
         (lambda line: line.replace("12 704 767", "12 640 703"), "positions 640 to 703 were trained again in step 12"),
     ],
 )
-def test_audit_finds_what_was_repeated_or_missed(
+def test_audit_finds_repeated_and_missed_samples(
     damage: Callable[[str], str], told: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(root / "smoke/done", tmp_path / "run")
@@ -162,7 +162,9 @@ def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
     """Thousands of epochs are read by programs; a person wants to see the one that is not like the others."""
     rows = [{"epoch": n, "seen": 9 - (n == 5), "repeated": 0, "missed": int(n == 5), "whole": True} for n in range(8)]
     found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "epochs": rows}
-    text = audit.text({**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []})
+    text = audit.format_audit(
+        {**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []}
+    )
     assert [line.split()[:-1] for line in text.splitlines()[4:7]] == [
         ["0", "to", "4", "9", "0", "0"],
         ["5", "8", "0", "1"],
@@ -174,20 +176,20 @@ def test_audit_claims_no_whole_epoch_where_none_is() -> None:
     row = {"epoch": 0, "seen": 8, "repeated": 0, "missed": 0, "whole": False, "substituted": 0}
     found = {"run": "r", "steps": 2, "positions": 8, "attempts": 1, "indexed": True, "epochs": [row]}
     again = {"steps": 0, "positions": 0, "differing": 0}
-    text = audit.text({**found, "again": again, "damaged": [], "problems": []})
+    text = audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
     assert "None is whole yet" in text
     row["whole"] = True
-    assert "None is whole yet" not in audit.text({**found, "again": again, "damaged": [], "problems": []})
+    assert "None is whole yet" not in audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
 
 
-def test_audit_without_a_ledger_is_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_without_a_ledger_is_reported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(root / "smoke/done", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/ledger")
     assert main(["audit", str(tmp_path / "run")]) == 2
     assert "has no ledger" in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path)]) == 2
     assert main(["show", str(tmp_path)]) == 2
     text = capsys.readouterr().err
@@ -195,9 +197,7 @@ def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not a run directory: it has no run.json" in text
 
 
-def test_what_an_attempt_wrote_reaches_the_terminal_escaped(
-    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_of_an_attempt_are_shown_escaped(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "run.name=r").status == 0
     (claim,) = (tmp_path / "smoke/r/attempts").glob("000001-????????????.json")
     claim.write_text(json.dumps(json.loads(claim.read_text()) | {"host": "\x1b[31mevil"}))

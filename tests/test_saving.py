@@ -74,7 +74,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     run.saver.close()
 
 
-def test_training_goes_on_while_the_storage_is_stuck_and_then_the_newest_state_is_saved(run: Run) -> None:
+def test_training_goes_on_beside_stuck_storage(run: Run) -> None:
     run.store.gate.clear()
     for _ in range(5):
         run.step()
@@ -85,7 +85,7 @@ def test_training_goes_on_while_the_storage_is_stuck_and_then_the_newest_state_i
     assert run.store.values == {1: 1.0, 6: 6.0}, "each is the state of its own step"
 
 
-def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) -> None:
+def test_an_improvement_is_saved_despite_stuck_storage(run: Run) -> None:
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -98,7 +98,7 @@ def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) 
     assert run.store.values == {1: 1.0, 4: 4.0}, "of two that wait the better one"
 
 
-def test_of_several_best_ones_each_is_kept(
+def test_each_of_several_best_checkpoints_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
@@ -147,7 +147,7 @@ def test_a_pinned_step_is_kept_beside_a_better_one(tmp_path: Path) -> None:
     assert {2, 3, 4, 5} <= {*run.store.values}
 
 
-def test_kept_copies_that_could_not_be_written_are_tried_until_they_are(tmp_path: Path) -> None:
+def test_copies_to_keep_are_retried_until_they_are_written(tmp_path: Path) -> None:
     """Training waits for the first of them rather than to give one up."""
     run = Run(tmp_path, best=3)
     run.store.gate.clear()
@@ -184,11 +184,11 @@ def test_kept_copies_that_could_not_be_written_are_tried_until_they_are(tmp_path
         (torch.tensor(torch.inf), "task/best", False),
     ],
 )
-def test_what_training_cannot_go_on_with(tensor: torch.Tensor, name: str, spoiled: bool) -> None:
+def test_state_that_training_cannot_use_is_not_committed(tensor: torch.Tensor, name: str, spoiled: bool) -> None:
     assert _is_spoiled(name, tensor, {"model/w"}) is spoiled
 
 
-def test_a_failure_is_told_and_tried_again_after_a_growing_pause(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_reported_and_retried_after_longer_pauses(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.store.error = StorageError("no space left")
     run.step()
     run.settle()
@@ -217,7 +217,7 @@ def test_a_failed_improvement_is_tried_again_as_it_was(run: Run) -> None:
     assert run.store.values == {1: 1.0, 4: 4.0}
 
 
-def test_a_storage_that_fails_for_too_long_ends_training_with_the_cause(run: Run) -> None:
+def test_storage_that_fails_for_too_long_ends_training(run: Run) -> None:
     run.store.error = StorageError("no space left")
     run.step()
     run.settle()
@@ -226,7 +226,7 @@ def test_a_storage_that_fails_for_too_long_ends_training_with_the_cause(run: Run
         run.step()
 
 
-def test_a_storage_that_hangs_for_too_long_ends_training(run: Run) -> None:
+def test_storage_that_hangs_for_too_long_ends_training(run: Run) -> None:
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -245,7 +245,7 @@ def test_whoever_is_superseded_stops_at_the_next_step(run: Run) -> None:
         run.step()
 
 
-def test_what_the_writer_cannot_explain_is_not_swallowed(run: Run) -> None:
+def test_unexpected_errors_of_the_writer_are_not_swallowed(run: Run) -> None:
     run.store.error = ZeroDivisionError()
     run.step()
     run.settle()
@@ -284,7 +284,7 @@ def test_without_background_every_step_that_is_due_is_saved(tmp_path: Path) -> N
     assert run.store.values == {1: 1.0, 2: 2.0, 3: 3.0}
 
 
-def test_a_staged_copy_is_apart_from_the_state_keeps_ties_and_uses_its_memory_again() -> None:
+def test_a_staged_copy_keeps_ties_and_reuses_its_memory() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     staging = Staging()
     tensors = {"a": weight, "tied": weight, "view": weight.t(), "conj": torch.tensor([1j]).conj()}

@@ -9,19 +9,19 @@ import torch
 from runner.schedules import warmup_cosine
 
 
-def scheduled(*, rates: tuple[float, ...] = (1.0,), **how: Any) -> Any:
+def scheduled(*, rates: tuple[float, ...] = (1.0,), **options: Any) -> Any:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
-    return warmup_cosine(torch.optim.SGD(groups), **how)
+    return warmup_cosine(torch.optim.SGD(groups), **options)
 
 
 def rates(scheduler: Any, steps: int) -> list[float]:
     """The rates of the first group in the next steps."""
-    found = []
+    values = []
     for _ in range(steps):
-        found.append(scheduler.get_last_lr()[0])
+        values.append(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
         scheduler.step()
-    return found
+    return values
 
 
 def test_the_rate_warms_up_in_equal_steps() -> None:
@@ -30,10 +30,10 @@ def test_the_rate_warms_up_in_equal_steps() -> None:
 
 @pytest.mark.parametrize("final", [0.0, 0.25])
 def test_the_rate_falls_along_half_a_cosine(final: float) -> None:
-    found = rates(scheduled(total_steps=8, warmup_steps=2, final_ratio=final), 9)[2:]
-    assert found == [final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
-    assert found == sorted(found, reverse=True)
-    assert (found[0], found[-1]) == (1.0, final)
+    values = rates(scheduled(total_steps=8, warmup_steps=2, final_ratio=final), 9)[2:]
+    assert values == [final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
+    assert values == sorted(values, reverse=True)
+    assert (values[0], values[-1]) == (1.0, final)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.125, 1.0])
@@ -54,15 +54,15 @@ def test_every_group_keeps_its_share() -> None:
     for _ in range(7):
         scheduler.optimizer.step()
         scheduler.step()
-        one, half = scheduler.get_last_lr()
-        assert half == one / 2
+        full, half = scheduler.get_last_lr()
+        assert half == full / 2
 
 
 def test_a_resume_at_any_step_goes_on_with_the_same_rates() -> None:
-    how = {"total_steps": 8, "warmup_steps": 3, "final_ratio": 0.1}
-    uninterrupted = rates(scheduled(**how), 10)
+    options = {"total_steps": 8, "warmup_steps": 3, "final_ratio": 0.1}
+    uninterrupted = rates(scheduled(**options), 10)
     for done in range(10):
-        killed, resumed = scheduled(**how), scheduled(**how)
+        killed, resumed = scheduled(**options), scheduled(**options)
         rates(killed, done)
         resumed.optimizer.load_state_dict(killed.optimizer.state_dict())
         resumed.load_state_dict(killed.state_dict())

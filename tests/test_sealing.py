@@ -38,7 +38,7 @@ def sealed(keys: Keys, key: str | None) -> MemoryLocation:
 
 
 @pytest.mark.parametrize("key", [None, KEY, "ü", "x" * 1000])
-def test_what_was_sealed_with_a_key_is_loaded_with_it(key: str | None, keys: Keys) -> None:
+def test_a_commit_sealed_with_a_key_is_loaded_with_it(key: str | None, keys: Keys) -> None:
     assert newest(CheckpointStore(sealed(keys, key))) == (1, [])
 
 
@@ -61,7 +61,7 @@ def test_another_key_is_refused_with_the_cause(then: str | None, now: str | None
     assert OTHER not in reason
 
 
-def test_the_seal_and_the_digests_are_what_they_are_called(keys: Keys) -> None:
+def test_the_seal_and_the_digests_match_their_names(keys: Keys) -> None:
     """Frozen: anyone with the key can check them with common tools."""
     body, tail = seal({"a": 1})[:-72], seal({"a": 1})[-72:]
     assert tail == f"sha256:{sha256(body).hexdigest()}\n".encode()
@@ -119,7 +119,7 @@ def test_no_other_last_line_is_a_seal(key: str | None, damage: str, keys: Keys) 
         assert unseal(body + f"{damage}{sha256(body).hexdigest()}\n".encode()) is None
 
 
-def test_a_torn_manifest_is_told_from_one_of_another_key(keys: Keys) -> None:
+def test_a_torn_manifest_differs_from_one_of_another_key(keys: Keys) -> None:
     location = sealed(keys, KEY)
     (name,) = (name for name in location.objects if name.startswith("commits/"))
     location.objects[name] = location.objects[name][:-40]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lives import Ended, Lives
 
-from runner.config.secrets import written_out
+from runner.config.secrets import find_secrets
 from runner.runs.__main__ import main
 
 USER = Path(__file__).parent / "user"
@@ -138,13 +138,13 @@ HARMLESS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", WRITTEN_OUT, ids=str)
-def test_a_secret_that_is_written_out_is_noticed(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")]
+def test_a_secret_that_is_find_secrets_is_noticed(value: Any) -> None:
+    assert [*find_secrets({"train": value}, "data")]
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: ",".join(value))
-def test_what_only_sounds_like_a_secret_is_none(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")] == []
+def test_values_that_sound_like_secrets_are_accepted(value: Any) -> None:
+    assert [*find_secrets({"train": value}, "data")] == []
 
 
 class Nest:
@@ -155,12 +155,16 @@ class Nest:
         shutil.copytree(USER / "mine", folder / "mine")
 
     def __call__(
-        self, *arguments: str, canary: str = CANARY, environment: Mapping[str, str] = MappingProxyType({}), **how: Any
+        self,
+        *arguments: str,
+        canary: str = CANARY,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **options: Any,
     ) -> Ended:
         sweep = arguments[:1] if arguments[0] == "-m" else ()
         command = (*sweep, "--config-dir", str(USER / "conf"), "experiment=secret", f"run.root={self.root}")
         own = {"CANARY": canary, "OTHER": canary, "API_KEY": CANARY, "TMPDIR": str(self.folder), **environment}
-        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=own, **how)
+        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=own, **options)
 
     def leaks(self) -> list[str]:
         """The files with the canary in name or content."""
@@ -204,7 +208,7 @@ def test_a_failure_that_repeats_a_secret_does_not_show_it(where: str, nest: Nest
     assert nest.leaks() == []
 
 
-def test_a_job_has_one_name_and_a_rotated_secret_is_no_drift(nest: Nest) -> None:
+def test_a_rotated_secret_is_no_drift(nest: Nest) -> None:
     assert nest("-m", GIVEN, "seed=1,2").status == 0
     for seed in (1, 2):
         ended = nest(f"seed={seed}", GIVEN, canary="swordfish-canary")
@@ -214,11 +218,11 @@ def test_a_job_has_one_name_and_a_rotated_secret_is_no_drift(nest: Nest) -> None
     assert (ended.status, "'${oc.env:CANARY}'  '${oc.env:OTHER}'" in ended.output) == (3, True), ended.output
 
 
-def test_what_is_computed_is_no_secret(nest: Nest) -> None:
+def test_a_computed_value_is_no_secret(nest: Nest) -> None:
     """Numbers and choices of the environment are compared by what they are, whatever the name of the run."""
-    given = ("seed=${oc.env:SEED}", "trainer.precision=${oc.env:KIND}")
-    assert nest(*given, environment={"SEED": "1", "KIND": "fp32"}).status == 0
-    ended = nest(*given, environment={"SEED": "2", "KIND": "bf16"})
+    overrides = ("seed=${oc.env:SEED}", "trainer.precision=${oc.env:KIND}")
+    assert nest(*overrides, environment={"SEED": "1", "KIND": "fp32"}).status == 0
+    ended = nest(*overrides, environment={"SEED": "2", "KIND": "bf16"})
     assert ended.status == 3
     for row in (r"seed +1 +2", r"trainer\.precision +'fp32' +'bf16'"):
         assert re.search(row, ended.output)
@@ -262,9 +266,9 @@ WRITTEN = {
 
 @pytest.mark.parametrize("sweep", [False, True])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_secret_written_out_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
-    given = tuple(argument.format(canary=CANARY) for argument in WRITTEN[name])
-    ended = nest(*(("-m", "seed=1,2") if sweep else ()), *given)
+def test_a_secret_find_secrets_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
+    overrides = tuple(argument.format(canary=CANARY) for argument in WRITTEN[name])
+    ended = nest(*(("-m", "seed=1,2") if sweep else ()), *overrides)
     assert (ended.status, "looks like a secret and is written out" in ended.output) == (2, True), ended.output
     assert CANARY not in ended.output
     assert nest.leaks() == []
@@ -301,19 +305,19 @@ def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives,
         assert (ended.status, "a store that this command does not name" in ended.output) == (2, True), ended.output
 
 
-def test_a_secret_of_the_environment_makes_no_folder_and_no_study(nest: Nest) -> None:
+def test_a_secret_of_the_environment_names_no_folder_or_study(nest: Nest) -> None:
     experiment = nest.folder / "own/experiment/space.yaml"
     experiment.parent.mkdir(parents=True)
     space = '{+data.train.harmless: "${oc.env:CANARY}", seed: "1,2"}'
     experiment.write_text(f"# @package _global_\ndefaults: [secret, _self_]\nhydra: {{sweeper: {{params: {space}}}}}")
     path = f"hydra.searchpath=[file://{experiment.parent.parent}]"
-    for given in (
+    for overrides in (
         ("run.name='x-${oc.env:API_KEY}'",),
         ("run.root='o/x-${oc.env:API_KEY}'",),
         ("-m", "experiment=space", path),
         ("-m", "experiment=space", path, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"),
     ):
-        ended = nest(*given)
+        ended = nest(*overrides)
         assert (ended.status, "has a secret" in ended.output) == (2, True), ended.output
         assert CANARY not in ended.output
     assert nest.leaks() == []

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
-from runner.shards.manifest import save
 from runner.shards.records import Records
 from runner.shards.scan import scan
+from runner.shards.shard_manifest import save
 from runner.storage import files
 
 
@@ -112,7 +112,7 @@ def test_blocks_are_whole_records_of_about_the_size(tmp_path: Path, monkeypatch:
     assert len(records) == 22
 
 
-def test_what_is_no_json_is_told_when_it_is_read(tmp_path: Path) -> None:
+def test_invalid_json_is_reported_when_it_is_read(tmp_path: Path) -> None:
     records = Records(path=lines(tmp_path / "x", a="1\n{oh\n3\n"))
     assert (records[0], records[2]) == (1, 3)
     with pytest.raises(
@@ -121,7 +121,7 @@ def test_what_is_no_json_is_told_when_it_is_read(tmp_path: Path) -> None:
         records[1]
 
 
-def test_what_is_no_unicode_is_told_when_it_is_read(tmp_path: Path) -> None:
+def test_invalid_unicode_is_reported_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\n")
     with pytest.raises(DataError, match=r"a\.txt, record 1.*utf-8"):
         Records(path=str(tmp_path))[1]
@@ -222,7 +222,7 @@ def test_parquet_as_pyarrow_reads_it(tmp_path: Path, memory: str) -> None:
     check_access(pickle.loads(pickle.dumps(records)), every(records))
 
 
-def test_what_is_no_parquet_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_parquet_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet: Arrow"):
@@ -317,7 +317,7 @@ def test_blocks_are_held_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(reads) == len(set(reads))
 
 
-def test_a_pickled_one_arrives_without_what_it_held(tmp_path: Path) -> None:
+def test_a_pickled_shard_arrives_without_its_cache(tmp_path: Path) -> None:
     records = Records(path=lines(tmp_path / "x", a=json.dumps("x" * 100_000) + "\n" + "1\n"))
     size = len(pickle.dumps(records))
     records.hold(3, 1)
@@ -332,7 +332,7 @@ def first(batch: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_what_this_process_reads(tmp_path: Path, start: str, block: int) -> None:
+def test_workers_read_the_same_records_as_this_process(tmp_path: Path, start: str, block: int) -> None:
     records = Records(path=lines(tmp_path / "x", **JSONL))
     assert records[0] == JSON_VALUES[0]
     found = DataLoader(records, num_workers=2, collate_fn=first, multiprocessing_context=start)  # type: ignore[arg-type]

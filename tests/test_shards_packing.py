@@ -131,7 +131,7 @@ def test_shards_of_documents_are_shards_of_samples(records: Records) -> None:
     assert len({each.fingerprint for each in others}) == 3
 
 
-def test_what_documents_lack_packed_lacks() -> None:
+def test_missing_fields_of_documents_are_missing_when_packed() -> None:
     packed = Packed(documents(), LENGTHS, length=4)
     assert not hasattr(packed, "counts")
     assert not hasattr(packed, "fingerprint")

@@ -6,19 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from waiting import until
 
 from runner.errors import DataError
 from runner.shards import formats
 from runner.shards.__main__ import main
-from runner.shards.manifest import load, save
 from runner.shards.records import Records
 from runner.shards.scan import Scan, scan
+from runner.shards.shard_manifest import load, save
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def summary(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, in
     return found
 
 
-def test_the_command_writes_what_a_data_set_opens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_manifest_that_a_data_set_opens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"{folder}/shards.json"
     assert main([str(folder), "--out", out]) == 0
     told = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_the_command_writes_what_a_data_set_opens(folder: Path, capsys: pytest.C
     assert records.fingerprint == Records(path=f"{folder}/**/*.jsonl").fingerprint
 
 
-def test_a_second_scan_reads_only_what_is_new_or_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_scan_reads_only_new_and_changed_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = (str(folder), "--out", f"{folder}/shards.json")
     first = summary(capsys, *command)
     assert first == {"shards": 3, "records": 6, "bytes": 42, "kept": 0, "scanned": 3}
@@ -77,7 +77,7 @@ def test_a_moved_folder_is_the_same(folder: Path, tmp_path: Path) -> None:
     system.rm("/test_moved", recursive=True)
 
 
-def test_shards_outside_the_folder_of_the_manifest_keep_their_urls(folder: Path, tmp_path: Path) -> None:
+def test_shards_outside_the_manifests_folder_keep_their_urls(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert main([f"{folder}/deep", "--out", f"{tmp_path}/out/shards.json"]) == 0
     shutil.move(tmp_path / "out/shards.json", tmp_path / "shards.json")
@@ -90,7 +90,7 @@ def test_a_manifest_can_lie_in_any_store(folder: Path) -> None:
     fsspec.filesystem("memory").rm("/test_scan.json")
 
 
-def test_an_incomplete_manifest_names_the_command_that_completes_it(folder: Path) -> None:
+def test_an_incomplete_manifest_names_the_command_to_mend_it(folder: Path) -> None:
     out = f"{folder}/shards.json"
     save(out, scan(f"{folder}/a.jsonl"), command=f"python -m runner.shards {folder} --out {out}")
     with pytest.raises(DataError) as refused:
@@ -122,13 +122,13 @@ def npy() -> bytes:
     return file.getvalue()
 
 
-def test_what_is_no_manifest_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_manifest_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{folder}/b.jsonl", "--out", f"{folder}/a.jsonl"]) == 1
     assert f"--out {folder}/a.jsonl is in the way" in capsys.readouterr().err
     assert (folder / "a.jsonl").read_text() == "[1, 0]\n"
 
 
-def test_what_changes_under_the_scan_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_changes_under_the_scan_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Scan(f"{folder}/a.jsonl")
     (folder / "a.jsonl").write_text("[1, 0]\n2\n")
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was scanned: 7 bytes, now 9"):
@@ -159,9 +159,7 @@ def test_a_scan_that_is_cut_goes_on_to_the_same_manifest(
     data, command = long_scan(tmp_path)
     out = data / "shards.json"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not out.exists() or out.read_text().count('"name"') < 20:
-        assert process.poll() is None
-        time.sleep(0.01)
+    until(lambda: out.exists() and out.read_text().count('"name"') >= 20, process=process)
     process.send_signal(ending)
     _, told = process.communicate(timeout=300)
     assert process.returncode == (75 if ending == signal.SIGINT else -ending)
@@ -235,7 +233,7 @@ def test_a_hostile_manifest_is_refused_by_key(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1" * 5000, "[" * 100_000, '"\udcff"', '{"format": 1, "\\u001b": 0}'])
-def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_line_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=f"^{tmp_path}/m.json is not a manifest of shards: "):
         Records(manifest=f"{tmp_path}/m.json")
@@ -248,7 +246,7 @@ def test_a_manifest_of_nothing_is_refused(folder: Path) -> None:
         Records(manifest=str(out))
 
 
-def test_a_shard_that_is_gone_is_told(folder: Path) -> None:
+def test_a_shard_that_is_gone_is_reported(folder: Path) -> None:
     assert main([str(folder), "--out", f"{folder}/s.json"]) == 0
     (folder / "a.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl: FileNotFoundError"):

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from runner.errors import ConfigError, DataError
-from runner.shards.manifest import save
 from runner.shards.scan import scan
+from runner.shards.shard_manifest import save
 from runner.shards.tokens import Tokens
 
 SIZES = (100, 0, 7, 1, 53)
@@ -112,7 +112,7 @@ def test_a_manifest_of_tokens(tmp_path: Path) -> None:
         Tokens(manifest=f"{tmp_path}/m.json", length=10, dtype="uint16")
 
 
-def test_what_the_samples_are_made_of_is_in_the_fingerprint(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_settings_of_samples(tmp_path: Path) -> None:
     shards(tmp_path / "x", "uint16", "bin")
     options: list[dict[str, Any]] = [
         {"length": 8},
@@ -142,7 +142,7 @@ def test_locate_names_every_shard_of_a_sample(tmp_path: Path) -> None:
         ({"length": 4, "separator": 1, "pack": False}, "needs pack=true"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
     shards(tmp_path / "x", "uint16", "bin")
     with pytest.raises(ConfigError, match=told):
         Tokens(path=f"{tmp_path}/x", **options)
@@ -191,7 +191,7 @@ def first(batch: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_what_this_process_reads(tmp_path: Path, start: str) -> None:
+def test_workers_read_the_same_records_as_this_process(tmp_path: Path, start: str) -> None:
     shards(tmp_path / "x", "uint16", "bin")
     samples = Tokens(path=f"{tmp_path}/x", length=4)
     assert len(pickle.dumps(samples)) < 5000

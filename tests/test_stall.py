@@ -92,7 +92,7 @@ def lives(pid: str) -> bool:
         return False
 
 
-def test_a_stuck_evaluation_is_told_from_a_step(life: Lives, tmp_path: Path) -> None:
+def test_a_stuck_evaluation_is_distinguished_from_a_step(life: Lives, tmp_path: Path) -> None:
     ended = run(life, tmp_path, *stuck("lock", tmp_path, "validation"), "runtime.timeout=4")
     assert ended.status == 1, ended.output
     assert "no batch of an evaluation for 4 s" in reason(tmp_path)
@@ -105,7 +105,7 @@ def test_a_stuck_save_has_longer(life: Lives, tmp_path: Path) -> None:
     assert "no end of a save for 6 s (runtime.timeout and checkpoint.max_unsaved)" in reason(tmp_path)
 
 
-def test_what_takes_long_by_right_is_no_stall(life: Lives, tmp_path: Path) -> None:
+def test_work_that_may_take_long_is_no_stall(life: Lives, tmp_path: Path) -> None:
     """Building, a long evaluation of short batches, its end, and a slow storage."""
     slow = (*SLOW, "+task.build=7", "+task.batch=1", "+task.end=7", "data.evaluation_batch_size=45")
     more = ("trainer.max_steps=20", "runtime.timeout=5", "checkpoint.background=false")

@@ -277,7 +277,7 @@ def untouched(place: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_what_hydra_would_write_through_is_refused(kind: str, place: Path, life: Lives) -> None:
+def test_links_that_hydra_would_write_through_are_refused(kind: str, place: Path, life: Lives) -> None:
     name, make = LINKS[kind]
     path = place / "runs/smoke/r" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -320,7 +320,7 @@ def test_a_sweep_refuses_links_and_does_the_other_jobs(place: Path, life: Lives)
     assert untouched(place)
 
 
-def test_a_result_without_all_its_values_is_told(runs: Path, tmp_path: Path, life: Lives) -> None:
+def test_a_result_without_all_its_values_is_reported(runs: Path, tmp_path: Path, life: Lives) -> None:
     shutil.copytree(runs / "smoke/done", tmp_path / "smoke/r")
     path = tmp_path / "smoke/r/result.json"
     result = json.loads(path.read_text())

@@ -41,13 +41,13 @@ def test_a_changed_structure_is_restored(settings: tuple[str, ...], life: Lives,
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["by hand", "also by its own code for loading"])
-def test_a_layer_made_in_the_first_forward(made: bool, life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize("eager", [False, True], ids=["by hand", "also by its own code for loading"])
+def test_a_layer_made_in_the_first_forward(eager: bool, life: Lives, tmp_path: Path) -> None:
     """Refused at the first save, unless the model makes it for a state that has it."""
-    kind = "Makes" if made else "Lazy"
+    kind = "Makes" if eager else "Lazy"
     command = (*COMMAND, f"model._target_=mine.growing.{kind}", "trainer.ema_decay=null", f"run.root={tmp_path}")
     ended = life(*command, "run.name=whole", cwd=USER)
-    if not made:
+    if not eager:
         assert ended.status == 1
         assert "the state of step 3 is not saved, because no resume could load it: model/extra.weight is of shape" in (
             ended.output
@@ -61,7 +61,7 @@ def test_a_layer_made_in_the_first_forward(made: bool, life: Lives, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("change", "message"),
     [
         ("add_foreign", "group 1 of the optimizer has a tensor of shape [5] that is no weight"),
         ("replace", "the optimizer of the update was replaced by another SGD"),
@@ -70,14 +70,15 @@ def test_a_layer_made_in_the_first_forward(made: bool, life: Lives, tmp_path: Pa
         ("nothing", ""),
     ],
 )
-def test_what_no_resume_could_load_is_refused(what: str, told: str, life: Lives, tmp_path: Path) -> None:
+def test_state_that_no_resume_could_load_is_refused(change: str, message: str, life: Lives, tmp_path: Path) -> None:
     """With the step and what it is; the checkpoints from before stay. New keys of a task are nobody's business."""
-    command = (*COMMAND, *CHANGES, f"+task.what={what}", "optimizer=sgd", f"run.root={tmp_path}", "run.name=r")
+    command = (*COMMAND, *CHANGES, f"+task.what={change}", "optimizer=sgd", f"run.root={tmp_path}", "run.name=r")
     ended = life(*command, cwd=USER)
-    assert ended.status == (1 if told else 0), ended.output
-    assert not told or f"the state of step 8 is not saved, because no resume could load it: {told}" in ended.output
+    assert ended.status == (1 if message else 0), ended.output
+    if message:
+        assert f"the state of step 8 is not saved, because no resume could load it: {message}" in ended.output
     steps = sorted({commit.step for commit in CheckpointStore(LocalLocation(tmp_path / "smoke/r")).commits()})
-    assert steps[-1] == (6 if told else 16)
+    assert steps[-1] == (6 if message else 16)
 
 
 def as_before(run: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_commit_of_before_with_named_weights_is_restored(life: Lives, tmp_path
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
 
 
-def test_one_that_cannot_be_loaded_names_the_last_that_can(life: Lives, tmp_path: Path) -> None:
+def test_an_unloadable_commit_names_the_last_loadable(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, *CHANGES, "+task.what=add", *HEAD, f"run.root={tmp_path}", 'run.name="lr=1,a"')
     assert life(*command, "checkpoint.keep_last=5", cwd=USER, step=11).status is None
     as_before(tmp_path / "smoke/lr=1,a")
@@ -146,9 +147,9 @@ def test_a_commit_with_nan_names_the_last_that_is_finite(life: Lives, tmp_path: 
     assert (ended.status, "forked from step 9 of" in ended.output) == (0, True), ended.output
 
 
-@pytest.mark.parametrize(("steps", "told"), [(60, "32 steps in a row were skipped"), (10, "all steps were skipped")])
-def test_a_run_that_skips_all_its_steps_fails(steps: int, told: str, life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "message"), [(60, "32 steps in a row were skipped"), (10, "all steps were skipped")])
+def test_a_run_that_skips_all_its_steps_fails(steps: int, message: str, life: Lives, tmp_path: Path) -> None:
     bad = ("task._target_=mine.tasks.Curriculum", "+task.bad_every=1", "~task.label_smoothing")
     more = ("trainer.on_nonfinite=skip", f"trainer.max_steps={steps}", f"run.root={tmp_path}")
     ended = life(*COMMAND, *bad, *more, cwd=USER)
-    assert (ended.status, told in ended.output) == (1, True), ended.output
+    assert (ended.status, message in ended.output) == (1, True), ended.output

@@ -64,7 +64,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.campaign
-def test_a_sweep_killed_until_it_is_done_has_the_results_of_one_that_was_not(life: Lives, tmp_path: Path) -> None:
+def test_a_killed_sweep_has_the_results_of_an_undisturbed_one(life: Lives, tmp_path: Path) -> None:
     """Killed at random changes to the disk. What is computed twice is what was lost since the
     last checkpoint, and nothing of a finished run.
     """
@@ -140,7 +140,7 @@ def test_code_that_exits_ends_no_sweep_and_is_no_success(life: Lives, tmp_path: 
         (("+callbacks={a:{x:1}},{}", "run.name=same"), "callbacks"),
     ],
 )
-def test_two_jobs_of_one_name_are_refused_before_any(
+def test_two_jobs_of_the_same_name_are_refused_before_any(
     overrides: tuple[str, ...], differing: str, life: Lives, tmp_path: Path
 ) -> None:
     ended = life(*COMMAND, *overrides, f"run.root={tmp_path}")
@@ -184,14 +184,14 @@ def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path, capsys: py
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["diverged"]
 
 
-def test_an_impossible_configuration_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+def test_other_jobs_run_beside_an_impossible_configuration(life: Lives, tmp_path: Path) -> None:
     ended = life(*COMMAND[:2], "trainer.max_steps=0,4", "runtime.audit=false", f"run.root={tmp_path}")
     assert ended.status == 2
     assert "trainer.max_steps=0 is too small" in ended.output
     assert [*runs(tmp_path)] == ["trainer.max_steps=4"]
 
 
-def test_drift_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+def test_drift_is_reported_and_the_others_run(life: Lives, tmp_path: Path) -> None:
     names = f"run.root={tmp_path}", "run.name=r${seed}"
     assert life(*COMMAND, "seed=1,2", *names).status == 0
     ended = life(*COMMAND, "seed=1,2,3", "optimizer.lr=0.5", *names)
@@ -241,7 +241,7 @@ print("counted", status, dict(verbs), "torch" in sys.modules)
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_two_who_start_one_sweep_execute_every_run_once(
+def test_a_sweep_started_twice_executes_every_run_once(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     root, stored = f"{tmp_path}/runs", None
@@ -257,8 +257,8 @@ def test_two_who_start_one_sweep_execute_every_run_once(
         starters = []
         for log in logs:
             out = stack.enter_context(log.open("wb"))
-            how: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
-            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **how))
+            settings: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
+            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **settings))
             stack.callback(starters[-1].kill)
         for starter in starters:
             starter.wait(150)

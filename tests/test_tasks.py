@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runner.errors import ConfigError, TaskError
-from runner.task import Task, checked
+from runner.task import Task, check_metrics
 from runner.tasks.classification import Classification
 from runner.tasks.language import LanguageModeling
 from runner.update import WeightUpdate
@@ -63,11 +63,11 @@ class Uniform(Successor):
         return torch.zeros(*tokens.shape, 256) + self.weight
 
 
-def descended(cuts: list[int], **how: Any) -> tuple[float, dict[str, Tensor]]:
+def descended(cuts: list[int], **options: Any) -> tuple[float, dict[str, Tensor]]:
     """The weight after one step over 1, 2, 3 and 6, cut into micro-batches, and the metrics of the step."""
     model = Weight()
     update = WeightUpdate(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"), clip_norm=1e9, **how
+        model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"), clip_norm=1e9, **options
     )
     pieces = torch.tensor([1.0, 2.0, 3.0, 6.0]).split(cuts)
     metrics = Descent().optimization_step(model, ((len(piece) / 4, piece) for piece in pieces), update)
@@ -88,7 +88,7 @@ def test_metrics_hold_on_to_no_graph() -> None:
     assert not any(value.requires_grad for value in metrics.values())
 
 
-def test_without_its_own_evaluation_a_task_is_evaluated_as_it_is_trained() -> None:
+def test_a_task_is_evaluated_as_it_is_trained_by_default() -> None:
     task, model = Descent(), Weight()
     batch = torch.ones(2)
     assert task.evaluation_step(model, batch) == task.training_step(model, batch)
@@ -115,7 +115,7 @@ def test_accuracy_is_the_share_of_labels_with_the_highest_logit() -> None:
     assert Classification().evaluation_step(nn.Identity(), LABELLED)["accuracy"].item() == 0.75
 
 
-def test_language_modelling_predicts_each_byte_from_those_before_it() -> None:
+def test_a_language_model_predicts_each_byte_from_the_earlier() -> None:
     counting = torch.arange(250, 259).remainder(256).to(torch.uint8).expand(2, 9)
     model = Successor()
     assert LanguageModeling().training_step(model, counting)["loss"].item() == 0.0
@@ -153,7 +153,7 @@ def test_a_sample_is_drawn_from_the_global_generator() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_low_temperature_samples_what_is_most_likely() -> None:
+def test_a_low_temperature_samples_the_most_likely() -> None:
     torch.manual_seed(0)
     cold, warm = (LanguageModeling(prompt="a", sample_bytes=9, temperature=degrees) for degrees in (0.01, 1.0))
     assert cold.evaluation_end(Unsure(), {"loss": 0.0})["sample"] == "abcdefghij"
@@ -171,7 +171,7 @@ def test_a_prompt_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "told"),
+    ("metrics", "message"),
     [
         (None, "Mine.training_step returned a NoneType; expected a dict of scalar tensors"),
         (torch.tensor(1.0), "Mine.training_step returned a tensor of shape []; expected a dict"),
@@ -181,19 +181,19 @@ def test_a_prompt_of_nothing_is_refused() -> None:
         ({}, "returned nothing and no 'loss'"),
     ],
 )
-def test_metrics_that_cannot_be_used_are_told_with_an_example(metrics: Any, told: str) -> None:
+def test_unusable_metrics_are_reported_with_an_example(metrics: Any, message: str) -> None:
     with pytest.raises(TaskError) as error:
-        checked(metrics, "Mine.training_step")
-    assert told in str(error.value)
+        check_metrics(metrics, "Mine.training_step")
+    assert message in str(error.value)
     assert '{"loss": loss, ' in str(error.value)
 
 
 def test_an_evaluation_needs_no_loss() -> None:
     metrics = {"accuracy": torch.tensor(1.0)}
-    assert checked(metrics, "Mine.evaluation_step", loss=False) is metrics
+    assert check_metrics(metrics, "Mine.evaluation_step", loss=False) is metrics
 
 
-def test_a_loss_that_trains_nothing_is_told() -> None:
+def test_a_loss_that_trains_nothing_is_reported() -> None:
     model = Weight().requires_grad_(False)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     update = WeightUpdate(model, optimizer, device=torch.device("cpu"))

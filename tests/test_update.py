@@ -29,14 +29,14 @@ def bits(parts: list[Any]) -> str:
 class Run:
     """A small model with everything that moves it."""
 
-    def __init__(self, *, fp16: bool = False, decay: float | None = None, lr: float = 0.5, **how: Any) -> None:
+    def __init__(self, *, fp16: bool = False, decay: float | None = None, lr: float = 0.5, **options: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) if fp16 else None
         self.update = WeightUpdate(
-            self.model, self.optimizer, device=CPU, scaler=self.scaler, average=self.average, **how
+            self.model, self.optimizer, device=CPU, scaler=self.scaler, average=self.average, **options
         )
 
     def step(self, number: int, factor: float = 1.0) -> dict[str, Tensor]:
@@ -48,18 +48,18 @@ class Run:
 
     def parts(self) -> list[Any]:
         """What is saved; first what a step moves, last what it remembers."""
-        found = [self.model, self.optimizer, self.average, self.update]
-        return [part for part in found if part is not None]
+        parts = [self.model, self.optimizer, self.average, self.update]
+        return [part for part in parts if part is not None]
 
     def weights(self) -> list[Any]:
         return [parameter.tolist() for parameter in self.model.parameters()]
 
 
-def linear(gradient: list[float], **how: Any) -> tuple[nn.Parameter, dict[str, Tensor]]:
+def linear(gradient: list[float], **options: Any) -> tuple[nn.Parameter, dict[str, Tensor]]:
     """A weight of zeros after one step of rate 1 down that gradient, and what the step measured."""
     model = nn.Linear(len(gradient), 1, bias=False)
     nn.init.zeros_(model.weight)
-    update = WeightUpdate(model, torch.optim.SGD(model.parameters(), lr=1.0), device=CPU, **how)
+    update = WeightUpdate(model, torch.optim.SGD(model.parameters(), lr=1.0), device=CPU, **options)
     loss = model(torch.tensor([gradient])).sum()
     update.backward(loss)
     measured = update.step(loss.detach())
@@ -83,7 +83,7 @@ def test_gradients_add_up_until_the_step() -> None:
     assert model.weight.item() == -3.0
 
 
-def test_clipping_scales_all_gradients_to_the_norm_and_tells_the_one_before() -> None:
+def test_clipping_scales_gradients_and_returns_the_old_norm() -> None:
     weight, measured = linear([3.0, 4.0], clip_norm=1.0)
     expected = nn.Parameter(torch.zeros(1, 2))
     expected.grad = torch.tensor([[3.0, 4.0]])
@@ -107,7 +107,7 @@ def test_frozen_weights_are_not_in_the_norm() -> None:
     assert update.step(torch.tensor(0.0))["grad_norm"].item() == 5.0
 
 
-def test_gradients_of_what_the_optimizer_does_not_have_are_cleared_too() -> None:
+def test_gradients_outside_the_optimizer_are_cleared_too() -> None:
     model = nn.Linear(2, 1)
     update = WeightUpdate(model, torch.optim.SGD([model.weight], lr=0.0), device=CPU, clip_norm=100.0)
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_without_skipping_a_bad_step_is_taken_as_it_is() -> None:
     assert repr(weight.tolist()) == "[[nan, -1.0]]"
 
 
-def test_half_precision_takes_no_step_that_overflowed_and_lowers_its_scale() -> None:
+def test_half_precision_skips_overflows_and_lowers_its_scale() -> None:
     run = Run(fp16=True, precision="fp16")
     before = run.weights()
     run.step(1, factor=float("inf"))
@@ -175,7 +175,7 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {},
         {"skip_nonfinite": True},
@@ -186,14 +186,14 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped() -> None:
     ],
     ids=str,
 )
-def test_a_restored_update_goes_on_as_the_kept_one(how: dict[str, Any]) -> None:
+def test_a_restored_update_goes_on_as_the_kept_one(options: dict[str, Any]) -> None:
     """Three steps, of which one has no finite loss where that is survived, and three more in new objects."""
-    kept = Run(**how)
-    survives = how.get("skip_nonfinite") or how.get("fp16")
+    kept = Run(**options)
+    survives = options.get("skip_nonfinite") or options.get("fp16")
     for number in range(3):
         kept.step(number, factor=float("inf") if number == 1 and survives else 1.0)
     saved = [there_and_back(part.state_dict()) for part in kept.parts()]
-    resumed = Run(**how)
+    resumed = Run(**options)
     for part, state in zip(resumed.parts(), saved, strict=True):
         part.load_state_dict(state)
     assert bits(resumed.parts()) == bits(kept.parts())
@@ -201,10 +201,10 @@ def test_a_restored_update_goes_on_as_the_kept_one(how: dict[str, Any]) -> None:
         kept.step(number)
         resumed.step(number)
     assert bits(resumed.parts()) == bits(kept.parts())
-    assert resumed.update.skipped == bool(how.get("skip_nonfinite"))
+    assert resumed.update.skipped == bool(options.get("skip_nonfinite"))
 
 
-def test_the_scale_and_what_it_counts_are_state() -> None:
+def test_the_scale_and_its_counters_are_state() -> None:
     """A growth is due after two good steps in a row: one before the restart, one after."""
     run = Run(fp16=True)
     run.step(1)

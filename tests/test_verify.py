@@ -17,6 +17,7 @@ import fsspec
 import pytest
 import servers as servers_of_tests
 import torch
+from waiting import until
 
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
@@ -143,7 +144,7 @@ def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
-def test_what_is_broken_is_named(name: str, servers: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_is_named(name: str, servers: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES[name]
     verdict = judged(servers, *overrides)
     text = verdict.text()
@@ -157,12 +158,12 @@ def test_what_is_broken_is_named(name: str, servers: Servers, scratch: Path) -> 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_mended_passes(name: str, servers: Servers, scratch: Path) -> None:
+def test_a_mended_experiment_passes(name: str, servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, *mended(CASES[name][0]))
     assert verdict.holds, verdict.text()
 
 
-def test_what_resumes_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
+def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, steps=16, kills=6)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
@@ -176,7 +177,7 @@ def test_what_resumes_passes_and_leaves_nothing(servers: Servers, scratch: Path)
     assert [*scratch.iterdir()] == []
 
 
-def test_what_is_forgotten_without_effect_is_noted(servers: Servers, scratch: Path) -> None:
+def test_forgotten_state_without_effect_is_noted(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, *node("task", "Waits", mended=False), steps=6, kills=1)
     assert verdict.holds, verdict.text()
     assert "without effect within these steps: task.seen was " in verdict.text()
@@ -225,7 +226,7 @@ def test_kills_are_within_the_run(steps: int, kills: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["step", "resumed"])
-def test_what_only_the_end_makes_is_not_the_difference(kind: str) -> None:
+def test_files_of_the_end_are_not_the_difference(kind: str) -> None:
     """A run that went past the step at which the other ended has more in its window of metrics there, and no
     evaluation.
     """
@@ -297,7 +298,7 @@ def test_memory_is_seen_wherever_it_is() -> None:
 
 
 @pytest.mark.parametrize(("pin", "read"), [("time", "time.time_ns()"), ("entropy", "os.urandom(4)")])
-def test_what_is_held_fast_shows_the_same_whoever_else_looks(pin: str, read: str) -> None:
+def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> None:
     code = f"""if True:
         import sys
         from runner.verify import pins
@@ -340,7 +341,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(servers: Servers, scrat
 
 
 @pytest.mark.campaign
-def test_what_is_broken_in_several_processes_is_named(servers: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_of_several_processes_is_named(servers: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES["a task without a state"]
     verdict = judged(servers, *overrides, processes=2)
     assert not verdict.holds, verdict.text()
@@ -447,8 +448,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(
 
 def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> None:
     process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
-    while not list(scratch.rglob("*.jsonl")):
-        assert process.poll() is None
+    until(lambda: [*scratch.rglob("*.jsonl")], process=process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert (process.returncode, "nothing is left behind" in errors) == (130, True), errors

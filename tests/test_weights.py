@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.average import averaged, follow
+from runner.average import moving_average, update_average
 from runner.errors import ConfigError, TaskError
 from runner.modes import evaluation_mode, train_mode
 from runner.update import WeightUpdate
@@ -25,8 +25,8 @@ class Net(nn.Module):
         self.first, self.second = nn.Linear(2, 3), nn.Linear(3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.second(torch.tanh(self.first(x)))
-        return found
+        outputs: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return outputs
 
 
 def moved(model: nn.Module, update: WeightUpdate, optimizer: Any) -> float:
@@ -68,7 +68,7 @@ def own(model: Any, optimizer: Any) -> None:
 
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("change", [thaw, freeze, replace, add, own])
-def test_what_changes_after_the_start_is_clipped(change: Any, fp16: bool) -> None:
+def test_weights_that_change_after_the_start_are_clipped(change: Any, fp16: bool) -> None:
     model = Net()
     model.first.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -118,26 +118,26 @@ def test_a_thawed_weight_without_a_finite_gradient_is_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"clip_norm": 0.5}, {"skip_nonfinite": True}, {"clip_norm": 0.5, "skip_nonfinite": True}]
+    "options", [{"clip_norm": 0.5}, {"skip_nonfinite": True}, {"clip_norm": 0.5, "skip_nonfinite": True}]
 )
-def test_sparse_gradients_are_clipped_as_dense_ones(how: dict[str, Any]) -> None:
-    found = []
+def test_sparse_gradients_are_clipped_as_dense_ones(options: dict[str, Any]) -> None:
+    outcomes = []
     for sparse in (False, True):
         torch.manual_seed(0)
         model = nn.Embedding(5, 3, sparse=sparse)
-        update = WeightUpdate(model, torch.optim.SGD(model.parameters(), lr=1.0), device=CPU, **how)
+        update = WeightUpdate(model, torch.optim.SGD(model.parameters(), lr=1.0), device=CPU, **options)
         loss = model(torch.tensor([1, 3, 1])).square().sum()
         update.backward(loss)
         measured = update.step(loss.detach())
-        found.append((model.weight.tolist(), {name: value.item() for name, value in measured.items()}))
-    assert found[0][0] == [pytest.approx(row) for row in found[1][0]]
-    assert found[0][1] == pytest.approx(found[1][1])
+        outcomes.append((model.weight.tolist(), {name: value.item() for name, value in measured.items()}))
+    assert outcomes[0][0] == [pytest.approx(row) for row in outcomes[1][0]]
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1])
 
 
 def test_a_step_that_overflowed_does_not_move_the_average() -> None:
     """Although the run is to stop where the loss is not finite: it is, only its scale was too large."""
     model = Net()
-    average = averaged(model, 0.5)
+    average = moving_average(model, 0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     update = WeightUpdate(model, optimizer, device=CPU, scaler=scaler, average=average)
@@ -164,12 +164,12 @@ class Caches(Net):
         return super().forward(x)
 
 
-def test_the_average_has_the_buffers_of_the_model_whatever_became_of_them() -> None:
+def test_the_average_has_the_current_buffers_of_the_model() -> None:
     model = Caches()
-    average = averaged(model, 0.5)
+    average = moving_average(model, 0.5)
     for size in (2, 4, 3):
         model(torch.ones(size, 2))
-        follow(average, model)
+        update_average(average, model)
         copies: Any = average.module
         assert torch.equal(copies.mean, model.mean)
         assert copies.seen.shape == (size,)
@@ -196,7 +196,7 @@ def reorder(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (grow, r"third, third\.weight, third\.bias came"),
         (drop, "second"),
@@ -204,13 +204,13 @@ def reorder(model: Any) -> None:
         (reorder, "first"),
     ],
 )
-def test_an_average_of_other_weights_is_refused(change: Any, told: str) -> None:
+def test_an_average_of_other_weights_is_refused(change: Any, message: str) -> None:
     model = Net()
-    average = averaged(model, 0.5)
-    follow(average, model)
+    average = moving_average(model, 0.5)
+    update_average(average, model)
     change(model)
-    with pytest.raises(TaskError, match=rf"trainer\.ema_decay averages the weights.*{told}.*in its constructor"):
-        follow(average, model)
+    with pytest.raises(TaskError, match=rf"trainer\.ema_decay averages the weights.*{message}.*in its constructor"):
+        update_average(average, model)
 
 
 class Locked(Net):
@@ -227,15 +227,15 @@ def derived() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (derived, r"first\.scaled is computed from other weights; use torch\.nn\.utils\.parametrizations"),
         (Locked, "TypeError: cannot pickle"),
     ],
 )
-def test_a_model_that_cannot_be_copied_has_no_average(make: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"trainer\.ema_decay needs a copy.*{told}.*trainer\.ema_decay=null"):
-        averaged(make(), 0.5)
+def test_a_model_that_cannot_be_copied_has_no_average(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.ema_decay needs a copy.*{message}.*trainer\.ema_decay=null"):
+        moving_average(make(), 0.5)
 
 
 class Parts(nn.Module):
@@ -258,21 +258,21 @@ def in_evaluation(model: nn.Module) -> set[str]:
     return {name for name, part in model.named_modules() if not part.training}
 
 
-def arrived(how: str) -> nn.Module:
-    model = Keeps() if how == "overridden" else Parts()
-    if how in ("whole", "overridden", "frozen whole"):
+def arrived(kind: str) -> nn.Module:
+    model = Keeps() if kind == "overridden" else Parts()
+    if kind in ("whole", "overridden", "frozen whole"):
         model.eval()
-    if how in ("part", "teacher"):
+    if kind in ("part", "teacher"):
         model.backbone.eval()
-    if how in ("teacher", "frozen whole"):
+    if kind in ("teacher", "frozen whole"):
         model.backbone.requires_grad_(False)
-    if how == "layer":
+    if kind == "layer":
         model.backbone[1].eval()
     return model
 
 
 @pytest.mark.parametrize(
-    ("how", "stays"),
+    ("kind", "stays"),
     [
         ("whole", set()),
         ("overridden", {"backbone.1"}),
@@ -283,21 +283,21 @@ def arrived(how: str) -> nn.Module:
         ("train", set()),
     ],
 )
-def test_what_came_in_evaluation_mode_is_trained(how: str, stays: set[str], caplog: pytest.LogCaptureFixture) -> None:
-    model = arrived(how)
+def test_models_in_evaluation_mode_are_trained(kind: str, stays: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = arrived(kind)
     with caplog.at_level(logging.INFO, "runner"):
         train_mode(model)
     assert in_evaluation(model) == stays
-    told = {"whole": "it came", "overridden": "it came", "frozen whole": "it came", "part": "backbone came"}.get(how)
-    assert (told or "") in caplog.text
-    assert bool(caplog.text) == bool(told)
+    messages = {"whole": "it came", "overridden": "it came", "frozen whole": "it came", "part": "backbone came"}
+    assert messages.get(kind, "") in caplog.text
+    assert bool(caplog.text) == (kind in messages)
     with evaluation_mode(model):
         assert len(in_evaluation(model)) == len([*model.modules()])
         model.train()
     assert in_evaluation(model) == stays
 
 
-def test_a_wrapper_trains_what_it_was_given_in_evaluation_mode() -> None:
+def test_a_wrapper_trains_a_model_in_evaluation_mode() -> None:
     """Dropout tells, as it would after ``from_pretrained``."""
     model = nn.Sequential(Parts().eval())
     train_mode(model)

@@ -30,7 +30,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from runner.activity import Activity, activities
-from runner.distributed.environment import World
+from runner.distributed.world import World
 
 GRACE_SECONDS = 10.0
 

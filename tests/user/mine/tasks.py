@@ -13,7 +13,7 @@ from runner.tasks.classification import Classification
 
 
 class Curriculum(Classification):
-    """Has a memory that matters (harder smoothing as it goes), and a loss that is not finite now and then."""
+    """Smooths labels more with every step, which is state, and has a loss that is not finite now and then."""
 
     def __init__(self, *, bad_every: int = 0) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class Stops(Classification):
         self._maybe("evaluation")
         return super().evaluation_step(model, batch)
 
-    def _maybe(self, what):
+    def _maybe(self, phase):
         import os
 
-        self.calls[what] += 1
-        if (what, self.calls[what]) == (self.during, self.call):
+        self.calls[phase] += 1
+        if (phase, self.calls[phase]) == (self.during, self.call):
             os.kill(os.getpid(), self.number)
 
 
@@ -74,7 +74,7 @@ class Breaks(Classification):
 
 
 class Fails(Classification):
-    """Divides by zero in its training step of a number."""
+    """Divides by zero in its training step number ``step``."""
 
     def __init__(self, *, step: int) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ class Fails(Classification):
 
 
 class Exits(Classification):
-    """Ends its process as if all were well."""
+    """Ends its process with status 0."""
 
     def training_step(self, model, batch):
         sys.exit(0)
 
 
 class Leaves(Classification):
-    """Ends its process without Python's knowledge."""
+    """Ends its process with ``os._exit``."""
 
     def training_step(self, model, batch):
         import os
@@ -102,7 +102,7 @@ class Leaves(Classification):
 
 
 class Counted(Classification):
-    """Says how many models of earlier jobs are alive, and fails."""
+    """Prints how many models of earlier jobs are alive, and fails."""
 
     def __init__(self, *, own: bool) -> None:
         super().__init__()
@@ -112,14 +112,14 @@ class Counted(Classification):
         import gc
 
         gc.collect()
-        models = [one for one in gc.get_objects() if isinstance(one, type(model)) and one is not model]
-        roots = [one for one in models if not any(one is part for part in model.modules())]
+        models = [each for each in gc.get_objects() if isinstance(each, type(model)) and each is not model]
+        roots = [each for each in models if not any(each is part for part in model.modules())]
         print(f"alive before this job: {len(roots)} models", flush=True)
         raise self.error
 
 
 class Slow(Classification):
-    """Takes as many seconds for each training step as the file says that the environment variable PACE names."""
+    """Sleeps in each training step for the seconds in the file that the environment variable PACE names."""
 
     def training_step(self, model, batch):
         import os
@@ -132,8 +132,8 @@ class Slow(Classification):
 
 
 class Hangs(Classification):
-    """In one rank, never comes back from its step of a number, ``during`` training or evaluation; or ``fails`` there,
-    or ``dies``. Not where the file ``once`` is, which it makes.
+    """Hangs in one rank at a step ``during`` training or evaluation; or ``fails`` or ``dies`` there. With ``once``, a
+    path, only the first time: it makes that file.
     """
 
     def __init__(self, *, rank: int, step: int, during="training", fails=False, dies=False, once=None) -> None:
@@ -149,9 +149,9 @@ class Hangs(Classification):
         self._maybe("evaluation")
         return super().evaluation_step(model, batch)
 
-    def _maybe(self, what):
-        self.step -= what == self.during
-        if not self.here or self.step or what != self.during or (self.once and not first(self.once)):
+    def _maybe(self, phase):
+        self.step -= phase == self.during
+        if not self.here or self.step or phase != self.during or (self.once and not first(self.once)):
             return
         if self.fails:
             raise RuntimeError("mine")
@@ -161,7 +161,7 @@ class Hangs(Classification):
 
 
 def first(once):
-    """Whether nobody has asked before."""
+    """Whether this is the first call with this path; makes the file."""
     try:
         open(once, "x").close()
     except FileExistsError:
