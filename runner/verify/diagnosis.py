@@ -64,18 +64,18 @@ class Investigation:
         if self._difference("undisturbed, a second time", again):
             return self._hold(again)
         silent = self._run(silent=True)
-        if found := self._difference("undisturbed, its state taken for checkpoints alone", silent):
-            return CAUSES["saving"].seen_in(found.part, found.path)
+        if difference := self._difference("undisturbed, its state taken for checkpoints alone", silent):
+            return CAUSES["saving"].seen_in(difference.part, difference.path)
         other = self._run(server=1)
-        if found := self._difference("undisturbed, in a process with another hash seed", other):
+        if difference := self._difference("undisturbed, in a process with another hash seed", other):
             if self._difference("the same again", self._run(server=1), other):
                 return self._hold(other)
-            return CAUSES["hash"].seen_in(found.part)
+            return CAUSES["hash"].seen_in(difference.part)
         for workers in {*self._plan.workers} - {self._base.attempts[0].workers}:
             again = self._run(workers=workers)
-            if found := self._difference(f"undisturbed, {workers} data workers", again):
+            if difference := self._difference(f"undisturbed, {workers} data workers", again):
                 # With equal data it is something else, which happens to differ now.
-                return of_workers(found) if found.part in _OF_WORKERS else self._hold(again)
+                return of_workers(difference) if difference.part in _OF_WORKERS else self._hold(again)
         return None
 
     def _hold(self, again: RunTrace) -> Cause:
@@ -100,27 +100,27 @@ class Investigation:
         run = self._new()
         for kill in (Kill("start"), Kill("start"), None):
             self._attempt(run, kill=kill)
-        found = self._difference("killed before the first step and started again", run)
-        return CAUSES["attempts"].seen_in(found.part, found.path) if found else None
+        difference = self._difference("killed before the first step and started again", run)
+        return CAUSES["attempts"].seen_in(difference.part, difference.path) if difference else None
 
     def _with_resume(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
         """The cause of the difference after a single kill and resume, with one thing after another left out."""
         step = run.attempts[difference.attempt].first or max(1, self._until // 2)
-        found, magnitude = self._kill("killed once and resumed", step)
-        if found is None:
+        reproduced, magnitude = self._kill("killed once and resumed", step)
+        if reproduced is None:
             return replace(of_part(difference), sure=False), ""
-        if has_callbacks(found):
+        if has_callbacks(reproduced):
             without, _ = self._kill("the same without your callbacks", step, pins=("callbacks",))
             if without is None:
-                return of_callbacks(found), magnitude
+                return of_callbacks(reproduced), magnitude
         evaluated = any(event["evaluation"] for _, event in self._base.steps() if event["step"] <= step)
         if difference.part != "data order" and evaluated:
             without, _ = self._kill("the same without evaluation", step, pins=("evaluation",))
             if without is None:
-                return CAUSES["evaluation"].seen_in(found.part, _paths(found)), magnitude
-        if found.part == "augmentation":
+                return CAUSES["evaluation"].seen_in(reproduced.part, _paths(reproduced)), magnitude
+        if reproduced.part == "augmentation":
             self._kill("the same with one batch for all steps", step, pins=("batches",))
-        return of_part(found), magnitude
+        return of_part(reproduced), magnitude
 
     def _kill(self, trial: str, step: int, *, pins: tuple[str, ...] = ()) -> tuple[FirstDifference | None, str]:
         """Kill after ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
@@ -128,10 +128,10 @@ class Investigation:
         self._attempt(base, pins=pins, dump=self._until)
         self._attempt(run, pins=pins, kill=Kill("step", step + 1), every=step)
         self._attempt(run, pins=pins, dump=self._until, every=step)
-        found = self._difference(trial, run, base)
-        magnitude = _magnitude(run, base) if found else ""
+        difference = self._difference(trial, run, base)
+        magnitude = _magnitude(run, base) if difference else ""
         self._executor.remove_large_files(run, base)
-        return found, magnitude
+        return difference, magnitude
 
     def _run(self, *overrides: str, **fields: Any) -> RunTrace:
         run = self._new()
@@ -157,9 +157,9 @@ class Investigation:
         return RunTrace(f"again-{self._runs}")
 
     def _difference(self, trial: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
-        found = first_difference(run, base or self._base, until=self._until)
-        self._note(trial, f"differs at step {found.step}: {found.part}" if found else "equal")
-        return found
+        difference = first_difference(run, base or self._base, until=self._until)
+        self._note(trial, f"differs at step {difference.step}: {difference.part}" if difference else "equal")
+        return difference
 
     def _note(self, trial: str, outcome: str) -> None:
         self._tried.append(f"{trial}: {outcome}")

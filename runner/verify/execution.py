@@ -289,12 +289,12 @@ class Executor:
 def _merged(records: Sequence[Path]) -> tuple[Event, ...]:
     """The events of rank 0, with the fields that other ranks have for themselves, and how the others ended."""
     events, *others = map(_read, records)
-    for rank, theirs in enumerate(others, 1):
-        by_step = {(event["event"], event["step"]): event for event in theirs if event["event"] in _COMPARED}
+    for rank, record in enumerate(others, 1):
+        by_step = {(event["event"], event["step"]): event for event in record if event["event"] in _COMPARED}
         for event in events:
             if event["event"] in _COMPARED:
                 _merge(event, rank, by_step.get((event["event"], event["step"])))
-    return (*events, *(event for theirs in others for event in theirs if event["event"] in ("killed", "failed")))
+    return (*events, *(event for record in others for event in record if event["event"] in ("killed", "failed")))
 
 
 def _merge(event: Event, rank: int, other: Event | None) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
-from runner.verify import difference
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
 from runner.verify.causes import CAUSES, of_error
 from runner.verify.diagnosis import Investigation
+from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory
 from runner.verify.execution import Executor, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
 from runner.verify.verdict import Verdict, cost
@@ -84,20 +84,20 @@ def _require_room(root: str, size: int) -> None:
 
 
 def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace, progress: Progress) -> Verdict:
-    found = difference.first_difference(run, base) or difference.difference_of_results(run, base)
+    difference = first_difference(run, base) or difference_of_results(run, base)
     failure = run.failure
     verdict = Verdict(
         executor.command,
         base,
         run,
-        difference=found,
-        refusal=failure.message if failure else "" if found else _incomplete(base, run),
+        difference=difference,
+        refusal=failure.message if failure else "" if difference else _incomplete(base, run),
         audit=[problem for each in (base, run) for problem in _problems(each)],
         cost=cost(base, run, imports=min(server.import_seconds for server in executor.servers)),
     )
-    if found is not None:
-        progress(f"differs at step {found.step}: {found.part} ({found.path}); looking for the cause")
-        diagnosis = Investigation(executor, kills, base, progress).diagnose(run, found)
+    if difference is not None:
+        progress(f"differs at step {difference.step}: {difference.part} ({difference.path}); looking for the cause")
+        diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
         return replace(verdict, cause=of_error(failure.kind, _changes_while_probed(run) or _changes_in_training(base)))
@@ -119,16 +119,16 @@ def _incomplete(base: RunTrace, run: RunTrace) -> str:
 def _changes_while_probed(run: RunTrace) -> str:
     """Memory of a data set that the runner refused, as far as drawing a few samples changed it."""
     last = run.attempts[-1]
-    made = {path: value for event in last.select("made") for path, value in event["memory"].items()}
-    now = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
+    before = {path: value for event in last.select("made") for path, value in event["memory"].items()}
+    after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
     return "; ".join(
-        f"{path} was {made[path]}, then {now[path]}" for path in made if now.get(path, made[path]) != made[path]
+        f"{path} was {was}, then {after[path]}" for path, was in before.items() if after.get(path, was) != was
     )
 
 
 def _changes_in_training(base: RunTrace) -> str:
     """Memory of data sets that training changes."""
-    entries = [entry for entry in difference.changes(base) if entry[0].startswith("data.")]
+    entries = [entry for entry in changes(base) if entry[0].startswith("data.")]
     return "; ".join(f"{path} was {was}, then {now}" for path, was, now in entries[:3])
 
 
@@ -157,7 +157,7 @@ def _notes(kills: KillPlan, base: RunTrace) -> list[str]:
 
 def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
     """Memory whose loss may make a difference later, or that shows that the data set is a cache."""
-    entries = difference.lost_memory(run, base)
+    entries = lost_memory(run, base)
     text = "; ".join(
         f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]
     )

@@ -99,7 +99,7 @@ class Verdict:
 
     @property
     def tried(self) -> Sequence[str]:
-        """The repetitions with which the cause was found, and their outcome."""
+        """The repetitions that led to the cause, with their outcomes."""
         return self.diagnosis.tried if self.diagnosis else ()
 
     @property
@@ -127,21 +127,21 @@ class Verdict:
         return json.dumps(self._plain(), indent=1, default=str)
 
     def _plain(self) -> dict[str, Any]:
-        found = self.difference
+        difference = self.difference
         return {
             "verdict": "PASS" if self.holds else "FAIL",
             "command": [*self.command],
             "proven": self.proven,
-            "difference": found
+            "difference": difference
             and {
-                "step": found.step,
-                "attempt": found.attempt + 1,
-                "part": found.part,
-                "where": found.path,
-                "expected": found.expected,
-                "found": found.actual,
-                "size": "; ".join(self._sizes(found)),
-                "right_after_loading": found.restored,
+                "step": difference.step,
+                "attempt": difference.attempt + 1,
+                "part": difference.part,
+                "where": difference.path,
+                "expected": difference.expected,
+                "found": difference.actual,
+                "size": "; ".join(self._sizes(difference)),
+                "right_after_loading": difference.restored,
             },
             "refusal": self.refusal or None,
             "cause": self.cause and asdict(self.cause),
@@ -181,13 +181,13 @@ class Verdict:
 
     def _failure(self) -> list[str]:
         lines = []
-        found = self.difference
-        if found is not None:
-            when = "right after loading" if found.restored else "the first that differs"
-            lines.append(f"step     {found.step}, {when}; attempt {found.attempt + 1}")
-            lines.append(f"part     {found.part}: {found.path}")
-            lines.append(f"differs  {_short(found.expected)} undisturbed, {_short(found.actual)} killed")
-            lines += [f"         {line}" for line in self._sizes(found)]
+        difference = self.difference
+        if difference is not None:
+            when = "right after loading" if difference.restored else "the first that differs"
+            lines.append(f"step     {difference.step}, {when}; attempt {difference.attempt + 1}")
+            lines.append(f"part     {difference.part}: {difference.path}")
+            lines.append(f"differs  {_short(difference.expected)} undisturbed, {_short(difference.actual)} killed")
+            lines += [f"         {line}" for line in self._sizes(difference)]
         if self.refusal:
             lines.append(_indented("error    ", self.refusal))
         lines += [f"audit    {problem}" for problem in self.audit[:5]]
@@ -196,8 +196,8 @@ class Verdict:
             lines.append(_indented("remedy   ", self.cause.remedy))
         return lines
 
-    def _sizes(self, found: FirstDifference) -> list[str]:
-        return [*filter(None, [found.size(), self.diagnosis.magnitude if self.diagnosis else ""])]
+    def _sizes(self, difference: FirstDifference) -> list[str]:
+        return [*filter(None, [difference.size(), self.diagnosis.magnitude if self.diagnosis else ""])]
 
 
 _EQUAL = (
