@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch.utils.data import default_collate
 
 from runner import signals
@@ -20,6 +19,7 @@ from runner.data.ledger import Line
 from runner.data.loader import Loader, Loading
 from runner.data.stream import Read, to_device
 from runner.errors import DataError
+from runner.hashing import content_hasher
 
 _log = logging.getLogger("runner")
 
@@ -117,7 +117,7 @@ class OpaqueStream:
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step, each with its share of the step, on the device."""
         assert self._batches is not None, "open() comes first"
-        self.count, content = 0, xxhash.xxh3_64()
+        self.count, content = 0, content_hasher()
         for _ in range(self._micro_batches):
             self._look_ahead()
             if isinstance(self._ahead, DataError):

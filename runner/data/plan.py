@@ -12,7 +12,6 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from runner.data.mixture import Mixed
 from runner.data.order import Indices, Order, Permuted, Streams, Windowed, permutation
 from runner.distributed.world import World
 from runner.errors import DataError
+from runner.hashing import hex_digest
 from runner.rng import derive
 
 _POOL = 4096
@@ -228,7 +228,7 @@ class Plan:
         """What must not change during a run, with digests in place of long lists. With ``tail=carry`` the batch size
         may change, so it is left out.
         """
-        return self._described(_digest)
+        return self._described(lambda numbers: hex_digest(_bytes(numbers)))
 
     def recipe(self) -> dict[str, Any]:
         """The same with the lists themselves, compressed; ``Plan.of`` reconstructs the order of samples from it."""
@@ -315,10 +315,6 @@ def _unpacked(text: str | None) -> tuple[int, ...]:
     if not unpacker.eof:
         raise ValueError(f"compressed numbers of more than {_MOST_BYTES} bytes, or cut")
     return tuple(np.frombuffer(raw, dtype="<i8").tolist())
-
-
-def _digest(numbers: tuple[int, ...]) -> str:
-    return blake2b(_bytes(numbers), digest_size=8).hexdigest()
 
 
 def _bytes(numbers: tuple[int, ...]) -> bytes:

@@ -8,7 +8,6 @@ call counters and other hidden state; what changes only after more than a few ca
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
@@ -19,6 +18,7 @@ from runner import signals
 from runner.data.fetch import Fetcher, location
 from runner.data.sandbox import sandboxed
 from runner.errors import DataError
+from runner.hashing import hex_digest
 from runner.rng import derive
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
@@ -52,7 +52,7 @@ def sketch(fetcher: Fetcher) -> Sketch:
     return {
         str(index): [_described(path, value) for path, value in islice(leaves(row), _VALUES)]
         for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
-        if not isinstance(row, _Unreadable)
+        if not isinstance(row, _FailedRow)
     }
 
 
@@ -124,7 +124,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-class _Unreadable(str):
+class _FailedRow(str):
     """In place of a sample, the kind of error; its wording may hold addresses."""
 
 
@@ -135,17 +135,13 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))
             except Exception as error:  # training will meet it and say so, if it comes that far
-                rows.append(_Unreadable(type(error).__qualname__))
+                rows.append(_FailedRow(type(error).__qualname__))
     return rows
 
 
 def digest(row: Any) -> str:
     """A digest of everything in a sample."""
-    hasher = blake2b(digest_size=8)
-    for path, value in leaves(row):
-        hasher.update(path.encode())
-        hasher.update(_bytes(value))
-    return hasher.hexdigest()
+    return hex_digest(*(piece for path, value in leaves(row) for piece in (path.encode(), _bytes(value))))
 
 
 def _bytes(value: Any) -> bytes:
@@ -191,7 +187,7 @@ def _described(path: str, value: Any) -> list[Any]:
         return [path, kind, str(value)]
     if array is None and not isinstance(value, str | bytes | int):
         return [path, kind]
-    return [path, kind, blake2b(_bytes(value), digest_size=8).hexdigest()]
+    return [path, kind, hex_digest(_bytes(value))]
 
 
 def _alike(old: Sequence[Any], new: Sequence[Any]) -> bool:

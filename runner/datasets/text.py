@@ -1,11 +1,11 @@
 """Text as bytes, in blocks of equal length."""
 
 import sysconfig
-from hashlib import blake2b
 
 from torch import Tensor
 
 from runner.errors import ConfigError, DataError
+from runner.hashing import int_digest
 from runner.shards.tokens import Tokens
 from runner.storage import files
 
@@ -66,7 +66,7 @@ def _chosen(names: list[str], *, validation: bool, held_out: int) -> tuple[list[
         border = size - size // held_out
         return (names, border, size - border) if validation else (names, 0, border)
     texts = {name: files.read(name) for name in names}
-    chosen = [name for name, text in texts.items() if (_hash(text) % held_out == 0) is validation]
+    chosen = [name for name, text in texts.items() if (int_digest(text) % held_out == 0) is validation]
     return chosen, 0, sum(len(texts[name]) + 1 for name in chosen) - 1
 
 
@@ -74,7 +74,3 @@ def _standard_library() -> list[str]:
     """Python's own sources, without what was installed beside them."""
     found = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
     return [name for name in found if "site-packages" not in name and "dist-packages" not in name]
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")

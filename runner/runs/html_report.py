@@ -8,7 +8,6 @@ allows itself no script but its own.
 """
 
 import base64
-import hashlib
 import io
 import warnings
 from collections import Counter
@@ -18,6 +17,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
+from runner.hashing import sha256_digest
 from runner.runs import listing
 from runner.runs.compare import Candidate, Comparison, Goal, parameter, title
 from runner.runs.listing import number
@@ -277,7 +277,7 @@ def write(found: Comparison, *, png: str | None, html: str | None) -> None:
 
 def page(found: Comparison, png: bytes) -> str:
     """The page, with the picture in it and a table that can be sorted and searched."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    digest = base64.b64encode(bytes.fromhex(sha256_digest(_SCRIPT.encode()))).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     columns = ["place", "run", "objective", "status", "step", *found.swept, "attempts", "last seen"]
     ranked = len(found.ranked())

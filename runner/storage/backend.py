@@ -25,6 +25,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import protocol
+from runner.storage.stores import PROTOCOLS, READ_ONLY, store_of
 
 # What s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
 _REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
@@ -57,24 +58,8 @@ RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
 BACKOFF = 0.5  # seconds before the second try, doubled for each further one
 
-_EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-    "sftp": "sftp",
-    "ssh": "sftp",
-}
-_BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
-_READ_ONLY = {"http", "https"}
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
 _ENDPOINT = re.compile(r"https?://[^@?]*")  # an address without credentials
-# s3fs would upload ten parts of 50 MB at once; and this module retries, so botocore need not.
-_S3: dict[str, Any] = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
-_DEFAULTS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
 _FINAL_NAMES = {
     "AuthenticationException",
@@ -103,7 +88,8 @@ class Backend:
                 f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
-        if kind in _EXTRAS and not url.partition("://")[2].partition("/")[0]:
+        self.store = store_of(kind)
+        if self.store.extra and not url.partition("://")[2].partition("/")[0]:
             raise ConfigError(
                 f"run.root={kind}://...: the name of a bucket, container or host is missing; "
                 "is a variable empty that should hold it?"
@@ -113,9 +99,7 @@ class Backend:
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
         self.url = f"{kind}{url[len(kind) :].rstrip('/')}"
         self.root = str(self._class._strip_protocol(self.url)).rstrip("/")
-        names = self._class.protocol
-        self.protocols = {names} if isinstance(names, str) else set(names)
-        self._bucket = self.root.partition("/")[0] if self.protocols & _BUCKETS else None
+        self._bucket = self.root.partition("/")[0] if self.store.bucket else None
         self._begin()
 
     def below(self, folder: str) -> "Backend":
@@ -217,8 +201,7 @@ class Backend:
         self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
 
     def _make(self) -> Any:
-        kind = protocol(self.url)
-        given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
+        given = {**self.store.options, **self._class._get_kwargs_from_urls(self.url), **self._options}
         system = self._class(**given, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
         count_requests(system)
@@ -260,14 +243,15 @@ def limits(system: Any, size: int) -> dict[str, float]:
 def _file_system(kind: str) -> Any:
     """The class for a protocol. Raises ConfigError if there is none, or its package is not installed."""
     try:
-        if kind in _READ_ONLY:
+        if kind in READ_ONLY:
             raise ValueError(kind)
         return fsspec.get_filesystem_class(kind)
     except ImportError as error:
-        extra = f": pip install 'hydra-runner[{_EXTRAS[kind]}]'" if kind in _EXTRAS else ""
-        raise ConfigError(f"run.root={kind}://...: its package is not installed{extra} ({error})") from error
+        extra = store_of(kind).extra
+        remedy = f": pip install 'hydra-runner[{extra}]'" if extra else ""
+        raise ConfigError(f"run.root={kind}://...: its package is not installed{remedy} ({error})") from error
     except ValueError:
-        known = ", ".join(f"{name}://" for name in [*_EXTRAS, "memory"])
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise ConfigError(
             f"run.root={kind}://...: no kind of storage for runs; use a path, {known}, "
             "or another protocol that an installed fsspec package offers"

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runner.errors import ConfigError, StorageError
-
-Buffer = bytes | bytearray | memoryview
+from runner.hashing import Buffer as Buffer
+from runner.storage.stores import LOCAL
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::|[A-Za-z][A-Za-z0-9+.-]*://.*::")
-_LOCAL = {"file", "local"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def protocol(url: str) -> str:
         raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
     found = _URL.match(url)
     kind = found[1].lower() if found else "file"
-    return "file" if kind in _LOCAL else kind
+    return "file" if kind in LOCAL else kind
 
 
 def is_remote(url: str) -> bool:

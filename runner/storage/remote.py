@@ -9,7 +9,6 @@ do is make the server sync its disk, so that a power cut there may cost the last
 
 import contextlib
 import copy
-import hashlib
 import io
 import itertools
 import math
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import StorageError
+from runner.hashing import sha256_digest
 from runner.storage.backend import Backend, limits
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
 from runner.storage.location import Buffer, Entry, Location, check_name
@@ -56,7 +56,6 @@ class UploadedJournal:
         pass
 
 
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 _MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
 _LISTERS = 8
 
@@ -75,13 +74,12 @@ class RemoteLocation:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._backend = Backend(url, options)
         self.url = self._backend.url
-        self._is_object_store = bool(self._backend.protocols & _OBJECT_STORES)
-        self._memory_bytes = math.inf if "memory" in self._backend.protocols else _MEMORY_BYTES
+        self._memory_bytes = _MEMORY_BYTES if self._backend.store.spools else math.inf
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
         with _gathered(chunks, self._memory_bytes) as (content, size):
-            write = self._upload if self._is_object_store else _write_and_rename
+            write = self._upload if self._backend.store.atomic else _write_and_rename
             self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
         return size
 
@@ -139,7 +137,7 @@ class RemoteLocation:
             with contextlib.suppress(Exception):  # who may write need not be allowed to list uploads
                 _abort(system, f"{path}/")
 
-        self._backend.run("sweep", folder, abort if self._is_object_store else operation)
+        self._backend.run("sweep", folder, abort if self._backend.store.atomic else operation)
 
     @property
     def lock_domain(self) -> str:
@@ -162,7 +160,7 @@ class RemoteLocation:
         return other
 
     def _lock_file(self, name: str) -> str:
-        return hashlib.sha256(f"{self.url}/{check_name(name)}".encode()).hexdigest()[:32]
+        return sha256_digest(f"{self.url}/{check_name(name)}".encode())[:32]
 
     def _path(self, name: str) -> str:
         return self._backend.path(check_name(name))
