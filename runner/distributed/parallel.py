@@ -249,8 +249,8 @@ class Sharded:
             yield micro_batch
 
     def reduce_gradients(self) -> None:
-        """FSDP's hooks have reduced them. But a forward pass without a backward pass, as in evaluation, leaves weights of
-        the root unsharded, in tensors that neither the optimizer nor a moving average knows: shard them again.
+        """FSDP's hooks have reduced them. But a forward pass without a backward pass, as in evaluation, leaves the
+        weights of the root unsharded, in tensors that neither the optimizer nor a moving average knows: shard them again.
         """
         for model in self._models:
             model.reshard()
