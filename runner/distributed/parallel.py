@@ -250,7 +250,7 @@ class Sharded:
 
     def reduce_gradients(self) -> None:
         """FSDP's hooks have reduced them. But a forward pass without a backward pass, as in evaluation, leaves the
-        weights of the root unsharded, in tensors that neither the optimizer nor a moving average knows: shard them again.
+        weights of the root unsharded, in tensors that neither the optimizer nor a moving average knows.
         """
         for model in self._models:
             model.reshard()
