@@ -183,7 +183,7 @@ class Backend:
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
-            # After a fork: keep the connections of the parent open and unused, because closing them here closes them there.
+            # After a fork: keep the parent's connections open and unused, because closing them would end them there.
             self._inherited = [self._idle, self._abandoned]
             self._begin()
         try:
