@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import runner
+from runner.storage.stores import STORES
 
 ROOT = Path(runner.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -116,6 +117,17 @@ def test_a_third_party_package_enters_through_its_doors(package: str) -> None:
 def test_every_third_party_package_has_a_door() -> None:
     roots = {name.split(".")[0] for path in MODULES for name in imports(path)} - sys.stdlib_module_names
     assert roots - {"runner", "torch", "numpy"} == {name for name in DOORS if "." not in name} - {"hashlib"}
+
+
+def test_the_readme_and_the_extras_have_every_store() -> None:
+    before, _, _ = (ROOT.parent / "README.md").read_text().partition("keeps the whole run directory there")
+    section = before.rpartition("\n\n")[2]
+    extras = (ROOT.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for store in STORES:
+        if store.extra:
+            assert f"{store.protocols[0]}://" in section
+            assert f"`{store.extra}`" in section
+            assert f"\n{store.extra} = " in extras
 
 
 def test_a_name_of_a_module_has_one_meaning() -> None:

@@ -87,8 +87,7 @@ class Backend:
                 f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
-        self.store = store_of(kind)
-        if self.store.extra and not url.partition("://")[2].partition("/")[0]:
+        if store_of(kind).extra and not url.partition("://")[2].partition("/")[0]:
             raise ConfigError(
                 f"run.root={kind}://...: the name of a bucket, container or host is missing; "
                 "is the variable for it empty?"
@@ -98,6 +97,8 @@ class Backend:
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
         self.url = f"{kind}{url[len(kind) :].rstrip('/')}"
         self.root = str(self._class._strip_protocol(self.url)).rstrip("/")
+        names = self._class.protocol  # a subclass of a known file system may have a protocol of its own
+        self.store = store_of(kind, *([names] if isinstance(names, str) else names))
         self._bucket = self.root.partition("/")[0] if self.store.bucket else None
         self._begin()
 
@@ -200,7 +201,11 @@ class Backend:
         self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
 
     def _make(self) -> Any:
-        arguments = {**self.store.options, **self._class._get_kwargs_from_urls(self.url), **self._options}
+        arguments = {
+            **store_of(protocol(self.url)).options,
+            **self._class._get_kwargs_from_urls(self.url),
+            **self._options,
+        }
         system = self._class(**arguments, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
         count_requests(system)

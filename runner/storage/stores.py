@@ -46,6 +46,8 @@ READ_ONLY = {"http", "https"}
 PROTOCOLS = [protocol for store in STORES for protocol in store.protocols]
 
 
-def store_of(protocol: str) -> Store:
-    """The store of a protocol; one that only renames, without an extra, for a protocol that is not in the table."""
-    return next((store for store in STORES if protocol in store.protocols), Store((protocol,)))
+def store_of(*protocols: str) -> Store:
+    """The first store that has one of these protocols. For protocols that are not in the table: a store that renames,
+    without an extra.
+    """
+    return next((store for store in STORES if {*protocols} & {*store.protocols}), Store(protocols))
