@@ -33,12 +33,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the children of a ``ModuleList`` or ``Sequential``, where there are two or more,
     all of one class and with parameters. Blocks within blocks do not count.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for child in model.children():
         inner: Sequence[nn.Module] = [*child.children()] if isinstance(child, nn.ModuleList | nn.Sequential) else []
-        repeated = len(inner) > 1 and len({type(one) for one in inner}) == 1
-        found += inner if repeated and all(any(True for _ in one.parameters()) for one in inner) else blocks(child)
-    return found
+        repeated = len(inner) > 1 and len({type(layer) for layer in inner}) == 1
+        trained = all(any(True for _ in layer.parameters()) for layer in inner)
+        layers += inner if repeated and trained else blocks(child)
+    return layers
 
 
 class Buffers:

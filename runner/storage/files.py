@@ -141,7 +141,7 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent, ours=False)
+        sync_folder(path.parent, strict=False)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

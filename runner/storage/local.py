@@ -144,7 +144,7 @@ class LocalLocation:
             for folder in (self.path, *self.path.parents):
                 if folder.is_mount():
                     break
-                sync_folder(folder.parent, ours=False)
+                sync_folder(folder.parent, strict=False)
 
     def _prepare(self, name: str) -> Path:
         """The path of an object, in a folder that exists durably. A folder that exists already is synced once, too: its
@@ -303,8 +303,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
-def sync_folder(folder: Path, *, ours: bool = True) -> None:
-    """Make the entries of a folder durable. Without ``ours``, errors are ignored, except those of the disk (EIO)."""
+def sync_folder(folder: Path, *, strict: bool = True) -> None:
+    """Make the entries of a folder durable. Without ``strict``, errors are ignored, except those of the disk (EIO)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -312,5 +312,5 @@ def sync_folder(folder: Path, *, ours: bool = True) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if ours or error.errno == errno.EIO:
+        if strict or error.errno == errno.EIO:
             raise
