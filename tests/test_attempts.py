@@ -533,11 +533,11 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 
 ELSEWHERE = """
 import sys
-from runner.run import records
+from runner.run import attempt_records
 from runner.storage.local import LocalLocation, LocalLock
 import os
 here = sys.argv.pop(1)
-records.machine = lambda location: here
+attempt_records.machine = lambda location: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
 LocalLocation.is_locked = lambda self, name: False
 from runner.__main__ import main
