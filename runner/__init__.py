@@ -23,9 +23,10 @@ checks the code against this map.
        update     device
     3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
-    2  storage/ (backend, files, local, location, remote)     config/ (checks, environment, identity, schema, secrets)
+    2  storage/ (backend, files, local, location, remote, stores)
+       config/ (checks, environment, identity, schema, secrets)
     1  signals     average     task
-    0  errors     activity     cache     interval     rng     seeds     schedules     plain     modes
+    0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes
        models/ (convnet, gpt, mlp)
 """
 

@@ -1,4 +1,4 @@
-"""The device of this process, its threads, and determinism."""
+"""The device, the number of threads and the determinism of this process."""
 
 import os
 
@@ -10,12 +10,13 @@ from runner.errors import ConfigError
 
 
 def set_up_device(config: Config, world: World) -> torch.device:
-    """Set device, number of threads and determinism for this process, and return the device to train on. Raises
-    ConfigError for a device that this machine does not have.
+    """Apply ``runtime.device``, ``num_threads`` and ``deterministic`` to this process, and return its device.
+
+    Raises ConfigError for a device that this machine does not have.
     """
     device = torch.device(choose_device(config.runtime.device, world, torch.cuda.device_count()))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and events are those of the current device, wherever a tensor is
+        torch.cuda.set_device(device)  # events record on the current device, not on that of a tensor
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
     if config.runtime.deterministic:
@@ -35,8 +36,10 @@ def set_up_device(config: Config, world: World) -> torch.device:
 
 
 def choose_device(name: str, world: World, visible: int) -> str:
-    """The device of this process for ``runtime.device``, of so many CUDA devices as it sees: each process of a machine
-    has its own, by its number there, unless a launcher shows it a single one. Raises ConfigError.
+    """The device of this process for ``runtime.device=name``, with ``visible`` CUDA devices.
+
+    Each process of a machine has the device of its local rank, unless the launcher makes a single device visible to it.
+    Raises ConfigError.
     """
     try:
         device = torch.device(("cuda" if visible else "cpu") if name == "auto" else name)

@@ -1,6 +1,5 @@
 """The end of a run: weights that anyone can load, and the result."""
 
-import hashlib
 import logging
 import math
 import time
@@ -18,6 +17,7 @@ from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
+from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
 from runner.restore import evaluated_weights
 from runner.run.attempts import Attempt
@@ -138,7 +138,7 @@ def _finish(
 
 def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tuple[str, int]:
     """Write weights as a plain safetensors file; returns its sha256 and its size."""
-    hasher, size = hashlib.sha256(), 0
+    hasher, size = sha256_hasher(), 0
 
     def hashed() -> Iterator[Buffer]:
         nonlocal size

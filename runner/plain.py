@@ -1,18 +1,18 @@
-"""JSON that anyone may have written, as plain values that can be compared, added up and shown.
+"""JSON of unknown origin, parsed within bounds, so that its values can be compared, added up and printed.
 
-Other values would fail later, and far from here: whole numbers that are no float or that Python does not print, and
-lists in lists that are too deep to be walked.
+Without the bounds, integers that do not fit a float, or that Python refuses to print, and lists too deep for recursion
+would fail later and elsewhere.
 """
 
 import json
 from typing import Any
 
 MAX_DEPTH = 100
-MAX_DIGITS = 300  # of a whole number; the largest float has 309
+MAX_DIGITS = 300  # of an integer; the largest float has 309
 
 
 def parse(raw: bytes) -> Any:
-    """The value. Raises ValueError for what is not JSON, and for values beyond the bounds."""
+    """The value. Raises ValueError for text that is not JSON, and for values beyond the bounds."""
     try:
         value = json.loads(raw, parse_int=parse_integer)
     except RecursionError:
@@ -23,7 +23,7 @@ def parse(raw: bytes) -> Any:
 
 
 def parse_object(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object; None where there is none."""
+    """The JSON object as a dict; None for any other text."""
     try:
         value = parse(raw)
     except ValueError:
@@ -32,14 +32,14 @@ def parse_object(raw: bytes) -> dict[str, Any] | None:
 
 
 def parse_integer(text: str) -> int:
-    """A whole number. Raises ValueError for too long a text."""
+    """An integer of at most ``MAX_DIGITS`` digits. Raises ValueError for a longer text."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
 def is_deep(value: Any, depth: int) -> bool:
-    """Whether lists and objects are nested more than ``depth`` levels; does not recurse."""
+    """Whether lists and dicts are nested more than ``depth`` levels. Does not recurse."""
     level = [value]
     for _ in range(depth):
         nested = (item.values() if isinstance(item, dict) else item for item in level)

@@ -1,4 +1,4 @@
-"""The interface between the training loop and what a user wants to learn."""
+"""``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ _EXAMPLE = '{"loss": loss, "accuracy": hits.float().mean()}'
 
 
 class Update(Protocol):
-    """One optimizer step with the configured precision, loss scaling, clipping and weight averaging."""
+    """The parts of an optimizer step, with the configured precision, loss scaling, clipping and weight averaging."""
 
     optimizer: Optimizer
 
@@ -37,7 +37,7 @@ class Task(ABC):
     """One way to turn a batch into a loss and metrics.
 
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
-    with the model. The tensors that ``load_state_dict`` is given are on the CPU. Metrics are tensors of shape [], means
+    with the model. ``load_state_dict`` gets tensors on the CPU. Metrics are tensors of shape [], means
     over the samples of the batch, left on their device.
     """
 
@@ -77,7 +77,10 @@ class Task(ABC):
 
 
 def check_metrics(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
-    """The metrics that a ``step`` returned, with a ``"loss"`` if there has to be one. Raises TaskError for all else."""
+    """``metrics``, if they are a dict of tensors of shape [], with a ``"loss"`` if ``loss``; else TaskError.
+
+    ``step`` names the method that returned them.
+    """
     if not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():

@@ -3,12 +3,14 @@
 import ast
 import re
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import runner
+from runner.storage.stores import STORES
 
 ROOT = Path(runner.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -23,7 +25,8 @@ DOORS = {
     "torchdata": {"data"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
-    "xxhash": {"checkpoint", "data"},
+    "xxhash": {"hashing"},
+    "hashlib": {"hashing", "rng"},  # seeds are hashes, too
     "yaml": {"run"},
     "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
@@ -31,6 +34,15 @@ DOORS = {
     "matplotlib": {"runs"},
     "sklearn": {"datasets"},
 }
+
+
+# Names of modules that stand in several packages, and why.
+SHARED_MODULE_NAMES = {
+    "__init__": "Python's name for a package",
+    "__main__": "Python's name for what python -m runs",
+}
+# Names of classes that stand in several modules, and why.
+SHARED_CLASS_NAMES: dict[str, str] = {}
 
 
 def layers() -> list[tuple[int, str, list[str]]]:
@@ -103,8 +115,35 @@ def test_a_third_party_package_enters_through_its_doors(package: str) -> None:
 
 
 def test_every_third_party_package_has_a_door() -> None:
-    roots = {name.split(".")[0] for path in MODULES for name in imports(path)}
-    assert roots - sys.stdlib_module_names - {"runner", "torch", "numpy"} == {p for p in DOORS if "." not in p}
+    roots = {name.split(".")[0] for path in MODULES for name in imports(path)} - sys.stdlib_module_names
+    assert roots - {"runner", "torch", "numpy"} == {name for name in DOORS if "." not in name} - {"hashlib"}
+
+
+def test_the_readme_and_the_extras_have_every_store() -> None:
+    before, _, _ = (ROOT.parent / "README.md").read_text().partition("keeps the whole run directory there")
+    section = before.rpartition("\n\n")[2]
+    extras = (ROOT.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for store in STORES:
+        if store.extra:
+            assert f"{store.protocols[0]}://" in section
+            assert f"`{store.extra}`" in section
+            assert f"\n{store.extra} = " in extras
+
+
+def test_a_name_of_a_module_has_one_meaning() -> None:
+    shared = {name for name, count in Counter(path.stem for path in MODULES).items() if count > 1}
+    assert shared == SHARED_MODULE_NAMES.keys(), "rename one of each, or write the reason down"
+
+
+def test_a_name_of_a_class_has_one_meaning() -> None:
+    names = Counter(
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    shared = {name for name, count in names.items() if count > 1}
+    assert shared == SHARED_CLASS_NAMES.keys(), "rename one of each, or write the reason down"
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -168,7 +168,7 @@ def test_a_listing_has_sizes_and_marks(memory: str, folder: Path) -> None:
 
 def test_a_store_that_does_not_tell_sizes_is_refused(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", lambda *_: {"type": "file", "size": None})
-    with pytest.raises(DataError, match=r"memory://test_files/a\.txt: its store does not tell how large it is"):
+    with pytest.raises(DataError, match=r"memory://test_files/a\.txt: its store does not know the size"):
         stat(f"{memory}/a.txt")
 
 

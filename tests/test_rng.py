@@ -1,4 +1,4 @@
-"""Seeds that are hashes, and the global generators as state."""
+"""Hashes: seeds and digests that are on disk; and the global generators as state."""
 
 import json
 import random
@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators, seed_all, temporary_seed
+from runner.rng import Generators
+from runner.rng import seed_all
+from runner.rng import temporary_seed
 from runner.seeds import derive
+from runner.hashing import checksum
+from runner.hashing import hex_digest
+from runner.hashing import int_digest
+from runner.hashing import json_digest
+from runner.hashing import sha256_digest
 
 
 def draw() -> list[Any]:
@@ -45,6 +52,18 @@ def test_derived_seeds_are_frozen() -> None:
     assert derive("order", 0, 0, 0) == 0x862EE67E0A12F23C
     assert derive("model", 1) == 0x78807320064C3613
     assert derive("evaluation", 0, 100) == 0xBDBAFA57FA9F5880
+
+
+def test_digests_are_frozen() -> None:
+    """They are in run directories, in manifests and in names of files."""
+    assert hex_digest(b"a", b"bc") == hex_digest(b"abc") == "d8bb14d833d59559"
+    assert json_digest({"b": 1, "a": [2]}, b"x", sort_keys=True) == "0713a07f8d537912"
+    assert int_digest(b"abc") == 6455300059550759896
+    assert int_digest(b"abc", size=16) == 29866912097233495977616214728350583503
+    assert checksum(b"a", b"bc") == "xxh3:06b05ab6733a618578af5f94892f3950"
+    keyed = "a29ce4d49e98495b3e474f6ebda97bab78f13724d0ce5d55ef19e0dbb471916c"
+    assert checksum(b"abc", key=b"k") == f"blake2b:{keyed}"
+    assert sha256_digest(b"abc").startswith("ba7816bf8f01cfea")
 
 
 def test_neighbours_have_seeds_of_their_own() -> None:

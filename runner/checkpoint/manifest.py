@@ -20,12 +20,10 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
 from typing import Any
 
-import xxhash
-
 from runner.errors import ConfigError, StateError
+from runner.hashing import checksum, sha256_digest
 from runner.plain import is_deep
 from runner.storage.location import Buffer, Location
 
@@ -38,7 +36,7 @@ def seal_of(body: bytes) -> bytes:
     """The seal of a text, which says how it was made: ``sha256:<hex>``, or ``hmac-sha256:<hex>`` with a key."""
     key = _key()
     if key is None:
-        return f"{_PLAIN}:{sha256(body).hexdigest()}".encode()
+        return f"{_PLAIN}:{sha256_digest(body)}".encode()
     return f"{_KEYED}:{hmac.digest(key, body, 'sha256').hex()}".encode()
 
 
@@ -61,15 +59,8 @@ def refusal(seal: bytes) -> str:
 
 
 def digest(*data: Buffer) -> str:
-    """The digest of bytes, in one piece or several: ``xxh3:<hex>`` (128 bits), or ``blake2b:<hex>`` with a key, because
-    xxh3 resists accidents and no attacker.
-    """
-    key = _key()
-    # The key is hashed, as blake2b takes at most 64 bytes of it.
-    hasher = xxhash.xxh3_128() if key is None else blake2b(digest_size=32, key=sha256(key).digest())
-    for piece in data:
-        hasher.update(piece)
-    return f"{'xxh3' if key is None else 'blake2b'}:{hasher.hexdigest()}"
+    """The digest of bytes in one piece or several, as ``hashing.checksum`` makes it with the key of this process."""
+    return checksum(*data, key=_key())
 
 
 def _key() -> bytes | None:

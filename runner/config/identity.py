@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+
+from runner.hashing import sha256_digest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -74,7 +75,7 @@ def is_name(text: str) -> bool:
 
 def digest(value: object) -> str:
     """Eight hex digits of a hash of plain values."""
-    return sha256(json.dumps(_sorted(value)).encode()).hexdigest()[:8]
+    return sha256_digest(json.dumps(_sorted(value)).encode())[:8]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch.utils.data import default_collate
 
 from runner import signals
@@ -21,6 +20,7 @@ from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.stream import StepSamples, to_device
 from runner.errors import DataError
+from runner.hashing import content_hasher
 
 _log = logging.getLogger("runner")
 
@@ -118,7 +118,7 @@ class IterableStream:
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step, each with its share of the step, on the device."""
         assert self._batches is not None, "open() comes first"
-        self.count, content = 0, xxhash.xxh3_64()
+        self.count, content = 0, content_hasher()
         for _ in range(self._micro_batches):
             self._look_ahead()
             if isinstance(self._ahead, DataError):

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from runner.errors import DataError, StorageError
+from runner.hashing import json_digest
 from runner.plain import parse, parse_object
 from runner.storage.location import JournalChain, Location
 
@@ -75,7 +75,7 @@ class Ledger:
         self._attempt = attempt
         self._recipe = recipe
         self._accept = accept
-        self._header = {"plan": _digest(recipe), "grouping": grouping}
+        self._header = {"plan": json_digest(recipe, sort_keys=True), "grouping": grouping}
         self._journals = JournalChain(location)
         self._before: dict[int, tuple[LedgerLine, int]] = {}
 
@@ -168,7 +168,7 @@ def substitutions(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
     """The samples taken in place of others, by position, in the steps of this recipe as they were last done."""
     last: dict[int, str] = {}
     for segment in segments(location):
-        if segment.plan == _digest(recipe):
+        if segment.plan == json_digest(recipe, sort_keys=True):
             for line in segment.lines:
                 last.pop(line.step, None)
                 last |= {line.step: line.bad} if line.bad else {}
@@ -180,7 +180,7 @@ def recipe(location: Location, plan: str) -> dict[str, Any]:
     """The recipe with that digest. Raises StorageError if it is not there or not what it was."""
     name = f"{_FOLDER}/plan-{plan}.json"
     found = parse_object(location.read(name, limit=_LIMIT_PLAN) or b"")
-    if found is None or _digest(found) != plan:
+    if found is None or json_digest(found, sort_keys=True) != plan:
         raise StorageError(f"{location.url}/{name} is missing or damaged; without it the ledger proves nothing")
     return found
 
@@ -216,7 +216,3 @@ def _parsed(line: str, largest: int, *, after: int) -> LedgerLine:
     ):
         raise ValueError(f"a step or positions that cannot be: {line[:80]!r}")
     return LedgerLine(step, first, last, int(found[4], 16), found[5])
-
-
-def _digest(recipe: dict[str, Any]) -> str:
-    return blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -6,7 +6,6 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from runner.data.order import BudgetOrder, Interleaving, MixtureOrder, Order, PermutationOrder, WindowOrder
 from runner.distributed.world import World
 from runner.errors import DataError
+from runner.hashing import hex_digest
 from runner.seeds import derive
 
 _MAX_UNPACKED = 1 << 29  # bytes: a stored plan may be hostile, and a few compressed bytes can expand to many
@@ -156,7 +156,7 @@ class Plan:
         """The values that must not change during a run, long lists as digests. The batch size may change with
         ``tail=carry``, so it is left out.
         """
-        return self._values(_list_digest)
+        return self._values(lambda numbers: hex_digest(_bytes(numbers)))
 
     def recipe(self) -> dict[str, Any]:
         """The same values with compressed lists, from which ``Plan.of`` reconstructs the order of samples."""
@@ -236,10 +236,6 @@ def _unpack(text: str | None) -> tuple[int, ...]:
     if not unpacker.eof:
         raise ValueError(f"truncated, or compressed numbers of more than {_MAX_UNPACKED} bytes")
     return tuple(np.frombuffer(raw, dtype="<i8").tolist())
-
-
-def _list_digest(numbers: tuple[int, ...]) -> str:
-    return blake2b(_bytes(numbers), digest_size=8).hexdigest()
 
 
 def _bytes(numbers: tuple[int, ...]) -> bytes:

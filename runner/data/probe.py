@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from hashlib import blake2b
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,9 +29,13 @@ from runner.data.fetch import FetchedBatch, Fetcher, sample_name
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Slice
 from runner.data.sandbox import sandboxed
-from runner.data.workers import WorkerContext, start_worker, with_remedy
-from runner.errors import DataError, RunnerError
+from runner.data.workers import WorkerContext
+from runner.data.workers import start_worker
+from runner.data.workers import with_remedy
+from runner.errors import DataError
+from runner.errors import RunnerError
 from runner.seeds import derive
+from runner.hashing import hex_digest
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 Findings = tuple[Sketch, list[str] | None]
@@ -231,11 +234,7 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
 
 def content_digest(row: Any) -> str:
     """A digest of everything in a sample."""
-    hasher = blake2b(digest_size=8)
-    for path, value in leaves(row):
-        hasher.update(path.encode())
-        hasher.update(_bytes(value))
-    return hasher.hexdigest()
+    return hex_digest(*(piece for path, value in leaves(row) for piece in (path.encode(), _bytes(value))))
 
 
 def _bytes(value: Any) -> bytes:
@@ -281,7 +280,7 @@ def _describe(path: str, value: Any) -> list[Any]:
         return [path, kind, str(value)]
     if array is None and not isinstance(value, str | bytes | int):
         return [path, kind]
-    return [path, kind, blake2b(_bytes(value), digest_size=8).hexdigest()]
+    return [path, kind, hex_digest(_bytes(value))]
 
 
 def _close(old: Sequence[Any], new: Sequence[Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Data sets that come with the runner; a user's own are named by ``_target_`` just the same."""
+"""Data sets that come with the runner; a user's own are named by ``_target_`` in the same way."""

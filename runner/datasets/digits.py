@@ -17,10 +17,10 @@ class Digits(LabelledImages):
         except ImportError as error:
             raise ConfigError("the digits come with scikit-learn: pip install 'hydra-runner[examples]'") from error
         data = load_digits()
-        held_out = torch.zeros(len(data.target), dtype=torch.bool)
-        held_out[_VALIDATION] = True
-        chosen = {"train": ~held_out, "validation": held_out}.get(split)
-        if chosen is None:
+        validation = torch.zeros(len(data.target), dtype=torch.bool)
+        validation[_VALIDATION] = True
+        mask = {"train": ~validation, "validation": validation}.get(split)
+        if mask is None:
             raise ConfigError(f"digits have no split {split!r}; there are train and validation")
-        images = torch.from_numpy(data.images).float()[chosen].unsqueeze(1) / 16
-        super().__init__(images, torch.from_numpy(data.target)[chosen], shift=shift)
+        images = torch.from_numpy(data.images).float()[mask].unsqueeze(1) / 16
+        super().__init__(images, torch.from_numpy(data.target)[mask], shift=shift)

@@ -8,9 +8,9 @@ from runner.errors import DataError
 
 
 class LabelledImages:
-    """Images in memory: float [N, 1, H, W] in [0, 1] with integer labels [N]; augmented when drawn.
+    """Images in memory: float [N, 1, H, W] in [0, 1] with integer labels [N]; augmented when read.
 
-    Each image is moved by up to ``shift`` pixels in both directions, and mirrored half of the time with ``flip``.
+    ``shift`` moves an image by up to so many pixels in both directions; ``flip`` mirrors half of the images.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, *, shift: int = 0, flip: bool = False) -> None:

@@ -1,11 +1,11 @@
 """Text as bytes, in blocks of equal length."""
 
 import sysconfig
-from hashlib import blake2b
 
 from torch import Tensor
 
 from runner.errors import ConfigError, DataError
+from runner.hashing import int_digest
 from runner.shards.tokens import Tokens
 from runner.storage import files
 
@@ -13,12 +13,12 @@ _NEWLINE = 10
 
 
 class Text:
-    """Blocks of ``block_size`` + 1 bytes, each overlapping the next by one, of all files joined: uint8 tensors
-    [block_size + 1].
+    """The bytes of all files, joined by newlines, in blocks: uint8 tensors [block_size + 1]; each block overlaps the
+    next by one byte.
 
-    ``path`` is any fsspec path, folder or glob; absent, the sources of Python's standard library. Of ``held_out``
-    files one goes to validation, chosen by a hash of its content; a single file gives its last part. ``limit`` keeps
-    that many blocks, spread evenly. Files are the shards: mapped into memory, or read a block at a time from afar.
+    ``path`` is any fsspec path, folder or glob; by default the sources of Python's standard library. One file of
+    ``held_out`` goes to validation, chosen by a hash of its content; of a single file the last part does. ``limit``
+    keeps so many blocks, spread evenly. Local files are mapped into memory, remote ones are read a block at a time.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Text:
         return self._tokens.fingerprint
 
     def locate(self, index: int) -> str:
-        """Where a block lies, for people."""
+        """The file and the bytes of a block, for messages."""
         return self._tokens.locate(self._block(index))
 
     def _block(self, index: int) -> int:
@@ -60,21 +60,17 @@ class Text:
 
 
 def _chosen(names: list[str], *, validation: bool, held_out: int) -> tuple[list[str], int, int]:
-    """The files of a split, and its first byte and size when they are joined."""
+    """The files of a split, and the first byte and the size of the split in the joined files."""
     if len(names) == 1:
         size = len(files.read(names[0]))
         border = size - size // held_out
         return (names, border, size - border) if validation else (names, 0, border)
     texts = {name: files.read(name) for name in names}
-    chosen = [name for name, text in texts.items() if (_hash(text) % held_out == 0) is validation]
+    chosen = [name for name, text in texts.items() if (int_digest(text) % held_out == 0) is validation]
     return chosen, 0, sum(len(texts[name]) + 1 for name in chosen) - 1
 
 
 def _standard_library() -> list[str]:
-    """Python's own sources, without what was installed beside them."""
-    found = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
-    return [name for name in found if "site-packages" not in name and "dist-packages" not in name]
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+    """Python's own sources, without installed packages."""
+    names = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
+    return [name for name in names if "site-packages" not in name and "dist-packages" not in name]

@@ -1,4 +1,4 @@
-"""From a launcher's environment variables to the team of this process."""
+"""How this process becomes a member of its team."""
 
 import os
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from runner.distributed.world import World, rendezvous
 
 @contextmanager
 def join_team(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
-    """Within the block, this process is a member of the team of ``world``. Raises ConfigError if it cannot reach the
-    other processes.
+    """Within the block, this process is a member of its team. Raises ConfigError if it cannot reach the other
+    processes.
 
     A process that keeps the others waiting for more than ``timeout`` seconds (plus ``patience`` while it saves or
-    restores) ends the run; so does the only one if it takes no step for as long. An error in one process ends all of
-    them with the same exit status; only one prints it, and the errors raised in the others have an empty text.
+    restores) ends the run; so does a single process that takes no step for as long. An error in one process ends all
+    processes with the same exit status. Only one of them prints it; the errors that the others raise have no text.
     """
     if world.size == 1:
-        alone = SingleProcessTeam(timeout=timeout, patience=patience)
+        single = SingleProcessTeam(timeout=timeout, patience=patience)
         try:
-            yield alone
+            yield single
         finally:
-            alone.leave()
+            single.leave()
         return
     # Otherwise torch prints C++ stack traces when another process dies.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

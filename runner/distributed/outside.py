@@ -1,7 +1,8 @@
-"""A program beside a run that ends it where no thread of it can, because C code that one calls keeps Python's lock.
+"""A program that ends a run from outside, where C code holds Python's global lock and no thread of the run can act.
 
-Its arguments are the pid of the run and for how many seconds that may be silent; the run writes to its input now and
-then. SIGABRT has the run print what its threads do (``faulthandler``) and die. A run that was stopped is not silent.
+Its arguments are the pid of the run and the seconds for which the run may be silent; the run writes to this program's
+input now and then. SIGABRT makes the run print the stacks of its threads (``faulthandler``) and die. The time for which
+the run was stopped by a signal does not count.
 """
 
 import os
@@ -17,7 +18,7 @@ _DIE_SECONDS = 10.0
 def main(pid: int, limit: float) -> None:
     """Return when the run has ended, or was ended."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are for the run
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole process group; they are for the run
     silent = 0.0
     while os.getppid() == pid and silent <= limit:
         if select.select([0], [], [], _LOOK_SECONDS)[0]:
@@ -34,7 +35,7 @@ def _stopped(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:  # there is no such file system
+    except OSError:  # no /proc on this system
         return False
 
 

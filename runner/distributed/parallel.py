@@ -1,19 +1,16 @@
-"""How the model is distributed over the processes (not at all, replicated, sharded), and what follows for a step.
+"""How the model is distributed over several processes: replicated or sharded (``team.Parallelism``).
 
-Buffers that must be equal in all processes, such as running means: rank 0's values are copied to the others.
+*Replicated*: every process has the whole model, and gradients are summed during the backward pass. torch's
+``DistributedDataParallel`` rebuilds its buckets after the first step of a process, in the order in which gradients
+arrived. With three or more processes the place of a gradient in its bucket decides the order of its sum, so the first
+step after a resume would differ in the last bits from the same step of an uninterrupted run. Here buckets never change.
+The model is not wrapped either: a task may use all its attributes, and need not use all its parameters in every step.
 
-Data parallel training: every process has the whole model, and gradients are summed during the backward pass.
-
-torch's ``DistributedDataParallel`` rebuilds its buckets after the first step of a process, in the order in which
-gradients arrived. With three or more processes the place of a gradient in its bucket decides the order of its sum, so
-the first step after a resume would differ in the last bits from the same step of an uninterrupted run. Here buckets
-never change. The model is not wrapped either: a task may use all its attributes, and need not use all its parameters
-in every step.
-
-Fully sharded training (FSDP2): each process keeps a slice of every parameter, its gradient and its moments.
-
-``shard`` processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
+*Sharded* (FSDP2): each process keeps a slice of every parameter, of its gradient and of its moments. ``shard``
+processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
 (``blocks``) are gathered one at a time, the rest of the model as one unit.
+
+Buffers, such as running means, are equal in all processes: rank 0's values are copied to the others after each step.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,17 +33,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the children of a ``ModuleList`` or ``Sequential``, where there are two or more,
     all of one class and with parameters. Blocks within blocks do not count.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for child in model.children():
         inner: Sequence[nn.Module] = [*child.children()] if isinstance(child, nn.ModuleList | nn.Sequential) else []
-        repeated = len(inner) > 1 and len({type(one) for one in inner}) == 1
-        found += inner if repeated and all(any(True for _ in one.parameters()) for one in inner) else blocks(child)
-    return found
+        repeated = len(inner) > 1 and len({type(layer) for layer in inner}) == 1
+        trained = all(any(True for _ in layer.parameters()) for layer in inner)
+        layers += inner if repeated and trained else blocks(child)
+    return layers
 
 
 class Buffers:
-    """The buffers of models, by their places: a model may put another tensor there in every step. Those that came after
-    the start are looked for at each step; but not those that no checkpoint has, which may be caches of any size.
+    """The buffers of models, looked up at each step, since a model may replace or add a tensor. Non-persistent buffers
+    that are added after the start are left alone: they may be caches of any size.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
@@ -54,24 +52,26 @@ class Buffers:
         self._first = {(module, name) for module in self._modules() for name in module._buffers}
 
     def sync(self) -> None:
-        """Give them the values that they have in rank 0."""
-        found = {
+        """Set all buffers to their values on rank 0."""
+        buffers = {
             id(buffer): buffer
             for module in self._modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and (name not in module._non_persistent_buffers_set or (module, name) in self._first)
         }
-        take_over([*found.values()])
+        copy_from_rank_zero([*buffers.values()])
 
     def _modules(self) -> Iterable[nn.Module]:
         return (module for model in self._models for module in model.modules())
 
 
-def take_over(tensors: Sequence[Tensor]) -> None:
+def copy_from_rank_zero(tensors: Sequence[Tensor]) -> None:
     """Set these tensors to their values on rank 0, with one broadcast."""
     if not tensors:
         return
-    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())  # each begins at a multiple of its size
+    ordered = sorted(
+        tensors, key=lambda tensor: -tensor.element_size()
+    )  # so that each begins at a multiple of its element size, as view() needs it
     pieces = [tensor.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)
@@ -79,12 +79,12 @@ def take_over(tensors: Sequence[Tensor]) -> None:
         tensor.detach().copy_(piece.view(tensor.dtype).view(tensor.shape))
 
 
-_BUCKET_BYTES = 25 << 20
+_BUCKET_BYTES = 25 << 20  # as in torch: large enough for the bandwidth, small enough to overlap with the backward pass
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Parameters whose gradients are summed in one message: ``flat``, which also holds which gradients exist."""
+    """Parameters whose gradients are summed in one message, ``flat``; its tail counts the ranks with a gradient."""
 
     parameters: list[nn.Parameter]
     ready: set[int] = field(default_factory=set)
@@ -102,8 +102,8 @@ class Replicated:
         self._buffers = Buffers(models)
         trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
         self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
-        self._shared = {*models[0].parameters()}  # whose values are those of rank 0
-        self._sent = {*trained.values()}  # that are in a bucket
+        self._shared = {*models[0].parameters()}  # parameters with the values of rank 0
+        self._in_buckets = {*trained.values()}
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
@@ -112,25 +112,25 @@ class Replicated:
                     partial(self._ready, number, place)
                 )
         for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
-            take_over([tensor])
+            copy_from_rank_zero([tensor])
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        came = [weight for weight in self._model.parameters() if weight not in self._shared]
-        take_over(came)  # each rank has drawn its own
-        self._shared.update(came)
+        added = [weight for weight in self._model.parameters() if weight not in self._shared]
+        copy_from_rank_zero(added)  # each rank has drawn its own values
+        self._shared.update(added)
         for number, micro_batch in enumerate(micro_batches, 1):
             self._last = number == self._micro_batches
             yield micro_batch
 
     def reduce_gradients(self) -> None:
-        """Those of weights that were frozen at the start, or were not there, go last and at each step anew."""
+        """Gradients of weights that were frozen or absent at the start go last, in buckets made anew at each step."""
         for bucket in self._buckets[self._next :]:
             _send(bucket)
-        late = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in self._sent}
-        thawed = [_Bucket(parameters) for parameters in _split(late)]
-        for bucket in thawed:
+        late = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in self._in_buckets}
+        late_buckets = [_Bucket(parameters) for parameters in _split(late)]
+        for bucket in late_buckets:
             _send(bucket)
-        for bucket in (*self._buckets, *thawed):
+        for bucket in (*self._buckets, *late_buckets):
             _receive(bucket)
         self._next, self._last = 0, False
 
@@ -149,7 +149,7 @@ class Replicated:
         return optimizer
 
     def _ready(self, number: int, place: int, parameter: Tensor) -> None:
-        """A gradient is complete: send all buckets whose turn it is and that are complete."""
+        """Hook: a gradient is complete. Send the buckets that are complete, in order."""
         if not self._last:
             return
         if number < self._next:
@@ -167,7 +167,7 @@ class Replicated:
 
 
 def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in about the order of their gradients, in buckets of one dtype and device."""
+    """Buckets of one dtype and device, in about the order in which the backward pass completes gradients."""
     bucket: list[nn.Parameter] = []
     size = 0
     for name, parameter in reversed(trained.items()):
@@ -197,8 +197,8 @@ def _send(bucket: _Bucket) -> None:
         torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
         for parameter, gradient in zip(bucket.parameters, gradients, strict=True)
     ]
-    here = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)
-    bucket.flat = torch.cat([*pieces, here.to(pieces[0].device, non_blocking=True)])
+    present = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)
+    bucket.flat = torch.cat([*pieces, present.to(pieces[0].device, non_blocking=True)])
     bucket.work = dist.all_reduce(bucket.flat, async_op=True)
 
 
@@ -210,8 +210,8 @@ def _receive(bucket: _Bucket) -> None:
     sums = torch.split(bucket.flat[:-count], [parameter.numel() for parameter in bucket.parameters])
     absent = [number for number, parameter in enumerate(bucket.parameters) if parameter.grad is None]
     somewhere = bucket.flat[-count:].tolist() if absent else [1.0] * count
-    for parameter, total, found in zip(bucket.parameters, sums, somewhere, strict=True):
-        if found:
+    for parameter, total, present in zip(bucket.parameters, sums, somewhere, strict=True):
+        if present:
             total = total.view_as(parameter)
             parameter.grad = parameter.grad.copy_(total) if parameter.grad is not None else total.clone()
     bucket.flat, bucket.work, bucket.ready = None, None, set()
@@ -230,14 +230,14 @@ class Sharded:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         _require_shapes(models[0])
         for model in models:
-            found = blocks(model)
-            for part in (*found, model):
+            layers = blocks(model)
+            for part in (*layers, model):
                 try:
                     fully_shard(part, mesh=mesh)
                 except (ValueError, NotImplementedError, AssertionError) as error:
                     raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
-                _add_up(part)
-        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
+                _sum_gradients(part)
+        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(layers)} repeated layers"
         self._models: list[Any] = models
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
@@ -250,8 +250,8 @@ class Sharded:
             yield micro_batch
 
     def reduce_gradients(self) -> None:
-        """Done by the hooks of FSDP. But a pass without a backward one, as in evaluation, leaves the weights whole that
-        are not in repeated layers: neither the optimizer nor a moving average would know them.
+        """FSDP's hooks have reduced them. But a forward pass without a backward pass, as in evaluation, leaves the
+        weights of the root unsharded, in tensors that neither the optimizer nor a moving average knows.
         """
         for model in self._models:
             model.reshard()
@@ -285,7 +285,7 @@ class _ShardedOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer, for callbacks that change rates."""
+        """The groups of the optimizer, for callbacks that change learning rates."""
         return self.optimizer.param_groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,31 +295,31 @@ class _ShardedOptimizer:
         self.optimizer.load_state_dict(state)
 
     def like(self) -> dict[str, Any]:
-        """A state with the tensors of one that has made a step, each as it lies on the processes. The weights may be
-        loaded already and stay as they are, whatever the optimizer does at a rate of zero.
+        """A state dict as after a step, to load into: all of its tensors, each with its sharding. Before the first step
+        it takes one with a learning rate of zero, and puts the weights back, since they may be loaded already.
         """
         if self.optimizer.state:
             return self.state_dict()
-        groups = [dict(group) for group in self.param_groups]
+        settings = [dict(group) for group in self.param_groups]
         weights = [[parameter.detach().clone() for parameter in group["params"]] for group in self.param_groups]
         for group in self.param_groups:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)  # it may have been thawed since the start
+                parameter.grad = torch.zeros_like(parameter)  # also one that has been thawed since the start
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         state = self.optimizer.state_dict()
         self.optimizer.state.clear()
-        for group, before, kept in zip(self.param_groups, groups, weights, strict=True):
+        for group, before, copies in zip(self.param_groups, settings, weights, strict=True):
             group.update(before)
-            for parameter, weight in zip(group["params"], kept, strict=True):
+            for parameter, weight in zip(group["params"], copies, strict=True):
                 parameter.detach().copy_(weight)
         return state
 
 
 def _require_shapes(model: nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot be cut into slices."""
+    """Raise ConfigError for parameters that cannot be sharded."""
     single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     if single:
         raise ConfigError(
@@ -331,7 +331,7 @@ def _require_shapes(model: nn.Module) -> None:
         raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
 
 
-def _add_up(part: Any) -> None:
+def _sum_gradients(part: Any) -> None:
     """Sum gradients instead of averaging them, because every loss is weighted by its share of the batch."""
     if hasattr(part, "set_gradient_divide_factor"):
         part.set_gradient_divide_factor(1.0)

@@ -1,6 +1,7 @@
-"""Exchanges of small JSON values between the processes of a run, with one channel per thread that needs them.
+"""The team of several processes: how they connect, exchange values, and end together when one fails.
 
-The team of several processes: how they connect, what they exchange, and how all of them end when one fails.
+Small JSON values go through a key-value store, with one ``Channel`` for each thread; tensors, and the values of every
+step, through torch's process groups.
 """
 
 import json
@@ -23,7 +24,7 @@ from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
 
-_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two looks at the store
+_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two polls of the store
 _FIRST_BYTES = 256  # of a broadcast over a process group: its length, and as much of the message as fits
 _LENGTH_BYTES = 4
 
@@ -39,8 +40,8 @@ class PeerFailed(RunnerError):
 class Channel:
     """Implements ``Communicator`` over a key-value store.
 
-    Every exchange has a number, from which its keys are made; keys are removed once all have read them. Raises
-    PeerFailed once another process has failed.
+    Keys are made from the number of the exchange, and removed once all ranks have read them. Raises PeerFailed once
+    another process has failed.
     """
 
     def __init__(self, store: Store, world: World, watch: Watchdog, *, thread: str) -> None:
@@ -48,9 +49,9 @@ class Channel:
         self.size = world.size
         self._store = store
         self._watch = watch
-        self._thread = thread  # that uses this channel
-        self._awaited: int | None = None  # the rank that this one is waiting for
-        self._number = 0  # of exchanges so far
+        self._thread = thread  # the name of the thread that uses this channel
+        self._awaited: int | None = None  # the rank that this process is waiting for
+        self._number = 0  # exchanges so far
 
     def gather(self, value: Any) -> list[Any] | None:
         """The values of all ranks in order, for rank 0."""
@@ -66,11 +67,11 @@ class Channel:
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
             return value
-        found = self._read(name, 0)
+        value = self._read(name, 0)
         if self._store.add(f"{name}/read", 1) == self.size - 1:
             self._store.delete_key(name)
             self._store.delete_key(f"{name}/read")
-        return found
+        return value
 
     def describe_wait(self) -> str:
         rank = self.rank if self._awaited is None else self._awaited
@@ -82,9 +83,9 @@ class Channel:
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
     def _take(self, name: str, rank: int) -> Any:
-        found = self._read(name, rank)
+        value = self._read(name, rank)
         self._store.delete_key(name)
-        return found
+        return value
 
     def _read(self, name: str, rank: int) -> Any:
         pause, self._awaited = _SHORTEST, rank
@@ -98,7 +99,7 @@ class Channel:
 
 class GroupChannel(Channel):
     """The channel of the training thread, which exchanges values at every step: it broadcasts over a process group on
-    the CPU, which takes a tenth of the time of the store.
+    the CPU, in a tenth of the time that the store takes.
     """
 
     def __init__(self, store: Store, world: World, watch: Watchdog, group: ProcessGroup) -> None:
@@ -118,7 +119,7 @@ class GroupChannel(Channel):
         return json.loads(body[:length])
 
     def _broadcast_bytes(self, text: bytes) -> bytes:
-        """The bytes of rank 0; ``text`` has the same length on all ranks."""
+        """The bytes of rank 0. ``text`` has the same length on all ranks."""
         buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         dist.broadcast(buffer, 0, group=self._group)
         return buffer.numpy().tobytes()
@@ -130,8 +131,8 @@ def raise_if_failed(watch: Watchdog) -> None:
         raise PeerFailed(watch.failure.message, watch.failure.status)
 
 
-_CONSEQUENCE_SECONDS = 3.0  # to wait, after an error, for the news that another process failed and caused it
-_READ_SECONDS = 1.5  # that rank 0, which keeps the store, gives the others to read why it failed
+_CONSEQUENCE_SECONDS = 3.0  # wait after an error, in case another process has failed and caused it
+_READ_SECONDS = 1.5  # rank 0 serves the store so long after its failure, so that the others read the reason
 _NANOSECONDS = 10**9
 
 
@@ -169,26 +170,26 @@ class ProcessTeam:
         assert self._group is not None
         self.comm = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
 
-    def exchange(self, news: StepReport) -> StepReport:
-        names = crc32(",".join(news.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
-        elapsed = 0 if self.world.rank else round(news.elapsed * _NANOSECONDS)
-        digest = news.digest - (news.digest >> 63 << 64)  # the same bits as a signed number
-        told = self._sums([digest, len(news.swaps), elapsed, names, names**2, *_arrived()])
-        digest, swapped, elapsed, names, squares, *arrived = told
-        self.stop = self.stop or _signal(arrived)
-        swaps = self._swaps(news.swaps) if swapped else ""
+    def exchange(self, report: StepReport) -> StepReport:
+        names = crc32(",".join(report.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
+        elapsed = 0 if self.world.rank else round(report.elapsed * _NANOSECONDS)
+        digest = report.digest - (report.digest >> 63 << 64)  # the same bits as a signed number
+        sums = self._sums([digest, len(report.swaps), elapsed, names, names**2, *_stop_flags()])
+        digest, swapped, elapsed, names, squares, *flags = sums
+        self.stop = self.stop or _signal(flags)
+        swaps = self._swaps(report.swaps) if swapped else ""
         # Equal on all ranks if and only if the mean of the squares is the square of the mean.
-        metrics = news.metrics if squares * self.world.size == names**2 else self.union(news.metrics)
+        metrics = report.metrics if squares * self.world.size == names**2 else self.union(report.metrics)
         return StepReport(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
 
     def poll(self) -> str | None:
-        self.stop = self.stop or _signal(self._sums(_arrived()))
+        self.stop = self.stop or _signal(self._sums(_stop_flags()))
         return self.stop
 
     def union(self, names: Sequence[str]) -> list[str]:
-        told = self.comm.gather([*names])
-        found: list[str] = self.comm.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
-        return found
+        gathered = self.comm.gather([*names]) or []
+        union: list[str] = self.comm.broadcast([*dict.fromkeys(name for part in gathered for name in part)])
+        return union
 
     def sum_tensors(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not values:
@@ -209,51 +210,50 @@ class ProcessTeam:
             yield
         except RunnerError:
             raise
-        except RuntimeError:  # of a collective, perhaps
+        except RuntimeError:  # maybe a collective whose peer has died
             if self.watch.wait(_CONSEQUENCE_SECONDS):
                 raise_if_failed(self.watch)
             raise
 
     def leave(self) -> None:
-        """End in good order, all processes together. Rank 0 goes last, because it may keep the store."""
+        """End without an error, all processes together. Rank 0 goes last, because it may serve the store."""
         self.watch.rest()
-        self._left()
+        self._say_left()
         self.comm.gather(None)
         self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> Failure:
-        """Make all other processes end as well; returns why all end, which may be an earlier failure elsewhere."""
+        """End all other processes; returns the failure that they report, which may be an earlier one elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
         failure = self.watch.failure or self.watch.fail(
             Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
         )
-        self._left()
+        self._say_left()
         if self._served is not None:
             time.sleep(_READ_SECONDS)
         return failure
 
-    def _left(self) -> None:
+    def _say_left(self) -> None:
         with suppress(RuntimeError):
             self._own.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
         self.watch.note_exchange(MAIN, training=True)
-        told = torch.tensor(numbers)
-        dist.all_reduce(told, group=self._group)
+        sums = torch.tensor(numbers)
+        dist.all_reduce(sums, group=self._group)
         self.watch.note_exchange(MAIN)
-        found: list[int] = told.tolist()
-        return found
+        return [*map(int, sums.tolist())]
 
     def _swaps(self, swaps: str) -> str:
-        told = self.comm.gather(swaps)
-        found = sorted("".join(told or []).split(), key=lambda swap: int(swap.partition(":")[0]))
-        ordered: str = self.comm.broadcast("".join(f" {swap}" for swap in found))
-        return ordered
+        """The swaps of all ranks, in the order of their positions."""
+        gathered = "".join(self.comm.gather(swaps) or []).split()
+        gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
+        return str(self.comm.broadcast("".join(f" {swap}" for swap in gathered)))
 
     def _store(self, name: str) -> Store:
-        """A connection of its own, so that a thread that waits for an answer does not block another."""
+        """A connection for one thread: on a shared one, a thread that waits for an answer would block the others."""
         return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
 
     def _connect(self, *, serve: bool = False) -> Store:
@@ -267,8 +267,10 @@ class ProcessTeam:
                 timeout=timedelta(seconds=self._timeout),
             )
         except RuntimeError as error:
-            what = "keep the store of the processes" if serve else "reach the store of the processes"
-            raise ConfigError(f"cannot {what} at {place.host}:{place.port}: {str(error).splitlines()[0]}") from error
+            verb = "keep" if serve else "reach"
+            raise ConfigError(
+                f"cannot {verb} the store of the processes at {place.host}:{place.port}: {str(error).splitlines()[0]}"
+            ) from error
 
 
 @contextmanager
@@ -287,17 +289,17 @@ def process_team(world: World, place: Rendezvous, *, timeout: float, patience: f
         failure = team.fail(error)
         if failure.printed and failure.rank == world.rank:
             raise
-        told = "" if failure.printed or world.rank != (failure.rank == 0) else failure.message
-        raise PeerFailed(told, failure.status) from None
+        message = "" if failure.printed or world.rank != (failure.rank == 0) else failure.message
+        raise PeerFailed(message, failure.status) from None
     team.leave()
 
 
-def _arrived() -> list[int]:
+def _stop_flags() -> list[int]:
     """For each of the stop signals, 1 if this process received it."""
-    here = signals.received()
-    return [int(number.name == here) for number in signals.STOP_SIGNALS]
+    name = signals.received()
+    return [int(number.name == name) for number in signals.STOP_SIGNALS]
 
 
-def _signal(arrived: Sequence[int]) -> str | None:
-    """The first of the stop signals that any process received."""
-    return next((number.name for number, count in zip(signals.STOP_SIGNALS, arrived, strict=True) if count), None)
+def _signal(counts: Sequence[int]) -> str | None:
+    """The first stop signal that any process received."""
+    return next((number.name for number, count in zip(signals.STOP_SIGNALS, counts, strict=True) if count), None)

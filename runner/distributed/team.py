@@ -1,4 +1,8 @@
-"""What the training loop needs from the other processes, and the trivial answers of a single process."""
+"""What a training loop needs from the other processes, with the implementation for a single process.
+
+``Team`` has the exchanges of every step; ``Parallelism`` says how the model is distributed over the processes. Imports
+nothing of ``torch.distributed``, which a single process does not need and which costs a second.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one process reports after a step, and, as the answer, the same combined over all processes.
+    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``.
 
     ``digest`` and ``swaps`` describe the samples that were read (``TrainingStream.step_samples``), ``elapsed`` is
     the training time on rank 0 in seconds, ``metrics`` are the names of the step's metrics.
@@ -33,8 +37,8 @@ class StepReport:
 class Team(Protocol):
     """The processes of a run. All of them make the same calls in the same order.
 
-    ``comm`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
-    ``poll`` found in any process.
+    ``comm`` is the communicator of the training thread. ``stop`` is the name of the stop signal that any process had
+    received at the last ``exchange`` or ``poll``.
     """
 
     world: World
@@ -44,40 +48,40 @@ class Team(Protocol):
     def stop(self) -> str | None: ...
 
     def channel(self, name: str) -> Communicator:
-        """Exchanges for another thread of that name."""
+        """A communicator for another thread, of that name."""
 
     def begin(self, device: Any) -> None:
         """Set up process groups for tensors on that device."""
 
-    def exchange(self, news: StepReport) -> StepReport:
+    def exchange(self, report: StepReport) -> StepReport:
         """Combine the reports of all processes; once after every step."""
 
     def poll(self) -> str | None:
-        """The stop signal that arrived anywhere, if one did."""
+        """The stop signal that any process has received, or None."""
 
     def union(self, names: Sequence[str]) -> list[str]:
-        """All names that any process has, in the same order on all."""
+        """The names of all processes, each once, in the same order on all."""
 
     def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
         """The sums over all processes, in double precision; all processes pass the same names."""
 
     def rest(self) -> None:
-        """Training is over: from now on a process may take longer than the timeout."""
+        """Training is over: the timeout does not hold any more."""
 
     def on_failure(self, last_words: Callable[[str], None]) -> None:
-        """Register a function that is called with the reason if this process hangs and is ended by its watchdog."""
+        """Register a function that the watchdog calls with the reason before it ends this process."""
 
     def blame_peer(self) -> AbstractContextManager[Any]:
-        """Within the block, an error that is only a consequence of another process's failure becomes PeerFailed."""
+        """Within the block, an error that follows from the failure of another process becomes PeerFailed."""
 
 
 class SingleProcessTeam:
-    """The team of a single process. From ``begin`` on it notices if training stands still; see ``stall``."""
+    """The team of a single process. From ``begin`` on, ``stall`` watches that training moves."""
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
         self.comm: Communicator = SINGLE_PROCESS
-        self._bounds = timeout, patience
+        self._limits = timeout, patience
         self._stall: Stall | None = None
 
     @property
@@ -90,11 +94,11 @@ class SingleProcessTeam:
     def begin(self, device: Any) -> None:
         from runner.distributed.stall import Stall
 
-        self._stall = Stall(*self._bounds)
+        self._stall = Stall(*self._limits)
 
-    def exchange(self, news: StepReport) -> StepReport:
+    def exchange(self, report: StepReport) -> StepReport:
         self.poll()
-        return news
+        return report
 
     def poll(self) -> str | None:
         if self._stall is not None:
@@ -119,33 +123,33 @@ class SingleProcessTeam:
         return nullcontext()
 
     def leave(self) -> None:
-        """The run has ended, well or not."""
+        """The run has ended, with or without an error."""
         if self._stall is not None:
             self._stall.close()
 
 
 class Parallelism(Protocol):
-    """All processes make the same calls in the same order."""
+    """How the model is distributed over the processes. All processes make the same calls in the same order."""
 
-    description: str  # for people
+    description: str  # for the log; empty for a single process
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        """The micro-batches of a step. Only the backward pass of the last one reduces gradients over processes."""
+        """The micro-batches of a step, marked so that only the last backward pass reduces gradients over processes."""
 
     def reduce_gradients(self) -> None:
         """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
 
     def full_tensor(self, value: "Tensor") -> "Tensor":
-        """The full tensor of a value of which each process may hold a part."""
+        """The full tensor of a value of which each process may hold a slice."""
 
     def all_true(self, verdict: "Tensor") -> "Tensor":
-        """Whether ``verdict`` is true in all processes."""
+        """Whether ``verdict`` (bool, shape []) is true in all processes."""
 
     def sync_buffers(self) -> None:
         """After a step: copy rank 0's buffers, such as running means, to all processes."""
 
     def optimizer_part(self, optimizer: Any) -> Any:
-        """The optimizer as a part of the training state."""
+        """The optimizer in the form in which the training state saves it."""
 
 
 class SingleDevice:

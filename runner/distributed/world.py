@@ -1,4 +1,7 @@
-"""Which of how many processes this is. Reads the environment of a launcher; imports nothing of torch."""
+"""The place of this process among the processes of a run, from the environment that torchrun or Slurm sets.
+
+Imports nothing of torch.
+"""
 
 import os
 import re
@@ -7,13 +10,13 @@ from dataclasses import dataclass
 
 from runner.errors import ConfigError
 
-_PORTS = range(15_000, 29_000)  # one for each job of Slurm, in turn; below those that systems give to connections
+_PORTS = range(15_000, 29_000)  # one for each Slurm job, in turn; below the ephemeral ports of Linux (from 32768)
 _REMEDY = "Start it with torchrun or srun, which set all of them, or unset WORLD_SIZE for one process."
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process among ``size``; a global batch is dealt out by ``rank``. ``local_rank`` counts on one machine."""
+    """The place of one process: its ``rank`` among ``size`` processes, and its ``local_rank`` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -22,10 +25,10 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the processes of a world find each other: a store at ``host`` and ``port``.
+    """Where the processes find each other: a key-value store at ``host`` and ``port``.
 
-    ``kept`` says that the launcher keeps it, over the lives of all processes; else rank 0 does. ``restart`` counts the
-    lives, so that nobody takes a message of the last one for its own.
+    Rank 0 serves it, unless it is ``served_by_launcher``, and then it outlives the processes. ``restart`` counts their
+    lives, so that no process reads a message from an earlier life.
     """
 
     host: str
@@ -35,49 +38,49 @@ class Rendezvous:
 
 
 def world() -> World:
-    """The world this process was started in. Raises ConfigError for an environment that names no such world."""
-    said = _environment()
-    size, rank = _number(said, "WORLD_SIZE", 1), _number(said, "RANK", 0)
+    """The place of this process. Raises ConfigError for environment variables that contradict each other."""
+    environ = _environment()
+    size, rank = _number(environ, "WORLD_SIZE", 1), _number(environ, "RANK", 0)
     if not 0 <= rank < size:
-        raise ConfigError(f"RANK={rank} and WORLD_SIZE={size}: a rank is below the size of its world. {_REMEDY}")
-    return World(rank, size, _number(said, "LOCAL_RANK", rank))
+        raise ConfigError(f"RANK={rank} and WORLD_SIZE={size}: a rank is a number below WORLD_SIZE. {_REMEDY}")
+    return World(rank, size, _number(environ, "LOCAL_RANK", rank))
 
 
 def rendezvous() -> Rendezvous:
-    """Where to meet the others. Raises ConfigError where the environment does not say it."""
-    said = _environment()
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not said.get(name)]
+    """Where to find the other processes. Raises ConfigError for missing environment variables."""
+    environ = _environment()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
-        raise ConfigError(f"WORLD_SIZE={said.get('WORLD_SIZE')} without {', '.join(missing)}. {_REMEDY}")
-    served_by_launcher = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restart = _number(said, "TORCHELASTIC_RESTART_COUNT", 0)
-    return Rendezvous(said["MASTER_ADDR"], _number(said, "MASTER_PORT", 0), served_by_launcher, restart)
+        raise ConfigError(f"WORLD_SIZE={environ.get('WORLD_SIZE')} without {', '.join(missing)}. {_REMEDY}")
+    served_by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restart = _number(environ, "TORCHELASTIC_RESTART_COUNT", 0)
+    return Rendezvous(environ["MASTER_ADDR"], _number(environ, "MASTER_PORT", 0), served_by_launcher, restart)
 
 
 def _environment() -> Mapping[str, str]:
-    """The environment, or what torchrun would have said where Slurm has started the tasks of a step."""
-    here = os.environ
-    if "WORLD_SIZE" in here or _number(here, "SLURM_STEP_NUM_TASKS", 1) == 1 or "SLURM_PROCID" not in here:
-        return here
-    job = _number(here, "SLURM_JOB_ID", 0)
+    """The environment; for a task that Slurm started, with the variables that torchrun would have set."""
+    env = os.environ
+    if "WORLD_SIZE" in env or _number(env, "SLURM_STEP_NUM_TASKS", 1) == 1 or "SLURM_PROCID" not in env:
+        return env
+    job = _number(env, "SLURM_JOB_ID", 0)
     return {
-        "RANK": here["SLURM_PROCID"],
-        "LOCAL_RANK": here.get("SLURM_LOCALID", "0"),
-        "WORLD_SIZE": here["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": first_host(here.get("SLURM_STEP_NODELIST", "")),
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "")),
         "MASTER_PORT": str(_PORTS[job % len(_PORTS)]),
-        "TORCHELASTIC_RESTART_COUNT": here.get("SLURM_RESTART_COUNT", "0"),
+        "TORCHELASTIC_RESTART_COUNT": env.get("SLURM_RESTART_COUNT", "0"),
     }
 
 
 def first_host(hosts: str) -> str:
-    """The first of a list as Slurm has it: ``a`` of ``a,b``, ``node07`` of ``node[07-09,12]``."""
-    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
-    return "".join(part or "" for part in found.groups()) if found else hosts
+    """The first host of a Slurm node list: ``a`` of ``a,b``, ``node07`` of ``node[07-09,12]``."""
+    match = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
+    return "".join(part or "" for part in match.groups()) if match else hosts
 
 
-def _number(said: Mapping[str, str], name: str, default: int) -> int:
-    value = said.get(name, str(default))
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, str(default))
     if not value.isdecimal():
         raise ConfigError(f"{name}={value} is not a number. {_REMEDY}")
     return int(value)

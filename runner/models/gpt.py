@@ -38,7 +38,7 @@ class GPT(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a feed-forward layer, each normalised before and added to what went in."""
+    """Attention, then a feed-forward layer, each normalised before and added to its input."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """The weights of one checkpoint, as a file that anyone can load."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 from runner.errors import ConfigError
 from runner.finish import safetensors_file
+from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
 from runner.run.parent import CheckpointRef
@@ -31,7 +31,7 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
         "commit": str(checkpoint.id),
         "target": target,
         "bytes": len(data),
-        "sha256": sha256(data).hexdigest(),
+        "sha256": sha256_digest(data),
     }
 
 

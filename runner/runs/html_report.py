@@ -8,7 +8,6 @@ allows itself no script but its own.
 """
 
 import base64
-import hashlib
 import io
 import warnings
 from collections import Counter
@@ -19,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
 from runner.run_facts import number
-from runner.runs.compare import Candidate, Comparison, Objective
+from runner.runs.compare import Candidate
+from runner.runs.compare import Comparison
+from runner.runs.compare import Objective
 from runner.runs.listing import format_cell
+from runner.hashing import sha256_digest
 from runner.storage import files
 
 if TYPE_CHECKING:
@@ -277,7 +279,7 @@ def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
 
 def render_html(comparison: Comparison, png: bytes) -> str:
     """The page, with the picture in it and a table that can be sorted and searched."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    digest = base64.b64encode(bytes.fromhex(sha256_digest(_SCRIPT.encode()))).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     columns = ["place", "run", "objective", "status", "step", *comparison.swept, "attempts", "last seen"]
     ranked = len(comparison.ranked())

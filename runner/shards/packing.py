@@ -4,7 +4,6 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from hashlib import blake2b
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.cache import LRUCache
 from runner.errors import DataError
+from runner.hashing import int_digest, json_digest
 from runner.shards.tokens import RowLayout, check_index, checked_length
 from runner.storage import files
 
@@ -71,9 +71,7 @@ class Packed:
         """16 hex digits that change with the samples."""
         documents: Any = self.documents
         facts = [documents.fingerprint, self._layout.length, self._layout.separator]
-        digest = blake2b(json.dumps(facts).encode(), digest_size=8)
-        digest.update(self._layout.lengths.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return json_digest(facts, self._layout.lengths.astype("<i8").tobytes())
 
     def locate(self, index: int) -> str:
         """Documents and tokens of a sample, for messages."""
@@ -173,7 +171,7 @@ class PackingStream(IterableDataset[Tensor]):
     def _order(self) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(len(self.documents))
-        key = int.from_bytes(blake2b(json.dumps([self.seed, self._epoch]).encode(), digest_size=16).digest(), "little")
+        key = int_digest(json.dumps([self.seed, self._epoch]).encode(), size=16)
         # Raw bits, because numpy may change what its generators make of them, but not the bits.
         return np.argsort(np.random.PCG64(key).random_raw(len(self.documents)), kind="stable")
 

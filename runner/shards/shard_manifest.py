@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from posixpath import commonprefix
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runner.errors import DataError, printable
+from runner.hashing import json_digest
 from runner.shards.formats import DTYPES, KINDS
 from runner.storage import files
 
@@ -74,7 +74,7 @@ class Manifest:
         urls = [shard.url for shard in self.shards]
         folder = commonprefix([url.rpartition("/")[0] + "/" for url in urls]).rpartition("/")[0] + "/"
         facts = [[s.url.removeprefix(folder), s.size, s.records] for s in self.shards]
-        return blake2b(json.dumps([self.kind, self.dtype, facts]).encode(), digest_size=8).hexdigest()
+        return json_digest([self.kind, self.dtype, facts])
 
 
 def save(path: str, manifest: Manifest, *, command: str | None = None) -> None:

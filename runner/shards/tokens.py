@@ -1,8 +1,6 @@
 """Rows of equal length from flat arrays of tokens."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
+from runner.hashing import json_digest
 from runner.shards.records import SizeCheck, open_manifest
 from runner.shards.shard_manifest import Shard
 from runner.storage import files
@@ -78,7 +77,7 @@ class Tokens:
     def fingerprint(self) -> str:
         """16 hex digits that change with the samples, but not with the folder that holds them."""
         facts = [self.manifest.fingerprint, self.length, self.pack, self._layout.separator]
-        return blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        return json_digest(facts)
 
     def locate(self, index: int) -> str:
         """Shards and tokens of a sample, for messages."""

@@ -11,7 +11,7 @@ __all__ = ["LocalLocation", "find_folders", "is_remote", "open_location"]
 
 
 def open_location(url: str, options: Mapping[str, Any] | None = None) -> Location:
-    """The location at a path or URL. Creates and reads nothing. Raises ConfigError for a store that cannot be used.
+    """The location at a path or URL. Connects to nothing yet. Raises ConfigError for a store that cannot be used.
 
     ``options`` are fsspec's for a URL: credentials, endpoints.
     """
@@ -25,9 +25,11 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
 def find_folders(
     url: str, marker: str, options: Mapping[str, Any] | None = None, *, own: Collection[str] | None = None
 ) -> Mapping[str, Location]:
-    """The folders under ``url`` that hold an object called ``marker``, by relative path, sorted; on a disk also those
-    that this user may not look into. Inside a found one all but those in ``own`` are searched, without ``own`` none.
-    Locations of a remote store share their connections.
+    """The folders under ``url`` that contain an object called ``marker``: relative path -> location, sorted.
+
+    On a disk the result has folders that this user may not read, too: they may be matches. A match is searched for
+    further ones only with ``own``, and without its folders of these names. Locations of a remote store share their
+    connections.
 
     Raises StorageError if a local ``url`` does not exist; a remote one without objects counts as empty.
     """

@@ -1,9 +1,8 @@
-"""Which requests of an fsspec store belong to which operation: a listing that asks for page after page gets on.
+"""Access to an fsspec store with deadlines, retries and clear errors.
 
-Access to an fsspec store with deadlines, retries and clear errors.
-
-An operation is a function of a file system. It runs in a daemon thread, which is abandoned when its time is up, because
-no client's own timeout covers a server that accepts a request and never answers. All operations can be repeated.
+An operation is a function of a file system. It runs in a daemon thread, which is abandoned at its deadline, because no
+client's own timeout covers a server that accepts a request and never answers. All operations can be repeated. Requests
+are counted for each operation, so that a listing of many pages has a deadline for each page.
 """
 
 import asyncio
@@ -25,56 +24,41 @@ from fsspec.asyn import AsyncFileSystem
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import protocol
+from runner.storage.stores import PROTOCOLS, READ_ONLY, store_of
 
-# What s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
+# The methods that s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
 _REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
 REQUESTS: ContextVar[list[None] | None] = ContextVar("requests", default=None)  # tasks in fsspec's loop inherit it
 
 
 def count_requests(system: Any) -> None:
-    """Have a file system note every request for the operation that it belongs to."""
+    """Make a file system add every request to ``REQUESTS`` of the operation that it belongs to."""
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any, **keywords: Any) -> Any:
+        def counted_call(*arguments: Any, **keywords: Any) -> Any:
             requests = REQUESTS.get()
             if requests is not None:
                 requests.append(None)
             return call(*arguments, **keywords)
 
-        return noted
+        return counted_call
 
     for path in _REQUEST:
         *owners, name = path.split(".")
-        owner = functools.reduce(lambda found, part: getattr(found, part, None), owners, system)
+        owner = functools.reduce(lambda part, attribute: getattr(part, attribute, None), owners, system)
         if call := getattr(owner, name, None):
             setattr(owner, name, counted(call))
 
 
 T = TypeVar("T")
 
-DEADLINE = 30.0  # seconds for an operation, for each page of a listing, and more for its bytes:
+DEADLINE = 30.0  # seconds for an operation without its bytes, or for each page of a listing
 RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
-BACKOFF = 0.5  # seconds before the second try, doubled for each further one
+BACKOFF = 0.5  # seconds before the second try, doubled before each further try
 
-_EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-    "sftp": "sftp",
-    "ssh": "sftp",
-}
-_BUCKETS = _EXTRAS.keys() - {"sftp", "ssh"}  # stores whose first path segment is a bucket or container
-_READ_ONLY = {"http", "https"}
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
-_ENDPOINT = re.compile(r"https?://[^@?]*")  # an address without credentials
-# s3fs would upload ten parts of 50 MB at once; and this module retries, so botocore need not.
-_S3: dict[str, Any] = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
-_DEFAULTS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
+_ENDPOINT = re.compile(r"https?://[^@?]*")  # a URL without credentials
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
 _FINAL_NAMES = {
     "AuthenticationException",
@@ -90,10 +74,10 @@ _jitter = random.SystemRandom()  # the global generator belongs to the user and 
 
 
 class Backend:
-    """One store and a folder in it. Raises ConfigError for a URL or options that it cannot be used with.
+    """A folder in a store. Raises ConfigError for a URL or options that cannot be used.
 
-    Asynchronous file systems are shared by all threads. Others (sftp) are not thread-safe: each operation borrows one
-    that is idle, or makes another.
+    Asynchronous file systems are shared by all threads. Others (sftp) are not thread-safe: each operation borrows an
+    idle file system, or makes a new one.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -103,42 +87,42 @@ class Backend:
                 f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
-        if kind in _EXTRAS and not url.partition("://")[2].partition("/")[0]:
+        if store_of(kind).extra and not url.partition("://")[2].partition("/")[0]:
             raise ConfigError(
                 f"run.root={kind}://...: the name of a bucket, container or host is missing; "
-                "is a variable empty that should hold it?"
+                "is the variable for it empty?"
             )
         self._class = _file_system(kind)
         self._options = dict(options)
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
         self.url = f"{kind}{url[len(kind) :].rstrip('/')}"
         self.root = str(self._class._strip_protocol(self.url)).rstrip("/")
-        names = self._class.protocol
-        self.protocols = {names} if isinstance(names, str) else set(names)
-        self._bucket = self.root.partition("/")[0] if self.protocols & _BUCKETS else None
+        names = self._class.protocol  # a subclass of a known file system may have a protocol of its own
+        self.store = store_of(kind, *([names] if isinstance(names, str) else names))
+        self._bucket = self.root.partition("/")[0] if self.store.bucket else None
         self._begin()
 
     def below(self, folder: str) -> "Backend":
-        """A folder that is known to exist in this one; both share idle connections."""
+        """A folder in this folder that is known to exist; both share idle connections."""
         other = copy.copy(self)
         other.url, other.root = f"{self.url}/{folder}", self.path(folder)
-        other._bucket = None  # known to exist
+        other._bucket = None  # no need to check
         other._abandoned = {}
         return other
 
     def path(self, name: str) -> str:
-        """The path of an object, or of the folder itself, as the file system calls it."""
+        """The path of an object, or of the folder itself, for the file system."""
         return f"{self.root}/{name}" if name else self.root or "/"
 
     def run(self, verb: str, name: str, operation: Callable[[Any], T], *, size: int = 0) -> T:
-        """The result of ``operation``, which is retried after errors that may be temporary. Raises StorageError.
+        """The result of ``operation``, retried after errors that may be temporary. Raises StorageError.
 
-        ``size`` is how many bytes it transfers. Two attempts to write the same name never run at the same time. A list
-        may take any time as long as its pages arrive.
+        ``size`` is the number of bytes that it transfers. Two tries to write the same name never run at the same time.
+        A ``list`` may take any time as long as its pages arrive.
         """
-        for again in range(TRIES):
-            if again:
-                time.sleep(BACKOFF * 2**again * _jitter.uniform(0.5, 1.0))
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(BACKOFF * 2**attempt * _jitter.uniform(0.5, 1.0))
             try:
                 return self._try(verb, name if verb == "write" else None, operation, deadline(size))
             except StorageError:
@@ -150,8 +134,8 @@ class Backend:
         raise self._explained(verb, name, failure)
 
     def check_bucket(self, system: Any) -> None:
-        """Raise FileNotFoundError if the store says that there is no such bucket: an error, where nothing in a bucket
-        is an empty folder. Asked once.
+        """Raise FileNotFoundError if the bucket does not exist. Without this check a misspelt bucket would look like an
+        empty folder. Asks the store once.
         """
         if self._bucket is not None:
             try:
@@ -159,7 +143,7 @@ class Backend:
             except FileNotFoundError:
                 raise FileNotFoundError(f"there is no bucket or container {self._bucket}") from None
             except Exception:
-                pass  # who may use the objects need not be allowed to ask about the bucket
+                pass  # a user of the objects need not have the right to ask about the bucket
             self._bucket = None
 
     def _try(self, verb: str, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
@@ -177,7 +161,7 @@ class Backend:
         while not wait([future], seconds).done:
             if verb != "list" or len(requests) <= seen:
                 break
-            seen = len(requests)  # it asks for another page
+            seen = len(requests)  # another page was requested
         else:
             return future.result()
         if written:
@@ -200,7 +184,7 @@ class Backend:
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
-            # After a fork: keep the parent's connections alive, unused, because closing them here would end them there.
+            # After a fork: keep the parent's connections open and unused, because closing them would end them there.
             self._inherited = [self._idle, self._abandoned]
             self._begin()
         try:
@@ -217,22 +201,25 @@ class Backend:
         self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
 
     def _make(self) -> Any:
-        kind = protocol(self.url)
-        given = {**_DEFAULTS.get(kind, {}), **self._class._get_kwargs_from_urls(self.url), **self._options}
-        system = self._class(**given, skip_instance_cache=True)
+        arguments = {
+            **store_of(protocol(self.url)).options,
+            **self._class._get_kwargs_from_urls(self.url),
+            **self._options,
+        }
+        system = self._class(**arguments, skip_instance_cache=True)
         system.dircache.use_listings_cache = False
         count_requests(system)
         return system
 
     def _discard(self, system: Any) -> None:
-        """Stop using a file system that failed, and close its connection, so that abandoned threads end, too."""
+        """Stop using a file system that failed. Closing its connection ends the threads that wait on it."""
         self._idle[:] = [other for other in self._idle if other is not system]
         client = getattr(system, "client", None)
         if client is not None and not isinstance(system, AsyncFileSystem):
             _start(client.close)
 
     def _explained(self, verb: str, name: str, error: BaseException) -> StorageError:
-        reason = next(iter(str(error).splitlines()), "")  # azure adds pages
+        reason = next(iter(str(error).splitlines()), "")  # azure appends pages of headers
         if not reason and isinstance(error, asyncio.TimeoutError):
             reason = "no answer in time"
         text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
@@ -246,36 +233,37 @@ class Backend:
 
 
 def deadline(size: int) -> float:
-    """The seconds that an operation which moves ``size`` bytes may take."""
+    """The seconds that an operation of ``size`` bytes may take."""
     return DEADLINE + size / RATE
 
 
 def limits(system: Any, size: int) -> dict[str, float]:
-    """The argument with which an asynchronous file system itself cancels a write that takes too long, so that it does
-    not land after a later one.
+    """Keyword arguments that make an asynchronous file system cancel a write at its deadline, so that it does not
+    arrive after a later write.
     """
     return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
 
 
 def _file_system(kind: str) -> Any:
-    """The class for a protocol. Raises ConfigError if there is none, or its package is not installed."""
+    """The file system class of a protocol. Raises ConfigError for an unknown one, or if its package is missing."""
     try:
-        if kind in _READ_ONLY:
+        if kind in READ_ONLY:
             raise ValueError(kind)
         return fsspec.get_filesystem_class(kind)
     except ImportError as error:
-        extra = f": pip install 'hydra-runner[{_EXTRAS[kind]}]'" if kind in _EXTRAS else ""
-        raise ConfigError(f"run.root={kind}://...: its package is not installed{extra} ({error})") from error
+        extra = store_of(kind).extra
+        remedy = f": pip install 'hydra-runner[{extra}]'" if extra else ""
+        raise ConfigError(f"run.root={kind}://...: its package is not installed{remedy} ({error})") from error
     except ValueError:
-        known = ", ".join(f"{name}://" for name in [*_EXTRAS, "memory"])
+        protocols = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise ConfigError(
-            f"run.root={kind}://...: no kind of storage for runs; use a path, {known}, "
+            f"run.root={kind}://...: no kind of storage for runs; use a path, {protocols}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
 
 
 def _start(function: Callable[[], T]) -> "Future[T]":
-    """Run a function in a daemon thread, which does not keep the process from ending."""
+    """Run a function in a daemon thread, which does not keep the process alive."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -304,14 +292,14 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status in an error of azure, gcsfs or botocore."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    for found in (getattr(error, "status_code", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
-        if isinstance(found, int):
-            return found
+    for status in (getattr(error, "status_code", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
+        if isinstance(status, int):
+            return status
     return None
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in storage options that is long enough to be a secret."""
+    """All strings in storage options that may be secrets: long enough, and no plain URL."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _strings(inner)

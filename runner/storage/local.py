@@ -18,7 +18,7 @@ from typing import BinaryIO
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, check_name
 
-_AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call fills
+_AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call of readv may fill
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 TEMPORARY = ".tmp-"
 LEFTOVER_SECONDS = 3600.0
@@ -27,7 +27,7 @@ LEFTOVER_SECONDS = 3600.0
 class LocalLocation:
     """A folder of this machine's file system; it is made when the first object is written."""
 
-    part_bytes = 1 << 40  # one file is as good as many
+    part_bytes = 1 << 40  # never split: one file is as fast as several
     parallel_puts = 1
     beat_seconds = 1.0
     lock_domain = ""  # in the folder itself
@@ -35,7 +35,7 @@ class LocalLocation:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.url = str(self.path)
-        self._lasting: set[Path] = set()  # folders in use, whose names are durable
+        self._synced: set[Path] = set()  # folders in use, whose entries in their parents are durable
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         with self._explained("write", name):
@@ -63,18 +63,18 @@ class LocalLocation:
     def read(self, name: str, *, limit: int) -> bytes | None:
         with self._explained("read", name):
             try:
-                file = _opened(self._path(name))
+                file = _open(self._path(name))
             except FileNotFoundError:
                 return None
             with file:
-                # Python reserves what it is asked to read, and a limit is much more than most objects have.
+                # read(n) allocates n bytes, and the limit is far above the size of most objects.
                 data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
         if len(data) > limit:
             raise StorageError(f"cannot read {self.url}/{name}: more than the {limit} bytes such an object may have")
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), _opened(self._path(name), buffered=False) as file:
+        with self._explained("read", name), _open(self._path(name), buffered=False) as file:
             file.seek(offset)
             if not _fill(file.fileno(), buffers):
                 size = os.fstat(file.fileno()).st_size
@@ -88,8 +88,8 @@ class LocalLocation:
             except FileNotFoundError:
                 return []
             with scan:
-                found = [_entry(entry) for entry in scan if TEMPORARY not in entry.name]
-        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.name)
+                entries = [_entry(entry) for entry in scan if TEMPORARY not in entry.name]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
 
     def remove(self, name: str) -> None:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
@@ -98,8 +98,8 @@ class LocalLocation:
     def remove_leftovers(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
-                about = path.lstat()
-                if time.time() - about.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(about.st_mode):
+                status = path.lstat()
+                if time.time() - status.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(status.st_mode):
                     os.unlink(path)
 
     def lock(self, name: str) -> "LocalLock | None":
@@ -115,18 +115,20 @@ class LocalLocation:
     def is_locked(self, name: str) -> bool:
         with self._explained("lock", name):
             try:
-                file = _opened(self._path(name))
+                file = _open(self._path(name))
             except FileNotFoundError:
                 return False
             with file:
                 try:
-                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # many may look at the same time
+                    fcntl.lockf(
+                        file, fcntl.LOCK_SH | fcntl.LOCK_NB
+                    )  # shared: several processes may ask at the same time
                 except (BlockingIOError, PermissionError):
                     return True
         return False
 
     def _path(self, name: str) -> Path:
-        """Raises StorageError where a link leads out of this folder: it may be someone else's."""
+        """The path of an object. Raises StorageError for a link on the way, which may lead out of this folder."""
         path = self.path
         for segment in check_name(name).split("/"):
             path /= segment
@@ -135,30 +137,30 @@ class LocalLocation:
         return path
 
     def sync_parents(self) -> None:
-        """Make the names of this folder and of all above it durable, whoever made them: Hydra makes a run's, and syncs
-        nothing.
+        """Make the directory entries of this folder and of all its parents durable: Hydra makes a run's folder without
+        syncing it.
         """
         with self._explained("sync", ""):
             for folder in (self.path, *self.path.parents):
                 if folder.is_mount():
                     break
-                sync_folder(folder.parent, ours=False)
+                sync_folder(folder.parent, strict=False)
 
     def _prepare(self, name: str) -> Path:
-        """The path of a name whose folder exists, durably. One that exists may have been made by a process that died
-        before its name was synced.
+        """The path of an object, in a folder that exists durably. A folder that exists already is synced once, too: its
+        maker may have died before syncing it.
         """
         path = self._path(name)
-        if path.parent in self._lasting and path.parent.is_dir():
+        if path.parent in self._synced and path.parent.is_dir():
             return path
-        if gone := [folder for folder in [*self._lasting] if not folder.is_dir()]:
-            raise FileNotFoundError(errno.ENOENT, f"{min(gone)} was there and is gone; it is not made again")
+        if missing := [folder for folder in [*self._synced] if not folder.is_dir()]:
+            raise FileNotFoundError(errno.ENOENT, f"{min(missing)} was there and is gone; it is not made again")
         unsure = [folder for folder in path.parents if self.path in folder.parents or not folder.is_dir()]
         path.parent.mkdir(parents=True, exist_ok=True)
         for folder in unsure:
-            if folder not in self._lasting:
+            if folder not in self._synced:
                 sync_folder(folder.parent)
-        self._lasting.update(unsure, [path.parent])
+        self._synced.update(unsure, [path.parent])
         return path
 
     @contextlib.contextmanager
@@ -171,17 +173,17 @@ class LocalLocation:
 
 
 class LocalJournal:
-    """A file that grows. Appended data is in the page cache, so it survives the death of this process."""
+    """A file that grows. Appended data is in the page cache, and so survives the death of this process."""
 
     def __init__(self, descriptor: int, url: str) -> None:
         self._descriptor = descriptor
         self._url = url
-        self._waiting = b""
-        self._writing = threading.Lock()  # else two threads would both write the waiting data
+        self._pending = b""
+        self._writing = threading.Lock()  # two threads must not write the pending data twice
 
     def append(self, data: bytes) -> None:
         with self._writing, contextlib.suppress(OSError):
-            self._waiting += data
+            self._pending += data
             self._write()
 
     def sync(self) -> None:
@@ -196,8 +198,8 @@ class LocalJournal:
         os.close(self._descriptor)
 
     def _write(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        while self._pending:
+            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
 
 class LocalLock:
@@ -213,8 +215,8 @@ class LocalLock:
 
 def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
-    found, left = [], [root]
-    while left:  # without recursion, because folders may be nested deeper than Python calls
+    folders, left = [], [root]
+    while left:  # no recursion: folders may be nested deeper than Python's limit
         folder = left.pop()
         try:
             with os.scandir(folder) as scan:
@@ -222,20 +224,22 @@ def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[st
         except OSError as error:
             if folder == root:
                 raise StorageError(f"cannot list {root}: {error.strerror}") from error
-            if not isinstance(error, FileNotFoundError):  # it was removed since the walk began
-                found.append(folder)  # it may be one, and whoever looks into it learns that it cannot
+            if not isinstance(error, FileNotFoundError):  # removed since the walk began
+                folders.append(folder)  # unreadable, so maybe a match: reading it will raise the error
             continue
         if marker in entries:
-            found.append(folder)
+            folders.append(folder)
         skipped = own if marker in entries else ()
         if skipped is not None:
             left += [os.path.join(folder, n) for n, is_folder in entries.items() if is_folder and n not in skipped]
-    return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in found)}
+    return {
+        name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in folders)
+    }
 
 
-def _opened(path: Path, *, buffered: bool = True) -> BinaryIO:
-    """A file to read. Raises OSError for anything else, of which a FIFO would wait for a writer, and a device may do
-    whatever it likes.
+def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError for a folder, FIFO, socket or device: opening a FIFO would
+    block, and reading a device may have effects.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
@@ -248,7 +252,7 @@ def _opened(path: Path, *, buffered: bool = True) -> BinaryIO:
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
-    """Write a new file and return its size. A failed write removes the file, so that it does not fill a full disk."""
+    """Write a new file and return its size. A failed write removes it, so that it takes no room on a full disk."""
     descriptor = os.open(path, _NEW, 0o644)
     size = 0
     try:
@@ -270,7 +274,7 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
 
 
 def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
-    """Fill the buffers one after the other; returns whether the file had enough bytes."""
+    """Fill the buffers one after the other; False if the file ends earlier."""
     left = [buffer for buffer in buffers if buffer]
     first = 0
     while first < len(left):
@@ -285,11 +289,11 @@ def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
     return True
 
 
-def _entry(found: "os.DirEntry[str]") -> Entry | None:
+def _entry(entry: "os.DirEntry[str]") -> Entry | None:
     """The entry of a file; None for anything else, and for a file that was removed since the scan began."""
     try:
-        if found.is_file(follow_symlinks=False):
-            return Entry(found.name, found.stat(follow_symlinks=False).st_size)
+        if entry.is_file(follow_symlinks=False):
+            return Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
     except FileNotFoundError:
         pass
     return None
@@ -299,8 +303,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
-def sync_folder(folder: Path, *, ours: bool = True) -> None:
-    """Make the entries of a folder durable; of one that is not ``ours`` if this user may and the file system can."""
+def sync_folder(folder: Path, *, strict: bool = True) -> None:
+    """Make the entries of a folder durable. Without ``strict``, errors are ignored, except those of the disk (EIO)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -308,5 +312,5 @@ def sync_folder(folder: Path, *, ours: bool = True) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if ours or error.errno == errno.EIO:
+        if strict or error.errno == errno.EIO:
             raise

@@ -1,9 +1,7 @@
-"""The interface between the runner and anything that stores bytes, with the guarantees that it gives.
+"""The interface to anything that stores bytes, with the guarantees that every implementation gives.
 
-A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``; nothing above or beside the location can
-be named. Every implementation gives the guarantees below, so no other package needs to know which one it has.
-
-One journal after the other, so that none grows without end.
+A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``, so nothing outside the location can be
+named. No other package needs to know which implementation it has.
 """
 
 import os
@@ -15,13 +13,12 @@ from typing import Protocol
 
 from runner.activity import doing
 from runner.errors import ConfigError, StorageError
-
-Buffer = bytes | bytearray | memoryview
+from runner.hashing import Buffer as Buffer
+from runner.storage.stores import LOCAL
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::|[A-Za-z][A-Za-z0-9+.-]*://.*::")
-_LOCAL = {"file", "local"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +40,15 @@ class Journal(Protocol):
     """A new object that grows at its end. One thread may append while another makes it durable."""
 
     def append(self, data: bytes) -> None:
-        """Add to the end. On a local disk the data survives the death of this process. Never fails and never waits for
-        a network: what cannot be written now is written with the next call.
+        """Add to the end. On a local disk the data survives the death of this process. Never raises and never waits for
+        a network: data that cannot be written now is written with the next call.
         """
 
     def sync(self) -> None:
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
 
     def close(self) -> None:
-        """Let go of it, without a promise for what was not synced."""
+        """Close it. What was not synced may be lost."""
 
 
 class Location(Protocol):
@@ -63,13 +60,13 @@ class Location(Protocol):
     """
 
     url: str
-    part_bytes: int  # larger data is better written as several objects of this size
-    parallel_puts: int  # how many of these to write at the same time
-    beat_seconds: float  # how often a process that works here shows that it lives
+    part_bytes: int  # write larger data as several objects of this size ...
+    parallel_puts: int  # ... and so many of them at the same time
+    beat_seconds: float  # the interval of heartbeats in this location
 
     @property
     def lock_domain(self) -> str:
-        """Where the locks are. Two processes of a machine see each other's locks only if this is equal."""
+        """Two processes of a machine see each other's locks if and only if this is equal."""
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         """Write a new object and return its size; durable, and visible to every reader, once this returns.
@@ -79,39 +76,40 @@ class Location(Protocol):
         """
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
-        """Write an object, or replace an older one atomically: a reader sees either the old or the new one. On a disk,
-        one that need not be ``durable`` makes no folder: where there is none any more, that is an error.
+        """Write an object, or replace an older one atomically: a reader sees either the old or the new one.
+
+        Without ``durable`` a local location neither syncs nor makes a folder: a missing folder is an error.
         """
 
     def journal(self, name: str) -> Journal:
-        """Begin an object that grows; its name is used once."""
+        """Begin an object that grows. Its name is used once."""
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         """The bytes of an object of at most ``limit`` bytes; None if there is no such object."""
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers, one after the other, from ``offset`` on; an object that ends before is an error."""
+        """Fill the buffers, one after the other, from ``offset`` on; an object that ends earlier is an error."""
 
     def list(self, folder: str) -> list[Entry]:
-        """The objects directly in ``folder`` in order of name, never from a cache; empty if there is no such folder."""
+        """The objects directly in ``folder``, sorted by name, never from a cache; empty if there is no such folder."""
 
     def remove(self, name: str) -> None:
         """Remove one object; no error if it does not exist."""
 
     def remove_leftovers(self, folder: str) -> None:
-        """Remove temporary files in ``folder`` that processes left when they died an hour or more ago, and all
-        unfinished uploads: only for the owner of the folder, before it writes there.
+        """Remove temporary files in ``folder`` that are more than an hour old, and all unfinished uploads. Only for the
+        process that owns the folder, before it writes there.
         """
 
     def lock(self, name: str) -> Lock | None:
-        """Take the lock of that name among the processes of this machine, or return None while another has it."""
+        """Take a lock among the processes of this machine; None while another process has it. Does not wait."""
 
     def is_locked(self, name: str) -> bool:
-        """Whether another process of this machine has the lock of that name. Changes nothing."""
+        """Whether another process of this machine has the lock. Changes nothing."""
 
 
 def check_name(name: str) -> str:
-    """``name`` if it stays inside its location, else StorageError: names may come from someone else's run directory."""
+    """``name`` if it stays inside its location, else StorageError: it may come from a manifest of unknown origin."""
     if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
         raise StorageError(
             f"not a name of an object: {name[:200]!r}; segments are lower-case letters, digits, '.', '_', '-'"
@@ -124,9 +122,9 @@ def protocol(url: str) -> str:
     if _CHAIN.match(url):
         chain = "::".join(link.partition("://")[0] for link in url.split("::"))
         raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
-    found = _URL.match(url)
-    kind = found[1].lower() if found else "file"
-    return "file" if kind in _LOCAL else kind
+    match = _URL.match(url)
+    kind = match[1].lower() if match else "file"
+    return "file" if kind in LOCAL else kind
 
 
 def is_remote(url: str) -> bool:
@@ -138,31 +136,32 @@ def local_root(root: str) -> str:
     """``root`` as a path of this machine, also ``~/...``. Raises ConfigError for a URL of another store."""
     if is_remote(root):
         raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
-    found = _URL.match(root)
-    return os.path.expanduser(root[found.end() :] if found else root)
+    match = _URL.match(root)
+    return os.path.expanduser(root[match.end() :] if match else root)
 
 
 class JournalChain:
-    """Journals of one writer; ``size`` bytes were appended to the last one since it was begun.
+    """A growing record in several journals, one after the other, so that none grows without end.
 
-    One thread may call ``flush`` while another appends and begins.
+    ``size`` is the number of bytes appended to the last journal since it was begun. One thread may call ``flush`` while
+    another calls ``begin`` and ``append``.
     """
 
     def __init__(self, location: Location) -> None:
         self.size = 0
         self._location = location
-        self._open: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
+        self._open: deque[Journal] = deque()  # the last one grows; the earlier ones wait to be flushed
 
     @doing("saves")
     def begin(self, name: str, head: bytes) -> None:
-        """Go on in a new object that starts with ``head``. Raises StorageError, and then the last one grows on."""
+        """Start a new journal with ``head``. If this raises StorageError, ``append`` goes on with the last one."""
         journal = self._location.journal(name)
         journal.append(head)
         self._open.append(journal)
         self.size = 0
 
     def append(self, data: bytes) -> None:
-        """Add to the last one; never fails, as ``Journal.append``."""
+        """Add to the last journal; never raises, as ``Journal.append``."""
         self._open[-1].append(data)
         self.size += len(data)
 
@@ -177,6 +176,6 @@ class JournalChain:
             self._open.popleft().close()
 
     def close(self) -> None:
-        """Let go of them, without a promise for what was not flushed."""
+        """Close all journals. What was not flushed may be lost."""
         while self._open:
             self._open.popleft().close()

@@ -1,15 +1,11 @@
-"""An object that grows on this machine and is uploaded as a whole, for stores that cannot append to objects.
+"""A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
 
-A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
-
-Object stores show an object when its upload is complete. All other stores are written like a disk: a temporary name,
-then ``mv`` over the final one, which such a file system must do in one step. SFTP's posix-rename does; what it cannot
-do is make the server sync its disk, so that a power cut there may cost the last objects.
+Object stores show an object when its upload is complete. Other stores are written like a disk: under a temporary name,
+then ``mv`` over the final name (``stores`` says which are which).
 """
 
 import contextlib
 import copy
-import hashlib
 import io
 import itertools
 import math
@@ -24,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import StorageError
+from runner.hashing import sha256_digest
 from runner.storage.backend import Backend, limits
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
 from runner.storage.location import Buffer, Entry, Location, check_name
 
 
 class UploadedJournal:
-    """A growing object in memory, uploaded as a whole by each ``sync``. Later data is lost with the process."""
+    """A growing object in memory, uploaded as a whole by each ``sync``. What was not synced dies with the process."""
 
     def __init__(self, location: Location, name: str) -> None:
         self._location = location
@@ -56,8 +53,7 @@ class UploadedJournal:
         pass
 
 
-_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
-_MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
+_MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
 _LISTERS = 8
 
 
@@ -75,18 +71,17 @@ class RemoteLocation:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._backend = Backend(url, options)
         self.url = self._backend.url
-        self._is_object_store = bool(self._backend.protocols & _OBJECT_STORES)
-        self._memory_bytes = math.inf if "memory" in self._backend.protocols else _MEMORY_BYTES
+        self._memory_bytes = _MEMORY_BYTES if self._backend.store.spools else math.inf
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
-        with _gathered(chunks, self._memory_bytes) as (content, size):
-            write = self._upload if self._is_object_store else _write_and_rename
+        with _spooled(chunks, self._memory_bytes) as (content, size):
+            write = self._upload if self._backend.store.atomic else _write_and_rename
             self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
         return size
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
-        self.put(name, chunks)  # a reader sees one of the two, and the later one stays
+        self.put(name, chunks)  # atomic on every kind of store
 
     def journal(self, name: str) -> UploadedJournal:
         return UploadedJournal(self, check_name(name))
@@ -112,8 +107,8 @@ class RemoteLocation:
 
     def list(self, folder: str) -> list[Entry]:
         path = self._path(folder) if folder else self._backend.path("")
-        found = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
-        entries = [Entry(leaf, int(about["size"])) for leaf, about in found.items() if about["type"] == "file"]
+        listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
+        entries = [Entry(leaf, int(info["size"])) for leaf, info in listed.items() if info["type"] == "file"]
         return sorted((entry for entry in entries if TEMPORARY not in entry.name), key=lambda entry: entry.name)
 
     def remove(self, name: str) -> None:
@@ -129,22 +124,22 @@ class RemoteLocation:
         path = self._path(folder) if folder else self._backend.path("")
 
         def operation(system: Any) -> None:
-            for leaf, about in _ls(self._backend, system, path).items():
-                if TEMPORARY in leaf and about["type"] == "file":
+            for leaf, info in _ls(self._backend, system, path).items():
+                if TEMPORARY in leaf and info["type"] == "file":
                     with contextlib.suppress(FileNotFoundError):
-                        if _age(system.modified(about["name"])) > LEFTOVER_SECONDS:
-                            system.rm_file(about["name"])
+                        if _age(system.modified(info["name"])) > LEFTOVER_SECONDS:
+                            system.rm_file(info["name"])
 
         def abort(system: Any) -> None:
-            with contextlib.suppress(Exception):  # who may write need not be allowed to list uploads
+            with contextlib.suppress(Exception):  # a writer need not have the right to list uploads
                 _abort(system, f"{path}/")
 
-        self._backend.run("sweep", folder, abort if self._is_object_store else operation)
+        self._backend.run("sweep", folder, abort if self._backend.store.atomic else operation)
 
     @property
     def lock_domain(self) -> str:
-        about = _scratch().stat()
-        return f"{about.st_dev}:{about.st_ino}"
+        status = _scratch().stat()
+        return f"{status.st_dev}:{status.st_ino}"
 
     def lock(self, name: str) -> LocalLock | None:
         return LocalLocation(_scratch()).lock(self._lock_file(name))
@@ -153,7 +148,7 @@ class RemoteLocation:
         return LocalLocation(_scratch()).is_locked(self._lock_file(name))
 
     def _below(self, folder: str) -> "RemoteLocation":
-        """A folder that was found in this one, over the same connections."""
+        """A folder in this folder that exists, over the same connections."""
         if folder == ".":
             return self
         other = copy.copy(self)
@@ -162,7 +157,7 @@ class RemoteLocation:
         return other
 
     def _lock_file(self, name: str) -> str:
-        return hashlib.sha256(f"{self.url}/{check_name(name)}".encode()).hexdigest()[:32]
+        return sha256_digest(f"{self.url}/{check_name(name)}".encode())[:32]
 
     def _path(self, name: str) -> str:
         return self._backend.path(check_name(name))
@@ -174,7 +169,7 @@ class RemoteLocation:
             except FileNotFoundError:
                 raise
             except Exception:
-                if system.info(path)["size"]:  # of nothing there is no range, and most stores say so by an error
+                if system.info(path)["size"]:  # an empty object has no range, which most stores answer with an error
                     raise
                 data = b""
         except FileNotFoundError:
@@ -208,36 +203,37 @@ def find_folders(
 
         return backend.run("list", folder, operation)
 
-    found: list[str] = []
+    matches: list[str] = []
     level = [""]
     with ThreadPoolExecutor(_LISTERS) as pool:
         while level:
             listings = list(zip(level, pool.map(listing, level), strict=True))
-            found += [folder or "." for folder, names in listings if marker in names]
+            matches += [folder or "." for folder, names in listings if marker in names]
             level = [
                 f"{folder}/{leaf}" if folder else leaf
                 for folder, names in listings
-                for leaf, about in names.items()
-                if about["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
+                for leaf, info in names.items()
+                if info["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
             ]
-    return {folder: root._below(folder) for folder in sorted(found)}
+    return {folder: root._below(folder) for folder in sorted(matches)}
 
 
 def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
-    """What lies directly in a folder, by its last segment; markers that stand for the folder itself are not in it."""
+    """Name -> fsspec's entry of everything directly in a folder; without the marker object of the folder itself."""
     system.invalidate_cache()
     try:
-        found = system.ls(path, detail=True)
+        listed = system.ls(path, detail=True)
     except FileNotFoundError:
         backend.check_bucket(system)
         return {}
-    names = ((str(about["name"]).rstrip("/").rpartition("/"), about) for about in found)
-    return {leaf: about for (parent, _, leaf), about in names if leaf and parent.strip("/") == path.strip("/")}
+    names = ((str(info["name"]).rstrip("/").rpartition("/"), info) for info in listed)
+    return {leaf: info for (parent, _, leaf), info in names if leaf and parent.strip("/") == path.strip("/")}
 
 
 def _abort(system: Any, path: str) -> None:
-    """Abort the unfinished uploads of an object, or of those directly in a folder: an S3 store keeps, and charges for,
-    the parts of an upload that was cancelled or whose process was killed.
+    """Abort the unfinished uploads of an object, or of all objects directly in a folder (a path that ends in ``/``).
+
+    An S3 store keeps, and charges for, the parts of an upload that was cancelled or whose process was killed.
     """
     if not hasattr(system, "call_s3"):
         return
@@ -266,10 +262,10 @@ def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) 
 
 
 @contextlib.contextmanager
-def _gathered(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[bytes | Path, int]]:
-    """All chunks as bytes, or in a temporary file if they are many, with their size.
+def _spooled(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[bytes | Path, int]]:
+    """All chunks, as bytes or, beyond ``memory_bytes``, in a temporary file; with their size in bytes.
 
-    They are collected before anything is sent, because a store may take an interrupted upload for a complete one.
+    They are collected before the upload starts, because a store may take an interrupted upload for a complete one.
     """
     memory = io.BytesIO()
     remaining = iter(chunks)
@@ -291,18 +287,18 @@ def _gathered(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[b
 
 
 def _scratch() -> Path:
-    """This user's folder for lock files. Raises StorageError for a folder that another user could have prepared."""
+    """This user's folder for lock files. Raises StorageError for a folder that another user may have made."""
     path = Path(tempfile.gettempdir()) / f"hydra-runner-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
-        about = path.lstat()
+        status = path.lstat()
     except OSError as error:
         raise StorageError(f"cannot make {path}: {error.strerror}") from error
-    if path.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
+    if path.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise StorageError(f"{path} is not this user's alone (owner, mode 0700); remove it or set TMPDIR")
     return path
 
 
 def _age(modified: datetime) -> float:
-    known = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
-    return (datetime.now(timezone.utc) - known).total_seconds()
+    aware = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
+    return (datetime.now(timezone.utc) - aware).total_seconds()

@@ -9,7 +9,6 @@ import random
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import digest
 from runner.checkpoint.sharding import is_distributed
 from runner.checkpoint.tensor_file import bytes_of
+from runner.hashing import hex_digest
 
 _FEW_KEYS = 64
 _SHORT = 48  # characters of a value that stands for itself
@@ -149,4 +149,4 @@ def _short(text: str) -> str:
 
 def short_digest(data: bytes) -> str:
     """A few characters, equal for equal bytes."""
-    return blake2b(data, digest_size=4).hexdigest()
+    return hex_digest(data, size=4)
