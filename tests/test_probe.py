@@ -238,14 +238,8 @@ def test_one_impure_sample_is_told_by_its_place() -> None:
 
 
 def opened(make: Callable[[int], Any], workers: int = 1, *, collate: Callable[[Any], Any] = list) -> MapStyleStream:
-    stream = MapStyleStream(
-        Made(make),
-        Plan(N, 1, 2),
-        loading=LoaderOptions(workers),
-        device=torch.device("cpu"),
-        audit=True,
-        collate=collate,
-    )
+    loading, cpu = LoaderOptions(workers), torch.device("cpu")
+    stream = MapStyleStream(Made(make), Plan(N, 1, 2), loading=loading, device=cpu, audit=True, collate=collate)
     stream.open()
     return stream
 
