@@ -1,6 +1,6 @@
-"""Seeds that are hashes of labelled tuples, never sums: ``seed + epoch`` of one run is that of its neighbour.
+"""Seeds, and the global random generators as a part of the training state.
 
-The global random generators: seeding them, their state, and a block that leaves them untouched.
+A seed is the hash of a labelled tuple, never a sum: with ``seed + epoch``, epoch 1 of seed 1 is epoch 0 of seed 2.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 
 def derive(label: str, *parts: int | str) -> int:
-    """A 64-bit seed for the purpose ``label``; frozen by a golden test, because old runs depend on it."""
+    """A 64-bit seed for the purpose ``label``. Frozen by a golden test, because old runs depend on it."""
     return int.from_bytes(blake2b(json.dumps([label, *parts]).encode(), digest_size=8).digest(), "little")
 
 
@@ -29,7 +29,7 @@ def seed_all(key: int) -> None:
 
 
 class Generators:
-    """The global generators as a part of the training state. Restored last: building things draws numbers."""
+    """The state of the global generators of python, numpy and torch. Restored last: building objects draws numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """All generator states; tensors and plain values only."""
@@ -43,7 +43,7 @@ class Generators:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore every generator; CUDA devices that this machine lacks are passed over, and the topology says so."""
+        """Restore every generator. States of CUDA devices that this machine lacks are ignored; the log says so."""
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words.tolist()), gauss))
         kind, keys, position, has_gauss, cached = state["numpy"]
@@ -56,7 +56,7 @@ class Generators:
 
 @contextmanager
 def temporary_seed(key: int) -> Iterator[None]:
-    """Run a block under its own seed and give the global generators back untouched."""
+    """Run the block under the seed ``key``, and restore the global generators afterwards."""
     generators = Generators()
     before = generators.state_dict()
     seed_all(key)

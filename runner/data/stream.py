@@ -28,7 +28,7 @@ class StepSamples(NamedTuple):
     """
 
     digest: int
-    swaps: str = ""
+    substitutions: str = ""
 
 
 class TrainingStream(Protocol):
@@ -166,16 +166,16 @@ class MapStyleStream:
         slices = next(self._steps)
         total = sum(piece.count for piece in slices)
         own = slices[self.plan.world.rank :: self.plan.world.size]
-        digest, swaps, self._step = 0, "", None
+        digest, substitutions, self._step = 0, "", None
         for number, piece in enumerate(own, 1):
             fetched, self._ahead = self._ahead or self._next(), None
             if fetched.failure:
                 raise DataError(f"data.train: {fetched.failure}")
             assert fetched.first == piece.first, f"the loader delivered {fetched.first} where {piece.first} was due"
             digest += fetched.digest
-            swaps += self._report(fetched.bad)
+            substitutions += self._report(fetched.bad)
             if number == len(own):
-                self._step = slices[0].first, total, StepSamples(digest % 2**64, swaps)
+                self._step = slices[0].first, total, StepSamples(digest % 2**64, substitutions)
             yield piece.count / total, to_device(fetched.batch, self._device)
 
     @property
@@ -193,13 +193,13 @@ class MapStyleStream:
         first, count, _ = self._step
         self._step = first, count, samples
         self.epochs_before = self.epochs
-        self.substituted += samples.swaps.count(">")
+        self.substituted += samples.substitutions.count(">")
         self.consumed += count
 
     def ledger_line(self, step: int) -> LedgerLine:
         assert self._step is not None, "advance() comes first"
-        first, count, (digest, swaps) = self._step
-        return LedgerLine(step, first, first + count - 1, digest, swaps)
+        first, count, (digest, substitutions) = self._step
+        return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
     def state_dict(self) -> dict[str, Any]:
         return {
