@@ -105,7 +105,7 @@ def test_a_resume_after_whole_epochs_goes_on_with_the_next() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_slices_do_not_depend_on_the_world_if_there_are_as_many_per_step(world: int) -> None:
+def test_slices_do_not_depend_on_the_number_of_processes(world: int) -> None:
     alone = plan(micro_batches=4)
     shared = plan(micro_batches=4 // world, world=World(0, world))
     assert shared.state() == alone.state()

@@ -74,12 +74,12 @@ def stopped_in_the_second_epoch() -> list[int]:
     return [*before, *drawn(second, 50)]
 
 
-def test_a_stop_in_the_middle_of_the_second_epoch_repeats_and_misses_nothing() -> None:
+def test_a_stop_in_the_second_epoch_repeats_and_misses_nothing() -> None:
     counts = Counter(stopped_in_the_second_epoch()[SECOND_EPOCH])
     assert (sum(counts.values()) - len(counts), 1000 - len(counts)) == (0, 0)
 
 
-def test_the_same_with_plain_torchdata_repeats_246_samples_and_misses_246() -> None:
+def test_plain_torchdata_repeats_and_misses_246_samples() -> None:
     """So that the test above is known to be able to fail. RandomSampler has a generator of its own, as trainers give
     it; nothing saves that, so the resumed half is that of the first epoch's order.
     """
@@ -98,7 +98,7 @@ def test_the_same_with_plain_torchdata_repeats_246_samples_and_misses_246() -> N
     assert (sum(counts.values()) - len(counts), 1000 - len(counts)) == (246, 246)
 
 
-def test_a_killed_process_goes_on_in_the_middle_of_the_second_epoch(
+def test_a_process_killed_in_the_second_epoch_resumes(
     live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("data.train.size=1000", "data.batch_size=10", "trainer.max_steps=200", "run.name=r")

@@ -180,7 +180,7 @@ def test_samples_are_fetched_on_one_thread(randomness: str, two_threads: None) -
     assert torch.get_num_threads() == 2
 
 
-def test_a_failing_sample_leaves_generators_and_threads_as_they_were(two_threads: None) -> None:
+def test_a_failure_restores_generators_and_threads(two_threads: None) -> None:
     def fail(_: list[Any]) -> None:
         raise KeyError
 
@@ -210,7 +210,7 @@ class Sometimes:
 
 
 @pytest.mark.parametrize(("generator", "calls"), [("torch", 40), ("python", 44), ("numpy", 44)])
-def test_seeding_only_the_generators_that_are_used_changes_no_sample(generator: str, calls: int) -> None:
+def test_seeding_only_the_used_generators_changes_no_sample(generator: str, calls: int) -> None:
     """The slice in which a sample first touches another generator is drawn again, with all of them seeded."""
 
     def fetched(step: int, *, torch_suffices: bool = True) -> tuple[list[object], int]:
@@ -283,7 +283,7 @@ def test_an_error_of_the_data_is_not_tried_again(error: Exception) -> None:
     assert (bad.position, samples.left[2]) == (2, 0)
 
 
-def test_an_error_that_lasts_is_told_with_the_lines_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lasting_error_shows_the_lines_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (bad,) = Fetcher(Flaky(TimeoutError("gone"), 99), Plan(N, 1, 4), label="train")[Slice(0, 4)].bad
     assert bad.error.splitlines()[-1] == "TimeoutError: gone"

@@ -36,7 +36,7 @@ def test_every_sample_counts_exactly_once(size: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("size", SIZES)
-def test_all_processes_have_equally_many_batches_and_none_is_empty(size: int, world: int) -> None:
+def test_all_processes_have_equally_many_full_batches(size: int, world: int) -> None:
     found = dealt(range(size), world)
     assert {len(own) for own in found} == {-(-size // (4 * world))}
     assert all(len(batch) for own in found for _, batch in own)

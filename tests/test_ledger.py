@@ -292,7 +292,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
-def test_a_full_disk_is_told_at_the_flush_and_no_line_is_lost_if_room_comes(location: LocalLocation) -> None:
+def test_a_full_disk_fails_the_flush_and_loses_no_line(location: LocalLocation) -> None:
     """A limit on the size of files stands for the disk; the write that reaches it is cut short within a line."""
     code = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

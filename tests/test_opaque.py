@@ -205,7 +205,7 @@ def test_a_pass_brings_every_sample_once(kind: Any, workers: int) -> None:
 
 @pytest.mark.parametrize("randomness", ["sample", "batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_cut_at_any_step_goes_on_as_if_nothing_had_happened(kind: Any, randomness: str) -> None:
+def test_a_run_cut_at_any_step_resumes_exactly(kind: Any, randomness: str) -> None:
     """Killed in the middle of the step after."""
     how = {"randomness": randomness, "batch_size": BATCH, "micro_batches": 2}
     whole = uninterrupted(kind, 0, **how)
@@ -221,7 +221,7 @@ def test_a_run_cut_at_any_step_goes_on_as_if_nothing_had_happened(kind: Any, ran
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_cut_after_every_step_goes_on_as_if_nothing_had_happened(kind: Any, workers: int) -> None:
+def test_a_run_cut_after_every_step_resumes_exactly(kind: Any, workers: int) -> None:
     """A resume of a resume of a resume; one that did nothing before it was killed lies in between."""
     whole = uninterrupted(kind, workers)
     state, found = stored(stream(kind(), workers).state_dict()), []
@@ -291,7 +291,7 @@ def test_streams_leave_the_global_generators_alone(workers: int) -> None:
     assert generators() == before
 
 
-def test_another_number_of_workers_is_refused_with_both_and_the_remedy() -> None:
+def test_another_number_of_workers_is_refused_with_a_remedy() -> None:
     state = stream(OnDataset()).state_dict()
     with pytest.raises(DataError, match=r"read by 0 workers, and now 2 read it.*runtime\.num_workers=0"):
         resumed(OnDataset, state, 2)
@@ -302,7 +302,7 @@ def test_a_position_in_map_style_data_is_refused() -> None:
         resumed(OnDataset, {"consumed": 4, "plan": {}}, 0)
 
 
-def test_an_iterable_without_a_state_is_refused_with_the_remedies() -> None:
+def test_an_iterable_without_a_state_is_refused() -> None:
     with pytest.raises(DataError, match=r"data\.train is a Stateless.*state_dict.*map-style.*data\.replay=true"):
         stream(Stateless(), replay=False)
 
@@ -397,7 +397,7 @@ def test_a_worker_that_dies_is_told() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_state_that_cannot_be_saved_is_refused_at_the_first_step(workers: int) -> None:
+def test_an_unsavable_state_is_refused_at_the_first_step(workers: int) -> None:
     class Odd(OnDataset):
         def state_dict(self) -> dict[str, Any]:
             return {"a": [{"key": lambda: 0}]}

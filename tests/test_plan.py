@@ -120,7 +120,7 @@ def test_drop_is_refused_where_batches_are_always_whole() -> None:
         Plan(10, 0, 4, tail="drop", max_tokens=8, lengths=LENGTHS)
 
 
-def test_a_batch_that_cannot_be_dealt_to_all_processes_is_refused() -> None:
+def test_a_batch_that_the_processes_cannot_share_is_refused() -> None:
     assert Plan(10, 0, 8, micro_batches=2, world=World(0, 4)).slices_per_step == 8
     with pytest.raises(
         DataError, match=r"data\.batch_size=4 .* equal micro-batches in each of 4 processes; .*multiple"

@@ -103,7 +103,7 @@ GLOBAL: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.mark.parametrize("kind", GLOBAL)
-def test_draws_from_global_generators_are_refused_only_if_nothing_seeds_them(kind: str) -> None:
+def test_draws_from_unseeded_global_generators_are_refused(kind: str) -> None:
     make = GLOBAL[kind]
     for randomness in ("sample", "batch"):
         assert len(probe.require_pure(fetcher(make, randomness=randomness))) == 4

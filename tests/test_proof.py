@@ -170,9 +170,7 @@ def test_a_single_position_is_told(by: int, told: str, whole: list[LedgerLine]) 
     assert len(proof.problems) == 2
 
 
-def test_it_does_not_matter_how_many_positions_are_looked_at_together(
-    whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_size_of_a_chunk_does_not_matter(whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
         monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
@@ -273,7 +271,7 @@ def test_undone_steps_are_counted_and_not_held_against_the_run(whole: list[Ledge
     assert proof.epochs == verdict(whole).epochs
 
 
-def test_steps_undone_by_an_older_checkpoint_are_counted_every_time(whole: list[LedgerLine]) -> None:
+def test_steps_undone_repeatedly_are_counted_every_time(whole: list[LedgerLine]) -> None:
     proof = check_exactly_once(lives(whole[:6], whole[2:6], whole[2:8]), PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == {"steps": 8, "positions": 32, "differing": 0}
@@ -286,7 +284,7 @@ def test_undone_steps_that_differ_are_told(whole: list[LedgerLine]) -> None:
     assert proof.again == {"steps": 3, "positions": 12, "differing": 1}
 
 
-def test_a_segment_that_follows_in_the_same_attempt_undoes_nothing(whole: list[LedgerLine]) -> None:
+def test_a_later_segment_of_the_same_attempt_undoes_nothing(whole: list[LedgerLine]) -> None:
     proof = check_exactly_once([segment(whole[:5]), segment(whole[5:], step=5)], PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == AGAIN
@@ -328,7 +326,7 @@ def test_digests_of_slices_add_up() -> None:
     assert len({*chain(parts)}) == 4
 
 
-def test_steps_done_in_the_first_groups_again_after_others_are_not_compared(whole: list[LedgerLine]) -> None:
+def test_steps_of_a_grouping_used_before_are_not_compared(whole: list[LedgerLine]) -> None:
     """Attempt 1 did step 5 elsewhere than attempt 3, which began where the smaller batches of attempt 2 had led."""
     pairs = lines(replace(PLAN, batch_size=2), 1, begun=3, consumed=12)
     fours = lines(PLAN, 2, begun=4, consumed=14)

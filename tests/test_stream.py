@@ -253,7 +253,7 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], told: str) 
     assert "run.name" in str(refused.value)
 
 
-def test_another_batch_size_is_refused_only_where_it_drops_other_samples() -> None:
+def test_a_new_batch_size_is_refused_only_with_tail_drop() -> None:
     stream(batch=5).load_state_dict(stream(batch=4).state_dict())
     with pytest.raises(DataError, match="batch_size: 4 then, 3 now"):
         stream(batch=3, tail="drop").load_state_dict(stream(batch=4, tail="drop").state_dict())

@@ -77,7 +77,7 @@ def test_shards_may_be_read_in_any_order(how: dict[str, Any]) -> None:
     assert (plan.interleaving, plan.shards, stream.workers, samples.held) == (None, (), 5, (0, 0))
 
 
-def test_batches_by_length_and_mixtures_hold_all_streams_in_every_worker() -> None:
+def test_token_budgets_and_mixtures_hold_all_streams() -> None:
     samples = Shards()
     stream, plan = made(samples, workers=5, max_tokens=12)
     assert (plan.lengths, stream.workers, samples.held) == ((1, 2) * 50, 5, (192, 128))

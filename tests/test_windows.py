@@ -45,14 +45,14 @@ def test_every_sample_has_one_place(shards: tuple[int, ...], streams: Interleavi
     assert sorted(whole(shards, streams).tolist()) == [*range(sum(shards))]
 
 
-def test_every_sample_has_one_place_at_all_sizes_around_those_of_a_round() -> None:
+def test_every_sample_has_one_place_at_sizes_around_a_round() -> None:
     streams = Interleaving(4, 6, 3)
     for size in range(1, 4 * 3 * 4 + 2):
         assert sorted(whole((size // 3, size - size // 3), streams).tolist()) == [*range(size)]
 
 
 @pytest.mark.parametrize("streams", STREAMS, ids=str)
-def test_a_place_has_its_sample_whatever_is_asked_with_it_or_was_before(streams: Interleaving) -> None:
+def test_a_place_has_the_same_sample_in_every_query(streams: Interleaving) -> None:
     shards = (10, 0, 20, 31, 7)
     order = WindowOrder(shards, streams, seed=7)
     for epoch in (0, 1, 2, 0):
