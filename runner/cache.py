@@ -1,4 +1,4 @@
-"""A small cache of the values used last."""
+"""A small cache of the most recently used values."""
 
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -7,25 +7,27 @@ Value = TypeVar("Value")
 
 
 class LRUCache(Generic[Value]):
-    """Keeps the ``capacity`` values used last. Pickles as an empty cache, so that workers are not sent its content."""
+    """Keeps the ``capacity`` most recently used values. Pickled as an empty cache, so that workers do not get its
+    content.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._held: dict[Hashable, Value] = {}
+        self._values: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of ``key``; ``make`` computes it if it is not in the cache."""
+        """The value of ``key``, computed by ``make`` if it is not in the cache."""
         try:
-            value = self._held.pop(key)
+            value = self._values.pop(key)
         except KeyError:
             value = make()
-            while self._held and len(self._held) >= self.capacity:
-                del self._held[next(iter(self._held))]
-        self._held[key] = value  # a dict is in order of insertion: the last one used stands last
+            while self._values and len(self._values) >= self.capacity:
+                del self._values[next(iter(self._values))]
+        self._values[key] = value  # a dict is in order of insertion, so the last one is the most recent
         return value
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._values)
 
     def __reduce__(self) -> "tuple[type[LRUCache[Value]], tuple[int]]":
         return LRUCache, (self.capacity,)

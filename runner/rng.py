@@ -19,7 +19,7 @@ def seed_all(key: int) -> None:
 
 
 class Generators:
-    """The global generators as a part of the training state. Restored last: building things draws numbers."""
+    """The state of the global generators of python, numpy and torch. Restored last: building objects draws numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """All generator states; tensors and plain values only."""
@@ -33,7 +33,7 @@ class Generators:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore every generator; CUDA devices that this machine lacks are passed over, and the topology says so."""
+        """Restore every generator. States of CUDA devices that this machine lacks are ignored; the log says so."""
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words.tolist()), gauss))
         kind, keys, position, has_gauss, cached = state["numpy"]
@@ -46,7 +46,7 @@ class Generators:
 
 @contextmanager
 def temporary_seed(key: int) -> Iterator[None]:
-    """Run a block under its own seed and give the global generators back untouched."""
+    """Run the block under the seed ``key``, and restore the global generators afterwards."""
     generators = Generators()
     before = generators.state_dict()
     seed_all(key)

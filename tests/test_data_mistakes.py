@@ -167,8 +167,8 @@ def test_a_step_done_again_takes_the_substitutes_it_had(live: Live, tmp_path: Pa
     assert ended.status == 0, ended.output
     first, again = segments(LocalLocation(tmp_path / "rows" / "r"))
     assert first.lines[3:5] == again.lines[:2]
-    assert any(line.bad for line in again.lines[:2])
-    assert not any(line.bad for line in again.lines[2:]), "what was not read before is read now"
+    assert any(line.substitutions for line in again.lines[:2])
+    assert not any(line.substitutions for line in again.lines[2:]), "what was not read before is read now"
     assert runs(["audit", str(tmp_path / "rows" / "r")]) == 0
 
 

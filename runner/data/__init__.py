@@ -1,16 +1,19 @@
 """The data stream: every sample exactly once per epoch, whatever happened in between.
 
-The sample and its randomness are pure functions of the position, so workers hold no state and a resume costs nothing:
+The sample and its randomness are pure functions of the position, so workers hold no state and a resume costs nothing.
+The way of a sample from the permutation to the batch, for a map-style data set:
 
-    index at (epoch, place)      = order(seed, epoch)(place)
-    randomness at (epoch, place) = hash(seed, epoch, place)
+    order.py                  which sample is at a place of an epoch; the only module that decides the order
+    plan.py                   a position is (epoch, place); which positions make the slices of a step
+    stream.py                 hands out the slices of the next step, and moves the cursor when the step is done
+    loader.py, workers.py     carry slices to worker processes and batches back
+    fetch.py                  in a worker: indices and seeds of a slice, the samples, the collated batch
+    sandbox.py                seeds and restores the global generators around this
+    probe.py                  before training: checks that a few samples depend on their position alone
+    ledger.py                 after a step: which samples it was trained on
+    exactly_once.py           what the ledger says about a whole run
 
-    order, windows, mixture, budget     which sample stands where: shuffled, in shards, of several sources, by length
-    plan                                which positions make which step
-    fetch, generators, engine           from positions to batches, in workers or here
-    stream, held_out                    training batches with a cursor; passes over evaluation data
-    opaque, passes, foreign             iterables, which resume by their own state: a weaker guarantee
-    probe                               checks of a few samples before training
-    ledger, digest, proof               what was trained on, and what that proves
-    training                            from a configuration and a data set to the stream
+An iterable has no index: ``iterable.py`` makes its batches and ``iterable_stream.py`` resumes it by its own state, with
+a weaker guarantee. ``mixture.py`` joins data sets, ``training_data.py`` builds the stream that a configuration asks
+for, and ``evaluation_data.py`` reads evaluation data by the same path.
 """

@@ -1,4 +1,4 @@
-"""Passes over evaluation data, which change neither data position nor global generators."""
+"""Passes over evaluation data, which change neither the training position nor the global generators."""
 
 import logging
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ log = logging.getLogger("runner")
 class EvaluationData:
     """Iterates over all samples of a data set once, in order, with fixed randomness.
 
-    Batches are dealt to the processes in turn. If there is none left for a process in the last round, it gets a batch
-    with weight zero, so that all processes have equally many.
+    Batches are dealt to the processes in turn. A process that gets none in the last round gets the first batch with
+    weight zero, so that all processes have the same number of batches. ``fingerprint`` describes the data.
     """
 
     def __init__(
@@ -41,41 +41,42 @@ class EvaluationData:
     ) -> None:
         world = world or World()
         plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
-        whole = [Slice(first, min(batch_size, plan.samples - first)) for first in range(0, plan.samples, batch_size)]
-        self._weights = [piece.count for piece in whole[world.rank :: world.size]]
-        self._slices = whole[world.rank :: world.size]
-        if len(self._slices) < -(-len(whole) // world.size):
-            self._slices, self._weights = [*self._slices, whole[0]], [*self._weights, 0]
+        every = [Slice(first, min(batch_size, plan.samples - first)) for first in range(0, plan.samples, batch_size)]
+        slices = every[world.rank :: world.size]
+        self._weights = [piece.count for piece in slices]
+        if len(slices) < -(-len(every) // world.size):
+            slices.append(every[0])
+            self._weights.append(0)
         self._samples = samples
-        fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        described, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
-        self._loader = Loader(fetcher, self._slices, loading, key="data.validation")
-        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": described}
         self.device = device
+        fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
+        sketch, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
+        self._loader = Loader(fetcher, slices, loading, key="data.validation")
+        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
 
     def changes(self, then: dict[str, Any]) -> list[str]:
-        """In what the data of that fingerprint is not this data, in words."""
-        was, now = then["length"], self.fingerprint["length"]
-        found = [] if was == now else [f"{was} samples then, {now} now"]
-        return found + probe.differences(then["samples"], self.fingerprint["samples"])
+        """Messages on how the data of the fingerprint ``then`` differs from this data."""
+        before, now = then["length"], self.fingerprint["length"]
+        messages = [] if before == now else [f"{before} samples then, {now} now"]
+        return messages + probe.differences(then["samples"], self.fingerprint["samples"])
 
     def close(self) -> None:
         """End the workers, within some seconds."""
         self._loader.close()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Batches on the device, each with its number of samples (0: padding)."""
+        """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
         for weight, fetched in zip(self._weights, self._loader, strict=True):
-            for bad in fetched.bad:
+            if fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
-                raise bad_record_error(bad, self._samples, remedy=remedy)
+                raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)
             if fetched.failure:
                 raise DataError(f"data.validation: {fetched.failure}")
             yield weight, to_device(fetched.batch, self.device)
 
 
 def require_map_style(samples: Any, key: str) -> Samples:
-    """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
+    """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
     if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise DataError(
             f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
@@ -90,5 +91,5 @@ def require_map_style(samples: Any, key: str) -> Samples:
             key,
             type(samples).__qualname__,
         )
-    found: Samples = samples
-    return found
+    map_style: Samples = samples
+    return map_style

@@ -1,8 +1,7 @@
-"""What a ledger proves: how many samples of every epoch were seen, repeated and missed, and whether repeated steps had
-the same samples as before.
+"""Whether every sample was used exactly once, from the ledger of a run.
 
-The order of the samples is reconstructed from the stored plan. A line counts only if its digest is that of the samples
-at its positions.
+The order of the samples is reconstructed from the stored plan. A line counts only if its digest is the digest of the
+samples at its positions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,25 +10,26 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runner.data.ledger import LedgerLine, Segment
 from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
 from runner.data.plan import Plan
 
-_CHUNK = 1 << 18  # positions looked at together
-_MOST_EPOCHS = 1 << 16  # in a step
-_PATIENCE = 1 << 22  # positions of lines that prove nothing, after which the others are not looked at
-_EPOCH_COST = 256  # an epoch costs as much as so many positions
-_Passes = dict[tuple[int, int], "_Pass"]
+# A ledger may be damaged or hostile, so the work is limited.
+_CHUNK = 1 << 18  # positions that are checked together
+_MAX_EPOCHS = 1 << 16  # in a step
+_MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the check stops
+_EPOCH_COST = 256  # an epoch costs as much work as so many positions
 
 
 @dataclass(slots=True)
-class _Pass:
-    """How often each sample of a source was seen in one pass over it; only the sums once it is closed."""
+class _PassCounts:
+    """How often each sample of a source was seen in a pass over it; a closed pass keeps only the sums."""
 
     first: int
     size: int
-    counts: "np.ndarray[Any, np.dtype[np.uint16]] | None"
+    counts: NDArray[np.uint16] | None
     seen: int = 0
     times: int = 0
     substituted: int = 0
@@ -44,9 +44,14 @@ class _Pass:
             self.seen, self.counts = int(np.count_nonzero(self.counts)), None
 
 
+_Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
+
+
 @dataclass(frozen=True, slots=True)
 class LedgerReport:
-    """The verdict over one run. ``epochs`` has a row for every pass over every source; ``problems`` are in words."""
+    """The verdict over a run. ``epochs`` has a row for every pass over every source; ``again`` counts the repeated
+    steps, their positions and the steps that differed; ``problems`` are messages.
+    """
 
     steps: int
     positions: int
@@ -56,14 +61,14 @@ class LedgerReport:
 
     @property
     def holds(self) -> bool:
-        """Whether no sample was repeated or missed, and everything done again was the same."""
+        """Whether no sample was repeated or missed, and every repeated step had the same samples."""
         return not self.problems
 
 
 def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committed: int) -> LedgerReport:
-    """Judge the lineage of a run that began after step ``begun`` (0 unless it is a fork), up to its last committed one.
+    """Check a run that began after step ``begun`` (0 unless it is a fork), up to its last committed step.
 
-    Without a plan (data that is not indexed) only the continuity of positions and what was done again can be judged.
+    Without a plan (for an iterable) only the continuity of positions and the repeated steps can be checked.
     """
     lines, again, problems = lineage(segments, committed=committed)
     problems += _gaps([LedgerLine(begun, 0, lines[0].first - 1 if begun and lines else -1, 0), *lines])
@@ -71,9 +76,9 @@ def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun:
         problems.append(f"the ledger ends before step {committed}, which is committed")
     epochs: list[dict[str, Any]] = []
     if plan is not None and lines:
-        found, unproven = _count(lines, plan)
+        passes, unproven = _count(lines, plan)
         problems += unproven
-        epochs = [*_rows(found, plan, lines[0].first)]
+        epochs = [*_rows(passes, plan, lines[0].first)]
         problems += [
             f"epoch {row['epoch']}: {row['repeated']} repeated, {row['missed']} missed"
             for row in epochs
@@ -84,29 +89,29 @@ def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun:
 
 
 def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[LedgerLine], dict[str, int], list[str]]:
-    """The lines of the steps that count; how many were done again (and how many positions); what did not agree."""
-    kept: dict[int, LedgerLine] = {}
-    undone: dict[int, tuple[LedgerLine, int]] = {}  # and how often the positions had become others by then
+    """The lines that count, in order of steps; ``LedgerReport.again``; and a message for each step that differed."""
+    lines: dict[int, LedgerLine] = {}
+    undone: dict[int, tuple[LedgerLine, int]] = {}  # with the number of changes of the grouping before
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
-    attempt = grouping = groupings = 0
+    attempt = grouping = changes = 0
     for segment in segments:
         if segment.attempt != attempt:
-            while kept and next(reversed(kept)) > segment.step:
-                step, line = kept.popitem()
-                undone[step] = line, groupings
-            groupings += segment.grouping != grouping
+            while lines and next(reversed(lines)) > segment.step:
+                step, line = lines.popitem()
+                undone[step] = line, changes
+            changes += segment.grouping != grouping
             attempt, grouping = segment.attempt, segment.grouping
         for line in segment.lines:
             if line.step in undone:
-                before, then = undone[line.step]
+                before, changes_before = undone[line.step]
                 again["steps"] += 1
                 again["positions"] += line.last - line.first + 1
-                if then == groupings and before != line:
+                if changes_before == changes and before != line:
                     again["differing"] += 1
                     problems.append(f"step {line.step} was done again with other samples: {before}, then {line}")
-            kept[line.step] = line
-    return [kept[step] for step in sorted(kept) if step <= committed], again, problems
+            lines[line.step] = line
+    return [lines[step] for step in sorted(lines) if step <= committed], again, problems
 
 
 def _gaps(lines: Sequence[LedgerLine]) -> Iterator[str]:
@@ -120,100 +125,88 @@ def _gaps(lines: Sequence[LedgerLine]) -> Iterator[str]:
 
 
 def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]:
-    """How often every sample was seen, pass by pass; lines whose digest is another are no evidence."""
-    order, found, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
-    for some in _together(lines, plan):
-        positions = np.concatenate([np.arange(line.first, line.last + 1) for line in some])
-        epochs, places = np.divmod(positions, plan.epoch_size)
-        source, passed, index = _looked_up(order, epochs, places)
-        ends = np.cumsum([line.last - line.first + 1 for line in some])
-        right = digest_pieces(positions, index, ends) == np.array([line.digest for line in some], dtype=np.uint64)
+    """How often every sample was seen, pass by pass, and a message for each line whose digest is wrong."""
+    order, passes, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
+    for chunk in _chunks(lines, plan):
+        positions = np.concatenate([np.arange(line.first, line.last + 1) for line in chunk])
+        source, pass_, index = _lookup(order, *np.divmod(positions, plan.epoch_size))
+        ends = np.cumsum([line.last - line.first + 1 for line in chunk])
+        right = digest_pieces(positions, index, ends) == np.array([line.digest for line in chunk], dtype=np.uint64)
         unproven += [
             f"step {line.step} has other samples than the plan says: digest {line.digest:016x}"
-            for line, ok in zip(some, right, strict=True)
+            for line, ok in zip(chunk, right, strict=True)
             if not ok
         ]
         proven = np.repeat(right, np.diff(ends, prepend=0))
-        _add(found, plan, source[proven], passed[proven], index[proven])
-        for line, ok in zip(some, right, strict=True):
-            _substitute(found, line, positions, source, passed)
+        _add(passes, plan, source[proven], pass_[proven], index[proven])
+        for line, ok in zip(chunk, right, strict=True):
+            for text in line.substitutions.split():
+                row = int(np.searchsorted(positions, int(text.partition(":")[0])))
+                if counts := passes.get((int(source[row]), int(pass_[row]))):
+                    counts.substituted += 1
             wasted += 0 if ok and line.first > end else _cost(line, plan)
             end = line.last
-        if wasted > _PATIENCE and some[-1] is not lines[-1]:
-            return found, [*unproven, f"the steps after {some[-1].step} are not looked at: too much is wrong before"]
-    return found, unproven
+        if wasted > _MAX_WASTED and chunk[-1] is not lines[-1]:
+            unproven.append(f"the steps after {chunk[-1].step} are not checked: too much is wrong before")
+            break
+    return passes, unproven
 
 
 def _cost(line: LedgerLine, plan: Plan) -> int:
-    """How much work a line makes, in positions."""
+    """The work of checking a line, in positions."""
     epochs = line.last // plan.epoch_size - line.first // plan.epoch_size + 1
-    if epochs > _MOST_EPOCHS:
+    if epochs > _MAX_EPOCHS:
         raise ValueError(f"step {line.step} has {epochs} epochs, which no run has")
     return line.last - line.first + 1 + _EPOCH_COST * epochs
 
 
-def _together(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine]]:
-    some: list[LedgerLine] = []
-    size = 0
+def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine]]:
+    chunk: list[LedgerLine] = []
+    cost = 0
     for line in lines:
-        some.append(line)
-        size += _cost(line, plan)
-        if size >= _CHUNK:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        chunk.append(line)
+        cost += _cost(line, plan)
+        if cost >= _CHUNK:
+            yield chunk
+            chunk, cost = [], 0
+    if chunk:
+        yield chunk
 
 
-def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
-    source, passed, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for here in equal_runs(epochs):
-        epoch = int(epochs[here.start])
-        source[here], passed[here] = order.source_passes(epoch, places[here])
-        index[here] = order(epoch, places[here])
-    return source, passed, index
+def _lookup(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
+    """(source, pass over it, sample index), each of the shape of ``places``."""
+    source, pass_, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
+    for run in equal_runs(epochs):
+        epoch = int(epochs[run.start])
+        source[run], pass_[run] = order.source_passes(epoch, places[run])
+        index[run] = order(epoch, places[run])
+    return source, pass_, index
 
 
-def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
-    for some in group_rows(source, passed):
-        key = int(source[some[0]]), int(passed[some[0]])
-        first, size = _extent(plan, key[0])
-        if key not in found:
-            found[key] = _Pass(first, size, np.zeros(size, dtype=np.uint16))
-            older = found.get((key[0], key[1] - 2))
-            if older is not None:
+def _add(passes: _Passes, plan: Plan, source: Indices, pass_: Indices, index: Indices) -> None:
+    for rows in group_rows(source, pass_):
+        key = number, _ = int(source[rows[0]]), int(pass_[rows[0]])
+        if key not in passes:
+            sizes = [each.samples for each in plan.sources] or [plan.samples]
+            passes[key] = _PassCounts(sum(sizes[:number]), sizes[number], np.zeros(sizes[number], dtype=np.uint16))
+            if older := passes.get((number, key[1] - 2)):  # steps come in order, so it has ended
                 older.close()
-        found[key].add(index[some])
+        passes[key].add(index[rows])
 
 
-def _substitute(found: _Passes, line: LedgerLine, positions: Indices, source: Indices, passed: Indices) -> None:
-    for swap in line.bad.split():
-        at = int(np.searchsorted(positions, int(swap.partition(":")[0])))
-        one = found.get((int(source[at]), int(passed[at])))
-        if one is not None:
-            one.substituted += 1
-
-
-def _extent(plan: Plan, source: int) -> tuple[int, int]:
-    """The first index of a source and its samples."""
-    if not plan.sources:
-        return 0, plan.samples
-    return sum(before.samples for before in plan.sources[:source]), plan.sources[source].samples
-
-
-def _rows(found: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
-    """A row for every pass. In one that did not begin or end in this run nothing counts as missed: gaps are found by
-    position.
+def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
+    """A row for every pass. In a pass that did not begin and end in this run no sample counts as missed; a gap shows in
+    the positions.
     """
-    newest = dict(sorted(found))
-    oldest = dict(sorted(found, reverse=True)) if start else {}
-    for (source, passed), one in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
-        one.close()
-        row: dict[str, Any] = {"epoch": passed, "seen": one.seen, "repeated": one.times - one.seen}
+    newest = dict(sorted(passes))
+    oldest = dict(sorted(passes, reverse=True)) if start else {}
+    for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):
+        counts.close()
+        row: dict[str, Any] = {"epoch": number, "seen": counts.seen, "repeated": counts.times - counts.seen}
         dropped = plan.samples - plan.epoch_size
-        left = one.size - dropped - one.seen
-        whole = left == 0 or oldest.get(source, -1) < passed < newest[source]
+        left = counts.size - dropped - counts.seen
+        whole = left == 0 or oldest.get(source, -1) < number < newest[source]
         row["missed"] = left if whole else 0
         row |= {"dropped": dropped} if dropped else {}
-        row |= {"whole": whole, "substituted": one.substituted}
+        row |= {"whole": whole, "substituted": counts.substituted}
         yield row | ({"source": source} if plan.sources else {})

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from runner import signals
 from runner.activity import doing
 from runner.data.fetch import Collate
-from runner.data.iterable import Batch, BatchRecipe, Passes, iterator, stateful
+from runner.data.iterable import Batch, BatchOptions, IterableBatches, iterator, stateful
 from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.stream import StepSamples, to_device
@@ -26,16 +26,15 @@ _log = logging.getLogger("runner")
 
 
 class IterableStream:
-    """Training batches of an iterable data set, resumed by its own state: a weaker guarantee, said at start.
+    """Training batches of an iterable data set, resumed by its own state.
 
-    The state is that after the last finished step, however far workers have read ahead. ``advance`` reads one batch
-    ahead, because there is no other way to find out whether a pass has ended.
-
-    With ``replay`` the iterable needs no state: a resume reads the current pass again, up to where it was.
+    The state is the one after the last finished step, however far workers have read ahead. ``advance`` reads one batch
+    ahead, because there is no other way to find out whether a pass has ended. With ``replay`` the iterable needs no
+    state: a resume reads the current pass again, up to its position. See ``TrainingStream`` for the public members.
 
     Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
-    After ``IterableDataset.shuffle`` it leaves the buffer out, so that a resume loses and repeats samples, and with
-    ``buffer_size=1`` workers fail to load it (an IndexError). With ``replay`` every one of these is exact.
+    ``IterableDataset.shuffle`` leaves its buffer out of the state, so that a resume loses and repeats samples, and with
+    ``buffer_size=1`` workers fail to load the state (an IndexError). With ``replay`` all of these are exact.
     """
 
     def __init__(
@@ -54,70 +53,64 @@ class IterableStream:
         audit: bool = False,
     ) -> None:
         _require_resumable(samples, replay=replay)
-        self.consumed = 0  # samples of finished steps
-        self.epochs = 0  # passes finished by them
-        self.epochs_before = 0  # the same, before the last of them
-        self.waited = 0.0  # seconds spent in waiting for batches
+        self.consumed = 0
+        self.epochs = 0  # finished passes
+        self.epochs_before = 0
+        self.waited = 0.0
         self.count = 0  # samples of the current step
-        self.digest = 0  # 64 bits of their content, to compare a replay with
+        self.digest = 0  # 64 bits of their content
         self.substituted = 0  # a bad sample ends the run
         self._samples = samples
         self._micro_batches = micro_batches
         self._loading = loading
         self._device = device
         micro_size = batch_size // micro_batches
-        self._making = BatchRecipe(seed, micro_size, randomness, collate or default_collate, drop_last, replay, audit)
+        self._options = BatchOptions(seed, micro_size, randomness, collate or default_collate, drop_last, replay, audit)
         self._saved: Any = None  # the state of the loader after the last finished step
-        self._batches: Any = None
+        self._loader: Any = None
         self._ahead: Batch | DataError | None = None
-        self._pass = 0
-        self._start: Any = None  # the state at its beginning
-        self._untouched = True  # the current pass has not yielded anything
-        self._behind = 0  # batches before which a worker may have to read the pass again
-        self._unseen = False  # a signal came before it was seen whether the pass ended with the last step
+        self._pass = 0  # of the batch ahead
+        self._pass_state: Any = None  # the state of the loader at its beginning
+        self._pass_is_empty = True  # so far
+        self._rereading = 0  # further batches before which a worker may have to read the pass again
+        self._end_unseen = False  # a signal came before the batch ahead could tell whether the last step ended the pass
 
     @property
     def workers(self) -> int:
-        """Processes that load data."""
         return self._loading.num_workers
 
     @property
     def guarantee(self) -> str:
-        """What may be relied upon, for people."""
         name, workers = type(self._samples).__qualname__, self._loading.num_workers
-        how = "by reading the current pass again" if self._making.replay else "by its own state"
+        method = "by reading the current pass again" if self._options.replay else "by its own state"
         promise = (
-            "as if not interrupted if every pass can be repeated" if self._making.replay else "as exactly as that is"
+            "as if not interrupted if every pass can be repeated" if self._options.replay else "as exactly as that is"
         )
         shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
         return (
-            f"data.train is a {name}, an iterable: a resume goes on {how}, {promise}, "
+            f"data.train is a {name}, an iterable: a resume goes on {method}, {promise}, "
             f"and only with runtime.num_workers={workers}{shares}. A map-style data set is resumed exactly"
         )
 
     def open(self) -> None:
-        """Start loading after the last finished step."""
         self.close()
-        workers, method = self._loading.num_workers, self._loading.start_method
-        turn = multiprocessing.get_context(method).Lock() if workers else nullcontext()
-        passes = Passes(self._samples, self._making, turn)
-        self._batches = Loader(
-            passes, None, self._loading, key=f"data.train (a {type(self._samples).__qualname__})", states=True
-        )
+        workers, start_method = self._loading.num_workers, self._loading.start_method
+        epoch_lock = multiprocessing.get_context(start_method).Lock() if workers else nullcontext()
+        batches = IterableBatches(self._samples, self._options, epoch_lock)
+        key = f"data.train (a {type(self._samples).__qualname__})"
+        self._loader = Loader(batches, None, self._loading, key=key, states=True)
         if self._saved is not None:
-            self._batches.load_state_dict(deepcopy(self._saved))
+            self._loader.load_state_dict(deepcopy(self._saved))
         self._pass, self._ahead = self.epochs, None
-        self._untouched = self._saved is None
-        self._behind = max(1, workers) if self._making.replay and self._saved is not None else 0
+        self._pass_is_empty = self._saved is None
+        self._rereading = max(1, workers) if self._options.replay and self._saved is not None else 0
         self._saved = self._begin_pass()
 
     def ready(self) -> None:
-        """Wait for the first micro-batch of the next step."""
         self._look_ahead()
 
     def step(self) -> Iterator[tuple[float, Any]]:
-        """The micro-batches of the next step, each with its share of the step, on the device."""
-        assert self._batches is not None, "open() comes first"
+        assert self._loader is not None, "open() comes first"
         self.count, content = 0, content_hasher()
         for _ in range(self._micro_batches):
             self._look_ahead()
@@ -126,32 +119,29 @@ class IterableStream:
             batch, self._ahead = self._ahead, None
             assert batch is not None
             self.count += batch.size
-            _add(batch.content, content)
+            _hash_content(batch.content, content)
             self.digest = content.intdigest()
             yield 1 / self._micro_batches, to_device(batch.content, self._device)
 
     @property
     def step_samples(self) -> StepSamples:
-        """The content of the current step."""
         return StepSamples(self.digest)
 
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step that used the current batches is done."""
-        self._saved = self._batches.state_dict()
+        self._saved = self._loader.state_dict()
         self.consumed += self.count
         self.epochs_before = self.epochs
         try:
             with signals.at_once():
-                self._turn()
+                self._finish_pass()
         except signals.Stopped:
-            self._unseen = True
+            self._end_unseen = True
 
     def ledger_line(self, step: int) -> LedgerLine:
-        """What the ledger says of the last finished step, which has that number."""
         return LedgerLine(step, self.consumed - self.count, self.consumed - 1, self.digest)
 
     def state_dict(self) -> dict[str, Any]:
-        assert self._batches is not None, "open() comes first"
+        assert self._loader is not None, "open() comes first"
         return {
             "kind": "opaque",
             "workers": self._loading.num_workers,
@@ -159,11 +149,10 @@ class IterableStream:
             "epochs": self.epochs,
             "epochs_before": self.epochs_before,
             "loader": deepcopy(self._saved),
-            **({"unseen": True} if self._unseen else {}),
+            **({"unseen": True} if self._end_unseen else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after a saved step. Raises DataError where the state is that of something else."""
         name, workers = type(self._samples).__qualname__, self.workers
         if state.get("kind") != "opaque":
             raise DataError(
@@ -180,71 +169,72 @@ class IterableStream:
         self._saved = state["loader"]
         self.open()
         if state.get("unseen"):
-            self._turn()
+            self._finish_pass()
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """In what the data of a saved position is not this data, as far as can be told."""
+        """Only the kind of data and the number of workers can be compared."""
         if state.get("kind") != "opaque" or state["workers"] != self.workers:
             return ["another kind of data, or another number of workers"]
         return []
 
     def close(self) -> None:
-        """End the workers."""
-        if self._batches is not None:
-            self._batches.close()
+        if self._loader is not None:
+            self._loader.close()
 
     def _begin_pass(self) -> Any:
-        """Let the workers begin a pass, or go on where they were told to; the state of the loader then."""
-        return iter(self._batches).state_dict()
+        """Let the workers begin a pass, or go to a loaded state. Returns the state of the loader there."""
+        return iter(self._loader).state_dict()
 
-    def _turn(self) -> None:
-        """See whether the pass has ended with the last step."""
+    def _finish_pass(self) -> None:
+        """Read a batch ahead to see whether the pass has ended with the last step."""
         before = self._pass
         self._look_ahead()
         if self._pass > before:
-            self._saved = self._start
+            self._saved = self._pass_state
         self.epochs = self._pass
 
     def _look_ahead(self) -> None:
-        """Have the next batch at hand, or the error that belongs to the step which asks for it."""
+        """Have the next batch at hand, or the error that belongs to the step which needs this batch."""
         try:
             self._ahead = self._ahead or self._read()
         except DataError as error:
             self._ahead = error
-            self.close()  # the error refers to this stream, which may thus live on for long
+            self.close()  # the frames of the error refer to this stream, which may thus live on
 
     def _read(self) -> Batch:
-        """The next batch, from the next pass where one has ended."""
-        asked = time.perf_counter()
-        while (batch := self._received()) is None:
-            if self._untouched:
+        """The next batch, from the next pass where a pass has ended."""
+        began = time.perf_counter()
+        while (batch := self._receive()) is None:
+            if self._pass_is_empty:
                 raise self._empty()
             self._pass += 1
-            self._untouched = True
-            self._start = self._begin_pass()
-        self._untouched = False
-        waited = time.perf_counter() - asked
+            self._pass_is_empty = True
+            self._pass_state = self._begin_pass()
+        self._pass_is_empty = False
+        waited = time.perf_counter() - began
         self.waited += waited
-        if batch.again and self._making.replay:
-            _log.info("data.train: read %d samples again to resume, %.1f s", batch.again, waited)
+        if batch.reread and self._options.replay:
+            _log.info("data.train: read %d samples again to resume, %.1f s", batch.reread, waited)
         if batch.failure:
             raise DataError(batch.failure)
         return batch
 
-    def _received(self) -> Batch | None:
-        behind, self._behind = self._behind > 0, self._behind - 1
-        with doing("reads again") if behind else nullcontext():
-            batch: Batch | None = next(self._batches, None)
+    def _receive(self) -> Batch | None:
+        rereading, self._rereading = self._rereading > 0, self._rereading - 1
+        with doing("reads again") if rereading else nullcontext():
+            batch: Batch | None = next(self._loader, None)
         return batch
 
     def _empty(self) -> DataError:
-        name, size = type(self._samples).__qualname__, self._making.batch_size
+        name, size = type(self._samples).__qualname__, self._options.batch_size
         if self._pass > 0:
             return DataError(
                 f"data.train is empty from pass {self._pass} on: this {name} yielded samples before and now none. "
-                "Expected that its __iter__ begins anew every time; mend it"
+                "Expected an __iter__ that begins anew every time; mend it"
             )
-        dropped = f", or less than a batch of {size} in each worker, which is dropped" if self._making.drop_last else ""
+        dropped = (
+            f", or less than a batch of {size} in each worker, which is dropped" if self._options.drop_last else ""
+        )
         return DataError(
             f"data.train is empty: a {name} that yielded nothing in a whole pass{dropped}; expected a sample at least. "
             "Look at its files and filters"
@@ -252,7 +242,7 @@ class IterableStream:
 
 
 def _require_resumable(samples: Any, *, replay: bool) -> None:
-    """Raises DataError unless the iterable can be resumed by its state or by reading it again."""
+    """Raise DataError unless the iterable can be resumed by its state or by reading it again."""
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
@@ -268,8 +258,12 @@ def _require_resumable(samples: Any, *, replay: bool) -> None:
         )
 
 
-def _add(value: Any, content: Any) -> None:
-    """Add a batch to a hash: tensors, arrays and plain values by content, anything else by its type."""
+def _hash_content(value: Any, content: Any) -> None:
+    """Update the hash ``content`` with a batch: tensors, arrays and plain values by content, other values by type.
+
+    The ledger holds these digests, so they must not change; ``probe.content_digest`` serves comparisons within a
+    process and sees more types.
+    """
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         content.update(f"{value.dtype}{[*value.shape]}".encode())
         content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -277,11 +271,11 @@ def _add(value: Any, content: Any) -> None:
         content.update(f"{value.dtype}{[*value.shape]}".encode())
         content.update(value.tobytes())
     elif isinstance(value, Mapping):
-        _add([*value.items()], content)
+        _hash_content([*value.items()], content)
     elif isinstance(value, list | tuple):
         content.update(f"({len(value)}".encode())
         for item in value:
-            _add(item, content)
+            _hash_content(item, content)
     else:
         plain = value is None or isinstance(value, str | bytes | int | float | complex)
         content.update(f"{type(value).__qualname__}{value!r};".encode() if plain else type(value).__qualname__.encode())

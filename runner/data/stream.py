@@ -1,4 +1,4 @@
-"""An endless stream of training batches, whose position moves when a step is done."""
+"""The endless stream of training batches, whose position moves when a step is done."""
 
 import logging
 import time
@@ -19,24 +19,25 @@ from runner.errors import DataError, printable
 
 log = logging.getLogger("runner")
 
-_TOLD = 20  # bad records that are logged; the rest is counted
+_MAX_LOGGED = 20  # bad records; the others are only counted
 
 
 class StepSamples(NamedTuple):
-    """The samples of a step: a 64-bit digest, which adds up over processes, and substituted samples, in the format of
-    the ledger.
+    """The samples of a step: a 64-bit digest, which adds up over processes, and the substitutions in the format of the
+    ledger.
     """
 
     digest: int
-    swaps: str = ""
+    substitutions: str = ""
 
 
 class TrainingStream(Protocol):
-    """Training data as a part of the state. ``consumed`` counts samples of finished steps: it moves in ``advance``,
+    """Training data as a part of the state. ``consumed`` counts the samples of finished steps: it moves in ``advance``,
     after the optimizer step, however far workers have read ahead.
 
     ``waited``: seconds spent waiting for batches. ``epochs``: whole epochs consumed; ``epochs_before``: the same before
-    the last finished step. ``guarantee``: what holds for the samples, in words.
+    the last finished step. ``substituted``: bad records replaced so far. ``workers``: processes that load data.
+    ``guarantee``: the promise for the samples, for the log.
     """
 
     consumed: int
@@ -57,12 +58,10 @@ class TrainingStream(Protocol):
 
     @property
     def step_samples(self) -> StepSamples:
-        """What this process read of the current step, once it has been handed out."""
+        """The samples of the current step in this process. Raises DataError if its task did not take all of them."""
 
     def open(self) -> None:
-        """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
-        restored.
-        """
+        """Start loading at the cursor. Some loaders draw random numbers here, so open before restoring generators."""
 
     def ready(self) -> None:
         """Wait for the first micro-batch of the next step. A stop signal may raise ``signals.Stopped``."""
@@ -71,26 +70,28 @@ class TrainingStream(Protocol):
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step that used the current batch is done; ``whole`` is what all processes read, if there are others."""
+        """The step of the current batch is done; ``whole`` are the samples of all processes, if there are others.
+        Raises DataError if the step did not take all of its samples.
+        """
 
     def ledger_line(self, step: int) -> LedgerLine:
-        """What the ledger says of the last finished step, which has that number."""
+        """The line of the ledger for the last finished step, whose number is ``step``."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises DataError when it is a position in something else."""
+        """Go to a saved position. Raises DataError if it is a position in other data."""
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """In what the data of a saved position is not this data, in words."""
+        """Messages on how the data of a saved position differs from this data."""
 
     def close(self) -> None:
         """End the workers, within some seconds."""
 
 
 class MapStyleStream:
-    """The stream of a map-style data set: the state is {positions consumed, plan, fingerprint}, the same for any number
-    of workers.
+    """The stream of a map-style data set. Its state is {positions consumed, plan, fingerprint}, the same for any number
+    of workers and processes.
     """
 
     def __init__(
@@ -111,83 +112,74 @@ class MapStyleStream:
         self.substituted = 0
         self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
         self._plan_state = plan.state()
-        described, self._found = probe.examine(self._fetcher, loading, audit=audit)
-        self._fingerprint: dict[str, Any] = {"samples": described, "text": str(getattr(samples, "fingerprint", ""))}
+        sketch, self._probe_digests = probe.examine(self._fetcher, loading, audit=audit)
+        self._fingerprint: dict[str, Any] = {"samples": sketch, "text": str(getattr(samples, "fingerprint", ""))}
         self._loading = loading
         self._device = device
         self._steps: Iterator[list[Slice]] = iter(())
-        self._batches: Loader | None = None
-        self._probed = False  # the first that comes from the loader is what a worker found
+        self._loader: Loader | None = None
+        self._probe_awaited = False  # the first item of the loader is the answer of a worker to the probe
         self._ahead: FetchedBatch | None = None
-        self._step: tuple[int, int, StepSamples] | None = (
-            None  # first position, count: of the current step, once handed out
-        )
+        self._step: tuple[int, int, StepSamples] | None = None  # the current one: first position, positions, samples
 
     @property
     def epochs(self) -> int:
-        """Whole epochs consumed."""
         return self.consumed // self.plan.epoch_size
 
     @property
     def workers(self) -> int:
-        """Processes that load data."""
         return self._loading.num_workers
 
     @property
     def guarantee(self) -> str:
-        """What holds for the samples, for people."""
         return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
 
-    def repeat_substitutions(self, swaps: Mapping[int, int]) -> None:
-        """Before ``open``: take these samples at these positions, as an earlier attempt did."""
-        self._fetcher.substitutions = {**swaps}
+    def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
+        """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
+        self._fetcher.substitutions = {**substitutions}
 
     def open(self) -> None:
-        """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
-        restored.
-        """
         self.close()
         order, world = self._fetcher.order, self.plan.world
         self._steps = self.plan.steps(self.consumed, order)
-        steps = self.plan.steps(self.consumed, order)  # far ahead of the others
-        ours = (piece for step in steps for piece in step[world.rank :: world.size])
-        probed = self._found is not None and self._loading.num_workers > 0
-        asked = [probe.ProbeRequest(probe.indices(self.plan.samples))] if probed else []
-        data = probe.ProbedDataset(self._fetcher) if probed else self._fetcher
-        self._batches = Loader(data, chain(asked, ours), self._loading)
-        iter(self._batches)
-        self._probed, self._ahead = probed, None
+        prefetched = self.plan.steps(self.consumed, order)  # runs ahead of the steps above
+        slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
+        self._probe_awaited = self._probe_digests is not None and self._loading.num_workers > 0
+        if self._probe_awaited:
+            request = probe.ProbeRequest(probe.indices(self.plan.samples))
+            self._loader = Loader(probe.ProbedDataset(self._fetcher), chain([request], slices), self._loading)
+        else:
+            self._loader = Loader(self._fetcher, slices, self._loading)
+        iter(self._loader)
+        self._ahead = None
 
     def ready(self) -> None:
-        """Wait for the first micro-batch of the next step."""
-        assert self._batches is not None, "open() comes first"
-        if self._probed:
-            assert self._found is not None
-            probe.require_same_in_worker(self._fetcher, self._found, next(self._batches))
-            self._probed = False
+        assert self._loader is not None, "open() comes first"
+        if self._probe_awaited:
+            assert self._probe_digests is not None
+            probe.require_same_in_worker(self._fetcher, self._probe_digests, next(self._loader))
+            self._probe_awaited = False
         self._ahead = self._ahead or self._next()
 
     def step(self) -> Iterator[tuple[float, Any]]:
-        """The micro-batches of the next step, on the device, each with its share of the step's samples."""
         self.ready()
         slices = next(self._steps)
         total = sum(piece.count for piece in slices)
-        ours = slices[self.plan.world.rank :: self.plan.world.size]
-        digest, swaps, self._step = 0, "", None
-        for number, piece in enumerate(ours, 1):
-            (first, batch, found, bad, failure), self._ahead = self._ahead or self._next(), None
-            if failure:
-                raise DataError(f"data.train: {failure}")
-            assert first == piece.first, f"the loader delivered position {first} where {piece.first} was due"
-            digest += found
-            swaps += self._tell(bad)
-            if number == len(ours):
-                self._step = slices[0].first, total, StepSamples(digest % 2**64, swaps)
-            yield piece.count / total, to_device(batch, self._device)
+        own = slices[self.plan.world.rank :: self.plan.world.size]
+        digest, substitutions, self._step = 0, "", None
+        for number, piece in enumerate(own, 1):
+            fetched, self._ahead = self._ahead or self._next(), None
+            if fetched.failure:
+                raise DataError(f"data.train: {fetched.failure}")
+            assert fetched.first == piece.first, f"the loader delivered {fetched.first} where {piece.first} was due"
+            digest += fetched.digest
+            substitutions += self._report(fetched.bad)
+            if number == len(own):
+                self._step = slices[0].first, total, StepSamples(digest % 2**64, substitutions)
+            yield piece.count / total, to_device(fetched.batch, self._device)
 
     @property
     def step_samples(self) -> StepSamples:
-        """What this process read of the current step. Raises DataError if its task did not take all of it."""
         if self._step is None:
             raise DataError(
                 f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
@@ -196,20 +188,18 @@ class MapStyleStream:
         return self._step[2]
 
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step that used the current batch is done. Raises DataError if it did not take all of it."""
-        read = whole or self.step_samples
+        samples = whole or self.step_samples
         assert self._step is not None, "step() comes first"
         first, count, _ = self._step
-        self._step = first, count, read
+        self._step = first, count, samples
         self.epochs_before = self.epochs
-        self.substituted += read.swaps.count(">")
+        self.substituted += samples.substitutions.count(">")
         self.consumed += count
 
     def ledger_line(self, step: int) -> LedgerLine:
-        """What the ledger says of the last finished step, which has that number."""
         assert self._step is not None, "advance() comes first"
-        first, count, (digest, swaps) = self._step
-        return LedgerLine(step, first, first + count - 1, digest, swaps)
+        first, count, (digest, substitutions) = self._step
+        return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -221,12 +211,11 @@ class MapStyleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises DataError when it is a position in something else."""
-        changed = self.changes(state)
-        if changed:
+        changes = self.changes(state)
+        if changes:
             raise DataError(
                 f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
-                f"  {printable(chr(10).join(changed)).replace(chr(10), chr(10) + '  ')}\n"
+                f"  {printable(chr(10).join(changes)).replace(chr(10), chr(10) + '  ')}\n"
                 "Restore it, or begin a new run with run.name=...",
                 kind="data-changed",
             )
@@ -235,83 +224,77 @@ class MapStyleStream:
         self.open()
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """In what the data of a saved position is not this data."""
         saved, now = state.get("plan", {}), self._plan_state
-        changed = [
+        changes = [
             f"{key}: {saved.get(key)} then, {now.get(key)} now"
             for key in (now | saved)
             if now.get(key) != saved.get(key)
         ]
         then = state.get("fingerprint", {})
-        changed += probe.differences(then.get("samples", {}), self._fingerprint["samples"])
+        changes += probe.differences(then.get("samples", {}), self._fingerprint["samples"])
         if then.get("text", "") != self._fingerprint["text"]:
-            changed.append(f"fingerprint: {then.get('text') or 'none'} then, {self._fingerprint['text'] or 'none'} now")
-        return changed
+            changes.append(f"fingerprint: {then.get('text') or 'none'} then, {self._fingerprint['text'] or 'none'} now")
+        return changes
 
     def close(self) -> None:
-        """End the workers."""
-        if self._batches is not None:
-            self._batches.close()
+        if self._loader is not None:
+            self._loader.close()
 
     def _next(self) -> FetchedBatch:
-        assert self._batches is not None
-        asked = time.perf_counter()
-        fetched: FetchedBatch = next(self._batches)
-        self.waited += time.perf_counter() - asked
+        assert self._loader is not None
+        began = time.perf_counter()
+        fetched: FetchedBatch = next(self._loader)
+        self.waited += time.perf_counter() - began
         return fetched
 
-    def _tell(self, bad: Sequence[BadRecord]) -> str:
-        """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
-        for number, one in enumerate(bad, self.substituted):
-            if one.substitute is None:
+    def _report(self, records: Sequence[BadRecord]) -> str:
+        """Log bad records, and return their substitutions in the format of the ledger. Raises DataError for a record
+        without a substitute.
+        """
+        for number, record in enumerate(records, self.substituted):
+            if record.substitute is None:
                 remedy = (
                     f"{MAX_SUBSTITUTES} others in its place could not be read either; look at the data set"
                     if self._fetcher.substitute
                     else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
                 )
-                raise bad_record_error(one, self._fetcher.samples, remedy=remedy)
-            if number < _TOLD:
-                why = one.error.splitlines()[-1]
-                log.warning("bad      %s: %s; sample %d instead", one.location, printable(why), one.substitute)
-        return "".join(f" {one.position}:{one.index}>{one.substitute}" for one in bad)
+                raise bad_record_error(record, self._fetcher.samples, remedy=remedy)
+            if number < _MAX_LOGGED:
+                error = printable(record.error.splitlines()[-1])
+                log.warning("bad      %s: %s; sample %d instead", record.location, error, record.substitute)
+        return "".join(f" {record.position}:{record.index}>{record.substitute}" for record in records)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on the device, asynchronously from pinned memory: in sequences, mappings and
-    dataclasses, those that are attributes of any other object, and what an object's own ``to`` moves.
+    """The batch with its tensors on the device, asynchronously from pinned memory.
+
+    Moves what has a ``to`` method by this method, the items of sequences, mappings and dataclasses, and the tensors
+    that are attributes of any other object.
     """
     if device.type == "cpu" or isinstance(batch, str | bytes | range | type):
         return batch
     if callable(getattr(batch, "to", None)):
-        return _by_itself(batch, device)
+        try:
+            moved = batch.to(device, non_blocking=True)
+        except TypeError:  # a class of the user, whose ``to`` takes the device alone
+            moved = batch.to(device)
+        return batch if moved is None else moved  # None: moved in place
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, Sequence):
         return type(batch)(to_device(value, device) for value in batch)  # type: ignore[call-arg]
     if isinstance(batch, Mapping):
-        return _like(batch, {key: to_device(value, device) for key, value in batch.items()})
+        items = {key: to_device(value, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping) or type(batch) is dict:
+            return items
+        other = copy(batch)  # of the same class, with its attributes
+        other.update(items)
+        return other
     if is_dataclass(batch):
         names = [field.name for field in fields(batch)]
-    else:  # others may refer to anything, so no deeper
+    else:  # attributes may refer to anything, so look no deeper
         names = [name for name, value in getattr(batch, "__dict__", {}).items() if isinstance(value, torch.Tensor)]
     other = copy(batch) if names else batch
     for name in names:
-        object.__setattr__(other, name, to_device(getattr(batch, name), device))  # also of what is frozen
+        object.__setattr__(other, name, to_device(getattr(batch, name), device))  # dataclasses may be frozen
     return other
-
-
-def _by_itself(batch: Any, device: torch.device) -> Any:
-    try:
-        moved = batch.to(device, non_blocking=True)
-    except TypeError:  # it has a simpler one
-        moved = batch.to(device)
-    return batch if moved is None else moved  # in place
-
-
-def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
-    """A mapping of the same kind, with whatever else it has; a dict where that cannot be made."""
-    if isinstance(batch, MutableMapping) and type(batch) is not dict:
-        other = copy(batch)
-        other.update(moved)
-        return other
-    return moved

@@ -1,4 +1,4 @@
-"""From a configuration and a data set to the stream of training batches."""
+"""Builds the stream of training batches from a configuration and a data set."""
 
 import logging
 from collections.abc import Sequence
@@ -27,10 +27,17 @@ log = logging.getLogger("runner")
 def training_data(
     config: Config, samples: Any, loading: LoaderOptions, device: torch.device, collate: Collate | None, world: World
 ) -> tuple[TrainingStream, Plan | None]:
-    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError, ConfigError."""
+    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError for a data set or
+    a number of processes that does not fit the configuration.
+    """
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
-        _require_one(world, samples)
+        if world.size > 1:
+            raise ConfigError(
+                f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read "
+                "all of it. Make it map-style (__len__, __getitem__), so that its samples are dealt to the processes, "
+                "or train in one process"
+            )
         return IterableStream(
             samples,
             seed=config.seed,
@@ -44,7 +51,7 @@ def training_data(
             replay=data.replay,
             audit=config.runtime.audit,
         ), None
-    plan = plan_of(config, require_map_style(samples, "data.train"), world)
+    plan = _plan(config, require_map_style(samples, "data.train"), world)
     if plan.interleaving is not None:
         loading = _without_overlap(loading, plan, samples)
     stream = MapStyleStream(
@@ -59,15 +66,14 @@ def training_data(
     return stream, plan
 
 
-def plan_of(config: Config, samples: Samples, world: World) -> Plan:
-    """The plan for these samples and that number of processes. Raises DataError, ConfigError."""
+def _plan(config: Config, samples: Samples, world: World) -> Plan:
     data = config.data
-    in_streams = data.streams.count > 0 and data.shuffle
-    shards = _shards(samples) if in_streams else ()
+    interleaved = data.streams.count > 0 and data.shuffle
+    shards = _shards(samples) if interleaved else ()
     sources: tuple[Source, ...] = ()
     if isinstance(samples, Mixture):
         sources = tuple(
-            Source(len(source), share, _shards(source) if in_streams else ())
+            Source(len(source), share, _shards(source) if interleaved else ())
             for source, share in zip(samples.sources, samples.shares, strict=True)
         )
     sharded = bool(shards) or any(source.shards for source in sources)
@@ -89,43 +95,30 @@ def plan_of(config: Config, samples: Samples, world: World) -> Plan:
 
 
 def _micro_batches(config: Config, world: World) -> int:
-    """Micro-batches per process and step, such that a step has the same samples as with one process, and no micro-batch
-    is larger. Raises ConfigError for a number of processes that does not divide the step.
+    """Micro-batches per process and step, so that a step has the same samples as with one process, in micro-batches
+    that are not larger. Raises ConfigError for a number of processes that does not divide the step.
     """
-    size, wanted = config.data.batch_size, config.trainer.accumulate
+    size, accumulate = config.data.batch_size, config.trainer.accumulate
     if world.size == 1:
-        return wanted
-    if config.data.max_tokens is not None:  # these are planned ahead, for as many in a step
-        if wanted % world.size:
-            fits = [number for number in range(1, wanted + 1) if wanted % number == 0]
-            raise ConfigError(_cannot_share(world, f"trainer.accumulate={wanted} micro-batches", fits))
-        return wanted // world.size
-    if size % world.size:
-        fits = [number for number in range(1, size + 1) if size % number == 0]
-        raise ConfigError(_cannot_share(world, f"data.batch_size={size} samples", fits))
-    share = size // world.size
-    equal = (number for number in range(-(-wanted // world.size), share + 1) if share % number == 0)
-    return next(equal, wanted)
-
-
-def _cannot_share(world: World, what: str, fits: Sequence[int]) -> str:
-    return (
-        f"{what} of a step cannot be shared out among {world.size} processes equally; "
-        f"start {', '.join(map(str, fits))} of them. Another number is no other run"
-    )
-
-
-def _require_one(world: World, samples: Any) -> None:
-    if world.size > 1:
+        return accumulate
+    by_tokens = config.data.max_tokens is not None  # micro-batches are then planned ahead, for their number in a step
+    total = accumulate if by_tokens else size
+    if total % world.size:
+        divisors = [number for number in range(1, total + 1) if total % number == 0]
+        key = f"trainer.accumulate={total} micro-batches" if by_tokens else f"data.batch_size={total} samples"
         raise ConfigError(
-            f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read all "
-            "of it. Make it map-style (__len__, __getitem__), which is dealt out to them, or train in one process"
+            f"{key} of a step cannot be shared out among {world.size} processes equally; start "
+            f"{', '.join(map(str, divisors))} of them. Changing the number of processes does not start a new run"
         )
+    share = total // world.size
+    if by_tokens:
+        return share
+    return next((n for n in range(-(-accumulate // world.size), share + 1) if share % n == 0), accumulate)
 
 
 def _interleaving(data: DataConfig, micro_batches: int) -> Interleaving:
     size = max(1, data.batch_size // micro_batches)
-    parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # of a micro-batch, one per stream
+    parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # a micro-batch meets so many streams
     return Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
 
 
@@ -145,23 +138,25 @@ def _lengths(samples: Any) -> tuple[int, ...]:
 
 
 def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
-    """Reduce the number of workers so that no two read the same streams; tell the data set how much to hold."""
+    """Reduce the number of workers so that no two read the same streams, and tell the data set how many windows to
+    hold.
+    """
     assert plan.interleaving is not None
-    count, wanted, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
-    if plan.sources or plan.max_tokens:  # neighbours come from streams in any order: each worker reads all of them
-        workers, held = wanted, 2 * count
+    count, limit, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
+    if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them
+        workers, held = limit, 2 * count
     else:
         slice_size = plan.batch_size // plan.slices_per_step
         chunks = max(1, slice_size // plan.interleaving.chunk)
-        workers = plan.interleaving.max_workers(wanted, slice_size=slice_size, world=world_size)
-        # One more for each micro-batch than it has streams, because epochs need not end with a micro-batch.
+        workers = plan.interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
+        # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
-        if workers < wanted:
+        if workers < limit:
             log.warning(
                 "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
                 "runtime.num_workers x %d",
                 workers,
-                wanted,
+                limit,
                 chunks * world_size,
             )
     if hasattr(samples, "hold"):
