@@ -152,7 +152,7 @@ def check(outcomes: list[Any], location: Memory) -> None:
 
 
 @pytest.mark.usefixtures("still")
-def test_of_two_claimers_one_wins_whatever_the_order_of_their_verbs() -> None:
+def test_of_two_claimers_one_wins_in_every_order() -> None:
     """All orders of the first five verbs of each: list, put, list, remove, list."""
     for first in itertools.combinations(range(10), 5):
         stage = Stage([0 if turn in first else 1 for turn in range(10)], steal=(False, False))
@@ -177,7 +177,7 @@ def test_thieves_at_once_get_numbers_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("still")
-def test_what_comes_or_goes_between_the_listings_makes_a_claimer_look_again() -> None:
+def test_a_claimer_looks_again_after_any_change() -> None:
     """Also a claim with a lower number, and one that was counted on and is gone."""
     for change in ("came", "went"):
         location = Memory()
@@ -249,7 +249,7 @@ def test_of_processes_that_start_at_once_one_owns_the_run(count: int, location: 
         assert len(attempt_records.history(location)) == lifetime + 1
 
 
-def test_a_claim_of_this_machine_is_dead_at_once_when_its_process_is(location: LocalLocation) -> None:
+def test_a_claim_of_this_machine_dies_with_its_process(location: LocalLocation) -> None:
     with starters(location, 1) as (process,):
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -313,7 +313,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     attempt.end("finished")
 
 
-def test_another_machine_that_ends_or_withdraws_is_not_waited_for(location: LocalLocation) -> None:
+def test_an_ended_attempt_elsewhere_is_not_waited_for(location: LocalLocation) -> None:
     name = stranger(location, beat=60)
     threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
     with pytest.MonkeyPatch.context() as patch:
@@ -439,7 +439,7 @@ def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(location: LocalLocat
     attempt.end("finished")
 
 
-def test_an_owner_whose_run_directory_was_moved_learns_of_it_until_it_is_back(location: LocalLocation) -> None:
+def test_an_owner_notices_a_moved_directory_and_its_return(location: LocalLocation) -> None:
     attempt = claim(location, {})
     location.path.rename(location.path.with_name("elsewhere"))
     with pytest.raises(StorageError, match="was moved or removed: attempt 1, this process, is not in it"):
@@ -477,9 +477,7 @@ def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -
         claim(location, {})
 
 
-def test_who_has_another_folder_for_locks_is_not_judged_by_a_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_with_other_locks_is_not_judged_by_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of one machine with a private /tmp each: a lock that is not seen does not mean that its holder is dead."""
     location = open_location("memory://locks/run")
     monkeypatch.setattr(RemoteLocation, "beat_seconds", 0.1)
@@ -539,7 +537,7 @@ sys.exit(main())
 """
 
 
-def test_an_owner_that_was_stopped_past_its_beats_finds_itself_superseded(tmp_path: Path) -> None:
+def test_an_owner_stopped_for_long_is_superseded(tmp_path: Path) -> None:
     """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
     command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
     log = tmp_path / "log"

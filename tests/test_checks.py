@@ -34,7 +34,7 @@ def configured(*overrides: str) -> Any:
         ["runtime.start_method=forkserver", "runtime.num_threads=1", "runtime.prefetch=1"],
     ],
 )
-def test_what_can_work_passes(overrides: list[str]) -> None:
+def test_valid_configurations_pass(overrides: list[str]) -> None:
     check(configured(*overrides))
 
 
@@ -88,7 +88,7 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
         (["runtime.start_method=thread"], "runtime.start_method=thread is not one of fork, spawn, forkserver"),
     ],
 )
-def test_what_cannot_work_is_refused_with_key_and_remedy(overrides: list[str], told: str) -> None:
+def test_invalid_values_are_refused_with_key_and_remedy(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         check(configured(*overrides))
     assert str(refused.value) == told

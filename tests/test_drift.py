@@ -70,7 +70,7 @@ def test_values_are_shown_as_they_are() -> None:
     assert "0.30000000000000004" in shown
 
 
-def test_what_a_stranger_saved_cannot_drive_the_terminal() -> None:
+def test_saved_values_are_printed_escaped() -> None:
     shown = drift_table(compare({"a\x1b[2J": "\x1b]0;title\x07"}, {"b": "\r"}))
     assert all(character.isprintable() for line in shown.split("\n") for character in line)
     assert r"a\x1b[2J" in shown

@@ -53,7 +53,7 @@ def test_how_a_run_is_executed_is_not_in_its_name(override: str) -> None:
     assert variant([override, "seed=3"]) == "seed=3"
 
 
-def test_what_a_run_begins_from_is_in_its_name() -> None:
+def test_the_parent_of_a_run_is_in_its_name() -> None:
     assert variant(["run.inherit=all", "seed=1"]) == "run.inherit=all,seed=1"
     names = [variant([f"run.parent={parent}"]) for parent in ("a/b", "a_b", "a/b@best", "a/b@10")]
     assert len({*names}) == len(names)
@@ -82,7 +82,7 @@ def test_the_same_value_gives_the_same_name(spellings: list[str], name: str) -> 
     assert {variant([spelling]) for spelling in spellings} == {name}
 
 
-def test_the_spelling_within_lists_and_mappings_does_not_matter_either() -> None:
+def test_the_spelling_within_containers_does_not_matter() -> None:
     assert variant(["model.hidden=[64, 1e1,null]"]) == variant(["model.hidden=[64.0,10,NULL]"])
     assert variant(["model.sizes={a: 1, b: 2}"]) == variant(["model.sizes={b:2.0,a:1}"])
     assert variant(["model.hidden=[1,2]"]) != variant(["model.hidden=[2,1]"])
@@ -110,7 +110,7 @@ def test_names_that_look_alike_stay_distinct() -> None:
 
 
 @pytest.mark.parametrize("text", ["1", "1.5", "1e3", "true", "null", "nan", "[1]", "{a:1}", "-1", "1_000"])
-def test_a_text_is_not_what_it_looks_like(text: str) -> None:
+def test_a_quoted_text_is_no_number(text: str) -> None:
     names = [variant([f"model.x={spelling}"]) for spelling in (text, f"'{text}'", f"[{text}]", f"['{text}']")]
     assert len({*names}) == 4
     assert variant([f'model.x="{text}"']) == names[1]
@@ -160,7 +160,7 @@ def test_names_are_frozen() -> None:
     assert digest({"a": [1, None, True], "b": 0.1}) == "786c0af0"
 
 
-def test_digests_tell_values_apart_whatever_their_order() -> None:
+def test_digests_do_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     values: list[Any] = [{"a": 1}, {"a": "1"}, {"a": True}, {"a": None}, {"a": [1]}, {"b": 1}, {}]
     assert all(digest(one) != digest(other) for one, other in combinations(values, 2))

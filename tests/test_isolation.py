@@ -89,7 +89,7 @@ def test_a_job_that_dies_between_checkpoints_goes_on(life: Lives, tmp_path: Path
     assert ", at step 5 or later: its process was killed by SIGKILL" in ended.output
 
 
-def test_what_ends_a_process_without_a_word_is_named(life: Lives, tmp_path: Path) -> None:
+def test_the_death_of_a_process_is_explained(life: Lives, tmp_path: Path) -> None:
     how = (f"run.root={tmp_path}", "sweep.max_retries=0")
     ended = life(*COMMAND, "task._target_=mine.tasks.Leaves,runner.tasks.classification.Classification", *how, cwd=USER)
     assert ended.status == 1
@@ -247,9 +247,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
     assert found.status == survey.CUT
 
 
-def test_the_cluster_that_queued_this_job_again_killed_the_last_attempt(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_attempt_killed_to_be_requeued_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = claimed(tmp_path, "run", 1, machine=attempt_records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")

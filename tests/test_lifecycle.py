@@ -35,7 +35,7 @@ def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_pa
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in kept.items() if path != log)
 
 
-def test_a_finished_run_is_reported_without_importing_torch_or_optuna(life: Lives, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_without_torch(life: Lives, tmp_path: Path) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}").status == 0
     code = "import sys; from runner.__main__ import main; assert main() == 0; "
     code += "assert not {'torch', 'optuna'} & {*sys.modules}"
@@ -43,7 +43,7 @@ def test_a_finished_run_is_reported_without_importing_torch_or_optuna(life: Live
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
 
 
-def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(life: Lives, tmp_path: Path) -> None:
+def test_only_identity_overrides_name_the_directory(life: Lives, tmp_path: Path) -> None:
     first = life(
         *COMMAND, f"run.root={tmp_path}", "optimizer.lr=1e-2", "runtime.num_workers=1", "checkpoint.keep_last=3"
     )
@@ -52,9 +52,7 @@ def test_identity_overrides_name_the_directory_and_execution_overrides_do_not(li
     assert [path.name for path in (tmp_path / "smoke").iterdir()] == ["optimizer.lr=0.01,trainer.max_steps=30"]
 
 
-def test_a_run_whose_number_is_written_as_another_type_is_still_finished(
-    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_number_of_another_type_is_no_drift(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "task.label_smoothing=0").status == 0
     again = life(*COMMAND, f"run.root={tmp_path}", "task.label_smoothing=0.0")
     assert (again.status, "attempt" in again.output) == (0, False), again.output
@@ -62,7 +60,7 @@ def test_a_run_whose_number_is_written_as_another_type_is_still_finished(
     assert " complete " in capsys.readouterr().out
 
 
-def test_a_sweep_uses_the_directories_of_single_runs_and_skips_what_is_done(life: Lives, tmp_path: Path) -> None:
+def test_a_sweep_skips_finished_single_runs(life: Lives, tmp_path: Path) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "seed=2").status == 0
     swept = life("-m", *COMMAND, f"run.root={tmp_path}", "seed=1,2")
     assert swept.status == 0, swept.output
@@ -92,9 +90,7 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     assert life(*command).status == 0, "the run was left as it was"
 
 
-def test_what_an_environment_variable_holds_is_neither_stored_nor_shown_in_a_command(
-    life: Lives, tmp_path: Path
-) -> None:
+def test_a_value_of_the_environment_is_not_stored(life: Lives, tmp_path: Path) -> None:
     given = "+run.storage_options.secret=${oc.env:PATH}"
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", given)
     assert life(*command, step=15).status is None
@@ -106,7 +102,7 @@ def test_what_an_environment_variable_holds_is_neither_stored_nor_shown_in_a_com
     assert not [text for text in files if os.environ["PATH"] in text]
 
 
-def test_the_remedies_for_drift_name_the_users_folder_of_configurations(life: Lives, tmp_path: Path) -> None:
+def test_remedies_for_drift_name_the_config_folder(life: Lives, tmp_path: Path) -> None:
     experiment = tmp_path / "conf/experiment/mine.yaml"
     experiment.parent.mkdir(parents=True)
     smoke = (Path(__file__).parent.parent / "conf/experiment/smoke.yaml").read_text()
@@ -151,7 +147,7 @@ def test_accepted_drift_goes_on_with_the_new_settings(life: Lives, tmp_path: Pat
     assert life(*longer).output.startswith("finished step 50")
 
 
-def test_a_fork_begins_from_the_state_and_leaves_its_parent_alone(life: Lives, tmp_path: Path) -> None:
+def test_a_fork_leaves_its_parent_alone(life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
     assert life(*command).status == 0
     before = results(tmp_path / "smoke/r")
@@ -212,7 +208,7 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
     assert waited.output.startswith("finished step 400")
 
 
-def test_a_run_that_another_finished_before_it_was_claimed_is_not_begun_again(tmp_path: Path) -> None:
+def test_a_run_finished_before_the_claim_is_not_repeated(tmp_path: Path) -> None:
     """Both found it unfinished; the slower one takes the result, and leaves no attempt."""
     code = """
 import subprocess, sys
@@ -247,7 +243,7 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
     assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
 
 
-def test_a_disk_that_is_full_before_the_run_begins_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_before_the_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
     assert capsys.readouterr().err == (
         "cannot make the run directory: No space left on device. Choose another run.root.\n"
@@ -296,7 +292,7 @@ def test_digits_are_learnt(life: Lives, tmp_path: Path) -> None:
     assert result["metrics"]["val/accuracy"] > 0.98
 
 
-def test_the_language_model_shows_what_it_writes(life: Lives, tmp_path: Path) -> None:
+def test_the_language_model_shows_its_samples(life: Lives, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tiny = (

@@ -93,9 +93,7 @@ def test_killed_and_run_again_it_is_the_study_that_nobody_killed(
     assert len(list(tmp_path.glob("smoke/*/run.json"))) == len({trial["optimizer.lr"] for trial in study}) == 3
 
 
-def test_values_are_those_of_single_runs_and_the_best_is_the_best(
-    life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path
-) -> None:
+def test_trials_have_the_values_of_single_runs(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
     best = max(undisturbed("hydra.sweeper.n_jobs=1"), key=lambda trial: trial["value"])
     parameters = [f"{key}={best[key]}" for key in best if key.startswith("optimizer.")]
     assert life("experiment=smoke", *parameters, *SHORT, f"run.root={tmp_path}", "run.name=r").status == 0
@@ -111,7 +109,7 @@ def test_values_are_those_of_single_runs_and_the_best_is_the_best(
     assert len(trials(tmp_path / "smoke/optuna.sqlite3")) == 4
 
 
-def test_what_was_interrupted_is_not_a_failure(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_no_failure(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
     command = (*STUDY, "hydra.sweeper.n_jobs=1", f"run.root={tmp_path}")
     ended = life(*command, commit=40, send=signal.SIGTERM)
     assert ended.status == 75, ended.output
@@ -120,7 +118,7 @@ def test_what_was_interrupted_is_not_a_failure(life: Lives, undisturbed: Callabl
     assert trials(tmp_path / "smoke/optuna.sqlite3") == undisturbed("hydra.sweeper.n_jobs=1")
 
 
-def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Path) -> None:
+def test_a_failing_trial_does_not_end_the_sweep(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:3], *SHORT, "optimizer=sgd", f"run.root={tmp_path}", "hydra.sweeper.n_trials=6", "seed=1")
     ended = life(*command, "optimizer.lr=-1,0.01,1e30")  # refused by the optimizer; works; diverges
     assert ended.status == 2, ended.output
@@ -135,7 +133,7 @@ def test_a_failing_trial_is_told_and_the_sweep_goes_on(life: Lives, tmp_path: Pa
     assert "none of the 6 trials of study" in ended.output
 
 
-def test_a_trial_whose_run_failed_before_is_told_why(life: Lives, tmp_path: Path) -> None:
+def test_a_trial_whose_run_failed_before_has_its_reason(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:3], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.n_trials=1", "optimizer.lr=choice(-1)")
     assert life(*command).status == 1
     ended = life(*command, "hydra.sweeper.study_name=mine", "sweep.retry_failed=false")
@@ -171,7 +169,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_told(options: tuple[str, ...], said: str, life: Lives, tmp_path: Path) -> None:
+def test_mistakes_are_errors_with_a_remedy(options: tuple[str, ...], said: str, life: Lives, tmp_path: Path) -> None:
     ended = life(*STUDY[:3], "optimizer.lr=0.1,0.2", f"run.root={tmp_path}", *options)
     assert ended.status == 2, ended.output
     assert said in ended.output

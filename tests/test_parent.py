@@ -44,7 +44,7 @@ def record(child: Path) -> dict[str, object]:
         ("a@b", "a@b", None),
     ],
 )
-def test_a_run_and_its_checkpoint_are_told_apart(text: str, run: str, checkpoint: int | str | None) -> None:
+def test_a_run_and_its_checkpoint_are_parsed(text: str, run: str, checkpoint: int | str | None) -> None:
     assert CheckpointRef.parse(text) == CheckpointRef(run, checkpoint)
     assert str(CheckpointRef.parse(text)) == text
 
@@ -111,9 +111,7 @@ def test_a_child_needs_its_parent_only_to_begin(life: Lives, parent: Path, tmp_p
     assert (ended.status, "although one was committed" in ended.output) == (5, True), ended.output
 
 
-def test_a_child_whose_beginning_is_gone_before_its_first_commit_is_told(
-    life: Lives, parent: Path, tmp_path: Path
-) -> None:
+def test_a_child_whose_parent_is_gone_is_an_error(life: Lives, parent: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     shutil.copytree(parent, gone)
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=c", f"run.parent={gone}")
@@ -162,16 +160,14 @@ def refusals(parent: Path, root: Path) -> dict[str, tuple[tuple[str, ...], int, 
 
 
 @pytest.mark.parametrize("name", ["missing", "no such step", "shapes", "inherit alone"])
-def test_a_parent_that_cannot_be_is_told(name: str, life: Lives, parent: Path, tmp_path: Path) -> None:
+def test_an_unusable_parent_is_an_error(name: str, life: Lives, parent: Path, tmp_path: Path) -> None:
     overrides, status, message = refusals(parent, tmp_path)[name]
     ended = life(*COMMAND, f"run.root={tmp_path}", "run.name=c", *overrides)
     assert (ended.status, message in ended.output, "Traceback" in ended.output) == (status, True, False), ended.output
     assert (tmp_path / "smoke/c/run.json").exists() == (name == "shapes")
 
 
-def test_a_parent_without_a_good_checkpoint_is_told_and_nothing_begins(
-    life: Lives, parent: Path, tmp_path: Path
-) -> None:
+def test_a_parent_without_a_good_checkpoint_begins_nothing(life: Lives, parent: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(parent, bad)
     for path in (bad / "data").iterdir():

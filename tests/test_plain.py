@@ -12,7 +12,7 @@ from runner.plain import MAX_DEPTH, parse, parse_object
 from runner.run.directory import RunDirectory
 
 
-def test_values_are_what_json_says() -> None:
+def test_values_are_parsed_as_json() -> None:
     value = {"a": [1, -2.5, None, True, "x\u001b"], "b": {"c": 10**299}}
     assert parse(json.dumps(value).encode()) == value
 
@@ -22,7 +22,7 @@ def test_values_are_what_json_says() -> None:
     [b"", b"{", b"\xff", b"9" * 301, b"-" + b"9" * 5000, b"[" * 100_000, b"[" * 101 + b"]" * 101, b'{"a":' * 200],
     ids=lambda raw: f"{raw[:3]!r}*{len(raw)}",
 )
-def test_what_cannot_be_used_is_a_value_error(raw: bytes) -> None:
+def test_unusable_values_are_value_errors(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse(raw)
     assert parse_object(raw) is None

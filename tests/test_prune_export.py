@@ -47,7 +47,7 @@ def flip(run: Path, step: int) -> None:
     path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
 
 
-def test_prune_first_says_what_it_would_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_without_yes_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = steps(run)
     assert main(["prune", str(run), "--every-steps", "20"]) == 0
     text = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_prune_first_says_what_it_would_do(run: Path, capsys: pytest.CaptureFixt
     assert steps(run) == before
 
 
-def test_prune_removes_what_it_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_removes_the_listed_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", str(run), "--json"]) == 0
     said = sorted(row["step"] for row in json.loads(capsys.readouterr().out) if row["keep"])
     assert main(["prune", str(run), "--yes"]) == 0
@@ -105,7 +105,7 @@ def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
         live.wait()
 
 
-def test_export_writes_what_the_run_itself_did(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_the_same_file_as_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Averaged weights, byte for byte, of the newest and of the best."""
     target = tmp_path / "Weights.safetensors"
     assert main(["export", str(run), str(target)]) == 0
@@ -118,9 +118,7 @@ def test_export_writes_what_the_run_itself_did(run: Path, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["step"] == best(run)
 
 
-def test_export_takes_the_newest_good_one_and_of_a_step_only_that(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_takes_the_newest_good_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(run, 60)
     target = str(tmp_path / "w")
     assert main(["export", str(run), target, "--json"]) == 0
@@ -131,18 +129,14 @@ def test_export_takes_the_newest_good_one_and_of_a_step_only_that(
     assert "has no checkpoint of step 55; there are those of steps 10, 20, 30, 40, 50, 60" in capsys.readouterr().err
 
 
-def test_the_best_of_damaged_checkpoints_is_told_with_the_damage(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_best_checkpoint_is_an_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for manifest in (run / "commits").iterdir():
         manifest.write_bytes(manifest.read_bytes()[:-1])
     assert main(["export", f"{run}@best", str(tmp_path / "w")]) == 5
     assert "step 60 of attempt 1: commits/" in capsys.readouterr().err
 
 
-def test_the_best_of_a_run_without_objective_is_told(
-    life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_best_without_an_objective_is_an_error(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("trainer.max_steps=5", "objective.metric=null", f"run.root={tmp_path}", "run.name=r")
     assert life("experiment=smoke", *few).status == 0
     assert main(["export", f"{tmp_path}/smoke/r@best", str(tmp_path / "w")]) == 2

@@ -138,7 +138,7 @@ def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
         assert not [raw for raw in files if secret.encode() in raw]
 
 
-def test_a_child_and_a_fork_find_their_parent_with_the_options_of_the_run(store: Store) -> None:
+def test_children_find_a_remote_parent_with_its_options(store: Store) -> None:
     command = ("experiment=smoke", "trainer.max_steps=5", f"run.root={store.root('family')}", *store.arguments)
     assert store.life(*command, "run.name=p").status == 0
     child = store.life(*command, "run.name=c", f"run.parent={store.root('family')}/smoke/p")

@@ -55,7 +55,7 @@ def test_show_tells_how_each_attempt_ended(root: Path, capsys: pytest.CaptureFix
     assert found["identity"]["trainer"]["max_steps"] == 30
 
 
-def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_counts_the_steps_lost_by_each_kill(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(root / "smoke/cut"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     first, second = found["attempts"]
@@ -64,7 +64,7 @@ def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixtur
     assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
 
 
-def test_what_json_has_no_number_for_is_a_text(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_and_infinity_are_texts_in_json(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     infinite = ("task.label_smoothing=-inf", "model.hidden=[nan,inf]")
     assert life(*COMMAND, *infinite, f"run.root={tmp_path}", "run.name=r").status == 2
     assert main(["show", str(tmp_path / "smoke/r"), "--json"]) == 0
@@ -80,7 +80,7 @@ def test_show_tells_why_the_last_attempt_ended_in_full(
     assert "found element of type str" in capsys.readouterr().out.partition("why the last attempt ended\n")[2]
 
 
-def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
+def test_show_names_the_parent_and_accepted_changes(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = root / "smoke/done"
@@ -97,7 +97,7 @@ def test_show_tells_where_a_run_comes_from_and_what_was_accepted(
     assert re.search(r"\nresult +step 40 \(max_steps\), val/loss [0-9.]+, val/accuracy [0-9.]+\n", text)
 
 
-def test_diff_tells_what_differs_and_nothing_else(
+def test_diff_shows_only_differences(
     root: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ("optimizer.lr=0.02", "+model.activation=null", "trainer.max_steps=3")
@@ -146,7 +146,7 @@ def test_audit_for_programs(root: Path, capsys: pytest.CaptureFixture[str]) -> N
         (lambda line: line.replace("12 704 767", "12 640 703"), "positions 640 to 703 were trained again in step 12"),
     ],
 )
-def test_audit_finds_what_was_repeated_or_missed(
+def test_audit_finds_repeated_and_missed_samples(
     damage: Callable[[str], str], told: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(root / "smoke/done", tmp_path / "run")
@@ -182,14 +182,14 @@ def test_audit_claims_no_whole_epoch_where_none_is() -> None:
     assert "None is whole yet" not in audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
 
 
-def test_audit_without_a_ledger_is_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_without_a_ledger_is_an_error(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(root / "smoke/done", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/ledger")
     assert main(["audit", str(tmp_path / "run")]) == 2
     assert "has no ledger" in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", str(tmp_path)]) == 2
     assert main(["show", str(tmp_path)]) == 2
     text = capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not a run directory: it has no run.json" in text
 
 
-def test_what_an_attempt_wrote_reaches_the_terminal_escaped(
+def test_records_of_attempts_are_printed_escaped(
     life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert life(*COMMAND, f"run.root={tmp_path}", "run.name=r").status == 0

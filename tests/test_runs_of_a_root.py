@@ -122,7 +122,7 @@ def test_a_broken_run_is_a_row_among_the_others(
         assert re.search(r"smoke/lr0.03 .*unreadable: ", capsys.readouterr().out)
 
 
-def test_comparing_shows_what_was_swept_best_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_shows_the_swept_parameters_best_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["metric"], found["mode"], found["swept"]) == ("val/accuracy", "max", ["optimizer.lr"])
@@ -195,9 +195,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_the_page_holds_everything_and_runs_nothing_of_a_stranger(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_escapes_everything(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = copy / "smoke/lr0.03/config.yaml"
     config.write_text(config.read_text() + f"model: {{{json.dumps(HOSTILE)}: {json.dumps(HOSTILE)}}}\n")
     (copy / "smoke/lr3.0").rename(copy / f"smoke/{HOSTILE}")
@@ -237,7 +235,7 @@ def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_p
     assert len(png.read_bytes()) > 10_000
 
 
-def test_a_legend_says_what_sets_a_run_apart() -> None:
+def test_a_legend_has_the_parameters_that_differ() -> None:
     row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
     assert html_report._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
@@ -247,7 +245,7 @@ def test_a_legend_says_what_sets_a_run_apart() -> None:
     assert html_report._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
-def test_what_a_picture_needs_is_told(
+def test_a_picture_without_data_or_matplotlib_is_an_error(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = ["--png", str(tmp_path / "picture.png")]

@@ -143,7 +143,7 @@ def test_a_secret_that_is_find_secrets_is_noticed(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: ",".join(value))
-def test_what_only_sounds_like_a_secret_is_none(value: Any) -> None:
+def test_harmless_values_are_no_secrets(value: Any) -> None:
     assert [*find_secrets({"train": value}, "data")] == []
 
 
@@ -214,7 +214,7 @@ def test_a_job_has_one_name_and_a_rotated_secret_is_no_drift(nest: Nest) -> None
     assert (ended.status, "'${oc.env:CANARY}'  '${oc.env:OTHER}'" in ended.output) == (3, True), ended.output
 
 
-def test_what_is_computed_is_no_secret(nest: Nest) -> None:
+def test_numbers_of_the_computation_are_no_secrets(nest: Nest) -> None:
     """Numbers and choices of the environment are compared by what they are, whatever the name of the run."""
     given = ("seed=${oc.env:SEED}", "trainer.precision=${oc.env:KIND}")
     assert nest(*given, environment={"SEED": "1", "KIND": "fp32"}).status == 0
@@ -301,7 +301,7 @@ def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives,
         assert (ended.status, "a store that this command does not name" in ended.output) == (2, True), ended.output
 
 
-def test_a_secret_of_the_environment_makes_no_folder_and_no_study(nest: Nest) -> None:
+def test_a_secret_names_no_folder_and_no_study(nest: Nest) -> None:
     experiment = nest.folder / "own/experiment/space.yaml"
     experiment.parent.mkdir(parents=True)
     space = '{+data.train.harmless: "${oc.env:CANARY}", seed: "1,2"}'

@@ -64,7 +64,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.campaign
-def test_a_sweep_killed_until_it_is_done_has_the_results_of_one_that_was_not(life: Lives, tmp_path: Path) -> None:
+def test_a_killed_sweep_has_the_results_of_an_undisturbed_one(life: Lives, tmp_path: Path) -> None:
     """Killed at random changes to the disk. What is computed twice is what was lost since the
     last checkpoint, and nothing of a finished run.
     """
@@ -184,14 +184,14 @@ def test_a_run_that_diverged_is_a_result(life: Lives, tmp_path: Path, capsys: py
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["diverged"]
 
 
-def test_an_impossible_configuration_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+def test_an_impossible_configuration_stops_no_other_run(life: Lives, tmp_path: Path) -> None:
     ended = life(*COMMAND[:2], "trainer.max_steps=0,4", "runtime.audit=false", f"run.root={tmp_path}")
     assert ended.status == 2
     assert "trainer.max_steps=0 is too small" in ended.output
     assert [*runs(tmp_path)] == ["trainer.max_steps=4"]
 
 
-def test_drift_is_told_and_the_others_run(life: Lives, tmp_path: Path) -> None:
+def test_drift_of_one_run_stops_no_other(life: Lives, tmp_path: Path) -> None:
     names = f"run.root={tmp_path}", "run.name=r${seed}"
     assert life(*COMMAND, "seed=1,2", *names).status == 0
     ended = life(*COMMAND, "seed=1,2,3", "optimizer.lr=0.5", *names)
