@@ -13,7 +13,7 @@ import torch
 from lives import Lives, lives
 from results import metric_lines, results
 
-from runner.__main__ import _failed
+from runner.__main__ import report_error
 from runner.checkpoint.store import CheckpointStore
 from runner.runs.__main__ import main
 from runner.storage.local import LocalLocation
@@ -244,7 +244,7 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
 
 
 def test_a_full_disk_before_the_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
+    assert report_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
     assert capsys.readouterr().err == (
         "cannot make the run directory: No space left on device. Choose another run.root.\n"
     )

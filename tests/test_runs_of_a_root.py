@@ -238,11 +238,11 @@ def test_a_picture_is_drawn_of_one_run_and_of_many(count: int, root: Path, tmp_p
 def test_a_legend_has_the_parameters_that_differ() -> None:
     row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
-    assert html_report._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
-    assert html_report._legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
+    assert html_report.legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
+    assert html_report.legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
         "0.25  lr=0.1, model.width=3, task.width=4"
     )
-    assert html_report._legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
+    assert html_report.legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
 def test_a_picture_without_data_or_matplotlib_is_an_error(

@@ -128,7 +128,7 @@ def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept
             zorder=3 if best else 2,
         )
     for place, run in enumerate(runs[: len(_COLOURS)]):
-        axes.plot([], [], color=_colour(place), linewidth=1.8, label=_legend(run, swept))
+        axes.plot([], [], color=_colour(place), linewidth=1.8, label=legend(run, swept))
     if len(runs) > len(_COLOURS):
         axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
@@ -224,7 +224,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return len(values) == 2 or middle < ((low * high) ** 0.5 * (low + high) / 2) ** 0.5
 
 
-def _legend(run: Candidate, swept: Sequence[str]) -> str:
+def legend(run: Candidate, swept: Sequence[str]) -> str:
     """The objective and the parameters that differ; a full name would be too long, and mostly equal for all runs."""
     objective: Any = run.summary.objective
     leaf = {key: key.rpartition(".")[2] for key in swept}
