@@ -52,7 +52,7 @@ def main() -> int:
             print(own or _escape(_explain(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
-        return _failed(error)
+        return report_error(error)
     if summary := report.summary():
         print(f"\n{summary}")
     return report.exit_status
@@ -67,7 +67,7 @@ def _escape(text: str) -> str:
     return "\t".join(map(printable, text.split("\t")))
 
 
-def _failed(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Print an error before the job began, and return the status; raise one of the job, for Python to print it."""
     from runner import app
 

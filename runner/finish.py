@@ -50,14 +50,14 @@ def finish(
     weights = {
         name: parts.parallelism.full_tensor(tensor) for name, tensor in state.evaluated_model.state_dict().items()
     }
-    tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
+    tries = Retries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None
     while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
         result = on_rank_zero(comm, tries.next)
     return result
 
 
-class _Tries:
+class Retries:
     """Tries to export, with growing pauses between them."""
 
     def __init__(self, attempt: Attempt | None, patience: float, work: Callable[[], dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from runner.run.opening import OpenedRun
 
 log = logging.getLogger("runner")
 
-# A difference in one of these may change float results; the others are recorded for people.
+# A change of one of these may change float results; the other facts are recorded for people.
 _BITWISE = (
     "python",
     "torch",

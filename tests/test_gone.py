@@ -16,7 +16,7 @@ from waiting import until
 
 from runner import signals
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
-from runner.finish import _Tries
+from runner.finish import Retries
 from runner.run import attempt_records, attempts
 from runner.run.attempts import Attempt, claim
 from runner.storage import open_location
@@ -169,7 +169,7 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
 
     location = open_location(str(tmp_path))
     attempt = claim(location, {})
-    tries = _Tries(attempt, 1000.0, fails)
+    tries = Retries(attempt, 1000.0, fails)
     assert tries.next() is None
     monkeypatch.setattr(signals, "_received", "SIGTERM")
     with pytest.raises(Interrupted, match="SIGTERM while the weights could not be exported; every step is committed"):
@@ -177,7 +177,7 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
     monkeypatch.undo()
     newer = attempts.claim(location, {}, steal=True)
     with pytest.raises(Superseded, match="attempt 2"):
-        _Tries(attempt, 1000.0, lambda: pytest.fail("it exported")).next()
+        Retries(attempt, 1000.0, lambda: pytest.fail("it exported")).next()
     for one in (attempt, newer):
         one.end("finished")
 

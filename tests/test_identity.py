@@ -109,7 +109,7 @@ def test_names_that_look_alike_stay_distinct() -> None:
 
 
 @pytest.mark.parametrize("text", ["1", "1.5", "1e3", "true", "null", "nan", "[1]", "{a:1}", "-1", "1_000"])
-def test_a_text_is_not_what_it_looks_like(text: str) -> None:
+def test_a_quoted_text_is_no_number(text: str) -> None:
     names = [variant([f"model.x={spelling}"]) for spelling in (text, f"'{text}'", f"[{text}]", f"['{text}']")]
     assert len({*names}) == 4
     assert variant([f'model.x="{text}"']) == names[1]
@@ -159,7 +159,7 @@ def test_names_are_frozen() -> None:
     assert digest({"a": [1, None, True], "b": 0.1}) == "786c0af0"
 
 
-def test_digests_tell_values_apart_whatever_their_order() -> None:
+def test_digests_do_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     values: list[Any] = [{"a": 1}, {"a": "1"}, {"a": True}, {"a": None}, {"a": [1]}, {"b": 1}, {}]
     assert all(digest(left) != digest(other) for left, other in combinations(values, 2))

@@ -13,7 +13,7 @@ from lives import Lives, lives
 from results import metric_lines, results
 from waiting import until
 
-from runner.__main__ import _failed
+from runner.__main__ import report_error
 from runner.checkpoint.store import CheckpointStore
 from runner.runs.__main__ import main
 from runner.storage.local import LocalLocation
@@ -291,7 +291,7 @@ def test_digits_are_learnt(life: Lives, tmp_path: Path) -> None:
     assert result["metrics"]["val/accuracy"] > 0.98
 
 
-def test_the_language_model_shows_what_it_writes(life: Lives, tmp_path: Path) -> None:
+def test_the_language_model_shows_its_samples(life: Lives, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tiny = (

@@ -12,7 +12,7 @@ from runner.plain import MAX_DEPTH, parse, parse_object
 from runner.run.directory import RunDirectory
 
 
-def test_values_are_what_json_says() -> None:
+def test_values_are_parsed_as_json() -> None:
     value = {"a": [1, -2.5, None, True, "x\u001b"], "b": {"c": 10**299}}
     assert parse(json.dumps(value).encode()) == value
 

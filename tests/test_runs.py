@@ -55,7 +55,7 @@ def test_show_tells_how_each_attempt_ended(root: Path, capsys: pytest.CaptureFix
     assert found["identity"]["trainer"]["max_steps"] == 30
 
 
-def test_show_tells_what_each_kill_cost(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_counts_the_steps_lost_by_each_kill(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(root / "smoke/cut"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     first, second = found["attempts"]

@@ -95,11 +95,11 @@ def _check_keys(node: DictConfig, path: str = "") -> None:
     schema = OmegaConf.get_type(node)
     if not is_dataclass(schema):
         return
-    known = {field.name for field in fields(schema)}
+    names = {field.name for field in fields(schema)}
     for key in map(str, node):
         if f"{path}{key}" == "hydra":  # a job of a sweep has Hydra's own configuration, too
             continue
-        if key not in known:
+        if key not in names:
             raise ConfigError(f"there is no key {path}{key}. {known_keys(schema, path, key)}")
         inner = node._get_node(key)
         if isinstance(inner, DictConfig):
@@ -108,9 +108,9 @@ def _check_keys(node: DictConfig, path: str = "") -> None:
 
 def known_keys(schema: Any, parent: str, key: str) -> str:
     """The remedy for a key that a part of the schema does not have; ``parent`` is empty or ends with a dot."""
-    known = [field.name for field in fields(schema)]
-    near = get_close_matches(key, known, 1)
-    return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in known)}"
+    names = [field.name for field in fields(schema)]
+    near = get_close_matches(key, names, 1)
+    return f"Did you mean {parent}{near[0]}?" if near else f"There are: {', '.join(parent + name for name in names)}"
 
 
 def refuse_secrets(config: DictConfig) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +191,12 @@ def machine(location: Location) -> str:
     A container, another user, or a job with its own temporary folder counts as another machine if it cannot see the
     same locks.
     """
-    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.lock_domain}"
+    boot = namespace = "?"  # elsewhere than on Linux
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {boot} {namespace} {location.lock_domain}"
 
 
 def cluster_job() -> list[str] | None:
@@ -203,20 +209,6 @@ def requeued(before: Any, after: Any) -> bool:
     """Whether the cluster queued the job of one attempt again, and ``after`` is the same job of the next attempt."""
     jobs = (before, after)
     return all(isinstance(job, list) and len(job) == 2 for job in jobs) and before[0] == after[0] and before != after
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
-        return "?"
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "?"
 
 
 def _read_all(location: Location, claims: list[ClaimName]) -> list[AttemptRecord]:

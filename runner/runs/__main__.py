@@ -15,8 +15,8 @@ from runner.run.directory import RunDirectory
 from runner.run_facts import refuse_unusable
 from runner.runs import compare, listing, show
 
-_USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would be taken for one more status
-_Commands = Any  # argparse's type for subcommands is private
+_USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would count as a status
+_Add = Callable[..., Any]  # adds a command; returns the function that adds an option to it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,70 +39,58 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m runner.runs", description="Look at runs, remove old checkpoints, export weights."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_commands_for_roots(commands)
-    _add_commands_for_runs(commands)
-    for command in commands.choices.values():
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], text: str, **options: Any) -> Any:
+        command = commands.add_parser(name, help=text, **options)
+        command.set_defaults(command=function)
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
+        return command.add_argument
+
+    _add_commands_for_roots(add)
+    _add_commands_for_runs(add)
     return parser
 
 
-def _add_commands_for_roots(commands: _Commands) -> None:
+def _add_commands_for_roots(add: _Add) -> None:
     """The commands for all runs under a root."""
-    listed = commands.add_parser("list", usage=_USAGE, help="all runs under a root, one line each")
-    listed.set_defaults(command=_list)
-    compared = commands.add_parser(
-        "compare", usage=_USAGE, help="the parameters in which the runs differ, and their objective"
+    list_option = add("list", _list, "all runs under a root, one line each", usage=_USAGE)
+    compare_option = add(
+        "compare", _compare, "the parameters in which the runs differ, and their objective", usage=_USAGE
     )
-    compared.add_argument("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
-    compared.add_argument("--html", metavar="FILE", help="the same with a sortable table, as one HTML file")
-    compared.set_defaults(command=_compare)
-    watched = commands.add_parser("watch", usage=_USAGE, help="the list, updated until Ctrl-C")
-    watched.add_argument(
-        "--interval", type=float, default=5.0, metavar="SECONDS", help="between two updates (default: 5)"
-    )
-    watched.set_defaults(command=_watch)
-    for each in (listed, compared, watched):
-        each.add_argument("root", nargs="?", default="outputs", help="their run.root (default: outputs)")
-        each.add_argument(
-            "--status",
-            nargs="+",
-            choices=listing.STATES,
-            metavar="STATUS",
-            help=f"only runs with one of these statuses: {', '.join(listing.STATES)}",
-        )
-        each.add_argument("--experiment", metavar="NAME", help="only runs of this experiment")
-        each.add_argument("--match", metavar="TEXT", help="only runs whose name contains this text")
-    listed.add_argument("--sort", choices=listing.SORTS, default="name", help="sort by this column (default: name)")
-    listed.add_argument("--reverse", action="store_true", help="in descending order")
+    watch_option = add("watch", _watch, "the list, updated until Ctrl-C", usage=_USAGE)
+    for option in (list_option, compare_option, watch_option):
+        option("root", nargs="?", default="outputs", help="their run.root (default: outputs)")
+        states = f"only runs with one of these statuses: {', '.join(listing.STATES)}"
+        option("--status", nargs="+", choices=listing.STATES, metavar="STATUS", help=states)
+        option("--experiment", metavar="NAME", help="only runs of this experiment")
+        option("--match", metavar="TEXT", help="only runs whose name contains this text")
+    list_option("--sort", choices=listing.SORTS, default="name", help="sort by this column (default: name)")
+    list_option("--reverse", action="store_true", help="in descending order")
+    compare_option("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
+    compare_option("--html", metavar="FILE", help="the picture with a sortable table, as one HTML file")
+    interval = "between two updates (default: 5)"
+    watch_option("--interval", type=float, default=5.0, metavar="SECONDS", help=interval)
 
 
-def _add_commands_for_runs(commands: _Commands) -> None:
+def _add_commands_for_runs(add: _Add) -> None:
     """The commands for one run, or two."""
-    showing = commands.add_parser("show", help="one run: configuration, attempts, checkpoints, result")
-    showing.set_defaults(command=_show)
-    differing = commands.add_parser("diff", help="how the configurations and the results of two runs differ")
-    differing.set_defaults(command=_diff)
-    auditing = commands.add_parser(
-        "audit", help="whether each sample was used exactly once per epoch; exit status 1 if not"
-    )
-    auditing.set_defaults(command=_audit)
-    pruning = commands.add_parser("prune", help="show which checkpoints are not needed; with --yes, remove them")
-    pruning.add_argument("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
-    pruning.add_argument("--every-steps", type=int, metavar="N", help="keep one at every multiple of N steps")
-    pruning.add_argument(
-        "--best", type=int, default=1, metavar="N", help="keep the N best by the objective (default: 1)"
-    )
-    pruning.add_argument("--yes", action="store_true", help="remove them; without --yes nothing is changed")
-    pruning.set_defaults(command=_prune)
-    for each in (showing, auditing, pruning):
-        each.add_argument("run", help="its directory, for example outputs/digits/base")
-    differing.add_argument("a", metavar="run", help="a directory, for example outputs/digits/base")
-    differing.add_argument("b", metavar="other", help="the directory of another")
-    exporting = commands.add_parser("export", help="the weights of a checkpoint as a plain safetensors file")
-    exporting.add_argument("run", help="its directory; append @best or @STEP for another checkpoint than the newest")
-    exporting.add_argument("target", help="the file to write, a path or URL")
-    exporting.add_argument("--force", action="store_true", help="overwrite the target")
-    exporting.set_defaults(command=_export)
+    show_option = add("show", _show, "one run: configuration, attempts, checkpoints, result")
+    audit_help = "whether each sample was used exactly once per epoch; exit status 1 if not"
+    audit_option = add("audit", _audit, audit_help)
+    prune_option = add("prune", _prune, "show which checkpoints are not needed; with --yes, remove them")
+    for option in (show_option, audit_option, prune_option):
+        option("run", help="its directory, for example outputs/digits/base")
+    prune_option("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
+    prune_option("--every-steps", type=int, metavar="N", help="keep a checkpoint at every multiple of N steps")
+    prune_option("--best", type=int, default=1, metavar="N", help="keep the N best by the objective (default: 1)")
+    prune_option("--yes", action="store_true", help="remove them; without --yes nothing is changed")
+    diff_option = add("diff", _diff, "how the configurations and the results of two runs differ")
+    diff_option("a", metavar="run", help="a directory, for example outputs/digits/base")
+    diff_option("b", metavar="other", help="the directory of another run")
+    export_option = add("export", _export, "the weights of a checkpoint as a plain safetensors file")
+    export_option("run", help="its directory; append @best or @STEP for another checkpoint than the newest")
+    export_option("target", help="the file to write, a path or URL")
+    export_option("--force", action="store_true", help="overwrite the target")
 
 
 def _list(parsed: argparse.Namespace) -> int:

@@ -1,10 +1,7 @@
-"""A comparison as a picture: learning curves, and the objective against each parameter. The one door of matplotlib.
+"""A comparison as a picture (learning curves, and the objective over each parameter), and as one HTML file.
 
-Only the best few runs are coloured, however many there are. Texts come from run directories, so none is rendered as a
-formula.
-
-A comparison as one HTML file that needs no network. Whatever comes from run directories is escaped, and the page
-allows itself no script but its own.
+Only the best few runs are coloured, however many there are. Texts come from run directories: the picture renders none
+as a formula, and the page escapes them, needs no network, and allows no script but its own.
 """
 
 import base64
@@ -52,15 +49,26 @@ _AXES_STYLE: dict[Any, Any] = {
 }
 
 
+def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
+    """Write the picture, the page or both to paths or URLs, over existing files. Raises ConfigError if there is nothing
+    to draw, or no matplotlib to draw with, and StorageError.
+    """
+    image = render_png(comparison)
+    if png:
+        files.write(png, image)
+    if html:
+        files.write(html, render_html(comparison, image).encode())
+
+
 def render_png(comparison: Comparison) -> bytes:
-    """The picture as a PNG file. Raises ConfigError without matplotlib, or where no run has a value to be shown."""
+    """The picture as a PNG file. Raises ConfigError without matplotlib, or if no run has a value of the objective."""
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
             f"a picture needs matplotlib, which is not installed: pip install 'hydra-runner[compare]' ({error})"
         ) from error
-    runs = [*map(_drawable, comparison.ranked())]
+    runs = [*map(_bounded, comparison.ranked())]
     if not runs or comparison.objective is None:
         raise ConfigError(f"nothing to draw: no run under {comparison.root} has a value of its objective yet")
     target = io.BytesIO()
@@ -70,25 +78,17 @@ def render_png(comparison: Comparison) -> bytes:
     return target.getvalue()
 
 
-def _drawable(run: Candidate) -> Candidate:
-    """With numbers that can be multiplied: matplotlib ends at the border of the floats."""
-    line = replace(run.summary, objective=_tame(run.summary.objective))
-    parameters = {key: _tame(value) for key, value in run.parameters.items()}
-    return Candidate(line, run.objective, parameters, [(step, _tame(value)) for step, value in run.curve])
+def _bounded(run: Candidate) -> Candidate:
+    """The run with numbers that matplotlib can multiply without leaving the range of floats."""
 
+    def bound(value: Any) -> Any:
+        if number(value) is None:
+            return value
+        return max(-_HUGE, min(value, _HUGE)) if abs(value) > 1 / _HUGE else 0.0
 
-def _tame(value: Any) -> Any:
-    if number(value) is None:
-        return value
-    return max(-_HUGE, min(value, _HUGE)) if abs(value) > 1 / _HUGE else 0.0
-
-
-def _headline(comparison: Comparison, runs: Sequence[Candidate]) -> str:
-    text = f"{format_cell(comparison.root)}: {len(runs)} runs by {comparison.title}"
-    without = len(comparison.runs) - len(runs)
-    text += f", {without} without it" if without else ""
-    hidden = len(comparison.swept) - _MOST_PANELS
-    return text + (f"; {hidden} more parameters differ than are shown" if hidden > 0 else "")
+    summary = replace(run.summary, objective=bound(run.summary.objective))
+    parameters = {key: bound(value) for key, value in run.parameters.items()}
+    return Candidate(summary, run.objective, parameters, [(step, bound(value)) for step, value in run.curve])
 
 
 def _draw(comparison: Comparison, objective: Objective, runs: Sequence[Candidate]) -> "Figure":
@@ -97,7 +97,12 @@ def _draw(comparison: Comparison, objective: Objective, runs: Sequence[Candidate
     shown = comparison.swept[:_MOST_PANELS]
     rows = -(-len(shown) // _COLUMNS)
     figure = Figure(figsize=(13, _CURVES_INCHES + _PANEL_INCHES * rows), layout="constrained")
-    figure.suptitle(_headline(comparison, runs), x=0.01, ha="left", fontsize=11)
+    title = f"{format_cell(comparison.root)}: {len(runs)} runs by {comparison.title}"
+    if without := len(comparison.runs) - len(runs):
+        title += f", {without} without it"
+    if hidden := len(comparison.swept) - len(shown):
+        title += f"; {hidden} more parameters differ than are shown"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if not rows:
         _curves(figure.add_subplot(), objective, runs, shown)
         return figure
@@ -125,7 +130,7 @@ def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept
             zorder=3 if best else 2,
         )
     for place, run in enumerate(runs[: len(_COLOURS)]):
-        axes.plot([], [], color=_colour(place), linewidth=1.8, label=_legend(run, swept))
+        axes.plot([], [], color=_colour(place), linewidth=1.8, label=legend(run, swept))
     if len(runs) > len(_COLOURS):
         axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
@@ -138,8 +143,8 @@ def _scatter(axes: "Axes", objective: Objective, runs: Sequence[Candidate], key:
     """The objective of each run over one parameter: by value where all are numbers, else side by side. A triangle
     stands at the edge for a run beyond it.
     """
-    known = [value for run in runs if (value := number(run.parameters.get(key))) is not None]
-    positions = _numbers(axes, known) if len(known) == len(runs) else _categories(axes, runs, key)
+    numbers = [value for run in runs if (value := number(run.parameters.get(key))) is not None]
+    positions = _place_numbers(axes, numbers) if len(numbers) == len(runs) else _place_categories(axes, runs, key)
     heights = [run.summary.objective for run in runs if run.summary.objective is not None]
     _fit(axes, objective, heights)
     bottom, top = axes.get_ylim()
@@ -160,8 +165,8 @@ def _scatter(axes: "Axes", objective: Objective, runs: Sequence[Candidate], key:
     axes.set_title(format_cell(key))
 
 
-def _numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
-    """Where each run stands by the value of its parameter."""
+def _place_numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
+    """The horizontal position of each run: the value of its parameter."""
     if _spans_decades(values):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -171,15 +176,15 @@ def _numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
     return values
 
 
-def _categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float]:
-    """Where each run stands; numbers come before texts. Runs of one category stand a little apart."""
+def _place_categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float]:
+    """The horizontal position of each run: its category, numbers before texts, and a little apart within one."""
     texts = [run.parameter(key) or "(absent)" for run in runs]
     values = {text: run.parameters.get(key) for text, run in zip(texts, runs, strict=True)}
     names = sorted(values, key=lambda text: (number(values[text]) is None, number(values[text]) or 0.0, text))
     if len(names) <= _MOST_NAMED:
-        plain = [name.rpartition(".")[2] if key.endswith("_target_") else name for name in names]
-        turned = sum(map(len, plain)) > _WIDEST
-        labels = [format_cell(name, widest=18) for name in plain]
+        leaves = [name.rpartition(".")[2] if key.endswith("_target_") else name for name in names]
+        turned = sum(map(len, leaves)) > _WIDEST
+        labels = [format_cell(name, widest=18) for name in leaves]
         axes.set_xticks(range(len(names)), labels, rotation=20 if turned else 0, ha="right" if turned else "center")
     else:
         axes.set_xticks([])
@@ -195,13 +200,13 @@ def _fit(axes: "Axes", objective: Objective, values: Sequence[float]) -> None:
 
     if not values:
         return
-    known = sorted(values)
-    few = len(known) // 20
-    low, high = (known[0], known[-1 - few]) if objective.mode == "min" else (known[few], known[-1])
-    if known[-1] - high <= high - low:
-        high = known[-1]
-    if low - known[0] <= high - low:
-        low = known[0]
+    ordered = sorted(values)
+    few = len(ordered) // 20
+    low, high = (ordered[0], ordered[-1 - few]) if objective.mode == "min" else (ordered[few], ordered[-1])
+    if ordered[-1] - high <= high - low:
+        high = ordered[-1]
+    if low - ordered[0] <= high - low:
+        low = ordered[0]
     if _spans_decades([low, high]):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -221,13 +226,14 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return len(values) == 2 or middle < ((low * high) ** 0.5 * (low + high) / 2) ** 0.5
 
 
-def _legend(run: Candidate, swept: Sequence[str]) -> str:
+def legend(run: Candidate, swept: Sequence[str]) -> str:
     """The objective and the parameters that differ; a full name would be too long, and mostly equal for all runs."""
     objective: Any = run.summary.objective
-    last = Counter(key.rpartition(".")[2] for key in swept)
-    short = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in swept}
-    told = [f"{short[key]}={run.parameter(key)}" for key in swept if key in run.parameters]
-    return f"{objective:.5g}  {format_cell(', '.join(told) or run.summary.run, widest=_WIDEST)}"
+    leaf = {key: key.rpartition(".")[2] for key in swept}
+    count = Counter(leaf.values())
+    short = {key: leaf[key] if count[leaf[key]] == 1 else key for key in swept}
+    parameters = ", ".join(f"{short[key]}={run.parameter(key)}" for key in swept if key in run.parameters)
+    return f"{objective:.5g}  {format_cell(parameters or run.summary.run, widest=_WIDEST)}"
 
 
 def _colour(place: int) -> str:
@@ -266,17 +272,6 @@ tbody tr:hover { background: #f3f6fa; }
 """
 
 
-def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
-    """Write the picture, the page or both to paths or URLs, over what is there. Raises ConfigError where there is
-    nothing to draw or nothing to draw with, StorageError.
-    """
-    image = render_png(comparison)
-    if png:
-        files.write(png, image)
-    if html:
-        files.write(html, render_html(comparison, image).encode())
-
-
 def render_html(comparison: Comparison, png: bytes) -> str:
     """The page, with the picture in it and a table that can be sorted and searched."""
     digest = base64.b64encode(bytes.fromhex(sha256_digest(_SCRIPT.encode()))).decode()
@@ -304,15 +299,13 @@ def render_html(comparison: Comparison, png: bytes) -> str:
 
 
 def _row(run: Candidate, comparison: Comparison, place: int | None) -> str:
-    line = run.summary
-    parameters = [run.parameters.get(key, "") for key in comparison.swept]
-    cells = [_cell(place), _cell(line.run), _cell(line.objective), _cell(line.status), _cell(line.step)]
-    cells += [
-        _cell(value if number(value) is not None else run.parameter(key))
-        for key, value in zip(comparison.swept, parameters, strict=True)
+    summary = run.summary
+    parameters = [
+        value if number(value := run.parameters.get(key, "")) is not None else run.parameter(key)
+        for key in comparison.swept
     ]
-    cells += [_cell(line.attempts), _cell(line.seen)]
-    return f"<tr>{''.join(cells)}</tr>"
+    values = [place, summary.run, summary.objective, summary.status, summary.step]
+    return f"<tr>{''.join(map(_cell, [*values, *parameters, summary.attempts, summary.seen]))}</tr>"
 
 
 def _cell(value: Any) -> str:

@@ -34,29 +34,41 @@ def prune(
     store = CheckpointStore(directory.location)
     if remove:
         _verify(store, retention)
-    known = _survey(store)
-    reasons = retention.reasons(known)
-    rows = _rows(known, reasons, store)
+    commits = _survey(store)
+    reasons = retention.reasons(commits)
+    sizes = Counter[CommitId | None]()
+    for entry in store.location.list("data"):
+        sizes[parse_data(entry.name)] += entry.size
     if remove:  # files of a process that starts meanwhile belong to a newer attempt and are kept
-        store.remove([one.id for one in known], {*reasons}, attempt=newest.number + 1 if newest else 0)
-    return rows
+        store.remove([commit.id for commit in commits], {*reasons}, attempt=newest.number + 1 if newest else 0)
+    return [
+        {
+            "commit": str(commit.id),
+            "step": commit.id.step,
+            "objective": commit.objective,
+            "size": sizes[commit.id],
+            "keep": commit.id in reasons,
+            "why": reasons.get(commit.id, "damaged" if commit.damaged else "older"),
+        }
+        for commit in commits
+    ]
 
 
 def format_prune(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
     """The rows as text."""
-    gone = [row["size"] for row in rows if not row["keep"]]
+    sizes = [row["size"] for row in rows if not row["keep"]]
     verb = "Removed" if removed else "Nothing was changed. --yes would remove"
     table = format_table(rows, ["commit", "step", "objective", "size", "keep", "why"])
-    return f"{table}\n\n{verb} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB."
+    return f"{table}\n\n{verb} {len(sizes)} of {len(rows)} checkpoints, {sum(sizes) / 1e6:.1f} MB."
 
 
 def _survey(store: CheckpointStore) -> list[CommitInfo]:
-    """All commits; one counts as verified if its manifest and the sizes of its files are right."""
-    return [replace(one, verified=not one.damaged) for one in store.survey()]
+    """All commits; a commit counts as verified if its manifest and the sizes of its files are right."""
+    return [replace(commit, verified=not commit.damaged) for commit in store.survey()]
 
 
 def _verify(store: CheckpointStore, retention: Retention) -> None:
-    """Read the newest kept commits until two are verified. A damaged one changes which commits are kept."""
+    """Read the newest kept commits until two are verified. A damaged commit changes which commits are kept."""
     while len(store.verified) < LEAST:
         unproven = retention.kept(_survey(store)) - store.verified - store.damaged
         if not unproven:
@@ -67,20 +79,3 @@ def _verify(store: CheckpointStore, retention: Retention) -> None:
             store.verified.add(newest)
         except Damaged:
             store.damaged.add(newest)
-
-
-def _rows(known: list[CommitInfo], reasons: dict[CommitId, str], store: CheckpointStore) -> list[dict[str, Any]]:
-    sizes = Counter[CommitId | None]()
-    for entry in store.location.list("data"):
-        sizes[parse_data(entry.name)] += entry.size
-    return [
-        {
-            "commit": str(one.id),
-            "step": one.id.step,
-            "objective": one.objective,
-            "size": sizes[one.id],
-            "keep": one.id in reasons,
-            "why": reasons.get(one.id, "damaged" if one.damaged else "older"),
-        }
-        for one in known
-    ]

@@ -1,14 +1,14 @@
 """Optuna studies that can be killed and run again, on top of Hydra's plugin ``hydra-optuna-sweeper``.
 
-The plugin draws, launches and tells; it takes every invocation for the first. Here the study is what is gone on with:
+The plugin draws, launches and records trials, and takes every invocation for the first. Here the study continues:
 
 * ``n_trials`` is the total. A trial that ran when the process died is the same trial again, with the parameters that
   the database has for it; these name the run directory, which resumes, or answers at once if it was finished.
 * Every draw is seeded by the sampler's seed, the trial's number and the parameter. With ``n_jobs=1`` a study that was
-  killed anywhere is therefore the study that nobody killed, bit for bit. With more it is as well, but for a kill in the
-  moment in which results of one batch are told: later draws then knew a part of it.
-* A trial that fails, and one whose objective is not a finite number, is told FAIL, counts, and is not tried again: a
-  made-up worst value would be a lie to the study. An error that says nothing of the parameters ends the sweep and
+  killed anywhere is therefore bit for bit the study that nobody killed. With more jobs it is as well, except after a
+  kill while the results of one batch are recorded: later draws then knew a part of the batch.
+* A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again: a
+  made-up worst value would be a lie to the study. An error that does not come from the parameters ends the sweep and
   leaves its trials to the next invocation.
 
 One process at a time works on a study; a second one on the same machine is refused. Pruning is not possible: the plugin
@@ -57,7 +57,7 @@ log = logging.getLogger("runner")
 _PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 _TARGET = f"{_PLUGIN}.optuna_sweeper.OptunaSweeper"
 _PASSWORD = re.compile(r"(?<=://)[^/]*@")
-# None of these is the doing of a trial's parameters.
+# Errors that do not come from a trial's parameters.
 _ENDS_THE_SWEEP = (Interrupted, RunInUse, StorageError, DriftRefused, NoLoadableCheckpoint)
 
 
@@ -80,9 +80,9 @@ class StudyConfig:
 
 
 def register() -> None:
-    """Have Hydra go on with studies; comes before composing."""
+    """Let Hydra create studies that go on; call it before Hydra composes a configuration."""
     Plugins.instance().instantiate_sweeper = _instantiate_sweeper  # type: ignore[method-assign]
-    # After the plugins have been found, to stand in the place of the plugin's own.
+    # After the plugins have been loaded, in place of the plugin's own configuration.
     ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=StudyConfig)
 
 
@@ -102,13 +102,13 @@ class Study(Sweeper):
         self._config = config
 
     def setup(self, **context: Any) -> None:
-        """Nothing: Hydra has set up the plugin's sweeper."""
+        """Does nothing: Hydra has set up the plugin's sweeper."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what is left of the study. Raises ConfigError, RunInUse, SweepFailed, or what is no trial's fault."""
+        """Run the trials that are left. Raises ConfigError, RunInUse, SweepFailed, or an error that ends the sweep."""
         import optuna
 
-        # What these say is said here, without the password that a database's URL may hold.
+        # This class logs what these log, without the password that a database's URL may hold.
         optuna.logging.set_verbosity(logging.WARNING)
         logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
 
@@ -120,33 +120,28 @@ class Study(Sweeper):
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
         plugin.storage = _database(self._config)
-        with _sole(plugin.study_name, self._config.hydra.sweep.dir):
-            self._go_on(space, arguments)
+        with _study_lock(plugin.study_name, self._config.hydra.sweep.dir):
+            finished = _reopen(plugin, space, self._config)
+            log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
+            plugin.job_idx = finished
+            plugin.n_trials = max(0, settings.n_trials - finished)
+            plugin.launcher = _Launcher(plugin.launcher)
+            try:
+                plugin.sweep(arguments)
+            except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
+                if _trials(plugin, "COMPLETE"):
+                    raise
+                raise SweepFailed(
+                    f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: "
+                    "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+                ) from None
         best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
-        shown = " ".join(f"{key}={value}" for key, value in best.params.items())
-        log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, shown)
-
-    def _go_on(self, space: list[str], arguments: list[str]) -> None:
-        settings, plugin = self._config.hydra.sweeper, self._plugin
-        finished = _reopen(plugin, space, self._config)
-        log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
-
-        plugin.job_idx = finished
-        plugin.n_trials = max(0, settings.n_trials - finished)
-        plugin.launcher = _Launcher(plugin.launcher)
-        try:
-            plugin.sweep(arguments)
-        except ValueError:  # what the plugin has for the best of none
-            if _trials(plugin, "COMPLETE"):
-                raise
-            raise SweepFailed(
-                f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: all "
-                "failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
-            ) from None
+        parameters = " ".join(f"{key}={value}" for key, value in best.params.items())
+        log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, parameters)
 
 
 class _Sampler:
-    """The configured sampler, made anew for every trial and every draw with a seed of its own."""
+    """The configured sampler, created again for every trial and every draw with a seed of its own."""
 
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
@@ -158,7 +153,7 @@ class _Sampler:
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
-        self._joint = self._seeded(trial.number, "")  # keeps what it finds here for the next call
+        self._joint = self._seeded(trial.number, "")  # keeps the joint space for sample_relative
         return self._joint.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
@@ -171,27 +166,29 @@ class _Sampler:
         self._joint.after_trial(study, trial, state, values)
 
     def _seeded(self, number: int, name: str) -> Any:
+        from runner.rng import derive  # which imports torch: a command of which all is done needs none
+
         return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
 
 
 class _Launcher:
-    """The configured launcher; raises what ends a sweep, before the plugin takes it for a trial's failure."""
+    """The configured launcher; raises an error that ends the sweep, which the plugin would take for a failed trial."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         jobs = [tuple(overrides) for overrides in job_overrides]
-        once = list(dict.fromkeys(jobs))  # a small space is drawn from twice; two would fight for one run directory
-        returns = dict(zip(once, self._launcher.launch(once, initial_job_idx=initial_job_idx), strict=True))
+        distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
+        returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
         for job in returns.values():
             if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
                 raise job._return_value
-        return [_told(returns[job]) for job in jobs]
+        return [_checked(returns[job]) for job in jobs]
 
 
-def _told(job: JobReturn) -> JobReturn:
-    """The plugin takes a trial for failed if its return raises; one without a number for an objective is."""
+def _checked(job: JobReturn) -> JobReturn:
+    """A return that raises, which is a failed trial to the plugin, where the objective is not a finite number."""
     value = job._return_value
     if job.status is JobStatus.COMPLETED and (value is None or math.isfinite(value)):
         return job
@@ -200,23 +197,23 @@ def _told(job: JobReturn) -> JobReturn:
 
 
 def _direction(config: DictConfig) -> str:
-    """As the objective has it; raises ConfigError for no objective, and for a direction that contradicts it."""
-    goal, given = config.objective, config.hydra.sweeper.direction
-    if goal.metric is None:
+    """The direction of the objective; raises ConfigError without an objective, and for a contradicting direction."""
+    objective, configured = config.objective, config.hydra.sweeper.direction
+    if objective.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
-    if given is not None and not isinstance(given, str):
-        raise ConfigError(f"hydra.sweeper.direction={given}: a run has one objective. Leave the direction away")
-    direction = {"min": "minimize", "max": "maximize"}[goal.mode.name]
-    if given not in (None, direction):
+    if configured is not None and not isinstance(configured, str):
+        raise ConfigError(f"hydra.sweeper.direction={configured}: a run has one objective. Leave the direction away")
+    direction = {"min": "minimize", "max": "maximize"}[objective.mode.name]
+    if configured not in (None, direction):
         raise ConfigError(
-            f"hydra.sweeper.direction={given} contradicts objective.mode={goal.mode.name} of {goal.metric}: leave the "
-            f"direction away, it is then {direction}"
+            f"hydra.sweeper.direction={configured} contradicts objective.mode={objective.mode.name} of "
+            f"{objective.metric}: leave the direction away, it is then {direction}"
         )
     return direction
 
 
 def _database(config: DictConfig) -> "RDBStorage":
-    """Where the study lives on: as configured, or a file beside the runs. Raises ConfigError if it cannot be used."""
+    """The database of the study: as configured, or a file beside the runs. Raises ConfigError if it cannot be used."""
     from optuna.storages import RDBStorage
 
     url, folder = config.hydra.sweeper.storage, Path(config.hydra.sweep.dir)
@@ -234,8 +231,8 @@ def _database(config: DictConfig) -> "RDBStorage":
 
 
 @contextmanager
-def _sole(study: str, folder: str) -> Iterator[None]:
-    """Within the block no other process of this machine works on the study: two would tell each other's trials."""
+def _study_lock(study: str, folder: str) -> Iterator[None]:
+    """Within the block no other process of this machine works on the study: two would record each other's trials."""
     lock = open_location(to_absolute_path(folder)).lock(f"optuna-{digest(study)}.lock")
     if lock is None:
         raise RunInUse(f"study {study}: another process works on it. Run this command again when that one has ended")
@@ -246,9 +243,9 @@ def _sole(study: str, folder: str) -> Iterator[None]:
 
 
 def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
-    """Make the study, or hand the trials that a dead process left to whoever asks next; how many trials are finished.
+    """Create the study, or queue the trials that a dead process left unfinished; returns the number of finished trials.
 
-    Raises ConfigError for what cannot be searched, and for a study of another direction, other keys or distributions.
+    Raises ConfigError for an unusable search space, and for a study of another direction, other keys or distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
     from optuna import create_study
@@ -259,8 +256,8 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     try:
         parameters, _ = create_params_from_overrides(space)
     except (ValueError, AssertionError, NotImplementedError) as error:
-        told = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
-        raise ConfigError(f"no search space of a study: {' '.join(space)}\n{told}") from error
+        reason = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
+        raise ConfigError(f"no search space of a study: {' '.join(space)}\n{reason}") from error
     if config.run.name and not OmegaConf.is_interpolation(config.run, "name") and "run.name" not in parameters:
         raise ConfigError(f"all trials would be the run run.name={config.run.name}: leave run.name away")
     try:
@@ -268,8 +265,8 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     except ValueError as error:
         raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
     for trial in _trials(plugin):
-        other = trial.params.keys() ^ parameters.keys()
-        if trial.state is TrialState.COMPLETE and other and not plugin.custom_search_space_extender:
+        differing = trial.params.keys() ^ parameters.keys()
+        if trial.state is TrialState.COMPLETE and differing and not plugin.custom_search_space_extender:
             keys = f"{', '.join(trial.params)}, this command does {', '.join(parameters)}"
             raise ConfigError(f"study {name} has searched {keys}. Choose another hydra.sweeper.study_name")
         for key in trial.distributions.keys() & parameters.keys():
@@ -281,7 +278,7 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
                     f"{parameters[key]}, and no study can have both. Choose another hydra.sweeper.study_name"
                 ) from error
     for trial in _trials(plugin, "RUNNING"):
-        # One of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
+        # A trial of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
         storage.set_trial_state(trial._trial_id, TrialState.WAITING if fits else TrialState.FAIL)
     return len(_trials(plugin, "COMPLETE", "FAIL", "PRUNED"))
@@ -292,5 +289,5 @@ def _trials(plugin: Any, *states: str) -> list[Any]:
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
-    found: list[Any] = plugin.storage.get_all_trials(study, states=tuple(TrialState[state] for state in states) or None)
-    return found
+    chosen = tuple(TrialState[state] for state in states) or None
+    return plugin.storage.get_all_trials(study, states=chosen)  # type: ignore[no-any-return]
