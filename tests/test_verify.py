@@ -373,7 +373,7 @@ def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
         ("-m", "one run"),
     ],
 )
-def test_a_mistyped_option_is_reported(given: str, told: str) -> None:
+def test_a_mistyped_option_is_told(given: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         parse(["experiment=smoke", given])
 
@@ -419,7 +419,7 @@ def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scr
     assert [*scratch.iterdir()] == []
 
 
-def test_a_disk_that_cannot_hold_the_checkpoints_is_reported(
+def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
     two: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
