@@ -52,20 +52,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from runner.config.schema import Config
-from runner.data.ledger import Ledger, Line
-from runner.data.loader import Loading
-from runner.data.order import digest
-from runner.data.stream import Stream
+from runner.app import CONFIGS
+from runner.data.ledger import Ledger, LedgerLine
+from runner.data.loader import LoaderOptions
+from runner.data.order import digest_positions
+from runner.data.stream import TrainingStream
 from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.shards.__main__ import main as scan_shards
 from runner.shards.records import Records
 from runner.shards.tokens import Tokens
@@ -166,18 +166,21 @@ class Numbers(Dataset[Tensor]):
         return torch.tensor([index])
 
 
-def stream_of(samples: Any, *, workers: int = 0, audit: bool = True, collate: Any = None, **data: Any) -> Stream:
+def stream_of(
+    samples: Any, *, workers: int = 0, audit: bool = True, collate: Any = None, **data: Any
+) -> TrainingStream:
     """The stream that a configuration with these keys of ``data`` makes."""
-    config: Config = OmegaConf.structured(Config)
+    with initialize_config_dir(str(CONFIGS.absolute()), version_base="1.3"):
+        config: Any = compose("config", ["experiment=smoke"])
     config.runtime.num_workers, config.runtime.audit = workers, audit
     config.data.batch_size = BATCH
     for key, value in data.items():
         setattr(config.data, key, value)
-    loading = Loading(workers, config.runtime.prefetch, config.runtime.start_method)
+    loading = LoaderOptions(workers, config.runtime.prefetch, config.runtime.start_method)
     return training_data(config, samples, loading, torch.device("cpu"), collate, World())[0]
 
 
-def drawn(stream: Stream) -> Iterator[Any]:
+def drawn(stream: TrainingStream) -> Iterator[Any]:
     """The batches of an open stream, for ever."""
     while True:
         for _, batch in stream.step():
@@ -313,13 +316,13 @@ def first(turns: int) -> None:
     show(["workers", "no audit ms", "audit ms", "more ms", "spread", "target"], table)
 
 
-def resumed(make: Callable[[], Stream], state: dict[str, Any]) -> Iterator[Any]:
+def resumed(make: Callable[[], TrainingStream], state: dict[str, Any]) -> Iterator[Any]:
     stream = make()
     stream.load_state_dict(state)
     return drawn(stream)
 
 
-def opened(make: Callable[[], Stream]) -> Iterator[Any]:
+def opened(make: Callable[[], TrainingStream]) -> Iterator[Any]:
     stream = make()
     stream.open()
     return drawn(stream)
@@ -500,7 +503,7 @@ def ledger(turns: int) -> None:
             return found
 
         lines = [
-            Line(step, step * BATCH, step * BATCH + BATCH - 1, step**5 % 2**64)
+            LedgerLine(step, step * BATCH, step * BATCH + BATCH - 1, step**5 % 2**64)
             for step in range(1, steps * (turns + 1) + 1)
         ]
         before = attempt(1)
@@ -509,7 +512,7 @@ def ledger(turns: int) -> None:
             before.add(line)
         descriptor = os.open(f"{temporary}/bare", os.O_WRONLY | os.O_CREAT)
         again = attempt(3)
-        writes: dict[str, Callable[[Line], object]] = {
+        writes: dict[str, Callable[[LedgerLine], object]] = {
             BARE: lambda line: os.write(descriptor, f"{line.step} {line.first} {line.last}\n".encode()),
             "a line": fresh.add,
             "a line that an earlier attempt wrote": again.add,
@@ -522,7 +525,7 @@ def ledger(turns: int) -> None:
         pair = np.arange(size), np.random.default_rng(0).integers(1_000_000, size=size)
         digests = {
             BARE: calls(lambda pair: blake2b(pair[1].tobytes(), digest_size=8).digest(), repeat(pair), steps),
-            "digest": calls(lambda pair: digest(*pair), repeat(pair), steps),
+            "digest": calls(lambda pair: digest_positions(*pair), repeat(pair), steps),
         }
         found = take_turns(digests, turns)
         cells = [f"{median(found[BARE]):.2f}", f"{median(found['digest']):.2f}", *ratio(found["digest"], found[BARE])]

@@ -166,7 +166,7 @@ def opened(raw: bytes, seat: Seat) -> Checkpoint:
     found = parsed(COMMIT, manifest, location, seat)  # type: ignore[arg-type]  # nobody tells it anything
     found = Checkpoint(
         found.id,
-        found.ranks,
+        found.world_size,
         found.files,
         found.parts,
         found.places,

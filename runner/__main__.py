@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from runner import signals
-from runner.distributed.environment import world
+from runner.distributed.world import world
 from runner.errors import RunnerError, printable
 
-_ENDED = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
+_GRAMMAR = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
 _EXIT_SECONDS = 60.0  # for what a user's code does at the exit; none once a stop is asked for
 _POLL_SECONDS = 0.5
 _PLAIN = "letters, digits and -./:%+@"
@@ -36,33 +36,33 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
-    from runner.config.identity import typed
+    from runner.config.identity import quote_run_names
     from runner.sweep import launcher, optuna
 
-    sys.argv[1:] = typed(sys.argv[1:])
+    sys.argv[1:] = quote_run_names(sys.argv[1:])
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
-    sweep = launcher.install()
+    report = launcher.install()
     optuna.register()
     try:
         app.main()
     except (HydraException, OmegaConfBaseException, RunnerError) as error:
-        own = _own(error)
-        if _speaks():
-            print(own or _escaped(_explained(error)), file=sys.stderr)
+        own = _runner_error(error)
+        if _prints():
+            print(own or _escape(_explain(error)), file=sys.stderr)
         return own.status if own else 2
     except Exception as error:
         return _failed(error)
-    if summary := sweep.summary():
+    if summary := report.summary():
         print(f"\n{summary}")
-    return sweep.status
+    return report.exit_status
 
 
 def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(_escaped("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    print(_escape("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Printable, but with the tabs of Hydra's lists."""
     return "\t".join(map(printable, text.split("\t")))
 
@@ -73,39 +73,39 @@ def _failed(error: Exception) -> int:
 
     job = _from_module(app.__name__, error.__traceback__)
     if job is not None:
-        # Above the frames of the attempt stand forty of Hydra's, which tell nothing of the cause.
+        # Above the frames of the attempt stand forty of Hydra's, which do not help to find the cause.
         raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
-    status, told = 2, ""
+    status = 2
     if isinstance(error, OSError):
         status = 1
         name = f" {error.filename}" if error.filename else ""  # a full disk does not name the file
-        told = f"cannot make the run directory{name}: {error.strerror}. Choose another run.root."
+        message = f"cannot make the run directory{name}: {error.strerror}. Choose another run.root."
     elif type(error).__module__.startswith("yaml."):
-        told = f"a configuration file is not YAML: {error}"
+        message = f"a configuration file is not YAML: {error}"
     elif "Config group override must be a string" in str(error):  # Hydra's words, in a plain ValueError
-        told = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
+        message = f"{error}. Leave a group out with ~GROUP instead of GROUP=null"
     elif "can be specified" in str(error):  # another plain ValueError, for --cfg and its like with -m
-        told = f"{error}. Leave -m out to see the configuration of one job"
-    elif _went_through("_apply_overrides_to_config", error.__traceback__):
-        told = f"an override cannot be applied: {error}".replace("\n    full_key", ", key").partition("\n")[0]
-        told += ". What is null until then, like hydra.sweeper.params, can get keys in a file of yours only"
-    if not told:
+        message = f"{error}. Leave -m out to see the configuration of one job"
+    elif any(frame.name == "_apply_overrides_to_config" for frame in traceback.extract_tb(error.__traceback__)):
+        message = f"an override cannot be applied: {error}".replace("\n    full_key", ", key").partition("\n")[0]
+        message += ". A key that is null until then, like hydra.sweeper.params, can get keys only in a file of yours"
+    else:
         raise error
-    if _speaks():
-        print(printable(told), file=sys.stderr)
+    if _prints():
+        print(printable(message), file=sys.stderr)
     return status
 
 
-def _speaks() -> bool:
-    """Whether this process prints what all processes of the run find out alike, before they have met."""
+def _prints() -> bool:
+    """Whether this process prints errors that all processes of the run find alike, before they have met."""
     try:
         return world().rank == 0
     except RunnerError:
         return True
 
 
-def _own(error: BaseException | None) -> RunnerError | None:
-    """The runner's own error behind what Hydra and OmegaConf wrapped around it."""
+def _runner_error(error: BaseException | None) -> RunnerError | None:
+    """The runner's own error inside the errors that Hydra and OmegaConf wrapped around it."""
     while error is not None and not isinstance(error, RunnerError):
         error = error.__cause__ or error.__context__
     return error
@@ -118,29 +118,26 @@ def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None
     return trace
 
 
-def _went_through(function: str, trace: TracebackType | None) -> bool:
-    return trace is not None and (trace.tb_frame.f_code.co_name == function or _went_through(function, trace.tb_next))
-
-
-def _explained(error: BaseException) -> str:
-    """What Hydra and OmegaConf say, without the names of their types, and with a remedy where they give none."""
+def _explain(error: BaseException) -> str:
+    """The message of Hydra or OmegaConf without the names of their types, and with a remedy where they give none."""
     if override := getattr(error, "override", None):  # which Hydra does not always name
-        return f"the override {shlex.quote(override)} cannot be read: {_grammar(override, str(error))}"
-    told = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
-    lines = [line for line in told.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
+        return f"the override {shlex.quote(override)} cannot be read: {_explain_grammar(override, str(error))}"
+    message = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
+    lines = [line for line in message.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
     if remedy := _unknown_key(error):
-        lines = [line for line in lines if not line.startswith("To append to your config use")]  # it is refused, too
+        # Hydra advises to append the key with +, which is refused as well.
+        lines = [line for line in lines if not line.startswith("To append to your config use")]
         lines.append(remedy)
     return "\n".join(lines)
 
 
-def _grammar(override: str, said: str) -> str:
-    """What is wrong with an override, in a line. Hydra says where its grammar ended, which is mostly for want of quotes
+def _explain_grammar(override: str, message: str) -> str:
+    """The mistake in an override, in a line. Hydra says where its grammar ended, which is mostly for want of quotes
     around a value or, in a list or mapping, around a part of it.
     """
     key, _, value = override.partition("=")
-    if not _ENDED.search(said) or {*value} & {*"'\""}:
-        return re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", said).strip()
+    if not _GRAMMAR.search(message) or {*value} & {*"'\""}:
+        return re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", message).strip()
     parts = _PART if _NESTED.match(value) else _WHOLE
     return f"a value with characters besides {_PLAIN} needs quotes: {shlex.quote(f'{key}={parts.sub(_QUOTED, value)}')}"
 
@@ -161,7 +158,7 @@ def _unknown_key(error: BaseException | None) -> str:
 
 
 def _leave(status: int) -> None:
-    """See to it that this process ends: Python waits at its exit for every thread that is no daemon."""
+    """End this process with ``status`` after a while: Python's own exit waits for every thread that is no daemon."""
 
     def end() -> None:
         until = time.monotonic() + _EXIT_SECONDS

@@ -1,6 +1,15 @@
 """The Hydra application: one composed configuration in, the objective out.
 
 torch is imported only for a run that has something left to train.
+
+**From a SIGTERM to the exit.** The handler (``signals.install``) only notes the signal, and starts a timer of ten
+seconds after which a wait for data is broken off. ``Trainer.fit`` finishes its step; ``Team.exchange`` has told all
+processes of the signal with that step, so ``Team.stop`` ends the loop in all of them. ``SaveCheckpoint.on_end`` commits
+the step and waits for the writer thread. ``experiment.run`` raises ``Interrupted``; on the way up the attempt's record
+says ``interrupted`` (``Attempt.end``) and the run is released. ``main`` below prints the error and exits with 75; a job
+of a sweep raises it instead, after ``signals.hand_over`` let the cluster queue the job again. ``__main__`` waits for
+threads of the user's code, but no longer once a stop was asked for. Before training, and where nothing has to be
+committed, ``signals.raise_if_received`` raises the same error. A second SIGTERM ends the process at once.
 """
 
 import copy
@@ -25,13 +34,12 @@ from runner import signals
 from runner.config import schema
 from runner.config.checks import refuse_secrets
 from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.environment import world
-from runner.distributed.joining import joined
+from runner.distributed.joining import join_team
 from runner.distributed.team import Team
+from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
-from runner.job import Job, run_name
-from runner.run.links import refuse_links
-from runner.run.opening import OpenedRun, is_free
+from runner.run.opening import OpenedRun, refuse_links
+from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
 
@@ -47,7 +55,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 class Formatter(logging.Formatter):
-    """Lines of the log and tracebacks without secrets."""
+    """Formats lines of the log and tracebacks without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         """As the base class."""
@@ -75,7 +83,7 @@ def main(config: DictConfig) -> float | None:
     """
     logging.raiseExceptions = False  # a closed terminal or a full disk under the log is no reason to stop training
     try:
-        return _job(config)
+        return _run(config)
     except RunnerError as error:
         if HydraConfig.get().mode is RunMode.RUN:
             if str(error):  # empty if another process of the run prints it
@@ -90,118 +98,112 @@ def main(config: DictConfig) -> float | None:
             raise
         log.error("%s", "failed\n" + traceback.format_exc().rstrip())
         failure = RunnerError(f"{type(error).__name__}: {error}")
-    # Without frames, also those of other errors: they hold the model and all else, and a sweep keeps the error.
+    # Without the frames of this and of other errors: they keep the model, and a sweep keeps the error.
     failure.__traceback__ = failure.__context__ = failure.__cause__ = None
     raise failure
 
 
 def _escaped(record: logging.LogRecord) -> bool:
-    """Our own lines may quote what is in a run directory; a user's may have colours."""
+    """Escape our own lines, which may quote a run directory; lines of a user's code may have colours."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
 
 
 def _hand_over() -> None:
     try:
-        signals.hand_over()
+        signals.call_previous_handlers()
     except Exception as error:  # not queued again by the cluster; the sweep starts the job again
         log.warning("not queued again: %s: %s", type(error).__name__, error)
 
 
-def _job(config: DictConfig) -> float | None:
+def _run(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
-    with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
-        job = Job.of(config)
-        request = StopRequest.named(job.directory.root, job.directory.options)
-        with request.obeyed() if request else nullcontext():
+    with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
+        spec = RunSpec.of(config)
+        request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
+        with request.obey() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            return _finished(job, config, team)
+            return _finished(spec, config, team)
 
 
-def _finished(job: Job, config: DictConfig, team: Team) -> float | None:
-    opening = _opened(job, config, team.ranks)
+def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
+    """Train until the run is finished, unless it is already; returns its objective."""
+    opening = _opened(spec, team.comm)
     result = opening.result
     if result is None:
         from runner import experiment
 
         try:
             # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
-            result = experiment.run(opening, copy.deepcopy(config), team, overrides=job.overrides)  # type: ignore[arg-type]
+            result = experiment.run(opening, copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
         except FinishedMeanwhile:
-            return _finished(job, config, team)
-    _conclude(opening, result)
-    goal: float | None = (result.get("objective") or {}).get("value")
-    return goal
+            return _finished(spec, config, team)
+    _log_result(opening, result, curves=config.metrics.writers.get("tensorboard") is not None)
+    objective: float | None = (result.get("objective") or {}).get("value")
+    return objective
 
 
-def _opened(job: Job, config: DictConfig, ranks: Communicator) -> OpenedRun:
-    """The run as rank 0 finds it. Other ranks take over what it found, because the storage may change between reads."""
-    found: list[OpenedRun] = []
+def _opened(spec: RunSpec, comm: Communicator) -> OpenedRun:
+    """The run as rank 0 opens it. Other ranks take over its state, because the storage may change between two reads.
 
-    def open_run() -> dict[str, Any]:
-        found.append(job.open())
-        return {"variant": found[0].directory.variant, "result": found[0].result}
+    While the command must wait for another process, all ranks look again together, so that none runs into a timeout.
+    """
+    openings: list[OpenedRun] = []
 
-    if config.run.on_conflict is schema.OnConflict.wait:
-        _wait_until_free(job, ranks)
-    seen = on_rank_zero(ranks, open_run)
-    return found[0] if found else job.following(**seen)
-
-
-def _wait_until_free(job: Job, ranks: Communicator) -> None:
-    """Return once no living process holds the run. Rank 0 looks; all take part, so that none runs into a timeout."""
-
-    def free() -> bool:
-        found = is_free(job.directory)
-        if not found:
+    def open_run() -> dict[str, Any] | None:
+        if spec.must_wait():
             signals.raise_if_received("while waiting for the run")
-        return found
+            return None
+        openings.append(spec.open())
+        return {"variant": openings[0].directory.variant, "result": openings[0].result}
 
-    while not on_rank_zero(ranks, free):
+    while (state := on_rank_zero(comm, open_run)) is None:
         time.sleep(_POLL_SECONDS)
+    return openings[0] if openings else spec.follow(**state)
 
 
-def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
+def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if value is not None}
     log.info(
         "finished step %d (%s)%s",
         result["step"],
-        result.get("reason"),  # what follows may be of anyone
+        result.get("reason"),
         "".join(f", {n} {v:.4g}" for n, v in metrics.items()),
     )
-    goal = result.get("objective")
-    if goal and goal.get("value") is not None:
-        log.info("best     %s %.4g at step %s", goal.get("metric"), goal["value"], goal.get("step"))
+    objective = result.get("objective")
+    if objective and objective.get("value") is not None:
+        log.info("best     %s %.4g at step %s", objective.get("metric"), objective["value"], objective.get("step"))
     url = opening.directory.location.url
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
-    log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+    if curves:
+        log.info("curves   tensorboard --logdir %s", shlex.quote(url))
 
 
 def _directory(*, _root_: DictConfig) -> str:
-    """Where Hydra puts its own files: the run directory, or, for a remote one, a local folder named after it."""
-    return _safe(_root_, *_place(_root_))
+    """The folder of Hydra's own files: the run directory, or, for a remote one, a local folder named after it."""
+    return _without_links(_root_, *_local_folder(_root_))
 
 
-def _place(config: DictConfig) -> tuple[str, str]:
-    """The local root, and the folder below it: that of the experiment, or, for a sweep over experiments, none."""
-    refuse_secrets(config)  # Hydra asks before it writes anything
+def _local_folder(config: DictConfig) -> tuple[str, str]:
+    """The local root, and the folder of the experiment below it, which is empty for a sweep over experiments."""
+    refuse_secrets(config)  # Hydra asks for the folder before it writes anything
     root = config.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
     return local_root(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""
 
 
-def _safe(config: DictConfig, root: str, below: str) -> str:
-    """That folder, in which Hydra is about to write; it would follow any link. Raises ConfigError for one."""
-    refuse_links(root, below, log=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
+def _without_links(config: DictConfig, root: str, below: str) -> str:
+    """The folder, in which Hydra is about to write; raises ConfigError for a link, because Hydra would follow it."""
+    refuse_links(root, below, log_file=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
     return f"{root}/{below}" if below else root
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
     """The name of Hydra's folder for the configuration; None on ranks above 0."""
     if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
-        _safe(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
+        _without_links(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
     return None if world().rank else ".hydra"
 
 
@@ -211,8 +213,8 @@ def _log_handlers() -> list[str]:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    name, (root, experiment) = run_name(_root_, _root_.hydra), _place(_root_)
-    _safe(_root_, root, f"{experiment}/{name}")
+    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
+    _without_links(_root_, root, f"{experiment}/{name}")
     return name
 
 

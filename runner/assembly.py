@@ -1,11 +1,11 @@
 """The callbacks of an attempt in their order, and the records that rank 0 keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from runner.build import Parts
+from runner.build import Parts, metric_writer
 from runner.callbacks.base import Callback
-from runner.callbacks.evaluation import Best, EarlyStopping, Evaluate, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
@@ -16,38 +16,64 @@ from runner.config.schema import Config, Every, OnDrift, OnNonfinite
 from runner.data.ledger import Ledger
 from runner.distributed.team import Team
 from runner.interval import CostBudget, Interval
-from runner.metrics.lines import MetricLines
-from runner.metrics.tensorboard import Curves
-from runner.metrics.writer import NullMetrics
+from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.attempts import Attempt
-from runner.run.directory import TENSORBOARD
 from runner.run.opening import OpenedRun
-from runner.storage.location import Location
+
+_LINES = "lines"  # the mark of this writer is the fact "metrics" of a commit, from before there were other writers
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecords:
-    """The records that rank 0 writes, because it owns the attempt: heartbeat, metric lines, ledger."""
+    """The records that rank 0 writes, because it owns the attempt: heartbeat, metrics, ledger."""
 
     attempt: Attempt
-    lines: MetricLines
+    writers: MetricWriters
     ledger: Ledger
 
     @classmethod
-    def of(cls, attempt: Attempt, location: Location, config: Config, parts: Parts) -> "RunRecords":
+    def of(cls, attempt: Attempt, opening: OpenedRun, config: Config, parts: Parts) -> "RunRecords":
         """The records of an attempt, not opened yet."""
-        lines, grouping = MetricLines(location, attempt=attempt.number), config.data.batch_size
-        accept = config.run.on_drift is OnDrift.accept
-        ledger = Ledger(location, attempt=attempt.number, recipe=parts.recipe, grouping=grouping, accept=accept)
-        return cls(attempt, lines, ledger)
+        ledger = Ledger(
+            opening.directory.location,
+            attempt=attempt.number,
+            recipe=parts.recipe,
+            grouping=config.data.batch_size,
+            accept=config.run.on_drift is OnDrift.accept,
+        )
+        return cls(attempt, MetricWriters(), ledger)
 
-    def open(self, resumed: Resumed) -> None:
-        """Continue after the step that was resumed from. The ledger is opened by its callback."""
-        self.lines.open(resumed.step, resumed.facts.get("metrics"))
+    def open(self, opening: OpenedRun, config: Config, resumed: Resumed) -> None:
+        """Continue after the step that was resumed from. The ledger is opened by its callback. Raises ConfigError for a
+        metric writer that cannot be used.
+        """
+        directory, number = opening.directory, self.attempt.number
+        context = WriterContext(
+            directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step
+        )
+        self.writers.marks.update(resumed.facts.get("writers", {}))
+        if "metrics" in resumed.facts:
+            self.writers.marks[_LINES] = resumed.facts["metrics"]
+        for name, node in config.metrics.writers.items():
+            if node is not None:
+                mark = self.writers.marks.get(name)
+                self.writers.writers[name] = metric_writer(node, name, replace(context, mark=mark))
         unusable = [*resumed.unusable]
         self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=unusable)
+
+    def mark(self, step: int) -> dict[str, Any]:
+        """The positions of ledger and metric writers at ``step``, as facts for its commit; see ``flush``."""
+        self.ledger.mark(step)
+        marks = self.writers.mark(step)
+        facts = {"metrics": marks.pop(_LINES, {})}
+        return facts | {"writers": marks} if marks else facts
+
+    def flush(self) -> None:
+        """Make durable what was written before the last ``mark``. Runs in the checkpoint thread."""
+        self.ledger.flush()
+        self.writers.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +97,7 @@ class Wiring:
         guard, evaluation = FiniteLoss(), self._evaluation()
         report = Report(
             every_steps=config.metrics.every_steps,
-            curves=self._curves,
-            lines=NullMetrics() if books is None else books.lines,
+            writers=MetricWriters() if books is None else books.writers,
             best=evaluation.get("best"),
             team=self.team,
         )
@@ -84,7 +109,7 @@ class Wiring:
             "last": LastEvaluation([*evaluation.values()]),
             "report": report,
             **({} if books is None else {"progress": ShowProgress(), "heartbeat": NoteProgress(books.attempt)}),
-            "checkpoint": self._saver(guard, report),
+            "checkpoint": self._saver(guard),
         }
 
     def _evaluation(self) -> dict[str, Any]:
@@ -104,52 +129,42 @@ class Wiring:
             )
         return found
 
-    def _curves(self, step: int) -> Curves | NullMetrics:
-        if self.books is None:
-            return NullMetrics()
-        return Curves(self.opening.directory.location, TENSORBOARD, purge_step=step, attempt=self.attempt)
-
-    def _saver(self, guard: FiniteLoss, report: Report) -> Callback:
+    def _saver(self, guard: FiniteLoss) -> Callback:
         checkpoint, retention = self.config.checkpoint, self._retention()
         if self.books is None:
             return FollowCheckpoint(
                 self.store,
                 attempt=self.attempt,
                 background=checkpoint.background,
-                ranks=self.team.ranks,
+                comm=self.team.comm,
                 weights=self.parts.state.weights,
             )
         return SaveCheckpoint(
             self.store,
             Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
             CostBudget() if checkpoint.every is Every.auto else None,
-            self._hooks(self.books, guard, report, retention),
+            self._hooks(self.books, guard, retention),
             attempt=self.attempt,
             pins=retention.pins,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
             best=checkpoint.keep_best,
             weights=self.parts.state.weights,
-            ranks=self.team.ranks,
+            comm=self.team.comm,
         )
 
-    def _hooks(self, books: RunRecords, guard: FiniteLoss, report: Report, retention: Retention) -> Hooks:
-        attempt, ledger = books.attempt, books.ledger
+    def _hooks(self, books: RunRecords, guard: FiniteLoss, retention: Retention) -> Hooks:
+        attempt = books.attempt
 
         def mark(step: int) -> dict[str, Any]:
             guard.check()
-            ledger.mark(step)
-            facts = {"identity": self.opening.identity, "metrics": report.mark(step)}
+            facts = {"identity": self.opening.identity, **books.mark(step)}
             changes = self.parts.state.changes()
             return facts | {"structure": changes} if changes else facts
 
-        def flush() -> None:
-            ledger.flush()
-            report.flush()
-
         return Hooks(
             mark=mark,
-            flush=flush,
+            flush=books.flush,
             successor=lambda: _name(attempt.successor()),
             committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
             retain=lambda: self.store.retain(retention, attempt=attempt.number),
@@ -161,5 +176,5 @@ class Wiring:
         return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
 
 
-def _name(record: Record | None) -> str | None:
+def _name(record: AttemptRecord | None) -> str | None:
     return None if record is None else record.owner()

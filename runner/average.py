@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from runner.errors import ConfigError, TaskError
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """A copy that becomes an exponential moving average. Raises ConfigError for a model that cannot be copied."""
     try:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
@@ -26,7 +26,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
         ) from error
 
 
-def follow(average: AveragedModel, model: nn.Module) -> None:
+def update_average(average: AveragedModel, model: nn.Module) -> None:
     """Move the average. Buffers are copied, whatever became of them; raises TaskError for other weights than before."""
     copy: nn.Module = average.module
     if _outline(copy) == _outline(model):

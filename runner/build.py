@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.average import averaged
+from runner.average import moving_average
 from runner.callbacks.base import Callback
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
-from runner.data.evaluation_data import EvaluationData, checked
-from runner.data.loader import Loading
+from runner.data.evaluation_data import EvaluationData, require_map_style
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.training_data import training_data
-from runner.distributed.environment import World
-from runner.distributed.parallel import Layout, Single
-from runner.distributed.team import Team
+from runner.distributed.team import Parallelism, SingleDevice, Team
+from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
+from runner.metrics.writer import MetricWriter, WriterContext
 from runner.modes import train_mode
-from runner.rng import derive, seed_all
+from runner.rng import seed_all
+from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate
@@ -46,7 +47,7 @@ class Parts:
     state: TrainState
     task: Task
     update: WeightUpdate
-    layout: Layout
+    parallelism: Parallelism
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
@@ -68,18 +69,18 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
-    average = None if config.trainer.ema_decay is None else averaged(model, config.trainer.ema_decay)
-    layout = _layout(config, model, average, plan, device, team.world)
+    average = None if config.trainer.ema_decay is None else moving_average(model, config.trainer.ema_decay)
+    parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
     optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
     scheduler = _stepping(config.scheduler, optimizer, "scheduler")
-    update = _update(config.trainer, model, optimizer, device, average, layout)
+    update = _update(config.trainer, model, optimizer, device, average, parallelism)
     state = TrainState(
         model=model,
-        optimizer=layout.state_of(optimizer),
+        optimizer=parallelism.optimizer_part(optimizer),
         scheduler=scheduler,
         update=update,
         average=average,
@@ -89,11 +90,11 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, layout, validation, team)
+    evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
     callbacks: dict[str, Callback] = {
         str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
     }
-    return Parts(state, task, update, layout, plan, recipe, evaluation, validation, callbacks)
+    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, callbacks)
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
@@ -133,7 +134,7 @@ def _update(
     optimizer: Optimizer,
     device: torch.device,
     average: AveragedModel | None,
-    layout: Layout,
+    parallelism: Parallelism,
 ) -> WeightUpdate:
     return WeightUpdate(
         model,
@@ -144,25 +145,25 @@ def _update(
         clip_norm=trainer.clip_norm,
         skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
         average=average,
-        layout=layout,
+        parallelism=parallelism,
     )
 
 
-def _layout(
+def _parallelism(
     config: Config,
     model: nn.Module,
     average: AveragedModel | None,
     plan: Plan | None,
     device: torch.device,
     world: World,
-) -> Layout:
+) -> Parallelism:
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
         if config.runtime.parallel is not Parallel.auto or config.runtime.shard is not None:
             log.warning(
                 "alone    runtime.parallel and runtime.shard are for several processes: start them with torchrun"
             )
-        return Single()
+        return SingleDevice()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
     models = [model] if average is None else [model, average.module]
@@ -189,12 +190,12 @@ def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool
 
 
 def _validation(
-    config: Config, loading: Loading, device: torch.device, collate: Callable[..., Any] | None, world: World
+    config: Config, loading: LoaderOptions, device: torch.device, collate: Callable[..., Any] | None, world: World
 ) -> EvaluationData | None:
     if config.data.validation is None:
         return None
     return EvaluationData(
-        checked(_instance(config.data.validation, "data.validation"), "data.validation"),
+        require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
         seed=config.seed,
         batch_size=config.data.evaluation_batch_size,
         randomness=config.data.randomness.name,
@@ -207,7 +208,7 @@ def _validation(
 
 
 def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, layout: Layout, data: EvaluationData | None, team: Team
+    seed: int, task: Task, update: WeightUpdate, parallelism: Parallelism, data: EvaluationData | None, team: Team
 ) -> Callable[[TrainState], dict[str, float | str]] | None:
     if data is None:
         return None
@@ -215,15 +216,15 @@ def _evaluation(
     def report(state: TrainState) -> dict[str, float | str]:
         key, model = derive("evaluation", seed, state.progress.step), state.evaluated_model
         found = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
-        layout.settle()  # an evaluation may move buffers, too, in each process by the batches that it has
+        parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
         return {f"val/{name}": value for name, value in found.items()}
 
     return report
 
 
-def _loading(config: Config, device: torch.device) -> Loading:
+def _loading(config: Config, device: torch.device) -> LoaderOptions:
     runtime = config.runtime
-    return Loading(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
+    return LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:
@@ -268,6 +269,27 @@ def _stepping(node: Any, argument: Any, key: str) -> Any:
     return made
 
 
+def metric_writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be made or
+    lacks a method; errors of the runner that its constructor raises pass through.
+    """
+    key = f"metrics.writers.{name}"
+    maker = _partial(node, key)
+    try:
+        writer: MetricWriter = maker(context)
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
+    lacking = [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]
+    if lacking:
+        raise ConfigError(
+            f"{key}: {_path(type(writer))} has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter "
+            "describes what a writer needs"
+        )
+    return writer
+
+
 def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
     cause = error.__cause__
@@ -275,9 +297,14 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         return f"{key}._target_: {cause}"
-    lines = traceback.format_list(traceback.extract_tb(cause.__traceback__)[1:])  # the first is Hydra's call
-    told = "".join([*lines, f"{type(cause).__name__}: {cause}"])
+    told = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{told}{_hint(told, key)}"
+
+
+def _frames(error: BaseException) -> str:
+    """An error with the lines of code that led to it, without the first: the call of the constructor."""
+    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
+    return "".join([*lines, f"{type(error).__name__}: {error}"])
 
 
 def _hint(told: str, key: str) -> str:

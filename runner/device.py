@@ -5,15 +5,15 @@ import os
 import torch
 
 from runner.config.schema import Config
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import ConfigError
 
 
-def set_up(config: Config, world: World) -> torch.device:
+def set_up_device(config: Config, world: World) -> torch.device:
     """Set device, number of threads and determinism for this process, and return the device to train on. Raises
     ConfigError for a device that this machine does not have.
     """
-    device = torch.device(device_of(config.runtime.device, world, torch.cuda.device_count()))
+    device = torch.device(choose_device(config.runtime.device, world, torch.cuda.device_count()))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events are those of the current device, wherever a tensor is
     if config.runtime.num_threads is not None:
@@ -34,7 +34,7 @@ def set_up(config: Config, world: World) -> torch.device:
     return device
 
 
-def device_of(name: str, world: World, visible: int) -> str:
+def choose_device(name: str, world: World, visible: int) -> str:
     """The device of this process for ``runtime.device``, of so many CUDA devices as it sees: each process of a machine
     has its own, by its number there, unless a launcher shows it a single one. Raises ConfigError.
     """

@@ -1,31 +1,33 @@
 """Every error a user may meet, named by what the user must do about it.
 
+A message says what, where, what was expected and found, and the remedy. The number is the exit status.
+
     RunnerError                  1   anything else
     ├── ConfigError              2   mend the configuration or the command
     ├── DriftRefused             3   decide what the changed configuration means
     ├── RunInUse                 4   another live process owns the run
     │   └── Superseded           4   a newer attempt took this run over
-    ├── FinishedMeanwhile        1   nothing: the command takes the result that another process has just stored
+    ├── FinishedMeanwhile        1   nothing: the command takes the result that another process has stored meanwhile
     ├── NoLoadableCheckpoint     5   a checkpoint was committed, none can be loaded
     ├── Interrupted             75   run the same command again to go on
     ├── StorageError             1   mend the disk, its permissions or the network
-    ├── RunGone                  1   find out who moved or removed the run's directory while it was at work
-    ├── StateError               1   a part of the state cannot be saved or restored
+    ├── RunGone                  1   find out who moved or removed the directory of the running run
+    ├── StateError               1   mend the part of the state that cannot be saved or restored
     ├── DataError                1   mend the data set
     ├── TaskError                1   mend what the task returns
-    ├── NonFiniteError           1   the loss is no longer a number
+    ├── NonFiniteError           1   find out why the loss is NaN or infinite
     ├── JobDied                  1   mend what killed the process of a job of a sweep
     └── SweepFailed              1   mend what made every job of a sweep fail
 
-The number is the exit status. A message says what, where, what was expected and found, and the remedy.
+Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_hidden: set[str] = set()  # values of secrets that this process read from its environment
-_USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # with a password, and not a port
+_secrets: set[str] = set()  # values that this process read from its environment
+_USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # user and password, not host and port
 _QUERY = re.compile(
     r"(?i)((?:^|[?&;]|\s(?=passw|pwd))[\w.-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|api_?key|access_?key|account_?key"
     r"|access_?key_?id)=)(?![{<])([^&;\s'\"]{4,})"
@@ -36,13 +38,16 @@ class RunnerError(Exception):
     """Root of all errors that are meant for the user; shown without a traceback, and without secrets."""
 
     status = 1
+    kind = "other"
     agreed = False  # whether all processes of the run raise it at the same place
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, kind: str | None = None) -> None:
         super().__init__(*(redacted(each) if isinstance(each, str) else each for each in arguments))
+        if kind is not None:
+            self.kind = kind
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # it may quote what is in a run directory
+        return printable(super().__str__())  # it may quote the content of a run directory
 
 
 class ConfigError(RunnerError):
@@ -52,7 +57,7 @@ class ConfigError(RunnerError):
 
 
 class DriftRefused(RunnerError):
-    """The configuration of this command is not the one the run directory was made with."""
+    """The configuration of this command differs from that of the run directory."""
 
     status = 3
 
@@ -64,11 +69,11 @@ class RunInUse(RunnerError):
 
 
 class Superseded(RunInUse):
-    """A newer attempt has claimed the run; what this one still writes will not be used."""
+    """A newer attempt has claimed the run. Nothing that this attempt still writes will be used."""
 
 
 class FinishedMeanwhile(RunnerError):
-    """Another process finished the run after this one had looked and before it had claimed it."""
+    """Another process finished the run after this process had opened it and before it could claim it."""
 
 
 class NoLoadableCheckpoint(RunnerError):
@@ -88,19 +93,21 @@ class StorageError(RunnerError):
 
 
 class RunGone(RunnerError):
-    """The directory of the run is not there any more, or not the one that this process claimed."""
+    """The directory of the run is gone, or is no longer the directory that this process claimed."""
 
 
 class StateError(RunnerError):
-    """A part of the state cannot be saved, or does not fit what is restored."""
+    """A part of the state cannot be saved, or does not fit the checkpoint that is restored."""
+
+    kind = "state"
 
 
 class DataError(RunnerError):
-    """The data set cannot be used as configured, or is not the one the run began with."""
+    """The data set cannot be used as configured, or differs from the data set that the run began with."""
 
 
 class TaskError(RunnerError):
-    """A step of the task returned something that cannot be differentiated, averaged or reported."""
+    """A step of the task returned a value that cannot be differentiated, averaged or reported."""
 
 
 class NonFiniteError(RunnerError):
@@ -108,46 +115,50 @@ class NonFiniteError(RunnerError):
 
 
 class JobDied(RunnerError):
-    """The process of a job was killed, or ended without a word."""
+    """The process of a job was killed, or ended without a result."""
 
 
 class SweepFailed(RunnerError):
     """No job of a sweep has an objective."""
 
 
+def kind_of(error: BaseException) -> str:
+    """The kind of any error. "kernel": torch has no deterministic implementation of an operation that was called."""
+    if isinstance(error, RunnerError):
+        return error.kind
+    return "kernel" if "does not have a deterministic implementation" in str(error) else RunnerError.kind
+
+
 def printable(text: object) -> str:
-    """``text`` without secrets, and with control characters escaped: what is read from a run directory may aim at the
-    terminal.
-    """
+    """``text`` without secrets, and with control characters escaped: a run directory may hold terminal sequences."""
     shown = redacted(str(text))
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
 
 
-def hide(secret: str) -> None:
-    """From now on, show and store no text with this in it."""
-    _hidden.add(secret)
+def hide_secret(secret: str) -> None:
+    """Replace ``secret`` by *** in all texts that this process shows and stores from now on."""
+    _secrets.add(secret)
 
 
 def redacted(text: str) -> str:
-    """``text`` without the secrets of this process and without credentials in URLs: others' messages repeat them."""
-    for secret in sorted(_hidden, key=len, reverse=True):
+    """``text`` without the secrets of this process and without credentials in URLs, which libraries put in errors."""
+    for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     for pattern in (_USER, _QUERY):
-        text = pattern.sub(lambda found: found[0] if "${" in found[0] else f"{found[1]}***", text)
+        text = pattern.sub(lambda match: match[0] if "${" in match[0] else f"{match[1]}***", text)
     return text
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a text is a URL with a password, or with a signature or a token in its query, written out."""
-    written = (found[0] for pattern in (_USER, _QUERY) for found in pattern.finditer(text))
-    return any("${" not in found for found in written)
+    """Whether a text is a URL with a password, signature or token in it, and not an interpolation of one."""
+    return any("${" not in match[0] for pattern in (_USER, _QUERY) for match in pattern.finditer(text))
 
 
 @contextmanager
 def exit_is_an_error() -> Iterator[None]:
-    """Within the block, sys.exit of somebody's code fails: it would end a whole sweep, and 0 would claim success."""
+    """Within the block, a user's sys.exit becomes a RuntimeError: it would end a whole sweep, or claim success."""
     try:
         yield
     except SystemExit as error:

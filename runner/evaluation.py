@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from runner import signals
+from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode
-from runner.rng import isolated, seed_all
-from runner.task import Task, checked
+from runner.rng import seed_all, temporary_seed
+from runner.task import Task, check_metrics
 
 _SAMPLES = ""  # no metric has this name
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of so many bytes
@@ -32,6 +33,7 @@ class EvaluationInterrupted(Exception):
     """A stop signal arrived during the evaluation; the resumed run repeats it."""
 
 
+@doing("ends evaluation")
 def evaluate(
     task: Task,
     model: nn.Module,
@@ -51,7 +53,7 @@ def evaluate(
     """
     before = _Before([*dict.fromkeys([model, trained or model])], task)
     try:
-        with evaluation_mode(model), isolated(key), torch.no_grad(), autocast():
+        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
             means = _means(task, model, data, team, before)
             if team.world.size > 1:  # those who had another batch may have drawn other numbers
                 seed_all(key)
@@ -65,11 +67,11 @@ def evaluate(
 
 def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why: str) -> Mapping[str, float | str]:
     """The report, which is the same in all processes. Raises TaskError in all of them where it is not."""
-    first = team.ranks.broadcast(dict(report))
+    first = team.comm.broadcast(dict(report))
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
-    if not team.added({"": torch.tensor(float(differs))})[""]:
+    if not team.sum_tensors({"": torch.tensor(float(differs))})[""]:
         return report
-    every = team.ranks.broadcast(team.ranks.gather(dict(report)))
+    every = team.comm.broadcast(team.comm.gather(dict(report)))
     texts = [{name: json.dumps(value) for name, value in one.items()} for one in every]
     name = min(name for one in texts for name in one if any(other.get(name) != one[name] for other in texts))
     values = ", ".join(f"{one.get(name, 'nothing')} on rank {rank}" for rank, one in enumerate(every))
@@ -78,6 +80,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, whose: str, why:
     raise error
 
 
+@doing("evaluates")
 def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_Before") -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     samples = 0
@@ -90,14 +93,14 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, befor
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
-        found = checked(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
+        found = check_metrics(task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False)
         for name, value in found.items():
             weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
             sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count
     nothing = torch.zeros((), dtype=torch.double, device=data.device)
     shares = {name: sums.get(name, nothing) for name in team.union([*sums])}
-    totals = team.added({**shares, _SAMPLES: nothing + samples})
+    totals = team.sum_tensors({**shares, _SAMPLES: nothing + samples})
     return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
 
 
@@ -124,7 +127,7 @@ class _Before:
         """Put all back; False, in all processes, if the weights of one have changed."""
         if not self.lost:
             changed = torch.tensor(float(self._changed()))
-            self.lost = bool(team.added({"": changed})[""])
+            self.lost = bool(team.sum_tensors({"": changed})[""])
         if self.lost:
             return False
         for module, saved in self._buffers:

@@ -18,22 +18,20 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, OnBadRecord, OnConflict
+from runner.config.schema import Config, OnBadRecord
 from runner.data import ledger
-from runner.data.stream import BatchStream
-from runner.device import set_up
+from runner.data.stream import MapStyleStream
+from runner.device import set_up_device
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
-from runner.metrics import tensorboard
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
-from runner.run import attempt_records, attempts
+from runner.run import attempt_records
 from runner.run.attempts import Attempt
-from runner.run.directory import TENSORBOARD
-from runner.run.opening import OpenedRun, begin
-from runner.run.parent import ParentRecord, anew
+from runner.run.opening import OpenedRun, claim_run
+from runner.run.parent import ParentRecord, new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -46,31 +44,30 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
     everything committed, and RunInUse while another process works on the run.
     """
-    device = set_up(config, team.world)
+    device = set_up_device(config, team.world)
     team.begin(device)
     location = opening.directory.location
     here = _topology(config, device, team)
-    claimed = _attempt(opening, config, team, {"overrides": overrides, "topology": here})
-    with claimed as (number, attempt), team.explaining(), _closing() as stack, exit_is_an_error():
+    claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
+    with claimed as (number, attempt), team.blame_peer(), _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         if parts.held_out is not None:
             stack.callback(parts.held_out.close)
         store = CheckpointStore(location, team.channel("writer"))
-        books = None if attempt is None else RunRecords.of(attempt, location, config, parts)
+        books = None if attempt is None else RunRecords.of(attempt, opening, config, parts)
         callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
-        if isinstance(parts.state.stream, BatchStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = on_rank_zero(team.ranks, lambda: [*ledger.swaps(location, parts.recipe).items()])
-            parts.state.stream.repeat(dict(found))
+        if isinstance(parts.state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
+            found = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
+            parts.state.stream.repeat_substitutions(dict(found))
         with signals.at_once(team.world.size == 1):
-            resumed = _resume(opening, parts, store, team.ranks)
+            resumed = _resume(opening, parts, store, team.comm)
         if books is not None:
-            books.open(resumed)
-            before = attempt_records.last(location, before=number)
-            tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=False)
+            books.open(opening, config, resumed)
+            before = attempt_records.newest(location, before=number)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
@@ -88,7 +85,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         if 0 < loop.step <= parts.update.in_a_row:
             raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
         patience = config.checkpoint.max_unsaved
-        return finish(opening, parts, store, callbacks, loop, team.ranks, attempt, patience)
+        return finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
 
 
 def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team
         max_epochs=config.trainer.max_epochs,
         max_seconds=config.trainer.max_seconds,
         team=team,
-        layout=parts.layout,
+        parallelism=parts.parallelism,
     )
 
 
@@ -147,27 +144,24 @@ def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
 
 
 @contextmanager
-def _attempt(
-    opening: OpenedRun, config: Config, team: Team, facts: dict[str, Any]
-) -> Iterator[tuple[int, Attempt | None]]:
+def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
     Records how the attempt ended, unless the process is killed.
     """
     signals.raise_if_received("during start-up, nothing to commit")
-    facts |= {"version": runner.__version__, "accepted": opening.accepted}
     claimed: list[Attempt] = []
 
     def claim() -> int:
-        claimed.append(_claim(opening, config, facts))
+        claimed.append(_claim(opening, facts))
         return claimed[0].number
 
-    number = on_rank_zero(team.ranks, claim)
+    number = on_rank_zero(team.comm, claim)
     if not claimed:
         yield number, None
         return
     (attempt,) = claimed
-    team.at_failure(lambda why: attempt.end("failed", reason=why))
+    team.on_failure(lambda why: attempt.end("failed", reason=why))
     outcome, reason = "failed", ""
     try:
         opening.directory.sweep()
@@ -187,14 +181,11 @@ def _attempt(
             attempt.end(outcome, reason=reason)
 
 
-def _claim(opening: OpenedRun, config: Config, facts: dict[str, Any]) -> Attempt:
+def _claim(opening: OpenedRun, facts: dict[str, Any]) -> Attempt:
     # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
     opening.directory.settle()
-    location = opening.directory.location
-    above = max((commit.attempt for commit in commits(location)), default=0)
-    attempt = attempts.claim(location, facts, above=above, steal=config.run.on_conflict is OnConflict.steal)
-    begin(opening, attempt, parent=_origin(opening))
-    return attempt
+    above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
+    return claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=_origin(opening))
 
 
 def _max_steps(config: Config, parts: Parts) -> int | None:
@@ -205,12 +196,12 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, ranks: Communicator) -> Resumed:
+def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, comm: Communicator) -> Resumed:
     evidence = partial(_evidence, opening.directory.location)
     origin = ParentRecord.of(opening.directory)
-    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, ranks)
-    begun = partial(anew, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=begun, ranks=ranks)
+    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, comm)
+    hint = partial(new_run_hint, opening.command, opening.directory)
+    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=hint, comm=comm)
 
 
 def _evidence(location: Location) -> str | None:

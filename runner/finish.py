@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from runner import signals
+from runner.activity import doing
 from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluation import Best, Evaluate
+from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
@@ -20,23 +21,24 @@ from runner.errors import StorageError, printable
 from runner.metrics import tensorboard
 from runner.restore import evaluated_weights
 from runner.run.attempts import Attempt
-from runner.run.directory import BEST, MODEL, TENSORBOARD
+from runner.run.directory import BEST, MODEL
 from runner.run.opening import OpenedRun
 from runner.storage.location import Buffer, Location
 
 log = logging.getLogger("runner")
 
 _LONGEST_PAUSE = 30.0  # seconds between two tries to export
-_LOOK_SECONDS = 0.5  # while waiting for the next
+_POLL_SECONDS = 0.5  # while waiting for the next try
 
 
+@doing("saves")
 def finish(
     opening: OpenedRun,
     parts: Parts,
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
     loop: Loop,
-    ranks: Communicator,
+    comm: Communicator,
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:
@@ -45,11 +47,13 @@ def finish(
     A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
     """
     state = parts.state
-    weights = {name: parts.layout.whole(tensor) for name, tensor in state.evaluated_model.state_dict().items()}
+    weights = {
+        name: parts.parallelism.full_tensor(tensor) for name, tensor in state.evaluated_model.state_dict().items()
+    }
     tries = _Tries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None
-    while result is None:  # each try by itself, so that ranks that wait hear of it
-        result = on_rank_zero(ranks, tries.next)
+    while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
+        result = on_rank_zero(comm, tries.next)
     return result
 
 
@@ -60,23 +64,26 @@ class _Tries:
         self._attempt = attempt
         self._patience = patience
         self._work = work
-        self._failed: float | None = None  # since when
+        self._failed_since: float | None = None
         self._pause = 1.0
-        self._again = 0.0
+        self._next_try = 0.0
 
     def next(self) -> dict[str, Any] | None:
-        """The result; None if it is not there yet. Raises StorageError, Superseded, RunGone, and Interrupted."""
+        """The result of a try; None if the try failed, or before it is time for the next.
+
+        Raises StorageError, Superseded, RunGone, and Interrupted.
+        """
         assert self._attempt is not None
-        if time.monotonic() < self._again:
+        if time.monotonic() < self._next_try:
             signals.raise_if_received("while the weights could not be exported; every step is committed")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
             return None
         try:
             self._attempt.require_newest()
             return self._work()
         except StorageError as error:
-            self._failed = self._failed or time.monotonic()
-            left = self._failed + self._patience - time.monotonic()
+            self._failed_since = self._failed_since or time.monotonic()
+            left = self._failed_since + self._patience - time.monotonic()
             if left <= 0:
                 raise StorageError(
                     f"the weights could not be exported: {error}.\nEvery step is committed; mend the storage and run "
@@ -88,7 +95,8 @@ class _Tries:
                 self._pause,
                 left,
             )
-            self._again, self._pause = time.monotonic() + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            self._next_try = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             return None
 
 
@@ -103,26 +111,27 @@ def _finish(
     location = opening.directory.location
     weights = {MODEL: final}
     evaluate, best = callbacks.get("evaluate"), callbacks.get("best")
-    goal = None
+    scalars = evaluate.scalars if isinstance(evaluate, Evaluate) else {}
+    objective = None
     if isinstance(best, Best) and best.step:
-        goal = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
-        found = weights[MODEL] if best.step == loop.step else _weights_at(store, best.step)
-        if found is not None:
-            weights[BEST] = found
+        objective = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
+        best_weights = final if best.step == loop.step else _weights_at(store, best.step)
+        if best_weights is not None:
+            weights[BEST] = best_weights
     exported = {name: export(location, name, tensors) for name, tensors in weights.items()}
     result = {
         "step": loop.step,
         "epochs": loop.epochs,
         "reason": loop.stop,
-        "metrics": {n: _number(v) for n, v in evaluate.scalars.items()} if isinstance(evaluate, Evaluate) else {},
-        "objective": goal,
+        "metrics": {name: _number(value) for name, value in scalars.items()},
+        "objective": objective,
         "skipped_steps": parts.update.skipped,
         "substituted_samples": parts.state.stream.substituted,
         "seconds": loop.elapsed,
         "sha256": {name: digest for name, (digest, _) in exported.items()},
         "bytes": {name: size for name, (_, size) in exported.items()},
     }
-    tensorboard.write(location, TENSORBOARD, opening.directory.experiment, opening.identity, finished=True)
+    tensorboard.declare_finished(location, opening.directory.experiment, opening.identity)
     opening.directory.finish(opening.identity, result)
     return result
 
@@ -133,7 +142,7 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tupl
 
     def hashed() -> Iterator[Buffer]:
         nonlocal size
-        for chunk in plain(weights):
+        for chunk in safetensors_file(weights):
             hasher.update(chunk)
             size += memoryview(chunk).nbytes
             yield chunk
@@ -142,9 +151,9 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tupl
     return hasher.hexdigest(), size
 
 
-def plain(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
+def safetensors_file(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
     """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
-    loading; a module's extra state has no place in it, which is told.
+    loading. Warns of a module's extra state, which has no place in the file.
     """
     tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
     if left := [name for name in weights if name not in tensors]:

@@ -14,7 +14,7 @@ MAX_DIGITS = 300  # of a whole number; the largest float has 309
 def parse(raw: bytes) -> Any:
     """The value. Raises ValueError for what is not JSON, and for values beyond the bounds."""
     try:
-        value = json.loads(raw, parse_int=whole)
+        value = json.loads(raw, parse_int=parse_integer)
     except RecursionError:
         raise ValueError(f"more than {MAX_DEPTH} levels") from None
     if is_deep(value, MAX_DEPTH):
@@ -31,7 +31,7 @@ def parse_object(raw: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def whole(text: str) -> int:
+def parse_integer(text: str) -> int:
     """A whole number. Raises ValueError for too long a text."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from runner import signals
+from runner.activity import doing
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.retention import ranked
@@ -18,10 +19,11 @@ from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
-from runner.rng import derive, seed_all
+from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
 from runner.run.parent import Parent, ParentRecord
+from runner.seeds import derive
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
@@ -53,6 +55,7 @@ class Resumed:
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
+@doing("saves")
 def restore_newest(
     state: TrainState,
     store: CheckpointStore,
@@ -61,23 +64,23 @@ def restore_newest(
     evidence: Callable[[], str | None],
     fresh: Callable[[], Resumed],
     anew: Callable[[int], str] = str,
-    ranks: Communicator = SINGLE_PROCESS,
+    comm: Communicator = SINGLE_PROCESS,
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
     ``evidence`` returns a description of any trace of an earlier commit, or None. Raises NoLoadableCheckpoint, and then
     has changed nothing; StateError or NonFiniteError for a checkpoint from which training cannot go on, with what
-    ``anew`` says of the newest older one from which it can. All ``ranks`` load the same checkpoint: one that is damaged
+    ``anew`` says of the newest older one from which it can. All ranks load the same checkpoint: one that is damaged
     for one rank is damaged for all.
     """
     unusable: list[str] = []
-    names = on_rank_zero(ranks, lambda: [commit.commit for commit in store.commits()])
+    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
     commits = [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
     for number, commit in enumerate(commits):
         try:
-            checkpoint = store.open(commit, ranks)
+            checkpoint = store.open(commit, comm)
             _restore(state, checkpoint, identity)
-            on_all_ranks(ranks, partial(_require_finite, state, commit))
+            on_all_ranks(comm, partial(_require_finite, state, commit))
             store.verified.add(commit)
             return Resumed(commit, checkpoint.facts, tuple(unusable))
         except Damaged as error:
@@ -86,31 +89,32 @@ def restore_newest(
         except (StateError, NonFiniteError) as error:
             tried = {other.step for other in commits[: number + 1]}  # a step is that of its newest commit
             rest = [other for other in commits[number + 1 :] if other.step not in tried]
-            older = _older(state, store, rest, identity, ranks)
+            older = _older(state, store, rest, identity, comm)
             error.args = (
                 f"{error}\n{anew(older) if older else 'No older checkpoint is kept that fits and is finite.'}",
             )
             raise
-    trace = on_rank_zero(ranks, evidence)
+    trace = on_rank_zero(comm, evidence)
     if trace is not None:
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
     return replace(fresh(), unusable=tuple(unusable))
 
 
+@doing("saves")
 def begin(
     state: TrainState,
     identity: dict[str, Any],
     origin: ParentRecord | None,
     asked: Parent | None,
     directory: RunDirectory,
-    ranks: Communicator = SINGLE_PROCESS,
+    comm: Communicator = SINGLE_PROCESS,
 ) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent, which this command ``asked`` for.
 
     Raises NoLoadableCheckpoint, StateError, ConfigError for a parent in a store that the command does not name.
     """
     if origin is None:
-        _start(state, identity["seed"], ranks.rank)
+        _start(state, identity["seed"], comm.rank)
         return Resumed()
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
@@ -118,10 +122,10 @@ def begin(
     origin = replace(origin, run=parent.location.url)
     try:
         if origin.inherit == "model":
-            state.inherit(parent.open(commit, ranks))
-            _start(state, identity["seed"], ranks.rank)
+            state.inherit(parent.open(commit, comm))
+            _start(state, identity["seed"], comm.rank)
             return Resumed(origin=origin)
-        _fork(state, parent.open(commit, ranks), identity)
+        _fork(state, parent.open(commit, comm), identity)
         return Resumed(commit, origin=origin)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
@@ -133,8 +137,8 @@ def resolve(parent: Parent) -> ParentRecord:
 
     Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
     """
-    directory = RunDirectory.at(parent.which.run, parent.options)
-    checkpoint, _ = read(directory, parent.which.checkpoint, Checkpoint.verify)
+    directory = RunDirectory.at(parent.source.run, parent.options)
+    checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
     return ParentRecord(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
 
 
@@ -189,7 +193,7 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
     this user's keys.
     """
     if asked is not None:
-        return open_location(asked.which.run, asked.options)
+        return open_location(asked.source.run, asked.options)
     root = open_location(directory.root, directory.options).url.rstrip("/")
     if is_remote(origin.run) and not origin.run.startswith(f"{root}/"):
         raise ConfigError(
@@ -250,15 +254,15 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
 
 
 def _older(
-    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], ranks: Communicator
+    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], comm: Communicator
 ) -> int | None:
     """The step of the first of the commits from which training can go on; restores them until one is."""
     for commit in commits:
         with suppress(Damaged, StateError, NonFiniteError):
-            checkpoint = store.open(commit, ranks)
+            checkpoint = store.open(commit, comm)
             if state.fits(checkpoint):
                 _restore(state, checkpoint, identity)
-                on_all_ranks(ranks, partial(_require_finite, state, commit))
+                on_all_ranks(comm, partial(_require_finite, state, commit))
                 return commit.step
     return None
 

@@ -1,22 +1,12 @@
-"""Seeds that are hashes of labelled tuples, never sums: ``seed + epoch`` of one run is that of its neighbour.
+"""The global random generators: seeding them, their state, and a block that leaves them untouched."""
 
-The global random generators: seeding them, their state, and a block that leaves them untouched.
-"""
-
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import Any, cast
 
 import numpy as np
 import torch
-
-
-def derive(label: str, *parts: int | str) -> int:
-    """A 64-bit seed for the purpose ``label``; frozen by a golden test, because old runs depend on it."""
-    return int.from_bytes(blake2b(json.dumps([label, *parts]).encode(), digest_size=8).digest(), "little")
 
 
 def seed_all(key: int) -> None:
@@ -55,7 +45,7 @@ class Generators:
 
 
 @contextmanager
-def isolated(key: int) -> Iterator[None]:
+def temporary_seed(key: int) -> Iterator[None]:
     """Run a block under its own seed and give the global generators back untouched."""
     generators = Generators()
     before = generators.state_dict()

@@ -1,9 +1,8 @@
-"""Requests to stop, noted by a handler and acted on at a step boundary.
+"""Requests to stop, noted by a signal handler and acted on at a step boundary.
 
-Nothing happens inside a handler: an exception or an exit from there could leave half a file behind. There are two
+A handler does nothing else: an exception or an exit from there could leave half a file behind. There are two
 exceptions. Where data is waited for or read, which may last for ever, a stop signal raises ``Stopped``. And a second
-SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this is the one module with
-global state.
+SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this module has global state.
 """
 
 import os
@@ -21,24 +20,25 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, s
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
 
 _PATIENCE_SECONDS = 10.0  # for the batch that a begun step waits for
-# torchrun, timeout(1) and schedulers send the same signal twice: to the process, and to its group.
-_TWICE_SECONDS = {signal.SIGTERM: 0.5, signal.SIGINT: 0.0}
+# torchrun, timeout(1) and schedulers send one signal twice, to the process and to its group: only after this many
+# seconds is another signal a second request.
+_REPEAT_SECONDS = {signal.SIGTERM: 0.5, signal.SIGINT: 0.0}
 if "TORCHELASTIC_RUN_ID" in os.environ:
-    _TWICE_SECONDS = dict.fromkeys(_TWICE_SECONDS, 5.0)
+    _REPEAT_SECONDS = dict.fromkeys(_REPEAT_SECONDS, 5.0)
 _WAKE = signal.SIGURG  # ignored by default
 
 _received: str | None = None
 _arrived: list[str] = []
-_before: dict[str, Any] = {}
-_first: dict[str, float] = {}  # when the first of the signals that end the process twice came to the handler, the guard
-_late = False  # no more patience
+_previous: dict[str, Any] = {}  # signal name -> handler before ``install``
+_first: dict[str, float] = {}  # when the first signal that ends the process twice came to "handler" and to "guard"
+_late = False  # whether a step must no longer wait for data
 _at_once = False
-_reading: Callable[[], None] | None = None  # raises what else ends the wait
+_check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
 _pipe: tuple[int, int] | None = None
 
 
 class Stopped(BaseException):
-    """A stop signal arrived where data is read. No Exception, because the data set's code would handle it."""
+    """A stop signal arrived while data was read. No Exception, because the data set's code might handle it."""
 
 
 def install() -> None:
@@ -50,9 +50,9 @@ def install() -> None:
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            before = signal.signal(number, _note)
-            if before is not _note:
-                _before[number.name] = before
+            previous = signal.signal(number, _note)
+            if previous is not _note:
+                _previous[number.name] = previous
         signal.signal(_WAKE, _look)
         if _pipe is None:
             _pipe = os.pipe()
@@ -61,15 +61,15 @@ def install() -> None:
             threading.Thread(target=_guard, args=[_pipe[0]], name="signals", daemon=True).start()
 
 
-def hand_over() -> None:
-    """Call the handlers that were installed before ours for the signals that arrived, and forget these signals.
+def call_previous_handlers() -> None:
+    """Call the handlers that were installed before ``install`` for the signals that arrived, and forget the signals.
 
     For use after everything is committed: submitit's handler then queues the job again. May end the process, or raise.
     """
     arrived = [*_arrived]
     _forget()
     for name in arrived:
-        handler = _before.get(name)
+        handler = _previous.get(name)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(signal.Signals[name], None)
 
@@ -79,7 +79,7 @@ def request(name: str) -> None:
     global _received
     if _received is None:
         _received = name
-        _hurry()
+        _lose_patience_later()
         wake()
 
 
@@ -100,15 +100,17 @@ def received() -> str | None:
 
 def raise_if_received(where: str) -> None:
     """Raise Interrupted if a stop signal arrived; for places where nothing has to be committed first."""
-    if _received is not None:
-        raise Interrupted(f"{_received} {where}; run the same command again to go on")
+    if (name := received()) is not None:
+        raise Interrupted(f"{name} {where}; run the same command again to go on")
 
 
 @contextmanager
-def at_once(really: bool = True) -> Iterator[None]:
-    """Within the block nothing is half done: reading data there is broken off at once, and elsewhere after a while."""
+def at_once(allowed: bool = True) -> Iterator[None]:
+    """Within the block a stop signal breaks off reading data at once, because no step is half done; if ``allowed``.
+    Elsewhere reading goes on for some seconds, so that the step can be finished.
+    """
     global _at_once
-    before, _at_once = _at_once, really
+    before, _at_once = _at_once, allowed
     try:
         yield
     finally:
@@ -116,67 +118,67 @@ def at_once(really: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def reading(broken: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block, data is read or waited for: a stop signal raises Stopped there. So does whatever ``broken``
-    raises, which is called after a signal or ``wake``.
+def reading(check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within the block, data is read or waited for, and a stop signal raises Stopped. ``check`` is called after a
+    signal or ``wake``, and may raise other reasons to end the wait.
     """
-    global _reading
+    global _check
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _reading
+    before = _check
     try:
-        _reading = broken
+        _check = check
         _stop()
         yield
     finally:
-        _reading = before
+        _check = before
 
 
 def wake() -> None:
-    """Interrupt the main thread in what it waits for, so that it looks why."""
+    """Interrupt a wait of the main thread, so that it calls the ``check`` of ``reading``."""
     if signal.getsignal(_WAKE) is _look:
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
 
 
 def _stop() -> None:
-    global _reading
-    if _reading is not None and _received is not None and (_at_once or _late):
-        _reading = None  # once: what follows must not be broken off
+    global _check
+    if _check is not None and _received is not None and (_at_once or _late):
+        _check = None  # raise once: the clean-up must not be broken off
         raise Stopped(_received)
 
 
 def _look(number: int, frame: FrameType | None) -> None:
     _stop()
-    if _reading is not None:
-        _reading()
+    if _check is not None:
+        _check()
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    if _again(number, "handler"):  # do not wait for the step
+    if _is_second(number, "handler"):  # do not wait for the step
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if _received is None:
-        _hurry()
+        _lose_patience_later()
     _received = signal.Signals(number).name
     _arrived.append(_received)
     _stop()
 
 
-def _again(number: int, witness: str) -> bool:
+def _is_second(number: int, witness: str) -> bool:
     """Whether this is the second signal, which ends the process."""
-    if number not in _TWICE_SECONDS:
+    if number not in _REPEAT_SECONDS:
         return False
     now = time.monotonic()
     if witness not in _first:
         _first[witness] = now
         return False
-    return now - _first[witness] >= _TWICE_SECONDS[signal.Signals(number)]
+    return now - _first[witness] >= _REPEAT_SECONDS[signal.Signals(number)]
 
 
-def _hurry() -> None:
-    """Lose patience in a while with a step that waits for data."""
+def _lose_patience_later() -> None:
+    """After some seconds, break off a step that waits for data."""
 
     def lose() -> None:
         global _late
@@ -189,11 +191,11 @@ def _hurry() -> None:
 
 
 def _guard(arrivals: int) -> None:
-    """End the process at the second signal also where the main thread does not come to run a handler."""
+    """End the process at the second signal even if the main thread never returns to Python to run a handler."""
     while numbers := os.read(arrivals, 64):
         for number in numbers:
-            if _again(number, "guard"):
-                time.sleep(1.0)  # for the handler, which ends it by the signal itself
+            if _is_second(number, "guard"):
+                time.sleep(1.0)  # for the handler, which ends the process by the signal itself
                 os._exit(128 + number)
 
 
@@ -209,7 +211,7 @@ def _forget() -> None:
 
 
 def _block() -> None:
-    """Before a fork: a signal that reaches the child before its handlers are put back would be swallowed."""
+    """Before a fork: the child would swallow a signal that arrives before its handlers are restored."""
     _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
@@ -217,15 +219,15 @@ def _unblock() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop(threading.get_ident()))
 
 
-def _put_back() -> None:
-    """In a forked child of somebody's code: it ends by signals, as its parent expects."""
-    global _pipe, _reading, _at_once
+def _restore_handlers() -> None:
+    """In a child that a user's code forked: it ends by signals, as its parent expects."""
+    global _pipe, _check, _at_once
     _forget()
-    _reading, _at_once = None, False
+    _check, _at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
         if signal.getsignal(number) in (_note, _look, _pass):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            ignored = _before.get(number.name) is signal.SIG_IGN
+            ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)
     if _pipe is not None:
         signal.set_wakeup_fd(-1)
@@ -236,4 +238,4 @@ def _put_back() -> None:
 
 
 _masks: dict[int, Any] = {}  # by thread
-os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_put_back)
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_restore_handlers)

@@ -1,8 +1,7 @@
-"""What the exact results of a run depend on besides its configuration: hardware, library versions, threads.
+"""The first lines on the screen: the run, the step from which it starts, the guarantee for its data, the device.
 
-Recorded with every attempt, so that a resume under other conditions can say what changed.
-
-The first lines on the screen: what is run, where, from which step, with what guarantee, on what.
+And the topology: hardware, library versions and threads, on which exact results depend besides the configuration. It is
+recorded with every attempt, so that a resume under other conditions can say what changed.
 """
 
 import logging
@@ -18,8 +17,10 @@ import torch
 from runner.build import Parts
 from runner.errors import printable
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.run.opening import OpenedRun
+
+log = logging.getLogger("runner")
 
 # A difference in one of these may change float results; the others are recorded for people.
 _BITWISE = (
@@ -62,7 +63,7 @@ def topology(device: torch.device, processes: int, parallel: str, *, compiled: b
 
 
 def topology_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What changed since another attempt that floats may depend on, as ``name before -> now``."""
+    """The changes since another attempt on which float results may depend, as ``name before -> now``."""
     before = {"processes": 1, "compiled": False, **before}
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in _BITWISE if before.get(key) != now.get(key)]
 
@@ -71,17 +72,19 @@ def _git_revision() -> str | None:
     """The revision of the working directory's repository, ``-dirty`` with uncommitted changes; None outside one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
-
-
-log = logging.getLogger("runner")
 
 
 def log_start(
-    opening: OpenedRun, parts: Parts, resumed: Resumed, *, before: Record | None, number: int, here: dict[str, Any]
+    opening: OpenedRun,
+    parts: Parts,
+    resumed: Resumed,
+    *,
+    before: AttemptRecord | None,
+    number: int,
+    here: dict[str, Any],
 ) -> None:
     """Print the lines, once per attempt. ``before`` is the previous attempt, ``here`` the topology of this process."""
     count = sum(parameter.numel() for parameter in parts.state.model.parameters())
@@ -89,15 +92,15 @@ def log_start(
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
-    if opening.drift:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.drift))
+    if opening.changes:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:
         log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
     log.info("data     %s", parts.state.stream.guarantee)
-    if parts.layout.told:
-        log.info("together %s; %s", parts.layout.told, _share(parts))
+    if parts.parallelism.description:
+        log.info("together %s; %s", parts.parallelism.description, _share(parts))
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], parts.state.stream.workers)
     log.info("model    %s parameters", f"{count:,}")
 
@@ -110,14 +113,14 @@ def _share(parts: Parts) -> str:
     return f"each takes {each} of {'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
 
 
-def _from_where(resumed: Resumed, before: Record | None) -> str:
+def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
-        what = "forked" if origin.begun else "weights"
-        return printable(f"{what} from step {origin.step} of {origin.run}")
+        return printable(f"{'forked' if origin.start else 'weights'} from step {origin.step} of {origin.run}")
     if resumed.commit is None:
-        told = f"attempt {before.number} was {before.outcome()} before its first checkpoint" if before else ""
-        return f"from scratch ({told})" if told else "from scratch"
+        if before is None:
+            return "from scratch"
+        return f"from scratch (attempt {before.number} was {before.outcome()} before its first checkpoint)"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:

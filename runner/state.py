@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged
-from runner.data.stream import Stream
+from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
-from runner.rng import Generators, derive, seed_all
+from runner.rng import Generators, seed_all
+from runner.seeds import derive
 
 _MEMORY = "callback."
 
@@ -57,7 +58,7 @@ class TrainState:
     update: Stateful
     average: nn.Module | None
     task: Stateful | None
-    stream: Stream
+    stream: TrainingStream
     progress: Progress
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
@@ -140,8 +141,8 @@ class TrainState:
                 same_types = _types(part.state_dict()) == _types(state)
             elif part is self.optimizer and same_types:
                 retype(part.state_dict().get("state"), state.get("state"))
-        if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
-            seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
+        if checkpoint.comm.rank >= checkpoint.world_size:  # there was no such rank, and it has the generators of rank 0
+            seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.comm.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
         """Load the weights only, and the averaged weights if both the checkpoint and this run have them.
@@ -168,14 +169,14 @@ class TrainState:
         try:
             if self.built is not None and name == "optimizer":
                 self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
-            live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
+            live = getattr(part, "like", part.state_dict) if checkpoint.comm.size > 1 else None
             state = checkpoint.load(name, like=live and live())
-            on_all_ranks(checkpoint.among, load, kinds=(Damaged,))
+            on_all_ranks(checkpoint.comm, load, kinds=(Damaged,))
         except (RunnerError, Damaged):
             raise
         except Exception as error:
             raise StateError(
-                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}", kind="restore"
             ) from error
         return state
 
@@ -224,5 +225,6 @@ def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Chec
         raise StateError(
             f"{checkpoint.id.commit} does not hold the parts of this run: "
             f"missing {', '.join(missing) or 'none'}, left over {', '.join(left) or 'none'}. "
-            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork."
+            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork.",
+            kind="structure",
         )

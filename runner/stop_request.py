@@ -1,7 +1,7 @@
 """A sweep's request to its jobs to stop, sent through the storage that all of them write to.
 
-Signals reach only processes of the same machine. The request is an object under the root of the runs; it exists from
-the moment the sweep receives a signal until the sweep has ended.
+Signals reach only processes of the same machine. The request is an object under the root of the runs. It exists from
+the moment when the sweep receives a signal until the sweep has ended.
 """
 
 import os
@@ -21,7 +21,7 @@ VARIABLE = "HYDRA_RUNNER_SWEEP"  # environment variable of a job: the name of it
 
 _LIMIT = 1 << 10
 _LISTEN_SECONDS = 0.2
-_parent: dict[int, int] = {}  # pid -> pid of its parent when it began its first job
+_parents: dict[int, int] = {}  # pid -> pid of its parent at the first call of ``orphaned``
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,44 +37,44 @@ class StopRequest:
         return cls(open_location(root, options), f"s{secrets.token_hex(8)}")
 
     @classmethod
-    def named(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
-        """The request that this process has to obey, if a sweep started it."""
+    def from_environment(cls, root: str, options: Mapping[str, Any] | None) -> "StopRequest | None":
+        """The request that this process has to obey; None if no sweep started it."""
         name = os.environ.get(VARIABLE)
         return cls(open_location(root, options), name) if name else None
 
     @contextmanager
-    def passed_on(self) -> Iterator[None]:
-        """Within the block, a stop signal that this process receives is written as the request."""
-        with _repeated(self._pass_on, _LISTEN_SECONDS):
+    def forward_signals(self) -> Iterator[None]:
+        """Within the block, write the request once this process has received a stop signal."""
+        with _repeating(self._forward, _LISTEN_SECONDS):
             yield
 
     def withdraw(self) -> None:
-        """Remove the request once no job is left that could obey it."""
+        """Remove the request, after the last job that could obey it has ended."""
         with suppress(StorageError):
             self.location.remove(self._object)
 
     @contextmanager
-    def obeyed(self) -> Iterator[None]:
-        """Within the block, the request stops this process as a signal would. So does the death of the parent process,
-        after which nobody could stop this one.
+    def obey(self) -> Iterator[None]:
+        """Within the block, the request stops this process like a signal. So does the death of its parent, because then
+        nobody else could stop it.
         """
-        orphaned()  # notes the parent
+        orphaned()  # remembers the parent
         with suppress(StorageError):
-            self._obey()
-        with _repeated(self._obey, self.location.beat_seconds):
+            self._check()
+        with _repeating(self._check, self.location.beat_seconds):
             yield
 
     @property
     def _object(self) -> str:
         return f"sweeps/{self.name}.stop"
 
-    def _pass_on(self) -> bool:
+    def _forward(self) -> bool:
         name = signals.received()
         if name:
             self.location.replace(self._object, [name.encode()])
         return name is not None
 
-    def _obey(self) -> bool:
+    def _check(self) -> bool:
         stop = orphaned() or self.location.read(self._object, limit=_LIMIT) is not None
         if stop:
             signals.request("SIGTERM")
@@ -83,11 +83,11 @@ class StopRequest:
 
 def orphaned() -> bool:
     """Whether the parent that this process had at the first call is gone."""
-    return _parent.setdefault(os.getpid(), os.getppid()) != os.getppid()
+    return _parents.setdefault(os.getpid(), os.getppid()) != os.getppid()
 
 
 @contextmanager
-def _repeated(action: Callable[[], bool], seconds: float) -> Iterator[None]:
+def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
     """Within the block, call ``action`` every ``seconds`` in a thread until it returns True."""
     ended = threading.Event()
 

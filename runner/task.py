@@ -67,7 +67,7 @@ class Task(ABC):
         total: dict[str, Tensor] = {}
         for share, batch in micro_batches:
             with update.autocast():
-                metrics = checked(self.training_step(model, batch), f"{type(self).__name__}.training_step")
+                metrics = check_metrics(self.training_step(model, batch), f"{type(self).__name__}.training_step")
             update.backward(metrics["loss"] * share if share != 1 else metrics["loss"])
             for name, value in metrics.items():
                 value = value.detach() * share if share != 1 else value.detach()
@@ -76,7 +76,7 @@ class Task(ABC):
         return total
 
 
-def checked(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
+def check_metrics(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
     """The metrics that a ``step`` returned, with a ``"loss"`` if there has to be one. Raises TaskError for all else."""
     if not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")

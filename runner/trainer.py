@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 from runner import signals
 from runner.callbacks.base import Callback, Loop
-from runner.data.stream import Read, Stream
-from runner.distributed.parallel import Layout, Single
-from runner.distributed.team import SingleProcessTeam, StepReport, Team
+from runner.data.stream import StepSamples, TrainingStream
+from runner.distributed.team import Parallelism, SingleDevice, SingleProcessTeam, StepReport, Team
 from runner.state import TrainState
-from runner.task import Metrics, Task, Update, checked
+from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED
 
 
@@ -28,7 +27,7 @@ class Trainer:
         max_epochs: int | None = None,
         max_seconds: float | None = None,
         team: Team | None = None,
-        layout: Layout | None = None,
+        parallelism: Parallelism | None = None,
     ) -> None:
         self.task = task
         self.update = update
@@ -37,7 +36,7 @@ class Trainer:
         self.max_epochs = max_epochs
         self.max_seconds = max_seconds
         self.team = team or SingleProcessTeam()
-        self.layout = layout or Single()
+        self.parallelism = parallelism or SingleDevice()
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
         """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
@@ -62,7 +61,7 @@ class Trainer:
             callback.on_end(loop)
         return loop
 
-    def _stopped(self, stream: Stream) -> str | None:
+    def _stopped(self, stream: TrainingStream) -> str | None:
         """Wait for data; returns the stop signal if one comes first, when the state is still that of the last step.
         Other processes may be in the next step already, so only a single one stops here.
         """
@@ -82,11 +81,11 @@ class Trainer:
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = float(state.scheduler.get_last_lr()[0])  # it may be a tensor
 
-        found = self.task.optimization_step(state.model, self.layout.each(stream.step()), self.update)
-        metrics = checked(found, f"{type(self.task).__name__}.optimization_step")
+        found = self.task.optimization_step(state.model, self.parallelism.iterate(stream.step()), self.update)
+        metrics = check_metrics(found, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
-        news = self.team.exchange(StepReport(*stream.read, time.monotonic() - began, tuple(sorted(metrics))))
-        stream.advance(Read(news.digest, news.swaps))
+        news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
+        stream.advance(StepSamples(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
 
@@ -97,7 +96,7 @@ class Trainer:
         """Metrics over the global batch, from those over this process's share of it."""
         zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
         shares = {name: metrics.get(name, zero) for name in names if name not in MEASURED}
-        return {**metrics, **self.team.added(shares)}
+        return {**metrics, **self.team.sum_tensors(shares)}
 
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.average import follow
-from runner.distributed.parallel import Layout, Single
+from runner.average import update_average
+from runner.distributed.team import Parallelism, SingleDevice
 from runner.errors import NonFiniteError, TaskError
 
 MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
@@ -38,7 +38,7 @@ class WeightUpdate:
         clip_norm: float | None = None,
         skip_nonfinite: bool = False,
         average: AveragedModel | None = None,
-        layout: Layout | None = None,
+        parallelism: Parallelism | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -50,7 +50,7 @@ class WeightUpdate:
         self._clip_norm = clip_norm
         self._skip_nonfinite = skip_nonfinite
         self._average = average
-        self._layout = layout or Single()
+        self._parallelism = parallelism or SingleDevice()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)
@@ -65,7 +65,7 @@ class WeightUpdate:
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
-        self._layout.gather_gradients()
+        self._parallelism.reduce_gradients()
         weights = self._weights()
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
@@ -83,7 +83,7 @@ class WeightUpdate:
         self.optimizer.zero_grad(set_to_none=True)
         for weight in weights:  # also those that are not the optimizer's: no state has a gradient
             weight.grad = None
-        self._layout.settle()
+        self._parallelism.sync_buffers()
         if self._scaler is not None:
             self._scaler.update()
             skipped = skipped or self._scaler.get_scale() < scale
@@ -137,7 +137,7 @@ class WeightUpdate:
         else:
             self._scaler.step(self.optimizer)
         if self._average is not None and not self._overflowed():
-            follow(self._average, self.model)
+            update_average(self._average, self.model)
 
     def _overflowed(self) -> bool:
         """Whether the loss was scaled too far, so that the optimizer was not allowed to step."""
@@ -147,12 +147,12 @@ class WeightUpdate:
 
     def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
         """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
-        norm = self._layout.whole(nn.utils.get_total_norm(gradients))
+        norm = self._parallelism.full_tensor(nn.utils.get_total_norm(gradients))
         if gradients:
             torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
         """Whether loss and gradients are finite. Synchronises with the device, once per step."""
-        norms = map(self._layout.whole, torch._foreach_norm(gradients) if gradients else ())
-        return bool(self._layout.all(torch.isfinite(torch.stack([loss, *norms])).all()))
+        norms = map(self._parallelism.full_tensor, torch._foreach_norm(gradients) if gradients else ())
+        return bool(self._parallelism.all_true(torch.isfinite(torch.stack([loss, *norms])).all()))

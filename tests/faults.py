@@ -26,7 +26,7 @@ class MemoryLocation:
     """
 
     part_bytes = 1 << 40
-    parallel = 1
+    parallel_puts = 1
 
     def __init__(self, objects: dict[str, bytes] | None = None) -> None:
         self.url = "memory"

@@ -15,8 +15,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
 DOORS = {
-    "hydra": {"config", "job", "app", "build", "sweep", "__main__"},
-    "omegaconf": {"config", "job", "app", "build", "sweep", "__main__"},
+    "hydra": {"config", "run_spec", "app", "build", "sweep", "__main__"},
+    "omegaconf": {"config", "run_spec", "app", "build", "sweep", "__main__"},
     "hydra_plugins": {"sweep"},
     "optuna": {"sweep"},
     "fsspec": {"storage"},

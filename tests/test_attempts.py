@@ -21,12 +21,13 @@ from lives import lives
 from results import results
 from waiting import until
 
+from runner.config.schema import OnConflict
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
 from runner.run import attempt_records, attempts
-from runner.run.attempt_records import Name
+from runner.run.attempt_records import ClaimName
 from runner.run.attempts import Attempt, Heartbeat, claim
 from runner.run.directory import RunDirectory
-from runner.run.opening import begin, is_free, open_run
+from runner.run.opening import claim_run, must_wait, open_run
 from runner.storage import open_location
 from runner.storage.local import LocalLocation
 from runner.storage.location import Buffer, Entry
@@ -39,7 +40,7 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=1
 class Memory:
     """A location that promises no more than it must. ``turn`` is called before every verb that others may notice."""
 
-    part_bytes, parallel, beat_seconds, url, locks = 1, 1, 0.01, "memory", ""
+    part_bytes, parallel_puts, beat_seconds, url, lock_domain = 1, 1, 0.01, "memory", ""
 
     def __init__(self, turn: Callable[[], None] = lambda: None) -> None:
         self.turn = turn
@@ -68,12 +69,12 @@ class Memory:
         self.objects.pop(name, None)
 
     def lock(self, name: str) -> Any:
-        if self.locked(name):
+        if self.is_locked(name):
             return None
         self.held.add(name)
         return _Release(self.held, name)
 
-    def locked(self, name: str) -> bool:
+    def is_locked(self, name: str) -> bool:
         return name in self.held
 
 
@@ -182,15 +183,15 @@ def test_claims_that_change_between_listings_are_listed_again() -> None:
     for change in ("came", "went"):
         location = Memory()
         if change == "went":
-            location.objects[f"{Name(4, 'b' * 12)}.json"] = b"{}"
+            location.objects[f"{ClaimName(4, 'b' * 12)}.json"] = b"{}"
         seen = []
 
         def turn(location: Memory = location, seen: list[int] = seen, change: str = change) -> None:
             seen.append(len(location.objects))
             if len(seen) == 2 and change == "came":  # before the put
-                location.objects[f"{Name(1, 'a' * 12)}.json"] = b"{}"
+                location.objects[f"{ClaimName(1, 'a' * 12)}.json"] = b"{}"
             if len(seen) == 2 and change == "went":
-                del location.objects[f"{Name(4, 'b' * 12)}.json"]
+                del location.objects[f"{ClaimName(4, 'b' * 12)}.json"]
 
         location.turn = turn
         owner = claim(location, {}, steal=True)
@@ -256,23 +257,23 @@ def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation
         assert process.stdout.readline() == "owner 1\n"
         with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
             attempts.raise_if_live(location)
-        assert attempt_records.last(location).outcome() == "running"
+        assert attempt_records.newest(location).outcome() == "running"
     began = time.monotonic()
     attempts.raise_if_live(location)
     assert time.monotonic() - began < 0.1
-    assert attempt_records.last(location).outcome() == "killed"
+    assert attempt_records.newest(location).outcome() == "killed"
 
 
-def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> Name:
+def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> ClaimName:
     """A claim by another machine."""
-    name = Name(number, "0123456789ab")
+    name = ClaimName(number, "0123456789ab")
     claimed = {"host": "far", "machine": "far", "pid": 7, "beat": 0.1, "started": "then"}
     location.put(f"{name}.json", [json.dumps(claimed | facts).encode()])
     return name
 
 
 @contextlib.contextmanager
-def beating(location: LocalLocation, name: Name, *, seconds: float = 0.1) -> Iterator[None]:
+def beating(location: LocalLocation, name: ClaimName, *, seconds: float = 0.1) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
@@ -295,7 +296,7 @@ def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -
     with beating(location, name):
         with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
             claim(location, {})
-        assert attempt_records.last(location).outcome() == "unknown (another host)"
+        assert attempt_records.newest(location).outcome() == "unknown (another host)"
         stolen = claim(location, {}, steal=True)
     assert stolen.number == 2
     stolen.end("finished")
@@ -305,7 +306,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     name = stranger(location)
     location.replace(f"{name}.beat", [b'{"sequence": 7}'])
     began = time.monotonic()
-    assert attempt_records.last(location).outcome() == "unknown (another host)"
+    assert attempt_records.newest(location).outcome() == "unknown (another host)"
     assert time.monotonic() - began < 0.1, "only a starter waits"
     attempt = claim(location, {})
     assert 0.3 < time.monotonic() - began < 3
@@ -329,9 +330,10 @@ def test_waiting_is_for_the_living(location: LocalLocation) -> None:
     directory = RunDirectory("", "a", "b", location)
     name = stranger(location)
     with beating(location, name):
-        assert not is_free(directory)
+        assert must_wait(directory, OnConflict.wait)
+        assert not must_wait(directory, OnConflict.steal)
         location.replace(f"{name}.end.json", [b"{}"])
-        assert is_free(directory)
+        assert not must_wait(directory, OnConflict.wait)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_waiting_is_for_the_living(location: LocalLocation) -> None:
 def test_a_claim_that_says_nonsense_still_counts(
     text: bytes, location: LocalLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = Name(41, "0123456789ab")
+    name = ClaimName(41, "0123456789ab")
     location.put(f"{name}.json", [text])
     (record,) = attempt_records.history(location)
     assert record.outcome() == "unknown (another host)"
@@ -376,20 +378,20 @@ def test_names_that_are_no_claims_do_not_count(location: LocalLocation) -> None:
 def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocation) -> None:
     attempt = claim(location, {"overrides": ["a=1"]})
     attempt.beat(committed=3)
-    assert attempt_records.last(location).beat["committed"] == 3
+    assert attempt_records.newest(location).beat["committed"] == 3
     attempt.note(step=5)
-    first = attempt_records.last(location).beat["sequence"]
+    first = attempt_records.newest(location).beat["sequence"]
     until = time.monotonic() + 5
-    while attempt_records.last(location).beat.get("step") != 5:
+    while attempt_records.newest(location).beat.get("step") != 5:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert attempt_records.last(location).beat["sequence"] > first
+    assert attempt_records.newest(location).beat["sequence"] > first
     attempt.end("finished", reason="")
-    record = attempt_records.last(location)
+    record = attempt_records.newest(location)
     assert (record.end["outcome"], record.end["step"], record.end["committed"]) == ("finished", 5, 3)
     assert record.claim["overrides"] == ["a=1"]
     time.sleep(0.3)
-    assert attempt_records.last(location).beat == record.beat, "the heart stands still"
+    assert attempt_records.newest(location).beat == record.beat, "the heart stands still"
 
 
 def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
@@ -406,7 +408,7 @@ def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
     time.sleep(0.3)
     monkeypatch.undo()
     attempt.beat(step=2)
-    assert attempt_records.last(location).beat["step"] == 2
+    assert attempt_records.newest(location).beat["step"] == 2
     free = threading.Event()
     monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
     time.sleep(0.15)
@@ -456,14 +458,13 @@ def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
     stranger(location, machine=attempt_records.machine(location))
     found = opening(location, {"seed": 1})
-    attempt = claim(location, {"accepted": found.accepted})
-    begin(found, attempt, parent=None)
+    attempt = claim_run(found, {}, above=0, parent=None)
     assert attempt.number == 2
     assert found.directory.identity() == {"seed": 1}
     (location.path / "config.yaml").unlink()
     attempt.end("failed")
     found = opening(location, {"seed": 1})
-    begin(found, claim(location, {"accepted": found.accepted}), parent=None)
+    claim_run(found, {}, above=0, parent=None)
     assert found.directory.configured() == {"seed": 1}
 
 
@@ -494,27 +495,20 @@ def test_a_process_with_another_lock_folder_is_not_judged_by_it(
 def test_two_commands_of_one_name_do_not_mix(location: LocalLocation) -> None:
     """Both found no run; the slower one is refused, and leaves no trace."""
     ours, theirs = opening(location, {"seed": 1}), opening(location, {"seed": 2})
-    attempt = claim(location, {"accepted": None})
-    begin(theirs, attempt, parent=None)
-    attempt.end("failed")
+    claim_run(theirs, {}, above=0, parent=None).end("failed")
     kept = {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()}
-    attempt = claim(location, {"accepted": None})
     with pytest.raises(DriftRefused, match=r"seed +2 +1"):
-        begin(ours, attempt, parent=None)
+        claim_run(ours, {}, above=0, parent=None)
     assert {path: path.read_bytes() for path in location.path.rglob("*") if path.is_file()} == kept
 
 
 def test_a_change_made_by_another_command_is_refused(location: LocalLocation) -> None:
     first = opening(location, {"seed": 1})
-    attempt = claim(location, {"accepted": None})
-    begin(first, attempt, parent=None)
-    attempt.end("failed")
+    claim_run(first, {}, above=0, parent=None).end("failed")
     late, accepting = opening(location, {"seed": 1}), opening(location, {"seed": 3}, "accept")
-    attempt = claim(location, {"accepted": accepting.accepted})
-    begin(accepting, attempt, parent=None)  # what it accepts itself is no reason
-    attempt.end("failed")
+    claim_run(accepting, {}, above=0, parent=None).end("failed")  # a change that it accepts is no reason to refuse
     with pytest.raises(DriftRefused, match=r"seed +3 +1"):
-        begin(late, claim(location, {"accepted": late.accepted}), parent=None)
+        claim_run(late, {}, above=0, parent=None)
     assert late.directory.identity() == {"seed": 3}
 
 
@@ -534,13 +528,14 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 
 ELSEWHERE = """
 import sys
-from runner.run import records
+from runner.run import attempt_records
+from runner.run import attempt_records as records
 from runner.storage.local import LocalLocation, LocalLock
 import os
 here = sys.argv.pop(1)
-records.machine = lambda location: here
+attempt_records.machine = lambda location: here
 LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
-LocalLocation.locked = lambda self, name: False
+LocalLocation.is_locked = lambda self, name: False
 from runner.__main__ import main
 sys.exit(main())
 """
@@ -616,7 +611,7 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
     (tmp_path / "attempts").mkdir()
     for old in range(1, number + 1):
         (tmp_path / f"attempts/{old:06d}-aaaaaaaaaaaa.json").touch()
-    heart = Heartbeat(location, Name(number, "aaaaaaaaaaaa"))
+    heart = Heartbeat(location, ClaimName(number, "aaaaaaaaaaaa"))
     deadline = time.monotonic() + 60
     while location.beats < 200 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -627,10 +622,10 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
 
 def test_a_hundred_thousand_claims_are_looked_at_once() -> None:
     location = Memory()
-    found = [Name(number, f"{number:012x}") for number in range(100_000)]
+    found = [ClaimName(number, f"{number:012x}") for number in range(100_000)]
     location.objects[f"{found[-1]}.json"] = b"{}"
     location.objects |= {f"{found[-1]}.end.json": b'{"outcome": "failed"}'}
-    dead: set[Name] = set()
+    dead: set[ClaimName] = set()
     assert attempt_records.live(location, found, dead=dead) is None
     assert dead == {found[-1]}
 
@@ -639,14 +634,14 @@ def test_claims_of_one_number_are_bounded() -> None:
     location = Memory()
     location.objects = {f"attempts/000007-{nonce:012x}.json": b"{}" for nonce in range(2000)}
     with pytest.raises(StorageError, match="2000 claims of attempt 7, which no run makes"):
-        attempt_records.last(location)
+        attempt_records.newest(location)
 
 
 @pytest.mark.parametrize("beat", [60, 1e300, 10**200, float("inf")])
 def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     location = Memory()
     location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
-    record = attempt_records.last(location)
+    record = attempt_records.newest(location)
     assert record
     assert record._beat_seconds() <= RemoteLocation.beat_seconds
 

@@ -7,10 +7,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from runner.data import plan as plans
-from runner.data.order import Permuted
-from runner.data.plan import Budgeted, Plan, Slice
-from runner.distributed.environment import World
+from runner.data import order as orders
+from runner.data.order import BudgetOrder, PermutationOrder
+from runner.data.plan import Plan, Slice
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CHANCE = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def test_every_batch_keeps_the_budget_and_the_cap(max_tokens: int, shuffle: bool
 
 @pytest.mark.parametrize("pool", [7, 64, 4096])
 def test_every_sample_comes_once_per_epoch(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_POOL", pool)
+    monkeypatch.setattr(orders, "_POOL", pool)
     for epoch in range(3):
         batches = epoch_of(plan(), epoch)
         assert sorted(index for batch in batches for index in batch) == [*range(1000)]
@@ -73,9 +73,9 @@ def test_the_batches_are_frozen() -> None:
 
 def test_pools_are_shuffled_in_epochs_of_the_same_samples() -> None:
     """In the order of the data set the pools are the same in every epoch; the turns of their batches are not."""
-    order = Permuted(1000, seed=0, shuffle=False)
+    order = PermutationOrder(1000, seed=0, shuffle=False)
     lengths = np.array(SKEWED)
-    plans = [Budgeted(order, lengths, max_tokens=1000, max_samples=64, seed=seed, shuffle=True) for seed in (1, 2)]
+    plans = [BudgetOrder(order, lengths, max_tokens=1000, max_samples=64, seed=seed, shuffle=True) for seed in (1, 2)]
     firsts = [each(epoch, np.arange(100)).tolist() for each in plans for epoch in (0, 1)]
     assert len({*map(tuple, firsts)}) == 4
 
@@ -161,11 +161,11 @@ def test_batches_of_like_length_do_not_come_in_order_of_length() -> None:
 
 def test_passes_are_those_of_the_order_underneath() -> None:
     order = plan().order()
-    source, passed = order.passes(3, np.arange(5))
+    source, passed = order.source_passes(3, np.arange(5))
     assert (source.tolist(), passed.tolist()) == ([0] * 5, [3] * 5)
 
 
 def test_without_shuffle_pools_come_in_order_of_the_samples() -> None:
     found = epoch_of(plan((5, 1, 4, 2), max_tokens=8, shuffle=False), 3)
     assert found == [[1, 3], [2], [0]]
-    assert Permuted(4, seed=1, shuffle=False)(3, np.arange(4)).tolist() == [0, 1, 2, 3]
+    assert PermutationOrder(4, seed=1, shuffle=False)(3, np.arange(4)).tolist() == [0, 1, 2, 3]

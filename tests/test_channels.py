@@ -9,9 +9,9 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from runner.distributed.communicator import gather, on_rank_zero
-from runner.distributed.environment import World
-from runner.distributed.processes import Channel, OthersFailed
+from runner.distributed.processes import Channel, PeerFailed
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZE = 3
@@ -64,20 +64,20 @@ def test_exchanged_values_are_not_kept(server: TCPStore) -> None:
 
 def test_an_error_of_one_rank_is_raised_on_all(server: TCPStore) -> None:
     def refuse() -> None:
-        raise DataError("mine")
+        raise DataError("mine", kind="sample-changed")
 
-    def work(channel: Channel, watch: Watchdog) -> list[str]:
-        told = []
+    def work(channel: Channel, watch: Watchdog) -> list[tuple[str, str]]:
+        raised = []
         for act in (
             lambda: on_rank_zero(channel, refuse),
             lambda: gather(channel, refuse if channel.rank == 2 else str),
         ):
             with pytest.raises(DataError) as error:
                 act()
-            told.append(str(error.value))
-        return told
+            raised.append((str(error.value), error.value.kind))
+        return raised
 
-    assert together(server, work) == [["mine", "rank 2: mine"]] * SIZE
+    assert together(server, work) == [[("mine", "sample-changed"), ("rank 2: mine", "sample-changed")]] * SIZE
 
 
 def test_a_rank_that_waits_for_a_failed_rank_gets_its_error(server: TCPStore) -> None:
@@ -90,7 +90,7 @@ def test_a_rank_that_waits_for_a_failed_rank_gets_its_error(server: TCPStore) ->
             return watch.failure
         failed.wait(30)
         later = watch.fail(Failure(channel.rank, 1, "another reason")) if channel.rank == 1 else None
-        with pytest.raises(OthersFailed, match="gone") as error:
+        with pytest.raises(PeerFailed, match="gone") as error:
             channel.gather(None) if channel.rank == 0 else channel.broadcast(None)
         assert error.value.status == 5
         return later or watch.failure

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
+from defaults import configured as default_config
 from omegaconf import OmegaConf
 
 from runner.config.checks import check
-from runner.config.schema import Config
 from runner.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def configured(*overrides: str) -> Any:
         "scheduler": {"_target_": "s"},
         "trainer": {"max_steps": 10},
     }
-    return OmegaConf.merge(OmegaConf.structured(Config), filled, OmegaConf.from_dotlist([*overrides]))
+    return default_config(filled, OmegaConf.from_dotlist([*overrides]))
 
 
 @pytest.mark.parametrize(

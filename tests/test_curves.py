@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.errors import StorageError
-from runner.metrics.tensorboard import Curves
+from runner.metrics.tensorboard import TensorBoardWriter
+from runner.metrics.writer import WriterContext
 from runner.storage import local
 from runner.storage.local import LocalLocation
 
@@ -26,8 +27,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
 
 
-def attempt(folder: Path, number: int, purge: int, steps: Iterable[int]) -> None:
-    curves = Curves(LocalLocation(folder), FOLDER, purge_step=purge, attempt=number)
+def writer(folder: Path, *, attempt: int = 1, after: int = 0) -> TensorBoardWriter:
+    return TensorBoardWriter(WriterContext(LocalLocation(folder), "e", "e/r", {}, attempt, after))
+
+
+def attempt(folder: Path, number: int, first: int, steps: Iterable[int]) -> None:
+    """Attempt ``number``, which resumed from the step before ``first``."""
+    curves = writer(folder, attempt=number, after=first - 1)
     for step in steps:
         curves.add(step, {"loss": number + step / 100, "sample": f"{step} by {number}"})
     curves.close()
@@ -60,8 +66,14 @@ def test_each_step_is_there_once_from_the_attempt_that_counts(tmp_path: Path) ->
 
 def test_a_step_reported_again_replaces_its_first_report(tmp_path: Path) -> None:
     attempt(tmp_path, 1, 1, [1, 2])
-    attempt(tmp_path, 2, 2, [2, 3])
+    attempt(tmp_path, 2, 3, [2, 3])
     assert scalars(tmp_path) == [(1, 1.01), (2, 2.02), (3, 2.03)]
+
+
+def test_an_attempt_without_a_point_hides_discarded_ones(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 1, [1, 2, 3])
+    attempt(tmp_path, 2, 3, [])
+    assert scalars(tmp_path) == [(1, 1.01), (2, 1.02)]
 
 
 def test_a_fresh_start_takes_everything_back(tmp_path: Path) -> None:
@@ -85,7 +97,7 @@ def test_texts_are_there_as_they_are(tmp_path: Path) -> None:
 
 
 def test_flushed_curves_are_readable_while_the_writer_lives(tmp_path: Path) -> None:
-    curves = Curves(LocalLocation(tmp_path), FOLDER, purge_step=1, attempt=1)
+    curves = writer(tmp_path)
     curves.add(1, {"loss": 1.0})
     curves.flush()
     assert scalars(tmp_path) == [(1, 1.0)]
@@ -94,11 +106,12 @@ def test_flushed_curves_are_readable_while_the_writer_lives(tmp_path: Path) -> N
 
 def test_files_say_which_attempt_wrote_them(tmp_path: Path) -> None:
     attempt(tmp_path, 7, 1, [1])
-    assert [path.name.endswith(".a000007.0001") for path in (tmp_path / FOLDER).iterdir()] == [True]
+    names = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
+    assert [name.rpartition("tfevents.")[2].partition(".")[2] for name in names] == ["hparams", "a000007.0001"]
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    curves = Curves(LocalLocation(tmp_path), FOLDER, purge_step=1, attempt=1)
+    curves = writer(tmp_path)
     curves.add(1, {"loss": 1.0})
     room = iter([20])  # bytes: the next record is torn
 

@@ -48,7 +48,7 @@ def using(name: str) -> str:
         ((using("Counter"),), ["of Counter", "a counter or cache that changes from call to call"]),
         (
             (using("ByProcess"), "runtime.num_workers=1"),
-            ["of ByProcess", "another one in a data worker than in this process", "the pid"],
+            ["of ByProcess", "is different in a data worker than in this process", "the pid"],
         ),
         (("data.randomness='off'",), ["of Rows draws random numbers", "data.randomness=sample"]),
         (

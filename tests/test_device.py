@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from defaults import configured as default_config
 from omegaconf import OmegaConf
 
-from runner.config.schema import Config
-from runner.device import device_of, set_up
-from runner.distributed.environment import World
+from runner.device import choose_device, set_up_device
+from runner.distributed.world import World
 from runner.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def _default() -> Iterator[None]:
 
 
 def configured(*overrides: str) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([*overrides]))
+    return default_config(OmegaConf.from_dotlist([*overrides]))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def configured(*overrides: str) -> Any:
     ],
 )
 def test_a_process_has_its_own_device(name: str, world: World, visible: int, device: str) -> None:
-    assert device_of(name, world, visible) == device
+    assert choose_device(name, world, visible) == device
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_process_has_its_own_device(name: str, world: World, visible: int, dev
 )
 def test_a_device_that_cannot_be_is_refused(name: str, world: World, visible: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        device_of(name, world, visible)
+        choose_device(name, world, visible)
 
 
 def test_the_device_is_set_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +68,9 @@ def test_the_device_is_set_before_anything_is_built(monkeypatch: pytest.MonkeyPa
     devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    assert set_up(configured("runtime.device=cuda:1"), World()) == torch.device("cuda:1")
-    assert set_up(configured("runtime.device=cuda"), World(1, 2, 1)) == torch.device("cuda:1")
-    assert set_up(configured("runtime.device=cuda"), World()) == torch.device("cuda:0")
+    assert set_up_device(configured("runtime.device=cuda:1"), World()) == torch.device("cuda:1")
+    assert set_up_device(configured("runtime.device=cuda"), World(1, 2, 1)) == torch.device("cuda:1")
+    assert set_up_device(configured("runtime.device=cuda"), World()) == torch.device("cuda:0")
     assert devices == [torch.device("cuda:1"), torch.device("cuda:1"), torch.device("cuda:0")]
 
 
@@ -82,7 +82,7 @@ def test_the_compiler_is_as_deterministic_as_the_rest(monkeypatch: pytest.Monkey
     before = compiler.deterministic
     try:
         for deterministic in (True, False, True):
-            set_up(configured("runtime.compile=true", f"runtime.deterministic={deterministic}"), World())
+            set_up_device(configured("runtime.compile=true", f"runtime.deterministic={deterministic}"), World())
             assert compiler.deterministic is deterministic
     finally:
         compiler.deterministic = before

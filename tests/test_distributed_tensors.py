@@ -83,30 +83,30 @@ def full(state: Any) -> Any:
     return type(state)(map(full, state)) if isinstance(state, list | tuple) else state
 
 
-def save(folder: Path, mesh: Any, ranks: Communicator) -> CommitId:
+def save(folder: Path, mesh: Any, comm: Communicator) -> CommitId:
     parts = trained(mesh, steps=3)
     states = {name: part.state_dict() for name, part in parts.items()}
     whole = {name: full(state) for name, state in states.items()}
-    if ranks.rank == 0:
+    if comm.rank == 0:
         torch.save(whole, folder / "whole")
-    snapshot = Snapshot.of(3, {**states, "own": PerRank(number=ranks.rank)}, ranks=ranks)
+    snapshot = Snapshot.of(3, {**states, "own": PerRank(number=comm.rank)}, comm=comm)
     held = sum(tensor.nbytes for tensor in snapshot.tensors.values())
     assert held < 0.6 * sum(tensor.nbytes for tensor in encode(whole, "")[1].values()), "no rank writes it all"
-    return CheckpointStore(LocalLocation(folder), ranks).commit(snapshot, attempt=1, successor=lambda: None)
+    return CheckpointStore(LocalLocation(folder), comm).commit(snapshot, attempt=1, successor=lambda: None)
 
 
-def load(folder: Path, commit: CommitId, mesh: Any, ranks: Communicator) -> None:
+def load(folder: Path, commit: CommitId, mesh: Any, comm: Communicator) -> None:
     parts = trained(mesh, steps=1)
-    checkpoint = CheckpointStore(LocalLocation(folder)).open(commit, ranks)
+    checkpoint = CheckpointStore(LocalLocation(folder)).open(commit, comm)
     for name, part in parts.items():
-        loaded = checkpoint.load(name, like=part.state_dict() if ranks.size > 1 else None)
+        loaded = checkpoint.load(name, like=part.state_dict() if comm.size > 1 else None)
         part.load_state_dict(loaded)
     whole = torch.load(folder / "whole")
     for name, part in parts.items():
         found = full(part.state_dict())
-        assert same(found, type(found)(whole[name])), f"{name} on rank {ranks.rank} of {ranks.size}"
+        assert same(found, type(found)(whole[name])), f"{name} on rank {comm.rank} of {comm.size}"
     assert parts["model"].head.weight is parts["model"].tokens.weight
-    assert checkpoint.load("own") == {"number": ranks.rank}
+    assert checkpoint.load("own") == {"number": comm.rank}
 
 
 def process(rank: int, port: int, folder: Path) -> None:
@@ -116,10 +116,10 @@ def process(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=4)
-    ranks = GroupRanks(rank, 4)
-    commit = save(folder, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), ranks)
-    load(folder, commit, init_device_mesh("cpu", (4,)), ranks)
-    refuse(init_device_mesh("cpu", (4,)), ranks)
+    comm = GroupRanks(rank, 4)
+    commit = save(folder, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), comm)
+    load(folder, commit, init_device_mesh("cpu", (4,)), comm)
+    refuse(init_device_mesh("cpu", (4,)), comm)
     torch.distributed.destroy_process_group()
     if rank < 2:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/two")
@@ -130,15 +130,15 @@ def process(rank: int, port: int, folder: Path) -> None:
         load(folder, commit, None, SINGLE_PROCESS)
 
 
-def refuse(mesh: Any, ranks: Communicator) -> None:
+def refuse(mesh: Any, comm: Communicator) -> None:
     """What has no cell of its own on each rank is refused by name."""
     from torch.distributed.tensor import DTensor, Partial
 
     partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     with pytest.raises(StateError, match="cannot save model/w: a tensor placed as"):
-        shard({"model/w": partial}, ranks)
+        shard({"model/w": partial}, comm)
     with pytest.raises(StateError, match="a tensor on 4 of 8 ranks"):
-        shard({"model/w": partial}, GroupRanks(ranks.rank, 8))
+        shard({"model/w": partial}, GroupRanks(comm.rank, 8))
 
 
 def test_torchs_sharded_states_load_on_other_worlds_to_the_bit(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from runner.run.drift import ABSENT, ChangedKey, compare, table
+from runner.run.drift import ABSENT, ChangedKey, compare, drift_table
 
 
 def test_equal_configurations_have_no_differences() -> None:
@@ -53,7 +53,7 @@ def test_unlike_values_differ(saved: Any, now: Any) -> None:
 
 
 def test_the_table_shows_key_and_both_values() -> None:
-    lines = table(compare({"lr": 0.1, "old": "x"}, {"lr": 1e-3, "new": None})).splitlines()
+    lines = drift_table(compare({"lr": 0.1, "old": "x"}, {"lr": 1e-3, "new": None})).splitlines()
     assert [line.split() for line in lines[:1] + lines[2:]] == [
         ["key", "saved", "now"],
         ["lr", "0.1", "0.001"],
@@ -64,13 +64,13 @@ def test_the_table_shows_key_and_both_values() -> None:
 
 def test_values_are_shown_as_they_are() -> None:
     """Neither rounded nor aligned as numbers, and a text of digits is not shown as a number."""
-    shown = table([ChangedKey("x", "1", 1), ChangedKey("y", 1e-10, 0.30000000000000004)])
+    shown = drift_table([ChangedKey("x", "1", 1), ChangedKey("y", 1e-10, 0.30000000000000004)])
     assert "'1'" in shown
     assert "1e-10" in shown
     assert "0.30000000000000004" in shown
 
 
 def test_values_of_a_stranger_cannot_drive_the_terminal() -> None:
-    shown = table(compare({"a\x1b[2J": "\x1b]0;title\x07"}, {"b": "\r"}))
+    shown = drift_table(compare({"a\x1b[2J": "\x1b]0;title\x07"}, {"b": "\r"}))
     assert all(character.isprintable() for line in shown.split("\n") for character in line)
     assert r"a\x1b[2J" in shown

@@ -19,10 +19,10 @@ from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from runner.data import fetch, order, sandbox
-from runner.data.loader import Loading, without_noise
+from runner.data.loader import LoaderOptions, without_noise
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
-from runner.distributed.environment import World
+from runner.data.stream import MapStyleStream
+from runner.distributed.world import World
 from runner.runs.__main__ import main as runs
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
@@ -58,10 +58,10 @@ def audited(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def stopped_in_the_second_epoch() -> list[int]:
     """The samples of two epochs, with a stop after step 150 of 200."""
 
-    def stream() -> BatchStream:
-        return BatchStream(range(1000), Plan(1000, 1, 10), loading=Loading(), device=CPU)  # type: ignore[arg-type]
+    def stream() -> MapStyleStream:
+        return MapStyleStream(range(1000), Plan(1000, 1, 10), loading=LoaderOptions(), device=CPU)  # type: ignore[arg-type]
 
-    def drawn(opened: BatchStream, steps: int) -> Iterator[int]:
+    def drawn(opened: MapStyleStream, steps: int) -> Iterator[int]:
         for _ in range(steps):
             for _, batch in opened.step():
                 yield from batch.tolist()
@@ -219,7 +219,7 @@ def test_any_number_of_processes_trains_on_the_same_samples() -> None:
         streams = []
         for rank in range(size):
             plan = Plan(100, 3, 8, micro, world=World(rank, size))
-            stream = BatchStream(list(range(100)), plan, loading=Loading(), device=CPU)
+            stream = MapStyleStream(list(range(100)), plan, loading=LoaderOptions(), device=CPU)
             stream.consumed = consumed
             stream.open()
             streams.append(stream)
@@ -229,7 +229,7 @@ def test_any_number_of_processes_trains_on_the_same_samples() -> None:
             for stream in streams:
                 stream.advance()
         assert len({json.dumps(stream.state_dict()) for stream in streams}) == 1
-        digests = sum(stream.line(1).digest for stream in streams) % 2**64
+        digests = sum(stream.ledger_line(1).digest for stream in streams) % 2**64
         return [*steps, [digests]]
 
     expected = drawn(1, 1, 48)
@@ -257,7 +257,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, wreck: Callable[[pytest.MonkeyPatch
     saved, found = None, []
     with monkeypatch.context() as patch:
         for steps in (5, 7):
-            stream = BatchStream(Summed(), Plan(50, 1, 8), loading=Loading(), device=CPU)  # type: ignore[arg-type]
+            stream = MapStyleStream(Summed(), Plan(50, 1, 8), loading=LoaderOptions(), device=CPU)  # type: ignore[arg-type]
             if saved is not None:
                 stream.load_state_dict(saved)
             stream.open()
@@ -283,12 +283,12 @@ def other_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def early_cursor(patch: pytest.MonkeyPatch) -> None:
-    real = BatchStream.load_state_dict
+    real = MapStyleStream.load_state_dict
 
-    def load(self: BatchStream, state: dict[str, Any]) -> None:
+    def load(self: MapStyleStream, state: dict[str, Any]) -> None:
         real(self, state | {"consumed": state["consumed"] + 8})  # as if it had moved when the batch was handed out
 
-    patch.setattr(BatchStream, "load_state_dict", load)
+    patch.setattr(MapStyleStream, "load_state_dict", load)
 
 
 def unpinned_threads(patch: pytest.MonkeyPatch) -> None:

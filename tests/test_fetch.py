@@ -15,7 +15,7 @@ import torch
 
 from runner.checkpoint.encoding import encode
 from runner.data.fetch import Fetcher
-from runner.data.order import mix, mix_one
+from runner.data.order import splitmix64, splitmix64_int
 from runner.data.plan import Plan, Slice
 from runner.rng import Generators, seed_all
 
@@ -227,7 +227,7 @@ def test_seeding_only_used_generators_changes_no_sample(generator: str, calls: i
 
 def test_one_word_is_mixed_as_many_are() -> None:
     words = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0]
-    assert [mix_one(word) for word in words] == mix(np.array(words, dtype=np.uint64)).tolist()
+    assert [splitmix64_int(word) for word in words] == splitmix64(np.array(words, dtype=np.uint64)).tolist()
 
 
 class Flaky:
@@ -286,9 +286,9 @@ def test_an_error_of_the_data_is_not_tried_again(error: Exception) -> None:
 def test_a_lasting_error_is_reported_with_the_data_sets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (bad,) = Fetcher(Flaky(TimeoutError("gone"), 99), Plan(N, 1, 4), label="train")[Slice(0, 4)].bad
-    assert bad.why.splitlines()[-1] == "TimeoutError: gone"
-    assert "in __getitem__" in bad.why.splitlines()[0]
-    assert "fetch.py" not in bad.why.replace("test_fetch.py", "")
+    assert bad.error.splitlines()[-1] == "TimeoutError: gone"
+    assert "in __getitem__" in bad.error.splitlines()[0]
+    assert "fetch.py" not in bad.error.replace("test_fetch.py", "")
 
 
 class WithHoles:
@@ -304,13 +304,13 @@ class WithHoles:
 def test_none_is_a_bad_record() -> None:
     plan = Plan(N, 1, 4, shuffle=False)
     (bad,) = Fetcher(WithHoles(), plan, label="train")[Slice(0, 4)].bad
-    assert (bad.position, bad.index, bad.instead) == (2, 2, None)
-    assert "__getitem__ returned None" in bad.why
+    assert (bad.position, bad.index, bad.substitute) == (2, 2, None)
+    assert "__getitem__ returned None" in bad.error
     fetched = Fetcher(WithHoles(), plan, label="train", substitute=True, collate=as_list)[Slice(0, 4)]
     (bad,) = fetched.bad
-    assert fetched.batch == [0, 1, bad.instead, 3]
-    assert bad.instead is not None
-    assert bad.instead % 3 != 2
+    assert fetched.batch == [0, 1, bad.substitute, 3]
+    assert bad.substitute is not None
+    assert bad.substitute % 3 != 2
 
 
 @pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
@@ -323,11 +323,11 @@ def test_recorded_substitutes_are_taken_again(randomness: str) -> None:
     before.samples.left[gone] = 10**9  # type: ignore[attr-defined]
     then = before[Slice(4, 4)]
     again = Fetcher(Flaky(KeyError(), 0), plan, label="train", substitute=True, collate=as_list)
-    again.recorded = {bad.position: bad.instead for bad in then.bad if bad.instead is not None}
+    again.substitutions = {bad.position: bad.substitute for bad in then.bad if bad.substitute is not None}
     seed_all(1)
     now = again[Slice(4, 4)]
-    assert [(bad.position, bad.index, bad.instead) for bad in now.bad] == [
-        (bad.position, bad.index, bad.instead) for bad in then.bad
+    assert [(bad.position, bad.index, bad.substitute) for bad in now.bad] == [
+        (bad.position, bad.index, bad.substitute) for bad in then.bad
     ]
     assert now.digest == then.digest
     if randomness == "sample":

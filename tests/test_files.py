@@ -13,13 +13,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from runner.errors import DataError, StorageError
 from runner.storage.files import (
+    chunks,
     exists,
     expand,
     is_compressed,
-    listing,
+    list_files,
     local_path,
     open_file,
-    pieces,
     read,
     read_range,
     resolve,
@@ -159,7 +159,7 @@ def test_inside_an_archive_paths_keep_the_way_to_it(tmp_path: Path) -> None:
 
 def test_a_listing_has_sizes_and_marks(memory: str, folder: Path) -> None:
     for where in (memory, str(folder)):
-        found = listing(f"{where}/*.txt")
+        found = list_files(f"{where}/*.txt")
         assert [*found] == expand(f"{where}/*.txt")
         assert [about.size for about in found.values()] == [5, 5]
         assert all(about.mark for about in found.values())
@@ -184,7 +184,7 @@ def test_a_range_comes_whole_or_not_at_all(memory: str, folder: Path) -> None:
 
 def test_a_file_comes_in_pieces_unpacked(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"abcdefg"))
-    assert [*pieces(f"{tmp_path}/a.gz", 3)] == [b"abc", b"def", b"g"]
+    assert [*chunks(f"{tmp_path}/a.gz", 3)] == [b"abc", b"def", b"g"]
     assert is_compressed("a.gz")
     assert not is_compressed("a.txt")
 

@@ -93,7 +93,7 @@ def test_a_run_that_is_gone_for_good_ends_with_its_reason(
     attempt.beat(step=1)
     until(lambda: location.read(f"{attempt.name}.beat", limit=9999) is not None)
     goes(location)
-    until(lambda: attempt._heart._lost is not None)
+    until(lambda: attempt._heart.gone_since is not None)
     left = objects(location)
     until(lambda: ended(attempt), seconds=20)
     assert "Waiting 0 seconds for it to come back" in caplog.text
@@ -109,11 +109,11 @@ def test_a_directory_that_comes_back_in_time_is_waited_for(tmp_path: Path, monke
     location.beat_seconds = 0.05
     attempt = claim(location, {})
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    until(lambda: attempt._heart._lost is not None)
+    until(lambda: attempt._heart.gone_since is not None)
     with pytest.raises(StorageError, match="was there and is gone; it is not made again"):
         location.put("attempts/x", [b""])
     (tmp_path / "elsewhere").rename(tmp_path / "run")
-    until(lambda: attempt._heart._lost is None)
+    until(lambda: attempt._heart.gone_since is None)
     monkeypatch.setattr(attempts, "GONE_SECONDS", 0.0)
     attempt.raise_if_superseded()
     attempt.end("finished")
@@ -133,7 +133,7 @@ def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(attempt_records, "successor", fails)
         until(lambda: len(asked) > 5)
-        assert attempt._heart._lost is None
+        assert attempt._heart.gone_since is None
     attempt.end("finished")
 
 

@@ -1,4 +1,4 @@
-"""A process that hangs, wherever that is: it is told by rank and place, none is left, and the same command goes on."""
+"""A process that hangs anywhere: its rank and code line are reported, no process is left, the same command goes on."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ HANGS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.campaign) if n in ("restore", "end") else n for n in HANGS]
 )
-def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Crews, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_with_its_line(name: str, crew: Crews, tmp_path: Path) -> None:
     rank, more, place = HANGS[name]
     command = (
         "experiment=smoke",
@@ -41,7 +41,7 @@ def test_a_rank_that_hangs_anywhere_is_named_with_the_place(name: str, crew: Cre
     ended = crew(2, *command, "runtime.timeout=4", cwd=USER, to=to, hang=hang)
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
-    assert f"rank {1 - rank} (pid" not in ended.output, "that one only waits"
+    assert f"rank {1 - rank} (pid" not in ended.output, "it only waits"
     assert place in ended.output
     (end,) = (json.loads(path.read_text()) for path in tmp_path.glob("*/hangs/attempts/*.end.json"))
     assert end["outcome"] == "failed"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runner.data.evaluation_data import EvaluationData
-from runner.data.loader import Loading
-from runner.distributed.environment import World
+from runner.data.loader import LoaderOptions
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [1, 2, 4, 5, 8, 9, 15, 16, 17]
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def data(samples: Any, *, rank: int = 0, size: int = 1, workers: int = 0, **others: Any) -> EvaluationData:
-    values = {"seed": 1, "batch_size": 4, "randomness": "sample", "loading": Loading(workers), "device": CPU}
+    values = {"seed": 1, "batch_size": 4, "randomness": "sample", "loading": LoaderOptions(workers), "device": CPU}
     return EvaluationData(samples, world=World(rank, size), **(values | others))
 
 

@@ -28,7 +28,7 @@ class Row:
     """What the table says of a run."""
 
     status: str
-    tensorboard: dict[str, float | str]
+    hparams: dict[str, float | str]
     metrics: dict[str, float]
 
 
@@ -94,5 +94,5 @@ def test_the_row_shows_the_accepted_drift(life: Lives, tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_numbers_and_all_else_is_text(value: Any, shown: float | str, tmp_path: Path) -> None:
-    tensorboard.write(LocalLocation(tmp_path), "tensorboard", "e", {"model": {"x": value}}, finished=False)
+    tensorboard.write_hparams(LocalLocation(tmp_path), "e", {"model": {"x": value}}, finished=False)
     assert table(tmp_path)[0]["tensorboard"].hparams == {"experiment": "e", "model.x": shown}

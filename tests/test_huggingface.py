@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 
 N, BATCH = 22, 4
 CPU = torch.device("cpu")
@@ -33,9 +33,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return datasets.load_from_disk(str(tmp_path / "data"))
 
 
-def opaque(samples: Any, workers: int, **how: Any) -> OpaqueStream:
+def opaque(samples: Any, workers: int, **how: Any) -> IterableStream:
     settings = {"seed": 1, "batch_size": BATCH, "micro_batches": 1, "randomness": "sample", "device": CPU}
-    return OpaqueStream(samples, loading=Loading(workers), **{**settings, **how})
+    return IterableStream(samples, loading=LoaderOptions(workers), **{**settings, **how})
 
 
 def steps(live: Any, count: int) -> list[list[int]]:
@@ -68,7 +68,7 @@ def differing(samples: Any, workers: int, cuts: range, **how: Any) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_style_one_is_like_any_other(data: Any, workers: int) -> None:
     plan = Plan(N, 1, BATCH)
-    live = BatchStream(data.with_format("torch"), plan, loading=Loading(workers), device=CPU)
+    live = MapStyleStream(data.with_format("torch"), plan, loading=LoaderOptions(workers), device=CPU)
     live.open()
     drawn = [number for batch in steps(live, 11) for number in batch]
     assert sorted(drawn[:N]) == sorted(drawn[N:]) == [*range(N)]

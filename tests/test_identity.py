@@ -4,11 +4,10 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from defaults import configured as default_config
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, typed, variant
-from runner.config.schema import Config
+from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
 
 FILLED = {
     "model": {"_target_": "m", "width": "${data.batch_size}"},
@@ -20,7 +19,7 @@ FILLED = {
 
 
 def configured(**more: Any) -> Any:
-    return OmegaConf.merge(OmegaConf.structured(Config), FILLED, more)
+    return default_config(FILLED, more)
 
 
 def test_without_overrides_a_run_is_the_base() -> None:
@@ -144,7 +143,7 @@ def test_names_of_ordinary_texts_have_no_quotes() -> None:
     ],
 )
 def test_names_may_be_typed_as_they_are_printed(words: list[str], expected: list[str] | None) -> None:
-    assert typed(words) == (expected or words)
+    assert quote_run_names(words) == (expected or words)
 
 
 def test_long_names_are_cut_and_stay_distinct() -> None:
@@ -194,7 +193,7 @@ def test_how_a_run_is_executed_does_not_change_its_identity() -> None:
 
 def test_a_missing_value_is_no_identity() -> None:
     with pytest.raises(MissingMandatoryValue, match="model"):
-        identity(OmegaConf.structured(Config))
+        identity(default_config())
 
 
 def test_flatten_names_leaves_by_dotted_key() -> None:

@@ -15,11 +15,10 @@ import pytest
 from lives import Lives
 from waiting import until
 
-from runner.job import Job
 from runner.run import attempt_records
-from runner.run.attempt_records import Name, Record
-from runner.run.attempts import dump
+from runner.run.attempt_records import AttemptRecord, ClaimName, encode
 from runner.run.directory import RunDirectory
+from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
 from runner.sweep import survey
 
@@ -44,7 +43,7 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
     return ("~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
 
-def attempts(root: Path) -> dict[str, list[Record]]:
+def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
     return {
@@ -180,15 +179,15 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     """A run with an attempt of that number."""
     directory = RunDirectory.under(str(root), "smoke", run)
     directory.create({}, parent=None)
-    name = Name(number, f"{number:012x}")
-    directory.location.put(f"{name}.json", [dump({"attempt": number, "pid": 1, "host": "other", **facts})])
+    name = ClaimName(number, f"{number:012x}")
+    directory.location.put(f"{name}.json", [encode({"attempt": number, "pid": 1, "host": "other", **facts})])
     if end:
-        directory.location.put(f"{name}.end.json", [dump({"outcome": end})])
+        directory.location.put(f"{name}.end.json", [encode({"outcome": end})])
     return directory
 
 
-def looked(*directories: RunDirectory) -> list[survey.Found]:
-    jobs = {(one.variant,): Job(one, {}, [], None, "refuse", "") for one in directories}
+def statuses(*directories: RunDirectory) -> list[survey.RunStatus]:
+    jobs = {(each.variant,): RunSpec(each, {}, [], None, "refuse", "") for each in directories}
     return [*survey.survey(jobs).values()]
 
 
@@ -202,13 +201,13 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
         count = 0
         while not over.wait(0.2):
             count += 1
-            living.location.replace(f"{Name(1, f'{1:012x}')}.beat", [dump({"sequence": count})], durable=False)
+            living.location.replace(f"{ClaimName(1, f'{1:012x}')}.beat", [encode({"sequence": count})], durable=False)
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
         began = time.monotonic()
-        found = looked(*dead, living)
+        found = statuses(*dead, living)
         took = time.monotonic() - began
     finally:
         over.set()
@@ -236,7 +235,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
 ) -> None:
     for number, facts in enumerate(attempts, 1):
         directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
-    (found,) = looked(directory)
+    (found,) = statuses(directory)
     assert found.failures == failures
     assert found.status == survey.CUT
 
@@ -246,4 +245,4 @@ def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.Mon
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        assert looked(run)[0].failures == failures
+        assert statuses(run)[0].failures == failures

@@ -16,7 +16,7 @@ from results import results
 from waiting import until
 
 from runner.run import attempt_records
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +93,13 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
         process.wait(10)
 
 
-def attempts(root: Path) -> dict[str, list[Record]]:
+def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run."""
     folders = (path.parent for path in root.glob("runs/smoke/*/run.json"))
     return {folder.name: attempt_records.history(LocalLocation(folder)) for folder in folders}
 
 
-def at_work(root: Path, *, above: int = 0) -> list[Record]:
+def at_work(root: Path, *, above: int = 0) -> list[AttemptRecord]:
     """The attempts that live and have come further than ``above`` steps."""
     last = [history[-1] for history in attempts(root).values() if history]
     return [record for record in last if record.alive() and record.beat.get("committed", 0) > above]

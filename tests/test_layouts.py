@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as processes
 from torch import nn
 
-from runner.average import averaged, follow
+from runner.average import moving_average, update_average
 from runner.errors import ConfigError, TaskError
 from runner.update import WeightUpdate
 
@@ -36,15 +36,15 @@ class Net(nn.Module):
 def steps(model: nn.Module, layout: object, share: slice, *, average: bool = False) -> list[float]:
     """Six steps: the first layer is thawed for the third, the second frozen for the fifth. The norms of gradients."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    copy = averaged(model, 0.5) if average else None
+    copy = moving_average(model, 0.5) if average else None
     update = WeightUpdate(
-        model, optimizer, device=CPU, clip_norm=0.01, skip_nonfinite=True, average=copy, layout=layout
+        model, optimizer, device=CPU, clip_norm=0.01, skip_nonfinite=True, average=copy, parallelism=layout
     )  # type: ignore[arg-type]
     norms = []
     for number in range(6):
         model.first.requires_grad_(number >= 2)  # type: ignore[union-attr]
         model.second.requires_grad_(number < 4)  # type: ignore[union-attr]
-        for part, batch in layout.each(iter([(0.5, BATCH[share])])):  # type: ignore[attr-defined]
+        for part, batch in layout.iterate(iter([(0.5, BATCH[share])])):  # type: ignore[attr-defined]
             loss = model(batch).square().mean() * part
             update.backward(loss)
         norms.append(update.step(loss.detach())["grad_norm"].item())
@@ -86,7 +86,7 @@ def replicated(rank: int) -> None:
 
     sparse = nn.Embedding(5, 2, sparse=True)
     layout = Replicated([sparse], micro_batches=1)
-    update = WeightUpdate(sparse, torch.optim.SGD(sparse.parameters(), lr=1.0), device=CPU, layout=layout)
+    update = WeightUpdate(sparse, torch.optim.SGD(sparse.parameters(), lr=1.0), device=CPU, parallelism=layout)
     update.backward(sparse(torch.tensor([1])).sum())
     with pytest.raises(TaskError, match="a gradient is sparse"):
         update.step(torch.tensor(0.0))
@@ -106,16 +106,16 @@ def sharded(rank: int) -> None:
         steps(model, layout, slice(4 * rank, 4 * rank + 4))
 
     model = Net().requires_grad_(True)
-    copy = averaged(model, 0.5)
+    copy = moving_average(model, 0.5)
     layout = Sharded([model, copy.module], device=CPU, shard=2, micro_batches=1)
     for passes in range(3):  # without gradients, as an evaluation of either makes them
         for looked in (model, copy.module)[:passes]:
             with torch.no_grad():
                 looked(BATCH)
-        for _, batch in layout.each(iter([(1.0, BATCH)])):
+        for _, batch in layout.iterate(iter([(1.0, BATCH)])):
             model(batch).square().mean().backward()
-        layout.gather_gradients()
-        follow(copy, model)
+        layout.reduce_gradients()
+        update_average(copy, model)
 
     class Scaled(Net):
         def __init__(self) -> None:

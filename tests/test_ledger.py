@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from runner.data import ledger
-from runner.data.ledger import Ledger, Line, recipe, segments
+from runner.data.ledger import Ledger, LedgerLine, recipe, segments
 from runner.errors import DataError, StorageError
 from runner.storage import LocalLocation, open_location
-from runner.storage.location import Journals
+from runner.storage.location import JournalChain
 
 RECIPE = {"samples": 10, "seed": 1}
 FIRST = "ledger/s000000000-a000001.txt"
@@ -31,9 +31,9 @@ def attempt(location: LocalLocation, number: int, step: int, *, grouping: int = 
     return opened
 
 
-def line(step: int, *, grouping: int = 4, digest: int | None = None, bad: str = "") -> Line:
+def line(step: int, *, grouping: int = 4, digest: int | None = None, bad: str = "") -> LedgerLine:
     first = (step - 1) * grouping
-    return Line(step, first, first + grouping - 1, 7 * step if digest is None else digest, bad)
+    return LedgerLine(step, first, first + grouping - 1, 7 * step if digest is None else digest, bad)
 
 
 def add(opened: Ledger, *steps: int) -> None:
@@ -55,7 +55,7 @@ def spoil(location: LocalLocation, name: str, old: bytes, new: bytes) -> None:
 
 
 def test_lines_are_read_as_they_were_written(location: LocalLocation) -> None:
-    lines = (Line(1, 0, 3, 0), Line(2, 4, 7, 2**64 - 1), Line(3, 8, 11, 5, " 8:3>4 9:0>7"))
+    lines = (LedgerLine(1, 0, 3, 0), LedgerLine(2, 4, 7, 2**64 - 1), LedgerLine(3, 8, 11, 5, " 8:3>4 9:0>7"))
     opened = attempt(location, 1, 0)
     for one in lines:
         opened.add(one)
@@ -67,7 +67,7 @@ def test_lines_are_read_as_they_were_written(location: LocalLocation) -> None:
 
 def test_a_line_is_text_for_people(location: LocalLocation) -> None:
     opened = attempt(location, 1, 0)
-    opened.add(Line(2, 4, 7, 255, " 5:9>1"))
+    opened.add(LedgerLine(2, 4, 7, 255, " 5:9>1"))
     text = (location.read(FIRST, limit=1000) or b"").decode()  # there without a flush
     assert text.splitlines()[1:] == ["2 4 7 00000000000000ff 5:9>1"]
 
@@ -174,7 +174,7 @@ def test_steps_repeated_with_the_same_samples_are_silent(location: LocalLocation
 
 
 @pytest.mark.parametrize("now", [line(3, digest=5), line(3, grouping=5), line(3, bad=" 8:3>4")], ids=str)
-def test_steps_repeated_with_other_samples_are_refused(location: LocalLocation, now: Line) -> None:
+def test_steps_repeated_with_other_samples_are_refused(location: LocalLocation, now: LedgerLine) -> None:
     add(attempt(location, 1, 0), 1, 2)
     add(attempt(location, 2, 2), 3, 4)
     again = attempt(location, 3, 2)
@@ -210,7 +210,7 @@ def test_substitutes_are_those_of_the_last_time(location: LocalLocation) -> None
     other = Ledger(location, attempt=3, recipe={"samples": 11}, grouping=4, accept=True)
     other.open(2)
     other.add(line(3, bad=" 8:1>8"))
-    assert ledger.swaps(location, RECIPE) == {0: 5, 3: 1, 9: 4, 10: 2}
+    assert ledger.substitutions(location, RECIPE) == {0: 5, 3: 1, 9: 4, 10: 2}
 
 
 def test_steps_repeated_in_other_groups_are_not_compared(location: LocalLocation) -> None:
@@ -270,7 +270,7 @@ def lived(location: LocalLocation, code: str) -> subprocess.CompletedProcess[str
     """A process that opens the ledger and goes on with ``code``."""
     start = f"""
 import os, resource, signal
-from runner.data.ledger import Ledger, Line
+from runner.data.ledger import Ledger, LedgerLine
 from runner.errors import StorageError
 from runner.storage import LocalLocation
 opened = Ledger(LocalLocation({location.url!r}), attempt=1, recipe={RECIPE!r}, grouping=4)
@@ -284,7 +284,7 @@ opened.open(0)
 def test_every_line_outlives_a_killed_process(location: LocalLocation) -> None:
     code = """
 for step in range(1, 501):
-    opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
+    opened.add(LedgerLine(step, 4 * step - 4, 4 * step - 1, 7 * step))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert lived(location, code).returncode == -signal.SIGKILL
@@ -298,7 +298,7 @@ def test_a_full_disk_fails_the_flush_and_loses_no_line(location: LocalLocation) 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 101):
-    opened.add(Line(step, 4 * step - 4, 4 * step - 1, 7 * step))
+    opened.add(LedgerLine(step, 4 * step - 4, 4 * step - 1, 7 * step))
 opened.mark(100)
 try:
     opened.flush()
@@ -306,7 +306,7 @@ except StorageError as error:
     print(error)
 print(os.path.getsize(opened._location.path / "ledger/s000000000-a000001.txt"))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-opened.add(Line(101, 400, 403, 707))
+opened.add(LedgerLine(101, 400, 403, 707))
 """
     told, size = lived(location, code).stdout.splitlines()
     assert told == f"cannot write {location.url}/{FIRST}: File too large"
@@ -323,13 +323,13 @@ def test_the_recipe_is_plain_json(location: LocalLocation) -> None:
 def test_positions_that_other_groups_moved_are_not_compared(location: LocalLocation) -> None:
     """Attempt 1 did step 3 elsewhere than attempt 3, which began where the smaller batches of attempt 2 had led."""
     add(attempt(location, 1, 0), 1, 2, 3)
-    attempt(location, 2, 1, grouping=2).add(Line(2, 4, 5, 3))
-    attempt(location, 3, 2).add(Line(3, 6, 9, 5))
+    attempt(location, 2, 1, grouping=2).add(LedgerLine(2, 4, 5, 3))
+    attempt(location, 3, 2).add(LedgerLine(3, 6, 9, 5))
 
 
 def test_a_flush_reaches_every_journal() -> None:
     location = open_location("memory://journals/run")
-    journals = Journals(location)
+    journals = JournalChain(location)
     for name, head, rest in (("a", b"1", b"2"), ("b", b"3", b"45")):
         journals.begin(name, head)
         journals.append(rest)

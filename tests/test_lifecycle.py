@@ -213,14 +213,14 @@ def test_a_run_finished_before_its_claim_is_not_begun_again(tmp_path: Path) -> N
 import subprocess, sys
 from runner.runs.__main__ import main
 from runner.__main__ import main
-from runner.job import Job
-opened = Job.open
+from runner.run_spec import RunSpec
+opened = RunSpec.open
 def slowly(job):
     found = opened(job)
     if found.result is None:
         subprocess.run([sys.executable, "-m", "runner", *sys.argv[1:]], check=True, capture_output=True)
     return found
-Job.open = slowly
+RunSpec.open = slowly
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}", "run.name=r"]

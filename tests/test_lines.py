@@ -9,7 +9,8 @@ import pytest
 
 from runner.errors import StorageError
 from runner.metrics import lines
-from runner.metrics.lines import MetricLines, read
+from runner.metrics.lines import LinesWriter, read
+from runner.metrics.writer import WriterContext
 from runner.storage import LocalLocation
 
 
@@ -18,19 +19,17 @@ def location(tmp_path: Path) -> LocalLocation:
     return LocalLocation(tmp_path)
 
 
-def attempt(location: LocalLocation, number: int, step: int, end: dict[str, Any] | None) -> MetricLines:
-    """Attempt ``number``, gone on after ``step`` from the commit that recorded ``end``."""
-    curves = MetricLines(location, attempt=number)
-    curves.open(step, end)
-    return curves
+def attempt(location: LocalLocation, number: int, step: int, end: dict[str, Any] | None) -> LinesWriter:
+    """Attempt ``number``, resumed after ``step`` from the commit that recorded ``end``."""
+    return LinesWriter(WriterContext(location, "e", "e/r", {}, number, step, end))
 
 
-def add(curves: MetricLines, *steps: int) -> None:
+def add(curves: LinesWriter, *steps: int) -> None:
     for step in steps:
         curves.add(step, {"loss": step / 7})
 
 
-def flush(curves: MetricLines, step: int) -> dict[str, Any]:
+def flush(curves: LinesWriter, step: int) -> dict[str, Any]:
     end = curves.mark(step)
     curves.flush()
     return end

@@ -137,8 +137,8 @@ def test_files_of_dead_writers_are_swept_after_an_hour(location: LocalLocation) 
         (location.path / "folder" / name).write_text("half")
         old = name != "b.tmp-11"
         os.utime(location.path / "folder" / name, (0, 0) if old else None)
-    location.sweep("folder")
-    location.sweep("absent")
+    location.remove_leftovers("folder")
+    location.remove_leftovers("absent")
     assert files(location) == ["folder/a", "folder/b.tmp-11"]
 
 
@@ -187,7 +187,7 @@ def test_no_verb_goes_through_a_link(location: LocalLocation) -> None:
             lambda name=name: location.read_into(name, 0, [memoryview(bytearray(1))]),
             lambda name=name: location.remove(name),
             lambda name=name: location.list(name),
-            lambda name=name: location.sweep(name),
+            lambda name=name: location.remove_leftovers(name),
             lambda name=name: location.lock(name),
         ]
         for verb in verbs:

@@ -56,7 +56,7 @@ def test_an_absent_object_is_none_or_empty(location: Location) -> None:
     assert read(location, "deep/er/a") is None
     assert location.list("") == location.list("data") == []
     location.remove("a")
-    location.sweep("data")
+    location.remove_leftovers("data")
 
 
 def test_put_writes_all_chunks_and_returns_the_size(location: Location, server: Server) -> None:
@@ -268,8 +268,8 @@ def test_files_of_dead_writers_are_hidden_and_swept_in_an_hour(location: Locatio
             (folder / name).write_text("half")
             os.utime(folder / name, (time.time() - age, time.time() - age))
         assert location.list("folder") == [Entry("a", 5)]
-    location.sweep("folder")
-    location.sweep("absent")
+    location.remove_leftovers("folder")
+    location.remove_leftovers("absent")
     assert location.list("folder") == [Entry("a", 5)]
     if folder.is_dir():
         assert sorted(os.listdir(folder)) == ["a", "b.tmp-11"]
@@ -286,7 +286,7 @@ def test_names_that_leave_the_location_are_refused(location: Location, name: str
         lambda: location.remove(name),
         lambda: location.lock(name),
         lambda: location.list(name or ".."),
-        lambda: location.sweep(name or ".."),
+        lambda: location.remove_leftovers(name or ".."),
     ]
     for verb in verbs:
         with pytest.raises(StorageError, match="not a name of an object"):

@@ -11,7 +11,7 @@ from crews import crews
 from results import results
 from waiting import until
 
-from runner.distributed.environment import Meeting, World, first_host, meeting, world
+from runner.distributed.world import Rendezvous, World, first_host, rendezvous, world
 from runner.run import attempt_records
 from runner.storage.local import LocalLocation
 
@@ -71,7 +71,7 @@ def slurm(cluster: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
-def attempts(root: Path) -> list[attempt_records.Record]:
+def attempts(root: Path) -> list[attempt_records.AttemptRecord]:
     return [
         one for run in root.glob("runs/smoke/*/run.json") for one in attempt_records.history(LocalLocation(run.parent))
     ]
@@ -94,7 +94,7 @@ def test_the_tasks_of_a_step_of_slurm_are_a_world(monkeypatch: pytest.MonkeyPatc
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert world() == World(3, 4, 1)
-    assert meeting() == Meeting("node07", 15001, kept=False, restart=0)
+    assert rendezvous() == Rendezvous("node07", 15001, served_by_launcher=False, restart=0)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # the script of a batch job, however many tasks that has
     assert world() == World()
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner.data.mixture import Mixed, Mixture, shares
-from runner.data.order import Indices, Permuted, Streams, Windowed
+from runner.data.mixture import Mixture, integer_shares
+from runner.data.order import Indices, Interleaving, MixtureOrder, PermutationOrder, WindowOrder
 from runner.data.plan import Plan, Source
 from runner.errors import ConfigError
 
@@ -18,11 +18,11 @@ SIZES, SHARES = (30, 7, 50), (5, 1, 2)  # a block is 8 positions, an epoch 87
 FIRST = (0, 30, 37, 87)
 
 
-def mixed(*, seed: int = 7) -> Mixed:
-    return Mixed([Permuted(size, seed=seed + size, shuffle=True) for size in SIZES], SHARES, seed=seed)
+def mixed(*, seed: int = 7) -> MixtureOrder:
+    return MixtureOrder([PermutationOrder(size, seed=seed + size, shuffle=True) for size in SIZES], SHARES, seed=seed)
 
 
-def stream(order: Mixed, epochs: int) -> Indices:
+def stream(order: MixtureOrder, epochs: int) -> Indices:
     return np.concatenate([order(epoch, np.arange(order.size)) for epoch in range(epochs)])
 
 
@@ -75,7 +75,7 @@ def test_passes_count_earlier_passes_over_a_source() -> None:
     order, seen = mixed(), Counter[int]()
     for epoch in range(4):
         places = np.arange(87)
-        source, passed = order.passes(epoch, places)
+        source, passed = order.source_passes(epoch, places)
         assert source.tolist() == source_of(order(epoch, places)).tolist()
         for one, number in zip(source.tolist(), passed.tolist(), strict=True):
             assert number == seen[one] // SIZES[one]
@@ -103,13 +103,15 @@ def test_neighbouring_seeds_have_orders_of_their_own() -> None:
 
 
 def test_a_single_source_keeps_its_own_order() -> None:
-    order = Permuted(10, seed=3, shuffle=True)
-    assert Mixed([order], [1], seed=7)(4, np.arange(10)).tolist() == order(4, np.arange(10)).tolist()
+    order = PermutationOrder(10, seed=3, shuffle=True)
+    assert MixtureOrder([order], [1], seed=7)(4, np.arange(10)).tolist() == order(4, np.arange(10)).tolist()
 
 
 def test_sources_may_lie_in_shards() -> None:
     shards = [(10, 0, 20), (7,)]
-    order = Mixed([Windowed(one, Streams(3, 4, 2), seed=i) for i, one in enumerate(shards)], [3, 1], seed=7)
+    order = MixtureOrder(
+        [WindowOrder(one, Interleaving(3, 4, 2), seed=i) for i, one in enumerate(shards)], [3, 1], seed=7
+    )
     samples = stream(order, 8)
     own = samples[samples < 30]
     for start in range(0, len(own) - 29, 30):
@@ -118,7 +120,7 @@ def test_sources_may_lie_in_shards() -> None:
 
 def test_a_plan_with_sources_comes_back_from_its_recipe() -> None:
     sources = (Source(30, 5, (10, 0, 20)), Source(7, 1), Source(50, 2, (50,)))
-    plan = Plan(87, 3, 4, sources=sources, streams=Streams(2, 8, 2))
+    plan = Plan(87, 3, 4, sources=sources, interleaving=Interleaving(2, 8, 2))
     again = Plan.of(json.loads(json.dumps(plan.recipe())))
     assert again.sources == sources
     for epoch in range(3):
@@ -145,22 +147,22 @@ def test_equal_sources_of_a_plan_have_orders_of_their_own() -> None:
     ],
 )
 def test_weights_become_whole_parts_in_lowest_terms(weights: list[float], expected: list[int]) -> None:
-    assert shares(weights) == expected
+    assert integer_shares(weights) == expected
 
 
 def test_shares_of_many_weights_add_up() -> None:
-    assert sum(shares([1.0] * 7)) == sum(shares([0.1] * 11)) == 1000
+    assert sum(integer_shares([1.0] * 7)) == sum(integer_shares([0.1] * 11)) == 1000
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_that_is_no_positive_number_is_refused(weight: float) -> None:
     with pytest.raises(ConfigError, match=f"positive numbers, not 1, {weight}"):
-        shares([1, weight])
+        integer_shares([1, weight])
 
 
 def test_a_weight_too_small_to_be_kept_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a weight of 0\.1 in 1000\.1 is less than one part in 1000"):
-        shares([1000, 0.1])
+        integer_shares([1000, 0.1])
 
 
 @pytest.mark.parametrize(

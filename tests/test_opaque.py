@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.checkpoint.encoding import decode, encode
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -138,10 +138,10 @@ class Stateless:
 KINDS = [OnIterator, OnDataset, Resetting, Unequal, Tiny, Stateless]
 
 
-def stream(data: Any, workers: int = 0, *, opened: bool = True, **how: Any) -> OpaqueStream:
-    loading = how.pop("loading", Loading(workers))
+def stream(data: Any, workers: int = 0, *, opened: bool = True, **how: Any) -> IterableStream:
+    loading = how.pop("loading", LoaderOptions(workers))
     settings = {"seed": 1, "batch_size": BATCH, "micro_batches": 1, "randomness": "sample", "device": CPU}
-    made = OpaqueStream(data, loading=loading, **{**settings, "replay": isinstance(data, Stateless), **how})
+    made = IterableStream(data, loading=loading, **{**settings, "replay": isinstance(data, Stateless), **how})
     if opened:
         made.open()
     return made
@@ -158,13 +158,13 @@ def bits(batch: list[torch.Tensor]) -> list[bytes]:
     return [b"".join(field[row].numpy().tobytes() for field in batch) for row in range(len(batch[0]))]
 
 
-def step(live: OpaqueStream) -> Step:
+def step(live: IterableStream) -> Step:
     rows = [line for _, batch in live.step() for line in bits(batch)]
     live.advance()
     return rows, live.consumed, live.epochs_before, live.epochs, live.digest
 
 
-def resumed(kind: Any, state: Any, workers: int, **how: Any) -> OpaqueStream:
+def resumed(kind: Any, state: Any, workers: int, **how: Any) -> IterableStream:
     made = stream(kind(), workers, opened=False, **how)
     made.load_state_dict(state)
     return made
@@ -247,7 +247,7 @@ def test_incomplete_batches_are_dropped_on_request(workers: int) -> None:
 
 
 def test_a_spawned_worker_does_the_same() -> None:
-    assert uninterrupted(OnDataset, 1, loading=Loading(1, start_method="spawn")) == uninterrupted(OnDataset, 0)
+    assert uninterrupted(OnDataset, 1, loading=LoaderOptions(1, start_method="spawn")) == uninterrupted(OnDataset, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -260,7 +260,7 @@ def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> No
     live.advance()
     assert live.state_dict() != before
     assert (live.consumed, live.count) == (BATCH, BATCH)
-    assert (live.line(7).first, live.line(7).last) == (0, BATCH - 1)
+    assert (live.ledger_line(7).first, live.ledger_line(7).last) == (0, BATCH - 1)
 
 
 def test_a_state_is_not_changed_by_later_steps() -> None:
@@ -428,7 +428,7 @@ def test_unpicklable_data_is_refused_where_it_must_be_pickled() -> None:
         pass
 
     with pytest.raises(DataError, match=r"start_method=spawn.*Local.*start_method=fork"):
-        stream(Local(), loading=Loading(1, start_method="spawn"))
+        stream(Local(), loading=LoaderOptions(1, start_method="spawn"))
 
 
 def test_the_guarantee_is_said() -> None:

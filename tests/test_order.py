@@ -7,11 +7,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from runner.data.order import LARGEST_SORTED, Indices, Permuted
+from runner.data.order import LARGEST_SORTED, Indices, PermutationOrder
 
 
 def whole(size: int, *, seed: int = 7, epoch: int = 3) -> Indices:
-    return Permuted(size, seed=seed, shuffle=True)(epoch, np.arange(size))
+    return PermutationOrder(size, seed=seed, shuffle=True)(epoch, np.arange(size))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_neighbouring_seeds_and_epochs_have_orders_of_their_own(size: int) -> No
 
 @pytest.mark.parametrize("size", [1000, LARGEST_SORTED + 1])
 def test_a_place_has_its_sample_after_any_request(size: int) -> None:
-    order = Permuted(size, seed=7, shuffle=True)
+    order = PermutationOrder(size, seed=7, shuffle=True)
     for epoch in (0, 1, 2, 1, 5, 0):
         expected = whole(size, epoch=epoch)
         assert order(epoch, np.array([5, 3, 3])).tolist() == expected[[5, 3, 3]].tolist()
@@ -53,11 +53,11 @@ def test_a_place_has_its_sample_after_any_request(size: int) -> None:
 
 
 def test_without_shuffle_a_sample_stands_at_its_own_place() -> None:
-    assert Permuted(10, seed=7, shuffle=False)(4, np.arange(10)).tolist() == list(range(10))
+    assert PermutationOrder(10, seed=7, shuffle=False)(4, np.arange(10)).tolist() == list(range(10))
 
 
 def test_a_billion_samples_need_no_list_of_them() -> None:
-    order = Permuted(10**9, seed=7, shuffle=True)
+    order = PermutationOrder(10**9, seed=7, shuffle=True)
     tracemalloc.start()
     try:
         last = order(3, np.arange(10**9 - 4, 10**9))

@@ -6,27 +6,27 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.shards.packing import PackingStream
 
 LENGTHS = [random.Random(0).randint(0, 40) for _ in range(30)]
 DOCUMENTS = [[100 * number + token for token in range(length)] for number, length in enumerate(LENGTHS)]
 
 
-def stream(workers: int) -> OpaqueStream:
-    return OpaqueStream(
+def stream(workers: int) -> IterableStream:
+    return IterableStream(
         PackingStream(DOCUMENTS, length=7, separator=-1, shuffle=True, seed=3),
         seed=1,
         batch_size=4,
         micro_batches=1,
         randomness="sample",
-        loading=Loading(workers),
+        loading=LoaderOptions(workers),
         device=torch.device("cpu"),
     )
 
 
-def rows(live: OpaqueStream, steps: int) -> list[Any]:
+def rows(live: IterableStream, steps: int) -> list[Any]:
     found = []
     for _ in range(steps):
         for _, batch in live.step():

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner.data.order import Streams
+from runner.data.order import Interleaving
 from runner.data.plan import Plan, Slice, Source
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 SIZES = [*product((1, 2, 3, 7, 12), (1, 2, 4, 7, 30))]  # samples, samples per batch
@@ -19,8 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "in order": {"shuffle": False},
     "drop": {"tail": "drop"},
-    "shards": {"shards": (6, 0, 4), "streams": Streams(2, 4, 1)},
-    "mixture": {"sources": (Source(6, 1), Source(4, 3, (1, 3))), "streams": Streams(2, 4, 1)},
+    "shards": {"shards": (6, 0, 4), "interleaving": Interleaving(2, 4, 1)},
+    "mixture": {"sources": (Source(6, 1), Source(4, 3, (1, 3))), "interleaving": Interleaving(2, 4, 1)},
     "budget": {"max_tokens": 8, "lengths": LENGTHS},
 }
 
@@ -171,7 +171,7 @@ def test_the_orders_of_all_kinds_are_different_ones() -> None:
 
 def test_the_state_is_small_however_long_the_lists_are() -> None:
     counts = tuple(range(1, 100_001))
-    values: dict[str, Any] = {"streams": Streams(8, 64, 4), "max_tokens": 10**6}
+    values: dict[str, Any] = {"interleaving": Interleaving(8, 64, 4), "max_tokens": 10**6}
     plan = Plan(sum(counts), 1, 4, shards=counts, lengths=counts, sources=(Source(sum(counts), 1, counts),), **values)
     assert len(json.dumps(plan.state())) < 1000
     same = Plan(sum(counts), 1, 4, shards=counts, lengths=counts, sources=(Source(sum(counts), 1, counts),), **values)
@@ -187,14 +187,14 @@ def test_the_state_is_small_however_long_the_lists_are() -> None:
         {"max_tokens": 9},
         {"batch_size": 8},
         {"micro_batches": 2},
-        {"streams": Streams(2, 4, 2)},
+        {"interleaving": Interleaving(2, 4, 2)},
         {"sources": (Source(10, 1, (4, 6)),)},
         {"world": World(1, 2)},
     ],
     ids=str,
 )
 def test_a_change_that_moves_samples_shows_in_the_state(change: dict[str, Any]) -> None:
-    values: dict[str, Any] = {"samples": 10, "seed": 1, "batch_size": 4, "streams": Streams(2, 4, 1)}
+    values: dict[str, Any] = {"samples": 10, "seed": 1, "batch_size": 4, "interleaving": Interleaving(2, 4, 1)}
     values |= {"shards": (6, 4), "sources": (Source(10, 1, (6, 4)),), "max_tokens": 8, "lengths": LENGTHS}
     assert Plan(**values | change).state() != Plan(**values).state()
 

@@ -15,7 +15,7 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore, Torn
 from runner.checkpoint.tensor_file import Damaged
-from runner.data.ledger import Ledger, Line, segments
+from runner.data.ledger import Ledger, LedgerLine, segments
 from runner.finish import export
 from runner.run import attempt_records
 from runner.run.directory import MODEL, RunDirectory
@@ -58,7 +58,7 @@ def recorded(
         system.others_make(root / below)
     location = kind(root / below)
     if below:
-        location.settle()
+        location.sync_parents()
     store = CheckpointStore(location)
     commits: list[CommitId] = []
     for attempt in (1, 2):
@@ -143,7 +143,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     directory.create(identity, parent=None)
     ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)
     ledger.open(0)
-    ledger.add(Line(1, 0, 3, 7))
+    ledger.add(LedgerLine(1, 0, 3, 7))
     ledger.flush()
     ledger.close()
     sha256, size = export(directory.location, MODEL, {"weight": torch.ones(9)})
@@ -158,7 +158,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
         assert (reader.record() or {})["variant"] == "v"
         assert reader.identity() == identity
         assert reader.finished(identity) is not None
-        assert [segment.lines for segment in segments(there)] == [(Line(1, 0, 3, 7),)]
+        assert [segment.lines for segment in segments(there)] == [(LedgerLine(1, 0, 3, 7),)]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from runner.checkpoint.encoding import encode
 from runner.data import probe
 from runner.data.evaluation_data import EvaluationData
 from runner.data.fetch import Fetcher
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -91,7 +91,7 @@ OWN: dict[str, Callable[[], Callable[[int], Any]]] = {
 @pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
 def test_draws_that_no_seed_reaches_are_refused(kind: str, randomness: str) -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one when it is drawn again with the same seed"):
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different when it is drawn again with the same seed"):
         probe.require_pure(fetcher(OWN[kind](), randomness=randomness))
 
 
@@ -233,20 +233,20 @@ def test_an_impure_sample_is_reported_by_its_place() -> None:
             return f"line {index} of a.txt"
 
     data = Located(lambda index: time.time_ns() if index == N - 1 else index)
-    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is another one"):
+    with pytest.raises(DataError, match=r"^line 19 of a\.txt of .*Located is different"):
         probe.require_pure(Fetcher(data, Plan(N, 1, 2), label="train"))
 
 
-def opened(make: Callable[[int], Any], workers: int = 1) -> BatchStream:
-    stream = BatchStream(
-        Made(make), Plan(N, 1, 2), loading=Loading(workers), device=torch.device("cpu"), audit=True, collate=list
+def opened(make: Callable[[int], Any], workers: int = 1) -> MapStyleStream:
+    stream = MapStyleStream(
+        Made(make), Plan(N, 1, 2), loading=LoaderOptions(workers), device=torch.device("cpu"), audit=True, collate=list
     )
     stream.open()
     return stream
 
 
 def test_samples_that_depend_on_the_process_are_refused() -> None:
-    with pytest.raises(DataError, match=r"^sample 0 of Made is another one in a data worker than in this process"):
+    with pytest.raises(DataError, match=r"^sample 0 of Made is different in a data worker than in this process"):
         next(opened(lambda index: (index, os.getpid())).step())
 
 
@@ -275,9 +275,13 @@ class Lazy:
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str) -> None:
     """Forked workers would move its position under each other's hands; others could not be sent it."""
-    data, plan, loading = Lazy(tmp_path / "numbers"), Plan(N, 1, 2, shuffle=False), Loading(2, start_method=method)
+    data, plan, loading = (
+        Lazy(tmp_path / "numbers"),
+        Plan(N, 1, 2, shuffle=False),
+        LoaderOptions(2, start_method=method),
+    )
     cpu = torch.device("cpu")
-    stream = BatchStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
+    stream = MapStyleStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
     held_out = EvaluationData(
         data, seed=1, batch_size=2, randomness="sample", loading=loading, device=cpu, collate=list, audit=True
     )

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from runner.data.exactly_once import Proof, prove
-from runner.data.ledger import Ledger, Line, Segment, segments
-from runner.data.loader import Loading
-from runner.data.order import Streams, digest
+from runner.data.exactly_once import LedgerReport, check_exactly_once
+from runner.data.ledger import Ledger, LedgerLine, Segment, segments
+from runner.data.loader import LoaderOptions
+from runner.data.order import Interleaving, digest_positions
 from runner.data.plan import Plan, Source
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 from runner.storage import LocalLocation
 
 N, BATCH = 10, 4
@@ -40,10 +40,10 @@ class Bumpy:
 
 def lines(
     plan: Plan, steps: int, *, begun: int = 0, consumed: int | None = None, bad: Sequence[int] = ()
-) -> list[Line]:
+) -> list[LedgerLine]:
     """The lines of real steps."""
-    stream = BatchStream(
-        Bumpy(plan.samples, bad), plan, loading=Loading(), device=torch.device("cpu"), substitute=bool(bad)
+    stream = MapStyleStream(
+        Bumpy(plan.samples, bad), plan, loading=LoaderOptions(), device=torch.device("cpu"), substitute=bool(bad)
     )
     stream.consumed = begun * plan.batch_size if consumed is None else consumed
     stream.open()
@@ -52,17 +52,21 @@ def lines(
         for _ in stream.step():
             pass
         stream.advance()
-        found.append(stream.line(step))
+        found.append(stream.ledger_line(step))
     return found
 
 
-def segment(found: Sequence[Line], *, step: int = 0, attempt: int = 1, grouping: int = BATCH) -> Segment:
+def segment(found: Sequence[LedgerLine], *, step: int = 0, attempt: int = 1, grouping: int = BATCH) -> Segment:
     return Segment(step, attempt, "", grouping, tuple(found))
 
 
-def verdict(found: Sequence[Line], plan: Plan | None = PLAN, *, committed: int | None = None, begun: int = 0) -> Proof:
+def verdict(
+    found: Sequence[LedgerLine], plan: Plan | None = PLAN, *, committed: int | None = None, begun: int = 0
+) -> LedgerReport:
     """Over one attempt."""
-    return prove([segment(found)], plan, begun=begun, committed=found[-1].step if committed is None else committed)
+    return check_exactly_once(
+        [segment(found)], plan, begun=begun, committed=found[-1].step if committed is None else committed
+    )
 
 
 def row(epoch: int, seen: int, **others: Any) -> dict[str, Any]:
@@ -70,19 +74,19 @@ def row(epoch: int, seen: int, **others: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def whole() -> list[Line]:
+def whole() -> list[LedgerLine]:
     """Eight steps: three epochs and two samples of the fourth."""
     return lines(PLAN, 8)
 
 
-def test_every_sample_exactly_once_is_proven(whole: list[Line]) -> None:
+def test_every_sample_exactly_once_is_proven(whole: list[LedgerLine]) -> None:
     proof = verdict(whole)
     assert proof.holds
     assert (proof.steps, proof.positions, proof.again) == (8, 32, AGAIN)
     assert proof.epochs == [row(0, 10), row(1, 10), row(2, 10), row(3, 2, whole=False)]
 
 
-def test_the_audit_reads_the_written_ledger(whole: list[Line], tmp_path: Path) -> None:
+def test_the_audit_reads_the_written_ledger(whole: list[LedgerLine], tmp_path: Path) -> None:
     location = LocalLocation(tmp_path)
     ledger = Ledger(location, attempt=1, recipe=PLAN.recipe(), grouping=BATCH)
     ledger.open(0)
@@ -90,13 +94,13 @@ def test_the_audit_reads_the_written_ledger(whole: list[Line], tmp_path: Path) -
         ledger.add(line)
     ledger.mark(8)
     ledger.flush()
-    assert prove(segments(location), PLAN, begun=0, committed=8) == verdict(whole)
+    assert check_exactly_once(segments(location), PLAN, begun=0, committed=8) == verdict(whole)
 
 
 KINDS: dict[str, dict[str, Any]] = {
     "in order": {"shuffle": False},
     "micro-batches": {"micro_batches": 2},
-    "shards": {"shards": (6, 0, 4), "streams": Streams(2, 4, 1)},
+    "shards": {"shards": (6, 0, 4), "interleaving": Interleaving(2, 4, 1)},
     "budget": {"max_tokens": 8, "lengths": (1, 5, 2, 8, 3, 3, 1, 7, 2, 4)},
 }
 
@@ -132,71 +136,71 @@ def test_a_mixture_has_a_row_for_every_pass_of_a_source(budget: dict[str, Any]) 
         assert [one["epoch"] for one in rows] == [*range(len(rows))]
 
 
-def test_a_plain_text_of_positions_is_judged_without_a_plan(whole: list[Line]) -> None:
+def test_a_plain_text_of_positions_is_judged_without_a_plan(whole: list[LedgerLine]) -> None:
     assert verdict(whole, None).holds
     assert verdict(whole, None).epochs == []
     assert verdict([*whole[:3], *whole[4:]], None).problems
 
 
-def moved(line: Line, by: int, *, longer: int = 0) -> Line:
+def moved(line: LedgerLine, by: int, *, longer: int = 0) -> LedgerLine:
     """The same step at other positions, honestly noted."""
     positions = np.arange(line.first + by, line.last + by + longer + 1)
     epochs, places = np.divmod(positions, N)
     order = PLAN.order()
     samples = np.array([order(int(e), np.array([p]))[0] for e, p in zip(epochs, places, strict=True)])
-    return Line(line.step, int(positions[0]), int(positions[-1]), digest(positions, samples))
+    return LedgerLine(line.step, int(positions[0]), int(positions[-1]), digest_positions(positions, samples))
 
 
-def test_repeated_positions_are_reported(whole: list[Line]) -> None:
+def test_repeated_positions_are_reported(whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], -2, longer=2), *whole[2:]])
     assert proof.problems == ["positions 2 to 3 were trained again in step 2", "epoch 0: 2 repeated, 0 missed"]
     assert proof.epochs[0] == row(0, 10, repeated=2)
 
 
-def test_positions_passed_over_are_reported(whole: list[Line]) -> None:
+def test_positions_passed_over_are_reported(whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], 2, longer=-2), *whole[2:]])
     assert proof.problems == ["positions 4 to 5 were passed over before step 2", "epoch 0: 0 repeated, 2 missed"]
     assert proof.epochs[0] == row(0, 8, missed=2, whole=False) | {"whole": proof.epochs[0]["whole"]}
 
 
 @pytest.mark.parametrize(("by", "told"), [(-1, "3 to 3 were trained again"), (1, "4 to 4 were passed over before")])
-def test_a_single_position_is_reported(by: int, told: str, whole: list[Line]) -> None:
+def test_a_single_position_is_reported(by: int, told: str, whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], moved(whole[1], by, longer=-by), *whole[2:]])
     assert proof.problems[0].startswith(f"positions {told}")
     assert len(proof.problems) == 2
 
 
-def test_the_audit_does_not_depend_on_its_chunk_size(whole: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_does_not_depend_on_its_chunk_size(whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
         monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
         assert verdict(whole) == expected
 
 
-def test_a_step_done_twice_instead_of_the_next_is_reported(whole: list[Line]) -> None:
+def test_a_step_done_twice_instead_of_the_next_is_reported(whole: list[LedgerLine]) -> None:
     """The cursor that did not move: what the project is about."""
     twice = [*whole[:3], *(replace(line, step=line.step + 1) for line in whole[2:])]
     assert verdict(twice).problems == ["positions 8 to 11 were trained again in step 4", *verdict(twice).problems[1:]]
     assert not verdict(twice).holds
 
 
-def test_a_missing_step_is_reported(whole: list[Line]) -> None:
+def test_a_missing_step_is_reported(whole: list[LedgerLine]) -> None:
     problems = verdict([*whole[:3], *whole[5:]]).problems
     assert problems[:2] == ["steps 4 to 5 are not in the ledger", "positions 12 to 19 were passed over before step 6"]
     assert problems[2:] == ["epoch 1: 0 repeated, 8 missed"]
 
 
-def test_a_missing_segment_is_reported(whole: list[Line]) -> None:
+def test_a_missing_segment_is_reported(whole: list[LedgerLine]) -> None:
     cut = [segment(whole[:3]), segment(whole[5:], step=5)]
-    assert "steps 4 to 5 are not in the ledger" in prove(cut, PLAN, begun=0, committed=8).problems
+    assert "steps 4 to 5 are not in the ledger" in check_exactly_once(cut, PLAN, begun=0, committed=8).problems
 
 
-def test_a_missing_first_step_is_reported(whole: list[Line]) -> None:
+def test_a_missing_first_step_is_reported(whole: list[LedgerLine]) -> None:
     problems = verdict(whole[1:]).problems
     assert problems[:2] == ["steps 1 to 1 are not in the ledger", "positions 0 to 3 were passed over before step 2"]
 
 
-def test_another_digest_is_no_evidence(whole: list[Line]) -> None:
+def test_another_digest_is_no_evidence(whole: list[LedgerLine]) -> None:
     proof = verdict([whole[0], replace(whole[1], digest=5), *whole[2:]])
     assert proof.problems == [
         "step 2 has other samples than the plan says: digest 0000000000000005",
@@ -204,27 +208,27 @@ def test_another_digest_is_no_evidence(whole: list[Line]) -> None:
     ]
 
 
-def test_another_seed_proves_nothing(whole: list[Line]) -> None:
+def test_another_seed_proves_nothing(whole: list[LedgerLine]) -> None:
     proof = verdict(whole, Plan(N, 2, BATCH))
     assert len([problem for problem in proof.problems if "other samples than the plan says" in problem]) == 8
 
 
-def test_a_ledger_that_ends_before_the_commit_is_reported(whole: list[Line]) -> None:
+def test_a_ledger_that_ends_before_the_commit_is_reported(whole: list[LedgerLine]) -> None:
     assert verdict(whole, committed=9).problems == ["the ledger ends before step 9, which is committed"]
-    assert prove([segment([])], PLAN, begun=0, committed=1).problems == [
+    assert check_exactly_once([segment([])], PLAN, begun=0, committed=1).problems == [
         "the ledger ends before step 1, which is committed"
     ]
 
 
-def test_steps_after_the_commit_are_not_judged(whole: list[Line]) -> None:
+def test_steps_after_the_commit_are_not_judged(whole: list[LedgerLine]) -> None:
     proof = verdict([*whole[:5], replace(whole[5], digest=5), *whole[7:]], committed=5)
     assert proof.holds
     assert (proof.steps, proof.positions) == (5, 20)
 
 
-def test_a_run_that_committed_nothing_has_nothing_to_prove(whole: list[Line]) -> None:
-    assert verdict(whole, committed=0) == Proof(0, 0, [], AGAIN)
-    assert prove([], PLAN, begun=0, committed=0).holds
+def test_a_run_that_committed_nothing_has_nothing_to_prove(whole: list[LedgerLine]) -> None:
+    assert verdict(whole, committed=0) == LedgerReport(0, 0, [], AGAIN)
+    assert check_exactly_once([], PLAN, begun=0, committed=0).holds
 
 
 def test_substitutes_are_counted_in_their_epoch() -> None:
@@ -236,7 +240,9 @@ def test_substitutes_are_counted_in_their_epoch() -> None:
 @pytest.mark.parametrize("begun", [1, 2, 3, 6])
 def test_a_fork_is_judged_from_where_it_began(begun: int) -> None:
     """In the epoch that began before it nothing is missed, and nothing is repeated."""
-    proof = prove([segment(lines(PLAN, 9, begun=begun), step=begun)], PLAN, begun=begun, committed=begun + 9)
+    proof = check_exactly_once(
+        [segment(lines(PLAN, 9, begun=begun), step=begun)], PLAN, begun=begun, committed=begun + 9
+    )
     assert proof.problems == []
     assert sum(one["seen"] for one in proof.epochs) == 36
     assert [one["whole"] for one in proof.epochs].count(True) >= 2
@@ -244,50 +250,50 @@ def test_a_fork_is_judged_from_where_it_began(begun: int) -> None:
 
 def test_a_gap_in_a_fork_is_reported() -> None:
     found = lines(PLAN, 9, begun=2)
-    proof = prove([segment([*found[:2], *found[3:]], step=2)], PLAN, begun=2, committed=11)
+    proof = check_exactly_once([segment([*found[:2], *found[3:]], step=2)], PLAN, begun=2, committed=11)
     assert proof.problems[:2] == [
         "steps 5 to 5 are not in the ledger",
         "positions 16 to 19 were passed over before step 6",
     ]
-    late = prove([segment(found[1:], step=2)], PLAN, begun=2, committed=11)
+    late = check_exactly_once([segment(found[1:], step=2)], PLAN, begun=2, committed=11)
     assert late.problems[0] == "steps 3 to 3 are not in the ledger"
 
 
-def lives(*pieces: Sequence[Line]) -> list[Segment]:
+def lives(*pieces: Sequence[LedgerLine]) -> list[Segment]:
     """Attempt after attempt, each gone on before its first line."""
     return [segment(found, step=found[0].step - 1, attempt=i) for i, found in enumerate(pieces, start=1)]
 
 
-def test_undone_steps_are_counted_and_not_held_against_the_run(whole: list[Line]) -> None:
-    proof = prove(lives(whole[:6], whole[3:5], whole[4:8]), PLAN, begun=0, committed=8)
+def test_undone_steps_are_counted_and_not_held_against_the_run(whole: list[LedgerLine]) -> None:
+    proof = check_exactly_once(lives(whole[:6], whole[3:5], whole[4:8]), PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == {"steps": 4, "positions": 16, "differing": 0}  # 4, 5, then 5, 6
     assert proof.epochs == verdict(whole).epochs
 
 
-def test_steps_undone_by_an_older_checkpoint_all_count(whole: list[Line]) -> None:
-    proof = prove(lives(whole[:6], whole[2:6], whole[2:8]), PLAN, begun=0, committed=8)
+def test_steps_undone_by_an_older_checkpoint_all_count(whole: list[LedgerLine]) -> None:
+    proof = check_exactly_once(lives(whole[:6], whole[2:6], whole[2:8]), PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == {"steps": 8, "positions": 32, "differing": 0}
 
 
-def test_undone_steps_that_differ_are_reported(whole: list[Line]) -> None:
+def test_undone_steps_that_differ_are_reported(whole: list[LedgerLine]) -> None:
     other = replace(whole[4], digest=5)
-    proof = prove(lives([*whole[:4], other, whole[5]], whole[3:8]), PLAN, begun=0, committed=8)
+    proof = check_exactly_once(lives([*whole[:4], other, whole[5]], whole[3:8]), PLAN, begun=0, committed=8)
     assert proof.problems == [f"step 5 was done again with other samples: {other}, then {whole[4]}"]
     assert proof.again == {"steps": 3, "positions": 12, "differing": 1}
 
 
-def test_a_later_segment_of_the_same_attempt_undoes_nothing(whole: list[Line]) -> None:
-    proof = prove([segment(whole[:5]), segment(whole[5:], step=5)], PLAN, begun=0, committed=8)
+def test_a_later_segment_of_the_same_attempt_undoes_nothing(whole: list[LedgerLine]) -> None:
+    proof = check_exactly_once([segment(whole[:5]), segment(whole[5:], step=5)], PLAN, begun=0, committed=8)
     assert proof.holds
     assert proof.again == AGAIN
 
 
-def test_steps_done_again_in_other_groups_are_not_compared(whole: list[Line]) -> None:
+def test_steps_done_again_in_other_groups_are_not_compared(whole: list[LedgerLine]) -> None:
     pairs = lines(replace(PLAN, batch_size=2), 6, begun=3, consumed=12)
     both = [segment(whole[:6]), segment(pairs, step=3, attempt=2, grouping=2)]
-    proof = prove(both, PLAN, begun=0, committed=9)
+    proof = check_exactly_once(both, PLAN, begun=0, committed=9)
     assert proof.holds
     assert proof.again == {"steps": 3, "positions": 6, "differing": 0}
     assert proof.positions == 24
@@ -301,7 +307,7 @@ def test_a_million_samples_are_proven() -> None:
     for step in range(1, 1501):
         positions = np.arange((step - 1) * 1000, step * 1000)
         samples = np.concatenate([order(epoch, np.arange(*span)) for epoch, *span in spans(positions)])
-        found.append(Line(step, int(positions[0]), int(positions[-1]), digest(positions, samples)))
+        found.append(LedgerLine(step, int(positions[0]), int(positions[-1]), digest_positions(positions, samples)))
     proof = verdict(found, plan)
     assert proof.holds
     assert proof.epochs == [row(0, 10**6), row(1, 500_000, whole=False)]
@@ -314,15 +320,15 @@ def spans(positions: Any) -> list[tuple[int, int, int]]:
 
 def test_digests_of_slices_add_up() -> None:
     positions, samples = np.arange(10), np.arange(10)[::-1].copy()
-    parts = [digest(positions[at : at + 3], samples[at : at + 3]) for at in range(0, 10, 3)]
-    assert sum(parts) % 2**64 == digest(positions, samples)
-    assert digest(positions, samples) != digest(positions, np.roll(samples, 1))
+    parts = [digest_positions(positions[at : at + 3], samples[at : at + 3]) for at in range(0, 10, 3)]
+    assert sum(parts) % 2**64 == digest_positions(positions, samples)
+    assert digest_positions(positions, samples) != digest_positions(positions, np.roll(samples, 1))
     assert len({*chain(parts)}) == 4
 
 
-def test_steps_in_the_first_groups_again_are_not_compared(whole: list[Line]) -> None:
+def test_steps_in_the_first_groups_again_are_not_compared(whole: list[LedgerLine]) -> None:
     """Attempt 1 did step 5 elsewhere than attempt 3, which began where the smaller batches of attempt 2 had led."""
     pairs = lines(replace(PLAN, batch_size=2), 1, begun=3, consumed=12)
     fours = lines(PLAN, 2, begun=4, consumed=14)
     three = [segment(whole[:6]), segment(pairs, step=3, attempt=2, grouping=2), segment(fours, step=4, attempt=3)]
-    assert prove(three, PLAN, begun=0, committed=6).problems == []
+    assert check_exactly_once(three, PLAN, begun=0, committed=6).problems == []

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators, derive, isolated, seed_all
+from runner.rng import Generators, seed_all, temporary_seed
+from runner.seeds import derive
 
 
 def draw() -> list[Any]:
@@ -110,7 +111,7 @@ def test_an_isolated_block_leaves_no_trace() -> None:
     expected = draw()
     seed_all(3)
     draw()
-    with isolated(8):
+    with temporary_seed(8):
         draw()
     assert states() == before
     assert draw() == expected
@@ -118,7 +119,7 @@ def test_an_isolated_block_leaves_no_trace() -> None:
 
 def test_an_isolated_block_leaves_no_trace_when_it_fails() -> None:
     def fail() -> None:
-        with isolated(8):
+        with temporary_seed(8):
             draw()
             raise KeyError
 
@@ -134,7 +135,7 @@ def test_an_isolated_block_draws_by_its_key_alone() -> None:
     drawn = []
     for outside, key in ((1, 8), (2, 8), (2, 9)):
         seed_all(outside)
-        with isolated(key):
+        with temporary_seed(key):
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert drawn[1] != drawn[2]

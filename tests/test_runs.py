@@ -162,7 +162,9 @@ def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
     """Thousands of epochs are read by programs; a person wants to see the one that is not like the others."""
     rows = [{"epoch": n, "seen": 9 - (n == 5), "repeated": 0, "missed": int(n == 5), "whole": True} for n in range(8)]
     found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "epochs": rows}
-    text = audit.text({**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []})
+    text = audit.format_audit(
+        {**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []}
+    )
     assert [line.split()[:-1] for line in text.splitlines()[4:7]] == [
         ["0", "to", "4", "9", "0", "0"],
         ["5", "8", "0", "1"],
@@ -174,10 +176,10 @@ def test_audit_claims_no_whole_epoch_where_none_is() -> None:
     row = {"epoch": 0, "seen": 8, "repeated": 0, "missed": 0, "whole": False, "substituted": 0}
     found = {"run": "r", "steps": 2, "positions": 8, "attempts": 1, "indexed": True, "epochs": [row]}
     again = {"steps": 0, "positions": 0, "differing": 0}
-    text = audit.text({**found, "again": again, "damaged": [], "problems": []})
+    text = audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
     assert "None is whole yet" in text
     row["whole"] = True
-    assert "None is whole yet" not in audit.text({**found, "again": again, "damaged": [], "problems": []})
+    assert "None is whole yet" not in audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
 
 
 def test_audit_without_a_ledger_is_reported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

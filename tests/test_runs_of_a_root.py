@@ -21,9 +21,9 @@ import pytest
 from lives import Lives, lives
 from servers import Server
 
+from runner.run_facts import RunSummary
 from runner.runs import compare, html_report, listing
 from runner.runs.__main__ import main
-from runner.runs.listing import Overview
 from runner.runs.watch import Pulse
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
@@ -143,30 +143,30 @@ def test_compare_shows_swept_values_best_first(root: Path, capsys: pytest.Captur
 
 def test_comparing_respects_the_mode(copy: Path) -> None:
     selection = listing.Selection()
-    by_accuracy = compare.compare(str(copy), selection)
+    by_accuracy = compare.compare_runs(str(copy), selection)
     for config in copy.glob("smoke/*/config.yaml"):
         config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    by_loss = compare.compare(str(copy), selection)  # without results of that identity: by the curves
-    values = [run.line.objective for run in by_loss.ranked()]
+    by_loss = compare.compare_runs(str(copy), selection)  # without results of that identity: by the curves
+    values = [run.summary.objective for run in by_loss.ranked()]
     assert len(values) == 4
     assert values == sorted(values)
     for run in by_loss.ranked():
-        assert run.line.objective == min(value for _, value in run.curve)
+        assert run.summary.objective == min(value for _, value in run.curve)
         assert [step for step, _ in run.curve] == [5, 10, 15, 20][: len(run.curve)]
-    assert by_accuracy.goal == compare.Goal("val/accuracy", "max")
+    assert by_accuracy.objective == compare.Objective("val/accuracy", "max")
 
 
 def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
     for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
         config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
-    assert [*compare.compare(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
+    assert [*compare.compare_runs(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
 
 
 def test_runs_of_another_goal_come_last(copy: Path) -> None:
     config = copy / "smoke/lr0.03/config.yaml"
     config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    found = compare.compare(str(copy), listing.Selection())
-    assert found.runs[-1].line.run == "smoke/lr0.03"
+    found = compare.compare_runs(str(copy), listing.Selection())
+    assert found.runs[-1].summary.run == "smoke/lr0.03"
     assert len(found.ranked()) == 3
 
 
@@ -238,7 +238,7 @@ def test_a_picture_is_drawn_of_a_run_and_of_several(count: int, root: Path, tmp_
 
 
 def test_a_legend_names_the_distinguishing_values() -> None:
-    row = Overview("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
+    row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
     assert html_report._legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
     assert html_report._legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
@@ -321,14 +321,14 @@ def test_runs_below_runs_are_listed(root: Path, copy: Path, capsys: pytest.Captu
 
 
 def test_a_narrow_screen_shows_values_first_and_short_names() -> None:
-    line = Overview("", "smoke", "running", 5, 20, 0.25, 1, None, "host")
+    line = RunSummary("", "smoke", "running", 5, 20, 0.25, 1, None, "host")
     names = ["a/b/seed=1,steps=12", "a/b/lr=0.1,seed=2,steps=12", "a/c/steps=12"]
-    table = listing.narrow([replace(line, run=name) for name in names]).splitlines()
+    table = listing.format_narrow([replace(line, run=name) for name in names]).splitlines()
     assert table[0] == "all in a/steps=12"
     assert table[1].split()[:6] == ["status", "step", "/", "max", "objective", "run"]
     assert [row.split()[5] for row in table[3:]] == ["b/seed=1", "b/lr=0.1,seed=2", "c/steps=12"]
     assert max(map(len, table)) < 80
-    alone = listing.narrow([replace(line, run=names[0], status=f"unreadable: {'x' * 99}")]).splitlines()
+    alone = listing.format_narrow([replace(line, run=names[0], status=f"unreadable: {'x' * 99}")]).splitlines()
     assert alone[0] == ""
     assert names[0] in alone[3][:80]
 
@@ -389,10 +389,10 @@ def test_an_interval_that_cannot_be_meant_is_refused(
 def test_a_run_of_another_machine_is_seen_to_live_by_its_beats() -> None:
 
     pulse = Pulse(patience=60)
-    row = Overview("a/b", "a", "unknown (another host)", 1, 2, None, 1, "2026-01-01T00:00:00+00:00", "far")
-    assert pulse.judged(row) == row, "one beat says nothing"
+    row = RunSummary("a/b", "a", "unknown (another host)", 1, 2, None, 1, "2026-01-01T00:00:00+00:00", "far")
+    assert pulse.judge(row) == row, "one beat says nothing"
     later = replace(row, seen="2026-01-01T00:00:05+00:00")
-    assert pulse.judged(later).status == "running"
-    assert pulse.judged(later).status == "running", "between two beats"
+    assert pulse.judge(later).status == "running"
+    assert pulse.judge(later).status == "running", "between two beats"
     ended = replace(later, status="killed", seen="2026-01-01T00:00:09+00:00")
-    assert pulse.judged(ended) == ended
+    assert pulse.judge(ended) == ended

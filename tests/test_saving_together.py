@@ -24,18 +24,18 @@ Settings = dict[str, Any]
 class Seat:
     """A rank that trains: a state that counts, and what saves it."""
 
-    def __init__(self, location: MemoryLocation, ranks: ThreadRanks, writers: Meeting, **settings: Any) -> None:
+    def __init__(self, location: MemoryLocation, comm: ThreadRanks, writers: Meeting, **settings: Any) -> None:
         self.now = 0.0
-        self.ranks = ranks
+        self.comm = comm
         self.newer: str | None = None
         self.weights = [torch.zeros(4) for _ in range(2 * SIZE)]
         state: Any = SimpleNamespace(state_dict=self._state)
         self.loop = Loop(state, None)
-        store = CheckpointStore(location, ThreadRanks(writers, ranks.rank))
-        how = {"background": True, "attempt": 1, "ranks": ranks} | settings
+        store = CheckpointStore(location, ThreadRanks(writers, comm.rank))
+        how = {"background": True, "attempt": 1, "comm": comm} | settings
         pins = how.pop("pins", lambda step: False)
         self.saver: SaveCheckpoint | FollowCheckpoint = FollowCheckpoint(store, **how)
-        if ranks.rank == 0:
+        if comm.rank == 0:
             hooks = Hooks(lambda step: {}, lambda: None, lambda: self.newer, lambda commit: None, lambda: None)
             often: Settings = {"pins": pins, "max_unsaved": 100.0, "clock": lambda: self.now}
             self.saver = SaveCheckpoint(store, Interval(steps=1), None, hooks, **how, **often)
@@ -54,20 +54,20 @@ class Seat:
 
     def _state(self) -> dict[str, Any]:
         model = {str(number): weight for number, weight in enumerate(self.weights)}
-        return {"model": model, "generators": PerRank(rank=self.ranks.rank, drawn=self.weights[0])}
+        return {"model": model, "generators": PerRank(rank=self.comm.rank, drawn=self.weights[0])}
 
 
 def train(location: MemoryLocation, script: Callable[[Seat], None], **settings: Any) -> list[Any]:
     """Run a script on every rank; how it ended on each."""
     writers = Meeting(SIZE)
 
-    def work(ranks: ThreadRanks) -> None:
+    def work(comm: ThreadRanks) -> None:
         try:
-            script(Seat(location, ranks, writers, **settings))
+            script(Seat(location, comm, writers, **settings))
         except RunnerError:  # of which all ranks hear
             raise
         except BaseException:
-            ranks.meeting.leave()
+            comm.meeting.leave()
             writers.leave()
             raise
 
@@ -165,7 +165,7 @@ def test_all_ranks_save_the_same_steps_whatever_fails(seed: int) -> None:
         for better in improved:
             seat.now += 2.0
             seat.step(improved=better)
-        if seat.ranks.rank == 0:
+        if seat.comm.rank == 0:
             location.arm(None)
         seat.end()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lives import Ended, Lives
 
-from runner.config.secrets import written_out
+from runner.config.secrets import find_secrets
 from runner.runs.__main__ import main
 
 USER = Path(__file__).parent / "user"
@@ -139,12 +139,12 @@ HARMLESS: list[Any] = [
 
 @pytest.mark.parametrize("value", WRITTEN_OUT, ids=str)
 def test_a_secret_that_is_written_out_is_noticed(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")]
+    assert [*find_secrets({"train": value}, "data")]
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: ",".join(value))
 def test_values_that_sound_like_secrets_are_accepted(value: Any) -> None:
-    assert [*written_out({"train": value}, "data")] == []
+    assert [*find_secrets({"train": value}, "data")] == []
 
 
 class Nest:

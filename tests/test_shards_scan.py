@@ -16,9 +16,9 @@ from waiting import until
 from runner.errors import DataError
 from runner.shards import formats
 from runner.shards.__main__ import main
-from runner.shards.manifest import load, save
 from runner.shards.records import Records
 from runner.shards.scan import Scan, scan
+from runner.shards.shard_manifest import load, save
 
 
 @pytest.fixture

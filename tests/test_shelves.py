@@ -40,38 +40,38 @@ def whole() -> dict[str, Tensor]:
     return found
 
 
-def deal(tensors: dict[str, Tensor], layout: Layout, ranks: "ThreadRanks | Seat") -> dict[str, LocalShard]:
+def deal(tensors: dict[str, Tensor], layout: Layout, comm: "ThreadRanks | Seat") -> dict[str, LocalShard]:
     """What a rank has of them, those with too few dimensions whole; two names are of one tensor each."""
     cuts, replicas = layout
     found = {}
     for name, tensor in tensors.items():
-        shape, cell = tuple(tensor.shape), ranks.rank // replicas
+        shape, cell = tuple(tensor.shape), comm.rank // replicas
         if cuts and max(dimension for dimension, _ in cuts) < len(shape):
             local = tensor[cell_of(shape, cuts, cell).within(Box.whole(shape))].clone()
-            found[name] = LocalShard(local, shape, cuts, cell, replicas, ranks.rank % replicas, "mesh")
+            found[name] = LocalShard(local, shape, cuts, cell, replicas, comm.rank % replicas, "mesh")
         else:
-            found[name] = LocalShard(tensor, shape, (), 0, ranks.size, ranks.rank, ())
+            found[name] = LocalShard(tensor, shape, (), 0, comm.size, comm.rank, ())
     ties = {"model/tied": "model/1", "model/tied empty": "model/4"}
     return found | {name: found[other] for name, other in ties.items() if other in found}
 
 
-def snapshot(found: dict[str, LocalShard], ranks: ThreadRanks, *, step: int = 7, **more: Any) -> Snapshot:
+def snapshot(found: dict[str, LocalShard], comm: ThreadRanks, *, step: int = 7, **more: Any) -> Snapshot:
     """As of a state with these tensors in one part, and a part that each rank has to itself."""
     model, _ = encode({name.partition("/")[2]: one.local for name, one in found.items()} | more, "model")
-    own, tensors = encode({"seed": torch.tensor([ranks.rank, 9]), "number": ranks.rank}, f"rng/{ranks.rank}")
+    own, tensors = encode({"seed": torch.tensor([comm.rank, 9]), "number": comm.rank}, f"rng/{comm.rank}")
     how = plan(found, tensors)
     kept = {name: tensors[name] if name in tensors else found[name].local for name in how.names()}
     return Snapshot(step, {"model": model}, kept, {"identity": {}}, {"rng": own}, how)
 
 
-def save(location: Any, layout: Layout, ranks: ThreadRanks, **how: Any) -> CommitId:
-    made = snapshot(deal(whole(), layout, ranks), ranks, **how)
-    return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+def save(location: Any, layout: Layout, comm: ThreadRanks, **how: Any) -> CommitId:
+    made = snapshot(deal(whole(), layout, comm), comm, **how)
+    return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
 
 
 def saved(size: int, layout: Layout) -> tuple[MemoryLocation, CommitId]:
     location = MemoryLocation()
-    ids = among(size, lambda ranks: save(location, layout, ranks))
+    ids = among(size, lambda comm: save(location, layout, comm))
     assert len({*ids}) == 1, "one commit, of which all know"
     return location, ids[0]
 
@@ -82,10 +82,10 @@ def test_every_layout_loads_into_every_other(size: int, layout: Layout) -> None:
     expected = whole() | {"model/tied": whole()["model/1"], "model/tied empty": whole()["model/4"]}
     for other, wanted in WORLDS:
 
-        def load(ranks: ThreadRanks, wanted: Layout = wanted) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-            checkpoint = CheckpointStore(location).open(commit, ranks)
-            target = deal(whole(), wanted, ranks)
-            return checkpoint.tensors_of("model", target), deal(whole(), wanted, ranks), checkpoint.load("rng")
+        def load(comm: ThreadRanks, wanted: Layout = wanted) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+            checkpoint = CheckpointStore(location).open(commit, comm)
+            target = deal(whole(), wanted, comm)
+            return checkpoint.tensors_of("model", target), deal(whole(), wanted, comm), checkpoint.load("rng")
 
         for rank, (found, parts, own) in enumerate(among(other, load)):
             assert found.keys() == expected.keys()
@@ -162,13 +162,13 @@ def test_a_rank_reads_little_more_than_its_part() -> None:
 def test_a_manifest_grows_with_tensors_plus_files() -> None:
     many = {f"model/{number}": torch.rand(64, 2) for number in range(500)}
 
-    def size(ranks: int) -> int:
+    def size(comm: int) -> int:
         def work(seat: ThreadRanks) -> CommitId:
-            made = snapshot(deal(many, (((0, ranks),), 1), seat), seat)
+            made = snapshot(deal(many, (((0, comm),), 1), seat), seat)
             return CheckpointStore(location, seat).commit(made, attempt=1, successor=lambda: None)
 
         location = MemoryLocation()
-        return len(location.objects[among(ranks, work)[0].commit])
+        return len(location.objects[among(comm, work)[0].commit])
 
     assert size(32) - size(1) < 32 * 1000 < size(1)
 
@@ -191,7 +191,7 @@ def broken(location: MemoryLocation, how: Callable[[str], bool]) -> MemoryLocati
 @pytest.mark.parametrize("failing", range(4))
 def test_a_failure_on_one_rank_commits_nothing_on_any(failing: int) -> None:
     location = broken(MemoryLocation(), lambda name: f".{failing:05d}.000" in name)
-    ends = ends_among(4, lambda ranks: save(location, (((0, 4),), 1), ranks))
+    ends = ends_among(4, lambda comm: save(location, (((0, 4),), 1), comm))
     assert {type(end) for end in ends} == {StorageError}
     assert len({str(end) for end in ends}) == 1
     assert str(ends[0]).startswith(f"rank {failing}: no space left")
@@ -200,11 +200,11 @@ def test_a_failure_on_one_rank_commits_nothing_on_any(failing: int) -> None:
 
 
 def test_an_error_of_a_single_rank_ends_all() -> None:
-    def work(ranks: ThreadRanks) -> CommitId:
-        made = snapshot(deal(whole(), ((), 2), ranks), ranks)
-        if ranks.rank == 1:
+    def work(comm: ThreadRanks) -> CommitId:
+        made = snapshot(deal(whole(), ((), 2), comm), comm)
+        if comm.rank == 1:
             made.tensors.clear()
-        return CheckpointStore(MemoryLocation(), ranks).commit(made, attempt=1, successor=lambda: None)
+        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, successor=lambda: None)
 
     first, second = ends_among(2, work)
     assert isinstance(first, RunnerError)
@@ -215,13 +215,13 @@ def test_an_error_of_a_single_rank_ends_all() -> None:
 def test_a_superseded_commit_is_so_on_all_ranks() -> None:
     asked: list[int] = []
 
-    def work(ranks: ThreadRanks) -> CommitId:
+    def work(comm: ThreadRanks) -> CommitId:
         def successor() -> str:
-            asked.append(ranks.rank)
+            asked.append(comm.rank)
             return "attempt 2"
 
-        made = snapshot(deal(whole(), ((), 3), ranks), ranks)
-        return CheckpointStore(MemoryLocation(), ranks).commit(made, attempt=1, successor=successor)
+        made = snapshot(deal(whole(), ((), 3), comm), comm)
+        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, successor=successor)
 
     ends = ends_among(3, work)
     assert {type(end) for end in ends} == {Superseded}
@@ -239,16 +239,16 @@ def test_the_manifest_is_written_when_all_ranks_have_written() -> None:
 
 @pytest.mark.parametrize("differing", ["value", "shape", "name"])
 def test_ranks_with_differing_tensors_are_refused(differing: str) -> None:
-    def work(ranks: ThreadRanks) -> CommitId:
+    def work(comm: ThreadRanks) -> CommitId:
         tensors, more = whole(), {}
-        if ranks.rank == 1 and differing == "value":
+        if comm.rank == 1 and differing == "value":
             more = {"epoch": 1}
-        if ranks.rank == 1 and differing == "shape":
+        if comm.rank == 1 and differing == "shape":
             tensors["model/0"] = tensors["model/0"].t()
-        if ranks.rank == 1 and differing == "name":
+        if comm.rank == 1 and differing == "name":
             tensors["model/new"] = tensors.pop("model/half")
-        made = snapshot(deal(tensors, ((), 2), ranks), ranks, **more)
-        return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+        made = snapshot(deal(tensors, ((), 2), comm), comm, **more)
+        return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
 
     location = MemoryLocation()
     ends = ends_among(2, work)
@@ -261,9 +261,9 @@ def test_ranks_with_differing_tensors_are_refused(differing: str) -> None:
 def test_ranks_with_differing_parts_are_refused(part: str) -> None:
     """A mean over what this rank saw, which a resume would give to all; weights after an update that drew numbers."""
 
-    def work(ranks: ThreadRanks) -> CommitId:
-        made = Snapshot.of(1, {part: {"mean": torch.tensor([0.0, ranks.rank])}}, ranks=ranks)
-        return CheckpointStore(location, ranks).commit(made, attempt=1, successor=lambda: None)
+    def work(comm: ThreadRanks) -> CommitId:
+        made = Snapshot.of(1, {part: {"mean": torch.tensor([0.0, comm.rank])}}, comm=comm)
+        return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
 
     location = MemoryLocation()
     ends = ends_among(2, work)
@@ -281,8 +281,8 @@ def test_damage_on_one_rank_is_damage_on_all(place: str) -> None:
     raw[20 if place == "header" else -1] ^= 1
     damaged = MemoryLocation(location.objects | {name: bytes(raw)})
 
-    def load(ranks: ThreadRanks) -> Any:
-        checkpoint = CheckpointStore(damaged if ranks.rank == 2 else location).open(commit, ranks)
+    def load(comm: ThreadRanks) -> Any:
+        checkpoint = CheckpointStore(damaged if comm.rank == 2 else location).open(commit, comm)
         return [checkpoint.load(part) for part in checkpoint.parts]
 
     ends = ends_among(4, load)
@@ -293,7 +293,7 @@ def test_damage_on_one_rank_is_damage_on_all(place: str) -> None:
 def test_a_single_rank_lists_for_all() -> None:
     location, commit = saved(4, (((0, 4),), 1))
     location.log.clear()
-    among(4, lambda ranks: CheckpointStore(location).open(commit, ranks).load("model"))
+    among(4, lambda comm: CheckpointStore(location).open(commit, comm).load("model"))
     assert [event for event in location.log if event[0] == "list"] == [("list", "data", False), ("list", "data", True)]
 
 

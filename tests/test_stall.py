@@ -1,11 +1,13 @@
-"""A run of one process that stands still ends and says why; what only looks so goes on."""
+"""A run of one process that hangs ends and says why; a run that only looks so goes on."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 from lives import Lives
 
+from runner.activity import activities, doing
+
 USER = Path(__file__).parent / "user"
-LIMIT = 100  # seconds in which a run that stands still has to end
+LIMIT = 100  # seconds in which a run that hangs has to end
 SLOW = ("task._target_=mine.stalls.Slow", "~task.label_smoothing")
 ARGUMENTS = ("experiment=smoke", "trainer.max_steps=60", "runtime.audit=false", "run.name=r")
 
@@ -39,10 +43,10 @@ def reason(root: Path) -> str:
 def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_path: Path) -> None:
     ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=4")
     assert ended.status == 1, ended.output
-    for told in (ended.output, reason(tmp_path)):
-        assert "no step for 4 s (runtime.timeout)" in told
-        assert "mine/stalls.py" in told
-        assert "thread heartbeat" in told
+    for text in (ended.output, reason(tmp_path)):
+        assert "no step for 4 s (runtime.timeout)" in text
+        assert "mine/stalls.py" in text
+        assert "thread heartbeat" in text
     if how == "python":
         ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=60")
         assert ended.status == 0, ended.output
@@ -70,6 +74,15 @@ def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Pat
     while any(map(lives, pids)):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_activities_nest_and_belong_to_a_thread() -> None:
+    ident, found = threading.get_ident(), []
+    with doing("saves"):
+        with doing("joins"), ThreadPoolExecutor(1) as pool:
+            found += [activities(ident), pool.submit(lambda: activities(threading.get_ident())).result()]
+        found.append(activities(ident))
+    assert [*found, activities(ident)] == [("saves", "joins"), (), ("saves",), ()]
 
 
 def lives(pid: str) -> bool:
@@ -102,7 +115,7 @@ def test_work_that_may_take_long_is_no_stall(life: Lives, tmp_path: Path) -> Non
 
 
 def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
-    """Whoever compiles: here the task."""
+    """Also if the task compiles."""
     more = (*SLOW, "+task.compiling=7", "trainer.max_steps=3", "runtime.timeout=5")
     ended = run(life, tmp_path, *more)
     assert ended.status == 0, ended.output
@@ -110,7 +123,7 @@ def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
 
 
 def test_a_run_with_workers_ends_and_leaves_no_process(tmp_path: Path) -> None:
-    """The process that watches from outside ends with it, though workers hold what it reads."""
+    """The process that watches from outside ends with the run, though workers hold its input open."""
     more = ("runtime.num_workers=2", "runtime.start_method=fork", "runtime.timeout=20", *SLOW, "+task.step=0.05")
     command = [sys.executable, "-m", "runner", *ARGUMENTS, *more, f"run.root={tmp_path}"]
     process = subprocess.Popen(command, cwd=USER, start_new_session=True)

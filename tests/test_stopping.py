@@ -26,7 +26,7 @@ COMMAND = (
 
 
 def stops(during: str, call: int, number: int) -> tuple[str, ...]:
-    """A task that sends this process a signal at a call of its ``during`` step."""
+    """A task that sends its process a signal in the ``call``-th training or evaluation step."""
     task = {"_target_": "mine.tasks.Stops", "during": during, "call": call, "number": int(number)}
     return (*COMMAND, "~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
@@ -73,7 +73,7 @@ def test_under_nohup_the_end_of_a_session_is_ignored() -> None:
 def test_a_signal_during_evaluation_keeps_the_step(
     call: int, step: int, times: int, life: Lives, tmp_path: Path
 ) -> None:
-    """Twice in a row: also the evaluation made up for at the start may be cut short. And after the last step."""
+    """The resumed run evaluates, and that evaluation may be cut short, too. Also after the last step."""
     small = "data.evaluation_batch_size=100"  # four batches, so that there is something to cut
     whole = (*stops("training", 10**6, signal.SIGTERM), small, f"run.root={tmp_path}", "run.name=whole")
     assert life(*whole, cwd=USER).status == 0
@@ -107,26 +107,26 @@ def test_a_second_interrupt_leaves_at_once() -> None:
 
 
 def test_workers_ignore_a_signal_to_the_whole_group(life: Lives, tmp_path: Path) -> None:
-    """Ctrl-C and Slurm reach every process; a worker that died of it would fail the step that is to be finished."""
+    """Ctrl-C and Slurm reach every process; a worker that died would fail the step that is to be finished."""
     command = (*COMMAND, "trainer.max_steps=100000", "runtime.num_workers=2", f"run.root={tmp_path}", "run.name=r")
     for number in (signal.SIGINT, signal.SIGTERM):
         ended = life(*command, after=1.5, send=number)
         assert ended.status == 75, ended.output
 
 
-def test_how_an_attempt_ended_is_on_record(life: Lives, tmp_path: Path) -> None:
+def test_the_end_of_an_attempt_is_recorded(life: Lives, tmp_path: Path) -> None:
     command = (*stops("training", 5, signal.SIGTERM), f"run.root={tmp_path}", "run.name=r")
     life(*command, cwd=USER)
     life(*command, cwd=USER, restored=True)
     broken = ("run.on_drift=accept", "task._target_=mine.tasks.Nothing")
     assert life(*command, *broken, cwd=USER).status == 2
-    lived = attempt_records.history(LocalLocation(tmp_path / "smoke/r"))
-    assert [record.outcome() for record in lived] == ["interrupted", "killed", "failed"]
-    assert lived[0].end is not None
-    assert lived[0].end["committed"] == 5
-    assert "Nothing" in json.dumps(lived[2].end)
-    assert lived[0].claim["topology"]["threads"] == 1
-    assert lived[0].claim["pid"] != os.getpid()
+    records = attempt_records.history(LocalLocation(tmp_path / "smoke/r"))
+    assert [record.outcome() for record in records] == ["interrupted", "killed", "failed"]
+    assert records[0].end is not None
+    assert records[0].end["committed"] == 5
+    assert "Nothing" in json.dumps(records[2].end)
+    assert records[0].claim["topology"]["threads"] == 1
+    assert records[0].claim["pid"] != os.getpid()
 
 
 def test_a_users_error_ends_the_process_also_with_workers(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_setting_that_is_infinite_survives_a_kill(life: Lives, tmp_path: Path)
 
 
 def test_a_best_evaluation_after_a_resume_has_its_checkpoint(life: Lives, tmp_path: Path) -> None:
-    """By the largest loss the first is the best: the step was committed before it was evaluated."""
+    """With mode=max the first loss is the best one, and its step was committed before it was evaluated."""
     small = (
         "data.evaluation_batch_size=100",
         "objective.metric=val/loss",
@@ -171,7 +171,7 @@ from runner import __main__ as main, signals
 
 signals.install()
 main._EXIT_SECONDS = float(sys.argv[1])
-threading.Thread(target=threading.Event().wait, name="theirs").start()
+threading.Thread(target=threading.Event().wait, name="endless").start()
 main._leave(4)
 if len(sys.argv) > 2:
     signal.raise_signal(signal.SIGTERM)
@@ -183,4 +183,4 @@ sys.exit(4)
 def test_a_thread_that_never_ends_does_not_keep_the_process(arguments: tuple[str, ...]) -> None:
     ended = subprocess.run([sys.executable, "-c", LEAVES, *arguments], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 4, ended.stderr
-    assert "threads that never end are left behind: theirs" in ended.stderr
+    assert "threads that never end are left behind: endless" in ended.stderr

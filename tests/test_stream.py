@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from runner.checkpoint.encoding import encode
-from runner.data.evaluation_data import EvaluationData, checked
+from runner.data.evaluation_data import EvaluationData, require_map_style
 from runner.data.fetch import Fetcher
-from runner.data.loader import Loader, Loading
+from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream, to_device
+from runner.data.stream import MapStyleStream, to_device
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -79,8 +79,10 @@ class Pair(NamedTuple):
     two: list[torch.Tensor]
 
 
-def stream(loading: Loading | None = None, *, batch: int = BATCH, consumed: int = 0, **plan: Any) -> BatchStream:
-    opened = BatchStream(Noisy(), Plan(N, 1, batch, **plan), loading=loading or Loading(), device=CPU)
+def stream(
+    loading: LoaderOptions | None = None, *, batch: int = BATCH, consumed: int = 0, **plan: Any
+) -> MapStyleStream:
+    opened = MapStyleStream(Noisy(), Plan(N, 1, batch, **plan), loading=loading or LoaderOptions(), device=CPU)
     opened.consumed = consumed
     opened.open()
     return opened
@@ -91,7 +93,7 @@ def bits(batch: list[torch.Tensor]) -> list[bytes]:
     return [b"".join(field[row].numpy().tobytes() for field in batch) for row in range(len(batch[0]))]
 
 
-def samples(opened: BatchStream, steps: int) -> list[bytes]:
+def samples(opened: MapStyleStream, steps: int) -> list[bytes]:
     """The samples of the next steps, each step taken to its end."""
     found = []
     for _ in range(steps):
@@ -101,7 +103,7 @@ def samples(opened: BatchStream, steps: int) -> list[bytes]:
     return found
 
 
-def indices(opened: BatchStream, steps: int) -> list[int]:
+def indices(opened: MapStyleStream, steps: int) -> list[int]:
     return [int.from_bytes(line[:8], "little") for line in samples(opened, steps)]
 
 
@@ -119,16 +121,16 @@ def uninterrupted() -> list[bytes]:
 @pytest.mark.parametrize(
     "loading",
     [
-        Loading(1),
-        Loading(1, prefetch=1),
-        Loading(3),
-        Loading(3, prefetch=7),
-        Loading(2, start_method="fork"),
-        Loading(1, start_method="spawn"),
+        LoaderOptions(1),
+        LoaderOptions(1, prefetch=1),
+        LoaderOptions(3),
+        LoaderOptions(3, prefetch=7),
+        LoaderOptions(2, start_method="fork"),
+        LoaderOptions(1, start_method="spawn"),
     ],
     ids=lambda how: f"{how.num_workers}-{how.prefetch}-{how.start_method}",
 )
-def test_the_bytes_are_the_same_however_they_are_loaded(loading: Loading, uninterrupted: list[bytes]) -> None:
+def test_the_bytes_are_the_same_however_they_are_loaded(loading: LoaderOptions, uninterrupted: list[bytes]) -> None:
     assert samples(stream(loading), STEPS) == uninterrupted
 
 
@@ -138,7 +140,7 @@ def test_a_plain_torch_loader_yields_the_same_bytes() -> None:
     pieces = [step[0] for step in islice(plan.steps(0, plan.order()), STEPS)]
     fetcher = Fetcher(Noisy(), plan, label="train")
     plain: Any = DataLoader(fetcher, batch_size=None, sampler=pieces, num_workers=1, collate_fn=lambda fetched: fetched)
-    here = Loader(fetcher, pieces, Loading())
+    here = Loader(fetcher, pieces, LoaderOptions())
     assert [(each.first, bits(each.batch)) for each in plain] == [(each.first, bits(each.batch)) for each in here]
 
 
@@ -156,7 +158,7 @@ def test_a_resume_at_any_step_goes_on_exactly(uninterrupted: list[bytes]) -> Non
         samples(killed, done)
         next(killed.step())
         saved = json.loads(json.dumps(killed.state_dict()))
-        resumed = BatchStream(Noisy(), Plan(N, 1, BATCH), loading=Loading(), device=CPU)
+        resumed = MapStyleStream(Noisy(), Plan(N, 1, BATCH), loading=LoaderOptions(), device=CPU)
         resumed.load_state_dict(saved)
         assert samples(resumed, STEPS - done) == uninterrupted[done * BATCH :]
 
@@ -172,8 +174,8 @@ def test_every_sample_comes_once_per_epoch_however_a_run_is_cut() -> None:
     state = stream(batch=1).state_dict()
     drawn: list[int] = []
     while len(drawn) < 20 * N:
-        plan, loading = Plan(N, 1, chance.randint(1, 2 * N)), Loading(chance.choice([0, 0, 0, 1]))
-        life = BatchStream(Noisy(), plan, loading=loading, device=CPU)
+        plan, loading = Plan(N, 1, chance.randint(1, 2 * N)), LoaderOptions(chance.choice([0, 0, 0, 1]))
+        life = MapStyleStream(Noisy(), plan, loading=loading, device=CPU)
         life.load_state_dict(state)
         drawn += indices(life, chance.randint(0, 3))
         if chance.random() < 0.5:
@@ -185,7 +187,7 @@ def test_every_sample_comes_once_per_epoch_however_a_run_is_cut() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> None:
-    opened = stream(Loading(workers, prefetch=4))
+    opened = stream(LoaderOptions(workers, prefetch=4))
     before = opened.state_dict()
     for _ in opened.step():
         pass
@@ -206,13 +208,13 @@ def test_a_step_that_takes_exactly_all_batches_is_whole() -> None:
     batches = opened.step()
     assert [next(batches)[0], next(batches)[0]] == [0.5, 0.5]
     opened.advance()
-    assert (opened.consumed, opened.line(1).last) == (BATCH, BATCH - 1)
+    assert (opened.consumed, opened.ledger_line(1).last) == (BATCH, BATCH - 1)
 
 
 def test_the_state_is_the_same_for_any_number_of_workers() -> None:
     found = []
     for workers in (0, 1, 3):
-        opened = stream(Loading(workers))
+        opened = stream(LoaderOptions(workers))
         samples(opened, 3)
         found.append(opened.state_dict())
     assert found[0] == found[1] == found[2]
@@ -247,7 +249,7 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], told: str) 
     saved = stream().state_dict()
     plan = Plan(**({"samples": N, "seed": 1, "batch_size": BATCH} | change))
     with pytest.raises(DataError, match=told) as refused:
-        BatchStream(Noisy(), plan, loading=Loading(), device=CPU).load_state_dict(saved)
+        MapStyleStream(Noisy(), plan, loading=LoaderOptions(), device=CPU).load_state_dict(saved)
     assert "run.name" in str(refused.value)
 
 
@@ -260,13 +262,13 @@ def test_another_batch_size_is_refused_if_it_drops_others() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_leave_the_global_generators_alone(workers: int) -> None:
     before = states()
-    samples(stream(Loading(workers)), 3)
+    samples(stream(LoaderOptions(workers)), 3)
     assert states() == before
 
 
 @pytest.fixture(params=[0, 2], ids=lambda workers: f"{workers} workers")
 def evaluation(request: pytest.FixtureRequest) -> EvaluationData:
-    loading = Loading(request.param)
+    loading = LoaderOptions(request.param)
     return EvaluationData(Noisy(), seed=1, batch_size=BATCH, randomness="sample", loading=loading, device=CPU)
 
 
@@ -288,7 +290,7 @@ def test_every_evaluation_is_the_same_and_leaves_no_trace(evaluation: Evaluation
 
 
 def test_an_evaluation_draws_nothing_that_training_draws(uninterrupted: list[bytes]) -> None:
-    data = EvaluationData(Noisy(), seed=1, batch_size=3, randomness="sample", loading=Loading(), device=CPU)
+    data = EvaluationData(Noisy(), seed=1, batch_size=3, randomness="sample", loading=LoaderOptions(), device=CPU)
     drawn = {line[8:] for _, batch in data for line in bits(batch)}  # all but the index
     assert len(drawn) == N
     assert not drawn & {line[8:] for line in uninterrupted}
@@ -296,7 +298,7 @@ def test_an_evaluation_draws_nothing_that_training_draws(uninterrupted: list[byt
 
 def test_map_style_data_passes_the_check() -> None:
     for data in ([1, 2], Noisy(), torch.arange(3)):
-        assert checked(data, "data.train") is data
+        assert require_map_style(data, "data.train") is data
 
 
 def test_data_without_positions_is_refused_by_key_and_type() -> None:
@@ -306,12 +308,12 @@ def test_data_without_positions_is_refused_by_key_and_type() -> None:
 
     for data, kind in ((iter([1]), "list_iterator"), (Endless(), "Endless"), ({1}, "set")):
         with pytest.raises(DataError, match=rf"^data\.train is a .*{kind} without __len__ and __getitem__"):
-            checked(data, "data.train")
+            require_map_style(data, "data.train")
 
 
 def test_empty_data_is_refused_by_key() -> None:
     with pytest.raises(DataError, match=r"^data\.validation is empty: a list of length 0"):
-        checked([], "data.validation")
+        require_map_style([], "data.validation")
 
 
 def test_every_tensor_of_a_batch_moves_to_the_device() -> None:
@@ -370,8 +372,8 @@ def test_a_state_that_is_ignored_is_reported(caplog: pytest.LogCaptureFixture) -
         load_state_dict = state_dict
 
     for key in ("data.train", "data.validation"):
-        checked(Remembers(), key)
+        require_map_style(Remembers(), key)
         assert f"ignored  state_dict of {key} (a " in caplog.text
     caplog.clear()
-    checked(Noisy(), "data.train")
+    require_map_style(Noisy(), "data.train")
     assert not caplog.text

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runner.errors import ConfigError, TaskError
-from runner.task import Task, checked
+from runner.task import Task, check_metrics
 from runner.tasks.classification import Classification
 from runner.tasks.language import LanguageModeling
 from runner.update import WeightUpdate
@@ -183,14 +183,14 @@ def test_a_prompt_of_nothing_is_refused() -> None:
 )
 def test_unusable_metrics_are_reported_with_an_example(metrics: Any, message: str) -> None:
     with pytest.raises(TaskError) as error:
-        checked(metrics, "Mine.training_step")
+        check_metrics(metrics, "Mine.training_step")
     assert message in str(error.value)
     assert '{"loss": loss, ' in str(error.value)
 
 
 def test_an_evaluation_needs_no_loss() -> None:
     metrics = {"accuracy": torch.tensor(1.0)}
-    assert checked(metrics, "Mine.evaluation_step", loss=False) is metrics
+    assert check_metrics(metrics, "Mine.evaluation_step", loss=False) is metrics
 
 
 def test_a_loss_that_trains_nothing_is_reported() -> None:

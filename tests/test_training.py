@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from defaults import configured as default_config
 
-from runner.config.schema import Config
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
-from runner.data.order import Streams
-from runner.data.stream import BatchStream, Stream
+from runner.data.order import Interleaving
+from runner.data.stream import MapStyleStream, TrainingStream
 from runner.data.training_data import training_data
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 CPU = torch.device("cpu")
@@ -37,22 +36,22 @@ class Shards:
         self.held = (windows, window)
 
 
-def made(samples: Any, *, workers: int = 0, **data: Any) -> tuple[Stream, Any]:
-    config = OmegaConf.merge(OmegaConf.structured(Config), {"data": {"batch_size": 16, "randomness": "off"} | data})
-    return training_data(config, samples, Loading(workers), CPU, None, World())  # type: ignore[arg-type]
+def made(samples: Any, *, workers: int = 0, **data: Any) -> tuple[TrainingStream, Any]:
+    config = default_config({"data": {"batch_size": 16, "randomness": "off"} | data})
+    return training_data(config, samples, LoaderOptions(workers), CPU, None, World())  # type: ignore[arg-type]
 
 
 def test_a_list_is_shuffled_as_a_whole() -> None:
     stream, plan = made([1, 2, 3])
-    assert isinstance(stream, BatchStream)
-    assert (plan.streams, plan.shards) == (None, ())
+    assert isinstance(stream, MapStyleStream)
+    assert (plan.interleaving, plan.shards) == (None, ())
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 1), (3, 1), (4, 1), (9, 1), (10, 2), (16, 4), (64, 16), (13, 1)])
 def test_a_micro_batch_is_a_whole_number_of_chunks(batch: int, chunk: int) -> None:
     _, plan = made(Shards(), batch_size=batch)
     assert plan.shards == (40, 0, 60)
-    assert plan.streams == Streams(96, 128, chunk)
+    assert plan.interleaving == Interleaving(96, 128, chunk)
 
 
 def test_streams_that_are_read_in_turn_stay_open() -> None:
@@ -74,7 +73,7 @@ def test_workers_that_would_read_the_same_streams_are_left_out(caplog: pytest.Lo
 def test_shards_may_be_read_in_any_order(how: dict[str, Any]) -> None:
     samples = Shards()
     stream, plan = made(samples, workers=5, **how)
-    assert (plan.streams, plan.shards, stream.workers, samples.held) == (None, (), 5, (0, 0))
+    assert (plan.interleaving, plan.shards, stream.workers, samples.held) == (None, (), 5, (0, 0))
 
 
 def test_batches_by_length_hold_all_streams_in_every_worker() -> None:
@@ -101,7 +100,7 @@ def test_counts_that_are_something_else_are_refused() -> None:
 
 def test_an_iterable_is_opaque() -> None:
     stream, plan = made(Stated())
-    assert isinstance(stream, OpaqueStream)
+    assert isinstance(stream, IterableStream)
     assert plan is None
 
 

@@ -1,6 +1,7 @@
-"""``python -m runner.verify`` on real processes: what resumes exactly passes, what users really get wrong is named."""
+"""``python -m runner.verify`` on real processes: exact resumes pass, and what users really get wrong is named."""
 
 import json
+import pickle
 import re
 import signal
 import subprocess
@@ -18,15 +19,16 @@ import servers as servers_of_tests
 import torch
 from waiting import until
 
-from runner.errors import ConfigError, StorageError
+from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan
-from runner.verify.difference import first
-from runner.verify.execution import AttemptEnd, AttemptRequest, AttemptTrace, RunTrace, Servers, servers
-from runner.verify.html_report import page
+from runner.verify.causes import of_error
+from runner.verify.difference import first_difference
+from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove
+from runner.verify.proof_report import page
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"
@@ -34,9 +36,9 @@ BROKEN = "mine.broken."
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Two servers to live in, beside a user's package."""
-    with servers(USER) as both:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two servers to fork attempts from, beside a user's package."""
+    with fork_servers(USER) as both:
         yield both
 
 
@@ -48,14 +50,14 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def judged(two: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
-    """The verdict on the small experiment, with something changed."""
+def judged(servers: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
+    """The verdict on the small experiment, with overrides."""
     command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=4", *more)
-    return prove(command, Options(steps=steps, kills=kills, **options), tell=print, two=two)  # type: ignore[arg-type]
+    return prove(command, Options(steps=steps, kills=kills, **options), progress=print, servers=servers)  # type: ignore[arg-type]
 
 
 def node(key: str, target: str, **values: object) -> tuple[str, ...]:
-    """Another object in place of that of the experiment."""
+    """Overrides that replace an object of the experiment."""
     inner = "".join(f",{name}:{str(value).lower()}" for name, value in values.items())
     return f"~{key}", f"+{key}={{_target_:{BROKEN}{target}{inner}}}"
 
@@ -136,19 +138,19 @@ QUICK = (
 
 def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The same experiment with the cause mended."""
-    found = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
-    found = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in found]
-    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in found)
+    good = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
+    good = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in good]
+    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
-def test_a_broken_experiment_is_named(name: str, two: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_is_named(name: str, servers: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES[name]
-    verdict = judged(two, *overrides)
+    verdict = judged(servers, *overrides)
     text = verdict.text()
     assert not verdict.holds, text
     assert verdict.cause, text
-    assert verdict.cause.kind == kind, "\n".join([text, *verdict.plain()["tried"]])
+    assert verdict.cause.kind == kind, "\n".join([text, *verdict.tried])
     assert [word for word in words if word not in text] == [], text
     assert verdict.scratch
     assert Path(verdict.scratch).is_dir()
@@ -156,13 +158,13 @@ def test_a_broken_experiment_is_named(name: str, two: Servers, scratch: Path) ->
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", CASES)
-def test_a_mended_experiment_passes(name: str, two: Servers, scratch: Path) -> None:
-    verdict = judged(two, *mended(CASES[name][0]))
+def test_a_mended_experiment_passes(name: str, servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, *mended(CASES[name][0]))
     assert verdict.holds, verdict.text()
 
 
-def test_a_correct_experiment_passes_and_leaves_nothing(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, steps=16, kills=6)
+def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, steps=16, kills=6)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
     assert {"step", "committed", "save", "loaded", "evaluation"} <= proven["moments"].keys()
@@ -175,14 +177,14 @@ def test_a_correct_experiment_passes_and_leaves_nothing(two: Servers, scratch: P
     assert [*scratch.iterdir()] == []
 
 
-def test_forgotten_state_without_effect_is_noted(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, *node("task", "Waits", mended=False), steps=6, kills=1)
+def test_forgotten_state_without_effect_is_noted(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, *node("task", "Waits", mended=False), steps=6, kills=1)
     assert verdict.holds, verdict.text()
     assert "without effect within these steps: task.seen was " in verdict.text()
 
 
-def lived(memories: Sequence[set[str]]) -> RunTrace:
-    """A run of so many steps, after each of which something is remembered."""
+def trained(memories: Sequence[set[str]]) -> RunTrace:
+    """A run of as many steps, with the paths that are remembered after each."""
     begun = {"event": "resumed", "step": 0, "memory": {}}
     steps = [
         {
@@ -196,8 +198,8 @@ def lived(memories: Sequence[set[str]]) -> RunTrace:
         for n, names in enumerate(memories, 1)
     ]
     ended = [{"event": "built", "indexed": True, "epoch": 7}, {"event": "finished", "result": {"reason": "max_steps"}}]
-    life = AttemptRequest("undisturbed", (), Path("record"))
-    return RunTrace("undisturbed", [AttemptTrace(AttemptEnd(life, 0, 1.0), 0, (begun, *steps, *ended))])
+    request = AttemptRequest("undisturbed", (), Path("record"))
+    return RunTrace("undisturbed", [AttemptTrace(request, 0, 0, (begun, *steps, *ended))])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -208,7 +210,7 @@ def test_every_memory_is_lost_in_a_kill(steps: int, kills: int, seed: int) -> No
     memories = [
         {*({"task.late"} if n >= late else ()), *(shown if n % 2 else {"task.even"})} for n in range(1, steps + 1)
     ]
-    planned = plan(lived(memories), Options(steps=steps, kills=kills, seed=seed)).kills
+    planned = plan(trained(memories), Options(steps=steps, kills=kills, seed=seed)).kills
     lost = [kill.after for kill in planned if kill.after]
     assert len(planned) == kills
     assert {name for after in lost for name in memories[after - 1]} >= {"task.late", "task.shown", "task.even"}
@@ -217,7 +219,7 @@ def test_every_memory_is_lost_in_a_kill(steps: int, kills: int, seed: int) -> No
 
 @pytest.mark.parametrize(("steps", "kills"), [(2, 1), (2, 9), (5, 30), (33, 2)])
 def test_kills_are_within_the_run(steps: int, kills: int) -> None:
-    planned = plan(lived([set()] * steps), Options(steps=steps, kills=kills)).kills
+    planned = plan(trained([set()] * steps), Options(steps=steps, kills=kills)).kills
     assert len(planned) == kills
     assert all(1 <= kill.after <= steps for kill in planned if kill.after)
     assert all(kill.after < steps and kill.step <= steps for kill in planned if kill.after and kill.moment != "clock")
@@ -228,13 +230,29 @@ def test_files_of_the_end_are_not_the_difference(kind: str) -> None:
     """A run that went past the step at which the other ended has more in its window of metrics there, and no
     evaluation.
     """
-    undisturbed, killed = lived([set()] * 10), lived([set()] * 11)
-    undisturbed.lives[0].events[10].update(state={"callback.report/window": {}}, evaluation={"valid/loss": 1.0})
-    passed = {**killed.lives[0].events[10], "event": kind, "state": {"callback.report/window/loss": [1.0]}}
-    killed.lives.insert(0, replace(killed.lives[0], events=(passed,)))
-    found = first(killed, undisturbed)
-    assert found
-    assert (found.step, found.part, found.expected, found.found) == (11, "end", 10, 11)
+    undisturbed, killed = trained([set()] * 10), trained([set()] * 11)
+    undisturbed.attempts[0].events[10].update(state={"callback.report/window": {}}, evaluation={"valid/loss": 1.0})
+    passed = {**killed.attempts[0].events[10], "event": kind, "state": {"callback.report/window/loss": [1.0]}}
+    killed.attempts.insert(0, replace(killed.attempts[0], events=(passed,)))
+    difference = first_difference(killed, undisturbed)
+    assert difference
+    assert (difference.step, difference.part, difference.expected, difference.actual) == (11, "end", 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StateError("cannot save task/seen: it is a builtins.set"), "state"),
+        (StateError("the task does not fit", kind="restore"), "restoring"),
+        (DataError("sample 3 changed", kind="sample-changed"), "data memory"),
+        (pickle.loads(pickle.dumps(DataError("sent by a process", kind="sample-per-process"))), "workers"),
+        (RuntimeError("put_ does not have a deterministic implementation"), "kernel"),
+        (RuntimeError("anything else"), "error"),
+    ],
+    ids=str,
+)
+def test_the_kind_of_an_error_names_its_cause(error: Exception, kind: str) -> None:
+    assert of_error(kind_of(error), "").kind == kind
 
 
 class Slotted:
@@ -295,72 +313,72 @@ def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> N
             library()
         print(first, mine())
     """
-    told = [
+    outputs = [
         subprocess.run([sys.executable, "-c", code, *more], check=True, stdout=subprocess.PIPE, timeout=300).stdout
         for more in ([], ["beside"])
     ]
-    assert told[0] == told[1]
-    first, second = told[0].split(b" ", 1)
+    assert outputs[0] == outputs[1]
+    first, second = outputs[0].split(b" ", 1)
     assert first != second.strip()
 
 
-def test_a_run_of_several_processes_passes(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, steps=12, kills=3, processes=2, workers=(0,))
+def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, steps=12, kills=3, processes=2, workers=(0,))
     proven = verdict.proven
     assert verdict.holds, verdict.text()
     assert (proven["processes"], proven["kills"], proven["kills_of_one_process"]) == (2, 3, 1)
     assert "3 kills (1 of one process alone), 2 processes, 12 steps" in verdict.text()
-    noted = next(event for _, event in verdict.killed.steps() if event["event"] == "step" and "cut" not in event)
-    for field in ("batch", "generators", "gradients", "others"):  # what each process has to itself is compared, too
-        assert any(path.endswith(" (rank 1)") for path in noted[field]), field
+    event = next(event for _, event in verdict.killed.steps() if "cut" not in event)
+    for field in ("batch", "generators", "gradients", "others"):  # fields that each rank has for itself
+        assert any(path.endswith(" (rank 1)") for path in event[field]), field
     assert [*scratch.iterdir()] == []
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(two: Servers, scratch: Path) -> None:
+def test_processes_that_cannot_share_a_batch_are_refused(servers: Servers, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size"):
-        judged(two, processes=3)
+        judged(servers, processes=3)
     assert [*scratch.iterdir()] == []
 
 
 @pytest.mark.campaign
-def test_a_broken_experiment_of_several_processes_is_named(two: Servers, scratch: Path) -> None:
+def test_a_broken_experiment_of_several_processes_is_named(servers: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES["a task without a state"]
-    verdict = judged(two, *overrides, processes=2)
+    verdict = judged(servers, *overrides, processes=2)
     assert not verdict.holds, verdict.text()
     assert verdict.cause
-    assert verdict.cause.kind == kind, "\n".join([verdict.text(), *verdict.plain()["tried"]])
+    assert verdict.cause.kind == kind, "\n".join([verdict.text(), *verdict.tried])
     assert [word for word in words if word not in verdict.text()] == [], verdict.text()
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_every_layout_of_several_processes_resumes(layout: str, two: Servers, scratch: Path) -> None:
+def test_every_layout_of_several_processes_resumes(layout: str, servers: Servers, scratch: Path) -> None:
     options = Options(steps=6, kills=2, workers=(0,), processes=2)
     command = ["experiment=gpt", "model.layers=1", "model.dropout=0.1", f"runtime.parallel={layout}"]
-    verdict = prove(command, options, tell=print, two=two)
+    verdict = prove(command, options, progress=print, servers=servers)
     assert verdict.holds, verdict.text()
 
 
-def test_nothing_is_proven_by_a_run_that_somebody_else_killed(two: Servers, scratch: Path) -> None:
+def test_nothing_is_proven_by_a_run_that_somebody_else_killed(servers: Servers, scratch: Path) -> None:
     stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
-    verdict = judged(two, "~task", stops)
+    verdict = judged(servers, "~task", stops)
     assert not verdict.holds
     assert "a run did not come to its end" in verdict.text()
     assert verdict.cause
     assert verdict.cause.kind == "incomplete"
 
 
-def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
-    verdict = judged(two, "trainer.max_seconds=0.001", steps=6, kills=1)
+def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
-    assert shown.count("<polyline") == 1 + len(verdict.killed.lives)
+    assert shown.count("<polyline") == 1 + len(verdict.killed.attempts)
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
     assert "note     trainer.max_seconds was left out" in shown
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("option", "message"),
     [
         ("verify.step=3", "there is no option verify.step; did you mean verify.steps?"),
         ("verify.steps=many", "verify.steps=many cannot be used"),
@@ -373,9 +391,9 @@ def test_the_page_is_whole_and_asks_nobody(two: Servers, scratch: Path) -> None:
         ("-m", "one run"),
     ],
 )
-def test_a_mistyped_option_is_told(given: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
-        parse(["experiment=smoke", given])
+def test_a_mistyped_option_is_refused(option: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(["experiment=smoke", option])
 
 
 def test_options_are_taken_out_of_the_command() -> None:
@@ -400,31 +418,31 @@ def verify(*arguments: str, cwd: Path = USER) -> subprocess.Popen[str]:
 @pytest.mark.campaign
 def test_the_command_has_statuses_and_json(scratch: Path) -> None:
     common = ("--config-dir", "conf", "experiment=broken", "verify.steps=10", "verify.kills=2", "--json")
-    told, _ = verify(*common).communicate()
-    assert json.loads(told)["verdict"] == "PASS"
+    output, _ = verify(*common).communicate()
+    assert json.loads(output)["verdict"] == "PASS"
     failing = verify(*common, *CASES["a kernel without an order"][0])
-    told, _ = failing.communicate()
-    assert (failing.returncode, json.loads(told)["cause"]["kind"]) == (1, "kernel")
+    output, _ = failing.communicate()
+    assert (failing.returncode, json.loads(output)["cause"]["kind"]) == (1, "kernel")
 
 
-def test_a_command_that_cannot_run_is_a_configuration_error(two: Servers, scratch: Path) -> None:
+def test_a_command_that_cannot_run_is_a_configuration_error(servers: Servers, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"Could not override 'trainer\.max_step'"):
-        judged(two, "trainer.max_step=3")
+        judged(servers, "trainer.max_step=3")
     assert [*scratch.iterdir()] == []
 
 
-def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(two: Servers, scratch: Path) -> None:
+def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(servers: Servers, scratch: Path) -> None:
     with pytest.raises(StorageError, match="/proc/nowhere"):
-        judged(two, root="/proc/nowhere")
+        judged(servers, root="/proc/nowhere")
     assert [*scratch.iterdir()] == []
 
 
-def test_a_disk_that_cannot_hold_the_checkpoints_is_told(
-    two: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(
+    servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(StorageError, match=r"0.0 GB free, and the proof needs .* verify.root="):
-        judged(two, steps=2)
+        judged(servers, steps=2)
     assert [*scratch.iterdir()] == []
 
 
@@ -432,8 +450,8 @@ def test_interrupted_it_leaves_neither_processes_nor_files(scratch: Path) -> Non
     process = verify("--config-dir", "conf", "experiment=broken", "verify.steps=10000")
     until(lambda: [*scratch.rglob("*.jsonl")], process=process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate()
-    assert (process.returncode, "nothing is left behind" in told) == (130, True), told
+    _, errors = process.communicate()
+    assert (process.returncode, "nothing is left behind" in errors) == (130, True), errors
     assert [*scratch.glob("runner-verify-*")] == []
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(scratch) not in running
@@ -456,12 +474,12 @@ def test_it_proves_on_s3_and_leaves_nothing_there(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
-    with servers(USER) as two:
-        verdict = judged(two, root=f"{s3.url}/proofs")
+    with fork_servers(USER) as servers:
+        verdict = judged(servers, root=f"{s3.url}/proofs")
         assert verdict.holds, verdict.text()
         url = (verdict.undisturbed.evidence or {})["url"]
         assert url.startswith("s3://bucket/proofs/verify-")
-        failed = judged(two, *CASES["hash()"][0], root=f"{s3.url}/failed")
+        failed = judged(servers, *CASES["hash()"][0], root=f"{s3.url}/failed")
     system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
     assert [name for name in system.find("bucket/proofs") if "verify-" in name] == []  # the server keeps the folder
     assert failed.cause
@@ -472,8 +490,8 @@ def test_it_proves_on_s3_and_leaves_nothing_there(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("experiment", ["smoke", "digits", "gpt", "fashion_mnist"])
-def test_the_experiments_of_this_repository_resume(experiment: str, two: Servers, scratch: Path) -> None:
+def test_the_experiments_of_this_repository_resume(experiment: str, servers: Servers, scratch: Path) -> None:
     if experiment == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("dataset-fashion-mnist is not installed, which .ci/run does")
-    verdict = prove([f"experiment={experiment}"], Options(), tell=print, two=two)
+    verdict = prove([f"experiment={experiment}"], Options(), progress=print, servers=servers)
     assert verdict.holds, verdict.text()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.average import averaged, follow
+from runner.average import moving_average, update_average
 from runner.errors import ConfigError, TaskError
 from runner.modes import evaluation_mode, train_mode
 from runner.update import WeightUpdate
@@ -135,7 +135,7 @@ def test_sparse_gradients_are_clipped_as_dense_ones(options: dict[str, Any]) -> 
 def test_a_step_that_overflowed_does_not_move_the_average() -> None:
     """Although the run is to stop where the loss is not finite: it is, only its scale was too large."""
     model = Net()
-    average = averaged(model, 0.5)
+    average = moving_average(model, 0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     update = WeightUpdate(model, optimizer, device=CPU, scaler=scaler, average=average)
@@ -164,10 +164,10 @@ class Caches(Net):
 
 def test_the_average_has_the_current_buffers_of_the_model() -> None:
     model = Caches()
-    average = averaged(model, 0.5)
+    average = moving_average(model, 0.5)
     for size in (2, 4, 3):
         model(torch.ones(size, 2))
-        follow(average, model)
+        update_average(average, model)
         copies: Any = average.module
         assert torch.equal(copies.mean, model.mean)
         assert copies.seen.shape == (size,)
@@ -204,11 +204,11 @@ def reorder(model: Any) -> None:
 )
 def test_an_average_of_other_weights_is_refused(change: Any, message: str) -> None:
     model = Net()
-    average = averaged(model, 0.5)
-    follow(average, model)
+    average = moving_average(model, 0.5)
+    update_average(average, model)
     change(model)
     with pytest.raises(TaskError, match=rf"trainer\.ema_decay averages the weights.*{message}.*in its constructor"):
-        follow(average, model)
+        update_average(average, model)
 
 
 class Locked(Net):
@@ -233,7 +233,7 @@ def derived() -> nn.Module:
 )
 def test_a_model_that_cannot_be_copied_has_no_average(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.ema_decay needs a copy.*{message}.*trainer\.ema_decay=null"):
-        averaged(make(), 0.5)
+        moving_average(make(), 0.5)
 
 
 class Parts(nn.Module):

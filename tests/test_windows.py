@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from runner.data.order import Indices, Streams, Windowed
+from runner.data.order import Indices, Interleaving, WindowOrder
 
 LAYOUTS = [
     (1,),
@@ -22,17 +22,17 @@ LAYOUTS = [
     (64, 0, 64),
 ]
 STREAMS = [
-    Streams(1, 1, 1),
-    Streams(1, 8, 3),
-    Streams(3, 4, 2),
-    Streams(4, 16, 4),
-    Streams(7, 5, 8),
-    Streams(128, 2, 1),
+    Interleaving(1, 1, 1),
+    Interleaving(1, 8, 3),
+    Interleaving(3, 4, 2),
+    Interleaving(4, 16, 4),
+    Interleaving(7, 5, 8),
+    Interleaving(128, 2, 1),
 ]
 
 
-def whole(shards: Sequence[int], streams: Streams, *, seed: int = 7, epoch: int = 3) -> Indices:
-    return Windowed(shards, streams, seed=seed)(epoch, np.arange(sum(shards)))
+def whole(shards: Sequence[int], streams: Interleaving, *, seed: int = 7, epoch: int = 3) -> Indices:
+    return WindowOrder(shards, streams, seed=seed)(epoch, np.arange(sum(shards)))
 
 
 def shard_of(shards: Sequence[int], samples: Indices) -> Indices:
@@ -41,20 +41,20 @@ def shard_of(shards: Sequence[int], samples: Indices) -> Indices:
 
 @pytest.mark.parametrize("streams", STREAMS, ids=str)
 @pytest.mark.parametrize("shards", LAYOUTS, ids=str)
-def test_every_sample_has_one_place(shards: tuple[int, ...], streams: Streams) -> None:
+def test_every_sample_has_one_place(shards: tuple[int, ...], streams: Interleaving) -> None:
     assert sorted(whole(shards, streams).tolist()) == [*range(sum(shards))]
 
 
 def test_every_sample_has_one_place_at_sizes_around_a_round() -> None:
-    streams = Streams(4, 6, 3)
+    streams = Interleaving(4, 6, 3)
     for size in range(1, 4 * 3 * 4 + 2):
         assert sorted(whole((size // 3, size - size // 3), streams).tolist()) == [*range(size)]
 
 
 @pytest.mark.parametrize("streams", STREAMS, ids=str)
-def test_a_place_has_its_sample_in_any_request(streams: Streams) -> None:
+def test_a_place_has_its_sample_in_any_request(streams: Interleaving) -> None:
     shards = (10, 0, 20, 31, 7)
-    order = Windowed(shards, streams, seed=7)
+    order = WindowOrder(shards, streams, seed=7)
     for epoch in (0, 1, 2, 0):
         expected = whole(shards, streams, epoch=epoch).tolist()
         assert [int(order(epoch, np.array([place]))[0]) for place in range(68)] == expected
@@ -63,18 +63,18 @@ def test_a_place_has_its_sample_in_any_request(streams: Streams) -> None:
 
 def test_places_are_left_as_they_are() -> None:
     places = np.arange(40)
-    Windowed((20, 20), Streams(3, 4, 2), seed=7)(0, places)
+    WindowOrder((20, 20), Interleaving(3, 4, 2), seed=7)(0, places)
     assert places.tolist() == [*range(40)]
 
 
 def test_the_order_is_frozen() -> None:
     shards = [17 * i % 50 for i in range(100)]
-    found = sha256(whole(shards, Streams(8, 64, 4)).astype("<i8").tobytes()).hexdigest()
+    found = sha256(whole(shards, Interleaving(8, 64, 4)).astype("<i8").tobytes()).hexdigest()
     assert found == "2bb6bcc4553a0a2e6aad4c5065d1925f7501cd9ef57d755c96e3be45567baea1"
 
 
 def test_neighbouring_seeds_and_epochs_have_orders_of_their_own() -> None:
-    shards, streams = (100,) * 10, Streams(4, 50, 5)
+    shards, streams = (100,) * 10, Interleaving(4, 50, 5)
     orders = [whole(shards, streams, seed=seed, epoch=epoch) for seed, epoch in product(range(3), range(3))]
     for i, one in enumerate(orders):
         for other in orders[:i]:
@@ -82,13 +82,13 @@ def test_neighbouring_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 def test_an_epoch_is_one_pass_over_one_source() -> None:
-    source, passed = Windowed((5, 5), Streams(2, 2, 1), seed=7).passes(3, np.array([0, 9]))
+    source, passed = WindowOrder((5, 5), Interleaving(2, 2, 1), seed=7).source_passes(3, np.array([0, 9]))
     assert (source.tolist(), passed.tolist()) == ([0, 0], [3, 3])
 
 
 def test_a_reader_needs_one_window_of_each_stream_at_a_time() -> None:
     """A window is a run of the joined shards; of shards, so few are open as streams and borders within windows ask."""
-    shards, streams = (40,) * 100, Streams(5, 80, 4)
+    shards, streams = (40,) * 100, Interleaving(5, 80, 4)
     samples = whole(shards, streams)
     for start in range(
         0, 4000, 400
@@ -106,7 +106,7 @@ def test_a_reader_needs_one_window_of_each_stream_at_a_time() -> None:
 
 def test_a_whole_window_is_read_before_the_next_one() -> None:
     """With one shard, windows are ranges of indices; the leftovers of the last round stay in theirs."""
-    samples = whole((100,), Streams(3, 10, 4))
+    samples = whole((100,), Interleaving(3, 10, 4))
     per_stream: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for index in samples.tolist():
         per_stream[(index >= 33) + (index >= 66)].append(index)
@@ -118,7 +118,7 @@ def test_a_whole_window_is_read_before_the_next_one() -> None:
 
 
 def test_a_billion_samples_need_no_list_of_them() -> None:
-    order = Windowed([10**6] * 1000, Streams(16, 4096, 4), seed=7)
+    order = WindowOrder([10**6] * 1000, Interleaving(16, 4096, 4), seed=7)
     tracemalloc.start()
     try:
         last = order(3, np.arange(10**9 - 64, 10**9))
@@ -130,7 +130,7 @@ def test_a_billion_samples_need_no_list_of_them() -> None:
     assert peak < 4 << 20
 
 
-def readers(streams: Streams, workers: int, *, slice_size: int, world: int, slices: int) -> list[set[int]]:
+def readers(streams: Interleaving, workers: int, *, slice_size: int, world: int, slices: int) -> list[set[int]]:
     """The streams that every data worker of every process reads: slice k goes to rank k % world, and there in turn."""
     found: list[set[int]] = [set() for _ in range(workers * world)]
     for k in range(slices):
@@ -145,8 +145,8 @@ def readers(streams: Streams, workers: int, *, slice_size: int, world: int, slic
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [8, 12, 16, 24])
 def test_no_two_workers_read_one_stream(count: int, wanted: int, chunks: int, world: int) -> None:
-    streams = Streams(count, 64, 4)
-    workers = streams.workers(wanted, slice_size=4 * chunks, world=world)
+    streams = Interleaving(count, 64, 4)
+    workers = streams.max_workers(wanted, slice_size=4 * chunks, world=world)
     assert 1 <= workers <= wanted
     if workers > 1:
         found = readers(streams, workers, slice_size=4 * chunks, world=world, slices=3 * count)
@@ -168,4 +168,4 @@ def test_no_two_workers_read_one_stream(count: int, wanted: int, chunks: int, wo
     ],
 )
 def test_workers_are_rounded_down_to_divide_the_streams(count: int, wanted: int, world: int, workers: int) -> None:
-    assert Streams(count, 64, 2).workers(wanted, slice_size=8, world=world) == workers
+    assert Interleaving(count, 64, 2).max_workers(wanted, slice_size=8, world=world) == workers

@@ -20,10 +20,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from runner import signals
 from runner.data.evaluation_data import EvaluationData
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import BatchStream
+from runner.data.stream import MapStyleStream
 from runner.errors import DataError
 
 USER = Path(__file__).parent / "user"
@@ -99,25 +99,25 @@ def strange(samples: list[Any]) -> Any:
     return [Strange(1, 2)]
 
 
-def training(samples: Any, loading: Loading, collate: Any = None) -> BatchStream:
+def training(samples: Any, loading: LoaderOptions, collate: Any = None) -> MapStyleStream:
     plan = Plan(len(samples), 1, 4, shuffle=False, randomness="off")
-    return BatchStream(samples, plan, loading=loading, device=CPU, collate=collate)
+    return MapStyleStream(samples, plan, loading=loading, device=CPU, collate=collate)
 
 
-def take(stream: BatchStream, steps: int) -> None:
+def take(stream: MapStyleStream, steps: int) -> None:
     for _ in range(steps):
         list(stream.step())
         stream.advance()
 
 
-def read_training(loading: Loading, collate: Any) -> None:
+def read_training(loading: LoaderOptions, collate: Any) -> None:
     stream = training(Numbers(), loading, collate)
     stream.open()
     list(stream.step())
 
 
-def read_iterable(loading: Loading, collate: Any) -> None:
-    stream = OpaqueStream(
+def read_iterable(loading: LoaderOptions, collate: Any) -> None:
+    stream = IterableStream(
         Endless(),
         seed=1,
         batch_size=4,
@@ -131,7 +131,7 @@ def read_iterable(loading: Loading, collate: Any) -> None:
     list(stream.step())
 
 
-def read_evaluation(loading: Loading, collate: Any) -> None:
+def read_evaluation(loading: LoaderOptions, collate: Any) -> None:
     data = EvaluationData(
         Numbers(), seed=1, batch_size=4, randomness="off", loading=loading, device=CPU, collate=collate
     )
@@ -162,7 +162,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("key", READERS)
 def test_a_batch_that_cannot_be_sent_is_an_error(key: str, method: str) -> None:
     with pytest.raises(DataError) as raised:
-        READERS[key](Loading(2, start_method=method), function)
+        READERS[key](LoaderOptions(2, start_method=method), function)
     told = str(raised.value)
     assert told.startswith(f"{key}: a data worker cannot send what it has read: ")
     assert "pickle" in told
@@ -181,14 +181,14 @@ def test_a_batch_that_cannot_be_sent_is_an_error(key: str, method: str) -> None:
 def test_unsendable_values_are_reported(collate: Callable[..., Any], told: str) -> None:
     for read in READERS.values():
         with pytest.raises(DataError, match=told):
-            read(Loading(1), collate)
+            read(LoaderOptions(1), collate)
 
 
 def test_batches_before_an_unsendable_one_come_in_order() -> None:
     def collate(samples: list[Any]) -> Any:
         return function(samples) if samples[0] == 20 else torch.stack(samples)
 
-    stream = training(Numbers(), Loading(2, prefetch=4), collate)
+    stream = training(Numbers(), LoaderOptions(2, prefetch=4), collate)
     stream.open()
     for first in range(0, 20, 4):
         ((_, batch),) = stream.step()
@@ -202,7 +202,7 @@ def test_batches_before_an_unsendable_one_come_in_order() -> None:
 @pytest.mark.usefixtures("handlers")
 def test_a_killed_worker_is_reported_with_the_cause(method: str) -> None:
     """In the middle of a message, too, at whose rest the training process would wait for ever."""
-    stream = training(Killed(), Loading(2, start_method=method))
+    stream = training(Killed(), LoaderOptions(2, start_method=method))
     stream.open()
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was ended by SIGKILL.*memory"):
         take(stream, 4)
@@ -217,7 +217,7 @@ def test_a_worker_that_ends_is_reported_with_its_status(error: BaseException) ->
             raise error
         return torch.stack(samples)
 
-    stream = training(Numbers(), Loading(2, prefetch=8), collate)
+    stream = training(Numbers(), LoaderOptions(2, prefetch=8), collate)
     stream.open()
     with pytest.raises(DataError, match=r"^data.train: data worker \d \(pid \d+\) ended with status [13]"):
         take(stream, 8)
@@ -225,7 +225,7 @@ def test_a_worker_that_ends_is_reported_with_its_status(error: BaseException) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_closing_ends_workers_that_wait_for_ever(method: str) -> None:
-    stream = training(Blocks(), Loading(2, start_method=method))
+    stream = training(Blocks(), LoaderOptions(2, start_method=method))
     stream.open()
     take(stream, 4)
     began = time.monotonic()
@@ -248,10 +248,10 @@ def python(code: str, *arguments: str, **how: Any) -> subprocess.CompletedProces
 FEW = """
 import multiprocessing, resource, sys
 from test_workers import Numbers, training
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 from runner.errors import DataError
 
-stream = training(Numbers(), Loading(4, start_method=sys.argv[1]))
+stream = training(Numbers(), LoaderOptions(4, start_method=sys.argv[1]))
 first = multiprocessing.get_context(sys.argv[1]).Process(target=int)  # opens what the first of all opens
 first.start()
 first.join()
@@ -278,14 +278,14 @@ def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
 
 
 ORPHANS = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 from test_workers import Blocks, training
-from runner.data.loader import Loading
+from runner.data.loader import LoaderOptions
 
-stream = training(Blocks(), Loading(2, start_method=sys.argv[1]))
+stream = training(Blocks(), LoaderOptions(2, start_method=sys.argv[1]))
 stream.open()
 list(stream.step())
-print(*[p.pid for p in stream._batches._workers._started], flush=True)
+print(*[p.pid for p in multiprocessing.active_children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

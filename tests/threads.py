@@ -48,7 +48,7 @@ class ThreadRanks:
     def broadcast(self, value: Any) -> Any:
         return self.meeting.exchange(self.rank, value if self.rank == 0 else None)[0]
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         return f"rank {self.rank} is not alone"
 
 

@@ -5,20 +5,18 @@ Records which samples every step was trained on, and compares them with those of
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.evaluation import Best
+from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger
 from runner.distributed.team import SingleProcessTeam, Team
 from runner.evaluation import same_for_all
-from runner.metrics.lines import MetricLines
-from runner.metrics.tensorboard import Curves
-from runner.metrics.writer import NullMetrics
+from runner.metrics.writer import MetricWriters
 
 _APART = (
     "What a callback adds to loop.metrics must be the same in all processes, or it would be that of rank 0 alone. "
@@ -27,39 +25,28 @@ _APART = (
 
 
 class Report(Callback):
-    """Writes curves and metric lines every ``every_steps`` steps.
+    """Gives the writers the mean metrics of every ``every_steps`` steps, and the metrics of each evaluation.
 
     The window is part of the state, so a mean over steps of two attempts equals that of the uninterrupted run. Metrics
-    stay on their device until their window is full. Means leave out values that are not finite. All processes make the
-    same report, and compare it. ``curves`` opens the curves for writing from a step on.
+    stay on their device until their window is full. Means leave out values that are not finite. All processes compute
+    the same report and compare it; only rank 0 has writers.
     """
 
     def __init__(
-        self,
-        *,
-        every_steps: int,
-        curves: Callable[[int], Curves | NullMetrics],
-        lines: MetricLines | NullMetrics,
-        best: Best | None,
-        team: Team | None = None,
+        self, *, every_steps: int, writers: MetricWriters, best: Best | None, team: Team | None = None
     ) -> None:
         self.every_steps = every_steps
-        self._begun = curves
-        self._lines = lines
+        self.writers = writers
         self._best = best
         self._team = team or SingleProcessTeam()
-        self._curves: Curves | NullMetrics | None = None
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
         self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
 
     def on_start(self, loop: Loop) -> None:
-        # A step whose evaluation was interrupted was not reported; it is reported now, or after the next resume.
-        again = loop.evaluation is not None or loop.evaluation_due
-        self._curves = self._begun(loop.step + (not again))
         self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)
-        self._report(loop)
+        self._report(loop)  # a step whose evaluation was interrupted is reported only now
 
     def on_step(self, loop: Loop) -> None:
         # Copies: a metric may be a weight or a running mean, which the next step changes in place.
@@ -69,20 +56,7 @@ class Report(Callback):
             self._report(loop)
 
     def on_end(self, loop: Loop) -> None:
-        assert self._curves is not None
-        self._curves.close()
-
-    def mark(self, step: int) -> dict[str, Any]:
-        """The end of the metric lines, for the commit at ``step``; ``flush`` in any thread makes them durable."""
-        assert self._curves is not None
-        self._curves.mark()
-        return self._lines.mark(step)
-
-    def flush(self) -> None:
-        """Make everything that was marked durable. May run beside training, once at a time."""
-        assert self._curves is not None
-        self._curves.flush()
-        self._lines.flush()
+        self.writers.close()
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
@@ -102,10 +76,7 @@ class Report(Callback):
             # TensorBoard's tables show the last point of each curve; of this one it is the objective.
             values[f"best/{self._best.metric}"] = self._best.value
         if values:
-            assert self._curves is not None
-            self._curves.add(loop.step, values)
-            scalars = {name: value for name, value in values.items() if not isinstance(value, str)}
-            self._lines.add(loop.step, scalars)
+            self.writers.add(loop.step, values)
 
     def _training(self, loop: Loop) -> dict[str, float | str]:
         self._read()
@@ -151,7 +122,7 @@ class KeepLedger(Callback):
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.line(loop.step))
+        self.ledger.add(loop.state.stream.ledger_line(loop.step))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
+from runner.checkpoint.background_writer import Follower, Writer
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
-from runner.checkpoint.writer import Follower, Writer
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
 from runner.interval import CostBudget, Interval
@@ -69,19 +70,19 @@ class Saves:
         hooks: Hooks,
         *,
         attempt: int,
-        ranks: Communicator,
+        comm: Communicator,
         weights: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.store = store
         self.hooks = hooks
         self.attempt = attempt
-        self.ranks = ranks
+        self.comm = comm
         self.weights = weights
         self.rooms: list[Staging] = []
 
     def check(self, loop: Loop) -> None:
         """Raise StateError for a state that cannot be saved, at the start instead of hours later."""
-        Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.ranks)
+        Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
 
     def stage(self, loop: Loop, *, exact: bool) -> PendingSave:
         """Copy the part of the state that this rank writes."""
@@ -89,7 +90,7 @@ class Saves:
         if loop.objective is not None:
             facts["objective"] = loop.objective
         facts |= {"elapsed": loop.elapsed, "stop": loop.stop}
-        snapshot = Snapshot.of(loop.step, loop.state.state_dict(), ranks=self.ranks, **facts)
+        snapshot = Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm, **facts)
         staging = self.rooms.pop() if self.rooms else Staging()
         return PendingSave(staging.stage(snapshot), staging, exact, frozenset(self.weights()))
 
@@ -97,7 +98,7 @@ class Saves:
         """Commit a copy; in the writer's thread, on all ranks together."""
         # Metrics and ledger are flushed before the commit: a superseded attempt must not do so.
         self.store.require_newest(self.hooks.successor)
-        on_all_ranks(self.store.ranks, lambda: self._prepare(job))
+        on_all_ranks(self.store.comm, lambda: self._prepare(job))
         commit = self.store.commit(job.snapshot, attempt=self.attempt, successor=self.hooks.successor)
         self.rooms.append(job.staging)
         return commit
@@ -170,11 +171,11 @@ class SaveCheckpoint(Callback):
         background: bool,
         best: int = 1,
         weights: Callable[[], Collection[str]] = tuple,
-        ranks: Communicator = SINGLE_PROCESS,
+        comm: Communicator = SINGLE_PROCESS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.ranks = ranks
-        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks, weights=weights)
+        self.comm = comm
+        self.saves = Saves(store, hooks, attempt=attempt, comm=comm, weights=weights)
         self.interval = interval
         self.affordable = affordable
         self.pins = pins
@@ -194,6 +195,7 @@ class SaveCheckpoint(Callback):
         self._retry_at = 0.0
         self._cost = _Cost(clock)
 
+    @doing("saves")
     def on_start(self, loop: Loop) -> None:
         self.saves.check(loop)
         self._saved = loop.step
@@ -201,13 +203,13 @@ class SaveCheckpoint(Callback):
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
         # run begins with may be gone from its parent when it is next started.
         first = loop.evaluation is not None or self.begins
-        self.act(loop, on_rank_zero(self.ranks, lambda: self._order(exact=True) if first else None))
+        self.act(loop, on_rank_zero(self.comm, lambda: self._order(exact=True) if first else None))
         if self.begins:
             self._wait()
 
     def on_step(self, loop: Loop) -> None:
         self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
-        while order := on_rank_zero(self.ranks, lambda: self.decide(loop)):
+        while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
             if not order["more"]:
                 break
@@ -224,6 +226,7 @@ class SaveCheckpoint(Callback):
                 return self._order()
         return None
 
+    @doing("saves")
     def act(self, loop: Loop, order: Order | None) -> None:
         """Do what ``decide`` returned."""
         if order is None:
@@ -233,17 +236,19 @@ class SaveCheckpoint(Callback):
         self._writer.put(job or self.saves.stage(loop, exact=order["exact"]))
         if not self.background:
             self._wait()
-            on_rank_zero(self.ranks, self._look)
+            on_rank_zero(self.comm, self._look)
         self._cost.saved(stall=self._clock() - began)
 
+    @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._wait()
-        order = on_rank_zero(self.ranks, lambda: self._last(loop, pause=False))
+        order = on_rank_zero(self.comm, lambda: self._last(loop, pause=False))
         while order is not None:
             self.act(loop, order)
             self._wait()
-            order = on_rank_zero(self.ranks, lambda: self._last(loop, pause=True))
+            order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
 
+    @doing("saves")
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         since = self._unsaved_since or self._clock()
@@ -261,6 +266,7 @@ class SaveCheckpoint(Callback):
             time.sleep(min(self._pause, 5.0))
         return self._order() if self._saved != loop.step or self._unwritten else None
 
+    @doing("saves")
     def _exact(self, loop: Loop) -> Order:
         """Order a copy of this step as soon as there is room for it; before that, what makes room."""
         began, told = time.monotonic(), False
@@ -309,7 +315,7 @@ class SaveCheckpoint(Callback):
     def _commit(self, job: PendingSave) -> None:
         """Commit one copy; runs in the writer's thread."""
         self._unsaved_since = self._unsaved_since or self._clock()
-        self.saves.store.ranks.broadcast(job.step)  # tells the other ranks which of their copies to write
+        self.saves.store.comm.broadcast(job.step)  # tells the other ranks which of their copies to write
         commit = self.saves.commit(job)
         self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
         self.saves.settle(commit)
@@ -328,7 +334,7 @@ class SaveCheckpoint(Callback):
     def _raise_if_stuck(self) -> None:
         unsaved = self._unsaved()
         if unsaved > max(self.max_unsaved, _PATIENCE):
-            where = self.saves.store.ranks.awaited()
+            where = self.saves.store.comm.describe_wait()
             raise StorageError(
                 f"a checkpoint has been on its way for {unsaved:.0f} seconds. {where and f'{where}. '}{self._remedy()}"
             )
@@ -414,15 +420,16 @@ class FollowCheckpoint(Callback):
         *,
         attempt: int,
         background: bool,
-        ranks: Communicator,
+        comm: Communicator,
         weights: Callable[[], Collection[str]] = tuple,
     ) -> None:
         hooks = Hooks(lambda step: {}, lambda: None, lambda: None, lambda commit: None, lambda: None)
-        self.saves = Saves(store, hooks, attempt=attempt, ranks=ranks, weights=weights)
-        self.ranks = ranks
+        self.saves = Saves(store, hooks, attempt=attempt, comm=comm, weights=weights)
+        self.comm = comm
         self.background = background
-        self._writer: Follower[PendingSave] = Follower(self._commit, lambda: int(store.ranks.broadcast(None)))
+        self._writer: Follower[PendingSave] = Follower(self._commit, lambda: int(store.comm.broadcast(None)))
 
+    @doing("saves")
     def on_start(self, loop: Loop) -> None:
         self.saves.check(loop)
         self._act(loop)
@@ -431,11 +438,13 @@ class FollowCheckpoint(Callback):
         while (order := self._act(loop)) and order["more"]:
             pass
 
+    @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._writer.wait()
         while self._act(loop):
             self._writer.wait()
 
+    @doing("saves")
     def act(self, loop: Loop, order: Order | None) -> None:
         """Do what was decided."""
         if order is None:
@@ -447,14 +456,15 @@ class FollowCheckpoint(Callback):
         self._writer.put(job.step, job)
         if not self.background:
             self._writer.wait()
-            on_rank_zero(self.ranks, lambda: None)  # what the first rank makes of it
+            on_rank_zero(self.comm, lambda: None)  # what the first rank makes of it
 
+    @doing("saves")
     def close(self) -> None:
         """Finish the commit in flight, if there is one."""
         self._writer.close(5.0)
 
     def _act(self, loop: Loop) -> Order | None:
-        order: Order | None = on_rank_zero(self.ranks, lambda: None)
+        order: Order | None = on_rank_zero(self.comm, lambda: None)
         self.act(loop, order)
         return order
 

@@ -20,17 +20,17 @@ from runner.storage.location import Location
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A commit whose manifest unsealed and whose data files are there in full size; tensors are verified as they are
-    read. It was saved by ``ranks`` ranks; those of ``among`` load it together.
+    read. ``world_size`` ranks saved it; the ranks of ``comm`` load it together.
     """
 
     id: CommitId
-    ranks: int
+    world_size: int
     files: dict[str, StoredFile]
     parts: dict[str, Any]
     places: dict[str, TensorBytes]
     facts: dict[str, Any]
     reader: Reader
-    among: Communicator = SINGLE_PROCESS
+    comm: Communicator = SINGLE_PROCESS
 
     @property
     def step(self) -> int:
@@ -42,14 +42,14 @@ class Checkpoint:
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """
-        return on_all_ranks(self.among, lambda: self._load(part, like), kinds=(Damaged,))
+        return on_all_ranks(self.comm, lambda: self._load(part, like), kinds=(Damaged,))
 
     def _load(self, part: str, like: Any) -> Any:
         live = {} if like is None else encode(like, part)[1]
         live = {name: tensor for name, tensor in live.items() if is_distributed(tensor)}
         self._require_shapes(live)
         try:
-            found = self.tensors_of(part, shard(live, self.among))
+            found = self.tensors_of(part, shard(live, self.comm))
             return decode(
                 self._value(part), lambda name: rebuilt(found[name], live[name]) if name in live else found[name]
             )
@@ -81,7 +81,7 @@ class Checkpoint:
         names = [*self.files]
         for first, shelf in {place.first: place.shelf for place in self.places.values()}.items():
             for number in range(shelf.cells):
-                if (first + number) % self.among.size == self.among.rank:
+                if (first + number) % self.comm.size == self.comm.rank:
                     self.reader.check_header(names[first + number])
                     self.reader.offsets(shelf, number, names[first + number])
 
@@ -93,9 +93,9 @@ class Checkpoint:
         """An encoded part, as this rank takes it."""
         value = self.parts[part]
         if isinstance(value, dict) and value.get("$") == "ranks":
-            if len(value["items"]) != self.ranks:
-                raise ValueError(f"{len(value['items'])} states of {self.ranks} ranks")
-            return value["items"][self.among.rank if self.among.rank < self.ranks else 0]
+            if len(value["items"]) != self.world_size:
+                raise ValueError(f"{len(value['items'])} states of {self.world_size} ranks")
+            return value["items"][self.comm.rank if self.comm.rank < self.world_size else 0]
         return value
 
     def _box(self, name: str, dealt: LocalShard | None) -> Box:
@@ -106,10 +106,13 @@ class Checkpoint:
         for name, tensor in live.items():
             place = self.places.get(name)
             if place is not None and (saved := place.shelf.tensors[place.name].shape) != tuple(tensor.shape):
-                raise StateError(f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}")
+                raise StateError(
+                    f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}",
+                    kind="structure",
+                )
 
 
-def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, among: Communicator) -> Checkpoint:
+def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
         files = {name: _file(*fields) for name, fields in manifest["files"].items()}
@@ -119,11 +122,11 @@ def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, am
             raise Damaged(f"{commit.commit} has more than {MAX_TENSORS} tensors")
         if (manifest["attempt"], manifest["step"]) != (commit.attempt, commit.step):
             raise Damaged(f"{commit.commit} is the manifest of another commit")
-        facts, ranks = _facts(decode(manifest["facts"], no_tensor)), manifest["ranks"]
-        if type(ranks) is not int or ranks < 1:
-            raise Damaged(f"{commit.commit} was saved by {ranks!r} ranks")
+        facts, world_size = _facts(decode(manifest["facts"], no_tensor)), manifest["ranks"]
+        if type(world_size) is not int or world_size < 1:
+            raise Damaged(f"{commit.commit} was saved by {world_size!r} ranks")
         reader = Reader(location, files)
-        return Checkpoint(commit, ranks, files, dict(manifest["parts"]), places, facts, reader, among)
+        return Checkpoint(commit, world_size, files, dict(manifest["parts"]), places, facts, reader, comm)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
         raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
 
@@ -143,7 +146,8 @@ def _facts(told: Any) -> dict[str, Any]:
     """What a commit says besides the state, of the types that its readers expect. Raises ValueError."""
     facts = dict(told)
     end, elapsed = facts.get("metrics") or {"segment": "", "lines": 0}, facts.get("elapsed", 0.0)
-    mappings = (end, facts.get("identity", {}), facts.get("structure", {}))
+    marks = facts.get("writers", {})
+    mappings = (end, facts.get("identity", {}), facts.get("structure", {}), marks, *dict(marks).values())
     if not all(isinstance(each, dict) for each in mappings) or not isinstance(elapsed, int | float):
         raise ValueError("facts of another kind")
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:

@@ -58,7 +58,7 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         case "ordered":
             return _ordered(decode(value["items"], tensor), decode(value["versions"], tensor))
         case unknown:
-            raise StateError(f"a stored state holds the unknown tag {unknown!r}")
+            raise StateError(f"a stored state holds the unknown tag {unknown!r}", kind="structure")
 
 
 def orders(value: Any) -> list[tuple[str, Any]]:

@@ -81,16 +81,16 @@ class LocalShard:
         return cell_of(self.shape, self.cuts, self.cell)
 
 
-def shard(tensors: Mapping[str, Any], ranks: Communicator) -> dict[str, LocalShard]:
+def shard(tensors: Mapping[str, Any], comm: Communicator) -> dict[str, LocalShard]:
     """How each tensor is distributed; a plain one is replicated. Raises StateError for what cannot be saved."""
-    plain: Any = ((), 0, ranks.size, ranks.rank, ())
+    plain: Any = ((), 0, comm.size, comm.rank, ())
     found = {}
     for name, tensor in tensors.items():
         if not is_distributed(tensor):
             found[name] = LocalShard(tensor, tuple(tensor.shape), *plain)
             continue
         try:
-            how = _grid(tensor.device_mesh, tensor.placements, ranks.size)
+            how = _grid(tensor.device_mesh, tensor.placements, comm.size)
             found[name] = LocalShard(local(tensor), tuple(tensor.shape), *how)
         except ValueError as error:
             raise StateError(f"cannot save {name}: {error}") from None

@@ -45,17 +45,17 @@ class Snapshot:
 
     @classmethod
     def of(
-        cls, step: int, parts: Mapping[str, Any], *, ranks: Communicator = SINGLE_PROCESS, **facts: Any
+        cls, step: int, parts: Mapping[str, Any], *, comm: Communicator = SINGLE_PROCESS, **facts: Any
     ) -> "Snapshot":
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
-        own = {name for name, state in parts.items() if isinstance(state, PerRank) and ranks.size > 1}
-        encoded = {n: encode(state, f"{n}/{ranks.rank}" if n in own else n) for n, state in parts.items()}
+        own = {name for name, state in parts.items() if isinstance(state, PerRank) and comm.size > 1}
+        encoded = {n: encode(state, f"{n}/{comm.rank}" if n in own else n) for n, state in parts.items()}
         found = {name: value for name, (value, _) in encoded.items() if name not in own}
         shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
         told = encode(facts, "facts")[0]
-        if ranks.size == 1:
+        if comm.size == 1:
             return cls(step, found, {name: local(tensor) for name, tensor in shared.items()}, told)
-        dealt = shard(shared, ranks)
+        dealt = shard(shared, comm)
         how = plan(dealt, alone)
         tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
         contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}

@@ -32,9 +32,9 @@ class CheckpointStore:
     in full.
     """
 
-    def __init__(self, location: Location, ranks: Communicator = SINGLE_PROCESS) -> None:
+    def __init__(self, location: Location, comm: Communicator = SINGLE_PROCESS) -> None:
         self.location = location
-        self.ranks = ranks
+        self.comm = comm
         self.damaged: set[CommitId] = set()
         self.verified: set[CommitId] = set()
         self._objectives: dict[CommitId, float | None] = {}
@@ -54,10 +54,10 @@ class CheckpointStore:
             self._failed.add(new)
             return new.nonce
 
-        commit = CommitId(attempt, snapshot.step, on_rank_zero(self.ranks, begin))
+        commit = CommitId(attempt, snapshot.step, on_rank_zero(self.comm, begin))
         how = snapshot.plan or plan(shard(snapshot.tensors, SINGLE_PROCESS), {})
         how = how.split(self.location.part_bytes)
-        reports = gather(self.ranks, lambda: self._put(commit, snapshot, how))
+        reports = gather(self.comm, lambda: self._put(commit, snapshot, how))
 
         def conclude() -> None:
             assert reports is not None
@@ -71,7 +71,7 @@ class CheckpointStore:
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
             self._require_newest(successor)
 
-        on_rank_zero(self.ranks, conclude)
+        on_rank_zero(self.comm, conclude)
         self.verified.add(commit)
         self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
         return commit
@@ -96,7 +96,7 @@ class CheckpointStore:
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""
-        on_rank_zero(self.ranks, lambda: self._require_newest(successor))
+        on_rank_zero(self.comm, lambda: self._require_newest(successor))
 
     def _require_newest(self, successor: Callable[[], str | None]) -> None:
         newer = successor()
@@ -108,7 +108,7 @@ class CheckpointStore:
     def _put(self, commit: CommitId, snapshot: Snapshot, how: WritePlan) -> Report:
         """Write this rank's tensors; what is told of it."""
         require_few(how)
-        rank = None if self.ranks.size == 1 else self.ranks.rank
+        rank = None if self.comm.size == 1 else self.comm.rank
 
         def put(number: int, shelf: FileGroup) -> tuple[str, StoredFile]:
             tensors = {name: snapshot.tensors[name] for name in shelf.tensors}
@@ -117,7 +117,7 @@ class CheckpointStore:
             return name, file.stored(self.location.put(name, file.chunks()))
 
         shelves = [how.shelves[number] for number in how.mine] + ([how.own] if how.own.tensors else [])
-        with ThreadPoolExecutor(self.location.parallel) as pool:
+        with ThreadPoolExecutor(self.location.parallel_puts) as pool:
             files = [*pool.map(put, range(len(shelves)), shelves)]
         return report(snapshot, how, files)
 
@@ -125,18 +125,18 @@ class CheckpointStore:
         """All commits, the one to resume from first."""
         return manifests.commits(self.location)
 
-    def open(self, commit: CommitId, ranks: Communicator = SINGLE_PROCESS) -> Checkpoint:
+    def open(self, commit: CommitId, comm: Communicator = SINGLE_PROCESS) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""
-        return on_all_ranks(ranks, lambda: self._open(commit, ranks), kinds=(Damaged, Torn))
+        return on_all_ranks(comm, lambda: self._open(commit, comm), kinds=(Damaged, Torn))
 
-    def _open(self, commit: CommitId, ranks: Communicator) -> Checkpoint:
-        checkpoint = self._described(commit, ranks)
-        if ranks.rank == 0:  # one listing is enough
+    def _open(self, commit: CommitId, comm: Communicator) -> Checkpoint:
+        checkpoint = self._described(commit, comm)
+        if comm.rank == 0:  # one listing is enough
             _require_sizes(checkpoint, self._sizes())
         checkpoint.check()
         return checkpoint
 
-    def _described(self, commit: CommitId, ranks: Communicator) -> Checkpoint:
+    def _described(self, commit: CommitId, comm: Communicator) -> Checkpoint:
         """What its manifest says. Raises Damaged."""
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         if raw is None:
@@ -149,7 +149,7 @@ class CheckpointStore:
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
                 f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
             )
-        return parsed(commit, manifest, self.location, ranks)
+        return parsed(commit, manifest, self.location, comm)
 
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}

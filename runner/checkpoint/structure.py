@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from runner.checkpoint.sharding import is_distributed, local
 from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
-from runner.rng import isolated
+from runner.rng import temporary_seed
 
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for a value that is none
 
@@ -94,7 +94,7 @@ class Structure:
         """Whether the model's own code makes of a new model what this one is."""
         if not any(map(_loads_itself, module.modules())):
             return False
-        with isolated(0):
+        with temporary_seed(0):
             model, state = self._again(), module.state_dict()
             _resize(model, buffers, state)
             try:
@@ -179,5 +179,6 @@ def _refused(step: int, what: str) -> StateError:
         f"the state of step {step} is not saved, because no resume could load it: {what}. A resume begins with what "
         "the configuration builds. Make it in the constructor, in its last size, or give the model a "
         "_load_from_state_dict that makes it; groups of the optimizer may get the weights that the model, the task or "
-        "a callback have. Checkpoints from before are kept."
+        "a callback have. Checkpoints from before are kept.",
+        kind="structure",
     )

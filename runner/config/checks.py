@@ -12,12 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import Container, DictConfig, OmegaConf
 
-from runner.config.environment import plain
+from runner.config.environment import plain_value
 from runner.config.schema import Config, Inherit
-from runner.config.secrets import Unresolved, may_be_secret, written_out
+from runner.config.secrets import Unresolved, find_secrets, may_be_secret
 from runner.errors import ConfigError, redacted
 
-_AT_LEAST = {
+_MINIMUM = {
     "data.batch_size": 1,
     "data.evaluation_batch_size": 1,
     "data.streams.count": 0,
@@ -44,7 +44,7 @@ _AT_LEAST = {
     "runtime.prefetch": 1,
     "runtime.num_threads": 1,
 }
-# Hydra's own settings that its files show, too.
+# Hydra's own settings, which are stored in .hydra/.
 _HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
 _START_METHODS = ("fork", "spawn", "forkserver")
 
@@ -73,11 +73,11 @@ def check(config: DictConfig) -> None:
 
 def _check_values(config: DictConfig) -> None:
     _check_keys(config)
-    # Key by key, without those that Hydra adds in a sweep: a copy of the others would cost as much as the search.
-    missing = sorted(missing for key in fields(Config) for missing in _missing(config, key.name))
+    # Key by key, to leave out Hydra's own configuration, which a job of a sweep has, too.
+    missing = sorted(name for key in fields(Config) for name in _missing(config, key.name))
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set: give a value in the experiment or on the command line")
-    for key, least in _AT_LEAST.items():
+    for key, least in _MINIMUM.items():
         value = OmegaConf.select(config, key)
         if value is not None and value < least:
             raise ConfigError(f"{key}={value} is too small: at least {least}")
@@ -91,7 +91,7 @@ def _missing(config: DictConfig, key: str) -> list[str]:
 
 
 def _check_keys(node: DictConfig, path: str = "") -> None:
-    """Hydra adds any key that is given with a ``+``, and nothing would ever read one that the schema does not have."""
+    """Refuse keys that the schema does not have: Hydra adds any key that is given with a ``+``; nothing reads it."""
     schema = OmegaConf.get_type(node)
     if not is_dataclass(schema):
         return
@@ -114,20 +114,20 @@ def known_keys(schema: Any, parent: str, key: str) -> str:
 
 
 def refuse_secrets(config: DictConfig) -> None:
-    """Raise ConfigError for the first secret that is written out; before Hydra makes a folder or a file of it."""
+    """Raise ConfigError for the first secret that is written out, before Hydra makes a folder or a file of it."""
     keys = [field.name for field in fields(Config)]
-    places = [written_out(_as_written(config, key), key) for key in keys]
+    in_sweep: Iterator[str] = iter(())
     if "hydra" in config:
         _check_parameters(config.hydra.sweeper)
-        places += [written_out(_as_written(config, key), key) for key in _HYDRA]
-        places.append(_swept(config))
-    for secret in chain(*places):
+        keys += _HYDRA
+        in_sweep = _secrets_of_sweep(config)
+    for key in chain(*(find_secrets(_as_written(config, key), key) for key in keys), in_sweep):
         raise ConfigError(
-            f"{secret} looks like a secret and is written out, which would end in files and in the process list. Put "
+            f"{key} looks like a secret and is written out, which would end in files and in the process list. Put "
             "it into an environment variable and give '${oc.env:NAME}'; or, for a store, leave it to what its own "
             "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
         )
-    for key in ("run.root", "run.name", "run.parent"):  # whatever they are made of
+    for key in ("run.root", "run.name", "run.parent"):  # also as a part of them
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and redacted(value) != value:
             raise ConfigError(
@@ -137,8 +137,8 @@ def refuse_secrets(config: DictConfig) -> None:
 
 
 def _check_parameters(sweeper: DictConfig) -> None:
-    """Hydra's sweepers resolve their own parameters, and make the names of jobs of them."""
-    parameters = plain(sweeper, "params") if sweeper.get("params") else {}
+    """Refuse secrets in the sweeper's own parameters: Hydra resolves them, and makes the names of jobs of them."""
+    parameters = plain_value(sweeper, "params") if sweeper.get("params") else {}
     for key, value in parameters.items():
         words = re.split(r"[\s,()]+", str(value.value)) if isinstance(value, Unresolved) else []
         if any(redacted(word) != word or may_be_secret(word) for word in words):
@@ -155,11 +155,11 @@ def _as_written(config: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(node, resolve=False) if isinstance(node, Container) else node._value()
 
 
-def _swept(config: DictConfig) -> Iterator[str]:
-    """The secrets among the values of a sweep, which are in no configuration but its jobs'."""
-    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    for override in OverridesParser.create().parse_overrides(given):
+def _secrets_of_sweep(config: DictConfig) -> Iterator[str]:
+    """The keys with secrets among the values of a sweep, which are in no configuration but its jobs'."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    for override in OverridesParser.create().parse_overrides(overrides):
         values = override.value()
         if isinstance(values, ChoiceSweep):
             for value in values.list:
-                yield from written_out(Override._convert_value(value), override.key_or_group)
+                yield from find_secrets(Override._convert_value(value), override.key_or_group)

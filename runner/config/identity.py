@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Keys that determine what is computed. All others say how, and may differ between the attempts of a run.
+# Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-# What a run starts from: recorded in run.json, and a part of its name, too.
+# The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=,+~-]")
 _SEPARATOR = re.compile("[,=]")
-_MAYBE_NO_TEXT = re.compile(r"[-+.\d\[{]|(true|false|null|nan|inf)$", re.IGNORECASE)
-_NAMED = re.compile(r"(\+{0,2}run\.(?:parent|name))=(?!['\"$]|\w+\()([^\"\\]*[=~][^\"\\]*)", re.DOTALL)
+_MAYBE_TYPED = re.compile(r"[-+.\d\[{]|(true|false|null|nan|inf)$", re.IGNORECASE)
+_RUN_OPTION = re.compile(r"(\+{0,2}run\.(?:parent|name))=(?!['\"$]|\w+\()([^\"\\]*[=~][^\"\\]*)", re.DOTALL)
 _NEXT_PATH = re.compile(",(?=[^,/]*/)")
 _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add to it
 
 
 def identity(config: "DictConfig") -> dict[str, Any]:
     """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
-    from runner.config.environment import plain
+    from runner.config.environment import plain_value
 
-    return {key: plain(config, key) for key in IDENTITY}
+    return {key: plain_value(config, key) for key in IDENTITY}
 
 
 def variant(overrides: Sequence[str]) -> str:
@@ -54,17 +54,17 @@ def variant(overrides: Sequence[str]) -> str:
     return f"{safe[: _LONGEST - 9]}~{digest(full)}"
 
 
-def typed(words: Sequence[str]) -> list[str]:
+def quote_run_names(words: Sequence[str]) -> list[str]:
     """The words of a command, with the names of runs in the quotes that Hydra wants because they hold ``=``, ``,`` and
-    ``~``: a name may be typed as it is printed. In a sweep, what follows a comma is another path if it has a slash.
+    ``~``: a name may be typed as it is printed. In a sweep, a comma separates paths if a slash follows it.
     """
     sweep = {"-m", "--multirun"} & {*words}
 
-    def quoted(match: re.Match[str]) -> str:
+    def quote(match: re.Match[str]) -> str:
         runs = _NEXT_PATH.split(match[2]) if sweep else [match[2]]
         return f'{match[1]}="' + '","'.join(runs) + '"'
 
-    return [_NAMED.sub(quoted, word) if _NAMED.fullmatch(word) else word for word in words]
+    return [_RUN_OPTION.sub(quote, word) if _RUN_OPTION.fullmatch(word) else word for word in words]
 
 
 def is_name(text: str) -> bool:
@@ -105,16 +105,16 @@ def _canonical(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_canonical, value)) + "]"
     text = value.name if isinstance(value, Enum) else str(value)
-    # Else it could stand for two overrides, or for the number 1 that is in quotes here.
-    return repr(text) if _SEPARATOR.search(text) or (isinstance(value, str) and _no_text(text)) else text
+    # Without quotes it could read like two overrides, or the text "1" like the number.
+    return repr(text) if _SEPARATOR.search(text) or (isinstance(value, str) and _needs_quotes(text)) else text
 
 
-def _no_text(text: str) -> bool:
-    """Whether a text is something else without its quotes: a number, a list, null."""
+def _needs_quotes(text: str) -> bool:
+    """Whether a text without its quotes is another type: a number, a list, null."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if not _MAYBE_NO_TEXT.match(text):
+    if not _MAYBE_TYPED.match(text):
         return False
     try:
         return not isinstance(OverridesParser.create().parse_rule(text, "element"), str)

@@ -1,13 +1,14 @@
-"""Which values of a configuration are secrets that are written out. The rules, all of them:
+"""Finds secrets that are written out in a configuration. The rules, all of them:
 
 * **By the value**: a password in a URL, a signature or token in its query, a header such as ``Authorization: ...``, a
   private key, or the form of a well-known service's token is a secret under any key.
 * **By the key**: under ``password``, ``secret``, ``credentials``, ``authorization``, ``api_key``, ``access_token`` and
-  the like (``_STRONG``) every text is one, unless the key's last word says that it is about one (``secret_name``).
-* ``token``, ``key``, ``auth`` and the like mean other things in language models (``_WEAK``). There a text is one if it
-  looks random; under ``token`` alone, or ``session_key`` and its like, also if it has 8 characters and is not made
-  of small words (``word_piece``); in options of a store, in headers and in an environment always.
-* What is below ``secrets``, ``tokens`` or ``keys``, and a ``value`` below any key, has that key's name.
+  the like (``_STRONG``) every text is a secret, unless the key's last word says that it only describes a secret
+  (``secret_name``).
+* ``token``, ``key``, ``auth`` and the like mean other things in language models (``_WEAK``). There a text is a secret
+  if it looks random; under ``token`` alone, or ``session_key`` and the like, also if it has 8 characters and is not
+  made of small words (``word_piece``); in options of a store, in headers and in an environment always.
+* A value below ``secrets``, ``tokens`` or ``keys``, and a ``value`` below any key, counts as under that key itself.
 * Never: numbers (but for those of a password), booleans, paths, addresses, special tokens (``<pad>``), interpolations.
 """
 
@@ -51,29 +52,29 @@ _RANDOM = re.compile(r"(?=[a-z+=]*([0-9]+[a-z+=]+){3}|([a-z+=]+[0-9]+){3})[a-z0-
 
 
 class Unresolved(str):
-    """The interpolation of a value that comes from the environment, in its place; ``value`` is what it stands for."""
+    """The interpolation of a value that comes from the environment, in place of the value, which is in ``value``."""
 
     value: Any
 
     def __new__(cls, text: str, value: Any) -> "Unresolved":
-        made = super().__new__(cls, text)
-        made.value = value
-        return made
+        self = super().__new__(cls, text)
+        self.value = value
+        return self
 
 
-def written_out(value: Any, key: str) -> Iterator[str]:
-    """The keys below ``key`` whose values are secrets and no interpolations; of plain, unresolved values."""
+def find_secrets(value: Any, key: str) -> Iterator[str]:
+    """The keys from ``key`` down whose values are secrets and no interpolations. ``value`` is plain and unresolved."""
     return _search(value, key, key.rpartition(".")[2], strict=False)
 
 
 def names_a_secret(key: str) -> bool:
-    """Whether what a key, or a variable, of this name holds is a secret, whatever it looks like."""
+    """Whether a key, or a variable, of this name holds a secret, whatever its value looks like."""
     name = _words(key.rpartition(".")[2])
     return (bool(_STRONG.search(name)) and not _ABOUT.search(name)) or bool(_TOKEN.match(name))
 
 
 def may_be_secret(value: str) -> bool:
-    """Whether a text that nobody named looks rather like a secret than like a word, a number, a path or an address."""
+    """Whether a text under any name looks rather like a secret than like a word, a number, a path or an address."""
     return (
         len(value) >= 6
         and not _HARMLESS.fullmatch(value)
@@ -98,7 +99,7 @@ def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = Fa
 
 
 def _names(values: "list[Any] | tuple[Any, ...]", name: str, *, paired: bool) -> list[str]:
-    """What each of the values is called: as the list, by the option before it, or by the first of a pair."""
+    """The name of each value: that of the list, the option before it (``--password``), or the first of a pair."""
     names = [name] * len(values)
     if len(values) == 2 and isinstance(values[0], str):
         if re.search("(^|_)auth$", _words(name)):

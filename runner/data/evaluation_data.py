@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from runner.data.fetch import Collate, Fetcher, Samples, unreadable
+from runner.data import probe
+from runner.data.fetch import Collate, Fetcher, Samples, bad_record_error
 from runner.data.iterable import stateful
-from runner.data.loader import Loader, Loading
-from runner.data.look import look
+from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan, Slice
-from runner.data.probe import differences
 from runner.data.stream import to_device
-from runner.distributed.environment import World
+from runner.distributed.world import World
 from runner.errors import DataError
 
 log = logging.getLogger("runner")
@@ -34,7 +33,7 @@ class EvaluationData:
         seed: int,
         batch_size: int,
         randomness: str,
-        loading: Loading,
+        loading: LoaderOptions,
         device: torch.device,
         collate: Collate | None = None,
         world: World | None = None,
@@ -49,7 +48,7 @@ class EvaluationData:
             self._slices, self._weights = [*self._slices, whole[0]], [*self._weights, 0]
         self._samples = samples
         fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        described, _ = look(fetcher, loading, audit=audit, key="data.validation")
+        described, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
         self._loader = Loader(fetcher, self._slices, loading, key="data.validation")
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": described}
         self.device = device
@@ -58,7 +57,7 @@ class EvaluationData:
         """In what the data of that fingerprint is not this data, in words."""
         was, now = then["length"], self.fingerprint["length"]
         found = [] if was == now else [f"{was} samples then, {now} now"]
-        return found + differences(then["samples"], self.fingerprint["samples"])
+        return found + probe.differences(then["samples"], self.fingerprint["samples"])
 
     def close(self) -> None:
         """End the workers, within some seconds."""
@@ -69,13 +68,13 @@ class EvaluationData:
         for weight, fetched in zip(self._weights, self._loader, strict=True):
             for bad in fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
-                raise unreadable(bad, self._samples, remedy=remedy)
+                raise bad_record_error(bad, self._samples, remedy=remedy)
             if fetched.failure:
                 raise DataError(f"data.validation: {fetched.failure}")
             yield weight, to_device(fetched.batch, self.device)
 
 
-def checked(samples: Any, key: str) -> Samples:
+def require_map_style(samples: Any, key: str) -> Samples:
     """``samples`` if it is a map-style data set that holds something. Raises DataError naming the configuration key."""
     if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise DataError(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.ledger import Line, Segment
-from runner.data.order import Indices, Order, digests, groups, stretches
+from runner.data.ledger import LedgerLine, Segment
+from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
 from runner.data.plan import Plan
 
 _CHUNK = 1 << 18  # positions looked at together
@@ -45,7 +45,7 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class LedgerReport:
     """The verdict over one run. ``epochs`` has a row for every pass over every source; ``problems`` are in words."""
 
     steps: int
@@ -60,13 +60,13 @@ class Proof:
         return not self.problems
 
 
-def prove(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committed: int) -> Proof:
+def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committed: int) -> LedgerReport:
     """Judge the lineage of a run that began after step ``begun`` (0 unless it is a fork), up to its last committed one.
 
     Without a plan (data that is not indexed) only the continuity of positions and what was done again can be judged.
     """
     lines, again, problems = lineage(segments, committed=committed)
-    problems += _gaps([Line(begun, 0, lines[0].first - 1 if begun and lines else -1, 0), *lines])
+    problems += _gaps([LedgerLine(begun, 0, lines[0].first - 1 if begun and lines else -1, 0), *lines])
     if committed > (lines[-1].step if lines else begun):
         problems.append(f"the ledger ends before step {committed}, which is committed")
     epochs: list[dict[str, Any]] = []
@@ -80,13 +80,13 @@ def prove(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committ
             if row["repeated"] or row["missed"]
         ]
     positions = sum(line.last - line.first + 1 for line in lines)
-    return Proof(lines[-1].step if lines else 0, positions, epochs, again, problems)
+    return LedgerReport(lines[-1].step if lines else 0, positions, epochs, again, problems)
 
 
-def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[Line], dict[str, int], list[str]]:
+def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[LedgerLine], dict[str, int], list[str]]:
     """The lines of the steps that count; how many were done again (and how many positions); what did not agree."""
-    kept: dict[int, Line] = {}
-    undone: dict[int, tuple[Line, int]] = {}  # and how often the positions had become others by then
+    kept: dict[int, LedgerLine] = {}
+    undone: dict[int, tuple[LedgerLine, int]] = {}  # and how often the positions had become others by then
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
     attempt = grouping = groupings = 0
@@ -109,7 +109,7 @@ def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[Line],
     return [kept[step] for step in sorted(kept) if step <= committed], again, problems
 
 
-def _gaps(lines: Sequence[Line]) -> Iterator[str]:
+def _gaps(lines: Sequence[LedgerLine]) -> Iterator[str]:
     for before, line in pairwise(lines):
         if line.step != before.step + 1:
             yield f"steps {before.step + 1} to {line.step - 1} are not in the ledger"
@@ -119,7 +119,7 @@ def _gaps(lines: Sequence[Line]) -> Iterator[str]:
             yield f"positions {line.first} to {min(before.last, line.last)} were trained again in step {line.step}"
 
 
-def _count(lines: Sequence[Line], plan: Plan) -> tuple[_Passes, list[str]]:
+def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]:
     """How often every sample was seen, pass by pass; lines whose digest is another are no evidence."""
     order, found, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
     for some in _together(lines, plan):
@@ -127,7 +127,7 @@ def _count(lines: Sequence[Line], plan: Plan) -> tuple[_Passes, list[str]]:
         epochs, places = np.divmod(positions, plan.epoch_size)
         source, passed, index = _looked_up(order, epochs, places)
         ends = np.cumsum([line.last - line.first + 1 for line in some])
-        right = digests(positions, index, ends) == np.array([line.digest for line in some], dtype=np.uint64)
+        right = digest_pieces(positions, index, ends) == np.array([line.digest for line in some], dtype=np.uint64)
         unproven += [
             f"step {line.step} has other samples than the plan says: digest {line.digest:016x}"
             for line, ok in zip(some, right, strict=True)
@@ -144,7 +144,7 @@ def _count(lines: Sequence[Line], plan: Plan) -> tuple[_Passes, list[str]]:
     return found, unproven
 
 
-def _cost(line: Line, plan: Plan) -> int:
+def _cost(line: LedgerLine, plan: Plan) -> int:
     """How much work a line makes, in positions."""
     epochs = line.last // plan.epoch_size - line.first // plan.epoch_size + 1
     if epochs > _MOST_EPOCHS:
@@ -152,8 +152,8 @@ def _cost(line: Line, plan: Plan) -> int:
     return line.last - line.first + 1 + _EPOCH_COST * epochs
 
 
-def _together(lines: Sequence[Line], plan: Plan) -> Iterator[list[Line]]:
-    some: list[Line] = []
+def _together(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine]]:
+    some: list[LedgerLine] = []
     size = 0
     for line in lines:
         some.append(line)
@@ -167,15 +167,15 @@ def _together(lines: Sequence[Line], plan: Plan) -> Iterator[list[Line]]:
 
 def _looked_up(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
     source, passed, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for here in stretches(epochs):
+    for here in equal_runs(epochs):
         epoch = int(epochs[here.start])
-        source[here], passed[here] = order.passes(epoch, places[here])
+        source[here], passed[here] = order.source_passes(epoch, places[here])
         index[here] = order(epoch, places[here])
     return source, passed, index
 
 
 def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: Indices) -> None:
-    for some in groups(source, passed):
+    for some in group_rows(source, passed):
         key = int(source[some[0]]), int(passed[some[0]])
         first, size = _extent(plan, key[0])
         if key not in found:
@@ -186,7 +186,7 @@ def _add(found: _Passes, plan: Plan, source: Indices, passed: Indices, index: In
         found[key].add(index[some])
 
 
-def _substitute(found: _Passes, line: Line, positions: Indices, source: Indices, passed: Indices) -> None:
+def _substitute(found: _Passes, line: LedgerLine, positions: Indices, source: Indices, passed: Indices) -> None:
     for swap in line.bad.split():
         at = int(np.searchsorted(positions, int(swap.partition(":")[0])))
         one = found.get((int(source[at]), int(passed[at])))

@@ -21,12 +21,13 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
 from runner import signals
+from runner.activity import doing
 from runner.data.fetch import Collate
-from runner.data.order import mix_one
-from runner.data.probe import digest
+from runner.data.order import splitmix64_int
+from runner.data.probe import content_digest
 from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.errors import DataError, RunnerError
-from runner.rng import derive
+from runner.seeds import derive
 
 _MANY = 10_000  # items of an attribute that is data, and that a copy need not have for itself
 _PLAIN = (str, int, float, bool, torch.Tensor, type(None))
@@ -241,8 +242,9 @@ class Passes(IterableDataset[Batch]):
             self._enter(_Place(self._number))
         return place.read - place.since
 
+    @doing("reads again")
     def _read_again(self, place: _Place) -> None:
-        """Read what was delivered; the watchdog knows by this name that it may take as long as it likes."""
+        """Read the samples that were delivered before the interruption."""
         again: Iterable[int] = range(place.since, place.read)
         if place.own is None:  # the bar comes after a second, and from one worker only
             again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)
@@ -274,9 +276,9 @@ class Passes(IterableDataset[Batch]):
     def _differs(self) -> bool:
         """Whether a pass that is read again begins with other samples."""
         one, other = self._apart(), self._apart()
-        return (one._draw_from(_Place(self._number)), digest(one._draw())) != (
+        return (one._draw_from(_Place(self._number)), content_digest(one._draw())) != (
             other._draw_from(_Place(self._number)),
-            digest(other._draw()),
+            content_digest(other._draw()),
         )
 
     def _apart(self) -> "Passes":
@@ -287,7 +289,7 @@ class Passes(IterableDataset[Batch]):
         self._enter(place)
         row = self._draw()
         self._keep()
-        return "" if row is _END else digest(row)
+        return "" if row is _END else content_digest(row)
 
     def _enter(self, place: _Place) -> None:
         """Have the user's iterable go to a place, in the order in which torchdata would."""
@@ -307,7 +309,7 @@ class Passes(IterableDataset[Batch]):
 
     def _seed(self, label: str, item: int = 0) -> None:
         if self.making.randomness != "off":
-            seed_host(mix_one(self._keys[label] ^ item))
+            seed_host(splitmix64_int(self._keys[label] ^ item))
 
     @property
     def _worker(self) -> int:

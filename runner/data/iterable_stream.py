@@ -14,17 +14,18 @@ import xxhash
 from torch.utils.data import default_collate
 
 from runner import signals
+from runner.activity import doing
 from runner.data.fetch import Collate
 from runner.data.iterable import Batch, BatchRecipe, Passes, iterator, stateful
-from runner.data.ledger import Line
-from runner.data.loader import Loader, Loading
-from runner.data.stream import Read, to_device
+from runner.data.ledger import LedgerLine
+from runner.data.loader import Loader, LoaderOptions
+from runner.data.stream import StepSamples, to_device
 from runner.errors import DataError
 
 _log = logging.getLogger("runner")
 
 
-class OpaqueStream:
+class IterableStream:
     """Training batches of an iterable data set, resumed by its own state: a weaker guarantee, said at start.
 
     The state is that after the last finished step, however far workers have read ahead. ``advance`` reads one batch
@@ -45,7 +46,7 @@ class OpaqueStream:
         batch_size: int,
         micro_batches: int,
         randomness: str,
-        loading: Loading,
+        loading: LoaderOptions,
         device: torch.device,
         collate: Collate | None = None,
         drop_last: bool = False,
@@ -130,11 +131,11 @@ class OpaqueStream:
             yield 1 / self._micro_batches, to_device(batch.content, self._device)
 
     @property
-    def read(self) -> Read:
+    def step_samples(self) -> StepSamples:
         """The content of the current step."""
-        return Read(self.digest)
+        return StepSamples(self.digest)
 
-    def advance(self, whole: Read | None = None) -> None:
+    def advance(self, whole: StepSamples | None = None) -> None:
         """The step that used the current batches is done."""
         self._saved = self._batches.state_dict()
         self.consumed += self.count
@@ -145,9 +146,9 @@ class OpaqueStream:
         except signals.Stopped:
             self._unseen = True
 
-    def line(self, step: int) -> Line:
+    def ledger_line(self, step: int) -> LedgerLine:
         """What the ledger says of the last finished step, which has that number."""
-        return Line(step, self.consumed - self.count, self.consumed - 1, self.digest)
+        return LedgerLine(step, self.consumed - self.count, self.consumed - 1, self.digest)
 
     def state_dict(self) -> dict[str, Any]:
         assert self._batches is not None, "open() comes first"
@@ -232,12 +233,8 @@ class OpaqueStream:
 
     def _received(self) -> Batch | None:
         behind, self._behind = self._behind > 0, self._behind - 1
-        batch: Batch | None = self._read_again() if behind else next(self._batches, None)
-        return batch
-
-    def _read_again(self) -> Batch | None:
-        """The next batch, under a name by which the watchdog knows that it may take as long as it likes."""
-        batch: Batch | None = next(self._batches, None)
+        with doing("reads again") if behind else nullcontext():
+            batch: Batch | None = next(self._batches, None)
         return batch
 
     def _empty(self) -> DataError:

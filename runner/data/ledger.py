@@ -19,7 +19,7 @@ from typing import Any
 
 from runner.errors import DataError, StorageError
 from runner.plain import parse, parse_object
-from runner.storage.location import Journals, Location
+from runner.storage.location import JournalChain, Location
 
 log = logging.getLogger("runner")
 
@@ -35,7 +35,7 @@ _SHORTEST = len("1 0 0 0123456789abcdef\n")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LedgerLine:
     """One step: its positions from ``first`` to ``last``, and a digest of the samples there."""
 
     step: int
@@ -59,7 +59,7 @@ class Segment:
     attempt: int
     plan: str
     grouping: int
-    lines: tuple[Line, ...]
+    lines: tuple[LedgerLine, ...]
     damage: str = ""
 
 
@@ -76,8 +76,8 @@ class Ledger:
         self._recipe = recipe
         self._accept = accept
         self._header = {"plan": _digest(recipe), "grouping": grouping}
-        self._journals = Journals(location)
-        self._before: dict[int, tuple[Line, int]] = {}
+        self._journals = JournalChain(location)
+        self._before: dict[int, tuple[LedgerLine, int]] = {}
 
     def open(self, step: int) -> None:
         """Go on after ``step``."""
@@ -91,7 +91,7 @@ class Ledger:
                 self._before |= {line.step: (line, segment.attempt) for line in segment.lines if line.step > step}
         self._begin(step)
 
-    def add(self, line: Line) -> None:
+    def add(self, line: LedgerLine) -> None:
         """Record a step. Raises DataError if an earlier attempt did it with other samples."""
         if self._before:
             self._compare(line)
@@ -117,7 +117,7 @@ class Ledger:
         head = json.dumps(self._header).encode() + b"\n"
         self._journals.begin(f"{_FOLDER}/s{step:09d}-a{self._attempt:06d}.txt", head)
 
-    def _compare(self, line: Line) -> None:
+    def _compare(self, line: LedgerLine) -> None:
         before, attempt = self._before.pop(line.step, (line, 0))
         if before == line:
             return
@@ -129,7 +129,8 @@ class Ledger:
             raise DataError(
                 f"{differs}The data set or the code that orders it is not what the run began with, or a sample cannot "
                 "be read any more. Nothing of this step was committed; restore them, go on with what there is now by "
-                "run.on_drift=accept, or begin a new run with run.name=..."
+                "run.on_drift=accept, or begin a new run with run.name=...",
+                kind="order-changed",
             )
         log.warning("changed  %sThat is accepted, and stays in the ledger.", differs)
 
@@ -163,7 +164,7 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
     return [segment for attempt, step in wanted[first:] for segment in _read(location, step, attempt)]
 
 
-def swaps(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
+def substitutions(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
     """The samples taken in place of others, by position, in the steps of this recipe as they were last done."""
     last: dict[int, str] = {}
     for segment in segments(location):
@@ -190,7 +191,7 @@ def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     header, *rest = text[: text.rfind("\n") + 1].splitlines() or [""]
     if not header:  # killed before the first line was whole
         return
-    lines: list[Line] = []
+    lines: list[LedgerLine] = []
     plan, grouping, damage = "", 0, ""
     try:
         about = parse(header.encode())
@@ -202,7 +203,7 @@ def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     yield Segment(step, attempt, plan, grouping, tuple(lines), damage)
 
 
-def _parsed(line: str, largest: int, *, after: int) -> Line:
+def _parsed(line: str, largest: int, *, after: int) -> LedgerLine:
     found = _LINE.fullmatch(line)
     if found is None:
         raise ValueError(f"no line of a ledger: {line[:80]!r}")
@@ -214,7 +215,7 @@ def _parsed(line: str, largest: int, *, after: int) -> Line:
         or any(not first <= position <= last for position in swapped)
     ):
         raise ValueError(f"a step or positions that cannot be: {line[:80]!r}")
-    return Line(step, first, last, int(found[4], 16), found[5])
+    return LedgerLine(step, first, last, int(found[4], 16), found[5])
 
 
 def _digest(recipe: dict[str, Any]) -> str:

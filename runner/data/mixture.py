@@ -1,9 +1,4 @@
-"""Several data sets mixed by weight; which one a position draws from is a pure function, too.
-
-Positions are cut into blocks; in each, every source has the same number of places, which a keyed permutation of the
-block spreads. So the shares are exact in every block, and the place in a source follows from the position alone. Every
-source is gone through again and again at its own pace, every sample exactly once per pass.
-"""
+"""Several data sets as one, for ``data.train``. ``order.MixtureOrder`` decides which source a position draws from."""
 
 from collections.abc import Mapping, Sequence
 from math import gcd
@@ -11,17 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from runner.cache import LRUCache
-from runner.data.order import Indices, Order, groups, permutation, stretches
 from runner.errors import ConfigError
 
-_RESOLUTION = 1000  # weights are rounded to so many parts
+_RESOLUTION = 1000  # weights are rounded to thousandths
 
 
 class Mixture:
-    """Samples of several data sets, for ``data.train``: ``sources`` by name, and the weight of each.
+    """The samples of all ``sources``, indexed source by source, with a relative weight for each.
 
-    Index i counts through the sources one after the other.
+    Example: ``Mixture(sources={"web": web, "books": books}, weights={"web": 3, "books": 1})`` draws three of four
+    samples from ``web``. Raises ConfigError for an empty source and for weights that do not match the sources.
     """
 
     def __init__(self, *, sources: Mapping[str, Any], weights: Mapping[str, float]) -> None:
@@ -32,7 +26,7 @@ class Mixture:
             )
         self.sources = [*sources.values()]
         self.names = [*sources]
-        self.shares = shares([weights[name] for name in sources])
+        self.shares = integer_shares([weights[name] for name in sources])
         empty = [name for name, source in sources.items() if len(source) == 0]
         if empty:
             raise ConfigError(f"source {empty[0]} of the mixture is empty; take it out or give it samples")
@@ -46,7 +40,7 @@ class Mixture:
         return self.sources[source][within]
 
     def locate(self, index: int) -> str:
-        """Where a sample lies, for people."""
+        """Where a sample is stored, for messages."""
         source, within = self._find(index)
         locate = getattr(self.sources[source], "locate", None)
         return f"source {self.names[source]}, {locate(within) if locate else f'sample {within}'}"
@@ -57,7 +51,7 @@ class Mixture:
         return " ".join(str(getattr(source, "fingerprint", "")) for source in self.sources).strip()
 
     def hold(self, windows: int, window: int) -> None:
-        """Pass on how many windows of consecutive samples are read in turn."""
+        """Tell the sources how many windows of consecutive samples are read in turn."""
         for source in self.sources:
             if hasattr(source, "hold"):
                 source.hold(windows, window)
@@ -69,57 +63,9 @@ class Mixture:
         return source, index - int(self._ends[source]) + len(self.sources[source])
 
 
-class Mixed:
-    """The order of a mixture: a block of ``sum(shares)`` positions has ``shares[s]`` from source s."""
-
-    def __init__(self, orders: Sequence[Order], shares: Sequence[int], *, seed: int) -> None:
-        self.size = sum(order.size for order in orders)
-        self.seed = seed
-        self._orders = orders
-        self._shares = np.asarray(shares, dtype=np.int64)
-        self._first = np.cumsum([0, *(order.size for order in orders)])
-        self._blocks = LRUCache[tuple[Indices, Indices]](4)
-
-    def __call__(self, epoch: int, places: Indices) -> Indices:
-        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
-        source, passed, place = self._drawn(epoch, places)
-        found = np.empty_like(places)
-        for here in groups(source, passed):
-            one, epoch = int(source[here[0]]), int(passed[here[0]])
-            found[here] = self._first[one] + self._orders[one](epoch, place[here])
-        return found
-
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """The source that each place draws from, and how often that source was gone through before."""
-        source, passed, _ = self._drawn(epoch, places)
-        return source, passed
-
-    def _drawn(self, epoch: int, places: Indices) -> tuple[Indices, Indices, Indices]:
-        """(source, pass, place in the pass), each of shape [k]."""
-        block, slot = np.divmod(epoch * self.size + places, int(self._shares.sum()))
-        source, before = np.empty_like(slot), np.empty_like(slot)
-        for here in stretches(block):
-            key = int(block[here.start])
-            sources, ranks = self._blocks.get(key, lambda key=key: self._block(key))  # type: ignore[misc]
-            source[here], before[here] = sources[slot[here]], ranks[slot[here]]
-        sizes = np.diff(self._first)
-        passed, place = np.divmod(block * self._shares[source] + before, sizes[source])
-        return source, passed, place
-
-    def _block(self, block: int) -> tuple[Indices, Indices]:
-        """The source of every slot of a block, and how many slots before it have the same source."""
-        order = permutation(int(self._shares.sum()), "mixture", self.seed, block)
-        sources = np.searchsorted(np.cumsum(self._shares), order, side="right").astype(np.int64)
-        ranks = np.empty_like(sources)
-        for source in range(len(self._shares)):
-            here = np.flatnonzero(sources == source)
-            ranks[here] = np.arange(len(here))
-        return sources, ranks
-
-
-def shares(weights: Sequence[float]) -> list[int]:
-    """Weights as whole parts of a thousand (largest remainders), in lowest terms. Raises ConfigError for one that is
-    not positive or too small.
+def integer_shares(weights: Sequence[float]) -> list[int]:
+    """Weights rounded to thousandths by largest remainders, as integers in lowest terms. Raises ConfigError for a
+    weight that is not positive or rounds to nothing.
     """
     total = sum(weights)
     if not all(weight > 0 for weight in weights) or not total < float("inf"):

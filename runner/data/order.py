@@ -1,102 +1,300 @@
-"""The order of an epoch as a pure function of (seed, epoch), in constant memory.
+"""The order of samples: which sample is at which place of an epoch, as a pure function of (seed, epoch, place).
 
-Integer arithmetic only, frozen by a golden test: no upgrade of a library may move a sample. Up to 2^16 samples it is an
-argsort of hashes; above, a Feistel network with cycle walking, so that no list of n indices is ever made.
+No other module decides the order. ``Plan.order`` chooses among these, and may stack them:
 
-An order that reads shards almost sequentially and is still a pure function of the position.
+    PermutationOrder    a permutation of all samples; the identity without ``shuffle``
+    WindowOrder         shards read almost sequentially, shuffled within windows
+    MixtureOrder        several sources, in proportion to their shares
+    BudgetOrder         samples of similar length side by side, cut into batches by a budget of tokens
 
-In every epoch the shards are joined in an order of their own and cut into ``count`` streams of equal length. A window
-of ``window`` samples of a stream is permuted as a whole, so that a reader needs no more than one window of each stream
-at a time. Positions go round the streams, ``chunk`` samples from each: data worker w of W meets the same streams again
-and again, if W times the streams of a micro-batch divides their number.
-
-Which samples stand at which positions, in 64 bits that add up over any division of the positions.
+Integer arithmetic only, frozen by golden tests: an upgrade of a library must not move a sample.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runner.cache import LRUCache
-from runner.rng import derive
+from runner.errors import DataError
+from runner.seeds import derive
 
 Indices = NDArray[np.int64]
-_Words = NDArray[np.uint64]
+Words = NDArray[np.uint64]
 
-LARGEST_SORTED = 1 << 16
-_ROUNDS = 6
+LARGEST_SORTED = 1 << 16  # samples; a larger epoch is never held as a list
+_ROUNDS = 6  # of the Feistel network
+_POOL = 4096  # samples that are sorted by length together
 
 
-class Order(Protocol):
-    """Which sample stands at which place of which epoch."""
+class Order(ABC):
+    """Maps the places of an epoch, [0, size), to samples."""
 
     size: int
 
+    @abstractmethod
     def __call__(self, epoch: int, places: Indices) -> Indices:
-        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
+        """Sample indices of shape [k] for places of shape [k]."""
 
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """The source that each place draws from, and how often that source was gone through before; both [k]."""
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        """For each place the number of its source, and of the pass over this source; both of shape [k]. With a single
+        source, an epoch is a pass.
+        """
+        return np.zeros_like(places), np.full_like(places, epoch)
 
 
-class Permuted:
-    """All samples in an order of their own in every epoch; the identity without ``shuffle``."""
+class PermutationOrder(Order):
+    """A new permutation of all samples in every epoch; the identity without ``shuffle``."""
 
     def __init__(self, size: int, *, seed: int, shuffle: bool) -> None:
         self.size = size
-        self.seed = seed
-        self.shuffle = shuffle
-        self._sorted = LRUCache[Indices](2)  # two epochs are live while a batch crosses the border between them
+        self._seed = seed
+        self._shuffle = shuffle
+        self._sorted = LRUCache[Indices](2)  # a batch may cross from one epoch into the next
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
-        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
-        if not self.shuffle:
+        if not self._shuffle:
             return places
         if self.size > LARGEST_SORTED:
-            return _feistel(places, self.size, _keys("order", self.seed, epoch))
-        return self._sorted.get(epoch, lambda: permutation(self.size, "order", self.seed, epoch))[places]
-
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """One source, gone through once per epoch."""
-        return one_source(epoch, places)
+            return _feistel(places, self.size, _keys("order", self._seed, epoch))
+        return self._sorted.get(epoch, lambda: permutation(self.size, "order", self._seed, epoch))[places]
 
 
-def one_source(epoch: int, places: Indices) -> tuple[Indices, Indices]:
-    """What ``Order.passes`` returns where an epoch is one pass."""
-    return np.zeros_like(places), np.full_like(places, epoch)
+@dataclass(frozen=True, slots=True)
+class Interleaving:
+    """``data.streams``: how many streams of shards are read in turn, the samples of a window, and the consecutive
+    samples that are taken from a stream at its turn.
+    """
+
+    count: int
+    window: int
+    chunk: int
+
+    def max_workers(self, limit: int, *, slice_size: int, world: int) -> int:
+        """The largest number of workers up to ``limit`` with which no two workers read the same stream. It is ``limit``
+        where a slice is not a whole number of chunks, because then they share streams anyway.
+        """
+        chunks, rest = divmod(slice_size, self.chunk)
+        if rest:
+            return limit
+        return next((w for w in range(limit, 1, -1) if self.count % (w * world * chunks) == 0), min(limit, 1))
 
 
-def stretches(*columns: Indices) -> Iterator[slice]:
-    """Where no column changes, from the first row to the last."""
-    changes = np.any([np.diff(column) != 0 for column in columns], axis=0)
-    ends = [*(np.flatnonzero(changes) + 1).tolist(), len(columns[0])]
+class WindowOrder(Order):
+    """The order of samples in shards of ``shards`` samples each, indexed shard by shard.
+
+    In every epoch the shards are concatenated in a new order and cut into ``count`` streams of equal length. Each
+    ``window`` samples of a stream are permuted, so a reader holds at most one window of each stream. Positions take
+    ``chunk`` samples from each stream in turn, so a data worker meets the same streams again and again.
+    """
+
+    def __init__(self, shards: Sequence[int], interleaving: Interleaving, *, seed: int) -> None:
+        self._seed = seed
+        self._interleaving = interleaving
+        self._shards = np.asarray(shards, dtype=np.int64)
+        self._first = np.cumsum(self._shards) - self._shards
+        self.size = int(self._shards.sum())
+        self._borders = np.arange(interleaving.count + 1, dtype=np.int64) * self.size // interleaving.count
+        self._concatenated = LRUCache[tuple[Indices, Indices]](2)
+        self._windows = LRUCache[Indices](4 * interleaving.count)
+
+    def __call__(self, epoch: int, places: Indices) -> Indices:
+        stream, offset = self._deinterleave(places)
+        concatenated = self._borders[stream] + self._permute(epoch, stream, offset)
+        order, ends = self._concatenated.get(epoch, lambda: self._concatenate(epoch))
+        number = np.searchsorted(ends, concatenated, side="right")
+        shard = order[number]
+        indices: Indices = self._first[shard] + concatenated - (ends[number] - self._shards[shard])
+        return indices
+
+    def _deinterleave(self, places: Indices) -> tuple[Indices, Indices]:
+        """The stream of each place and the offset in this stream. The remainders of the streams after the last whole
+        round come at the end, stream by stream.
+        """
+        count, chunk = self._interleaving.count, self._interleaving.chunk
+        rounds = self.size // count // chunk
+        turn, within = np.divmod(places, chunk)
+        round_, stream = np.divmod(turn, count)
+        offset = round_ * chunk + within
+        late = places >= rounds * count * chunk
+        if late.any():
+            remainders = self._borders - np.arange(count + 1) * rounds * chunk
+            rest = places[late] - rounds * count * chunk
+            stream[late] = np.searchsorted(remainders, rest, side="right") - 1
+            offset[late] = rounds * chunk + rest - remainders[stream[late]]
+        return stream, offset
+
+    def _permute(self, epoch: int, stream: Indices, offset: Indices) -> Indices:
+        """Offsets in streams after the permutation of each window."""
+        window, place = np.divmod(offset, self._interleaving.window)
+        permuted: Indices = window * self._interleaving.window
+        for rows in group_rows(stream, window):
+            permuted[rows] += self._window(epoch, int(stream[rows[0]]), int(window[rows[0]]))[place[rows]]
+        return permuted
+
+    def _window(self, *key: int) -> Indices:
+        _, stream, window = key
+        size = self._interleaving.window
+        length = int(self._borders[stream + 1] - self._borders[stream]) - window * size  # the last one may be shorter
+        return self._windows.get(key, lambda: permutation(min(size, length), "window", self._seed, *key))
+
+    def _concatenate(self, epoch: int) -> tuple[Indices, Indices]:
+        """The order of the shards, and where each ends when they are concatenated in this order."""
+        order = permutation(len(self._shards), "shards", self._seed, epoch)
+        return order, np.cumsum(self._shards[order])
+
+
+class MixtureOrder(Order):
+    """The order of a mixture of sources, each with an order of its own.
+
+    Positions are cut into blocks of ``sum(shares)``. In each block source s has ``shares[s]`` places, spread by a keyed
+    permutation, so the proportions are exact in every block and the place within a source follows from the position
+    alone. Every source is repeated at its own pace, each sample exactly once per pass over it.
+    """
+
+    def __init__(self, orders: Sequence[Order], shares: Sequence[int], *, seed: int) -> None:
+        self.size = sum(order.size for order in orders)
+        self._seed = seed
+        self._orders = orders
+        self._shares = np.asarray(shares, dtype=np.int64)
+        self._first = np.cumsum([0, *(order.size for order in orders)])
+        self._blocks = LRUCache[tuple[Indices, Indices]](4)
+
+    def __call__(self, epoch: int, places: Indices) -> Indices:
+        source, pass_, place = self._draw(epoch, places)
+        indices = np.empty_like(places)
+        for rows in group_rows(source, pass_):
+            number = int(source[rows[0]])
+            indices[rows] = self._first[number] + self._orders[number](int(pass_[rows[0]]), place[rows])
+        return indices
+
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        source, pass_, _ = self._draw(epoch, places)
+        return source, pass_
+
+    def _draw(self, epoch: int, places: Indices) -> tuple[Indices, Indices, Indices]:
+        """(source, pass over it, place in this pass), each of shape [k]."""
+        block, slot = np.divmod(epoch * self.size + places, int(self._shares.sum()))
+        source, before = np.empty_like(slot), np.empty_like(slot)
+        for run in equal_runs(block):
+            sources, ranks = self._block(int(block[run.start]))
+            source[run], before[run] = sources[slot[run]], ranks[slot[run]]
+        pass_, place = np.divmod(block * self._shares[source] + before, np.diff(self._first)[source])
+        return source, pass_, place
+
+    def _block(self, block: int) -> tuple[Indices, Indices]:
+        """The source of every slot of a block, and how many slots before it have the same source."""
+
+        def make() -> tuple[Indices, Indices]:
+            order = permutation(int(self._shares.sum()), "mixture", self._seed, block)
+            sources = np.searchsorted(np.cumsum(self._shares), order, side="right").astype(np.int64)
+            ranks = np.empty_like(sources)
+            for rows in group_rows(sources):
+                ranks[rows] = np.arange(len(rows))
+            return sources, ranks
+
+        return self._blocks.get(block, make)
+
+
+class BudgetOrder(Order):
+    """Samples of similar length side by side, and the ends of the batches that they make.
+
+    Each pool of neighbours in the order underneath is sorted by length and cut into batches; then the batches of the
+    pool are shuffled, so that data which is read almost sequentially still is. A batch has at most ``max_tokens``
+    tokens, padding included (the longest length times the samples), and at most ``max_samples`` samples. Takes memory
+    in proportion to the samples, as their lengths do. Raises DataError for a sample longer than the budget.
+    """
+
+    def __init__(
+        self, order: Order, lengths: Indices, *, max_tokens: int, max_samples: int, seed: int, shuffle: bool
+    ) -> None:
+        if len(lengths) != order.size:
+            raise DataError(f"data.train has {order.size} samples and {len(lengths)} lengths; give one for each sample")
+        if lengths.min() < 0:
+            raise DataError(f"sample {int(lengths.argmin())} has a length of {lengths.min()}; lengths count tokens")
+        longest = int(lengths.argmax())
+        if lengths[longest] > max_tokens:
+            raise DataError(
+                f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}; "
+                "cut or leave out such samples, or raise the budget"
+            )
+        self.size = order.size
+        self._order = order
+        self._lengths = lengths
+        self._max_tokens = max_tokens
+        self._max_samples = max_samples
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epochs = LRUCache[tuple[Indices, Indices]](2)
+
+    def __call__(self, epoch: int, places: Indices) -> Indices:
+        return self._order(epoch, self._epoch(epoch)[0][places])
+
+    def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        return self._order.source_passes(epoch, self._epoch(epoch)[0][places])
+
+    def ends(self, epoch: int) -> Indices:
+        """The places at which the batches of an epoch end, ascending; the last is ``size``."""
+        return self._epoch(epoch)[1]
+
+    def _epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        """The places of the order underneath in the order of this one, and the ends of the batches."""
+        return self._epochs.get(epoch, lambda: self._sort(epoch))
+
+    def _sort(self, epoch: int) -> tuple[Indices, Indices]:
+        lengths = self._lengths[self._order(epoch, np.arange(self.size))]
+        batches: list[Indices] = []
+        for start in range(0, self.size, _POOL):
+            pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
+            cut = np.split(pool, self._cuts(lengths[pool]))
+            if self._shuffle:
+                cut = [cut[i] for i in permutation(len(cut), "batches", self._seed, epoch, start)]
+            batches += cut
+        return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
+
+    def _cuts(self, lengths: Indices) -> list[int]:
+        """Where to cut ascending lengths so that every batch is as large as the budget allows."""
+        cuts: list[int] = []
+        start = 0
+        counts = np.arange(1, self._max_samples + 1)
+        while True:
+            ahead = lengths[start : start + self._max_samples]
+            start += int(np.searchsorted(ahead * counts[: len(ahead)], self._max_tokens, side="right"))
+            if start == len(lengths):
+                return cuts
+            cuts.append(start)
+
+
+def equal_runs(column: Indices) -> Iterator[slice]:
+    """The slices of consecutive equal values, from the first row to the last."""
+    ends = [*(np.flatnonzero(np.diff(column)) + 1).tolist(), len(column)]
     return (slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1])
 
 
-def groups(*columns: Indices) -> Iterator[Indices]:
-    """The rows of each combination of values, ascending by the first column; takes time for the rows, not for rows
-    times combinations.
+def group_rows(*columns: Indices) -> Iterator[Indices]:
+    """The rows of each combination of values, in ascending order of the combinations and of the rows in each. Takes
+    time in proportion to the rows, not to rows times combinations.
     """
     rows = np.lexsort(columns[::-1])
-    return (rows[here] for here in stretches(*(column[rows] for column in columns)))
+    changes = np.any([np.diff(column[rows]) != 0 for column in columns], axis=0)
+    return iter(np.split(rows, np.flatnonzero(changes) + 1) if len(rows) else [])
 
 
 def permutation(size: int, label: str, *parts: int) -> Indices:
     """The permutation of [0, size) for a labelled tuple, as a list."""
     words, keys = np.arange(size, dtype=np.uint64), _keys(label, *parts)
-    return np.argsort(_mix(_mix(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
+    return np.argsort(_murmur(_murmur(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
 
 
-def _keys(label: str, *parts: int) -> _Words:
+def _keys(label: str, *parts: int) -> Words:
     return np.array([derive(label, *parts, i) for i in range(_ROUNDS)], dtype=np.uint64)
 
 
-def _feistel(places: Indices, size: int, keys: _Words) -> Indices:
-    """A permutation of [0, 2^bits) walked until it lands in [0, size), which makes it one of [0, size)."""
+def _feistel(places: Indices, size: int, keys: Words) -> Indices:
+    """A keyed permutation of [0, 2^bits), repeated until it lands in [0, size): a permutation of [0, size)."""
     bits = (size - 1).bit_length()
     low = np.uint64(bits // 2)
     masks = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << (bits // 2)) - 1)
@@ -108,144 +306,59 @@ def _feistel(places: Indices, size: int, keys: _Words) -> Indices:
     return words.astype(np.int64)
 
 
-def _encrypt(words: _Words, low: np.uint64, masks: tuple[np.uint64, np.uint64], keys: _Words) -> _Words:
+def _encrypt(words: Words, low: np.uint64, masks: tuple[np.uint64, np.uint64], keys: Words) -> Words:
     left, right = words >> low, words & masks[1]
-    for one, two in zip(keys[0::2], keys[1::2], strict=True):
-        left = (left ^ _mix(right, one)) & masks[0]
-        right = (right ^ _mix(left, two)) & masks[1]
+    for left_key, right_key in zip(keys[0::2], keys[1::2], strict=True):
+        left = (left ^ _murmur(right, left_key)) & masks[0]
+        right = (right ^ _murmur(left, right_key)) & masks[1]
     return (left << low) | right
 
 
-def _mix(words: _Words, key: np.uint64) -> _Words:
+def _murmur(words: Words, key: np.uint64) -> Words:
     """The finaliser of MurmurHash3 (Appleby, public domain), keyed; a bijection of 64-bit words."""
     with np.errstate(over="ignore"):
         words = words + key
         words = (words ^ (words >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
         words = (words ^ (words >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-        mixed: _Words = words ^ (words >> np.uint64(33))
+        mixed: Words = words ^ (words >> np.uint64(33))
     return mixed
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """How many streams, samples per window, and consecutive samples taken from a stream before the next one's turn."""
-
-    count: int
-    window: int
-    chunk: int
-
-    def workers(self, wanted: int, *, slice_size: int, world: int) -> int:
-        """The most workers, up to those wanted, of which each has streams of its own as long as slices begin where a
-        chunk does; all of those wanted where slices are no whole number of chunks.
-        """
-        chunks, rest = divmod(slice_size, self.chunk)
-        if rest:
-            return wanted
-        return next((w for w in range(wanted, 1, -1) if self.count % (w * world * chunks) == 0), min(wanted, 1))
+# What the ledger says of the samples of a step: 64 bits that add up over any division of the positions.
 
 
-class Windowed:
-    """Which sample stands where, for samples that lie in ``shards``: so many in each, in order of index."""
-
-    def __init__(self, shards: Sequence[int], streams: Streams, *, seed: int) -> None:
-        self.seed = seed
-        self.streams = streams
-        self._shards = np.asarray(shards, dtype=np.int64)
-        self._first = np.cumsum(self._shards) - self._shards
-        self.size = int(self._shards.sum())
-        self._borders = np.arange(streams.count + 1, dtype=np.int64) * self.size // streams.count
-        self._joined = LRUCache[tuple[Indices, Indices]](2)
-        self._windows = LRUCache[Indices](4 * streams.count)
-
-    def __call__(self, epoch: int, places: Indices) -> Indices:
-        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
-        stream, offset = self._dealt(places)
-        return self._found(epoch, self._borders[stream] + self._permuted(epoch, stream, offset))
-
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """One source, gone through once per epoch."""
-        return one_source(epoch, places)
-
-    def _dealt(self, places: Indices) -> tuple[Indices, Indices]:
-        """The stream of each place and the offset in it. What is left of the streams after the last whole round comes
-        at the end, stream by stream.
-        """
-        count, chunk = self.streams.count, self.streams.chunk
-        rounds = self.size // count // chunk
-        turn, within = np.divmod(places, chunk)
-        round_, stream = np.divmod(turn, count)
-        offset = round_ * chunk + within
-        late = places >= rounds * count * chunk
-        if late.any():
-            left = self._borders - np.arange(count + 1) * rounds * chunk
-            rest = places[late] - rounds * count * chunk
-            stream[late] = np.searchsorted(left, rest, side="right") - 1
-            offset[late] = rounds * chunk + rest - left[stream[late]]
-        return stream, offset
-
-    def _permuted(self, epoch: int, stream: Indices, offset: Indices) -> Indices:
-        size = self.streams.window
-        window, place = np.divmod(offset, size)
-        length = np.minimum(size, self._borders[stream + 1] - self._borders[stream] - window * size)
-        found: Indices = window * size
-        _, first, which = np.unique(stream * (self.size // size + 1) + window, return_index=True, return_inverse=True)
-        here = zip(length[first].tolist(), stream[first].tolist(), window[first].tolist(), strict=True)
-        orders = [self._window(samples, epoch, *key) for samples, *key in here]
-        begins = np.cumsum([0, *(len(order) for order in orders[:-1])])
-        found += np.concatenate(orders)[begins[which] + place]
-        return found
-
-    def _window(self, samples: int, *key: int) -> Indices:
-        return self._windows.get(key, lambda: permutation(samples, "window", self.seed, *key))
-
-    def _found(self, epoch: int, joined: Indices) -> Indices:
-        """The samples at offsets of all shards joined in the order of the epoch."""
-        order, ends = self._joined.get(epoch, lambda: self._join(epoch))
-        at = np.searchsorted(ends, joined, side="right")
-        shard = order[at]
-        return self._first[shard] + joined - (ends[at] - self._shards[shard])
-
-    def _join(self, epoch: int) -> tuple[Indices, Indices]:
-        order = permutation(len(self._shards), "shards", self.seed, epoch)
-        return order, np.cumsum(self._shards[order])
-
-
-Words = NDArray[np.uint64]
-
-_ADDED, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_ALL = 2**64 - 1
-_27, _30, _31 = (np.uint64(c) for c in (27, 30, 31))
-
-
-def digest(positions: Indices, indices: Indices) -> int:
-    """64 bits of which samples stand at these positions; of two sets of positions it is the sum, modulo 2^64."""
+def digest_positions(positions: Indices, indices: Indices) -> int:
+    """64 bits that say which samples are at these positions. The digest of a union is the sum, modulo 2^64."""
     return int(digest_words(positions, indices).sum(dtype=np.uint64))
 
 
 def digest_words(positions: Indices, indices: Indices) -> Words:
-    """What each position adds to a digest."""
-    return mix(mix(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
+    """The summand of each position."""
+    return splitmix64(splitmix64(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
 
 
-def digests(positions: Indices, indices: Indices, ends: Indices) -> Words:
+def digest_pieces(positions: Indices, indices: Indices, ends: Indices) -> Words:
     """The digests of consecutive pieces that end at ``ends``."""
     sums = np.cumsum(digest_words(positions, indices), dtype=np.uint64)[ends - 1]
-    found: Words = np.diff(sums, prepend=np.uint64(0))
-    return found
+    return np.diff(sums, prepend=np.uint64(0)).astype(np.uint64)
 
 
-def mix_one(word: int) -> int:
-    """``mix`` of a single word, for which numpy is slow."""
-    word = (word + 0x9E3779B97F4A7C15) & _ALL
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _ALL
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_64_BITS = 2**64 - 1
+
+
+def splitmix64_int(word: int) -> int:
+    """``splitmix64`` of a single word, for which numpy is slow."""
+    word = (word + _GAMMA) & _64_BITS
+    word = ((word ^ (word >> 30)) * _FIRST) & _64_BITS
+    word = ((word ^ (word >> 27)) * _SECOND) & _64_BITS
     return word ^ (word >> 31)
 
 
-def mix(words: Words) -> Words:
+def splitmix64(words: Words) -> Words:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for every word."""
-    words = words + _ADDED  # arrays of integers wrap around without a warning
-    words = (words ^ (words >> _30)) * _FIRST
-    words = (words ^ (words >> _27)) * _SECOND
-    mixed: Words = words ^ (words >> _31)
+    words = words + np.uint64(_GAMMA)  # integer arrays wrap around without a warning
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(_FIRST)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(_SECOND)
+    mixed: Words = words ^ (words >> np.uint64(31))
     return mixed

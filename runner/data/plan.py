@@ -1,10 +1,4 @@
-"""Batches of variable size by a budget of tokens, planned for a whole epoch from the lengths: a pure function of both.
-
-Within pools of ``_POOL`` samples of the epoch's order, samples are sorted by length and cut into batches whose padded
-size (longest times count) keeps the budget; then the batches of the pool are shuffled, so that what the order reads in
-sequence still is. The plan takes memory in proportion to the samples, as the lengths do.
-
-Which sample is at which position, and which positions form a batch: all that the sample stream depends on besides
+"""Which sample is at which position, and which positions make a step: all that the samples of a run depend on, besides
 the data itself.
 """
 
@@ -16,93 +10,18 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from runner.cache import LRUCache
-from runner.data.mixture import Mixed
-from runner.data.order import Indices, Order, Permuted, Streams, Windowed, permutation
-from runner.distributed.environment import World
+from runner.data.order import BudgetOrder, Interleaving, MixtureOrder, Order, PermutationOrder, WindowOrder
+from runner.distributed.world import World
 from runner.errors import DataError
-from runner.rng import derive
+from runner.seeds import derive
 
-_POOL = 4096
-
-
-class Budgeted:
-    """An order in which samples of like length stand together, and where its batches end.
-
-    No batch has more than ``max_tokens`` tokens, padding included, or ``max_samples`` samples. Raises DataError for a
-    sample that is longer than the budget.
-    """
-
-    def __init__(
-        self, order: Order, lengths: NDArray[np.int64], *, max_tokens: int, max_samples: int, seed: int, shuffle: bool
-    ) -> None:
-        if len(lengths) != order.size:
-            raise DataError(f"data.train has {order.size} samples and {len(lengths)} lengths; give one for each sample")
-        if lengths.min() < 0:
-            raise DataError(f"sample {int(lengths.argmin())} has a length of {lengths.min()}; lengths count tokens")
-        longest = int(lengths.argmax())
-        if lengths[longest] > max_tokens:
-            raise DataError(
-                f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}; "
-                "cut or leave out such samples, or raise the budget"
-            )
-        self.size = order.size
-        self._order = order
-        self._lengths = lengths
-        self._max_tokens = max_tokens
-        self._max_samples = max_samples
-        self._seed = seed
-        self._shuffle = shuffle
-        self._plans = LRUCache[tuple[Indices, Indices]](2)
-
-    def __call__(self, epoch: int, places: Indices) -> Indices:
-        """Sample indices of shape [k] for places of shape [k] in [0, size)."""
-        return self._order(epoch, self._plan(epoch)[0][places])
-
-    def passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """As the order underneath."""
-        return self._order.passes(epoch, self._plan(epoch)[0][places])
-
-    def ends(self, epoch: int) -> Indices:
-        """The places at which the batches of an epoch end, ascending; the last is ``size``."""
-        return self._plan(epoch)[1]
-
-    def _plan(self, epoch: int) -> tuple[Indices, Indices]:
-        return self._plans.get(epoch, lambda: self._make(epoch))
-
-    def _make(self, epoch: int) -> tuple[Indices, Indices]:
-        """The places of the order underneath in the order of this one, and where batches end."""
-        lengths = self._lengths[self._order(epoch, np.arange(self.size))]
-        batches: list[Indices] = []
-        for start in range(0, self.size, _POOL):
-            pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
-            cut = np.split(pool, self._cuts(lengths[pool]))
-            if self._shuffle:
-                cut = [cut[i] for i in permutation(len(cut), "batches", self._seed, epoch, start)]
-            batches += cut
-        return np.concatenate(batches), np.cumsum([len(batch) for batch in batches])
-
-    def _cuts(self, lengths: NDArray[np.int64]) -> list[int]:
-        """Where to cut ascending lengths so that every piece is as large as the budget allows."""
-        cuts: list[int] = []
-        start = 0
-        counts = np.arange(1, self._max_samples + 1)
-        while True:
-            ahead = lengths[start : start + self._max_samples]
-            start += int(np.searchsorted(ahead * counts[: len(ahead)], self._max_tokens, side="right"))
-            if start == len(lengths):
-                return cuts
-            cuts.append(start)
-
-
-_MOST_BYTES = 1 << 29  # of an unpacked list: a stored plan may be hostile, and a few bytes can expand to many
+_MAX_UNPACKED = 1 << 29  # bytes: a stored plan may be hostile, and a few compressed bytes can expand to many
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Consecutive positions of the endless sample stream; one micro-batch."""
+    """Consecutive positions of the endless stream of samples: a micro-batch."""
 
     first: int
     count: int
@@ -110,7 +29,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of a mixture: its number of samples, its share of a block's positions, and its samples per shard."""
+    """A source of a mixture: its number of samples, its positions in a block of the mixture, its samples per shard."""
 
     samples: int
     share: int
@@ -121,10 +40,12 @@ class Source:
 class Plan:
     """Everything that determines which sample is at which position.
 
-    Position q lies in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions in equal slices,
-    ``micro_batches`` for each of the ``world.size`` processes: slice k of a step is that of rank ``k % world.size``.
-    With ``max_tokens`` (and a length for each sample) slices have as many samples as the budget allows, and a step at
-    most ``batch_size``. ``streams`` are for samples that lie in ``shards``, or whose ``sources`` do.
+    Position q is in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions in equal slices,
+    ``micro_batches`` for each of the ``world.size`` processes; slice k of a step belongs to rank ``k % world.size``.
+    With ``max_tokens`` (and the length of each sample) a slice has as many samples as the budget allows, and a step at
+    most ``batch_size``. ``interleaving`` applies to samples in ``shards``, or in the shards of ``sources``.
+
+    Raises DataError for values that do not fit each other.
     """
 
     samples: int
@@ -135,7 +56,7 @@ class Plan:
     tail: str = "carry"
     randomness: str = "sample"
     shards: tuple[int, ...] = ()
-    streams: Streams | None = None
+    interleaving: Interleaving | None = None
     sources: tuple[Source, ...] = ()
     max_tokens: int | None = None
     lengths: tuple[int, ...] = ()
@@ -148,7 +69,7 @@ class Plan:
                 f"data.batch_size={self.batch_size} cannot be split into trainer.accumulate={self.micro_batches} equal "
                 f"micro-batches{processes}; make the one a multiple of the other"
             )
-        for samples, shards in [(self.samples, self.shards), *((one.samples, one.shards) for one in self.sources)]:
+        for samples, shards in [(self.samples, self.shards), *((each.samples, each.shards) for each in self.sources)]:
             if shards and sum(shards) != samples:
                 raise DataError(
                     f"the counts of a data set are the samples in each of its shards; they add up to {sum(shards)}, "
@@ -172,19 +93,19 @@ class Plan:
 
     @property
     def epoch_size(self) -> int:
-        """Positions per epoch: all samples, or with ``drop`` those of its full batches."""
+        """Positions per epoch: all samples, or with ``tail=drop`` the samples in full batches."""
         return self.samples - self.samples % self.batch_size if self.tail == "drop" else self.samples
 
     @property
     def portion(self) -> str:
-        """What a step takes, for people."""
+        """The samples of a step, for the log."""
         if self.max_tokens is None:
             return f"{self.batch_size} per step"
         return f"up to {self.batch_size} per step and {self.max_tokens} tokens per micro-batch"
 
     @property
     def guarantee(self) -> str:
-        """What holds for the samples of an epoch, for people."""
+        """The promise for the samples of an epoch, for the log."""
         if self.tail == "drop":
             return f"each at most once per epoch ({self.samples - self.epoch_size} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
@@ -192,11 +113,18 @@ class Plan:
         return f"{once}, any number of workers{split}"
 
     def order(self) -> Order:
-        """Which sample stands where."""
-        order = self._order()
+        """The order of samples."""
+        if self.sources:
+            orders = [
+                self._source_order(source.samples, source.shards, derive("source", self.seed, number))
+                for number, source in enumerate(self.sources)
+            ]
+            order: Order = MixtureOrder(orders, [source.share for source in self.sources], seed=self.seed)
+        else:
+            order = self._source_order(self.samples, self.shards, self.seed)
         if self.max_tokens is None:
             return order
-        return Budgeted(
+        return BudgetOrder(
             order,
             np.asarray(self.lengths, dtype=np.int64),
             max_tokens=self.max_tokens,
@@ -206,13 +134,13 @@ class Plan:
         )
 
     def steps(self, consumed: int, order: Order) -> Iterator[list[Slice]]:
-        """The slices of all processes, step by step from ``consumed`` on, for ever."""
-        slices = self._planned(consumed, order) if isinstance(order, Budgeted) else self._equal(consumed)
+        """The slices of all processes, step by step from position ``consumed`` on, endlessly."""
+        slices = self._budget_slices(consumed, order) if isinstance(order, BudgetOrder) else self._equal(consumed)
         while True:
             yield [next(slices) for _ in range(self.slices_per_step)]
 
     def spans(self, piece: Slice) -> Iterator[tuple[int, int, int]]:
-        """The slice as (epoch, first place, end place): one span, or more where it crosses into another epoch."""
+        """The slice as (epoch, first place, end place), split where an epoch ends."""
         position, end = piece.first, piece.first + piece.count
         while position < end:
             epoch, place = divmod(position, self.epoch_size)
@@ -221,67 +149,60 @@ class Plan:
             position += stop - place
 
     def steps_of(self, epochs: int) -> int | None:
-        """The steps after which ``epochs`` are finished; None where batches vary in size."""
+        """The number of steps that finish ``epochs`` epochs; None where the size of batches varies."""
         return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """What must not change during a run, with digests in place of long lists. With ``tail=carry`` the batch size
-        may change, so it is left out.
+        """The values that must not change during a run, long lists as digests. The batch size may change with
+        ``tail=carry``, so it is left out.
         """
-        return self._described(_digest)
+        return self._values(_list_digest)
 
     def recipe(self) -> dict[str, Any]:
-        """The same with the lists themselves, compressed; ``Plan.of`` reconstructs the order of samples from it."""
-        return self._described(_packed)
+        """The same values with compressed lists, from which ``Plan.of`` reconstructs the order of samples."""
+        return self._values(_pack)
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> "Plan":
-        """A plan with the same order of samples as a recipe's; its batches may differ."""
+        """A plan with the order of samples of a recipe; its batches may differ. Raises ValueError, TypeError, KeyError
+        or DataError for anything but a recipe.
+        """
         values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
         values.pop("slices_per_step", None)
         for name in ("shards", "lengths"):
-            values[name] = _unpacked(values.get(name))
+            values[name] = _unpack(values.get(name))
         values["sources"] = tuple(
-            Source(source["samples"], source["share"], _unpacked(source.get("shards")))
+            Source(source["samples"], source["share"], _unpack(source.get("shards")))
             for source in recipe.get("sources", ())
         )
-        if "streams" in recipe:
-            values["streams"] = Streams(**recipe["streams"])
+        streams = values.pop("streams", None)  # the name of the configuration
+        values["interleaving"] = Interleaving(**streams) if streams is not None else None
         return cls(**values)
 
-    def _described(self, long: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
-        found: dict[str, Any] = {
+    def _values(self, encode_list: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
+        values: dict[str, Any] = {
             name: getattr(self, name) for name in ("samples", "seed", "shuffle", "tail", "randomness")
         }
         if self.max_tokens is not None:
-            found |= {"max_tokens": self.max_tokens, "lengths": long(self.lengths)}
-            found |= {"batch_size": self.batch_size, "slices_per_step": self.slices_per_step}
+            values |= {"max_tokens": self.max_tokens, "lengths": encode_list(self.lengths)}
+            values |= {"batch_size": self.batch_size, "slices_per_step": self.slices_per_step}
         elif self.tail == "drop":
-            found["batch_size"] = self.batch_size
+            values["batch_size"] = self.batch_size
         if self.shards:
-            found["shards"] = long(self.shards)
+            values["shards"] = encode_list(self.shards)
         if self.sources:
-            found["sources"] = [
-                {"samples": source.samples, "share": source.share, "shards": long(source.shards)}
+            values["sources"] = [
+                {"samples": source.samples, "share": source.share, "shards": encode_list(source.shards)}
                 for source in self.sources
             ]
-        if self.streams is not None:
-            found["streams"] = asdict(self.streams)
-        return found
+        if self.interleaving is not None:
+            values["streams"] = asdict(self.interleaving)
+        return values
 
-    def _order(self) -> Order:
-        if not self.sources:
-            return self._single(self.samples, self.shards, self.seed)
-        orders = [
-            self._single(source.samples, source.shards, derive("source", self.seed, number))
-            for number, source in enumerate(self.sources)
-        ]
-        return Mixed(orders, [source.share for source in self.sources], seed=self.seed)
-
-    def _single(self, samples: int, shards: tuple[int, ...], seed: int) -> Order:
-        if shards and self.shuffle and self.streams is not None:
-            return Windowed(shards, self.streams, seed=seed)
-        return Permuted(samples, seed=seed, shuffle=self.shuffle)
+    def _source_order(self, samples: int, shards: tuple[int, ...], seed: int) -> Order:
+        if shards and self.shuffle and self.interleaving is not None:
+            return WindowOrder(shards, self.interleaving, seed=seed)
+        return PermutationOrder(samples, seed=seed, shuffle=self.shuffle)
 
     def _equal(self, consumed: int) -> Iterator[Slice]:
         size = self.batch_size // self.slices_per_step
@@ -289,7 +210,7 @@ class Plan:
             yield Slice(consumed, size)
             consumed += size
 
-    def _planned(self, consumed: int, order: Budgeted) -> Iterator[Slice]:
+    def _budget_slices(self, consumed: int, order: BudgetOrder) -> Iterator[Slice]:
         epoch, place = divmod(consumed, self.samples)
         while True:
             ends = order.ends(epoch)
@@ -299,25 +220,25 @@ class Plan:
             epoch, place = epoch + 1, 0
 
 
-def _packed(numbers: tuple[int, ...]) -> str:
+def _pack(numbers: tuple[int, ...]) -> str:
     return b64encode(zlib.compress(_bytes(numbers))).decode()
 
 
-def _unpacked(text: str | None) -> tuple[int, ...]:
-    """The numbers in a packed text. Raises ValueError for any other text, and for too many numbers."""
+def _unpack(text: str | None) -> tuple[int, ...]:
+    """The inverse of ``_pack``. Raises ValueError for any other text, and for too many numbers."""
     if not text:
         return ()
     unpacker = zlib.decompressobj()
     try:
-        raw = unpacker.decompress(b64decode(text), _MOST_BYTES)
+        raw = unpacker.decompress(b64decode(text), _MAX_UNPACKED)
     except zlib.error as error:
         raise ValueError(f"not compressed numbers: {error}") from error
     if not unpacker.eof:
-        raise ValueError(f"compressed numbers of more than {_MOST_BYTES} bytes, or cut")
+        raise ValueError(f"truncated, or compressed numbers of more than {_MAX_UNPACKED} bytes")
     return tuple(np.frombuffer(raw, dtype="<i8").tolist())
 
 
-def _digest(numbers: tuple[int, ...]) -> str:
+def _list_digest(numbers: tuple[int, ...]) -> str:
     return blake2b(_bytes(numbers), digest_size=8).hexdigest()
 
 

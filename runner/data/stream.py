@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from runner.data import probe
-from runner.data.fetch import SUBSTITUTES, Bad, Collate, Fetched, Fetcher, Samples, unreadable
-from runner.data.ledger import Line
-from runner.data.loader import Loader, Loading, Probed
-from runner.data.look import look
+from runner.data.fetch import MAX_SUBSTITUTES, BadRecord, Collate, FetchedBatch, Fetcher, Samples, bad_record_error
+from runner.data.ledger import LedgerLine
+from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError, printable
 
@@ -23,7 +22,7 @@ log = logging.getLogger("runner")
 _TOLD = 20  # bad records that are logged; the rest is counted
 
 
-class Read(NamedTuple):
+class StepSamples(NamedTuple):
     """The samples of a step: a 64-bit digest, which adds up over processes, and substituted samples, in the format of
     the ledger.
     """
@@ -32,7 +31,7 @@ class Read(NamedTuple):
     swaps: str = ""
 
 
-class Stream(Protocol):
+class TrainingStream(Protocol):
     """Training data as a part of the state. ``consumed`` counts samples of finished steps: it moves in ``advance``,
     after the optimizer step, however far workers have read ahead.
 
@@ -57,7 +56,7 @@ class Stream(Protocol):
     def substituted(self) -> int: ...
 
     @property
-    def read(self) -> Read:
+    def step_samples(self) -> StepSamples:
         """What this process read of the current step, once it has been handed out."""
 
     def open(self) -> None:
@@ -71,10 +70,10 @@ class Stream(Protocol):
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
-    def advance(self, whole: Read | None = None) -> None:
+    def advance(self, whole: StepSamples | None = None) -> None:
         """The step that used the current batch is done; ``whole`` is what all processes read, if there are others."""
 
-    def line(self, step: int) -> Line:
+    def ledger_line(self, step: int) -> LedgerLine:
         """What the ledger says of the last finished step, which has that number."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -89,7 +88,7 @@ class Stream(Protocol):
         """End the workers, within some seconds."""
 
 
-class BatchStream:
+class MapStyleStream:
     """The stream of a map-style data set: the state is {positions consumed, plan, fingerprint}, the same for any number
     of workers.
     """
@@ -99,7 +98,7 @@ class BatchStream:
         samples: Samples,
         plan: Plan,
         *,
-        loading: Loading,
+        loading: LoaderOptions,
         device: torch.device,
         collate: Collate | None = None,
         substitute: bool = False,
@@ -112,15 +111,17 @@ class BatchStream:
         self.substituted = 0
         self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
         self._plan_state = plan.state()
-        described, self._found = look(self._fetcher, loading, audit=audit)
+        described, self._found = probe.examine(self._fetcher, loading, audit=audit)
         self._fingerprint: dict[str, Any] = {"samples": described, "text": str(getattr(samples, "fingerprint", ""))}
         self._loading = loading
         self._device = device
         self._steps: Iterator[list[Slice]] = iter(())
         self._batches: Loader | None = None
         self._probed = False  # the first that comes from the loader is what a worker found
-        self._ahead: Fetched | None = None
-        self._step: tuple[int, int, Read] | None = None  # first position, count: of the current step, once handed out
+        self._ahead: FetchedBatch | None = None
+        self._step: tuple[int, int, StepSamples] | None = (
+            None  # first position, count: of the current step, once handed out
+        )
 
     @property
     def epochs(self) -> int:
@@ -137,9 +138,9 @@ class BatchStream:
         """What holds for the samples, for people."""
         return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
 
-    def repeat(self, swaps: Mapping[int, int]) -> None:
+    def repeat_substitutions(self, swaps: Mapping[int, int]) -> None:
         """Before ``open``: take these samples at these positions, as an earlier attempt did."""
-        self._fetcher.recorded = {**swaps}
+        self._fetcher.substitutions = {**swaps}
 
     def open(self) -> None:
         """Start loading at the cursor. Opening draws random numbers in some loaders, so it comes before they are
@@ -151,8 +152,8 @@ class BatchStream:
         steps = self.plan.steps(self.consumed, order)  # far ahead of the others
         ours = (piece for step in steps for piece in step[world.rank :: world.size])
         probed = self._found is not None and self._loading.num_workers > 0
-        asked = [probe.Probe(probe.indices(self.plan.samples))] if probed else []
-        data = Probed(self._fetcher) if probed else self._fetcher
+        asked = [probe.ProbeRequest(probe.indices(self.plan.samples))] if probed else []
+        data = probe.ProbedDataset(self._fetcher) if probed else self._fetcher
         self._batches = Loader(data, chain(asked, ours), self._loading)
         iter(self._batches)
         self._probed, self._ahead = probed, None
@@ -181,11 +182,11 @@ class BatchStream:
             digest += found
             swaps += self._tell(bad)
             if number == len(ours):
-                self._step = slices[0].first, total, Read(digest % 2**64, swaps)
+                self._step = slices[0].first, total, StepSamples(digest % 2**64, swaps)
             yield piece.count / total, to_device(batch, self._device)
 
     @property
-    def read(self) -> Read:
+    def step_samples(self) -> StepSamples:
         """What this process read of the current step. Raises DataError if its task did not take all of it."""
         if self._step is None:
             raise DataError(
@@ -194,9 +195,9 @@ class BatchStream:
             )
         return self._step[2]
 
-    def advance(self, whole: Read | None = None) -> None:
+    def advance(self, whole: StepSamples | None = None) -> None:
         """The step that used the current batch is done. Raises DataError if it did not take all of it."""
-        read = whole or self.read
+        read = whole or self.step_samples
         assert self._step is not None, "step() comes first"
         first, count, _ = self._step
         self._step = first, count, read
@@ -204,11 +205,11 @@ class BatchStream:
         self.substituted += read.swaps.count(">")
         self.consumed += count
 
-    def line(self, step: int) -> Line:
+    def ledger_line(self, step: int) -> LedgerLine:
         """What the ledger says of the last finished step, which has that number."""
         assert self._step is not None, "advance() comes first"
         first, count, (digest, swaps) = self._step
-        return Line(step, first, first + count - 1, digest, swaps)
+        return LedgerLine(step, first, first + count - 1, digest, swaps)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -226,7 +227,8 @@ class BatchStream:
             raise DataError(
                 f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
                 f"  {printable(chr(10).join(changed)).replace(chr(10), chr(10) + '  ')}\n"
-                "Restore it, or begin a new run with run.name=..."
+                "Restore it, or begin a new run with run.name=...",
+                kind="data-changed",
             )
         self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
         self.substituted = state["substituted"]
@@ -251,27 +253,27 @@ class BatchStream:
         if self._batches is not None:
             self._batches.close()
 
-    def _next(self) -> Fetched:
+    def _next(self) -> FetchedBatch:
         assert self._batches is not None
         asked = time.perf_counter()
-        fetched: Fetched = next(self._batches)
+        fetched: FetchedBatch = next(self._batches)
         self.waited += time.perf_counter() - asked
         return fetched
 
-    def _tell(self, bad: Sequence[Bad]) -> str:
+    def _tell(self, bad: Sequence[BadRecord]) -> str:
         """Say which records are bad; how the ledger writes it. Raises DataError for one that nothing replaces."""
         for number, one in enumerate(bad, self.substituted):
-            if one.instead is None:
+            if one.substitute is None:
                 remedy = (
-                    f"{SUBSTITUTES} others in its place could not be read either; look at the data set"
+                    f"{MAX_SUBSTITUTES} others in its place could not be read either; look at the data set"
                     if self._fetcher.substitute
                     else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
                 )
-                raise unreadable(one, self._fetcher.samples, remedy=remedy)
+                raise bad_record_error(one, self._fetcher.samples, remedy=remedy)
             if number < _TOLD:
-                why = one.why.splitlines()[-1]
-                log.warning("bad      %s: %s; sample %d instead", one.where, printable(why), one.instead)
-        return "".join(f" {one.position}:{one.index}>{one.instead}" for one in bad)
+                why = one.error.splitlines()[-1]
+                log.warning("bad      %s: %s; sample %d instead", one.location, printable(why), one.substitute)
+        return "".join(f" {one.position}:{one.index}>{one.substitute}" for one in bad)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -10,28 +10,28 @@ import torch
 from torch.utils.data import IterableDataset
 
 from runner.config.schema import Config, DataConfig, OnBadRecord
-from runner.data.evaluation_data import checked
+from runner.data.evaluation_data import require_map_style
 from runner.data.fetch import Collate, Samples
-from runner.data.iterable_stream import OpaqueStream
-from runner.data.loader import Loading
+from runner.data.iterable_stream import IterableStream
+from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
-from runner.data.order import Streams
+from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
-from runner.data.stream import BatchStream, Stream
-from runner.distributed.environment import World
+from runner.data.stream import MapStyleStream, TrainingStream
+from runner.distributed.world import World
 from runner.errors import ConfigError, DataError
 
 log = logging.getLogger("runner")
 
 
 def training_data(
-    config: Config, samples: Any, loading: Loading, device: torch.device, collate: Collate | None, world: World
-) -> tuple[Stream, Plan | None]:
+    config: Config, samples: Any, loading: LoaderOptions, device: torch.device, collate: Collate | None, world: World
+) -> tuple[TrainingStream, Plan | None]:
     """The stream of ``data.train``, and its plan if it is map-style. Raises DataError, ConfigError."""
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         _require_one(world, samples)
-        return OpaqueStream(
+        return IterableStream(
             samples,
             seed=config.seed,
             batch_size=data.batch_size,
@@ -44,10 +44,10 @@ def training_data(
             replay=data.replay,
             audit=config.runtime.audit,
         ), None
-    plan = plan_of(config, checked(samples, "data.train"), world)
-    if plan.streams is not None:
+    plan = plan_of(config, require_map_style(samples, "data.train"), world)
+    if plan.interleaving is not None:
         loading = _without_overlap(loading, plan, samples)
-    stream = BatchStream(
+    stream = MapStyleStream(
         samples,
         plan,
         loading=loading,
@@ -80,7 +80,7 @@ def plan_of(config: Config, samples: Samples, world: World) -> Plan:
         tail=data.tail.name,
         randomness=data.randomness.name,
         shards=shards,
-        streams=_streams(data, config.trainer.accumulate) if sharded else None,
+        interleaving=_interleaving(data, config.trainer.accumulate) if sharded else None,
         sources=sources,
         max_tokens=data.max_tokens,
         lengths=() if data.max_tokens is None else _lengths(samples),
@@ -123,10 +123,10 @@ def _require_one(world: World, samples: Any) -> None:
         )
 
 
-def _streams(data: DataConfig, micro_batches: int) -> Streams:
+def _interleaving(data: DataConfig, micro_batches: int) -> Interleaving:
     size = max(1, data.batch_size // micro_batches)
     parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # of a micro-batch, one per stream
-    return Streams(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
+    return Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
 
 
 def _shards(samples: Any) -> tuple[int, ...]:
@@ -144,16 +144,16 @@ def _lengths(samples: Any) -> tuple[int, ...]:
     return tuple(np.asarray(lengths, dtype=np.int64).tolist())
 
 
-def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
+def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
     """Reduce the number of workers so that no two read the same streams; tell the data set how much to hold."""
-    assert plan.streams is not None
-    count, wanted, world_size = plan.streams.count, loading.num_workers, plan.world.size
+    assert plan.interleaving is not None
+    count, wanted, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order: each worker reads all of them
         workers, held = wanted, 2 * count
     else:
         slice_size = plan.batch_size // plan.slices_per_step
-        chunks = max(1, slice_size // plan.streams.chunk)
-        workers = plan.streams.workers(wanted, slice_size=slice_size, world=world_size)
+        chunks = max(1, slice_size // plan.interleaving.chunk)
+        workers = plan.interleaving.max_workers(wanted, slice_size=slice_size, world=world_size)
         # One more for each micro-batch than it has streams, because epochs need not end with a micro-batch.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if workers < wanted:
@@ -165,5 +165,5 @@ def _without_overlap(loading: Loading, plan: Plan, samples: Any) -> Loading:
                 chunks * world_size,
             )
     if hasattr(samples, "hold"):
-        samples.hold(held, plan.streams.window)
+        samples.hold(held, plan.interleaving.window)
     return replace(loading, num_workers=workers)

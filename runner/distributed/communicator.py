@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, kind_of
 
 
 class Communicator(Protocol):
@@ -30,7 +30,7 @@ class Communicator(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0; the values that other ranks pass are ignored."""
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         """For error messages, from any thread: the rank that a running exchange waits for, and where that rank is."""
 
 
@@ -47,7 +47,7 @@ class SingleProcess:
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         return ""
 
 
@@ -62,37 +62,37 @@ T = TypeVar("T")
 Kinds = tuple[type[Exception], ...]
 
 
-def on_rank_zero(ranks: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
+def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
     """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks.
 
     If it raises, all ranks raise: a RunnerError and one of ``kinds`` as that class, any other error as RunnerError.
     """
-    if ranks.size == 1:
+    if comm.size == 1:
         return work()
-    value, error = _tried(work) if ranks.rank == 0 else (None, None)
-    told = ranks.broadcast({"value": value, "error": None if error is None else _told(error)})
+    value, error = _tried(work) if comm.rank == 0 else (None, None)
+    told = comm.broadcast({"value": value, "error": None if error is None else _told(error)})
     _raise(told["error"], error, kinds)
     return told["value"]
 
 
-def on_all_ranks(ranks: Communicator, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
+def on_all_ranks(comm: Communicator, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
     """Do ``work`` on every rank; returns this rank's result once all are done. If one rank raises, all ranks raise."""
     found: list[T] = []
-    gather(ranks, lambda: found.append(work()), kinds=kinds)
+    gather(comm, lambda: found.append(work()), kinds=kinds)
     return found[0]
 
 
-def gather(ranks: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
+def gather(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
     """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others.
 
     If it raises on any rank, all ranks raise, with the number of that rank in the message.
     """
-    if ranks.size == 1:
+    if comm.size == 1:
         return [work()]
     value, error = _tried(work)
-    reports = ranks.gather({"value": value, "error": None if error is None else _told(error, ranks.rank)})
+    reports = comm.gather({"value": value, "error": None if error is None else _told(error, comm.rank)})
     failed = next((report["error"] for report in reports or () if report["error"]), None)
-    _raise(ranks.broadcast(failed), error, kinds)
+    _raise(comm.broadcast(failed), error, kinds)
     return None if reports is None else [report["value"] for report in reports]
 
 
@@ -105,7 +105,8 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def _told(error: Exception, rank: int | None = None) -> dict[str, Any]:
     text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
-    return {"kind": type(error).__name__, "text": text if rank is None else f"rank {rank}: {text}"}
+    text = text if rank is None else f"rank {rank}: {text}"
+    return {"class": type(error).__name__, "text": text, "kind": kind_of(error)}
 
 
 def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
@@ -115,10 +116,12 @@ def _raise(told: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> 
     if told is None:
         return
     every: Kinds = (RunnerError, *_below(RunnerError), *kinds)
-    found = {kind.__name__: kind for kind in every}.get(told["kind"])
+    found = {kind.__name__: kind for kind in every}.get(told["class"])
     if found is None and own is not None:
         raise own
     error: Any = (found or RunnerError)(told["text"])
+    if isinstance(error, RunnerError):
+        error.kind = told["kind"]
     error.elsewhere = own is None
     raise error from own
 

@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runner.distributed.environment import World, meeting
 from runner.distributed.team import SingleProcessTeam, Team
+from runner.distributed.world import World, rendezvous
 
 
 @contextmanager
-def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
+def join_team(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
     """Within the block, this process is a member of the team of ``world``. Raises ConfigError if it cannot reach the
     other processes.
 
@@ -28,5 +28,5 @@ def joined(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from runner.distributed.processes import process_team
 
-    with process_team(world, meeting(), timeout=timeout, patience=patience) as team:
+    with process_team(world, rendezvous(), timeout=timeout, patience=patience) as team:
         yield team

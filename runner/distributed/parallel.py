@@ -13,13 +13,13 @@ in every step.
 Fully sharded training (FSDP2): each process keeps a slice of every parameter, its gradient and its moments.
 
 ``shard`` processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
-(``layout.blocks``) are gathered one at a time, the rest of the model as one unit.
+(``blocks``) are gathered one at a time, the rest of the model as one unit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,54 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from runner.errors import ConfigError, TaskError
-
-
-class Layout(Protocol):
-    """All processes make the same calls in the same order."""
-
-    told: str  # a description for people
-
-    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        """The micro-batches of a step. Only the backward pass of the last one reduces gradients over processes."""
-
-    def gather_gradients(self) -> None:
-        """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
-
-    def whole(self, value: Tensor) -> Tensor:
-        """The full tensor of a value of which each process may hold a part."""
-
-    def all(self, verdict: Tensor) -> Tensor:
-        """Whether ``verdict`` is true in all processes."""
-
-    def settle(self) -> None:
-        """After a step: copy rank 0's buffers, such as running means, to all processes."""
-
-    def state_of(self, optimizer: Any) -> Any:
-        """The optimizer as a part of the training state."""
-
-
-class Single:
-    """A single process with the whole model."""
-
-    told = ""
-
-    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        return micro_batches
-
-    def gather_gradients(self) -> None:
-        pass
-
-    def whole(self, value: Tensor) -> Tensor:
-        return value
-
-    def all(self, verdict: Tensor) -> Tensor:
-        return verdict
-
-    def settle(self) -> None:
-        pass
-
-    def state_of(self, optimizer: Any) -> Any:
-        return optimizer
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -101,7 +53,7 @@ class Buffers:
         self._models = [*models]
         self._first = {(module, name) for module in self._modules() for name in module._buffers}
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Give them the values that they have in rank 0."""
         found = {
             id(buffer): buffer
@@ -141,10 +93,10 @@ class _Bucket:
 
 
 class Replicated:
-    """Implements ``layout.Layout``: the whole model in every process."""
+    """Implements ``Parallelism``: the whole model in every process."""
 
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
-        self.told = f"ddp: {dist.get_world_size()} processes, each with the whole model"
+        self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         self._model = models[0]
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
@@ -162,7 +114,7 @@ class Replicated:
         for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
             take_over([tensor])
 
-    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+    def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         came = [weight for weight in self._model.parameters() if weight not in self._shared]
         take_over(came)  # each rank has drawn its own
         self._shared.update(came)
@@ -170,7 +122,7 @@ class Replicated:
             self._last = number == self._micro_batches
             yield micro_batch
 
-    def gather_gradients(self) -> None:
+    def reduce_gradients(self) -> None:
         """Those of weights that were frozen at the start, or were not there, go last and at each step anew."""
         for bucket in self._buckets[self._next :]:
             _send(bucket)
@@ -182,18 +134,18 @@ class Replicated:
             _receive(bucket)
         self._next, self._last = 0, False
 
-    def whole(self, value: Tensor) -> Tensor:
+    def full_tensor(self, value: Tensor) -> Tensor:
         return value
 
-    def all(self, verdict: Tensor) -> Tensor:
+    def all_true(self, verdict: Tensor) -> Tensor:
         verdict = verdict.int()
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return verdict
 
-    def settle(self) -> None:
-        self._buffers.settle()
+    def sync_buffers(self) -> None:
+        self._buffers.sync()
 
-    def state_of(self, optimizer: Any) -> Any:
+    def optimizer_part(self, optimizer: Any) -> Any:
         return optimizer
 
     def _ready(self, number: int, place: int, parameter: Tensor) -> None:
@@ -270,7 +222,7 @@ _OTHERWISE = "Or use runtime.parallel=ddp, which keeps the whole model in each p
 
 
 class Sharded:
-    """Implements ``layout.Layout``: a slice of the model in every process."""
+    """Implements ``Parallelism``: a slice of the model in every process."""
 
     def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int) -> None:
         replicas = dist.get_world_size() // shard
@@ -285,19 +237,19 @@ class Sharded:
                 except (ValueError, NotImplementedError, AssertionError) as error:
                     raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
                 _add_up(part)
-        self.told = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
+        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(found)} repeated layers"
         self._models: list[Any] = models
         self._micro_batches = micro_batches
         self._buffers = Buffers(models)
 
-    def each(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+    def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         for number, micro_batch in enumerate(micro_batches, 1):
             last = number == self._micro_batches
             self._models[0].set_is_last_backward(last)
             self._models[0].set_requires_gradient_sync(last)
             yield micro_batch
 
-    def gather_gradients(self) -> None:
+    def reduce_gradients(self) -> None:
         """Done by the hooks of FSDP. But a pass without a backward one, as in evaluation, leaves the weights whole that
         are not in repeated layers: neither the optimizer nor a moving average would know them.
         """
@@ -310,18 +262,18 @@ class Sharded:
                 f"model in its constructor. {_OTHERWISE}"
             )
 
-    def whole(self, value: Tensor) -> Tensor:
+    def full_tensor(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def all(self, verdict: Tensor) -> Tensor:
-        verdict = self.whole(verdict).int()
+    def all_true(self, verdict: Tensor) -> Tensor:
+        verdict = self.full_tensor(verdict).int()
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return verdict
 
-    def settle(self) -> None:
-        self._buffers.settle()
+    def sync_buffers(self) -> None:
+        self._buffers.sync()
 
-    def state_of(self, optimizer: Any) -> Any:
+    def optimizer_part(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)
 
 

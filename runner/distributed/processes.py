@@ -18,9 +18,9 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStor
 
 from runner import signals
 from runner.distributed.communicator import Communicator
-from runner.distributed.environment import Meeting, World
 from runner.distributed.team import StepReport
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
+from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
 
 _SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two looks at the store
@@ -28,7 +28,7 @@ _FIRST_BYTES = 256  # of a broadcast over a process group: its length, and as mu
 _LENGTH_BYTES = 4
 
 
-class OthersFailed(RunnerError):
+class PeerFailed(RunnerError):
     """Another process of the run failed and prints why; this one ends with the same exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
@@ -37,10 +37,10 @@ class OthersFailed(RunnerError):
 
 
 class Channel:
-    """Implements ``ranks.Ranks`` over a key-value store.
+    """Implements ``Communicator`` over a key-value store.
 
     Every exchange has a number, from which its keys are made; keys are removed once all have read them. Raises
-    OthersFailed once another process has failed.
+    PeerFailed once another process has failed.
     """
 
     def __init__(self, store: Store, world: World, watch: Watchdog, *, thread: str) -> None:
@@ -72,12 +72,12 @@ class Channel:
             self._store.delete_key(f"{name}/read")
         return found
 
-    def awaited(self) -> str:
+    def describe_wait(self) -> str:
         rank = self.rank if self._awaited is None else self._awaited
         return self._watch.whereabouts(rank, self._thread)
 
     def _names(self) -> Sequence[str]:
-        self._watch.met(self._thread)
+        self._watch.note_exchange(self._thread)
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
@@ -107,7 +107,7 @@ class GroupChannel(Channel):
 
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, for all."""
-        self._watch.met(MAIN)
+        self._watch.note_exchange(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
         text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
         head = self._broadcast_bytes(text[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
@@ -125,9 +125,9 @@ class GroupChannel(Channel):
 
 
 def raise_if_failed(watch: Watchdog) -> None:
-    """Raise OthersFailed once a process has failed."""
+    """Raise PeerFailed once a process has failed."""
     if watch.failure is not None:
-        raise OthersFailed(watch.failure.message, watch.failure.status)
+        raise PeerFailed(watch.failure.message, watch.failure.status)
 
 
 _CONSEQUENCE_SECONDS = 3.0  # to wait, after an error, for the news that another process failed and caused it
@@ -138,17 +138,17 @@ _NANOSECONDS = 10**9
 class ProcessTeam:
     """Implements ``team.Team`` with a key-value store for small values and torch's process groups for tensors."""
 
-    def __init__(self, world: World, place: Meeting, *, timeout: float, patience: float) -> None:
+    def __init__(self, world: World, place: Rendezvous, *, timeout: float, patience: float) -> None:
         self.world = world
         self.place = place
         self.stop: str | None = None
         self._timeout = timeout
         self._served: Store | None = None
-        if world.rank == 0 and not place.kept:
+        if world.rank == 0 and not place.served_by_launcher:
             self._served = self._connect(serve=True)
         self._own = self._store("watch")
         self.watch = Watchdog(self._store("watch"), world, timeout=timeout, patience=patience)
-        self.ranks = self.channel(MAIN)
+        self.comm = self.channel(MAIN)
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Communicator:
@@ -167,7 +167,7 @@ class ProcessTeam:
         )
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
-        self.ranks = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
+        self.comm = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
 
     def exchange(self, news: StepReport) -> StepReport:
         names = crc32(",".join(news.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
@@ -186,11 +186,11 @@ class ProcessTeam:
         return self.stop
 
     def union(self, names: Sequence[str]) -> list[str]:
-        told = self.ranks.gather([*names])
-        found: list[str] = self.ranks.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
+        told = self.comm.gather([*names])
+        found: list[str] = self.comm.broadcast([*dict.fromkeys(name for one in told or [] for name in one)])
         return found
 
-    def added(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def sum_tensors(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not values:
             return values
         sums = torch.stack([value.detach().double() for value in values.values()])
@@ -200,11 +200,11 @@ class ProcessTeam:
     def rest(self) -> None:
         self.watch.rest()
 
-    def at_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str], None]) -> None:
         self.watch.last_words = last_words
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
+    def blame_peer(self) -> Iterator[None]:
         try:
             yield
         except RunnerError:
@@ -218,7 +218,7 @@ class ProcessTeam:
         """End in good order, all processes together. Rank 0 goes last, because it may keep the store."""
         self.watch.rest()
         self._left()
-        self.ranks.gather(None)
+        self.comm.gather(None)
         self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -227,7 +227,7 @@ class ProcessTeam:
         """Make all other processes end as well; returns why all end, which may be an earlier failure elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
         failure = self.watch.failure or self.watch.fail(
-            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", told=True)
+            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
         )
         self._left()
         if self._served is not None:
@@ -239,17 +239,17 @@ class ProcessTeam:
             self._own.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
-        self.watch.met(MAIN, training=True)
+        self.watch.note_exchange(MAIN, training=True)
         told = torch.tensor(numbers)
         dist.all_reduce(told, group=self._group)
-        self.watch.met(MAIN)
+        self.watch.note_exchange(MAIN)
         found: list[int] = told.tolist()
         return found
 
     def _swaps(self, swaps: str) -> str:
-        told = self.ranks.gather(swaps)
+        told = self.comm.gather(swaps)
         found = sorted("".join(told or []).split(), key=lambda swap: int(swap.partition(":")[0]))
-        ordered: str = self.ranks.broadcast("".join(f" {swap}" for swap in found))
+        ordered: str = self.comm.broadcast("".join(f" {swap}" for swap in found))
         return ordered
 
     def _store(self, name: str) -> Store:
@@ -272,23 +272,23 @@ class ProcessTeam:
 
 
 @contextmanager
-def process_team(world: World, place: Meeting, *, timeout: float, patience: float) -> Iterator[ProcessTeam]:
+def process_team(world: World, place: Rendezvous, *, timeout: float, patience: float) -> Iterator[ProcessTeam]:
     """Within the block, a member of the team. An error is raised with its text in one process only, which prints it."""
     team = ProcessTeam(world, place, timeout=timeout, patience=patience)
     try:
-        with team.explaining():
+        with team.blame_peer():
             yield team
     except BaseException as error:
         if isinstance(error, RunnerError) and error.agreed:
             team.leave()
             if world.rank == 0:
                 raise
-            raise OthersFailed("", error.status) from None
+            raise PeerFailed("", error.status) from None
         failure = team.fail(error)
-        if failure.told and failure.rank == world.rank:
+        if failure.printed and failure.rank == world.rank:
             raise
-        told = "" if failure.told or world.rank != (failure.rank == 0) else failure.message
-        raise OthersFailed(told, failure.status) from None
+        told = "" if failure.printed or world.rank != (failure.rank == 0) else failure.message
+        raise PeerFailed(told, failure.status) from None
     team.leave()
 
 

@@ -1,9 +1,9 @@
-"""The watchdog of a run of one process: if training stands still, it says what every thread does and ends the process.
+"""The watchdog of a run of one process: if training stalls, it prints what every thread does and ends the process.
 
-Twice a second a thread adds up the time since the last step or evaluation batch: for steps, for batches, and for what
-may take ``patience`` longer, which is saving and the end of an evaluation. Building the parts is not watched. What
-takes long by right does not count: compiling, reading again to resume, a debugger; nor the time for which the process
-was stopped or the machine slept.
+Twice a second a thread adds up the time since the last step or evaluation batch, separately for steps, for batches, and
+for saving and the end of an evaluation, which may take ``patience`` seconds longer. Building the parts is not watched.
+Compiling, reading again to resume, and a debugger take any time; nor does the time count for which the process was
+stopped or the machine slept.
 """
 
 import faulthandler
@@ -22,22 +22,28 @@ from types import FrameType
 
 import torch
 
+from runner.activity import activities
 from runner.distributed import outside
-from runner.distributed.watchdog import JOINS, SAVES, activity, end_process, stack
+from runner.distributed.watchdog import end_process, stack, thread_status
 
 _LOOK_SECONDS = 0.5
-_SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread speaks first
+_SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread, which prints more, acts first
 _DUMP_SECONDS = 2.0  # for data workers to print where they are
-_STEP, _BATCH, _END, _SAVE = "no step", "no batch of an evaluation", "no end of an evaluation", "no end of a save"
-_EVALUATION = f"{Path(__file__).parents[1]}/evaluation.py"
-_AGAIN = f"{Path(__file__).parents[1]}/data/"
+_STEP = "no step"
+_LACKING = {
+    "saves": "no end of a save",
+    "joins": "no end of a save",
+    "evaluates": "no batch of an evaluation",
+    "ends evaluation": "no end of an evaluation",
+}
+_PATIENT = ("no end of a save", "no end of an evaluation")
 _TORCH = Path(torch.__file__).parent
 _COMPILERS = {f"{_TORCH}/_dynamo/convert_frame.py", f"{_TORCH}/_inductor/compile_fx.py"}
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
 
 
 class Stall:
-    """The watchdog's thread, for the thread that made it. ``last_words`` is called with the reason before the end."""
+    """Watches the thread that creates it. ``last_words`` is called with the reason before the process is ended."""
 
     def __init__(self, timeout: float, patience: float) -> None:
         self.last_words: Callable[[str], None] = lambda reason: None
@@ -45,18 +51,18 @@ class Stall:
         self._patience = patience
         self._training = threading.get_ident()
         self._watching = False  # from the first step or batch on
-        self._moved = False
-        self._telling = threading.Lock()
+        self._progressed = False
+        self._signalling = threading.Lock()
         self._outside = _Outside(timeout + _SLACK_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
 
-    def moved(self) -> None:
-        """A step or a batch is done; costs nothing but the first time."""
-        first, self._watching, self._moved = not self._watching, True, True
-        if first:  # from this thread: the next step may keep Python's lock before the other one looks
-            self._tell_outside()
+    def note_progress(self) -> None:
+        """A step or a batch is done. Cheap except the first time."""
+        first, self._watching, self._progressed = not self._watching, True, True
+        if first:  # from this thread: the next step may keep Python's lock before the other thread looks
+            self._signal_outside()
 
     def rest(self) -> None:
         """Training is over."""
@@ -67,48 +73,43 @@ class Stall:
         self._ended.set()
         self._thread.join(2 * _LOOK_SECONDS)
         self._watching = False
-        self._tell_outside()
+        self._signal_outside()
 
-    def _tell_outside(self) -> None:
-        with self._telling:
-            self._outside.tell(watching=self._watching)
+    def _signal_outside(self) -> None:
+        with self._signalling:
+            self._outside.signal(watching=self._watching)
 
     def _watch(self) -> None:
         spent: Counter[str] = Counter()
         last = time.monotonic()
         while not self._ended.wait(_LOOK_SECONDS):
-            self._tell_outside()
-            # More has not passed for the training thread either, whatever the clock says: both were stopped.
+            self._signal_outside()
+            # If the clock says more, the process was stopped, and no more time has passed for the training thread.
             passed, last = min(time.monotonic() - last, 2 * _LOOK_SECONDS), time.monotonic()
-            if self._moved or not self._watching:
+            if self._progressed or not self._watching:
                 spent.clear()
-                self._moved = False
-                continue
-            what = self._lacks()
-            if what is None:
-                continue
-            spent[what] += passed  # type: ignore[assignment]
-            if spent[what] > self._timeout + self._patience * (what in (_END, _SAVE)):
-                self._end(what, spent[what])
+                self._progressed = False
+            elif (lack := self._lack()) is not None:
+                spent[lack] += passed  # type: ignore[assignment]
+                if spent[lack] > self._timeout + self._patience * (lack in _PATIENT):
+                    self._end(lack, spent[lack])
 
-    def _lacks(self) -> str | None:
-        """What has not come while the training thread is where it is; None if it may be there as long as it likes."""
-        frames = stack(self._training)
-        if any(_at_leisure(frame) for frame in frames) or any(map(_compiles, sys._current_frames().values())):
+    def _lack(self) -> str | None:
+        """What is overdue while the training thread does what it does; None if that may take any time."""
+        declared = activities(self._training)
+        debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
+        if debugged or "reads again" in declared or any(map(_compiles, sys._current_frames().values())):
             return None
-        if activity(self._training).does in (SAVES, JOINS):
-            return _SAVE
-        inside = [frame.f_code.co_name for frame in frames if frame.f_code.co_filename == _EVALUATION]
-        return (_BATCH if "_means" in inside else _END) if inside else _STEP
+        return _LACKING[declared[-1]] if declared else _STEP
 
-    def _end(self, what: str, seconds: float) -> None:
-        key = "runtime.timeout and checkpoint.max_unsaved" if what in (_END, _SAVE) else "runtime.timeout"
+    def _end(self, lack: str, seconds: float) -> None:
+        key = "runtime.timeout and checkpoint.max_unsaved" if lack in _PATIENT else "runtime.timeout"
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         reason = (
-            f"{what} for {seconds:.0f} s ({key}); the training thread is at {activity(self._training).line}.\n"
+            f"{lack} for {seconds:.0f} s ({key}); the training thread is at {thread_status(self._training).line}.\n"
             f"{chr(10).join([*_threads(), *_children()])}\n"
-            "If that takes so long by right, set a longer runtime.timeout. "
+            "If the work there needs that long, set a longer runtime.timeout. "
             "The same command goes on from the last checkpoint."
         )
         end_process(reason, 1, self.last_words)
@@ -121,8 +122,8 @@ class _Outside:
         self._limit = limit
         self._process: subprocess.Popen[bytes] | None = None
 
-    def tell(self, *, watching: bool) -> None:
-        """This process is not stuck."""
+    def signal(self, *, watching: bool) -> None:
+        """Show that this process is not stuck: start, feed, or end the process beside it."""
         if self._process is None and watching:
             command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(self._limit)]
             with suppress(Exception):  # no room for another process; stderr may be anything
@@ -132,14 +133,9 @@ class _Outside:
             with suppress(OSError):
                 os.write(self._process.stdin.fileno(), b".")  # type: ignore[union-attr]
         elif self._process is not None:
-            self._process.kill()  # it would not learn from its input that this is the end: data workers hold it, too
+            self._process.kill()  # its input stays open, because data workers hold it, too
             self._process.communicate()
             self._process = None
-
-
-def _at_leisure(frame: FrameType) -> bool:
-    file, name = frame.f_code.co_filename, frame.f_code.co_name
-    return file.endswith(_DEBUGGERS) or (name == "_read_again" and file.startswith(_AGAIN))
 
 
 def _compiles(frame: FrameType | None) -> bool:
@@ -152,11 +148,11 @@ def _threads() -> Iterator[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident in sys._current_frames():
         if ident != threading.get_ident():
-            yield f"  thread {names.get(ident, ident)} is at {activity(ident).line}"
+            yield f"  thread {names.get(ident, ident)} is at {thread_status(ident).line}"
 
 
 def _children() -> Iterator[str]:
-    """The child processes that live; data workers among them print where they are."""
+    """Lines on the living child processes; data workers are made to print where they are."""
     children = multiprocessing.active_children()
     asked = [child for child in children if child.pid and _handles(child.pid, signal.SIGQUIT)]
     for child in asked:

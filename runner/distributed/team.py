@@ -1,6 +1,6 @@
 """What the training loop needs from the other processes, and the trivial answers of a single process."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from runner import signals
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator
-from runner.distributed.environment import World
+from runner.distributed.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class StepReport:
     """What one process reports after a step, and, as the answer, the same combined over all processes.
 
-    ``digest`` and ``swaps`` describe the samples that were read (``Stream.read``), ``elapsed`` is the training time on
-    rank 0 in seconds, ``metrics`` are the names of the step's metrics.
+    ``digest`` and ``swaps`` describe the samples that were read (``TrainingStream.step_samples``), ``elapsed`` is
+    the training time on rank 0 in seconds, ``metrics`` are the names of the step's metrics.
     """
 
     digest: int
@@ -33,12 +33,12 @@ class StepReport:
 class Team(Protocol):
     """The processes of a run. All of them make the same calls in the same order.
 
-    ``ranks`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
+    ``comm`` is for exchanges of the training thread. ``stop`` is the stop signal that the last ``exchange`` or
     ``poll`` found in any process.
     """
 
     world: World
-    ranks: Communicator
+    comm: Communicator
 
     @property
     def stop(self) -> str | None: ...
@@ -58,17 +58,17 @@ class Team(Protocol):
     def union(self, names: Sequence[str]) -> list[str]:
         """All names that any process has, in the same order on all."""
 
-    def added(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+    def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
         """The sums over all processes, in double precision; all processes pass the same names."""
 
     def rest(self) -> None:
         """Training is over: from now on a process may take longer than the timeout."""
 
-    def at_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str], None]) -> None:
         """Register a function that is called with the reason if this process hangs and is ended by its watchdog."""
 
-    def explaining(self) -> AbstractContextManager[Any]:
-        """Within the block, an error that is only a consequence of another process's failure becomes OthersFailed."""
+    def blame_peer(self) -> AbstractContextManager[Any]:
+        """Within the block, an error that is only a consequence of another process's failure becomes PeerFailed."""
 
 
 class SingleProcessTeam:
@@ -76,7 +76,7 @@ class SingleProcessTeam:
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.ranks: Communicator = SINGLE_PROCESS
+        self.comm: Communicator = SINGLE_PROCESS
         self._bounds = timeout, patience
         self._stall: Stall | None = None
 
@@ -98,27 +98,75 @@ class SingleProcessTeam:
 
     def poll(self) -> str | None:
         if self._stall is not None:
-            self._stall.moved()
+            self._stall.note_progress()
         return signals.received()
 
     def union(self, names: Sequence[str]) -> list[str]:
         return [*names]
 
-    def added(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+    def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
         return values
 
     def rest(self) -> None:
         if self._stall is not None:
             self._stall.rest()
 
-    def at_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str], None]) -> None:
         if self._stall is not None:
             self._stall.last_words = last_words
 
-    def explaining(self) -> AbstractContextManager[Any]:
+    def blame_peer(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def leave(self) -> None:
         """The run has ended, well or not."""
         if self._stall is not None:
             self._stall.close()
+
+
+class Parallelism(Protocol):
+    """All processes make the same calls in the same order."""
+
+    description: str  # for people
+
+    def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+        """The micro-batches of a step. Only the backward pass of the last one reduces gradients over processes."""
+
+    def reduce_gradients(self) -> None:
+        """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
+
+    def full_tensor(self, value: "Tensor") -> "Tensor":
+        """The full tensor of a value of which each process may hold a part."""
+
+    def all_true(self, verdict: "Tensor") -> "Tensor":
+        """Whether ``verdict`` is true in all processes."""
+
+    def sync_buffers(self) -> None:
+        """After a step: copy rank 0's buffers, such as running means, to all processes."""
+
+    def optimizer_part(self, optimizer: Any) -> Any:
+        """The optimizer as a part of the training state."""
+
+
+class SingleDevice:
+    """A single process with the whole model."""
+
+    description = ""
+
+    def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
+        return micro_batches
+
+    def reduce_gradients(self) -> None:
+        pass
+
+    def full_tensor(self, value: "Tensor") -> "Tensor":
+        return value
+
+    def all_true(self, verdict: "Tensor") -> "Tensor":
+        return verdict
+
+    def sync_buffers(self) -> None:
+        pass
+
+    def optimizer_part(self, optimizer: Any) -> Any:
+        return optimizer

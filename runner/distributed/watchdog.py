@@ -1,14 +1,10 @@
-"""How a watchdog ends this process, whose training thread cannot end it any more.
-
-What a thread of this process is doing, and where, for messages of other processes. Read from its stack frames.
-
-A watchdog in every process, so that no process waits for ever for another that died, was stopped or hangs.
+"""The watchdog in every process of a run, so that no process waits for ever for one that died, was stopped or hangs.
 
 Twice a second a thread writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A
 process that has waited too long for others looks at the beats of all ranks. While training runs, all processes must
 meet within the timeout; at other times a process may take longer, unless another one waits for it. A long wait may be
 legitimate, as when one process builds a data set that the others then read. That looks like a hang, so the message
-names the place and the option to raise.
+names the code line and the option to raise.
 
 The first failure is stored for all. A process that reads it gives its training thread some seconds to end by itself
 (usually its collectives fail), and then ends the process. A second thread does that, which waits for nothing.
@@ -21,94 +17,88 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from os import getpid
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch._C._distributed_c10d import Store
 
-from runner.distributed.environment import World
+from runner.activity import Activity, activities
+from runner.distributed.world import World
 
 GRACE_SECONDS = 10.0
 
 
 def end_process(message: str, status: int, last_words: Callable[[str], None], *, who: str = "this process") -> NoReturn:
-    """Have the last words said, print the message, and end the process and its children at once."""
-    words = threading.Thread(target=_say, args=[last_words, message], daemon=True)
-    words.start()
-    words.join(GRACE_SECONDS)  # what hangs may be the storage
+    """Call ``last_words`` with the message, print it, and end the process and its children at once."""
+
+    def speak() -> None:
+        with suppress(Exception):
+            last_words(message)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    speaker.join(GRACE_SECONDS)  # the storage may hang
     print(f"{who} ends: {message}", file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():  # data workers, which might notice late or never
         child.kill()
     os._exit(status)
 
 
-def _say(last_words: Callable[[str], None], message: str) -> None:
-    with suppress(Exception):
-        last_words(message)
-
-
-# Waits for other processes; waits for its own writer thread; saves, restores or exports; does anything else.
-WAITS, JOINS, SAVES, WORKS = "waits", "joins", "saves", "works"
-
-_RUNNER = f"{Path(__file__).parents[1]}/"
 _TORCH = f"{Path(torch.__file__).parent}/"
-_STANDARD = f"{Path(os.__file__).parent}/"
+_STANDARD_LIBRARY = f"{Path(os.__file__).parent}/"
 _INSTALLED = ("/site-packages/", "/dist-packages/")
-_EXCHANGES = (f"{_RUNNER}distributed/", f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
-_WRITER = f"{_RUNNER}checkpoint/writer.py"
-_STORES = tuple(
-    f"{_RUNNER}{file}" for file in ("checkpoint/", "callbacks/saving.py", "storage/journals.py", "finish.py")
-)
+_OWN = f"{Path(__file__).parent}/"
+_EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Activity:
-    """``does`` is one of the four words above. ``line`` is a code line for people, outside of libraries if possible."""
+class ThreadStatus:
+    """What a thread does: it ``waits`` for other processes, or its innermost declared activity, or it just ``works``.
+    ``line`` is a code line for people, outside of torch and the standard library if possible.
+    """
 
-    does: str
+    does: Activity | Literal["waits", "works"]
     line: str
 
 
-def activity(thread: int) -> Activity:
-    """The place of a thread of this process, by its ident."""
+def thread_status(thread: int) -> ThreadStatus:
+    """The status of a thread of this process, by its ident."""
     frames = stack(thread)
-    files = [frame.f_code.co_filename for frame in frames]
-    inner = takewhile(lambda file: file.startswith((_TORCH, _EXCHANGES[0])), files)
-    if any(file.startswith(_EXCHANGES) for file in inner):
-        return Activity(WAITS, _line(frames))
-    if next((file for file in files if not _foreign(file)), "") == _WRITER:
-        return Activity(JOINS, _line(frames))
-    return Activity(SAVES if any(file.startswith(_STORES) for file in files) else WORKS, _line(frames))
+    files = (frame.f_code.co_filename for frame in frames)
+    if any(file.startswith(_EXCHANGES) for file in takewhile(lambda file: file.startswith((_TORCH, _OWN)), files)):
+        return ThreadStatus("waits", _line(frames))
+    declared = activities(thread)
+    return ThreadStatus(declared[-1] if declared else "works", _line(frames))
 
 
 def stack(thread: int) -> list[FrameType]:
-    """The frames of a thread of this process, from the innermost on."""
-    return [*_frames(sys._current_frames().get(thread))]
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames of a thread of this process, the innermost first."""
+    frames = []
+    frame = sys._current_frames().get(thread)
     while frame is not None:
-        yield frame
+        frames.append(frame)
         frame = frame.f_back
+    return frames
 
 
 def _line(frames: list[FrameType]) -> str:
-    """The innermost line outside of torch and the standard library."""
-    frame = next((frame for frame in frames if not _foreign(frame.f_code.co_filename)), frames[0] if frames else None)
+    frame = next(
+        (frame for frame in frames if not _is_library(frame.f_code.co_filename)), frames[0] if frames else None
+    )
     if frame is None:
         return "an unknown place"
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _foreign(file: str) -> bool:
-    standard = file.startswith((_STANDARD, "<frozen ")) and not any(part in file for part in _INSTALLED)
+def _is_library(file: str) -> bool:
+    standard = file.startswith((_STANDARD_LIBRARY, "<frozen ")) and not any(part in file for part in _INSTALLED)
     return standard or file.startswith(_TORCH)
 
 
@@ -122,44 +112,44 @@ MAIN = "main"  # the training thread
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why all processes have to end, and their exit status. ``told``: the failed rank prints the message itself."""
+    """Why all processes have to end, and their exit status. ``printed``: the failed rank prints the message itself."""
 
     rank: int
     status: int
     message: str
-    told: bool = False
+    printed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life of a process. Every beat has a new number. ``places``: what its threads are doing, and where."""
+    """A sign of life of a process. Every beat has a new number. ``threads``: name -> what it does, code line."""
 
     number: int
     pid: int
     host: str
-    places: dict[str, tuple[str, str]]
+    threads: dict[str, tuple[str, str]]
 
     @property
     def thread(self) -> str:
-        """The thread that others may be waiting for: the writer, if the training thread waits for it."""
-        others = [name for name in self.places if name != MAIN]
-        return others[0] if others and self.places[MAIN][0] == JOINS else MAIN
+        """The name of the thread that others may be waiting for: the writer, if the training thread waits for it."""
+        others = [name for name in self.threads if name != MAIN]
+        return others[0] if others and self.threads[MAIN][0] == "joins" else MAIN
 
     @property
     def does(self) -> str:
-        return self.places[self.thread][0]
+        return self.threads[self.thread][0]
 
-    def at(self, rank: int, thread: str) -> str:
-        """Rank, pid, host and code line, for messages."""
-        where = f" is at {self.places[thread][1]}" if thread in self.places else ""
-        return f"{_who(rank, self.pid, self.host)}{where}"
+    def describe(self, rank: int, thread: str) -> str:
+        """Rank, pid, host and code line of a thread, for messages."""
+        line = f" is at {self.threads[thread][1]}" if thread in self.threads else ""
+        return f"{_process(rank, self.pid, self.host)}{line}"
 
 
 class Watchdog:
-    """The watchdog's threads. ``failure`` is set once any process has failed.
+    """The threads that write beats, look at those of others, and end this process after a failure.
 
-    ``last_words`` is called with its message before the watchdog ends this process. A process that reads or writes a
-    checkpoint may take ``patience`` seconds longer than ``timeout``.
+    ``failure`` is set once any process has failed. ``last_words`` is called with the message before the watchdog ends
+    this process. A process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
@@ -181,22 +171,24 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def met(self, thread: str, *, training: bool | None = None) -> None:
-        """The calling thread, of that name, has reached an exchange."""
+    def note_exchange(self, thread: str, *, training: bool | None = None) -> None:
+        """The calling thread, which is named ``thread``, has reached an exchange. ``training``: whether the training
+        thread must from now on reach the next one within the timeout.
+        """
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
             self._training = self._training if training is None else training
             self._since = time.monotonic()
 
     def rest(self) -> None:
-        """Training is over: processes need not meet within the timeout any more."""
+        """Training is over: processes no longer have to meet within the timeout."""
         self._training = False
 
     def whereabouts(self, rank: int, thread: str) -> str:
-        """Where a thread of that rank is, for messages."""
+        """Where a thread of a rank is, for messages."""
         name = f"beat/{rank}"
         try:
-            return _beat(self._store.get(name)).at(rank, thread) if self._store.check([name]) else f"rank {rank}"
+            return _beat(self._store.get(name)).describe(rank, thread) if self._store.check([name]) else f"rank {rank}"
         except RuntimeError:  # the store is gone
             return f"rank {rank}"
 
@@ -206,8 +198,7 @@ class Watchdog:
         with self._lock:
             if self.failure is None:
                 try:
-                    found = self._store.compare_set(_FAILURE, "", text)
-                    self.failure = Failure(**json.loads(found))
+                    self.failure = Failure(**json.loads(self._store.compare_set(_FAILURE, "", text)))
                 except RuntimeError:  # the store is gone with its process
                     self.failure = failure
             return self.failure
@@ -247,10 +238,10 @@ class Watchdog:
             self._end(self.failure)
 
     def _show(self, number: int) -> None:
-        places = {thread: activity(ident) for thread, ident in [*self._idents.items()]}
-        if not self._training and places[MAIN].does != WAITS:
+        threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
+        if not self._training and threads[MAIN].does != "waits":
             self._since = time.monotonic()
-        beat = Beat(number, getpid(), _host(), {thread: (at.does, at.line) for thread, at in places.items()})
+        beat = Beat(number, getpid(), _host(), {name: (each.does, each.line) for name, each in threads.items()})
         self._store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
 
     def _look(self) -> None:
@@ -270,12 +261,12 @@ class Watchdog:
         if self._has_left(self._next):
             return
         last = _beat(beat) if beat else None
-        who = _who(self._next, last.pid, last.host) if last else f"rank {self._next}"
+        process = _process(self._next, last.pid, last.host) if last else f"rank {self._next}"
         if last and last.host == _host() and not _lives(last.pid):
-            self.fail(Failure(self._next, 1, f"{who} died. {_AGAIN}"))
+            self.fail(Failure(self._next, 1, f"{process} died. {_AGAIN}"))
         elif silent > self._timeout:
-            what = "has shown no sign of life" if beat else "has not come"
-            self.fail(Failure(self._next, 1, f"{who} {what} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
+            lack = "has shown no sign of life" if beat else "has not come"
+            self.fail(Failure(self._next, 1, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
 
     def _judge(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""
@@ -286,40 +277,40 @@ class Watchdog:
         if not self._store.check(names):
             return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
-        late = {rank: beat for rank, beat in beats.items() if beat.does != WAITS and not self._has_left(rank)} or beats
+        late = {
+            rank: beat for rank, beat in beats.items() if beat.does != "waits" and not self._has_left(rank)
+        } or beats
         bound, key = self._timeout, _TIMEOUT
-        if all(beat.does == SAVES for beat in late.values()):
+        if all(beat.does == "saves" for beat in late.values()):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
         if waited > bound:
-            told = "\n".join(f"  {beat.at(rank, beat.thread)}" for rank, beat in late.items())
-            message = (
-                f"for {waited:.0f} s the processes have waited for one of them ({key}):\n{told}\n{_LONGER} {_AGAIN}"
-            )
-            self.fail(Failure(min(late), 1, message))
+            lines = "\n".join(f"  {beat.describe(rank, beat.thread)}" for rank, beat in late.items())
+            reason = f"for {waited:.0f} s the processes have waited for one of them ({key}):"
+            self.fail(Failure(min(late), 1, f"{reason}\n{lines}\n{_LONGER} {_AGAIN}"))
 
     def _has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
 
     def _lose(self) -> None:
-        """The store does not answer: its process is gone, unless all processes are just ending."""
+        """Note that the store's process is gone, unless all processes are just ending."""
         if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
             self.failure = self._lost("is gone")
 
-    def _lost(self, how: str) -> Failure:
-        return Failure(0, 1, f"rank 0, or the launcher that started it, {how}. {_AGAIN}")
+    def _lost(self, event: str) -> Failure:
+        return Failure(0, 1, f"rank 0, or the launcher that started it, {event}. {_AGAIN}")
 
     def _end(self, failure: Failure) -> None:
-        at_fault = failure.rank == self._world.rank and not failure.told
+        at_fault = failure.rank == self._world.rank and not failure.printed
         until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):
                 return
-            waiting = waiting + 1 if activity(self._idents[MAIN]).does == WAITS else 0
+            waiting = waiting + 1 if thread_status(self._idents[MAIN]).does == "waits" else 0
         end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
 
 _TIMEOUT = "runtime.timeout"
-_LONGER = "If that takes so long by right, set a longer one."
+_LONGER = "If the work there needs that long, set a longer one."
 _AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
 
 
@@ -342,5 +333,5 @@ def _beat(raw: bytes) -> Beat:
     return Beat(**json.loads(raw))
 
 
-def _who(rank: int, pid: int, host: str) -> str:
+def _process(rank: int, pid: int, host: str) -> str:
     return f"rank {rank} (pid {pid} on {host})"

@@ -2,9 +2,9 @@
 
     metrics/s000000000-a000001.jsonl     {"step": 10, "train/loss": 0.3, "time/step": 0.002}
 
-A segment (file) is written as a whole before each commit, and the commit records its length; a resume cuts off
-everything after that. The files in the order of their names contain every (step, tag) once. Metrics that depend on the
-clock have names that begin with ``time/``.
+A segment (file) is written as a whole before each commit, and the commit records the number of its lines; a resume
+removes all lines after them. The files in the order of their names contain every (step, tag) once. Tags of metrics that
+depend on the clock begin with ``time/``. ``runs compare`` and ``runner.verify`` read these files.
 """
 
 import json
@@ -15,37 +15,36 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.metrics.writer import WriterContext
 from runner.plain import parse
 from runner.storage.location import Location
 
 _FOLDER = "metrics"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
-_FULL = 1 << 20  # bytes after which a new segment is begun, because a segment is written whole each time
-_FULLEST = 16 << 20  # where nothing is committed for long
-_LIMIT = 64 << 20
+_FULL = 1 << 20  # bytes after which a commit begins a new segment, because a segment is written whole each time
+_FULLEST = 16 << 20  # bytes after which a new segment begins without a commit
+_LIMIT = 64 << 20  # bytes of a segment that are read: above _FULLEST and a last line
 
 
-class MetricLines:
-    """Appends to the metrics of one run, for one attempt."""
+class LinesWriter:
+    """Appends to the metrics of a run. The constructor removes all lines after ``context.mark``."""
 
-    def __init__(self, location: Location, *, attempt: int) -> None:
-        self._location = location
-        self._attempt = attempt
+    def __init__(self, context: WriterContext) -> None:
+        self._location = context.location
+        self._attempt = context.attempt
         self._segments: deque[_Segment] = deque()  # the last one grows; those before it wait for their flush
-
-    def open(self, step: int, end: Mapping[str, Any] | None) -> None:
-        """Continue after ``step``. ``end`` is what ``mark`` returned for the commit that was resumed from, if any."""
+        end = context.mark
         last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
-            found = _key(entry.name)
-            if found is None or (last is not None and found < last):
-                continue
-            self._cut(f"{_FOLDER}/{entry.name}", end["lines"] if end and found == last else 0)
-        self._begin(step)
+            key = _key(entry.name)
+            if key is not None and (last is None or key >= last):
+                self._cut(f"{_FOLDER}/{entry.name}", end["lines"] if end and key == last else 0)
+        self._begin(context.step)
 
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add a line, in memory until ``flush``. NaN and infinity become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+    def add(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Add a line, in memory until ``flush``. NaN and infinity become null; texts are left out."""
+        numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
+        finite = {tag: value if math.isfinite(value) else None for tag, value in numbers.items()}
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         self._segments[-1].lines.append(line)
         self._segments[-1].size += len(line)
@@ -53,7 +52,7 @@ class MetricLines:
             self._begin(step)
 
     def mark(self, step: int) -> dict[str, Any]:
-        """The current end, to be stored in the commit at ``step``; ``flush`` must make the lines durable before it."""
+        """The segment, and the number of its lines, up to which ``flush`` makes the lines durable."""
         segment = self._segments[-1]
         end = {"segment": segment.name, "lines": len(segment.lines)}
         if segment.size > _FULL:
@@ -61,7 +60,7 @@ class MetricLines:
         return end
 
     def flush(self) -> None:
-        """Make everything up to the last ``mark`` durable. One thread may call this while another calls ``add``."""
+        """Write each segment that has new lines, as a whole."""
         while True:
             segment, full = self._segments[0], len(self._segments) > 1
             lines = segment.lines[:]
@@ -71,6 +70,9 @@ class MetricLines:
             if not full:
                 return
             self._segments.popleft()
+
+    def close(self) -> None:
+        """Nothing is open: the last checkpoint flushed all lines."""
 
     def _cut(self, name: str, keep: int) -> None:
         """Keep the first ``keep`` lines of a segment."""
@@ -102,8 +104,8 @@ def read(location: Location) -> Iterator[dict[str, Any]]:
 def curve(location: Location, tag: str) -> list[tuple[int, float | None]]:
     """One metric over the steps; None where it was not finite. Lines without it are not parsed, which is faster."""
     quoted = json.dumps(tag).encode()
-    found = (parse(line) for line in _lines(location) if quoted in line)
-    return [(line["step"], line[tag]) for line in found if tag in line]
+    candidates = (parse(line) for line in _lines(location) if quoted in line)
+    return [(line["step"], line[tag]) for line in candidates if tag in line]
 
 
 def _lines(location: Location) -> Iterator[bytes]:
@@ -117,6 +119,6 @@ def _read(location: Location, name: str) -> list[bytes]:
 
 
 def _key(name: str) -> tuple[int, int] | None:
-    """Segments in the order in which they were begun: by step, then by attempt."""
-    found = _SEGMENT.fullmatch(name)
-    return (int(found[1]), int(found[2])) if found else None
+    """Step and attempt of a segment: the order in which segments were begun. None for another file."""
+    match = _SEGMENT.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None

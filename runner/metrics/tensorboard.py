@@ -1,12 +1,10 @@
-"""TensorBoard event files: one continuous curve over any number of attempts.
+"""TensorBoard's event files: one continuous curve over any number of attempts, and one row per run in the HParams tab.
 
-They are journals, because TensorBoard's own writer ends for good, and training with it, at the first error of a disk.
+Event files are journals here, because TensorBoard's own writer never recovers from an error of the disk.
 
-What a run computes, for TensorBoard's HParams tab: one row per run.
-
-It is an event file of its own, replaced as a whole. TensorBoard reads the files of a folder in the order of their names
-and keeps the first hyperparameters that it finds: this file comes first and has those of the newest attempt. The
-columns and which of them differ TensorBoard finds out over all runs, so no run writes a list of them.
+The row is an event file of its own, replaced as a whole. TensorBoard reads the files of a folder in the order of their
+names and keeps the first hyperparameters: this file comes first and has those of the newest attempt. TensorBoard itself
+compares the rows of all runs to find the columns, so no run writes a list of them.
 """
 
 import io
@@ -23,28 +21,31 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, printable
-from runner.storage.location import Journals, Location
+from runner.metrics.writer import WriterContext
+from runner.storage.location import JournalChain, Location
 
+_FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
-class Curves:
-    """Writes scalars and texts from ``purge_step`` on, and makes TensorBoard hide what older attempts wrote there."""
+class TensorBoardWriter:
+    """Writes curves and texts, and makes TensorBoard hide what older attempts wrote for the same and later steps."""
 
-    def __init__(self, location: Location, folder: str, *, purge_step: int, attempt: int) -> None:
-        self._location = location
-        self._folder = folder
-        self._attempt = attempt
-        self._journals = Journals(location)
+    def __init__(self, context: WriterContext) -> None:
+        write_hparams(context.location, context.experiment, context.hyperparameters, finished=False)
+        self._location = context.location
+        self._attempt = context.attempt
+        self._step = context.step
+        self._journals = JournalChain(context.location)
         self._files = 0
+        self._hidden = False  # whether the event that hides older points is written
         self._time = self._now()
         self._begin()
-        start = Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self._journals.append(encoded([start]))
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
         """Numbers become curves, strings become texts."""
+        self._hide_from(min(step, self._step + 1))
         summaries = (
             text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
             for tag, value in values.items()
@@ -52,37 +53,46 @@ class Curves:
         now = time.time()
         self._journals.append(encoded(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
 
-    def mark(self) -> None:
-        """Begin a new file if this one is full."""
+    def mark(self, step: int) -> dict[str, Any]:
+        """Begin a new file if this one is full. There is no mark: TensorBoard hides the points of repeated steps."""
         if self._journals.size > _FULL:
             with suppress(StorageError):  # where there is no room for another file, this one grows on
                 self._begin()
+        return {}
 
     def flush(self) -> None:
-        """Make everything so far durable. One thread may call this while another calls ``add``."""
+        """Make everything so far durable."""
         self._journals.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
+        self._hide_from(self._step + 1)
         self.flush()
         self._journals.close()
+
+    def _hide_from(self, step: int) -> None:
+        """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
+        if not self._hidden:
+            start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
+            self._journals.append(encoded([start]))
+            self._hidden = True
 
     def _begin(self) -> None:
         name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
         head = encoded([Event(wall_time=time.time(), file_version="brain.Event:2")])
-        self._journals.begin(f"{self._folder}/{name}", head)
+        self._journals.begin(f"{_FOLDER}/{name}", head)
         self._files += 1
 
     def _now(self) -> int:
-        """The time for the names of files, which TensorBoard reads in their order. It is later than that of all that
-        are there, whatever the clock says: else an older attempt would hide what this one writes.
+        """The time for the names of the files, later than that of all present files, whatever the clock says:
+        TensorBoard reads files in the order of their names, and an older attempt must not hide what this one writes.
         """
-        found = (_NAME.match(entry.name) for entry in self._location.list(self._folder))
-        return max([int(time.time()), *(int(name[1]) + 1 for name in found if name)])
+        matches = (_NAME.match(entry.name) for entry in self._location.list(_FOLDER))
+        return max([int(time.time()), *(int(match[1]) + 1 for match in matches if match)])
 
 
 def encoded(events: Iterable[Event]) -> bytes:
-    """Events as an event file has them."""
+    """Events in the format of an event file."""
     content = io.BytesIO()
     records = RecordWriter(content)
     for event in events:
@@ -90,20 +100,26 @@ def encoded(events: Iterable[Event]) -> bytes:
     return content.getvalue()
 
 
-_FILE = "events.out.tfevents.0000000000.hparams"  # the number is a time, that of other files is later
-_EXACT = 2**53  # up to here TensorBoard's numbers are exact
+_HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; other files have later ones
+_EXACT = 2**53  # TensorBoard's numbers are doubles: whole numbers are exact up to here
 
 
-def write(location: Location, folder: str, experiment: str, identity: Mapping[str, Any], *, finished: bool) -> None:
-    """Make a run with this identity the one row of ``folder``. Raises StorageError."""
-    values = {"experiment": experiment, **flatten(identity)}
+def declare_finished(location: Location, experiment: str, hyperparameters: Mapping[str, Any]) -> None:
+    """Give the run's row the status "success", if the run has a row. Raises StorageError."""
+    if location.read(_HPARAMS, limit=1 << 20) is not None:
+        write_hparams(location, experiment, hyperparameters, finished=True)
+
+
+def write_hparams(location: Location, experiment: str, hyperparameters: Mapping[str, Any], *, finished: bool) -> None:
+    """Write the run's row. Raises StorageError."""
+    values = {"experiment": experiment, **flatten(hyperparameters)}
     _, start, end = hparams({printable(key): _cell(value) for key, value in values.items()}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
-    location.replace(f"{folder}/{_FILE}", [encoded(events)])
+    location.replace(_HPARAMS, [encoded(events)])
 
 
 def _cell(value: Any) -> float | str:
-    """Numbers are numbers, all else is text. An absent value is text too: one left out would not be seen to differ."""
+    """Numbers stay numbers, all else becomes text, null too: TensorBoard does not compare a cell that is absent."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _EXACT:
         return value
     return printable(value if isinstance(value, str) else json.dumps(value))

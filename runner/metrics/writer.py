@@ -1,20 +1,141 @@
-"""The metrics of a process that does not write them: only rank 0 of a run does."""
+"""The interface of metric writers, and the writers of an attempt as a group.
 
-from collections.abc import Mapping
-from typing import Any
+TensorBoard's event files and the JSON lines are the two writers of every run. To log to another system, write a class
+with the four methods of ``MetricWriter`` and name it in the configuration. For MLflow:
+
+    # my_writers.py
+    from time import time
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    class MLflowWriter:
+        def __init__(self, context, tracking_uri, experiment_id="0"):
+            self.client = MlflowClient(tracking_uri)
+            # The run that the checkpoint names. A resumed attempt goes on in it.
+            self.run = context.mark["run"] if context.mark else self._create(context, experiment_id)
+            self.waiting = []
+
+        def _create(self, context, experiment_id):
+            run = self.client.create_run(experiment_id, run_name=context.run)
+            return run.info.run_id
+
+        def add(self, step, values):
+            numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
+            self.waiting.extend(Metric(tag, value, int(time() * 1000), step) for tag, value in numbers.items())
+
+        def mark(self, step):
+            return {"run": self.run}
+
+        def flush(self):
+            while batch := self.waiting[:1000]:  # MLflow's limit for one call
+                self.client.log_batch(self.run, metrics=batch)
+                del self.waiting[: len(batch)]
+
+        def close(self):
+            self.client.set_terminated(self.run, status="FINISHED")
+
+    python -m runner experiment=digits '+metrics.writers.mlflow={_target_: my_writers.MLflowWriter, tracking_uri: ...}'
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from runner.errors import RunnerError, StorageError
+from runner.storage.location import Location
 
 
-class NullMetrics:
-    """Has the methods of ``Curves`` and of ``MetricLines``, and writes nothing."""
+class MetricWriter(Protocol):
+    """Receives the metrics of a run. Only rank 0 has writers. An attempt constructs each writer once, after the
+    checkpoint is restored, with a ``WriterContext`` as the first argument and the configured values as keywords.
 
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
+    After a resume, ``add`` is called again for every step after the checkpoint, with equal values (but for those under
+    ``time/``). A writer either takes the step as a key, so that the last value of a step counts, or removes what was
+    written after its mark. An exception ends the attempt with a message that names the writer.
+    """
 
-    def mark(self, step: int = 0) -> dict[str, Any]:
-        return {}
+    def add(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Take the values of a step: numbers (also NaN and infinity) and texts by tag. Called by the training thread,
+        so it should not wait for a disk or a network.
+        """
+
+    def mark(self, step: int) -> dict[str, Any]:
+        """The current position in the output, for the checkpoint of ``step``: JSON values. The next attempt that
+        resumes from this checkpoint finds them in ``WriterContext.mark``. Called by the training thread.
+        """
 
     def flush(self) -> None:
-        pass
+        """Make durable what was added before the last ``mark``. Called by the checkpoint thread, before the checkpoint
+        is committed, while the training thread may call ``add``. After a StorageError or an OSError the checkpoint is
+        tried again later, as after any failure of storage.
+        """
 
     def close(self) -> None:
-        pass
+        """The attempt took its last step, and is finished or interrupted. Not called if it fails or is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriterContext:
+    """What a writer may need to know about its run."""
+
+    location: Location  # the run directory; ``location.url`` is its path or URL
+    experiment: str
+    run: str  # experiment/variant
+    hyperparameters: Mapping[str, Any]  # the configuration of what is computed, as nested plain values
+    attempt: int  # the number of this process life of the run
+    step: int  # training continues after this step; ``add`` may repeat it if its evaluation was interrupted
+    mark: Mapping[str, Any] | None = None  # what ``mark`` returned for the checkpoint; None: there was no such writer
+
+
+@dataclass(frozen=True, slots=True)
+class MetricWriters:
+    """The writers of an attempt by name; none on ranks above 0. ``marks`` are those of the last checkpoint, also of a
+    writer that is no longer configured: if it is put back later, it continues from its last mark.
+    """
+
+    writers: dict[str, MetricWriter] = field(default_factory=dict)
+    marks: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Pass the values of a step to every writer."""
+        for name, writer in self.writers.items():
+            with _naming(name, "add"):
+                writer.add(step, values)
+
+    def mark(self, step: int) -> dict[str, Any]:
+        """The marks of all writers by name, without empty ones."""
+        for name, writer in self.writers.items():
+            with _naming(name, "mark"):
+                self.marks[name] = json.loads(json.dumps(dict(writer.mark(step))))
+        return {name: mark for name, mark in self.marks.items() if mark}
+
+    def flush(self) -> None:
+        """Make durable what was added before the last mark. Raises StorageError."""
+        for name, writer in self.writers.items():
+            with _naming(name, "flush"):
+                try:
+                    writer.flush()
+                except OSError as error:
+                    raise StorageError(f"metrics.writers.{name}: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        """Close all writers."""
+        for name, writer in self.writers.items():
+            with _naming(name, "close"):
+                writer.close()
+
+
+@contextmanager
+def _naming(name: str, method: str) -> Iterator[None]:
+    """Within the block, an exception of the writer names it. Errors of the runner have their own messages."""
+    try:
+        yield
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To go on without this "
+            f"writer, run the same command again with metrics.writers.{name}=null"
+        ) from error

@@ -5,14 +5,14 @@
     attempts/000003-<nonce>.beat       where it is: step, last committed step; a hint, never trusted
     attempts/000003-<nonce>.end.json   how it ended; absent after a kill
 
-Anyone may have written these objects. The content of one that cannot be parsed is ignored, but its name counts.
+Anyone may have written these objects. Content that cannot be parsed is ignored, but the name of a claim counts.
 """
 
+import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +22,20 @@ from runner.errors import StorageError, printable
 from runner.plain import parse_object
 from runner.storage.location import Location
 
-HIGHEST = 10**15 - 1  # number of an attempt
+HIGHEST = 10**15 - 1  # number of an attempt: names have at most 15 digits
 _CLAIM = re.compile(r"([0-9]{6,15})-([0-9a-f]{12})\.json")
 _LIMIT = 1 << 20
-_BEAT_SECONDS = (0.1, 5.0)  # of all kinds of storage, whatever a claim says
-_MOST_ALIKE = 1000  # claims of one number: processes that start at once make few, and each that is killed leaves one
-_SILENT_BEATS = 3
+_BEAT_SECONDS = (0.1, 5.0)  # bounds for the value in a claim: all kinds of storage beat within them
+_MOST_ALIKE = 1000  # claims of one number: processes that start at once make few, and a killed one leaves its claim
+_SILENT_BEATS = 3  # after so many without a change an attempt is dead
 _SLACK_SECONDS = 0.5
 
 
-class Lost(StorageError):
+class ClaimGone(StorageError):
     """A claim is not where its process wrote it."""
 
 
-class Name(NamedTuple):
+class ClaimName(NamedTuple):
     """The name of a claim without its suffix; ordered by number."""
 
     number: int
@@ -46,11 +46,11 @@ class Name(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AttemptRecord:
     """The records of one attempt. ``end`` is None if it lives or was killed."""
 
     location: Location
-    name: Name
+    name: ClaimName
     claim: dict[str, Any]
     beat: dict[str, Any]
     end: dict[str, Any] | None
@@ -68,7 +68,7 @@ class Record:
         """Whether its process lives; None if this machine cannot tell without watching its heartbeat."""
         if self.end is not None:
             return False
-        if self.location.locked(f"{self.name}.lock"):
+        if self.location.is_locked(f"{self.name}.lock"):
             return True
         return False if self.claim.get("machine") == machine(self.location) else None
 
@@ -78,8 +78,8 @@ class Record:
         return _SILENT_BEATS * self._beat_seconds() + _SLACK_SECONDS
 
     def watched(self, since: float | None = None) -> bool:
-        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes;
-        they count from ``since`` (``time.monotonic``), when the record was read.
+        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes.
+        The beats count from ``since`` (``time.monotonic``), a moment after the record was read.
 
         Uses only this process's clock, because clocks of two machines need not agree. Raises Interrupted after a stop
         signal.
@@ -108,71 +108,80 @@ class Record:
             return printable(self.end.get("outcome"))
         return {True: "running", False: "killed", None: "unknown (another host)"}[self.alive()]
 
+    def ending(self, key: str) -> Any:
+        """A value of the record of its end; None while there is no such record."""
+        return (self.end or {}).get(key)
+
     def _beat_seconds(self) -> float:
-        told = self.claim.get("beat")
-        if not isinstance(told, int | float) or told != told:
-            told = self.location.beat_seconds
-        return min(max(told, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
+        seconds = self.claim.get("beat")
+        if not isinstance(seconds, int | float) or seconds != seconds:
+            seconds = self.location.beat_seconds
+        return min(max(seconds, _BEAT_SECONDS[0]), _BEAT_SECONDS[1])
 
 
-def names(location: Location) -> list[Name]:
+def encode(record: dict[str, Any]) -> bytes:
+    """A record as it is stored."""
+    return json.dumps(record, indent=1).encode() + b"\n"
+
+
+def names(location: Location) -> list[ClaimName]:
     """The names of all claims, oldest first."""
-    found = (_CLAIM.fullmatch(entry.name) for entry in location.list("attempts"))
-    return sorted(Name(int(match[1]), match[2]) for match in found if match)
+    matches = (_CLAIM.fullmatch(entry.name) for entry in location.list("attempts"))
+    return sorted(ClaimName(int(match[1]), match[2]) for match in matches if match)
 
 
-def history(location: Location) -> list[Record]:
+def history(location: Location) -> list[AttemptRecord]:
     """All attempts, oldest first."""
-    return _all(location, names(location))
+    return _read_all(location, names(location))
 
 
-def last(location: Location, *, before: int | None = None) -> Record | None:
+def newest(location: Location, *, before: int | None = None) -> AttemptRecord | None:
     """The newest attempt, or the newest with a number below ``before``, if there is one.
 
     If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
     """
-    newest = _newest(location, [name for name in names(location) if before is None or name.number < before])
-    return max(_all(location, newest), key=lambda record: bool(record.end or record.beat), default=None)
+    highest = _newest(location, [name for name in names(location) if before is None or name.number < before])
+    return max(_read_all(location, highest), key=lambda record: bool(record.end or record.beat), default=None)
 
 
-def live(location: Location, found: list[Name], *, dead: set[Name]) -> Record | None:
-    """The newest attempt among ``found`` if its process lives, else None.
+def live(location: Location, claims: list[ClaimName], *, dead: set[ClaimName]) -> AttemptRecord | None:
+    """The newest attempt among ``claims`` if its process lives, else None.
 
-    Attempts that are found dead are added to ``dead``, and those that are in it already are not looked at again.
+    Adds dead attempts to ``dead``, and does not look again at attempts that are in it already.
     """
-    unknown = [name for name in _newest(location, found) if name not in dead]
-    known = [(name, read(location, name), time.monotonic()) for name in unknown]  # to be watched at the same time
-    for name, record, since in known:
+    unknown = [name for name in _newest(location, claims) if name not in dead]
+    records = [(name, read(location, name), time.monotonic()) for name in unknown]  # to be watched at the same time
+    for name, record, since in records:
         if record is not None and record.watched(since):
             return record
         dead.add(name)
     return None
 
 
-def successor(location: Location, mine: Name) -> Record | None:
-    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises Lost if
-    that claim is gone, because where the run directory was, nothing must be written any more.
+def successor(location: Location, mine: ClaimName) -> AttemptRecord | None:
+    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises
+    ClaimGone if that claim is gone, because then nothing must be written to the run directory any more.
 
     Looks twice, because a process that finds the run in use withdraws the claim that it has just made.
     """
-    found = set(names(location))
-    if mine not in found:
-        raise Lost(f"{location.url} was moved or removed: attempt {mine.number}, this process, is not in it")
-    higher = _higher(found, mine)
+    claims = set(names(location))
+    if mine not in claims:
+        raise ClaimGone(f"{location.url} was moved or removed: attempt {mine.number}, this process, is not in it")
+    higher = {name for name in claims if name.number > mine.number}
     if higher:
         time.sleep(location.beat_seconds / 2)
-        higher &= _higher(names(location), mine)
+        higher &= {*names(location)}
     return read(location, max(higher)) if higher else None
 
 
-def read(location: Location, name: Name) -> Record | None:
-    """The record of one attempt; None if it has no claim. What cannot be parsed counts as empty."""
-    claimed = location.read(f"{name}.json", limit=_LIMIT)
-    if claimed is None:
+def read(location: Location, name: ClaimName) -> AttemptRecord | None:
+    """The record of one attempt; None if it has no claim. Content that cannot be parsed counts as empty."""
+    claim = location.read(f"{name}.json", limit=_LIMIT)
+    if claim is None:
         return None
     beat = parse_object(location.read(f"{name}.beat", limit=_LIMIT) or b"")
     end = parse_object(location.read(f"{name}.end.json", limit=_LIMIT) or b"")
-    return Record(location, name, parse_object(claimed) or {}, beat or {}, end)
+    return AttemptRecord(location, name, parse_object(claim) or {}, beat or {}, end)
 
 
 def machine(location: Location) -> str:
@@ -181,7 +190,7 @@ def machine(location: Location) -> str:
     A container, another user, or a job with its own temporary folder counts as another machine if it cannot see the
     same locks.
     """
-    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.locks}"
+    return f"{socket.gethostname()} {_boot_id()} {_namespace()} {location.lock_domain}"
 
 
 def cluster_job() -> list[str] | None:
@@ -210,18 +219,15 @@ def _namespace() -> str:
         return "?"
 
 
-def _all(location: Location, found: list[Name]) -> list[Record]:
-    records = (read(location, name) for name in found)
+def _read_all(location: Location, claims: list[ClaimName]) -> list[AttemptRecord]:
+    records = (read(location, name) for name in claims)
     return [record for record in records if record is not None]
 
 
-def _newest(location: Location, found: list[Name]) -> list[Name]:
-    highest = max(found).number if found else 0
-    newest = [name for name in found if name.number == highest]
+def _newest(location: Location, claims: list[ClaimName]) -> list[ClaimName]:
+    """The claims with the highest number."""
+    highest = max(claims).number if claims else 0
+    newest = [name for name in claims if name.number == highest]
     if len(newest) > _MOST_ALIKE:
         raise StorageError(f"{location.url}/attempts has {len(newest)} claims of attempt {highest}, which no run makes")
     return newest
-
-
-def _higher(found: Iterable[Name], mine: Name) -> set[Name]:
-    return {name for name in found if name.number > mine.number}

@@ -2,14 +2,15 @@
 
     run.json            run id, format version, lineage; marks the directory as a run's
     config.yaml         the resolved identity half; written once, only ever compared
-    attempts/           one claim per process life (records)
+    attempts/           one claim per process life (run.attempt_records)
     commits/ data/      checkpoints (checkpoint.manifest)
+    ledger/             the samples that each step consumed (data.ledger)
     metrics/            scalars as lines (metrics.lines)
     tensorboard/        event files
     model.safetensors   final weights; best.safetensors beside it when there is an objective
     result.json         present when the run is finished
 
-An error is never mistaken for absence: what cannot be read raises.
+An error is never mistaken for absence: an object that cannot be read raises StorageError.
 """
 
 import json
@@ -39,10 +40,10 @@ FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", TENSORBOARD, ".hy
 _RUN = "run.json"
 _CONFIG = "config.yaml"
 _RESULT = "result.json"
-_LIMIT = 1 << 20
-_BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a listing of a thousand runs spends most of its time here
+_LIMIT = 1 << 20  # bytes of one of these
+_HYDRA_FILES = ("runner.log", "multirun.yaml")  # which Hydra writes before the run begins
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # listing a thousand runs spends most of its time here
 yaml.SafeDumper.add_representer(Unresolved, yaml.SafeDumper.represent_str)
-_HYDRA_LEAVES = ("runner.log", "multirun.yaml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ class RunDirectory:
         """
         record = self._json(_RUN)
         if record is None:
-            foreign = [e.name for e in self.location.list("") if e.name not in _HYDRA_LEAVES]
-            if _RUN in foreign:  # another process began the run between the two looks
+            foreign = [entry.name for entry in self.location.list("") if entry.name not in _HYDRA_FILES]
+            if _RUN in foreign:  # another process began the run between the read and the listing
                 return self.record()
             if foreign:
                 raise ConfigError(
@@ -114,7 +115,7 @@ class RunDirectory:
             "parent": parent,
         }
         if self.location.read(_RUN, limit=_LIMIT) is None:
-            self.location.replace(_RUN, [_dump(record)])
+            self.location.replace(_RUN, [_encode(record)])
         if self.location.read(_CONFIG, limit=_LIMIT) is None:
             raw = yaml.safe_dump(identity, sort_keys=False).encode()
             try:
@@ -140,68 +141,68 @@ class RunDirectory:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
         a number below ``before``) accepted instead.
         """
-        return self.identity_since(attempt_records.last(self.location, before=before))
+        return self.identity_since(attempt_records.newest(self.location, before=before))
 
-    def identity_since(self, newest: attempt_records.Record | None) -> dict[str, Any] | None:
+    def identity_since(self, newest: attempt_records.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
 
     def settle(self) -> None:
-        """Make the folder of the run last, and those above it, which others may have made."""
+        """Make the folder of the run and its parents durable; Hydra may have created them without a sync."""
         if isinstance(self.location, LocalLocation):
-            self.location.settle()
+            self.location.sync_parents()
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
         for folder in ("", "attempts", "commits", "data", "metrics", TENSORBOARD):
-            self.location.sweep(folder)
+            self.location.remove_leftovers(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the run; None if it is not finished, or was finished with another configuration."""
         result = self._json(_RESULT)
         if result is None or result.get("identity") != digest(identity):
             return None
-        goal, metrics = result.get("objective") or {}, result.get("metrics")
-        numbers = (
-            [*metrics.values(), goal.get("value")] if isinstance(metrics, dict) and isinstance(goal, dict) else [""]
-        )
-        if not isinstance(result.get("step"), int) or not all(n is None or isinstance(n, int | float) for n in numbers):
+        objective: Any = result.get("objective") or {}
+        metrics: Any = result.get("metrics")
+        usable = isinstance(metrics, dict) and isinstance(objective, dict) and isinstance(result.get("step"), int)
+        numbers = [*metrics.values(), objective.get("value")] if usable else []
+        if not usable or not all(number is None or isinstance(number, int | float) for number in numbers):
             raise StorageError(
                 f"{self.location.url}/{_RESULT} is not the result of a run. Remove it to finish it again."
             )
         return result
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The same; None also if exported weights are not there in full size, so that a run makes them again."""
+        """The result; None also if exported weights are not there in full size, so that the run makes them again."""
         result = self.result(identity)
-        return None if result is None or self.lacks(result) else result
+        return None if result is None or self.missing_export(result) else result
 
-    def lacks(self, result: Mapping[str, Any]) -> str:
-        """What exported weights a finished run does not have in full size, in words; empty if it has all."""
+    def missing_export(self, result: Mapping[str, Any]) -> str:
+        """The first exported file that a finished run lacks in full size, for a message; empty if it has all."""
         names, sizes = result.get("sha256"), result.get("bytes")
         if not names or not isinstance(names, dict):
             return ""
-        there = {entry.name: entry.size for entry in self.location.list("")}
+        stored = {entry.name: entry.size for entry in self.location.list("")}
         for name in names:
-            size, expected = there.get(name, 0), sizes.get(name) if isinstance(sizes, dict) else None
+            size, expected = stored.get(name, 0), sizes.get(name) if isinstance(sizes, dict) else None
             if not size or (expected is not None and size != expected):  # older results have no sizes
                 return printable(f"{name} has {size} bytes, expected {'some' if expected is None else expected}")
         return ""
 
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
-        self.location.replace(_RESULT, [_dump({"identity": digest(identity), **result})])
+        self.location.replace(_RESULT, [_encode({"identity": digest(identity), **result})])
 
-    def _sections(self, found: Any, name: str) -> dict[str, Any]:
-        """A stored configuration. Raises StorageError where something else stands in place of it or of a section."""
-        wrong = [
-            key for key in IDENTITY[1:] if not isinstance(found, dict) or not isinstance(found.get(key) or {}, dict)
-        ]
+    def _sections(self, config: Any, name: str) -> dict[str, Any]:
+        """A stored configuration. Raises StorageError if it, or one of its sections, is not a mapping."""
+        if isinstance(config, dict):
+            wrong = [f"{key} in {name}" for key in IDENTITY[1:] if not isinstance(config.get(key) or {}, dict)]
+        else:
+            wrong = [name]
         if wrong:
-            what = f"{wrong[0]} in {name}" if isinstance(found, dict) else name
-            raise StorageError(f"{self.location.url}: {what} is not a mapping. Restore it or use another run.name.")
-        return dict(found)
+            raise StorageError(f"{self.location.url}: {wrong[0]} is not a mapping. Restore it or use another run.name.")
+        return dict(config)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)
@@ -218,9 +219,9 @@ class RunDirectory:
         return value
 
 
-class _Loader(_BASE):  # type: ignore[misc]
-    """Makes what ``yaml.safe_dump`` writes of plain values. Dates, sets and bytes cannot be compared or shown like
-    these, and a number in base 60 takes quadratic time.
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """Reads the plain values that ``yaml.safe_dump`` writes, and nothing else: dates, sets and bytes cannot be compared
+    or shown like them, and a number in base 60 takes quadratic time.
     """
 
     yaml_constructors = {  # noqa: RUF012
@@ -247,8 +248,8 @@ for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:flo
 
 
 def _parsed(raw: bytes) -> Any:
-    """A configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would crash
-    the C parser.
+    """A stored configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would
+    crash the C parser.
     """
     depth = 0
     for event in yaml.parse(raw, Loader=_Loader):
@@ -260,5 +261,5 @@ def _parsed(raw: bytes) -> Any:
     return yaml.load(raw, Loader=_Loader)
 
 
-def _dump(value: dict[str, Any]) -> bytes:
+def _encode(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"

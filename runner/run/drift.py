@@ -1,6 +1,6 @@
 """Differences between the configuration that a run was created with and the one of this command."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +29,22 @@ class ChangedKey:
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
-    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``; and what an older version saved in place of
-    ``${oc.env:NAME}`` equals that, if it is still what that stands for.
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``. A value that an older version saved in
+    place of ``${oc.env:NAME}`` equals the interpolation while the variable has that value.
     """
     left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
-    differing = [
-        key
-        for key in sorted(left | right)
-        if not any(_equal(left.get(key, ABSENT), now.get(key, ABSENT)) for now in (right, older))
-    ]
-    return [ChangedKey(key, *_shown(left.get(key, ABSENT), right.get(key, ABSENT))) for key in differing]
+    changes = []
+    for key in sorted(left | right):
+        old, new = left.get(key, ABSENT), right.get(key, ABSENT)
+        if not _equal(old, new) and not _equal(old, older.get(key, ABSENT)):
+            # A value that an older version saved of the environment may be a secret.
+            secret = resolved(new) != new and old is not ABSENT and "${" not in str(old)
+            changes.append(ChangedKey(key, "***" if secret else old, new))
+    return changes
 
 
 def resolved(value: Any) -> Any:
-    """Plain values with those of the environment in their places, as older versions saved them."""
+    """Plain values with the values of the environment in place of interpolations, as older versions saved them."""
     if isinstance(value, Mapping):
         return {key: resolved(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -50,13 +52,7 @@ def resolved(value: Any) -> Any:
     return value.value if isinstance(value, Unresolved) else value
 
 
-def _shown(saved: Any, now: Any) -> tuple[Any, Any]:
-    """Without what an older version saved of the environment."""
-    older = resolved(now) != now and saved is not ABSENT and "${" not in str(saved)
-    return ("***" if older else saved), now
-
-
-def table(differences: list[ChangedKey]) -> str:
+def drift_table(differences: Sequence[ChangedKey]) -> str:
     """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
     rows = [[printable(cell) for cell in (d.key, repr(d.saved), repr(d.now))] for d in differences]
     return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)

@@ -1,81 +1,116 @@
-"""From a command to the state of its run: new, to be resumed, finished, or with a changed configuration."""
+"""From a command to the state of its run: new, to be resumed, finished, or with a changed configuration; and the claim.
+
+``run.on_drift`` and ``run.on_conflict`` are decided here and nowhere else. Of the latter, ``wait`` holds the command
+back before it opens the run (``must_wait``), so that it imports nothing and occupies no device meanwhile; ``fail`` and
+``steal`` decide at the claim.
+"""
 
 import logging
 import shlex
+import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runner.config.identity import digest
-from runner.errors import DriftRefused, FinishedMeanwhile, RunInUse, StorageError
+from runner.config.schema import OnConflict
+from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, RunInUse, StorageError, printable
 from runner.run import attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.links import refuse_links
 from runner.run.parent import Parent, require_same
+from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
+
+# What Hydra, its launchers and its sweepers write in a run directory, following any link.
+_HYDRA_FILES = (".hydra", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
+_SWEEP_FILES = ("multirun.yaml", "optimization_results.yaml", "optuna.sqlite3", ".submitit")
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
     """A run directory as this command finds it, before it claims the run.
 
-    ``drift``: changes of the configuration that the user accepted. ``accepted``: the configuration from now on, if it
-    is not the one that the run was created with. ``parent``: what a new run starts from. ``result``: that of a finished
-    run. ``command``: this command, for messages.
+    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted.
+    ``accepted``: the configuration from now on, if it is not the one that the run was created with. ``parent``: what a
+    new run starts from. ``result``: that of a finished run.
     """
 
     directory: RunDirectory
     identity: dict[str, Any]
-    drift: list[drift.ChangedKey]
-    accepted: dict[str, Any] | None
-    parent: Parent | None
-    result: dict[str, Any] | None
     command: str
+    on_conflict: OnConflict
+    changes: Sequence[drift.ChangedKey] = ()
+    accepted: dict[str, Any] | None = None
+    parent: Parent | None = None
+    result: dict[str, Any] | None = None
+
+
+def must_wait(directory: RunDirectory, on_conflict: OnConflict) -> bool:
+    """Whether ``run.on_conflict=wait`` holds the command back, because a living process works on the run."""
+    if on_conflict is not OnConflict.wait:
+        return False
+    try:
+        attempts.raise_if_live(directory.location)
+    except RunInUse:
+        return True
+    return False
 
 
 def open_run(
-    directory: RunDirectory, identity: dict[str, Any], *, on_drift: str, command: str, parent: Parent | None = None
+    directory: RunDirectory,
+    identity: dict[str, Any],
+    *,
+    on_drift: str,
+    command: str,
+    parent: Parent | None = None,
+    on_conflict: OnConflict = OnConflict.fail,
 ) -> OpenedRun:
     """Find out in which state the run is; a new one starts from ``parent``. Only reads.
 
     Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
     """
     refuse_links(directory.root, directory.name)
-    if directory.record() is None:
-        return OpenedRun(directory, identity, [], None, parent, None, command)
-    require_same(directory, parent)
-    saved = directory.identity()
-    differences = drift.compare(saved, identity) if saved is not None else []
+    saved = None
+    if directory.record() is not None:
+        require_same(directory, parent)
+        saved = directory.identity()
+    if saved is None:
+        return OpenedRun(directory, identity, command, on_conflict, parent=parent)
+    differences = drift.compare(saved, identity)
     if differences and on_drift == "fork":
-        return _fork(directory, identity, command)
+        return _fork(directory, identity, command, on_conflict)
     if differences and on_drift == "refuse":
         raise DriftRefused(_refusal(directory, differences, command))
-    if saved is None:
-        return OpenedRun(directory, identity, [], None, parent, None, command)
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if drift.compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
-    if result is not None and (lacking := directory.lacks(result)):
-        log.warning("finished, but %s: made again from the last checkpoint", lacking)
+    if result is not None and (missing := directory.missing_export(result)):
+        log.warning("finished, but %s: made again from the last checkpoint", missing)
         result = None
-    return OpenedRun(directory, identity, differences, accepted, parent, result, command)
+    return OpenedRun(directory, identity, command, on_conflict, differences, accepted, parent, result)
 
 
-def begin(opening: OpenedRun, attempt: Attempt, *, parent: dict[str, Any] | None) -> None:
-    """Write the run's record and configuration unless they are there.
+def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:
+    """Claim the run, with an attempt number above ``above``, and write its record and configuration unless they are
+    there.
 
-    Raises, and withdraws the attempt, if the run has changed since it was opened: DriftRefused if another command with
-    the same run.name created or changed it, FinishedMeanwhile if it now has a result.
+    Raises RunInUse while another process works on it, unless ``run.on_conflict=steal``. Raises, and withdraws the
+    claim, if the run has changed since it was opened: DriftRefused if another command with the same run.name created
+    or changed it, FinishedMeanwhile if it now has a result.
     """
     directory = opening.directory
+    steal = opening.on_conflict is OnConflict.steal
+    attempt = attempts.claim(directory.location, facts | {"accepted": opening.accepted}, above=above, steal=steal)
     try:
         directory.create(opening.identity, parent=parent)
         saved = directory.identity(before=attempt.number) or {}
         differences = drift.compare(saved, opening.identity)
-        if differences and drift.table(differences) != drift.table(opening.drift):
+        if differences and drift.drift_table(differences) != drift.drift_table(opening.changes):
             raise DriftRefused(_refusal(directory, differences, opening.command))
         if not differences and directory.finished(opening.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
@@ -83,18 +118,10 @@ def begin(opening: OpenedRun, attempt: Attempt, *, parent: dict[str, Any] | None
         with suppress(StorageError):
             attempt.withdraw()
         raise
+    return attempt
 
 
-def is_free(directory: RunDirectory) -> bool:
-    """Whether no living process works on the run."""
-    try:
-        attempts.raise_if_live(directory.location)
-    except RunInUse:
-        return False
-    return True
-
-
-def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> OpenedRun:
+def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:
     """The fork's name is made from its configuration, so that the same command finds it again."""
     older = drift.resolved(identity)  # an older version named it so
     fork, before = (
@@ -105,16 +132,44 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str) -> Opene
         fork, identity = before, older
     refuse_links(fork.root, fork.name)
     finished = fork.finished(identity) if fork.record() is not None else None
-    return OpenedRun(fork, identity, [], None, Parent.forked(parent), finished, command)
+    return OpenedRun(fork, identity, command, on_conflict, parent=Parent.forked(parent), result=finished)
 
 
-def _refusal(directory: RunDirectory, differences: list[drift.ChangedKey], command: str) -> str:
+def _refusal(directory: RunDirectory, differences: Sequence[drift.ChangedKey], command: str) -> str:
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
-        f"{drift.table(differences)}\n\n"
+        f"{drift.drift_table(differences)}\n\n"
         "The run was left as it is. Either\n"
         f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
         f"  go on with the new ones:        {command} run.on_drift=accept\n"
         f"  begin a new run from its state: {command} run.on_drift=fork\n"
         f"  begin a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}"
+    )
+
+
+def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None:
+    """Raise ConfigError where a file of Hydra's in the folder ``below`` a local ``root``, or the way to that folder, is
+    a link or a special file: what Hydra writes there would end elsewhere, or wait for ever.
+    """
+    if is_remote(root):
+        return
+    folder = Path(local_root(root))
+    for name in filter(None, below.split("/")):
+        folder /= name
+        _refuse_link(folder)
+    for name in (log_file, *_HYDRA_FILES, *_SWEEP_FILES):
+        _refuse_link(folder / name)
+
+
+def _refuse_link(path: Path) -> None:
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+        return
+    kind = "a link" if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode) else "no file"
+    raise ConfigError(
+        f"{printable(path)} is {kind}, and what is written there would end elsewhere. Everything below run.root must "
+        "be there itself: remove it, or choose another run.root or run.name"
     )

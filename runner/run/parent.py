@@ -9,7 +9,7 @@ from typing import Any
 from runner.errors import DriftRefused, StorageError, printable
 from runner.run.directory import RunDirectory
 
-_WHICH = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
+_REFERENCE = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class CheckpointRef:
     @classmethod
     def parse(cls, text: str) -> "CheckpointRef":
         """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
-        found = _WHICH.fullmatch(text)
-        if found is None:
+        match = _REFERENCE.fullmatch(text)
+        if match is None:
             return cls(text)
-        return cls(found[1], found[2] if found[2] == "best" else int(found[2]))
+        return cls(match[1], match[2] if match[2] == "best" else int(match[2]))
 
     def under(self, root: str) -> "CheckpointRef":
-        """With a path within ``root`` if it is there, so that it stays the same when the root is moved or copied."""
+        """With a path relative to ``root`` if the run is below it, which stays true when the root is moved."""
         return CheckpointRef(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
 
     def __str__(self) -> str:
@@ -37,24 +37,24 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a new run is to start from. ``asked`` is the command's ``run.parent``, as a path within ``run.root`` if it
-    is there; None for a fork after drift. ``options`` are those of a remote storage.
+    """The checkpoint from which a new run is to start. ``asked`` is the command's ``run.parent``, relative to
+    ``run.root`` if it is below it; None for a fork after drift. ``options`` are those of a remote storage.
     """
 
-    which: CheckpointRef
+    source: CheckpointRef
     inherit: str  # model, all
     asked: str | None = None
     options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def forked(cls, directory: RunDirectory) -> "Parent":
-        """That of a fork of a run."""
+        """The parent of a fork of a run."""
         return cls(CheckpointRef(directory.location.url), inherit="all", options=directory.options)
 
 
 @dataclass(frozen=True, slots=True)
 class ParentRecord:
-    """What a run started from, as recorded in its ``run.json``: one particular commit of the run ``run``."""
+    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``."""
 
     run: str
     step: int
@@ -64,7 +64,7 @@ class ParentRecord:
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "ParentRecord | None":
-        """The recorded origin; None for a run that started from scratch or does not exist."""
+        """The recorded parent; None for a run that started from scratch or does not exist."""
         record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
         if record is None:
             return None
@@ -76,13 +76,13 @@ class ParentRecord:
             ) from error
 
     @property
-    def begun(self) -> int:
+    def start(self) -> int:
         """The step after which the run started."""
         return 0 if self.inherit == "model" else self.step
 
     @property
-    def which(self) -> CheckpointRef:
-        """What was asked for, where it was then."""
+    def source(self) -> CheckpointRef:
+        """The checkpoint that was asked for, with the place that the parent had then."""
         return CheckpointRef(self.run, CheckpointRef.parse(self.asked or "").checkpoint)
 
     def record(self) -> dict[str, Any]:
@@ -90,30 +90,28 @@ class ParentRecord:
         return asdict(self)
 
 
-def anew(command: str, directory: RunDirectory, step: int) -> str:
-    """The words with which a message offers a step of a run for a new one; its command can be pasted into a shell."""
+def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:
+    """The part of a message that offers a step of a run for a new run, with a command to be pasted into a shell."""
     name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
-    more = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
-    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(more)}"
+    overrides = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
+    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(overrides)}"
 
 
 def require_same(directory: RunDirectory, parent: Parent | None) -> None:
     """Raise DriftRefused if the existing run started from something else than this command asks for."""
     origin = ParentRecord.of(directory)
-    then = (origin.which, origin.inherit) if origin and origin.asked else None
-    now = (parent.which, parent.inherit) if parent else None
+    then = (origin.source, origin.inherit) if origin and origin.asked else None
+    now = (parent.source, parent.inherit) if parent else None
     moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
     if then != now and not moved:
         raise DriftRefused(
-            f"{directory.location.url} was begun {_told(then)}, and this command begins {_told(now)}.\n"
+            f"{directory.location.url} was begun {_options(then)}, and this command begins {_options(now)}.\n"
             "The run was left as it is. A run begins once: use the run.parent and run.inherit it was begun with, or "
             "begin a new run with run.name=..."
         )
 
 
-def _told(parent: tuple[CheckpointRef, str] | None) -> str:
-    return (
-        printable(f"with run.parent={shlex.quote(str(parent[0]))} run.inherit={parent[1]}")
-        if parent
-        else "without run.parent"
-    )
+def _options(parent: tuple[CheckpointRef, str] | None) -> str:
+    if parent is None:
+        return "without run.parent"
+    return printable(f"with run.parent={shlex.quote(str(parent[0]))} run.inherit={parent[1]}")

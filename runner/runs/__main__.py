@@ -12,8 +12,8 @@ from typing import Any
 
 from runner.errors import RunnerError, printable
 from runner.run.directory import RunDirectory
+from runner.run_facts import refuse_unusable
 from runner.runs import compare, listing, show
-from runner.runs.listing import Overview, guarded, overviews
 
 _USAGE = "%(prog)s [root] [options]"  # the root first: after --status it would be taken for one more status
 _Commands = Any  # argparse's type for subcommands is private
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        with guarded(getattr(parsed, "run", "what was looked at")):
+        with refuse_unusable(getattr(parsed, "run", "what was looked at")):
             return command(parsed)
     except RunnerError as error:
         print(error, file=sys.stderr)
@@ -106,39 +106,39 @@ def _add_commands_for_runs(commands: _Commands) -> None:
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    rows = listing.ordered(_selected(parsed), parsed.sort, reverse=parsed.reverse)
-    return _print(parsed, [asdict(row) for row in rows], lambda _: listing.text(rows))
+    runs = listing.sort_runs(listing.list_runs(parsed.root, _selection(parsed)), parsed.sort, reverse=parsed.reverse)
+    return _print(parsed, [asdict(run) for run in runs], lambda _: listing.format_runs(runs))
 
 
 def _watch(parsed: argparse.Namespace) -> int:
     from runner.runs.watch import watch
 
-    watch(lambda: _selected(parsed), interval=parsed.interval, as_json=parsed.json)
+    watch(lambda: listing.list_runs(parsed.root, _selection(parsed)), interval=parsed.interval, as_json=parsed.json)
     return 0
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    found = compare.compare(parsed.root, _selection(parsed))
+    comparison = compare.compare_runs(parsed.root, _selection(parsed))
     if parsed.png or parsed.html:
         from runner.runs import html_report
 
-        html_report.write(found, png=parsed.png, html=parsed.html)
-    return _print(parsed, compare.plain(found), lambda _: compare.text(found))
+        html_report.write(comparison, png=parsed.png, html=parsed.html)
+    return _print(parsed, comparison.plain(), lambda _: compare.format_comparison(comparison))
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    return _print(parsed, show.details(RunDirectory.at(parsed.run)), show.details_text)
+    return _print(parsed, show.details(RunDirectory.at(parsed.run)), show.format_details)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    return _print(parsed, show.diff(RunDirectory.at(parsed.a), RunDirectory.at(parsed.b)), show.diff_text)
+    return _print(parsed, show.diff(RunDirectory.at(parsed.a), RunDirectory.at(parsed.b)), show.format_diff)
 
 
 def _audit(parsed: argparse.Namespace) -> int:
     from runner.runs import audit
 
-    proof, found = audit.audit(RunDirectory.at(parsed.run))
-    _print(parsed, found, audit.text)
+    proof, values = audit.audit(RunDirectory.at(parsed.run))
+    _print(parsed, values, audit.format_audit)
     return 0 if proof.holds else 1
 
 
@@ -152,27 +152,22 @@ def _prune(parsed: argparse.Namespace) -> int:
         best=parsed.best,
         remove=parsed.yes,
     )
-    return _print(parsed, rows, lambda _: prune.text(rows, removed=parsed.yes))
+    return _print(parsed, rows, lambda _: prune.format_prune(rows, removed=parsed.yes))
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from runner.runs import export
 
-    return _print(parsed, export.export(parsed.run, parsed.target, force=parsed.force), export.text)
+    return _print(parsed, export.export(parsed.run, parsed.target, force=parsed.force), export.format_export)
 
 
 def _selection(parsed: argparse.Namespace) -> listing.Selection:
     return listing.Selection(parsed.status, parsed.experiment, parsed.match)
 
 
-def _selected(parsed: argparse.Namespace) -> list[Overview]:
-    chosen = _selection(parsed)
-    return [row for row in overviews(parsed.root) if chosen.takes(row)]
-
-
-def _print(parsed: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
-    """Plain values for a program, or the text that says the same to a person."""
-    print(json.dumps(_strict(found), indent=1) if parsed.json else printable(text(found)))
+def _print(parsed: argparse.Namespace, values: Any, format_text: Callable[[Any], str]) -> int:
+    """Print plain values as JSON for a program, or as text for a person."""
+    print(json.dumps(_strict(values), indent=1) if parsed.json else printable(format_text(values)))
     return 0
 
 

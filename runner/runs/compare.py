@@ -9,16 +9,15 @@ from runner.config.identity import flatten
 from runner.errors import ConfigError
 from runner.metrics import lines
 from runner.run import drift
-from runner.run.directory import RunDirectory
-from runner.runs import listing
-from runner.runs.listing import Facts, Overview, Selection, integer, number, of_each_run, overview
+from runner.run_facts import RunFacts, RunSummary, integer, map_runs, number
+from runner.runs.listing import Selection, format_cell, format_setting, format_table
 
 _MOST_COLUMNS = 8  # parameters in a table for people
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
-    """What runs are compared by; ``mode`` is min or max."""
+class Objective:
+    """The metric by which runs are compared; ``mode`` is min or max."""
 
     metric: str
     mode: str
@@ -30,108 +29,103 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One run: its overview (with the best objective so far if it is not finished), its parameters by dotted key, and
-    its objective over the steps.
+    """One run: its summary (with the best value so far if it is not finished), its parameters by dotted key, and its
+    objective over the steps.
     """
 
-    line: Overview
-    goal: Goal | None = None
+    summary: RunSummary
+    objective: Objective | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     curve: Sequence[tuple[int, float]] = ()
+
+    def parameter(self, key: str) -> str:
+        """A parameter as text; empty if the run has no such key."""
+        return format_setting(self.parameters[key]) if key in self.parameters else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Runs sorted by ``goal``, the objective that most of them have, the best first; then runs without a value for it.
+    """Runs sorted by the objective that most of them have, the best first; then runs without a value for it.
 
     ``swept`` are the parameters in which the runs differ.
     """
 
     root: str
-    goal: Goal | None
+    objective: Objective | None
     swept: Sequence[str]
     runs: Sequence[Candidate]
 
     def ranked(self) -> list[Candidate]:
-        """The runs that have a value for the goal."""
-        return [run for run in self.runs if run.goal == self.goal and run.line.objective is not None]
+        """The runs that have a value for the objective."""
+        return [run for run in self.runs if run.objective == self.objective and run.summary.objective is not None]
+
+    @property
+    def title(self) -> str:
+        """The objective in words."""
+        goal = self.objective
+        return f"{format_cell(goal.metric)} ({goal.mode})" if goal else "no objective: none has a metric for it"
+
+    def plain(self) -> dict[str, Any]:
+        """The comparison as plain values, without the curves."""
+        return {
+            "root": self.root,
+            "metric": self.objective.metric if self.objective else None,
+            "mode": self.objective.mode if self.objective else None,
+            "swept": list(self.swept),
+            "runs": [
+                {
+                    **asdict(run.summary),
+                    "parameters": {key: run.parameters[key] for key in self.swept if key in run.parameters},
+                }
+                for run in self.runs
+            ],
+        }
 
 
-def compare(root: str, selection: Selection) -> Comparison:
+def compare_runs(root: str, selection: Selection) -> Comparison:
     """Read the selected runs. Raises ConfigError if there are none, StorageError for the root."""
-    found = [run for run in of_each_run(root, _candidate, Candidate) if selection.takes(run.line)]
-    if not found:
+    runs = [run for run in map_runs(root, _candidate, Candidate) if selection.includes(run.summary)]
+    if not runs:
         raise ConfigError(f"none of the runs under {root} is selected by --status, --experiment and --match")
-    goals = Counter(run.goal for run in found if run.goal is not None)
-    goal = goals.most_common(1)[0][0] if goals else None
+    objectives = Counter(run.objective for run in runs if run.objective is not None)
+    objective = objectives.most_common(1)[0][0] if objectives else None
 
     def rank(run: Candidate) -> tuple[bool, float]:
-        value = run.line.objective
-        if goal is None or run.goal != goal or value is None:
+        value = run.summary.objective
+        if objective is None or run.objective != objective or value is None:
             return True, 0.0
-        return False, goal.rank(value)
+        return False, objective.rank(value)
 
-    return Comparison(root, goal, _swept([run.parameters for run in found if run.parameters]), sorted(found, key=rank))
-
-
-def plain(found: Comparison) -> dict[str, Any]:
-    """The comparison as plain values, without the curves."""
-    return {
-        "root": found.root,
-        "metric": found.goal.metric if found.goal else None,
-        "mode": found.goal.mode if found.goal else None,
-        "swept": list(found.swept),
-        "runs": [
-            {
-                **asdict(run.line),
-                "parameters": {key: run.parameters[key] for key in found.swept if key in run.parameters},
-            }
-            for run in found.runs
-        ],
-    }
+    swept = _swept([run.parameters for run in runs if run.parameters])
+    return Comparison(root, objective, swept, sorted(runs, key=rank))
 
 
-def text(found: Comparison) -> str:
+def format_comparison(comparison: Comparison) -> str:
     """The comparison as a table, with a line that explains it."""
-    shown = found.swept[:_MOST_COLUMNS]
-    rows = [{**{key: parameter(run, key) for key in shown}, **asdict(run.line)} for run in found.runs]
-    told = [listing.table(rows, ["run", "objective", "status", "step", *shown]), ""]
-    told.append(f"{len(rows)} runs, best first by {title(found.goal)}.")
-    if not found.swept:
-        told.append("No parameter differs between them.")
-    if len(shown) < len(found.swept):
-        more = ", ".join(map(listing.cell, found.swept[len(shown) :]))
-        told.append(f"They also differ in {more}: choose runs with --experiment or --match, or see --json.")
-    return "\n".join(told)
+    swept, shown = comparison.swept, comparison.swept[:_MOST_COLUMNS]
+    rows = [{**{key: run.parameter(key) for key in shown}, **asdict(run.summary)} for run in comparison.runs]
+    text = [format_table(rows, ["run", "objective", "status", "step", *shown]), ""]
+    text.append(f"{len(rows)} runs, best first by {comparison.title}.")
+    if not swept:
+        text.append("No parameter differs between them.")
+    if len(shown) < len(swept):
+        more = ", ".join(map(format_cell, swept[len(shown) :]))
+        text.append(f"They also differ in {more}: choose runs with --experiment or --match, or see --json.")
+    return "\n".join(text)
 
 
-def title(goal: Goal | None) -> str:
-    """The goal in words."""
-    return f"{listing.cell(goal.metric)} ({goal.mode})" if goal else "no objective: none has a metric for it"
-
-
-def parameter(run: Candidate, key: str) -> str:
-    """A parameter of a run as text; empty if the run has no such key."""
-    return listing.value(run.parameters[key]) if key in run.parameters else ""
-
-
-def _candidate(name: str, directory: RunDirectory) -> Candidate:
-    facts = Facts.of(directory)
-    line = overview(name, directory, facts)
-    goal = _goal(facts.identity)
-    if goal is None:
-        return Candidate(line, None, flatten(facts.identity))
-    told = ((integer(step), number(value)) for step, value in lines.curve(directory.location, goal.metric))
-    curve = [(step, value) for step, value in told if step is not None and value is not None]
-    if line.objective is None and curve:
-        line = replace(line, objective=min((value for _, value in curve), key=goal.rank))
-    return Candidate(line, goal, flatten(facts.identity), curve)
-
-
-def _goal(identity: Mapping[str, Any]) -> Goal | None:
-    told = identity.get("objective") or {}
-    metric, mode = told.get("metric"), told.get("mode")
-    return Goal(metric, mode) if isinstance(metric, str) and mode in ("min", "max") else None
+def _candidate(path: str, facts: RunFacts) -> Candidate:
+    summary, parameters = facts.summary(path), flatten(facts.identity)
+    configured = facts.identity.get("objective") or {}
+    metric, mode = configured.get("metric"), configured.get("mode")
+    if not isinstance(metric, str) or mode not in ("min", "max"):
+        return Candidate(summary, None, parameters)
+    objective = Objective(metric, mode)
+    points = ((integer(step), number(value)) for step, value in lines.curve(facts.directory.location, metric))
+    curve = [(step, value) for step, value in points if step is not None and value is not None]
+    if summary.objective is None and curve:
+        summary = replace(summary, objective=min((value for _, value in curve), key=objective.rank))
+    return Candidate(summary, objective, parameters, curve)
 
 
 def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -139,10 +133,9 @@ def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
     by an interpolation, is left out.
     """
     first, *others = parameters or [{}]
-    differing = {difference.key for other in others for difference in drift.compare(first, other)}
-    order = {key: None for each in parameters for key in each}
+    differing = {change.key for other in others for change in drift.compare(first, other)}
     chosen: dict[str, str] = {}
-    for key in order:
+    for key in dict.fromkeys(key for each in parameters for key in each):
         if key in differing:
             chosen.setdefault(repr([each.get(key) for each in parameters]), key)
     return [*chosen.values()]

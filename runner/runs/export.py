@@ -5,7 +5,7 @@ from hashlib import sha256
 from typing import Any
 
 from runner.errors import ConfigError
-from runner.finish import plain
+from runner.finish import safetensors_file
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
 from runner.run.parent import CheckpointRef
@@ -18,12 +18,12 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     Raises ConfigError for a step that is not there, and for a target that is there unless ``force``;
     NoLoadableCheckpoint; StorageError.
     """
-    which = CheckpointRef.parse(run)
-    directory = RunDirectory.at(which.run)
+    source = CheckpointRef.parse(run)
+    directory = RunDirectory.at(source.run)
     if not force and files.exists(target):
         raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")
-    checkpoint, weights = read(directory, which.checkpoint, evaluated_weights)
-    data = b"".join(plain(weights))
+    checkpoint, weights = read(directory, source.checkpoint, evaluated_weights)
+    data = b"".join(safetensors_file(weights))
     files.write(target, data)
     return {
         "run": directory.location.url,
@@ -35,6 +35,6 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The same for people."""
-    return f"step {found['step']} of {found['run']}: {found['bytes']} bytes, sha256 {found['sha256']}"
+def format_export(exported: Mapping[str, Any]) -> str:
+    """The values of ``export`` as text."""
+    return f"step {exported['step']} of {exported['run']}: {exported['bytes']} bytes, sha256 {exported['sha256']}"

@@ -18,9 +18,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
-from runner.runs import listing
-from runner.runs.compare import Candidate, Comparison, Goal, parameter, title
-from runner.runs.listing import number
+from runner.run_facts import number
+from runner.runs.compare import Candidate, Comparison, Objective
+from runner.runs.listing import format_cell
 from runner.storage import files
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _AXES_STYLE: dict[Any, Any] = {
 }
 
 
-def picture(found: Comparison) -> bytes:
+def render_png(comparison: Comparison) -> bytes:
     """The picture as a PNG file. Raises ConfigError without matplotlib, or where no run has a value to be shown."""
     try:
         import matplotlib
@@ -58,21 +58,21 @@ def picture(found: Comparison) -> bytes:
         raise ConfigError(
             f"a picture needs matplotlib, which is not installed: pip install 'hydra-runner[compare]' ({error})"
         ) from error
-    runs = [*map(_drawable, found.ranked())]
-    if not runs or found.goal is None:
-        raise ConfigError(f"nothing to draw: no run under {found.root} has a value of its objective yet")
+    runs = [*map(_drawable, comparison.ranked())]
+    if not runs or comparison.objective is None:
+        raise ConfigError(f"nothing to draw: no run under {comparison.root} has a value of its objective yet")
     target = io.BytesIO()
     with matplotlib.rc_context(_AXES_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of names in a script that no font has
-        _draw(found, found.goal, runs).savefig(target, format="png", dpi=130)
+        _draw(comparison, comparison.objective, runs).savefig(target, format="png", dpi=130)
     return target.getvalue()
 
 
 def _drawable(run: Candidate) -> Candidate:
     """With numbers that can be multiplied: matplotlib ends at the border of the floats."""
-    line = replace(run.line, objective=_tame(run.line.objective))
+    line = replace(run.summary, objective=_tame(run.summary.objective))
     parameters = {key: _tame(value) for key, value in run.parameters.items()}
-    return Candidate(line, run.goal, parameters, [(step, _tame(value)) for step, value in run.curve])
+    return Candidate(line, run.objective, parameters, [(step, _tame(value)) for step, value in run.curve])
 
 
 def _tame(value: Any) -> Any:
@@ -81,33 +81,33 @@ def _tame(value: Any) -> Any:
     return max(-_HUGE, min(value, _HUGE)) if abs(value) > 1 / _HUGE else 0.0
 
 
-def _headline(found: Comparison, runs: Sequence[Candidate]) -> str:
-    text = f"{listing.cell(found.root)}: {len(runs)} runs by {title(found.goal)}"
-    without = len(found.runs) - len(runs)
+def _headline(comparison: Comparison, runs: Sequence[Candidate]) -> str:
+    text = f"{format_cell(comparison.root)}: {len(runs)} runs by {comparison.title}"
+    without = len(comparison.runs) - len(runs)
     text += f", {without} without it" if without else ""
-    hidden = len(found.swept) - _MOST_PANELS
+    hidden = len(comparison.swept) - _MOST_PANELS
     return text + (f"; {hidden} more parameters differ than are shown" if hidden > 0 else "")
 
 
-def _draw(found: Comparison, goal: Goal, runs: Sequence[Candidate]) -> "Figure":
+def _draw(comparison: Comparison, objective: Objective, runs: Sequence[Candidate]) -> "Figure":
     from matplotlib.figure import Figure
 
-    shown = found.swept[:_MOST_PANELS]
+    shown = comparison.swept[:_MOST_PANELS]
     rows = -(-len(shown) // _COLUMNS)
     figure = Figure(figsize=(13, _CURVES_INCHES + _PANEL_INCHES * rows), layout="constrained")
-    figure.suptitle(_headline(found, runs), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(_headline(comparison, runs), x=0.01, ha="left", fontsize=11)
     if not rows:
-        _curves(figure.add_subplot(), goal, runs, shown)
+        _curves(figure.add_subplot(), objective, runs, shown)
         return figure
     grid = figure.add_gridspec(2, height_ratios=[_CURVES_INCHES, _PANEL_INCHES * rows])
     above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    _curves(above.add_subplot(), goal, runs, shown)
+    _curves(above.add_subplot(), objective, runs, shown)
     for place, key in enumerate(shown, 1):
-        _scatter(below.add_subplot(rows, _COLUMNS, place), goal, runs, key)
+        _scatter(below.add_subplot(rows, _COLUMNS, place), objective, runs, key)
     return figure
 
 
-def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate], swept: Sequence[str]) -> None:
+def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept: Sequence[str]) -> None:
     """All learning curves, the best on top; a curve of few points has dots."""
     faint = max(0.15, min(0.8, 15 / len(runs)))
     for place, run in reversed([*enumerate(runs)]):
@@ -128,18 +128,18 @@ def _curves(axes: "Axes", goal: Goal, runs: Sequence[Candidate], swept: Sequence
         axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
     axes.set_xlabel("step")
-    axes.set_ylabel(listing.cell(goal.metric))
-    _fit(axes, goal, [value for run in runs for _, value in run.curve])
+    axes.set_ylabel(format_cell(objective.metric))
+    _fit(axes, objective, [value for run in runs for _, value in run.curve])
 
 
-def _scatter(axes: "Axes", goal: Goal, runs: Sequence[Candidate], key: str) -> None:
+def _scatter(axes: "Axes", objective: Objective, runs: Sequence[Candidate], key: str) -> None:
     """The objective of each run over one parameter: by value where all are numbers, else side by side. A triangle
     stands at the edge for a run beyond it.
     """
     known = [value for run in runs if (value := number(run.parameters.get(key))) is not None]
     positions = _numbers(axes, known) if len(known) == len(runs) else _categories(axes, runs, key)
-    heights = [run.line.objective for run in runs if run.line.objective is not None]
-    _fit(axes, goal, heights)
+    heights = [run.summary.objective for run in runs if run.summary.objective is not None]
+    _fit(axes, objective, heights)
     bottom, top = axes.get_ylim()
     for place, (x, y) in reversed([*enumerate(zip(positions, heights, strict=True))]):
         best = place < len(_COLOURS)
@@ -155,7 +155,7 @@ def _scatter(axes: "Axes", goal: Goal, runs: Sequence[Candidate], key: str) -> N
             clip_on=False,
             zorder=3,
         )
-    axes.set_title(listing.cell(key))
+    axes.set_title(format_cell(key))
 
 
 def _numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
@@ -171,13 +171,13 @@ def _numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
 
 def _categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float]:
     """Where each run stands; numbers come before texts. Runs of one category stand a little apart."""
-    texts = [parameter(run, key) or "(absent)" for run in runs]
+    texts = [run.parameter(key) or "(absent)" for run in runs]
     values = {text: run.parameters.get(key) for text, run in zip(texts, runs, strict=True)}
     names = sorted(values, key=lambda text: (number(values[text]) is None, number(values[text]) or 0.0, text))
     if len(names) <= _MOST_NAMED:
         plain = [name.rpartition(".")[2] if key.endswith("_target_") else name for name in names]
         turned = sum(map(len, plain)) > _WIDEST
-        labels = [listing.cell(name, widest=18) for name in plain]
+        labels = [format_cell(name, widest=18) for name in plain]
         axes.set_xticks(range(len(names)), labels, rotation=20 if turned else 0, ha="right" if turned else "center")
     else:
         axes.set_xticks([])
@@ -187,7 +187,7 @@ def _categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float
     return [seats[text] + 0.3 * ((place * 0.618) % 1 - 0.5) for place, text in enumerate(texts)]
 
 
-def _fit(axes: "Axes", goal: Goal, values: Sequence[float]) -> None:
+def _fit(axes: "Axes", objective: Objective, values: Sequence[float]) -> None:
     """Choose a scale that separates the good runs: logarithmic if values span decades, without the worst outliers."""
     from matplotlib.ticker import LogLocator
 
@@ -195,7 +195,7 @@ def _fit(axes: "Axes", goal: Goal, values: Sequence[float]) -> None:
         return
     known = sorted(values)
     few = len(known) // 20
-    low, high = (known[0], known[-1 - few]) if goal.mode == "min" else (known[few], known[-1])
+    low, high = (known[0], known[-1 - few]) if objective.mode == "min" else (known[few], known[-1])
     if known[-1] - high <= high - low:
         high = known[-1]
     if low - known[0] <= high - low:
@@ -221,11 +221,11 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 def _legend(run: Candidate, swept: Sequence[str]) -> str:
     """The objective and the parameters that differ; a full name would be too long, and mostly equal for all runs."""
-    objective: Any = run.line.objective
+    objective: Any = run.summary.objective
     last = Counter(key.rpartition(".")[2] for key in swept)
     short = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in swept}
-    told = [f"{short[key]}={parameter(run, key)}" for key in swept if key in run.parameters]
-    return f"{objective:.5g}  {listing.cell(', '.join(told) or run.line.run, widest=_WIDEST)}"
+    told = [f"{short[key]}={run.parameter(key)}" for key in swept if key in run.parameters]
+    return f"{objective:.5g}  {format_cell(', '.join(told) or run.summary.run, widest=_WIDEST)}"
 
 
 def _colour(place: int) -> str:
@@ -264,33 +264,35 @@ tbody tr:hover { background: #f3f6fa; }
 """
 
 
-def write(found: Comparison, *, png: str | None, html: str | None) -> None:
+def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
     """Write the picture, the page or both to paths or URLs, over what is there. Raises ConfigError where there is
     nothing to draw or nothing to draw with, StorageError.
     """
-    image = picture(found)
+    image = render_png(comparison)
     if png:
         files.write(png, image)
     if html:
-        files.write(html, page(found, image).encode())
+        files.write(html, render_html(comparison, image).encode())
 
 
-def page(found: Comparison, png: bytes) -> str:
+def render_html(comparison: Comparison, png: bytes) -> str:
     """The page, with the picture in it and a table that can be sorted and searched."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    columns = ["place", "run", "objective", "status", "step", *found.swept, "attempts", "last seen"]
-    ranked = len(found.ranked())
-    rows = "\n".join(_row(run, found, place if place <= ranked else None) for place, run in enumerate(found.runs, 1))
-    name, goal = _text(found.root), _text(title(found.goal))
+    columns = ["place", "run", "objective", "status", "step", *comparison.swept, "attempts", "last seen"]
+    ranked = len(comparison.ranked())
+    rows = "\n".join(
+        _row(run, comparison, place if place <= ranked else None) for place, run in enumerate(comparison.runs, 1)
+    )
+    name, objective = _text(comparison.root), _text(comparison.title)
     image = base64.b64encode(png).decode()
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <style>{_STYLE}</style></head><body>
 <h1>{name}</h1>
-<p>{len(found.runs)} runs, best first by {goal}. A click on a column sorts by it.</p>
-<img alt="Learning curves, and {goal} against each parameter" src="data:image/png;base64,{image}">
+<p>{len(comparison.runs)} runs, best first by {objective}. A click on a column sorts by it.</p>
+<img alt="Learning curves, and {objective} against each parameter" src="data:image/png;base64,{image}">
 <p><input type="search" placeholder="only rows with this text" aria-label="only rows with this text"></p>
 <div><table><thead><tr>{"".join(f"<th>{_text(column)}</th>" for column in columns)}</tr></thead><tbody>
 {rows}
@@ -299,13 +301,13 @@ def page(found: Comparison, png: bytes) -> str:
 """
 
 
-def _row(run: Candidate, found: Comparison, place: int | None) -> str:
-    line = run.line
-    parameters = [run.parameters.get(key, "") for key in found.swept]
+def _row(run: Candidate, comparison: Comparison, place: int | None) -> str:
+    line = run.summary
+    parameters = [run.parameters.get(key, "") for key in comparison.swept]
     cells = [_cell(place), _cell(line.run), _cell(line.objective), _cell(line.status), _cell(line.step)]
     cells += [
-        _cell(value if number(value) is not None else parameter(run, key))
-        for key, value in zip(found.swept, parameters, strict=True)
+        _cell(value if number(value) is not None else run.parameter(key))
+        for key, value in zip(comparison.swept, parameters, strict=True)
     ]
     cells += [_cell(line.attempts), _cell(line.seen)]
     return f"<tr>{''.join(cells)}</tr>"
@@ -318,4 +320,4 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return escape(listing.cell(value, widest=200))
+    return escape(format_cell(value, widest=200))

@@ -10,9 +10,10 @@ from runner.checkpoint.retention import LEAST, CommitInfo, Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.errors import ConfigError
-from runner.run import attempt_records, attempts
+from runner.run import attempts
 from runner.run.directory import RunDirectory
-from runner.runs import listing
+from runner.run_facts import RunFacts
+from runner.runs.listing import format_table
 
 
 def prune(
@@ -26,9 +27,9 @@ def prune(
     for name, value, least in (("last", last, LEAST), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
-    goal = (directory.identity() or {}).get("objective") or {}
-    retention = Retention(last, every_steps, best, goal.get("mode") if goal.get("metric") else None)
-    newest = attempt_records.last(directory.location)
+    facts = RunFacts(directory)
+    objective, newest = facts.identity.get("objective") or {}, facts.newest
+    retention = Retention(last, every_steps, best, objective.get("mode") if objective.get("metric") else None)
     attempts.raise_if_live(directory.location)
     store = CheckpointStore(directory.location)
     if remove:
@@ -41,12 +42,12 @@ def prune(
     return rows
 
 
-def text(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
-    """The same for people."""
+def format_prune(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
+    """The rows as text."""
     gone = [row["size"] for row in rows if not row["keep"]]
-    would = "Removed" if removed else "Nothing was changed. --yes would remove"
-    told = listing.table(rows, ["commit", "step", "objective", "size", "keep", "why"])
-    return f"{told}\n\n{would} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB."
+    verb = "Removed" if removed else "Nothing was changed. --yes would remove"
+    table = format_table(rows, ["commit", "step", "objective", "size", "keep", "why"])
+    return f"{table}\n\n{verb} {len(gone)} of {len(rows)} checkpoints, {sum(gone) / 1e6:.1f} MB."
 
 
 def _survey(store: CheckpointStore) -> list[CommitInfo]:

@@ -10,39 +10,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 from runner.errors import ConfigError, RunnerError, printable
-from runner.runs import listing
-from runner.runs.listing import Overview
+from runner.run_facts import RunSummary
+from runner.runs.listing import STATES, format_narrow, format_runs, sort_runs
 
-_BEATS_SECONDS = 15.0  # three beats of a process that works on a remote root
+_SILENCE_SECONDS = 15.0  # three heartbeats of a process that works on a remote root
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a second screen without a cursor, and back
 _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
-def watch(look: Callable[[], list[Overview]], *, interval: float, as_json: bool) -> None:
-    """Show what ``look`` returns, running ones first, every ``interval`` seconds until interrupted.
+def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: bool) -> None:
+    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted.
 
-    Raises ConfigError for an invalid interval, and whatever the first ``look`` raises; errors of later ones are shown,
+    Raises ConfigError for an invalid interval, and whatever the first ``read`` raises; errors of later calls are shown,
     because they may be temporary.
     """
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
-    pulse = Pulse(max(_BEATS_SECONDS, 3 * interval))
+    pulse = Pulse(max(_SILENCE_SECONDS, 3 * interval))
     on_terminal = sys.stdout is not None and sys.stdout.isatty() and not as_json
     with _interruptible(), contextlib.ExitStack() as stack:
-        rows, problem = look(), ""
+        rows, problem = read(), ""
         stack.enter_context(_screen(on_terminal))
         while True:
-            rows = listing.ordered([pulse.judged(row) for row in rows], "status")
+            rows = sort_runs([pulse.judge(row) for row in rows], "status")
             if as_json:
                 print(json.dumps([asdict(row) for row in rows]), flush=True)
             else:
-                table = listing.narrow(rows) if on_terminal else f"\n{listing.text(rows)}\n"
+                table = format_narrow(rows) if on_terminal else f"\n{format_runs(rows)}\n"
                 text = printable(f"{_summary(rows)}{problem}\n{table}")
                 print(_frame(text) if on_terminal else text, end="" if on_terminal else "\n", flush=True)
             time.sleep(interval)
             try:
-                rows, problem = look(), ""
+                rows, problem = read(), ""
             except RunnerError as error:
                 problem = f"\nnot up to date: {error}"
 
@@ -55,7 +55,7 @@ class Pulse:
         self._seen: dict[str, str | None] = {}
         self._moved: dict[str, float] = {}
 
-    def judged(self, row: Overview) -> Overview:
+    def judge(self, row: RunSummary) -> RunSummary:
         """The row, with the status ``running`` instead of ``unknown`` if its heartbeat has changed lately."""
         now = time.monotonic()
         if self._seen.setdefault(row.run, row.seen) != row.seen:
@@ -65,10 +65,10 @@ class Pulse:
         return replace(row, status="running") if beats and row.state == "unknown" else row
 
 
-def _summary(rows: list[Overview]) -> str:
-    counts = {state: sum(row.state == state for row in rows) for state in listing.STATES}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {told}"
+def _summary(rows: list[RunSummary]) -> str:
+    counts = {state: sum(row.state == state for row in rows) for state in STATES}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {text}"
 
 
 def _frame(text: str) -> str:

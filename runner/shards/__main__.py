@@ -12,9 +12,10 @@ import time
 from tqdm import tqdm
 
 from runner.errors import DataError, Interrupted, RunnerError
-from runner.shards import manifest
 from runner.shards.formats import DTYPES, KINDS
 from runner.shards.scan import Scan
+from runner.shards.shard_manifest import Manifest, load
+from runner.shards.shard_manifest import save as save_manifest
 from runner.storage import files
 
 _SAVE_SECONDS = 2.0
@@ -65,13 +66,13 @@ def _scan(parsed: argparse.Namespace) -> None:
         save.now()
         raise
     complete = scan.manifest
-    manifest.save(parsed.out, complete)
+    save_manifest(parsed.out, complete)
     _print_summary(complete, kept, missing, parsed)
 
 
-def _earlier(out: str) -> manifest.Manifest:
+def _earlier(out: str) -> Manifest:
     try:
-        return manifest.load(out, partial=True)
+        return load(out, partial=True)
     except DataError as error:
         raise DataError(f"{error}\n--out {out} is in the way: remove it, or give another name") from error
 
@@ -91,7 +92,7 @@ class _PartialManifest:
 
     def now(self) -> None:
         began = time.monotonic()
-        manifest.save(self._out, self._scan.partial, command=self._command)
+        save_manifest(self._out, self._scan.partial, command=self._command)
         ended = time.monotonic()
         self._due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
@@ -103,7 +104,7 @@ def _command(parsed: argparse.Namespace) -> str:
     return f"python -m runner.shards {shlex.join(words)}"
 
 
-def _print_summary(complete: manifest.Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
+def _print_summary(complete: Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
     summary = {
         "shards": len(complete.shards),
         "records": int(complete.firsts[-1]),

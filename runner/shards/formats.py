@@ -92,7 +92,7 @@ class JsonLines(TextLines):
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Pieces of about ``BLOCK_BYTES`` that end with a line end, except perhaps the last."""
     head: list[bytes] = []  # of a line whose end is not read yet; joined once, so that long lines stay linear
-    for piece in files.pieces(path, BLOCK_BYTES):
+    for piece in files.chunks(path, BLOCK_BYTES):
         cut = piece.rfind(b"\n") + 1
         if cut:
             yield b"".join([*head, piece[:cut]])

@@ -6,8 +6,8 @@ from typing import Any
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
-from runner.shards.manifest import Manifest, Shard, load
 from runner.shards.scan import scan
+from runner.shards.shard_manifest import Manifest, Shard, load
 from runner.storage import files
 
 _BLOCKS_HELD = 4

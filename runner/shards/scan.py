@@ -10,7 +10,7 @@ import numpy as np
 
 from runner.errors import DataError
 from runner.shards import formats
-from runner.shards.manifest import Manifest, Shard, require_records
+from runner.shards.shard_manifest import Manifest, Shard, require_records
 from runner.storage import files
 
 
@@ -140,7 +140,7 @@ def _listed(patterns: Sequence[str], exclude: str | None) -> dict[str, files.Sta
     """All shards, each once. A killed scan may have left a temporary file beside the manifest."""
     listed: dict[str, files.Stat] = {}
     for pattern in patterns:
-        listed |= files.listing(pattern)
+        listed |= files.list_files(pattern)
     return {
         url: stat
         for url, stat in listed.items()

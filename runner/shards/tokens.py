@@ -11,8 +11,8 @@ from torch import Tensor
 
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
-from runner.shards.manifest import Shard
 from runner.shards.records import SizeCheck, open_manifest
+from runner.shards.shard_manifest import Shard
 from runner.storage import files
 
 _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor

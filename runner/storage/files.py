@@ -41,7 +41,7 @@ def expand(pattern: str) -> list[str]:
         return [url for url, _ in _find(pattern)]
 
 
-def listing(pattern: str) -> dict[str, Stat]:
+def list_files(pattern: str) -> dict[str, Stat]:
     """The files of ``expand`` with their sizes, from the store's listing if it has them."""
     with _Explained(pattern):
         found = _find(pattern)
@@ -90,10 +90,10 @@ def is_compressed(path: str) -> bool:
 
 def read(path: str) -> bytes:
     """The bytes of one file, decompressed if its suffix says so. Raises DataError."""
-    return b"".join(pieces(path, -1))
+    return b"".join(chunks(path, -1))
 
 
-def pieces(path: str, size: int) -> Iterator[bytes]:
+def chunks(path: str, size: int) -> Iterator[bytes]:
     """The bytes of one file, decompressed if its suffix says so, ``size`` at a time (the last piece: fewer)."""
     with _Explained(path), fsspec.open(path, "rb", compression="infer") as file:
         while piece := file.read(size):

@@ -28,9 +28,9 @@ class LocalLocation:
     """A folder of this machine's file system; it is made when the first object is written."""
 
     part_bytes = 1 << 40  # one file is as good as many
-    parallel = 1
+    parallel_puts = 1
     beat_seconds = 1.0
-    locks = ""  # in the folder itself
+    lock_domain = ""  # in the folder itself
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -95,7 +95,7 @@ class LocalLocation:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
 
-    def sweep(self, folder: str) -> None:
+    def remove_leftovers(self, folder: str) -> None:
         with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
                 about = path.lstat()
@@ -112,7 +112,7 @@ class LocalLocation:
                 return None
             return LocalLock(descriptor)
 
-    def locked(self, name: str) -> bool:
+    def is_locked(self, name: str) -> bool:
         with self._explained("lock", name):
             try:
                 file = _opened(self._path(name))
@@ -134,7 +134,7 @@ class LocalLocation:
                 raise StorageError(f"{path} is a link; everything in {self.url} must be there itself")
         return path
 
-    def settle(self) -> None:
+    def sync_parents(self) -> None:
         """Make the names of this folder and of all above it durable, whoever made them: Hydra makes a run's, and syncs
         nothing.
         """

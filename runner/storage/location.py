@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from runner.activity import doing
 from runner.errors import ConfigError, StorageError
 
 Buffer = bytes | bytearray | memoryview
@@ -63,11 +64,11 @@ class Location(Protocol):
 
     url: str
     part_bytes: int  # larger data is better written as several objects of this size
-    parallel: int  # how many of these to write at the same time
+    parallel_puts: int  # how many of these to write at the same time
     beat_seconds: float  # how often a process that works here shows that it lives
 
     @property
-    def locks(self) -> str:
+    def lock_domain(self) -> str:
         """Where the locks are. Two processes of a machine see each other's locks only if this is equal."""
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
@@ -97,7 +98,7 @@ class Location(Protocol):
     def remove(self, name: str) -> None:
         """Remove one object; no error if it does not exist."""
 
-    def sweep(self, folder: str) -> None:
+    def remove_leftovers(self, folder: str) -> None:
         """Remove temporary files in ``folder`` that processes left when they died an hour or more ago, and all
         unfinished uploads: only for the owner of the folder, before it writes there.
         """
@@ -105,7 +106,7 @@ class Location(Protocol):
     def lock(self, name: str) -> Lock | None:
         """Take the lock of that name among the processes of this machine, or return None while another has it."""
 
-    def locked(self, name: str) -> bool:
+    def is_locked(self, name: str) -> bool:
         """Whether another process of this machine has the lock of that name. Changes nothing."""
 
 
@@ -141,7 +142,7 @@ def local_root(root: str) -> str:
     return os.path.expanduser(root[found.end() :] if found else root)
 
 
-class Journals:
+class JournalChain:
     """Journals of one writer; ``size`` bytes were appended to the last one since it was begun.
 
     One thread may call ``flush`` while another appends and begins.
@@ -152,6 +153,7 @@ class Journals:
         self._location = location
         self._open: deque[Journal] = deque()  # the last one grows; those before it wait for their flush
 
+    @doing("saves")
     def begin(self, name: str, head: bytes) -> None:
         """Go on in a new object that starts with ``head``. Raises StorageError, and then the last one grows on."""
         journal = self._location.journal(name)
@@ -164,6 +166,7 @@ class Journals:
         self._open[-1].append(data)
         self.size += len(data)
 
+    @doing("saves")
     def flush(self) -> None:
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
         while True:

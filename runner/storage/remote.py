@@ -70,7 +70,7 @@ class RemoteLocation:
 
     beat_seconds = 5.0
     part_bytes = 32 << 20
-    parallel = 4
+    parallel_puts = 4
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._backend = Backend(url, options)
@@ -125,7 +125,7 @@ class RemoteLocation:
 
         self._backend.run("remove", name, operation)
 
-    def sweep(self, folder: str) -> None:
+    def remove_leftovers(self, folder: str) -> None:
         path = self._path(folder) if folder else self._backend.path("")
 
         def operation(system: Any) -> None:
@@ -142,15 +142,15 @@ class RemoteLocation:
         self._backend.run("sweep", folder, abort if self._is_object_store else operation)
 
     @property
-    def locks(self) -> str:
+    def lock_domain(self) -> str:
         about = _scratch().stat()
         return f"{about.st_dev}:{about.st_ino}"
 
     def lock(self, name: str) -> LocalLock | None:
         return LocalLocation(_scratch()).lock(self._lock_file(name))
 
-    def locked(self, name: str) -> bool:
-        return LocalLocation(_scratch()).locked(self._lock_file(name))
+    def is_locked(self, name: str) -> bool:
+        return LocalLocation(_scratch()).is_locked(self._lock_file(name))
 
     def _below(self, folder: str) -> "RemoteLocation":
         """A folder that was found in this one, over the same connections."""

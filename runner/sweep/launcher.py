@@ -21,84 +21,94 @@ from omegaconf import DictConfig
 
 from runner import signals
 from runner.config.checks import refuse_secrets
-from runner.distributed.environment import World, world
+from runner.config.schema import OnConflict
+from runner.distributed.world import world
 from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
-from runner.job import Job, absolute_root, storage_options
+from runner.run_spec import absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
-from runner.sweep.jobs import Jobs, Names, SignalLoader, isolated
-from runner.sweep.survey import CUT, DIVERGED, DONE, FAILED, NEW, RUNNING, Found, Overrides, failed, survey, table
+from runner.sweep.jobs import RunNames, SignalLoader, SpecLoader, isolate
+from runner.sweep.survey import (
+    CUT,
+    DIVERGED,
+    DONE,
+    FAILED,
+    NEW,
+    RUNNING,
+    Overrides,
+    RunStatus,
+    Specs,
+    format_statuses,
+    survey,
+)
 
 log = logging.getLogger("runner")
 
 _instantiate = Plugins.instantiate_launcher
 _BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _POLL_SECONDS = 2.0
-_WORST_LAST = (0, 75, 4, 3, 2, 5, 1)
+_WORST_LAST = (0, 75, 4, 3, 2, 5, 1)  # exit statuses
 
 
-class Outcome:
+class SweepReport:
     """How the jobs of a command ended, over all calls of the launcher."""
 
     def __init__(self) -> None:
-        self.last: dict[Overrides, Found] = {}
+        self.statuses: dict[Overrides, RunStatus] = {}
         self.launched = 0
 
     @property
-    def status(self) -> int:
-        """The exit status: the worst of the jobs'."""
-        statuses = [one.exit_status for one in self.last.values() if one.status == FAILED]
+    def exit_status(self) -> int:
+        """The worst exit status of the jobs."""
+        statuses = [run.exit_status for run in self.statuses.values() if run.status == FAILED]
         return max(statuses, key=_WORST_LAST.index, default=0)
 
     def summary(self) -> str | None:
         """The final table; None if nothing was launched, because then the first table says it all."""
-        return table([*self.last.values()]) if self.launched and self.last else None
+        return format_statuses([*self.statuses.values()]) if self.launched and self.statuses else None
 
 
-def install() -> Outcome:
+def install() -> SweepReport:
     """Put this launcher around every launcher that Hydra creates from now on."""
-    outcome = Outcome()
+    report = SweepReport()
 
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
-        _require_one(world())
+        processes = world().size
+        if processes > 1:
+            raise ConfigError(
+                f"a sweep (-m) was started in {processes} processes, each of which would run all jobs. Start it in "
+                "one, with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
+            )
         refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
-        inner = _instantiate(plugins, inner_context, isolated(task_function, config), config)
-        jobs = Jobs(hydra_context.config_loader, config)
-        hydra_context.config_loader = jobs  # type: ignore[assignment]  # the sweeper's own
-        return SweepLauncher(inner, jobs, config, outcome)
+        inner = _instantiate(plugins, inner_context, isolate(task_function, config), config)
+        specs = SpecLoader(hydra_context.config_loader, config)
+        hydra_context.config_loader = specs  # type: ignore[assignment]  # the sweeper's own
+        return SweepLauncher(inner, specs, config, report)
 
     Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign,assignment]
-    return outcome
-
-
-def _require_one(here: World) -> None:
-    if here.size > 1:
-        raise ConfigError(
-            f"a sweep (-m) was started in {here.size} processes, each of which would run all jobs. Start it in one, "
-            "with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
-        )
+    return report
 
 
 class SweepLauncher(Launcher):
     """Launches the jobs that are not done, with ``inner``, until all are done or have failed for good."""
 
-    def __init__(self, inner: Launcher, jobs: Jobs, config: DictConfig, outcome: Outcome) -> None:
+    def __init__(self, inner: Launcher, specs: SpecLoader, config: DictConfig, report: SweepReport) -> None:
         self._inner = inner
         # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
         self._serial = config.hydra.launcher._target_ == _BASIC
-        self._jobs = jobs
-        self._names = Names()
+        self._specs = specs
+        self._names = RunNames()
         self._sweep = config.sweep
-        self._steal = config.run.on_conflict.name == "steal"
+        self._steal = config.run.on_conflict is OnConflict.steal
         self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
-        self._left_behind = False
-        self._outcome = outcome
+        self._launcher_failed = False
+        self._report = report
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Nothing: the inner one was set up when it was made."""
+        """Does nothing: the inner launcher was set up when it was made."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One return value per job, in order. Raises Interrupted after a stop signal.
@@ -108,114 +118,108 @@ class SweepLauncher(Launcher):
         if not job_overrides:
             raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
         setup_globals()
-        overrides = [tuple(one) for one in job_overrides]
-        composed = {each: self._jobs.job(each) for each in dict.fromkeys(overrides)}
-        run_of = self._names.distinct(overrides, composed)
-        jobs = {each: composed[each] for each in run_of.values()}
-        found = self._look(jobs)
-        print(f"{table([*found.values()])}\n", flush=True)
-        for one in {type(one.error): one for one in found.values() if one.error}.values():  # not a hundred alike
-            log.error("failed   %s: %s", one.run, one.why)
+        jobs = [tuple(words) for words in job_overrides]
+        composed = {job: self._specs.spec(job) for job in dict.fromkeys(jobs)}
+        first_of = self._names.deduplicate(jobs, composed)
+        specs = {job: composed[job] for job in first_of.values()}
+        statuses = self._survey(specs)
+        print(f"{format_statuses([*statuses.values()])}\n", flush=True)
+        for run in {type(run.error): run for run in statuses.values() if run.error}.values():  # not a hundred alike
+            log.error("failed   %s: %s", run.run, run.message)
         while True:
-            startable = [each for each in jobs if self._startable(found[each])]
-            startable.sort(key=lambda each: found[each].failures)  # what may end this process is last
-            running = [each for each in jobs if found[each].status == RUNNING]
-            signals.raise_if_received(self._progress(found))
+            startable = [job for job in specs if self._startable(statuses[job])]
+            startable.sort(key=lambda job: statuses[job].failures)  # a job that may end this process comes last
+            running = [job for job in specs if statuses[job].status == RUNNING]
+            signals.raise_if_received(_progress(statuses))
             if startable:
-                found |= self._launch(startable, jobs, found, initial_job_idx)
+                statuses |= self._launch(startable, specs, statuses, initial_job_idx)
             elif running:
-                with self._stop.passed_on() if self._stop else nullcontext():  # some may have been started by us
+                with self._stop.forward_signals() if self._stop else nullcontext():  # some may have been started by us
                     time.sleep(_POLL_SECONDS)
             else:
                 break
-            found |= self._look({each: jobs[each] for each in running})
-        self._outcome.last |= found
-        return [_returned(each, found[run_of[each]]) for each in overrides]
+            statuses |= self._survey({job: specs[job] for job in running})
+        self._report.statuses |= statuses
+        return [_job_return(job, statuses[first_of[job]]) for job in jobs]
 
-    def _look(self, jobs: dict[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
-        return {each: self._settled(found) for each, found in survey(jobs).items()}
+    def _survey(self, specs: Specs) -> dict[Overrides, RunStatus]:
+        return {job: self._settle(status) for job, status in survey(specs).items()}
 
-    def _startable(self, found: Found) -> bool:
-        if found.status == FAILED:
-            return not found.final
-        return found.status in (NEW, CUT) or (found.status == RUNNING and self._steal)
+    def _startable(self, run: RunStatus) -> bool:
+        if run.status == FAILED:
+            return not run.final
+        return run.status in (NEW, CUT) or (run.status == RUNNING and self._steal)
 
-    def _settled(self, found: Found) -> Found:
-        """``found``, marked as ``final`` if the run has failed, or was killed without a new checkpoint, too often."""
-        often = found.failures > self._sweep.max_retries
-        if found.status == CUT and often:
-            error = JobDied(f"{found.reason}. Run it alone to see why, or try it again with a higher sweep.max_retries")
-            return replace(found, status=FAILED, final=True, error=error)
-        return (
-            replace(found, final=True) if found.status == FAILED and (often or not self._sweep.retry_failed) else found
-        )
+    def _settle(self, run: RunStatus) -> RunStatus:
+        """``run``, marked as ``final`` if it has failed, or was killed without a new checkpoint, too often."""
+        often = run.failures > self._sweep.max_retries
+        if run.status == CUT and often:
+            error = JobDied(f"{run.reason}. Run it alone to see why, or try it again with a higher sweep.max_retries")
+            return replace(run, status=FAILED, final=True, error=error)
+        if run.status == FAILED and (often or not self._sweep.retry_failed):
+            return replace(run, final=True)
+        return run
 
     def _launch(
-        self,
-        startable: list[Overrides],
-        jobs: dict[Overrides, Job | RunnerError],
-        before: dict[Overrides, Found],
-        index: int,
-    ) -> dict[Overrides, Found]:
-        after: dict[Overrides, Found] = {}
-        for batch in [[each] for each in startable] if self._serial else [startable]:
-            signals.raise_if_received(self._progress(before | after))
-            self._outcome.launched += len(batch)
-            errors = self._run(batch, jobs, index + len(after))
-            looked = survey({each: jobs[each] for each in batch})
-            moved = {each for each in batch if _moved(before[each], looked[each])}
-            for each in batch:
-                queued = bool(moved) and each not in moved
-                concluded = _concluded(before[each], looked[each], errors[each], queued=queued)
-                after[each] = self._settled(concluded)
-            for each in batch:
-                if after[each].status == FAILED:
-                    log.error("failed   %s: %s", after[each].run, after[each].why)
-                elif isinstance(errors[each], JobDied):
-                    log.warning("killed   %s, at step %d or later: %s", after[each].run, after[each].step, errors[each])
+        self, startable: list[Overrides], specs: Specs, before: dict[Overrides, RunStatus], index: int
+    ) -> dict[Overrides, RunStatus]:
+        """Launch the jobs with numbers from ``index`` on; returns their statuses afterwards."""
+        after: dict[Overrides, RunStatus] = {}
+        for batch in [[job] for job in startable] if self._serial else [startable]:
+            signals.raise_if_received(_progress(before | after))
+            self._report.launched += len(batch)
+            errors = self._run(batch, index + len(after))
+            stored = survey({job: specs[job] for job in batch})
+            moved = {job for job in batch if _moved(before[job], stored[job])}
+            for job in batch:
+                queued = bool(moved) and job not in moved
+                run = after[job] = self._settle(_conclude(before[job], stored[job], errors[job], queued=queued))
+                if run.status == FAILED:
+                    log.error("failed   %s: %s", run.run, run.message)
+                elif isinstance(errors[job], JobDied):
+                    log.warning("killed   %s, at step %d or later: %s", run.run, run.step, errors[job])
         return after
 
-    def _run(
-        self, batch: list[Overrides], jobs: dict[Overrides, Job | RunnerError], index: int
-    ) -> dict[Overrides, BaseException | None]:
-        """The error of each job, or None."""
+    def _run(self, batch: list[Overrides], index: int) -> dict[Overrides, BaseException | None]:
+        """Run the jobs with the inner launcher; returns the error of each job, or None."""
         try:
             returns = self._launch_stoppable(batch, index) if self._stop else self._inner.launch(batch, index)
         except Exception as error:  # a worker died, or the cluster refused: the storage shows how far each job got
-            self._left_behind = True
+            self._launcher_failed = True
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
         return {
-            # Without the frames: they hold what the job held.
-            each: one._return_value.with_traceback(None) if one.status is JobStatus.FAILED else None
-            for each, one in zip(batch, returns, strict=True)
+            # Without the frames, which keep everything that the job held.
+            job: each._return_value.with_traceback(None) if each.status is JobStatus.FAILED else None
+            for job, each in zip(batch, returns, strict=True)
         }
 
     def _launch_stoppable(self, batch: list[Overrides], index: int) -> Sequence[JobReturn]:
         """Launch jobs in other processes, and pass stop signals of this process on to them."""
         assert self._stop
         mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
-        with self._stop.passed_on():
-            returns = self._inner.launch([[*each, mark] for each in batch], index)
-        if signals.received() and not self._left_behind:
+        with self._stop.forward_signals():
+            returns = self._inner.launch([[*job, mark] for job in batch], index)
+        if signals.received() and not self._launcher_failed:  # else jobs may be left that have to obey the request
             self._stop.withdraw()
         return returns
-
-    def _progress(self, found: dict[Overrides, Found]) -> str:
-        done = sum(one.status in (DONE, DIVERGED) for one in found.values())
-        return f"in a sweep: {done} of {len(found)} runs are done, what was running is committed"
 
 
 class LauncherError(Exception):
     """The launcher itself failed, so that it is not known how its jobs ended."""
 
 
-def _moved(before: Found, after: Found) -> bool:
+def _progress(statuses: dict[Overrides, RunStatus]) -> str:
+    done = sum(run.status in (DONE, DIVERGED) for run in statuses.values())
+    return f"in a sweep: {done} of {len(statuses)} runs are done, what was running is committed"
+
+
+def _moved(before: RunStatus, after: RunStatus) -> bool:
     """Whether a process has started or finished the run since ``before``."""
     return after.status == DONE or after.attempts > before.attempts
 
 
-def _concluded(before: Found, after: Found, error: BaseException | None, *, queued: bool) -> Found:
+def _conclude(before: RunStatus, after: RunStatus, error: BaseException | None, *, queued: bool) -> RunStatus:
     """The status of a run whose job ended with ``error``, if the storage shows it as ``after``.
 
     An error of the launcher says nothing about a single job. The job has failed only if it started and made no
@@ -228,19 +232,20 @@ def _concluded(before: Found, after: Found, error: BaseException | None, *, queu
         error = LauncherError("the job ended and has no result")
     if isinstance(error, LauncherError) and (queued or after.status == RUNNING):
         return after
-    unheard = isinstance(error, LauncherError | JobDied)
-    if unheard and after.step > before.step and after.status != FAILED:
+    unreported = isinstance(error, LauncherError | JobDied)
+    if unreported and after.step > before.step and after.status != FAILED:
         return after
-    if unheard and _moved(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
-        return replace(after, failures=max(before.failures + 1, after.failures))
-    return failed(replace(after, failures=max(before.failures, after.failures - 1)), error)
+    failures = max(before.failures + 1, after.failures)
+    if unreported and _moved(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
+        return replace(after, failures=failures)
+    return after.failed(error, failures=failures)
 
 
-def _returned(overrides: Overrides, found: Found) -> JobReturn:
-    if found.status == FAILED:
-        error = found.error or RunnerError(found.reason)  # which an earlier command met
+def _job_return(overrides: Overrides, run: RunStatus) -> JobReturn:
+    if run.status == FAILED:
+        error = run.error or RunnerError(run.reason)  # only the reason is stored of an earlier command's failure
         return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
-    value = found.objective if found.status == DONE else math.nan
+    value = run.objective if run.status == DONE else math.nan
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
 
 

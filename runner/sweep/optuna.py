@@ -45,7 +45,7 @@ from runner.errors import (
     SweepFailed,
     printable,
 )
-from runner.rng import derive
+from runner.seeds import derive
 from runner.storage import open_location
 from runner.storage.location import is_remote
 

@@ -1,35 +1,36 @@
-"""The status of the runs of a sweep, found out before anything is started. Does not import torch."""
+"""The status of the runs of a sweep, read from the storage before anything is started. Does not import torch."""
 
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
 
-from runner import signals
-from runner.checkpoint.manifest import CommitId, commits
+from runner.checkpoint.manifest import CommitId
 from runner.errors import ConfigError, DriftRefused, RunnerError, printable
-from runner.job import Job
 from runner.run import attempt_records
-from runner.run.attempt_records import Record
+from runner.run.attempt_records import AttemptRecord
+from runner.run_facts import RunFacts
+from runner.run_spec import RunSpec
 
 DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
-_SHOWN = 20  # runs of one status
-_READERS = 8
+_ROWS = 20  # of one status in a table
+_READERS = 8  # threads
 
-Overrides = tuple[str, ...]
+Overrides = tuple[str, ...]  # of one job, which they identify
+Specs = Mapping[Overrides, RunSpec | RunnerError]  # an error where the overrides cannot be used
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RunStatus:
     """One run: its status, its last committed step and its objective.
 
-    ``attempts`` is the number of the newest attempt, if the run is not done; ``failures`` is how many of the last
-    attempts in a row failed, or were killed without a new checkpoint; ``final``: do not try again; ``unclear``: the
-    attempt of another machine that is not known to be dead.
+    ``attempts``: the number of the newest attempt, if the run is not done. ``failures``: how many of the last attempts
+    in a row failed, or were killed without a new checkpoint. ``final``: do not try again. ``unclear``: the attempt of
+    another machine of which only its heartbeat can tell whether it lives.
     """
 
     run: str
@@ -40,153 +41,117 @@ class Found:
     failures: int = 0
     reason: str = ""
     final: bool = False
-    exit_status: int = 1
     error: BaseException | None = None
-    unclear: Record | None = field(default=None, repr=False)
+    unclear: AttemptRecord | None = field(default=None, repr=False)
 
     @property
-    def why(self) -> str:
+    def exit_status(self) -> int:
+        """The exit status of a run that failed."""
+        return self.error.status if isinstance(self.error, RunnerError) else 1
+
+    @property
+    def message(self) -> str:
         """The reason with all lines of a message that is meant for the user: the remedy may be in the last."""
         return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
 
+    def failed(self, error: BaseException, *, failures: int) -> "RunStatus":
+        """The status after a failure with ``error``, the last of ``failures`` in a row."""
+        name = "" if isinstance(error, RunnerError) else f"{type(error).__name__}: "
+        final = isinstance(error, ConfigError | DriftRefused)
+        return RunStatus(
+            self.run, FAILED, self.step, None, self.attempts, failures, name + _first_line(error), final, error
+        )
 
-def survey(jobs: Mapping[Overrides, Job | RunnerError]) -> dict[Overrides, Found]:
-    """The status of the run of each job; an error in place of a job is one that has failed."""
+
+def survey(specs: Specs) -> dict[Overrides, RunStatus]:
+    """The status of the run of each job; an error in place of a specification is a job that has failed.
+
+    Heartbeats of other machines are watched last, and all from the same moment: a thousand dead runs take as long as
+    one, and a look at each. Raises Interrupted after a stop signal.
+    """
     with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(zip(jobs, pool.map(_look, jobs.items()), strict=True))
-        unclear = {each: one.unclear for each, one in found.items() if one.unclear}
-        for each in _beating(unclear, pool):
-            found[each] = replace(found[each], status=RUNNING, failures=0, reason=unclear[each].owner())
-    return found
+        statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
+        since = time.monotonic()
+        unclear = {job: status.unclear for job, status in statuses.items() if status.unclear}
+        alive = pool.map(lambda record: record.watched(since), unclear.values())
+        for job in (job for job, lives in zip(unclear, alive, strict=True) if lives):
+            statuses[job] = replace(statuses[job], status=RUNNING, failures=0, reason=unclear[job].owner())
+    return statuses
 
 
-def _look(item: tuple[Overrides, Job | RunnerError]) -> Found:
-    """The status of one run, if ``unclear`` is dead. For a finished run this takes a read and a listing."""
-    overrides, job = item
-    if isinstance(job, RunnerError):
-        return _refused(" ".join(overrides), job)
-    name = job.directory.name
+def format_statuses(statuses: Sequence[RunStatus]) -> str:
+    """Counts by status, and the runs themselves: the first of each status where there are many."""
+    counts = Counter(run.status for run in statuses)
+    order = [NEW, CUT, FAILED, RUNNING, DIVERGED, DONE]
+    rows = []
+    for status in order:
+        alike = [run for run in statuses if run.status == status]
+        rows += [_row(run) for run in alike[:_ROWS]]
+        if len(alike) > _ROWS:
+            rows.append([f"... and {len(alike) - _ROWS} more", status, "", "", ""])
+    table = tabulate(rows, headers=["run", "status", "step", "objective", "reason"], disable_numparse=True)
+    return f"{', '.join(f'{counts[status]} {status}' for status in reversed(order) if counts[status])}\n\n{table}"
+
+
+def _row(run: RunStatus) -> list[str]:
+    status = f"{run.status} (retry {run.failures})" if run.status == FAILED and not run.final else run.status
+    objective = "" if run.objective is None else f"{run.objective:.6g}"
+    return [printable(run.run), status, str(run.step or ""), objective, printable(run.reason)[:80]]
+
+
+def _status(job: tuple[Overrides, RunSpec | RunnerError]) -> RunStatus:
+    """The status of one run, if an ``unclear`` attempt is dead. For a finished run this takes a read and a listing."""
+    overrides, spec = job
+    if isinstance(spec, RunnerError):
+        return RunStatus(" ".join(overrides), NEW).failed(spec, failures=0)
+    name = spec.directory.name
     try:
-        result = job.directory.finished(job.identity) or job.open().result
+        result = spec.directory.finished(spec.identity) or spec.open().result
         if result is not None:
-            goal = result.get("objective") or {}
-            return Found(name, DONE, result.get("step", 0), goal.get("value"))
-        return _unfinished(job)
+            objective = result.get("objective") or {}
+            return RunStatus(name, DONE, result.get("step", 0), objective.get("value"))
+        return _unfinished(name, RunFacts(spec.directory))
     except RunnerError as error:
-        return _refused(name, error)
+        return RunStatus(name, NEW).failed(error, failures=0)
 
 
-def _refused(run: str, error: RunnerError) -> Found:
-    """The status of a run that cannot start, because of ``error``."""
-    final = isinstance(error, ConfigError | DriftRefused)
-    return Found(run, FAILED, reason=_line(error), final=final, exit_status=error.status, error=error)
-
-
-def failed(found: Found, error: BaseException) -> Found:
-    """The status of a run that has just failed, and that was ``found`` before."""
-    status = error.status if isinstance(error, RunnerError) else 1
-    reason = _line(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {_line(error)}"
-    return Found(
-        found.run,
-        FAILED,
-        found.step,
-        attempts=found.attempts,
-        failures=found.failures + 1,
+def _unfinished(name: str, facts: RunFacts) -> RunStatus:
+    if not facts.attempts:
+        return RunStatus(name, NEW)
+    last = facts.attempts[-1]
+    alive, outcome, reason = last.alive(), last.ending("outcome"), _first_line(last.ending("reason") or "")
+    status = RunStatus(name, CUT, facts.committed, attempts=last.number, reason=reason)
+    if alive:
+        return replace(status, status=RUNNING, reason=last.owner())
+    if outcome == "diverged":
+        return replace(status, status=DIVERGED)
+    failures = _failures(facts.attempts, facts.commits)
+    if last.end is None and failures:
+        reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
+    return replace(
+        status,
+        status=FAILED if outcome == "failed" else CUT,
+        failures=failures,
         reason=reason,
-        final=isinstance(error, ConfigError | DriftRefused),
-        exit_status=status,
-        error=error,
+        unclear=last if alive is None else None,
     )
 
 
-def table(found: Sequence[Found]) -> str:
-    """Counts by status, and the runs themselves: the first of each status where there are many."""
-    counts = Counter(one.status for one in found)
-    order = [NEW, CUT, FAILED, RUNNING, DIVERGED, DONE]
-    lines = [", ".join(f"{counts[status]} {status}" for status in reversed(order) if counts[status])]
-    rows = []
-    for status in order:
-        alike = [one for one in found if one.status == status]
-        rows += [_row(one) for one in alike[:_SHOWN]]
-        if len(alike) > _SHOWN:
-            rows.append([f"... and {len(alike) - _SHOWN} more", status, "", "", ""])
-    columns = ["run", "status", "step", "objective", "reason"]
-    return "\n".join([*lines, "", tabulate(rows, headers=columns, disable_numparse=True)])
-
-
-def _row(one: Found) -> list[str]:
-    status = f"{one.status} (retry {one.failures})" if one.status == FAILED and not one.final else one.status
-    objective = "" if one.objective is None else f"{one.objective:.6g}"
-    return [printable(one.run), status, str(one.step or ""), objective, printable(one.reason)[:80]]
-
-
-def _unfinished(job: Job) -> Found:
-    location, name = job.directory.location, job.directory.name
-    history = attempt_records.history(location)
-    if not history:
-        return Found(name, NEW)
-    last = history[-1]
-    committed = commits(location)
-    step = committed[0].step if committed else 0
-    alive = last.alive()
-    if alive:
-        return Found(name, RUNNING, step, attempts=last.number, reason=last.owner())
-    if _outcome(last) == "diverged":
-        return Found(name, DIVERGED, step, attempts=last.number, reason=_reason(last))
-    failures, reason = _failures(history, committed), _reason(last)
-    if last.end is None and failures:
-        reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
-    status = FAILED if _outcome(last) == "failed" else CUT
-    unclear = last if alive is None else None
-    return Found(name, status, step, attempts=last.number, failures=failures, reason=reason, unclear=unclear)
-
-
-def _failures(history: Sequence[Record], committed: Sequence[CommitId]) -> int:
+def _failures(attempts: Sequence[AttemptRecord], commits: Sequence[CommitId]) -> int:
     """How many of the last attempts in a row failed, or were killed without a new checkpoint; not counting those that
     a cluster ended to queue their job again.
     """
-    saved = {commit.attempt for commit in committed}
+    saved = {commit.attempt for commit in commits}
     failures, later = 0, attempt_records.cluster_job()
-    for record in reversed(history):
+    for record in reversed(attempts):
         job = record.claim.get("cluster")
         killed = record.end is None and not record.beat.get("committed") and record.number not in saved
-        if not killed and _outcome(record) != "failed":
+        if not killed and record.ending("outcome") != "failed":
             break
         failures += not (killed and attempt_records.requeued(job, later))
         later = job
     return failures
 
 
-def _beating(unclear: Mapping[Overrides, Record], pool: Executor) -> set[Overrides]:
-    """Those whose heartbeat changes. All are watched at the same time: a thousand dead runs take as long as one, and a
-    look at each.
-    """
-    silent, living = dict(unclear), set()
-    patience = max((record.patience for record in silent.values()), default=0.0)
-    began = time.monotonic()
-    while silent:
-        last = time.monotonic() - began > patience
-        looks = [*pool.map(lambda record: attempt_records.read(record.location, record.name), silent.values())]
-        for (each, before), now in zip([*silent.items()], looks, strict=True):
-            alive = now.alive() if now else False  # a claim may be withdrawn
-            if alive or (alive is None and now and now.beat != before.beat):
-                living.add(each)
-            if alive is False or each in living:
-                del silent[each]
-        if last:
-            break
-        signals.raise_if_received("while watching whether other machines work on runs of the sweep")
-        time.sleep(patience / 12)
-    return living
-
-
-def _outcome(record: Record) -> Any:
-    return (record.end or {}).get("outcome")
-
-
-def _reason(record: Record) -> str:
-    return _line((record.end or {}).get("reason") or "")
-
-
-def _line(text: Any) -> str:
+def _first_line(text: Any) -> str:
     return printable(str(text).partition("\n")[0])

@@ -25,29 +25,26 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one proof; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or {"-h", "--help"} & {*given}:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or {"-h", "--help"} & {*words}:
         print(_USAGE)
-        return 0 if given else 2
+        return 0 if words else 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
-        options, command, as_json = parse(given)
+        options, command, as_json = parse(words)
+        from runner.verify import proof_report
         from runner.verify.proof import prove
 
-        verdict = prove(command, options, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        verdict = prove(command, options, progress=lambda line: print(line, file=sys.stderr, flush=True))
         if options.html:
-            from runner.verify.html_report import write
-
-            verdict = write(verdict, options.html)
+            verdict = proof_report.write(verdict, options.html)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         print("interrupted; nothing is left behind", file=sys.stderr)
         return _INTERRUPTED
-    from runner.verify.verdict import json_text
-
-    print(json_text(verdict) if as_json else verdict.text())
+    print(verdict.json() if as_json else verdict.text())
     return 0 if verdict.holds else 1
 
 

@@ -1,4 +1,4 @@
-"""A run that nobody disturbs, and one that is killed again and again: when, and with how many workers."""
+"""The two runs of a proof: one that is not disturbed, and one that is killed again and again."""
 
 import random
 from collections import deque
@@ -7,27 +7,28 @@ from dataclasses import dataclass
 from itertools import count, pairwise
 
 from runner.verify import difference
-from runner.verify.execution import AttemptEnd, AttemptTrace, Executor, Kill, RunTrace
+from runner.verify.execution import AttemptTrace, Executor, Kill, RunTrace
 from runner.verify.options import Options
 
-_STEPS = 100  # unless verify.steps says more
-_SECONDS = 20.0  # of training in which as many of them are done as can be
-_SAVES = 8  # checkpoints in a run, about, beside those that a kill is to come after
-_SMALL = 64 << 20  # bytes of a state of which all checkpoints are kept, to be compared
-_PERIODS = range(2, 9)  # of memory that comes and goes, as that of accumulated gradients does
+_STEPS = 100  # unless verify.steps is given
+_SECONDS = 20.0  # of training, in which as many of these steps are done as possible
+_SAVES = 8  # checkpoints in a run, about, besides those before a kill
+_SMALL = 64 << 20  # bytes of a state; of such runs all checkpoints are kept, to be compared
+_PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as accumulated gradients
+# Seven moments, so that with kills of all processes and of a single one in turn every moment gets both.
 _MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
-_ANYWHERE = ("committed", "save", "step")  # at whatever step is chosen
-_ELSEWHERE = ("loaded", "clock")
-_PROMPT = 0.2  # a kill by the clock comes within such a part of the time of all steps
+_AT_ANY_STEP = ("committed", "save", "step")
+_CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class KillPlan:
-    """The runs of a proof: so many ``steps`` (with a ``limit`` from outside, where they do not end by themselves), a
-    checkpoint of ``size`` bytes ``every`` so many, and the ``kills``. Of each kill a rank may be the only one of the
-    ``victims``; None: all are.
+    """What the killed run does: ``steps``, a checkpoint of ``size`` bytes ``every`` so many steps, and the ``kills``.
+
+    ``limit`` ends a run that would not end after these steps by itself. For each kill, ``victims`` has the only rank
+    that is killed; None: all ranks. ``epoch`` is the length of an epoch in steps, None for iterable data.
     """
 
     steps: int
@@ -40,134 +41,127 @@ class KillPlan:
     workers: tuple[int, ...]
 
 
-def saving(every: int, *, kept: bool = False) -> tuple[str, ...]:
-    """Overrides for a checkpoint every so many steps, all of which are ``kept``, or the last ones."""
+def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
+    """Overrides for a checkpoint every so many steps, of which all are kept, or the last ones."""
     return (
         "checkpoint.every=null",
         "checkpoint.every_seconds=null",
-        f"checkpoint.every_steps={every}",
-        f"checkpoint.keep_every_steps={every if kept else 'null'}",
+        f"checkpoint.every_steps={steps}",
+        f"checkpoint.keep_every_steps={steps if keep else 'null'}",
     )
 
 
-def evaluations(options: Options) -> int:
-    """Steps after which there is an evaluation at the latest, so that some are seen."""
+def evaluation_interval(options: Options) -> int:
+    """The most steps between two evaluations, so that the run has some."""
     return max(1, (options.steps or _STEPS) // 3)
 
 
-def undisturbed(stage: Executor, options: Options) -> RunTrace:
-    """The run to which others are compared."""
+def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
+    """The run with which others are compared."""
     run = RunTrace("undisturbed")
-    wanted = options.steps or _STEPS
-    limit = None if options.steps else _SECONDS
-    more = ("checkpoint.background=false", *saving(interval(wanted)))
-    stage.live(run, *more, workers=options.workers[0], steps=wanted, seconds=limit)
+    steps = options.steps or _STEPS
+    overrides = ("checkpoint.background=false", *save_every(_save_interval(steps)))
+    seconds = None if options.steps else _SECONDS
+    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
     return run
 
 
-def interval(steps: int) -> int:
-    """Steps between two checkpoints; a number that is no multiple of a small one, so that the checkpoints are not
-    either.
+def _save_interval(steps: int) -> int:
+    """Steps between two checkpoints: no multiple of 2, 3 or 5, so that checkpoints fall on steps of every phase of
+    memory that comes and goes.
     """
     return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
 def plan(run: RunTrace, options: Options) -> KillPlan:
-    """What the undisturbed run showed to be worth trying: as many steps as it did, kills at moments of every kind."""
-    life = run.lives[0]
-    built = life.of("built")[0]
-    steps = life.last
-    workers = options.workers if built["indexed"] else options.workers[:1]
-    every = interval(steps)
-    evaluated = [event["step"] for event in life.of("step") if event["evaluation"] and event["step"] < steps]
+    """As many steps as the undisturbed run did, with kills at moments of every kind that it had."""
+    attempt = run.attempts[0]
+    built, events = attempt.select("built")[0], attempt.select("step")
+    steps = attempt.last
+    every = _save_interval(steps)
     chance = random.Random(options.seed)
-    borders = [border for border in _borders(life.of("step")) if border < steps]
-    took = sum(event["took"] for event in life.of("step"))
-    shown = _Shown(steps, every, borders, evaluated, _losable(run, steps), took)
-    kills = tuple(_kills(options.kills, shown, chance))
-    victims = _victims(options, chance)
-    ended = life.of("finished")[0]["result"]["reason"]
-    limit = steps if ended == "max_steps" else steps + 1
-    size = max((event["bytes"] for event in life.of("committed")), default=0)
-    return KillPlan(steps, limit, every, size, built["epoch"], kills, victims, workers)
+    observed = _Observed(
+        steps=steps,
+        every=every,
+        borders=[
+            now["step"] for last, now in pairwise(events) if last["epochs"] < now["epochs"] and now["step"] < steps
+        ],
+        evaluated=[event["step"] for event in events if event["evaluation"] and event["step"] < steps],
+        losable=_losable(run, steps),
+        seconds=sum(event["took"] for event in events),
+    )
+    kills = tuple(_kills(options.kills, observed, chance))
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
+    return KillPlan(
+        steps,
+        limit=steps + 1 if ends_itself else steps,
+        every=every,
+        size=max((event["bytes"] for event in attempt.select("committed")), default=0),
+        epoch=built["epoch"],
+        kills=kills,
+        victims=_victims(options, chance),
+        workers=options.workers if built["indexed"] else options.workers[:1],
+    )
 
 
-def disturbed(stage: Executor, found: KillPlan, tell: Tell) -> RunTrace:
-    """The same run, killed at every moment of the plan."""
+def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTrace:
+    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers."""
     run = RunTrace("killed")
-    for number, (kill, victim) in enumerate([*zip(found.kills, found.victims, strict=True), (None, None)]):
-        workers = found.workers[(number + 1) % len(found.workers)]
-        background = f"checkpoint.background={'true' if number % 2 else 'false'}"
-        life = stage.live(
+    for number, (kill, victim) in enumerate([*zip(plan.kills, plan.victims, strict=True), (None, None)]):
+        attempt = executor.attempt(
             run,
-            *saving(found.every, kept=found.size <= _SMALL),
-            background,
-            workers=workers,
+            *save_every(plan.every, keep=plan.size <= _SMALL),
+            f"checkpoint.background={'true' if number % 2 else 'false'}",
+            workers=plan.workers[(number + 1) % len(plan.workers)],
             server=(number + 1) % 2,
-            steps=found.limit,
+            steps=plan.limit,
             kill=kill,
             victim=victim,
-            silent=number % 4 == 3,  # what is changed by looking would else change in both runs alike
+            silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
-        if life.ended.status not in (None, 0):
+        if attempt.failure:
             break
-        tell(summary(life))
-        if life.ended.status == 0:
+        progress(summary(attempt))
+        if attempt.status == 0:
             break
     return run
 
 
-def summary(life: AttemptTrace) -> str:
-    """A life in words."""
-    how = {
-        None: "to the end",
-        "step": "killed after a step",
-        "committed": "killed right after a save",
-        "save": "killed in a save",
-        "loaded": "killed right after loading",
-        "evaluation": "killed in an evaluation",
-        "start": "killed before the first step",
-        "clock": "killed by the clock",
-    }.get(life.killed, "killed")
-    alone = "" if life.victim is None else f", rank {life.victim} alone"
-    return f"steps {life.first:>5} to {life.last:>5}, {life.workers} workers, {how}{alone}"
+_ENDS = {
+    None: "to the end",
+    "step": "killed after a step",
+    "committed": "killed right after a save",
+    "save": "killed in a save",
+    "loaded": "killed right after loading",
+    "evaluation": "killed in an evaluation",
+    "start": "killed before the first step",
+    "clock": "killed by the clock",
+}
 
 
-def failure(ended: AttemptEnd) -> str:
-    """The last lines of a life that failed, without a traceback's frames."""
-    lines = [line for line in ended.output.splitlines() if line.strip()]
-    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
-    if starts:
-        lines = [line for line in lines[starts[-1] + 1 :] if not line.startswith("  ")]
-    else:
-        lines = [line for line in lines if line.split(" ")[0] not in _SAID]
-    return "\n".join(lines[-12:])
-
-
-_SAID = {"run", "attempt", "data", "device", "model", "step", "moved", "workers"}
-
-
-def _borders(steps: Sequence[dict[str, int]]) -> list[int]:
-    """The steps in which an epoch ends."""
-    return [after["step"] for before, after in pairwise(steps) if after["epochs"] > before["epochs"]]
+def summary(attempt: AttemptTrace) -> str:
+    """One line on an attempt."""
+    end = _ENDS.get(attempt.killed, "killed")
+    alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
+    return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
 
 def _losable(run: RunTrace, steps: int) -> dict[int, set[object]]:
-    """By step before the last, what would be lost in a process that ended there, as far as it is in no state: what
-    objects remember that is not as it was at first, and what cannot be seen but may come and go every few steps.
+    """For each step but the last, memory outside the state that a kill after it would lose: paths of values that have
+    changed since the start, and the periods with which invisible memory may come and go.
     """
-    moved = difference.moved(run)
+    changes = difference.changes_by_step(run)
     return {
-        step: {*(path.partition("[")[0] for path, _, _ in moved[step])}
+        step: {path.partition("[")[0] for path, _, _ in changes[step]}
         | {period for period in _PERIODS if step % period}
         for step in range(1, steps)
     }
 
 
 @dataclass(slots=True)
-class _Shown:
-    """What the undisturbed run has: steps, a checkpoint every so many, steps in which an epoch ends, steps that were
-    evaluated, what may be lost after each step (less what a kill is planned for), seconds.
+class _Observed:
+    """What the undisturbed run had: steps, steps between checkpoints, the last steps of epochs, steps with an
+    evaluation, memory that a kill would lose, and seconds of training.
     """
 
     steps: int
@@ -177,61 +171,61 @@ class _Shown:
     losable: dict[int, set[object]]
     seconds: float
 
-    def telling(self, steps: Sequence[int], chance: random.Random) -> int:
-        """The one of the steps after which most would be lost that no other kill has lost yet, if possible with steps
-        left in which that shows.
+    def choose(self, steps: Sequence[int], chance: random.Random) -> int:
+        """The step whose kill would lose the most memory that no earlier kill has lost, if possible with steps left in
+        which the loss shows. Counts its memory as lost.
         """
 
         def worth(step: int) -> tuple[int, int, int, float]:
-            seen = sum(isinstance(what, str) for what in self.losable[step])
-            return seen, min(self.steps - step, _PERIODS[-1]), len(self.losable[step]) - seen, chance.random()
+            visible = sum(isinstance(memory, str) for memory in self.losable[step])
+            left = min(self.steps - step, _PERIODS[-1])
+            return visible, left, len(self.losable[step]) - visible, chance.random()
 
-        found = max(steps, key=worth)
-        lost = {*self.losable[found]}
-        for left in self.losable.values():
-            left -= lost
-        return found
+        best = max(steps, key=worth)
+        lost = {*self.losable[best]}
+        for memories in self.losable.values():
+            memories -= lost
+        return best
 
 
-def _kills(many: int, shown: _Shown, chance: random.Random) -> list[Kill]:
-    """Moments of all kinds, in an order in which the run gets on between them."""
-    lacking = [name for name, steps in (("border", shown.borders), ("evaluation", shown.evaluated)) if not steps]
-    wanted = [_MOMENTS[number % len(_MOMENTS)] for number in range(many)]
+def _kills(number: int, observed: _Observed, chance: random.Random) -> list[Kill]:
+    """Kills of all kinds, in an order in which the run gets on between them."""
+    lacking = [name for name, steps in (("border", observed.borders), ("evaluation", observed.evaluated)) if not steps]
+    wanted = [_MOMENTS[place % len(_MOMENTS)] for place in range(number)]
     moments = ["step" if moment in lacking else moment for moment in wanted]
-    in_order = deque(sorted(_at_steps(moments, shown, chance), key=lambda kill: kill.step))
-    return [
-        in_order.popleft() if moment not in _ELSEWHERE else _elsewhere(moment, in_order, shown, chance)
-        for moment in moments
-    ]
+    in_order = deque(sorted(_at_steps(moments, observed, chance), key=lambda kill: kill.step))
+    kills = []
+    for moment in moments:
+        if moment == "loaded":
+            kills.append(Kill("loaded"))
+        elif moment == "clock":  # before the steps of later kills are passed
+            limit = next((kill.after for kill in in_order if kill.after), observed.steps)
+            milliseconds = round(chance.uniform(0, _CLOCK_SHARE * observed.seconds) * 1000)
+            kills.append(Kill("clock", milliseconds, limit))
+        else:
+            kills.append(in_order.popleft())
+    return kills
 
 
-def _elsewhere(moment: str, later: Sequence[Kill], shown: _Shown, chance: random.Random) -> Kill:
-    """A kill at whatever step it is; by the clock before those that come ``later`` are passed."""
-    if moment == "loaded":
-        return Kill("loaded")
-    limit = next((kill.after for kill in later if kill.after), shown.steps)
-    return Kill("clock", round(chance.uniform(0, _PROMPT * shown.seconds) * 1000), limit)
-
-
-def _at_steps(moments: Sequence[str], shown: _Shown, chance: random.Random) -> Iterator[Kill]:
-    """The kills that are at a step. Those that may be at any share all steps between them, and choose first."""
-    free = [moment for moment in moments if moment in _ANYWHERE]
-    for place, moment in reversed([*enumerate(free)]):  # what comes late leaves the least choice
-        low, high = (shown.steps * part // len(free) for part in (place, place + 1))
-        after = shown.telling(range(max(1, low), max(2, low + 1, high)), chance)
-        yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: the next one
+def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random) -> Iterator[Kill]:
+    """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
+    free = [moment for moment in moments if moment in _AT_ANY_STEP]
+    for place, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
+        low, high = (observed.steps * part // len(free) for part in (place, place + 1))
+        after = observed.choose(range(max(1, low), max(2, low + 1, high)), chance)
+        yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: in the next save
     for moment in moments:
         if moment == "border":  # when an epoch has just ended
-            after = shown.telling([chance.choice(shown.borders)], chance)
+            after = observed.choose([chance.choice(observed.borders)], chance)
             yield Kill("committed", after, after)
         elif moment == "evaluation":
-            step = chance.choice(shown.evaluated)
-            before = range(max(1, (step - 1) // shown.every * shown.every), step)
-            yield Kill("evaluation", step, shown.telling(before, chance) if before else None)
+            step = chance.choice(observed.evaluated)
+            before = range(max(1, (step - 1) // observed.every * observed.every), step)
+            yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
 
 
 def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
-    """All processes and a single one in turn; every moment has both in time, since their number is odd."""
+    """All processes and a single one in turn."""
     if options.processes == 1:
         return (None,) * options.kills
     return tuple(chance.randrange(options.processes) if number % 2 else None for number in range(options.kills))

@@ -1,4 +1,4 @@
-"""Why two runs differ: the run is repeated, undisturbed and killed once, with one thing after the other held fast,
+"""Why two runs differ: the run is repeated, undisturbed and killed once, with one thing after another held constant,
 until the difference goes away.
 
 Every repetition ends soon after the step that differed first, so together they cost about as much as the proof.
@@ -9,180 +9,174 @@ from typing import Any
 
 import torch
 
-from runner.verify.campaign import KillPlan, Tell, saving
-from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_chance, of_part, of_process
-from runner.verify.difference import FirstDifference, first
-from runner.verify.execution import Executor, Kill, RunTrace, dumped
+from runner.verify.campaign import KillPlan, Progress, save_every
+from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_workers, unexplained
+from runner.verify.difference import FirstDifference, first_difference
+from runner.verify.execution import Executor, Kill, RunTrace
 
-_ONE_THREAD = ("runtime.num_threads=1",)
-_STRICT = ("runtime.deterministic=true",)
-_MORE = 8  # steps after the first that differed: what varies may be equal in one by chance
+_MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
-# What may make two undisturbed runs differ, and how it is held fast: pins of the process, overrides.
+# What may make two undisturbed runs differ, and how it is held constant: the cause, pins of the process, overrides.
 _PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("pid", ("pid",), ()),
     ("time", ("time",), ()),
     ("entropy", ("entropy",), ()),
-    ("threads", (), _ONE_THREAD),
+    ("threads", (), ("runtime.num_threads=1",)),
     ("turns", ("turns",), ()),
-    ("kernel", (), _STRICT),
+    ("kernel", (), ("runtime.deterministic=true",)),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """The difference that was reproduced, its cause, and how that was found."""
+    """The cause of a difference, the repetitions that led to it, and by how much the states differ."""
 
-    difference: FirstDifference
     cause: Cause
     tried: tuple[str, ...]
     magnitude: str = ""
 
 
 class Investigation:
-    """Repeats a run until it knows what makes it differ."""
+    """Repeats a run until the cause of a difference is known."""
 
-    def __init__(self, stage: Executor, plan: KillPlan, base: RunTrace, tell: Tell) -> None:
-        self.stage = stage
-        self.plan = plan
-        self.base = base
-        self.tried: list[str] = []
-        self._tell = tell
+    def __init__(self, executor: Executor, plan: KillPlan, base: RunTrace, progress: Progress) -> None:
+        self._executor = executor
+        self._plan = plan
+        self._base = base
+        self._progress = progress
+        self._tried: list[str] = []
         self._runs = 0
-        self._until = 0
+        self._until = 0  # the last step that is compared
 
     def diagnose(self, run: RunTrace, difference: FirstDifference) -> Diagnosis:
         """Find the cause of a difference between a killed run and the undisturbed one."""
-        self._until = min(difference.step + _MORE, self.plan.steps)
-        cause = self._of_undisturbed() or self._of_restarting()
+        self._until = min(difference.step + _MORE_STEPS, self._plan.steps)
+        cause = self._without_kills() or self._without_resume()
         magnitude = ""
         if cause is None:
             self._until = max(difference.step, 1)
-            cause, magnitude = self._of_resuming(run, difference)
-        return Diagnosis(difference, cause, tuple(self.tried), magnitude)
+            cause, magnitude = self._with_resume(run, difference)
+        return Diagnosis(cause, tuple(self._tried), magnitude)
 
-    def _of_undisturbed(self) -> Cause | None:
-        """Whether it differs although nothing was killed."""
+    def _without_kills(self) -> Cause | None:
+        """The cause if runs differ although none is killed."""
         again = self._run()
-        if self._differs("undisturbed, a second time", again):
-            return self._held(again)
-        found = self._differs("undisturbed, its state taken for checkpoints alone", self._run(silent=True))
-        if found:
-            return CAUSES["saving"].at(found.part, found.where)
+        if self._difference("undisturbed, a second time", again):
+            return self._hold(again)
+        silent = self._run(silent=True)
+        if found := self._difference("undisturbed, its state taken for checkpoints alone", silent):
+            return CAUSES["saving"].seen_in(found.part, found.path)
         other = self._run(server=1)
-        found = self._differs("undisturbed, in a process with another hash seed", other)
-        if found and not self._differs("the same again", self._run(server=1), other):
-            return CAUSES["hash"].at(found.part)
-        if found:
-            return self._held(other)
-        for workers in {*self.plan.workers} - {self.base.lives[0].workers}:
+        if found := self._difference("undisturbed, in a process with another hash seed", other):
+            if self._difference("the same again", self._run(server=1), other):
+                return self._hold(other)
+            return CAUSES["hash"].seen_in(found.part)
+        for workers in {*self._plan.workers} - {self._base.attempts[0].workers}:
             again = self._run(workers=workers)
-            found = self._differs(f"undisturbed, {workers} data workers", again)
-            if found and found.part in _OF_WORKERS:
-                return of_process(found)
-            if found:  # the same data makes something else, as it happens
-                return self._held(again)
+            if found := self._difference(f"undisturbed, {workers} data workers", again):
+                # With equal data it is something else, which happens to differ now.
+                return of_workers(found) if found.part in _OF_WORKERS else self._hold(again)
         return None
 
-    def _held(self, again: RunTrace) -> Cause:
-        """What has to be held fast for two undisturbed runs to be equal."""
-        found = first(again, self.base, until=self._until)
-        assert found is not None
+    def _hold(self, again: RunTrace) -> Cause:
+        """The cause whose pin makes undisturbed runs equal."""
+        difference = first_difference(again, self._base, until=self._until)
+        assert difference is not None
         for name, pins, overrides in _PINS:
-            one, other = (self._run(*overrides, pins=pins) for _ in range(2))
-            if one.failed and "deterministic implementation" in one.failed.output:
-                self._note(f"undisturbed, {name} held fast", "refused by torch")
-                return CAUSES[name].at(found.part)
-            if one.failed:
-                self._note(f"undisturbed twice, {name} held fast", "does not run")
+            first, second = (self._run(*overrides, pins=pins) for _ in range(2))
+            if first.failure and first.failure.kind == "kernel":
+                self._note(f"undisturbed, {name} held constant", "refused by torch")
+                return CAUSES[name].seen_in(difference.part)
+            if first.failure:
+                self._note(f"undisturbed twice, {name} held constant", "does not run")
                 continue
-            equal = not self._differs(f"undisturbed twice, {name} held fast", other, one)
-            if equal and not self._differs("the same once more", self._run(*overrides, pins=pins), one):
-                return CAUSES[name].at(found.part, found.where)
-        return of_chance(found).at(found.part, _names(found))
+            equal = not self._difference(f"undisturbed twice, {name} held constant", second, first)
+            if equal and not self._difference("the same once more", self._run(*overrides, pins=pins), first):
+                return CAUSES[name].seen_in(difference.part, difference.path)
+        return unexplained(difference).seen_in(difference.part, _paths(difference))
 
-    def _of_restarting(self) -> Cause | None:
-        """Whether it differs although nothing was resumed: killed before the first step, and begun again."""
+    def _without_resume(self) -> Cause | None:
+        """The cause if a run differs that is killed before the first step, and started again."""
         run = self._new()
         for kill in (Kill("start"), Kill("start"), None):
-            self._live(run, kill=kill)
-        found = self._differs("killed before the first step and started again", run)
-        return CAUSES["attempts"].at(found.part, found.where) if found else None
+            self._attempt(run, kill=kill)
+        found = self._difference("killed before the first step and started again", run)
+        return CAUSES["attempts"].seen_in(found.part, found.path) if found else None
 
-    def _of_resuming(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
-        """What a single kill and resume changes, with one thing after the other held fast."""
-        life = run.lives[difference.life]
-        cut = life.first or max(1, self._until // 2)
-        found, magnitude = self._killed("killed once and resumed", cut)
+    def _with_resume(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
+        """The cause of the difference after a single kill and resume, with one thing after another left out."""
+        step = run.attempts[difference.attempt].first or max(1, self._until // 2)
+        found, magnitude = self._kill("killed once and resumed", step)
         if found is None:
             return replace(of_part(difference), sure=False), ""
         if has_callbacks(found):
-            without, _ = self._killed("the same without your callbacks", cut, pins=("callbacks",))
+            without, _ = self._kill("the same without your callbacks", step, pins=("callbacks",))
             if without is None:
                 return of_callbacks(found), magnitude
-        if difference.part != "data order" and self._evaluated(cut):
-            without, _ = self._killed("the same without evaluation", cut, pins=("evaluation",))
+        evaluated = any(event["evaluation"] for _, event in self._base.steps() if event["step"] <= step)
+        if difference.part != "data order" and evaluated:
+            without, _ = self._kill("the same without evaluation", step, pins=("evaluation",))
             if without is None:
-                return CAUSES["evaluation"].at(found.part, _names(found)), magnitude
+                return CAUSES["evaluation"].seen_in(found.part, _paths(found)), magnitude
         if found.part == "augmentation":
-            self._killed("the same with one batch for all steps", cut, pins=("batches",))
+            self._kill("the same with one batch for all steps", step, pins=("batches",))
         return of_part(found), magnitude
 
-    def _killed(self, what: str, cut: int, *, pins: tuple[str, ...] = ()) -> tuple[FirstDifference | None, str]:
-        """Kill after step ``cut`` is committed, resume, compare with an undisturbed run under the same pins."""
+    def _kill(self, trial: str, step: int, *, pins: tuple[str, ...] = ()) -> tuple[FirstDifference | None, str]:
+        """Kill after ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
         base, run = self._new(), self._new()
-        self._live(base, pins=pins, dump=self._until)
-        self._live(run, pins=pins, kill=Kill("step", cut + 1), every=cut)
-        self._live(run, pins=pins, dump=self._until, every=cut)
-        found = self._differs(what, run, base)
+        self._attempt(base, pins=pins, dump=self._until)
+        self._attempt(run, pins=pins, kill=Kill("step", step + 1), every=step)
+        self._attempt(run, pins=pins, dump=self._until, every=step)
+        found = self._difference(trial, run, base)
         magnitude = _magnitude(run, base) if found else ""
-        self.stage.forget(run, base)
+        self._executor.remove_large_files(run, base)
         return found, magnitude
 
-    def _evaluated(self, cut: int) -> bool:
-        return any(e["evaluation"] for _, e in self.base.steps() if e["event"] == "step" and e["step"] <= cut)
-
-    def _run(self, *overrides: str, **how: Any) -> RunTrace:
+    def _run(self, *overrides: str, **fields: Any) -> RunTrace:
         run = self._new()
-        self._live(run, *overrides, **how)
-        self.stage.forget(run)
+        self._attempt(run, *overrides, **fields)
+        self._executor.remove_large_files(run)
         return run
 
-    def _live(
-        self, run: RunTrace, *overrides: str, workers: int | None = None, every: int | None = None, **how: Any
+    def _attempt(
+        self, run: RunTrace, *overrides: str, workers: int | None = None, every: int | None = None, **fields: Any
     ) -> None:
-        count = self.plan.workers[0] if workers is None else workers
-        more = ("checkpoint.background=false", *saving(every or self.plan.every), *overrides)
-        self.stage.live(run, *more, workers=count, steps=min(self._until + 1, self.plan.limit), **how)
+        self._executor.attempt(
+            run,
+            "checkpoint.background=false",
+            *save_every(every or self._plan.every),
+            *overrides,
+            workers=self._plan.workers[0] if workers is None else workers,
+            steps=min(self._until + 1, self._plan.limit),
+            **fields,
+        )
 
     def _new(self) -> RunTrace:
         self._runs += 1
         return RunTrace(f"again-{self._runs}")
 
-    def _differs(self, what: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
-        found = first(run, base or self.base, until=self._until)
-        self._note(what, f"differs at step {found.step}: {found.part}" if found else "equal")
+    def _difference(self, trial: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
+        found = first_difference(run, base or self._base, until=self._until)
+        self._note(trial, f"differs at step {found.step}: {found.part}" if found else "equal")
         return found
 
-    def _note(self, what: str, came_of_it: str) -> None:
-        self.tried.append(f"{what}: {came_of_it}")
-        self._tell(f"  {self.tried[-1]}")
+    def _note(self, trial: str, outcome: str) -> None:
+        self._tried.append(f"{trial}: {outcome}")
+        self._progress(f"  {self._tried[-1]}")
 
 
-def _names(found: FirstDifference) -> str:
-    return ", ".join(path for path, _, _ in found.remembered[:3])
+def _paths(difference: FirstDifference) -> str:
+    return ", ".join(path for path, _, _ in difference.remembered[:3])
 
 
 def _magnitude(run: RunTrace, base: RunTrace) -> str:
-    """By how much the states of two runs differ where both wrote them down."""
-    one, other = (_dumped(each) for each in (base, run))
+    """By how much the dumped states of two runs differ."""
+    before, after = (_dumped(each) for each in (base, run))
     sizes = {
-        name: float((one[name].double() - other[name].double()).abs().max())
-        for name in one
-        if name in other
-        and one[name].shape == other[name].shape
-        and one[name].numel()
-        and one[name].is_floating_point()
+        name: float((tensor.double() - after[name].double()).abs().max())
+        for name, tensor in before.items()
+        if name in after and tensor.shape == after[name].shape and tensor.numel() and tensor.is_floating_point()
     }
     differing = {name: size for name, size in sizes.items() if size > 0}
     if not differing:
@@ -194,5 +188,5 @@ def _magnitude(run: RunTrace, base: RunTrace) -> str:
 
 
 def _dumped(run: RunTrace) -> dict[str, torch.Tensor]:
-    file = dumped(run.lives[-1])
+    file = run.attempts[-1].request.dumped
     return torch.load(file, weights_only=True) if file.exists() else {}

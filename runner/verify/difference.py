@@ -1,6 +1,6 @@
-"""The first thing in which a run differs from the one that nobody disturbed.
+"""The first difference between a run and the undisturbed one.
 
-A step is compared in the order in which it happens: its samples, what became of them, the generators, the rate, the
+A step is compared in the order in which it happens: its samples, their transformation, the generators, the rate, the
 loss, the gradients, then the state part by part. So the first difference is the nearest to its cause.
 """
 
@@ -9,153 +9,168 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.verify.execution import Event, RunTrace, by_step
+from runner.verify.execution import Event, RunTrace
 
-# Fields of a record, and what they are called.
-_GIVEN = {"samples": "data order", "batch": "augmentation", "generators": "generators", "rate": "scheduler"}
-_MADE = {"metrics": "loss", "gradients": "gradients"}
+# Fields of a record in the order of a step, and the parts they stand for.
+_PARTS = {
+    "samples": "data order",
+    "batch": "augmentation",
+    "generators": "generators",
+    "rate": "scheduler",
+    "metrics": "loss",
+    "gradients": "gradients",
+}
 
-# A path, and its value in words then and now; None where it is absent.
+# A path, and its value in words before and after; None where it is absent.
 Remembered = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class FirstDifference:
-    """At ``step``, in the run's life of number ``life`` (from 0), ``part`` differs at ``where``.
+    """At ``step``, in attempt number ``attempt`` (from 0), ``part`` differs at ``path``.
 
-    ``restored``: in the state right after loading, before any step. ``remembered`` is what objects remembered beside
-    the state at the last common moment, as (path, expected, found); ``moving`` is what changes there while the
+    ``restored``: in the state right after loading, before any step. ``remembered`` is memory beside the state that
+    differs at the last common moment, as (path, undisturbed, killed); ``changing`` is memory that changes while the
     undisturbed run trains, as (path, first, last).
     """
 
     step: int
-    life: int
+    attempt: int
     part: str
-    where: str
+    path: str
     expected: Any
-    found: Any
+    actual: Any
     restored: bool = False
     remembered: tuple[Remembered, ...] = ()
-    moving: tuple[Remembered, ...] = ()
+    changing: tuple[Remembered, ...] = ()
 
     def size(self) -> str:
-        """By how much, for numbers."""
-        if not (isinstance(self.expected, float) and isinstance(self.found, float)):
+        """By how much numbers differ; empty for anything else."""
+        if not (isinstance(self.expected, float) and isinstance(self.actual, float)):
             return ""
-        gap = abs(self.found - self.expected)
+        gap = abs(self.actual - self.expected)
         relative = gap / abs(self.expected) if self.expected else math.inf
         return f"a difference of {gap:.3g}, which is {relative:.2g} of it"
 
 
-def first(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
-    """The first difference in time in what the lives of ``run`` noted, up to a step."""
-    known, begun, lasts = by_step(undisturbed), _begun(undisturbed), _lasts(run, undisturbed)
+def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
+    """The first difference in time in the records of the attempts, up to a step."""
+    steps, ends = undisturbed.by_step(), _different_ends(run, undisturbed)
+    begun = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
     remembered: tuple[Remembered, ...] = ()
-    changing = moving(undisturbed)
-    for life, event in run.steps():
+    changing = changes(undisturbed)
+    for attempt, event in run.compared():
         step, restored = event["step"], event["event"] == "resumed"
-        expected = begun if restored and step == 0 else known.get(step)
+        expected = begun if restored and step == 0 else steps.get(step)
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:
             remembered = tuple(_unequal(expected["memory"], event["memory"])) if "memory" in event else ()
-        parted = bool(lasts) and step == min(lasts)
-        for part, where, was, now in _compared(expected, event, restored=restored, parted=parted):
-            return FirstDifference(step, life, part, where, was, now, restored, remembered, changing)
-    if not lasts or (until is not None and min(lasts) >= until):
+        last_of_one = bool(ends) and step == min(ends)
+        for part, path, was, now in _compare(expected, event, restored=restored, last_of_one=last_of_one):
+            return FirstDifference(step, attempt, part, path, was, now, restored, remembered, changing)
+    if not ends or (until is not None and min(ends) >= until):
         return None
+    step, attempt = min(ends) + 1, len(run.attempts) - 1
     return FirstDifference(
-        min(lasts) + 1, len(run.lives) - 1, "end", "the last step", lasts[0], lasts[1], False, remembered, changing
+        step, attempt, "end", "the last step", ends[0], ends[1], remembered=remembered, changing=changing
     )
 
 
-def _lasts(run: RunTrace, undisturbed: RunTrace) -> tuple[int, ...]:
-    """The last steps of the undisturbed run and of the other, where both ended by themselves, but not after the same
-    step.
-    """
+def _different_ends(run: RunTrace, undisturbed: RunTrace) -> tuple[int, ...]:
+    """The last steps of the undisturbed run and of the other, if both ended by themselves, but at different steps."""
     if run.evidence is None or undisturbed.evidence is None:
         return ()
-    lasts = undisturbed.lives[-1].last, run.lives[-1].last
-    return lasts if lasts[0] != lasts[1] else ()
+    ends = undisturbed.attempts[-1].last, run.attempts[-1].last
+    return ends if ends[0] != ends[1] else ()
 
 
-def at_the_end(run: RunTrace, undisturbed: RunTrace) -> FirstDifference | None:
-    """The first difference in what finished runs left: every checkpoint against the state that the undisturbed run had
-    at that step, then metric lines and result.
+def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifference | None:
+    """The first difference in what finished runs left: every checkpoint against the undisturbed run's state at its
+    step, then metric lines and result.
     """
-    expected, found = undisturbed.evidence, run.evidence
-    if expected is None or found is None:
+    expected, actual = undisturbed.evidence, run.evidence
+    if expected is None or actual is None:
         return None
-    known, life = by_step(undisturbed), len(run.lives) - 1
-    for evidence in (expected, found):
+    steps, attempt = undisturbed.by_step(), len(run.attempts) - 1
+    for evidence in (expected, actual):
         for step, state in evidence["checkpoints"].items():
-            for path, was, now in _unequal(known[int(step)]["state"], state):
-                return FirstDifference(int(step), life, "checkpoint", path, was, now)
-    for was, now in zip(_padded(expected["lines"], found["lines"]), found["lines"], strict=False):
-        for tag, one, other in _unequal(was, now):
-            return FirstDifference(now.get("step", 0), life, "metric lines", tag, one, other)
-    if len(expected["lines"]) != len(found["lines"]):
-        lengths = len(expected["lines"]), len(found["lines"])
-        return FirstDifference(found["result"]["step"], life, "metric lines", "how many", *lengths)
-    for path, was, now in _unequal(_flat(expected["result"]), _flat(found["result"])):
-        return FirstDifference(found["result"].get("step", 0), life, "result", path, was, now)
+            for path, was, now in _unequal(steps[int(step)]["state"], state):
+                return FirstDifference(int(step), attempt, "checkpoint", path, was, now)
+    lines, others = expected["lines"], actual["lines"]
+    missing: list[Event] = [{}] * (len(others) - len(lines))
+    for old, new in zip([*lines, *missing], others, strict=False):
+        for tag, was, now in _unequal(old, new):
+            return FirstDifference(new.get("step", 0), attempt, "metric lines", tag, was, now)
+    last = actual["result"].get("step", 0)
+    if len(lines) != len(others):
+        return FirstDifference(last, attempt, "metric lines", "how many", len(lines), len(others))
+    for path, was, now in _unequal(_flat(expected["result"]), _flat(actual["result"])):
+        return FirstDifference(last, attempt, "result", path, was, now)
     return None
 
 
-def forgotten(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
-    """What training changes in objects, and was not there any more after a load, as (path, expected, found): of every
-    container one entry.
+def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
+    """Memory that training changes and that was gone after a load, as (path, undisturbed, killed); of every container
+    one entry.
     """
-    known, changing = by_step(undisturbed), {path for path, _, _ in moving(undisturbed)}
-    loads = [event for _, event in run.steps() if event["event"] == "resumed" and "memory" in event]
-    found = [
+    steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
+    entries = [
         entry
-        for event in loads
-        if event["step"] in known
-        for entry in _unequal(known[event["step"]]["memory"], event["memory"])
+        for _, event in run.compared()
+        if event["event"] == "resumed" and "memory" in event and event["step"] in steps
+        for entry in _unequal(steps[event["step"]]["memory"], event["memory"])
         if entry[0] in changing
     ]
-    return tuple({entry[0].partition("[")[0]: entry for entry in found}.values())
+    return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
 
 
-def checkpoints(*runs: RunTrace) -> int:
-    """How many checkpoints they left."""
-    return sum(len((run.evidence or {}).get("checkpoints", {})) for run in runs)
+def changes(run: RunTrace) -> tuple[Remembered, ...]:
+    """Memory of the objects of a run that training changes, as (path, first, last)."""
+    return tuple({entry[0]: entry for entries in changes_by_step(run).values() for entry in entries}.values())
 
 
-def _compared(expected: Event, found: Event, *, restored: bool, parted: bool) -> Iterator[tuple[str, str, Any, Any]]:
-    """The parts that differ, with path and values. ``parted``: one of the runs ended with this step, and for that alone
-    may have an evaluation, and callbacks in another state.
+def changes_by_step(run: RunTrace) -> dict[int, list[Remembered]]:
+    """For each step, the memory that differs from that at the start, as (path, first, now)."""
+    memories = [(event["step"], event["memory"]) for _, event in run.compared()]
+    return {step: [*_unequal(memories[0][1], memory)] for step, memory in memories}
+
+
+def _compare(
+    expected: Event, actual: Event, *, restored: bool, last_of_one: bool
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """The parts that differ, with path and values. ``last_of_one``: one of the runs ended with this step, and for that
+    reason alone may have an evaluation, and callbacks in another state.
     """
     if not restored:
-        for name, part in (_GIVEN | _MADE).items():
-            for where, was, now in _unequal(_mapping(expected, name), _mapping(found, name)):
-                yield "metrics" if name == "metrics" and where != "loss" else part, where, was, now
+        for field, part in _PARTS.items():
+            for path, was, now in _unequal(_mapping(expected, field), _mapping(actual, field)):
+                yield "metrics" if field == "metrics" and path != "loss" else part, path, was, now
     callbacks = []
-    looked = "state" in expected and "state" in found
-    states = [event["state"] | event.get("others", {}) if looked else {} for event in (expected, found)]
+    recorded = "state" in expected and "state" in actual
+    states = [event["state"] | event.get("others", {}) if recorded else {} for event in (expected, actual)]
     for path, was, now in _unequal(*states):
-        # The rate of the next step stands in the optimizer, and the scheduler has put it there.
+        # The scheduler puts the rate of the next step into the optimizer.
         part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
         if part.startswith("callback."):
             callbacks.append((part, path, was, now))
         else:
             yield part, path, was, now
-    if not restored and (not parted or (expected["evaluation"] and found["evaluation"])):
-        yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], found["evaluation"]))
-    if not parted:
+    if not restored and (not last_of_one or (expected["evaluation"] and actual["evaluation"])):
+        yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], actual["evaluation"]))
+    if not last_of_one:
         yield from callbacks
 
 
-def _mapping(event: Event, name: str) -> Mapping[str, Any]:
-    value = event.get(name, {})
-    return value if isinstance(value, dict) else {name: value}
+def _mapping(event: Event, field: str) -> Mapping[str, Any]:
+    value = event.get(field, {})
+    return value if isinstance(value, dict) else {field: value}
 
 
-def _unequal(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in {**expected, **found}:
-        was, now = expected.get(key), found.get(key)
-        if was != now and not (was != was and now != now):  # NaN is as good as NaN
+def _unequal(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in {**expected, **actual}:
+        was, now = expected.get(key), actual.get(key)
+        if was != now and not (was != was and now != now):  # NaN equals NaN here
             yield key, was, now
 
 
@@ -163,23 +178,3 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict) and tree:
         return {key: leaf for name, inner in tree.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
     return {path.strip("/"): tree}
-
-
-def _padded(lines: list[Event], others: list[Event]) -> list[Event]:
-    return [*lines, *([{}] * (len(others) - len(lines)))]
-
-
-def _begun(run: RunTrace) -> Event | None:
-    return next((event for _, event in run.steps() if event["event"] == "resumed"), None)
-
-
-def moving(run: RunTrace) -> tuple[Remembered, ...]:
-    """What the objects of a run remember and change."""
-    last = {entry[0]: entry for entries in moved(run).values() for entry in entries}
-    return tuple(last.values())
-
-
-def moved(run: RunTrace) -> dict[int, list[Remembered]]:
-    """By step, what the objects of a run remember that is not as it was at first."""
-    remembered = [(event["step"], event["memory"]) for _, event in run.steps()]
-    return {step: [*_unequal(remembered[0][1], memory)] for step, memory in remembered}

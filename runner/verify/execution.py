@@ -1,8 +1,6 @@
-"""The client's side of ``runner.verify.fork_server``: real processes of the runner, one after the other, to be killed.
+"""The client's side of ``runner.verify.fork_server``: attempts at runs in real processes, to be killed.
 
-Two servers stand ready, with hash seeds of their own, as two processes that a user starts have them.
-
-One run of a proof: its lives, and what they told.
+Two servers with different hash seeds stand ready, like two processes that a user starts.
 """
 
 import json
@@ -21,11 +19,12 @@ from runner.errors import RunnerError
 from runner.storage.location import is_remote, local_root
 
 _HASH_SEEDS = ("1", "2")
+_LAST_LINES = 12  # of an error or a log, for the verdict
 
 
 class Kill(NamedTuple):
-    """A ``moment``, the ``step`` from which on it is waited for, and one ``after`` which the state is saved, too: the
-    next life begins with what that step left in the state, and with nothing else of it.
+    """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
+    too: the next attempt begins with the state of that step, and without anything that is in no state.
     """
 
     moment: str
@@ -35,11 +34,12 @@ class Kill(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRequest:
-    """What is asked of one life: the runner's ``arguments``, how much is recorded and where (``record``), and how it
-    ends. ``steps`` is the last step of all; ``seconds`` ends training earlier; ``kill`` is the moment of its end, and
-    ``victim`` the only rank that is killed, where not all of its ``processes`` are; ``pins`` are things that are held
-    fast; ``dump`` is a step whose state is written beside the record. In a ``silent`` one neither the
-    state nor what objects remember is looked at, since somebody's ``state_dict`` may change something.
+    """A request for one attempt, in ``processes`` processes: the runner's ``arguments``, and the file for its record.
+
+    ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
+    which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
+    state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
+    neither states nor memory, because a user's ``state_dict`` may change something. ``does``: "train" or "remove".
     """
 
     name: str
@@ -56,41 +56,35 @@ class AttemptRequest:
     silent: bool = False
     does: str = "train"
 
-    def request(self) -> dict[str, Any]:
-        """The life as JSON."""
-        found = {name: getattr(self, name) for name in self.__slots__}
-        return found | {"record": None, "records": [*map(str, self.records)], "log": str(self.log)}
+    def json(self) -> str:
+        """The request as the server reads it."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)], "log": str(self.log)})
 
     @property
     def records(self) -> list[Path]:
-        """What each rank notes."""
+        """The records of all ranks."""
         others = [self.record.with_name(f"{self.record.name}.rank{rank}") for rank in range(1, self.processes)]
         return [self.record, *others]
 
     @property
     def log(self) -> Path:
-        """What it printed, all ranks together."""
+        """The output of all ranks."""
         return self.record.with_suffix(".log")
 
-
-@dataclass(frozen=True, slots=True)
-class AttemptEnd:
-    """How a life ended: its exit status (None: by SIGKILL), how long it took, what it printed."""
-
-    life: AttemptRequest
-    status: int | None
-    seconds: float
-    output: str = field(repr=False, default="")
+    @property
+    def dumped(self) -> Path:
+        """The tensors of the state after the step ``dump``."""
+        return self.record.with_name(f"{self.record.name}.pt")
 
 
 class ForkServer:
-    """One process to fork lives from."""
+    """One process to fork attempts from."""
 
     def __init__(self, hash_seed: str, cwd: Path | None) -> None:
-        environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # one that the user sets is meant for every life
+        environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # a seed of the user is meant for every attempt
         self.import_seconds = 0.0
         self._began = time.monotonic()
-        self._ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runner.verify.fork_server"],
             stdin=subprocess.PIPE,
@@ -100,133 +94,158 @@ class ForkServer:
             cwd=cwd,
         )
 
-    def __call__(self, life: AttemptRequest) -> AttemptEnd:
-        """Live it."""
-        self._ask(life.request())
-        answer = self._answer()
-        return AttemptEnd(life, answer["status"], answer["seconds"], life.log.read_text(errors="replace"))
+    def __call__(self, request: AttemptRequest) -> int | None:
+        """Run an attempt; returns its exit status, or None after SIGKILL."""
+        self._send(request.json())
+        status: int | None = self._receive()["status"]
+        return status
 
     def import_modules(self, names: Sequence[str]) -> None:
-        """Have the next lives find these modules imported; does not wait for it."""
-        self._ask({"modules": [*names]})
+        """Have the next attempts find these modules imported; does not wait for it."""
+        self._send(json.dumps({"modules": [*names]}))
 
     def close(self) -> None:
-        """End it, and the life in hand."""
+        """End the server, and with it a running attempt."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
-    def _ask(self, request: dict[str, Any]) -> None:
-        self._wait()
+    def _send(self, line: str) -> None:
+        if not self.import_seconds:
+            self._receive()  # that it is ready
+            self.import_seconds = time.monotonic() - self._began
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
 
-    def _wait(self) -> None:
-        if not self._ready:
-            self._answer()
-            self._ready, self.import_seconds = True, time.monotonic() - self._began
-
-    def _answer(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RunnerError("the process from which lives are forked ended; what it printed last says why")
-        found: dict[str, Any] = json.loads(line)
-        return found
+            raise RunnerError("the process from which attempts are forked ended; its last output says why")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 Servers = tuple[ForkServer, ForkServer]
 
 
 @contextmanager
-def servers(cwd: Path | None = None) -> Iterator[Servers]:
-    """Two servers for the length of a block; their imports go on beside each other."""
-    one, other = (ForkServer(seed, cwd) for seed in _HASH_SEEDS)
+def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
+    """Two servers for the length of a block; they import at the same time."""
+    first, second = (ForkServer(seed, cwd) for seed in _HASH_SEEDS)
     try:
-        yield one, other
+        yield first, second
     finally:
-        for server in (one, other):
+        for server in (first, second):
             server.close()
 
 
 Event = dict[str, Any]
 
 _COMPARED = ("step", "resumed")
-# What every rank has to itself, and where it is put; ``state`` alone is compared to what a checkpoint holds.
-_OF_EACH = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
+# Fields that every rank has for itself, and where they are merged to; only ``state`` is compared with a checkpoint.
+_PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, the end of its message."""
+
+    status: int
+    kind: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptTrace:
-    """One life that has ended, and its record: events in the order in which they happened."""
+    """An attempt that has ended, with the exit ``status`` (None: by SIGKILL), and the events of its record in order."""
 
-    ended: AttemptEnd
+    request: AttemptRequest
+    status: int | None
     workers: int
     events: tuple[Event, ...]
 
-    def of(self, kind: str) -> list[Event]:
-        """The events of one kind."""
-        return [event for event in self.events if event["event"] == kind]
+    def select(self, name: str) -> list[Event]:
+        """The events of one name."""
+        return [event for event in self.events if event["event"] == name]
 
     @property
     def first(self) -> int:
-        """The step that it began after."""
-        return next((event["step"] for event in self.of("resumed")), 0)
+        """The step after which it began."""
+        return next((event["step"] for event in self.select("resumed")), 0)
 
     @property
     def last(self) -> int:
         """The last step that it did."""
-        return max((event["step"] for event in self.of("step")), default=self.first)
+        return max((event["step"] for event in self.select("step")), default=self.first)
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it was killed, or one of its processes, if any was."""
-        return next((event["moment"] for event in self.of("killed")), "?") if self.ended.status is None else None
+        """The moment at which it, or one of its processes, was killed. "?": by somebody else. None: it was not."""
+        return next((event["moment"] for event in self.select("killed")), "?") if self.status is None else None
 
     @property
     def victim(self) -> int | None:
         """The rank that was killed alone, if one was."""
-        return self.ended.life.victim if self.ended.status is None and self.of("killed") else None
+        return self.request.victim if self.status is None and self.select("killed") else None
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why it ended with an error; None if it did not. A process that a watchdog ended has only its output."""
+        if self.status in (0, None):
+            return None
+        event = next((event for event in self.select("failed") if event["message"]), None)
+        text = event["message"] if event else self.request.log.read_text(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return Failure(self.status, event["kind"] if event else RunnerError.kind, "\n".join(lines[-_LAST_LINES:]))
 
 
 @dataclass(slots=True)
 class RunTrace:
-    """The lives of one run, oldest first."""
+    """The attempts at one run, oldest first."""
 
     name: str
-    lives: list[AttemptTrace] = field(default_factory=list)
-    command: AttemptRequest | None = None  # the one that was asked for last
+    attempts: list[AttemptTrace] = field(default_factory=list)
+    request: AttemptRequest | None = None  # the last one
+
+    def compared(self) -> Iterator[tuple[int, Event]]:
+        """All events of steps and of states after loading, with the number of the attempt (from 0)."""
+        for number, attempt in enumerate(self.attempts):
+            yield from ((number, event) for event in attempt.events if event["event"] in _COMPARED)
 
     def steps(self) -> Iterator[tuple[int, Event]]:
-        """Everything that was noted of steps and of states after loading: number of the life, event."""
-        for number, life in enumerate(self.lives):
-            yield from ((number, event) for event in life.events if event["event"] in _COMPARED)
+        """The same for steps alone."""
+        return ((number, event) for number, event in self.compared() if event["event"] == "step")
+
+    def by_step(self) -> dict[int, Event]:
+        """The last event of every step."""
+        return {event["step"]: event for _, event in self.steps()}
 
     def removal(self) -> AttemptRequest:
-        """A life that removes what this run has in its storage."""
-        assert self.command
-        return replace(self.command, does="remove", kill=None, victim=None, pins=(), processes=1)
+        """The request to remove all objects of this run from its storage."""
+        assert self.request
+        return replace(self.request, does="remove", kill=None, victim=None, pins=(), processes=1)
 
     @property
     def evidence(self) -> Event | None:
-        """What it left behind; None unless it finished."""
-        found = self.lives[-1].of("finished") if self.lives else []
-        return found[-1] if found else None
+        """Checkpoints, metric lines, result and audit of a finished run; None unless it finished."""
+        events = self.attempts[-1].select("finished") if self.attempts else []
+        return events[-1] if events else None
 
     @property
-    def failed(self) -> AttemptEnd | None:
-        """The life that ended with an error, if one did."""
-        return next((life.ended for life in self.lives if life.ended.status not in (0, None)), None)
+    def failure(self) -> Failure | None:
+        """Why an attempt ended with an error, if one did."""
+        return next((attempt.failure for attempt in self.attempts if attempt.failure), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Executor:
-    """Where runs are made: the user's ``command``, ``scratch`` for records, ``root`` for run directories, and two
-    servers to live in. ``runs`` are all that were made, each of so many ``processes``; two evaluations are
-    ``evaluations`` steps apart at most.
+    """Makes runs of the user's ``command``, with records in ``scratch`` and run directories below ``root``.
+
+    ``runs`` collects all runs. Each has ``processes`` processes, and ``evaluations`` steps at most between evaluations.
     """
 
     command: tuple[str, ...]
@@ -237,79 +256,57 @@ class Executor:
     evaluations: int
     processes: int
 
-    def live(self, run: RunTrace, *more: str, workers: int, server: int = 0, **how: Any) -> AttemptTrace:
-        """One more life of a run."""
-        record = self.scratch / f"{run.name}-{len(run.lives) + 1}.jsonl"
+    def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
+        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest."""
         arguments = (
             *self.command,
             f"run.root={self.root}",
             f"run.name={run.name}",
             f"hydra.run.dir={self.scratch}/hydra/{run.name}",
             f"runtime.num_workers={workers}",
-            *more,
+            *overrides,
         )
         if run not in self.runs:
             self.runs.append(run)
-        life = AttemptRequest(
-            run.name, arguments, record, evaluations=self.evaluations, processes=self.processes, **how
+        record = self.scratch / f"{run.name}-{len(run.attempts) + 1}.jsonl"
+        run.request = request = AttemptRequest(
+            run.name, arguments, record, evaluations=self.evaluations, processes=self.processes, **fields
         )
-        run.command = life
-        lived = AttemptTrace(self.servers[server](life), workers, _gathered(life.records))
-        run.lives.append(lived)
-        return lived
+        trace = AttemptTrace(request, self.servers[server](request), workers, _merged(request.records))
+        run.attempts.append(trace)
+        return trace
 
-    def forget(self, *runs: RunTrace) -> None:
-        """Remove what is large of runs that are done: dumped states, and checkpoints on a disk."""
+    def remove_large_files(self, *runs: RunTrace) -> None:
+        """Remove dumped states, and run directories on a disk, of runs that are compared already."""
         for run in runs:
-            for life in run.lives:
-                dumped(life).unlink(missing_ok=True)
+            for attempt in run.attempts:
+                attempt.request.dumped.unlink(missing_ok=True)
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def dumped(life: AttemptTrace) -> Path:
-    """Where a life wrote the tensors of a state, if it was asked to."""
-    record = life.ended.life.record
-    return record.with_name(f"{record.name}.pt")
-
-
-def _gathered(records: Sequence[Path]) -> tuple[Event, ...]:
-    """What the first rank noted, with what the others had to themselves, and which of them was killed."""
+def _merged(records: Sequence[Path]) -> tuple[Event, ...]:
+    """The events of rank 0, with the fields that other ranks have for themselves, and how the others ended."""
     events, *others = map(_read, records)
-    for rank, noted in enumerate(others, 1):
-        told = {(event["event"], event["step"]): event for event in noted if event["event"] in _COMPARED}
+    for rank, theirs in enumerate(others, 1):
+        by_step = {(event["event"], event["step"]): event for event in theirs if event["event"] in _COMPARED}
         for event in events:
             if event["event"] in _COMPARED:
-                _add(event, rank, told.get((event["event"], event["step"])))
-    return (*events, *(event for noted in others for event in noted if event["event"] == "killed"))
+                _merge(event, rank, by_step.get((event["event"], event["step"])))
+    return (*events, *(event for theirs in others for event in theirs if event["event"] in ("killed", "failed")))
 
 
-def _add(event: Event, rank: int, other: Event | None) -> None:
-    """Put the rank's own under names of its own. An event that it did not come to note is ``cut`` short."""
+def _merge(event: Event, rank: int, other: Event | None) -> None:
+    """Add the fields of a rank. An event that the rank did not come to record is ``cut`` short."""
     if other is None:
         event["cut"] = True
         return
-    for its, ours in _OF_EACH.items():
-        found = {f"{path} (rank {rank})": value for path, value in other.get(its, {}).items()}
-        event[ours] = event.get(ours, {}) | found
+    for name, target in _PER_RANK.items():
+        event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other.get(name, {}).items()}
 
 
 def _read(record: Path) -> tuple[Event, ...]:
-    """The whole lines of a record."""
+    """The complete lines of a record; a kill may have cut the last one."""
     text = record.read_bytes() if record.exists() else b""
     return tuple(map(json.loads, text[: text.rfind(b"\n") + 1].splitlines()))
-
-
-def by_step(run: RunTrace) -> dict[int, Event]:
-    """The last that was noted of every step."""
-    return {event["step"]: event for _, event in run.steps() if event["event"] == "step"}
-
-
-def losses(run: RunTrace) -> Sequence[tuple[int, int, float]]:
-    """AttemptRequest, step and loss of everything that was done."""
-    return [
-        (number, event["step"], event["metrics"]["loss"])
-        for number, event in run.steps()
-        if event["event"] == "step" and "loss" in event["metrics"]
-    ]

@@ -1,9 +1,9 @@
-"""A process that imports everything once and then forks one life of the runner for each request.
+"""A process that imports everything once and then forks one attempt of the runner for each request.
 
-A life is ``python -m runner`` to the last system call, in a process group of its own; only its imports are inherited.
-One of several processes is started as a launcher would start it: all are in one group, and know where to meet.
-Requests come as lines of JSON on standard input; when that ends, so do the life in hand and this process: whoever asked
-may have been killed.
+An attempt is ``python -m runner`` to the last system call, in a process group of its own; only imports are inherited.
+An attempt of several processes is started as by a launcher: all are in one group, and know the address of rank 0.
+Requests are lines of JSON on standard input. When it ends, the client may have been killed, and the running attempt and
+this process end, too.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _TICK_SECONDS = 0.005
 _PATIENCE_SECONDS = 60.0  # in which all processes end once one of them has failed or was killed
-_MANY = ("runner.distributed.processes", "runner.distributed.parallel", "runner.distributed.parallel")
+_OF_SEVERAL = ("runner.distributed.processes", "runner.distributed.parallel")
 
 
 def serve() -> None:
@@ -30,7 +31,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the client
     for module in ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder"):
         importlib.import_module(module)
-    gc.freeze()  # else the first collection in each life copies every page
+    gc.freeze()  # else the first collection in each attempt copies every page
     print(json.dumps({"ready": True}), flush=True)
     for line in iter(_line, b""):
         request = json.loads(line)
@@ -38,89 +39,86 @@ def serve() -> None:
             _import(request["modules"])
             continue
         if len(request["records"]) > 1:
-            _import(_MANY)
-        began = time.monotonic()
-        pids = _forked(request)
-        status = _wait(pids, Path(request["log"]))
-        print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
+            _import(_OF_SEVERAL)
+        status = _wait(_fork(request), Path(request["log"]))
+        print(json.dumps({"status": status}), flush=True)
 
 
 def _import(modules: Sequence[str]) -> None:
-    """Have libraries that lives were seen to import, so that the next ones need not."""
+    """Import libraries that an attempt imported, for the next attempts to inherit."""
     for name in modules:
-        with contextlib.suppress(Exception):  # a life that needs it will say what is wrong with it
+        with contextlib.suppress(Exception):  # an attempt that needs the module reports the error
             importlib.import_module(name)
     gc.freeze()
 
 
 def _line() -> bytes:
     """The next request, past all buffers: ``select`` must see whether there is more."""
-    found = bytearray()
-    while not found.endswith(b"\n"):
+    line = bytearray()
+    while not line.endswith(b"\n"):
         byte = os.read(0, 1)
         if not byte:
             return b""
-        found += byte
-    return bytes(found)
+        line += byte
+    return bytes(line)
 
 
-def _forked(request: Mapping[str, Any]) -> list[int]:
-    """The processes of a life, in the order of their ranks; the first one's number is that of their group."""
+def _fork(request: Mapping[str, Any]) -> list[int]:
+    """Start the processes of an attempt; returns their pids by rank. The first pid is that of their group."""
     pids: list[int] = []
     for rank, environment in enumerate(_environments(len(request["records"]))):
         pid = os.fork()
         group = pids[0] if pids else pid  # in the first process itself 0, which means its own
         if pid == 0:
             os.environ |= environment
-            _live({**request, "rank": rank, "record": request["records"][rank]}, group)
+            _run({**request, "rank": rank, "record": request["records"][rank]}, group)
         with contextlib.suppress(ProcessLookupError):
-            os.setpgid(pid, group)  # so does the process; whoever is first
+            os.setpgid(pid, group)  # as the process itself does: either may come first
         pids.append(pid)
     return pids
 
 
 def _environments(size: int) -> Iterator[dict[str, str]]:
-    """What a launcher tells each of so many processes; nothing to one that is alone."""
+    """The variables that a launcher would set in each of ``size`` processes; none for a single one."""
     if size == 1:
         yield {}
         return
-    with socket.socket() as recorder:
-        recorder.bind(("127.0.0.1", 0))
-        port = recorder.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     for rank in range(size):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        yield {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **place}
+        yield {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
 
 
 def _wait(pids: Sequence[int], log: Path) -> int | None:
-    """The exit status of a life, which is over when all its processes are; None after SIGKILL of one or all."""
+    """Wait for all processes of an attempt; returns its exit status, None after SIGKILL of one or all."""
     codes: dict[int, int] = {}
-    failed = 0.0  # when the first did
+    failed = 0.0  # when the first process failed
     while len(codes) < len(pids):
         for pid in pids:
             done, status = (0, 0) if pid in codes else os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 failed = failed or (time.monotonic() if codes[pid] else 0.0)
-        if select.select([0], [], [], _TICK_SECONDS)[0]:  # nothing is asked while a life lives: the client is gone
+        if select.select([0], [], [], _TICK_SECONDS)[0]:  # no request comes now: the client is gone
             _kill(pids[0])
             sys.exit(0)
         if failed and len(codes) < len(pids) and time.monotonic() - failed > _PATIENCE_SECONDS:
-            return _hung(pids, codes, log)
-    _kill(pids[0])  # data workers that outlived it
+            return _end_hanging(pids, codes, log)
+    _kill(pids[0])  # data workers may have survived
     if -signal.SIGKILL in codes.values():
         return None
     return next((code for code in codes.values() if code), 0)
 
 
-def _hung(pids: Sequence[int], codes: Mapping[int, int], log: Path) -> int:
-    """End those that go on without the others, and say so where they would have."""
+def _end_hanging(pids: Sequence[int], codes: Mapping[int, int], log: Path) -> int:
+    """End the processes that go on without the others, and note it in their log; returns the exit status."""
     _kill(pids[0])
-    left = [pid for pid in pids if pid not in codes]
-    for pid in left:
+    hanging = [pid for pid in pids if pid not in codes]
+    for pid in hanging:
         os.waitpid(pid, 0)
     with log.open("a") as file:
-        ranks = ", ".join(str(pids.index(pid)) for pid in left)
+        ranks = ", ".join(str(pids.index(pid)) for pid in hanging)
         file.write(f"\nrank {ranks} did not end within {_PATIENCE_SECONDS:.0f} s of the end of another process\n")
     return 1
 
@@ -130,8 +128,8 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _live(request: Mapping[str, Any], group: int) -> None:
-    """Become a process of the runner, and never return."""
+def _run(request: Mapping[str, Any], group: int) -> None:
+    """Become a process of the runner. Never returns."""
     os.setpgid(0, group)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -148,14 +146,24 @@ def _live(request: Mapping[str, Any], group: int) -> None:
         status = main()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        import traceback
-
+        if error.__context__ is not None:  # the runner prints an error and then leaves with its status
+            _record_failure(request["record"], error.__context__)
+    except BaseException as error:
         traceback.print_exc()
+        _record_failure(request["record"], error)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _record_failure(record: str, error: BaseException) -> None:
+    """Append the kind and the message of the error that ended this process."""
+    from runner.errors import RunnerError, kind_of, printable
+
+    message = str(error) if isinstance(error, RunnerError) else printable(f"{type(error).__name__}: {error}")
+    with open(record, "a") as file:
+        file.write(f"{json.dumps({'event': 'failed', 'kind': kind_of(error), 'message': message})}\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any
 
 from runner import build
 from runner.callbacks.base import Loop
-from runner.callbacks.evaluation import Evaluate
-from runner.data.stream import BatchStream
+from runner.callbacks.evaluate import Evaluate
+from runner.data.stream import MapStyleStream
 
 _PID = 4242
 _NOW = 1_700_000_000.0
@@ -54,10 +54,10 @@ def _callbacks() -> None:
 
 def _batches() -> None:
     """Every step gets the batch that the first step of all would get."""
-    step = BatchStream.step
+    step = MapStyleStream.step
     first: list[tuple[float, Any]] = []
 
-    def same(self: BatchStream) -> Iterator[tuple[float, Any]]:
+    def same(self: MapStyleStream) -> Iterator[tuple[float, Any]]:
         if not first:
             fetcher, plan = self._fetcher, self.plan
             pieces = next(plan.steps(0, fetcher.order))
@@ -66,7 +66,7 @@ def _batches() -> None:
         for _, one in zip(step(self), itertools.cycle(first), strict=False):
             yield one
 
-    BatchStream.step = same  # type: ignore[method-assign]
+    MapStyleStream.step = same  # type: ignore[method-assign]
 
 
 def _pid() -> None:

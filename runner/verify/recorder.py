@@ -22,18 +22,18 @@ import torch
 
 from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
-from runner.callbacks.evaluation import Evaluate
+from runner.callbacks.evaluate import Evaluate
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
-from runner.job import Job
 from runner.metrics import lines
 from runner.rng import Generators
-from runner.run import attempt_records
 from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts
+from runner.run_spec import RunSpec
 from runner.runs.audit import audit
 from runner.trainer import Trainer
 from runner.update import WeightUpdate
@@ -49,7 +49,7 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
     """Checkpoints by step, metric lines, result and audit of a finished run, as plain values."""
     store = CheckpointStore(directory.location)
     proof, audited = audit(directory)
-    result = directory.result(directory.identity() or {}) or {}
+    facts = RunFacts(directory)
     return {
         "url": directory.location.url,
         "checkpoints": {str(commit.step): _checkpoint(store, commit) for commit in reversed(store.commits())},
@@ -57,9 +57,9 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
             {tag: value for tag, value in line.items() if not tag.startswith("time/")}
             for line in lines.read(directory.location)
         ],
-        "result": {key: value for key, value in result.items() if key != "seconds"},
+        "result": {key: value for key, value in (facts.result or {}).items() if key != "seconds"},
         "audit": audited | {"holds": proof.holds},
-        "attempts": [record.outcome() for record in attempt_records.history(directory.location)],
+        "attempts": [record.outcome() for record in facts.attempts],
     }
 
 
@@ -181,8 +181,8 @@ def _hash_batches(probe: Recorder, stream: Any) -> None:
 def _watch_resuming(probe: Recorder) -> None:
     resume = experiment._resume
 
-    def resumed(opening: Any, parts: Any, store: Any, ranks: Any) -> Any:
-        found = resume(opening, parts, store, ranks)
+    def resumed(opening: Any, parts: Any, store: Any, comm: Any) -> Any:
+        found = resume(opening, parts, store, comm)
         probe.write("resumed", step=found.step, **probe.known(parts.state))
         probe.die("loaded", 0)
         probe.die("start", found.step)
@@ -212,7 +212,7 @@ def _watch_steps(probe: Recorder) -> None:
             "step": loop.step,
             "took": time.monotonic() - before,
             "epochs": loop.epochs,
-            "samples": str(loop.state.stream.line(loop.step)),
+            "samples": str(loop.state.stream.ledger_line(loop.step)),
             "rate": loop.rate,
             "metrics": {name: float(value) for name, value in loop.metrics.items()},
         }
@@ -307,7 +307,7 @@ def _watch_evaluation(probe: Recorder) -> None:
 def _watch_the_end(probe: Recorder) -> None:
     finished, before = app._finished, {*sys.modules}
 
-    def ended(job: Job, config: Any, team: Any) -> Any:
+    def ended(job: RunSpec, config: Any, team: Any) -> Any:
         found = finished(job, config, team)
         if probe.rank:
             return found

@@ -1,13 +1,10 @@
-"""What a kill costs an experiment, and how often it pays to save.
-
-What was proven, or the first thing that was not: for people, for programs.
-"""
+"""The outcome of a proof, for people and for programs; and what a kill and a save cost."""
 
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -22,8 +19,8 @@ _SHARE = 0.01  # of the time, for saving
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds, as measured: of a ``step``, ``resume`` (from the start of a process to its first step), ``stall`` of
-    training in a save, and ``commit`` until it is durable; and the steps that the kills of the proof lost.
+    """Seconds, as measured: of a ``step``, of a ``resume`` (from the start of a process to its first step), for which
+    a save ``stalls`` training, and until its ``commit`` is durable; and the steps that the kills of the proof lost.
     """
 
     step: float
@@ -34,13 +31,13 @@ class Cost:
 
     @property
     def every_steps(self) -> int:
-        """The fewest steps between two checkpoints that keep their stalls below a hundredth of the time and let one
-        be written before the next is due.
+        """The fewest steps between two checkpoints for which their stalls take less than a hundredth of the time, and
+        each is written before the next is due.
         """
         return max(1, math.ceil(self.stall / (_SHARE * self.step)), math.ceil(self.commit / self.step))
 
     def text(self) -> str:
-        """The same for people."""
+        """The costs for people."""
         return (
             f"a kill costs {self.resume:.1f} s until training goes on, and half of the steps between two checkpoints;\n"
             f"a save stalls training for {_time(self.stall)}, a step takes {_time(self.step)}: "
@@ -50,24 +47,21 @@ class Cost:
 
 
 def cost(undisturbed: RunTrace, killed: RunTrace, *, imports: float) -> Cost:
-    """What the lives of a proof cost. ``imports`` are the seconds that a process takes before it reads its command."""
-    lives = [*undisturbed.lives, *killed.lives]
-    resumes = [life.of("resumed")[0]["seconds"] for life in lives if life.of("resumed")]
-    steps = [event["took"] for life in undisturbed.lives for event in life.of("step")]
-    beside = [life for life in killed.lives if "checkpoint.background=true" in life.ended.life.arguments]
-    stalls = [event["stall"] for life in beside for event in life.of("save")]
-    commits = [event["took"] for life in lives for event in life.of("committed")]
-    pairs = zip(killed.lives, killed.lives[1:], strict=False)
+    """The cost measured in two runs. ``imports``: seconds that a process takes before it reads its command."""
+    attempts = [*undisturbed.attempts, *killed.attempts]
+    steps = [event["took"] for _, event in undisturbed.steps()]
+    background = [each for each in killed.attempts if "checkpoint.background=true" in each.request.arguments]
+    pairs = zip(killed.attempts, killed.attempts[1:], strict=False)
     return Cost(
-        step=_middle(steps[1:] or steps),
-        resume=imports + _middle(resumes),
-        stall=_middle(stalls),
-        commit=_middle(commits),
+        step=_median(steps[1:] or steps),
+        resume=imports + _median([each.select("resumed")[0]["seconds"] for each in attempts if each.select("resumed")]),
+        stall=_median([event["stall"] for each in background for event in each.select("save")]),
+        commit=_median([event["took"] for each in attempts for event in each.select("committed")]),
         lost_steps=sum(max(0, before.last - after.first) for before, after in pairs),
     )
 
 
-def _middle(seconds: list[float]) -> float:
+def _median(seconds: list[float]) -> float:
     return median(seconds) if seconds else 1e-9
 
 
@@ -79,22 +73,21 @@ def _time(seconds: float) -> str:
 class Verdict:
     """The outcome of one proof.
 
-    It holds if there is no ``difference``, no ``refusal`` (what a life that failed said) and no problem in the
-    ``audit`` of what the runs were trained on. ``cause`` belongs to any of them. ``scratch`` is where the runs are, if
+    It holds if there is no ``difference``, no ``refusal`` (the message of an attempt that failed) and no problem in the
+    ``audit`` of the samples of the runs. ``cause`` belongs to any of these. ``scratch`` says where the runs are, if
     they were kept.
     """
 
     command: Sequence[str]
     undisturbed: RunTrace
     killed: RunTrace
-    seconds: float
+    seconds: float = 0.0
     difference: FirstDifference | None = None
     refusal: str = ""
     cause: Cause | None = None
     diagnosis: Diagnosis | None = None
     audit: Sequence[str] = ()
     cost: Cost | None = None
-    checkpoints: int = 0
     scratch: str | None = None
     notes: Sequence[str] = ()
     html: str | None = None
@@ -105,52 +98,59 @@ class Verdict:
         return self.difference is None and not self.refusal and not self.audit
 
     @property
+    def tried(self) -> Sequence[str]:
+        """The repetitions with which the cause was found, and their outcome."""
+        return self.diagnosis.tried if self.diagnosis else ()
+
+    @property
     def proven(self) -> dict[str, Any]:
         """How much was tried."""
-        evidence = self.undisturbed.evidence or {}
-        lives = self.killed.lives
-        moments = Counter(life.killed for life in lives if life.killed)
+        evidence = [run.evidence or {} for run in (self.undisturbed, self.killed)]
+        undisturbed, killed = self.undisturbed.attempts, self.killed.attempts
+        moments = Counter(attempt.killed for attempt in killed if attempt.killed)
         return {
-            "steps": max((life.last for life in self.undisturbed.lives), default=0),
-            "samples": evidence.get("audit", {}).get("positions", 0),
+            "steps": max((attempt.last for attempt in undisturbed), default=0),
+            "samples": evidence[0].get("audit", {}).get("positions", 0),
             "kills": sum(moments.values()),
             "moments": dict(moments),
-            "kills_of_one_process": sum(life.victim is not None for life in lives),
-            "processes": max((life.ended.life.processes for life in self.undisturbed.lives), default=1),
-            "attempts": len(lives),
-            "workers": sorted({life.workers for life in [*self.undisturbed.lives, *lives]}),
-            "checkpoints": self.checkpoints,
+            "kills_of_one_process": sum(attempt.victim is not None for attempt in killed),
+            "processes": max((attempt.request.processes for attempt in undisturbed), default=1),
+            "attempts": len(killed),
+            "workers": sorted({attempt.workers for attempt in [*undisturbed, *killed]}),
+            "checkpoints": sum(len(each.get("checkpoints", {})) for each in evidence) if killed else 0,
             "steps_done_again": self.cost.lost_steps if self.cost else 0,
             "seconds": round(self.seconds, 1),
         }
 
-    def plain(self) -> dict[str, Any]:
-        """The verdict as plain values."""
+    def json(self) -> str:
+        """The verdict for programs."""
+        return json.dumps(self._plain(), indent=1, default=str)
+
+    def _plain(self) -> dict[str, Any]:
         found = self.difference
         return {
             "verdict": "PASS" if self.holds else "FAIL",
             "command": [*self.command],
             "proven": self.proven,
-            "difference": None
-            if found is None
-            else {
+            "difference": found
+            and {
                 "step": found.step,
-                "attempt": found.life + 1,
+                "attempt": found.attempt + 1,
                 "part": found.part,
-                "where": found.where,
+                "where": found.path,
                 "expected": found.expected,
-                "found": found.found,
+                "found": found.actual,
                 "size": "; ".join(self._sizes(found)),
                 "right_after_loading": found.restored,
             },
             "refusal": self.refusal or None,
-            "cause": None if self.cause is None else {key: getattr(self.cause, key) for key in self.cause.__slots__},
-            "tried": [*self.diagnosis.tried] if self.diagnosis else [],
+            "cause": self.cause and asdict(self.cause),
+            "tried": [*self.tried],
             "audit": [*self.audit],
-            "cost": None if self.cost is None else self._costs(self.cost),
+            "cost": self.cost and asdict(self.cost) | {"every_steps": self.cost.every_steps},
             "lives": [
-                {"first": life.first, "last": life.last, "workers": life.workers, "killed": life.killed}
-                for life in self.killed.lives
+                {"first": each.first, "last": each.last, "workers": each.workers, "killed": each.killed}
+                for each in self.killed.attempts
             ],
             "notes": [*self.notes],
             "scratch": self.scratch,
@@ -158,61 +158,52 @@ class Verdict:
         }
 
     def text(self) -> str:
-        """The verdict for people: in one look, and then the reasons."""
+        """The verdict for people: the result in one line, then the reasons."""
         proven = self.proven
-        one, processes = proven["kills_of_one_process"], proven["processes"]
-        many = f" ({one} of one process alone), {processes} processes" if processes > 1 else ""
+        alone, processes = proven["kills_of_one_process"], proven["processes"]
+        several = f" ({alone} of one process alone), {processes} processes" if processes > 1 else ""
         tried = (
-            f"{proven['kills']} kills{many}, {proven['steps']} steps, {proven['attempts']} attempts, "
+            f"{proven['kills']} kills{several}, {proven['steps']} steps, {proven['attempts']} attempts, "
             f"{proven['samples']} samples, {' and '.join(map(str, proven['workers']))} workers, "
             f"{proven['seconds']:.0f} s"
         )
-        said = (
-            [f"PASS     {tried}", _PROVEN.format(**proven)] if self.holds else [f"FAIL     {tried}", *self._failure()]
+        lines = (
+            [f"PASS     {tried}", _EQUAL.format(**proven)] if self.holds else [f"FAIL     {tried}", *self._failure()]
         )
-        said += [f"note     {note}" for note in self.notes]
+        lines += [f"note     {note}" for note in self.notes]
         if self.cost is not None and self.holds:
-            said.append(_indented("cost     ", self.cost.text()))
+            lines.append(_indented("cost     ", self.cost.text()))
         if self.html:
-            said.append(f"report   {self.html}")
+            lines.append(f"report   {self.html}")
         if self.scratch:
-            said.append(f"kept     {self.scratch}: the runs, what each attempt printed (*.log) and noted (*.jsonl)")
-        return printable("\n".join(said))
+            lines.append(f"kept     {self.scratch}: the runs, output (*.log) and record (*.jsonl) of each attempt")
+        return printable("\n".join(lines))
 
     def _failure(self) -> list[str]:
-        said = []
+        lines = []
         found = self.difference
         if found is not None:
             when = "right after loading" if found.restored else "the first that differs"
-            said.append(f"step     {found.step}, {when}; attempt {found.life + 1}")
-            said.append(f"part     {found.part}: {found.where}")
-            said.append(f"differs  {_short(found.expected)} undisturbed, {_short(found.found)} killed")
-            said += [f"         {line}" for line in self._sizes(found)]
+            lines.append(f"step     {found.step}, {when}; attempt {found.attempt + 1}")
+            lines.append(f"part     {found.part}: {found.path}")
+            lines.append(f"differs  {_short(found.expected)} undisturbed, {_short(found.actual)} killed")
+            lines += [f"         {line}" for line in self._sizes(found)]
         if self.refusal:
-            said.append(_indented("error    ", self.refusal))
-        said += [f"audit    {problem}" for problem in self.audit[:5]]
+            lines.append(_indented("error    ", self.refusal))
+        lines += [f"audit    {problem}" for problem in self.audit[:5]]
         if self.cause is not None:
-            said.append(_indented("cause    " if self.cause.sure else "perhaps  ", self.cause.what))
-            said.append(_indented("remedy   ", self.cause.remedy))
-        return said
+            lines.append(_indented("cause    " if self.cause.sure else "perhaps  ", self.cause.what))
+            lines.append(_indented("remedy   ", self.cause.remedy))
+        return lines
 
     def _sizes(self, found: FirstDifference) -> list[str]:
-        """By how much, as far as it is known."""
         return [*filter(None, [found.size(), self.diagnosis.magnitude if self.diagnosis else ""])]
 
-    def _costs(self, cost: Cost) -> dict[str, Any]:
-        return {name: getattr(cost, name) for name in cost.__slots__} | {"every_steps": cost.every_steps}
 
-
-_PROVEN = (
+_EQUAL = (
     "         Equal to the bit: losses, gradients and samples of every step, the state after steps and loads,\n"
     "         {checkpoints} checkpoints, evaluations, metric lines and final weights."
 )
-
-
-def json_text(verdict: Verdict) -> str:
-    """The verdict as JSON."""
-    return json.dumps(verdict.plain(), indent=1, default=str)
 
 
 def _indented(label: str, text: str) -> str:

@@ -21,7 +21,7 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """Where the processes of a world find each other: a store at ``host`` and ``port``.
 
     ``kept`` says that the launcher keeps it, over the lives of all processes; else rank 0 does. ``restart`` counts the
@@ -30,7 +30,7 @@ class Meeting:
 
     host: str
     port: int
-    kept: bool
+    served_by_launcher: bool
     restart: int
 
 
@@ -43,15 +43,15 @@ def world() -> World:
     return World(rank, size, _number(said, "LOCAL_RANK", rank))
 
 
-def meeting() -> Meeting:
+def rendezvous() -> Rendezvous:
     """Where to meet the others. Raises ConfigError where the environment does not say it."""
     said = _environment()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not said.get(name)]
     if missing:
         raise ConfigError(f"WORLD_SIZE={said.get('WORLD_SIZE')} without {', '.join(missing)}. {_REMEDY}")
-    kept = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served_by_launcher = said.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restart = _number(said, "TORCHELASTIC_RESTART_COUNT", 0)
-    return Meeting(said["MASTER_ADDR"], _number(said, "MASTER_PORT", 0), kept, restart)
+    return Rendezvous(said["MASTER_ADDR"], _number(said, "MASTER_PORT", 0), served_by_launcher, restart)
 
 
 def _environment() -> Mapping[str, str]:

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from runner.activity import doing
+
 Job = TypeVar("Job")
 
 
@@ -46,16 +48,19 @@ class Writer(Generic[Job]):
             job, self.waiting = self.waiting, None
             return job
 
+    @doing("joins")
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until all jobs are done, or so many seconds; whether they are done."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, seconds)
 
+    @doing("joins")
     def wait_for_room(self, seconds: float) -> bool:
         """Wait until no job waits to begin, or so many seconds; whether none does."""
         with self._changed:
             return self._changed.wait_for(lambda: self.waiting is None, seconds)
 
+    @doing("joins")
     def close(self, seconds: float | None = None) -> None:
         """Finish what is in hand, for so many seconds at most, and end the thread."""
         self.wait(seconds)
@@ -72,7 +77,8 @@ class Writer(Generic[Job]):
             if job is None:
                 return
             try:
-                self._work(job)
+                with doing("saves"):
+                    self._work(job)
             except Exception as error:  # for the owner; a thread has nobody else to tell
                 self.failures.append((job, error))
             with self._changed:
@@ -107,17 +113,20 @@ class Follower(Generic[Job]):
             self._waiting[number], self._busy = job, True
             self._changed.notify_all()
 
+    @doing("joins")
     def take(self, number: int) -> Job:
         """Take back a job that is not going to be begun, or that failed; waits while it is still failing."""
         with self._changed:
             self._wait_for(lambda: number in self._waiting or number in self._failed)
             return self._waiting.pop(number) if number in self._waiting else self._failed.pop(number)
 
+    @doing("joins")
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until all jobs are done, or so many seconds; whether they are done."""
         with self._changed:
             return self._wait_for(lambda: not self._busy, seconds)
 
+    @doing("joins")
     def close(self, seconds: float | None = None) -> None:
         """Finish what is in hand, for so many seconds at most, and end the thread."""
         with self._changed:
@@ -159,7 +168,8 @@ class Follower(Generic[Job]):
 
     def _raises(self, job: Job) -> bool:
         try:
-            self._work(job)
+            with doing("saves"):
+                self._work(job)
         except Exception:  # the rank that chooses has it, too, and tells what it means
             return True
         return False
