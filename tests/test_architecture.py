@@ -1,4 +1,4 @@
-"""The picture in the package's docstring, held against the code: floors, doors, sizes."""
+"""The map in the package's docstring, held against the code: layers, third-party imports, sizes."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""A user's own callbacks: by name in the configuration, part of the state, with a word in how training ends."""
+"""A user's own callbacks: named in the configuration, part of the state, able to end training."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A compiled model: killed and gone on with, it is what it would have been, to the bit."""
+"""A compiled model that is killed and resumed equals the uninterrupted run to the bit."""
 
 import shutil
 from collections.abc import Iterator

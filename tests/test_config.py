@@ -1,4 +1,4 @@
-"""Every option of every group composes, every experiment runs, and mistakes are told in a way that helps."""
+"""Every option of every group composes, every experiment runs, and mistakes are reported with a remedy."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every stored object in every way of being wrong: found, passed over for an older commit, never handed out."""
+"""Every stored object damaged in every way: detected, passed over for an older commit, never loaded."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Counts of what was tried add up, and cost nothing where nobody asks for them."""
+"""Counts of kills, faults and corruptions add up, and cost nothing unless a file for them is named."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Damaged, foreign and newer run directories: found, said, and nothing made worse."""
+"""Damaged, foreign and newer run directories: detected, reported, and left as they are."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What changed between two configurations."""
+"""Differences between two configurations."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""When a run is evaluated, what an evaluation may leave behind, and whose report it is."""
+"""When a run is evaluated, which state an evaluation may change, and which process reports it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Someone else's run directory: every byte of it may lie, and all that it can bring about is a clean error."""
+"""Run directories of a stranger: whatever their bytes, opening them ends in a clean error."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The half of a configuration that says what is computed, and the names it gives."""
+"""The part of a configuration that decides the results, and the run names made from it."""
 
 from itertools import combinations
 from typing import Any

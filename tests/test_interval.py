@@ -1,4 +1,4 @@
-"""When something is due."""
+"""When a periodic action is due."""
 
 from runner.interval import Interval
 

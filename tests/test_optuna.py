@@ -1,4 +1,4 @@
-"""Studies that are killed anywhere and run again: the same trials, the same parameters, the same values to the bit."""
+"""Studies that are killed anywhere and run again: the same trials, parameters and values to the bit."""
 
 import json
 import signal

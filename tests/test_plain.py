@@ -1,4 +1,4 @@
-"""Plain values from JSON and YAML that anyone may have written."""
+"""Plain values from JSON and YAML that a stranger may have written."""
 
 import json
 from pathlib import Path

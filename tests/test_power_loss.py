@@ -1,4 +1,4 @@
-"""Whenever the power goes: what was acknowledged is there, to the bit, and nothing wrong is handed out."""
+"""A power cut at any moment: acknowledged commits are there to the bit, and nothing wrong is loaded."""
 
 import subprocess
 import sys

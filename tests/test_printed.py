@@ -1,4 +1,4 @@
-"""What is printed to be copied works when it is pasted into a shell."""
+"""Printed commands work when they are pasted into a shell."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What README says works, in an empty folder, from a clone and from an installed wheel."""
+"""The commands in the README work in an empty folder, from a clone and from an installed wheel."""
 
 import os
 import re

@@ -138,7 +138,7 @@ HARMLESS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", WRITTEN_OUT, ids=str)
-def test_a_secret_that_is_find_secrets_is_noticed(value: Any) -> None:
+def test_a_secret_that_is_written_out_is_noticed(value: Any) -> None:
     assert [*find_secrets({"train": value}, "data")]
 
 
@@ -266,7 +266,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("sweep", [False, True])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_secret_find_secrets_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
+def test_a_secret_written_out_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
     overrides = tuple(argument.format(canary=CANARY) for argument in WRITTEN[name])
     ended = nest(*(("-m", "seed=1,2") if sweep else ()), *overrides)
     assert (ended.status, "looks like a secret and is written out" in ended.output) == (2, True), ended.output

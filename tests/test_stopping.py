@@ -70,7 +70,7 @@ def test_under_nohup_the_end_of_a_session_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(("call", "step", "times"), [(1, 10, 2), (2, 10, 2), (14, 40, 1)])
-def test_an_evaluation_cut_by_a_signal_follows_the_resume(
+def test_a_signal_during_evaluation_keeps_the_step(
     call: int, step: int, times: int, life: Lives, tmp_path: Path
 ) -> None:
     """The resumed run evaluates, and that evaluation may be cut short, too. Also after the last step."""
@@ -89,7 +89,7 @@ def test_an_evaluation_cut_by_a_signal_follows_the_resume(
     assert {**actual.result, "identity": 0} == {**expected.result, "identity": 0}
 
 
-def test_a_signal_during_start_up_exits_75_and_loses_nothing(life: Lives, tmp_path: Path) -> None:
+def test_a_signal_during_start_up_leaves_with_75(life: Lives, tmp_path: Path) -> None:
     for delay in (0.02, 0.1, 0.2, 0.3):
         ended = life(*COMMAND, f"run.root={tmp_path}", "run.name=r", after=delay, send=signal.SIGTERM)
         assert ended.status in (0, 75, -signal.SIGTERM), ended.output  # before the handlers exist, the default applies

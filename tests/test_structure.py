@@ -1,4 +1,4 @@
-"""State whose structure training changes: restored where that can be, else refused when it is saved."""
+"""State whose structure changes during training: restored where possible, else refused at the save."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""One optimizer step, and what it remembers."""
+"""One optimizer step and its state."""
 
 import json
 from typing import Any

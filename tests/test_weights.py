@@ -1,6 +1,4 @@
-"""What training does to weights that are frozen, thawed, added or replaced after the start; and in which mode it finds
-the model.
-"""
+"""Weights that are frozen, thawed, added or replaced after the start, and models built in evaluation mode."""
 
 import logging
 from typing import Any
