@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.rng import Generators
-from runner.rng import seed_all
-from runner.rng import temporary_seed
+from runner.hashing import checksum, hex_digest, int_digest, json_digest, sha256_digest
+from runner.rng import Generators, seed_all, temporary_seed
 from runner.seeds import derive
-from runner.hashing import checksum
-from runner.hashing import hex_digest
-from runner.hashing import int_digest
-from runner.hashing import json_digest
-from runner.hashing import sha256_digest
 
 
 def draw() -> list[Any]:

@@ -29,13 +29,10 @@ from runner.data.fetch import FetchedBatch, Fetcher, sample_name
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Slice
 from runner.data.sandbox import sandboxed
-from runner.data.workers import WorkerContext
-from runner.data.workers import start_worker
-from runner.data.workers import with_remedy
-from runner.errors import DataError
-from runner.errors import RunnerError
-from runner.seeds import derive
+from runner.data.workers import WorkerContext, start_worker, with_remedy
+from runner.errors import DataError, RunnerError
 from runner.hashing import hex_digest
+from runner.seeds import derive
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 Findings = tuple[Sketch, list[str] | None]

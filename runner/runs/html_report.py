@@ -14,12 +14,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import ConfigError
-from runner.run_facts import number
-from runner.runs.compare import Candidate
-from runner.runs.compare import Comparison
-from runner.runs.compare import Objective
-from runner.runs.listing import format_cell
 from runner.hashing import sha256_digest
+from runner.run_facts import number
+from runner.runs.compare import Candidate, Comparison, Objective
+from runner.runs.listing import format_cell
 from runner.storage import files
 
 if TYPE_CHECKING:

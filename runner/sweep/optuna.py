@@ -45,7 +45,6 @@ from runner.errors import (
     SweepFailed,
     printable,
 )
-from runner.seeds import derive
 from runner.storage import open_location
 from runner.storage.location import is_remote
 
