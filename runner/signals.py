@@ -100,8 +100,8 @@ def received() -> str | None:
 
 def raise_if_received(where: str) -> None:
     """Raise Interrupted if a stop signal arrived; for places where nothing has to be committed first."""
-    if _received is not None:
-        raise Interrupted(f"{_received} {where}; run the same command again to go on")
+    if (name := received()) is not None:
+        raise Interrupted(f"{name} {where}; run the same command again to go on")
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def test_it_does_not_matter_how_many_positions_are_looked_at_together(
 ) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
-        monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
+        monkeypatch.setattr("runner.data.exactly_once.CHUNK_POSITIONS", together)
         assert verdict(whole) == expected
 
 

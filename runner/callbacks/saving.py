@@ -137,7 +137,7 @@ Order = dict[str, Any]
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to save
 _LOOK_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
-_TOLD_SECONDS = 5.0  # that training waits for room without a word
+QUIET_SECONDS = 5.0  # that training waits for room without a word
 _PATIENCE = 60.0  # seconds that a save may always take
 
 
@@ -269,7 +269,7 @@ class SaveCheckpoint(Callback):
                 if self._clock() < self._retry_at:
                     time.sleep(min(self._pause, 5.0))
                 return {**self._order(), "more": True}
-            if not told and time.monotonic() - began > _TOLD_SECONDS:
+            if not told and time.monotonic() - began > QUIET_SECONDS:
                 told = True
                 log.warning(
                     "training waits: the states of steps %d and %d are both to be kept, and the first one is "

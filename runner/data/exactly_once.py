@@ -16,7 +16,7 @@ from runner.data.ledger import Line, Segment
 from runner.data.order import Indices, Order, digests, groups, stretches
 from runner.data.plan import Plan
 
-_CHUNK = 1 << 18  # positions looked at together
+CHUNK_POSITIONS = 1 << 18  # positions looked at together
 _MOST_EPOCHS = 1 << 16  # in a step
 _PATIENCE = 1 << 22  # positions of lines that prove nothing, after which the others are not looked at
 _EPOCH_COST = 256  # an epoch costs as much as so many positions
@@ -158,7 +158,7 @@ def _together(lines: Sequence[Line], plan: Plan) -> Iterator[list[Line]]:
     for line in lines:
         some.append(line)
         size += _cost(line, plan)
-        if size >= _CHUNK:
+        if size >= CHUNK_POSITIONS:
             yield some
             some, size = [], 0
     if some:

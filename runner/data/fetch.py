@@ -96,7 +96,7 @@ class Fetcher(Dataset[Fetched]):
         self.order = plan.order()
         self.substitute = substitute
         self.recorded: dict[int, int] = {}
-        self._torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
+        self.torch_suffices = True  # until a sample is seen to draw from python's or numpy's generator
         self._blocks = LRUCache[tuple[Indices, Words, Words]](4)
         self._bad: list[Bad] = []  # of the slice being fetched, as is its digest
         self._digest = 0
@@ -125,7 +125,7 @@ class Fetcher(Dataset[Fetched]):
         if self.plan.randomness == "batch":
             seed_host(self._key("batch", piece))
             return self._drawn(piece, _seed_nothing)
-        if self._torch_suffices:
+        if self.torch_suffices:
             # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
             # seed only torch's; if the others turn out to have been used, draw the samples again.
             mark = self._key("mark", piece)
@@ -134,7 +134,7 @@ class Fetcher(Dataset[Fetched]):
             rows = self._drawn(piece, torch.default_generator.manual_seed)
             if peek() == untouched:
                 return rows
-            self._torch_suffices = False
+            self.torch_suffices = False
         return self._drawn(piece, seed_host)
 
     def _drawn(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:

@@ -26,8 +26,8 @@ log = logging.getLogger("runner")
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
 _LINE = re.compile(r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)")
-_FULL = 1 << 20  # bytes after which a new segment is begun
-_FULLEST = 16 << 20  # where nothing is committed for long
+SEGMENT_BYTES = 1 << 20  # bytes after which a new segment is begun
+MAX_SEGMENT_BYTES = 16 << 20  # where nothing is committed for long
 _LIMIT = 64 << 20
 _LIMIT_PLAN = 256 << 20
 _LARGEST = 1 << 22  # samples in a step, of which each is read alone
@@ -96,12 +96,12 @@ class Ledger:
         if self._before:
             self._compare(line)
         self._journals.append(f"{line}\n".encode())
-        if self._journals.size > _FULLEST:
+        if self._journals.size > MAX_SEGMENT_BYTES:
             self.mark(line.step)
 
     def mark(self, step: int) -> None:
         """Every line so far belongs to the commit at ``step``; ``flush`` in any thread makes them durable."""
-        if self._journals.size > _FULL:
+        if self._journals.size > SEGMENT_BYTES:
             with suppress(StorageError):  # where there is no room for another file, this one grows on
                 self._begin(step)
 

@@ -1,8 +1,8 @@
 """Batches of variable size by a budget of tokens, planned for a whole epoch from the lengths: a pure function of both.
 
-Within pools of ``_POOL`` samples of the epoch's order, samples are sorted by length and cut into batches whose padded
-size (longest times count) keeps the budget; then the batches of the pool are shuffled, so that what the order reads in
-sequence still is. The plan takes memory in proportion to the samples, as the lengths do.
+Within pools of ``POOL_SAMPLES`` samples of the epoch's order, samples are sorted by length and cut into batches whose
+padded size (longest times count) keeps the budget; then the batches of the pool are shuffled, so that what the order
+reads in sequence still is. The plan takes memory in proportion to the samples, as the lengths do.
 
 Which sample is at which position, and which positions form a batch: all that the sample stream depends on besides
 the data itself.
@@ -25,7 +25,7 @@ from runner.distributed.environment import World
 from runner.errors import DataError
 from runner.rng import derive
 
-_POOL = 4096
+POOL_SAMPLES = 4096
 
 
 class Budgeted:
@@ -76,8 +76,8 @@ class Budgeted:
         """The places of the order underneath in the order of this one, and where batches end."""
         lengths = self._lengths[self._order(epoch, np.arange(self.size))]
         batches: list[Indices] = []
-        for start in range(0, self.size, _POOL):
-            pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
+        for start in range(0, self.size, POOL_SAMPLES):
+            pool = start + np.argsort(lengths[start : start + POOL_SAMPLES], kind="stable")
             cut = np.split(pool, self._cuts(lengths[pool]))
             if self._shuffle:
                 cut = [cut[i] for i in permutation(len(cut), "batches", self._seed, epoch, start)]

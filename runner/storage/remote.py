@@ -57,7 +57,7 @@ class UploadedJournal:
 
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
-_MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
+MEMORY_BYTES = 64 << 20  # larger uploads are collected in a temporary file
 _LISTERS = 8
 
 
@@ -76,7 +76,7 @@ class RemoteLocation:
         self._backend = Backend(url, options)
         self.url = self._backend.url
         self._is_object_store = bool(self._backend.protocols & _OBJECT_STORES)
-        self._memory_bytes = math.inf if "memory" in self._backend.protocols else _MEMORY_BYTES
+        self._memory_bytes = math.inf if "memory" in self._backend.protocols else MEMORY_BYTES
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
