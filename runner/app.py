@@ -22,6 +22,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
+from runner.callbacks.base import notify, observers
 from runner.config import schema
 from runner.config.checks import refuse_secrets
 from runner.distributed.communicator import Communicator, on_rank_zero
@@ -113,6 +114,7 @@ def _job(config: DictConfig) -> float | None:
     with joined(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         job = Job.of(config)
         request = StopRequest.named(job.directory.root, job.directory.options)
+        notify(observers, "on_command", job.directory)
         with request.obeyed() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(job, config, team)
@@ -176,6 +178,7 @@ def _conclude(opening: OpenedRun, result: dict[str, Any]) -> None:
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
     log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+    notify(observers, "on_finish", opening.directory, result)
 
 
 def _directory(*, _root_: DictConfig) -> str:

@@ -88,7 +88,7 @@ class Crews:
 def serve() -> None:
     """Answer requests until the client goes away."""
     preload()
-    for module in ("many", "replicated", "sharded"):
+    for module in ("processes", "parallel"):
         importlib.import_module(f"runner.distributed.{module}")
     for line in sys.stdin:
         requests = json.loads(line)
