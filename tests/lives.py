@@ -168,7 +168,8 @@ def _arm(request: dict[str, Any]) -> None:
         _hang_at_put(request["hang"], request.get("seconds"))
     if request.get("written"):
         experiment.finish = lambda *_: _die()  # type: ignore[assignment]
-    observers.append(_observer(request))
+    if "step" in request or request.get("restored"):
+        observers.append(_mortal(request))
     if "without" in request:
         parts = TrainState.parts
 
@@ -208,8 +209,8 @@ def _hang_at_put(last: int, seconds: float | None) -> None:
     LocalLocation.put = stuck_put  # type: ignore[method-assign]
 
 
-def _observer(request: dict[str, Any]) -> Any:
-    """Kills after an optimizer step, or once the state is restored."""
+def _mortal(request: dict[str, Any]) -> Any:
+    """An observer that kills after an optimizer step, or once the state is restored."""
     from runner.callbacks.base import Observer
 
     class Mortal(Observer):
