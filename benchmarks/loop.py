@@ -22,13 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import IO, Any
-from unittest.mock import patch
 
 from tabulate import tabulate
 
@@ -80,26 +79,22 @@ class Gate:
 
 
 def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
-    """The way of ``app.main``, with the gate as one more callback."""
+    """The way of ``app.main``, with the gate as an observer."""
     from runner import experiment
-    from runner.callbacks.base import Callback, Loop
+    from runner.callbacks.base import Loop, Observer, observed_by
     from runner.distributed.team import SingleProcessTeam
     from runner.run.directory import RunDirectory
     from runner.run.opening import open_run
-    from runner.trainer import Trainer
 
-    class Gated(Callback):
+    class Gated(Observer):
         def on_step(self, loop: Loop) -> None:
             if not gate.passed():
                 loop.stop = "benchmark"
 
-    def trainer(task: Any, update: Any, callbacks: Sequence[Callback], **limits: Any) -> Trainer:
-        return Trainer(task, update, [*callbacks, Gated()], **limits)
-
     check(config)
     directory = RunDirectory.under(config.run.root, "benchmark", "runner")
     opening = open_run(directory, identity(config), on_drift="refuse", command="")
-    with patch.object(experiment, "Trainer", trainer):
+    with observed_by(Gated()):
         experiment.run(opening, config, SingleProcessTeam(), overrides=overrides)
 
 

@@ -32,6 +32,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
+from runner.callbacks.base import notify, observers
 from runner.config import schema
 from runner.config.checks import refuse_secrets
 from runner.distributed.communicator import Communicator, on_rank_zero
@@ -122,6 +123,7 @@ def _run(config: DictConfig) -> float | None:
     with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         spec = RunSpec.of(config)
         request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
+        notify(observers, "on_command", job.directory)
         with request.obey() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)
@@ -179,6 +181,7 @@ def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> 
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
     if curves:
         log.info("curves   tensorboard --logdir %s", shlex.quote(url))
+    notify(observers, "on_finish", opening.directory, result)
 
 
 def _directory(*, _root_: DictConfig) -> str:

@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.average import moving_average
 from runner.callbacks.base import Callback
+from runner.callbacks.base import notify
+from runner.callbacks.base import observers
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.evaluation_data import EvaluationData, require_map_style
@@ -244,6 +246,7 @@ def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:
         raise ConfigError(_why(node, key, error)) from error
     if not isinstance(made, kind):
         raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, made)
     return made
 
 

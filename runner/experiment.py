@@ -3,7 +3,7 @@
 claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> result
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,7 +14,8 @@ import runner
 from runner import signals, startup_log
 from runner.assembly import RunRecords, Wiring
 from runner.build import Parts, build
-from runner.callbacks.base import Callback, Loop
+from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
+from runner.callbacks.evaluation import Evaluate
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
@@ -22,7 +23,7 @@ from runner.config.schema import Config, OnBadRecord
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device
-from runner.distributed.communicator import Communicator, on_rank_zero
+from runner.distributed.communicator import on_rank_zero
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
 from runner.finish import finish
@@ -49,43 +50,34 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     location = opening.directory.location
     here = _topology(config, device, team)
     claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
-    with claimed as (number, attempt), team.blame_peer(), _closing() as stack, exit_is_an_error():
+    callbacks: dict[str, Callback] = {}
+    reporting = _reporting_errors(callbacks)
+    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack, exit_is_an_error():
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         if parts.held_out is not None:
             stack.callback(parts.held_out.close)
         store = CheckpointStore(location, team.channel("writer"))
-        books = None if attempt is None else RunRecords.of(attempt, opening, config, parts)
-        callbacks = Wiring(config, opening, parts, store, number, books, team).callbacks()
+        records = None if attempt is None else RunRecords.of(attempt, opening, config, parts)
+        callbacks |= Wiring(config, opening, parts, store, number, records, team).callbacks()
+        setup = _set_up(config, parts, callbacks, store)
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
-        if isinstance(parts.state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-            found = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
-            parts.state.stream.repeat_substitutions(dict(found))
-        with signals.at_once(team.world.size == 1):
-            resumed = _resume(opening, parts, store, team.comm)
-        if books is not None:
-            books.open(opening, config, resumed)
+        resumed = _resume(opening, config, parts, store, team)
+        calls = _connect(callbacks, parts)
+        notify(calls, "on_resume", parts.state)
+        if records is not None:
+            records.open(opening, config, resumed)
             before = attempt_records.newest(location, before=number)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
-        trainer = _trainer(config, parts, [*callbacks.values()], team)
-        saver = callbacks["checkpoint"]
-        assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
-        if isinstance(saver, SaveCheckpoint):
-            saver.begins = resumed.origin is not None
-        with closing(saver), _advising(opening):
-            loop = trainer.fit(
-                parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)
-            )
-        if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
-            raise _interrupted(loop, team.stop)
-        if 0 < loop.step <= parts.update.in_a_row:
-            raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
+        loop = _train(opening, parts, setup, calls, resumed, team)
         patience = config.checkpoint.max_unsaved
-        return finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
+        result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
+        notify(callbacks.values(), "on_finish", opening.directory, result)
+        return result
 
 
 def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
@@ -94,17 +86,76 @@ def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any
     return startup_log.topology(device, team.world.size, spread, compiled=runtime.compile)
 
 
-def _trainer(config: Config, parts: Parts, callbacks: list[Callback], team: Team) -> Trainer:
-    return Trainer(
+def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
+    """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
+    trainer, steps = config.trainer, _max_steps(config, parts)
+    setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds)
+    notify([*observers, *callbacks.values()], "on_build", setup)
+    return setup
+
+
+def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
+    """Give the methods of moments to the objects that reach them; returns all callbacks and observers in order."""
+    saver, evaluate = _saver(callbacks), callbacks.get("evaluate")
+    calls = [*(each for each in callbacks.values() if each is not saver), *observers, saver]
+    saver.saves.save_listeners = overriding(calls, "on_save")
+    saver.saves.commit_listeners = overriding(calls, "on_commit")
+    if isinstance(evaluate, Evaluate):
+        evaluate.listeners = overriding(calls, "on_evaluation")
+    parts.update.gradient_listeners = [partial(call, parts.state) for call in overriding(calls, "on_gradients")]
+    return calls
+
+
+def _saver(callbacks: Mapping[str, Callback]) -> SaveCheckpoint | FollowCheckpoint:
+    saver = callbacks["checkpoint"]
+    assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
+    return saver
+
+
+def _train(
+    opening: OpenedRun,
+    parts: Parts,
+    setup: TrainingSetup,
+    calls: list[Callback],
+    resumed: Resumed,
+    team: Team,
+) -> Loop:
+    """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
+    trainer = Trainer(
         parts.task,
         parts.update,
-        callbacks,
-        max_steps=_max_steps(config, parts),
-        max_epochs=config.trainer.max_epochs,
-        max_seconds=config.trainer.max_seconds,
+        calls,
+        max_steps=setup.max_steps,
+        max_epochs=setup.max_epochs,
+        max_seconds=setup.max_seconds,
         team=team,
         parallelism=parts.parallelism,
     )
+    saver = _saver(setup.callbacks)
+    if isinstance(saver, SaveCheckpoint):
+        saver.begins = resumed.origin is not None
+    elapsed = resumed.facts.get("elapsed", 0.0)
+    with closing(saver), _advising(opening):
+        loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
+    if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
+        error = Interrupted(
+            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+        )
+        error.agreed = True
+        raise error
+    if 0 < loop.step <= parts.update.in_a_row:
+        raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
+    return loop
+
+
+@contextmanager
+def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
+    """Tell callbacks and observers of an error that ends the attempt; the callbacks may still be built in the block."""
+    try:
+        yield
+    except Exception as error:
+        notify([*callbacks.values(), *observers], "on_error", error)
+        raise
 
 
 @contextmanager
@@ -133,14 +184,6 @@ def _advising(opening: OpenedRun) -> Iterator[None]:
                 f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {opening.command} {how}",
             )
         raise
-
-
-def _interrupted(loop: Loop, signal: str | None) -> Interrupted:
-    error = Interrupted(
-        f"{signal}: stopped after step {loop.step}, which is committed; run the same command again to go on"
-    )
-    error.agreed = True
-    return error
 
 
 @contextmanager
@@ -196,12 +239,23 @@ def _max_steps(config: Config, parts: Parts) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _resume(opening: OpenedRun, parts: Parts, store: CheckpointStore, comm: Communicator) -> Resumed:
-    evidence = partial(_evidence, opening.directory.location)
-    origin = ParentRecord.of(opening.directory)
-    fresh = partial(begin_state, parts.state, opening.identity, origin, opening.parent, opening.directory, comm)
-    hint = partial(new_run_hint, opening.command, opening.directory)
-    return restore_newest(parts.state, store, opening.identity, evidence=evidence, fresh=fresh, anew=hint, comm=comm)
+def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:
+    """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
+    directory, state = opening.directory, parts.state
+    if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
+        substitutions = on_rank_zero(team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()])
+        state.stream.repeat_substitutions(dict(substitutions))
+    origin = ParentRecord.of(directory)
+    with signals.at_once(team.world.size == 1):
+        return restore_newest(
+            state,
+            store,
+            opening.identity,
+            evidence=partial(_evidence, directory.location),
+            fresh=partial(begin_state, state, opening.identity, origin, opening.parent, directory, team.comm),
+            anew=partial(new_run_hint, opening.command, directory),
+            comm=team.comm,
+        )
 
 
 def _evidence(location: Location) -> str | None:

@@ -1,12 +1,20 @@
 """The training loop."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from runner import signals
-from runner.callbacks.base import Callback, Loop
-from runner.data.stream import StepSamples, TrainingStream
-from runner.distributed.team import Parallelism, SingleDevice, SingleProcessTeam, StepReport, Team
+from runner.callbacks.base import Callback
+from runner.callbacks.base import Loop
+from runner.data.stream import StepSamples
+from runner.data.stream import TrainingStream
+from runner.distributed.team import Parallelism
+from runner.distributed.team import SingleDevice
+from runner.distributed.team import SingleProcessTeam
+from runner.distributed.team import StepReport
+from runner.distributed.team import Team
+from runner.callbacks.base import overriding
 from runner.state import TrainState
 from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED
@@ -37,6 +45,9 @@ class Trainer:
         self.max_seconds = max_seconds
         self.team = team or SingleProcessTeam()
         self.parallelism = parallelism or SingleDevice()
+        self._on_step_start = overriding(callbacks, "on_step_start")
+        self._on_batch = overriding(callbacks, "on_batch")
+        self._on_update = overriding(callbacks, "on_update")
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
         """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
@@ -46,13 +57,13 @@ class Trainer:
         """
         began = time.monotonic() - elapsed
         loop = self._start(state, elapsed, stopped)
-        on_step = [callback.on_step for callback in self.callbacks]
+        on_step = overriding(self.callbacks, "on_step")
         while loop.stop is None:
             loop.stop = self._stopped(loop.state.stream)
             if loop.stop is not None:
                 break
             self._step(loop, began)
-            loop.stop = self._limit(loop)
+            loop.stop = loop.stop or self._limit(loop)
             for call in on_step:
                 call(loop)
             loop.stop = loop.stop or self.team.stop
@@ -77,12 +88,15 @@ class Trainer:
 
     def _step(self, loop: Loop, began: float) -> None:
         state, stream = loop.state, loop.state.stream
-        loop.evaluation, loop.objective, loop.improved = None, None, False
+        loop.evaluation, loop.objective, loop.improved, loop.save = None, None, False, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
         loop.rate = float(state.scheduler.get_last_lr()[0])  # it may be a tensor
+        for call in self._on_step_start:
+            call(loop)
 
-        found = self.task.optimization_step(state.model, self.parallelism.iterate(stream.step()), self.update)
-        metrics = check_metrics(found, f"{type(self.task).__name__}.optimization_step")
+        micro_batches = self._seen(loop, stream.step()) if self._on_batch else stream.step()
+        metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
+        metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
         state.scheduler.step()
         news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
         stream.advance(StepSamples(news.digest, news.swaps))
@@ -91,6 +105,16 @@ class Trainer:
 
         loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
         loop.waited = stream.waited
+        for call in self._on_update:
+            call(loop)
+
+    def _seen(self, loop: Loop, micro_batches: Iterator[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
+        """The micro-batches as callbacks leave them."""
+        for number, (share, batch) in enumerate(micro_batches):
+            for call in self._on_batch:
+                replacement = call(loop, number, batch)
+                batch = batch if replacement is None else replacement
+            yield share, batch
 
     def _whole(self, metrics: Metrics, names: Sequence[str]) -> Metrics:
         """Metrics over the global batch, from those over this process's share of it."""

@@ -1,5 +1,6 @@
 """One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -44,6 +45,7 @@ class WeightUpdate:
         self.optimizer = optimizer
         self.skipped = 0
         self.in_a_row = 0
+        self.gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
         self._device_type = device.type
         self._dtype = _AUTOCAST.get(precision)
         self._scaler = scaler
@@ -70,6 +72,8 @@ class WeightUpdate:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
             self._unscale(weights)
+        for listener in self.gradient_listeners:
+            listener()
         gradients = [one.grad._values() if one.grad.is_sparse else one.grad for one in weights if one.grad is not None]
         measured = {}
         if self._clip_norm is not None:

@@ -153,6 +153,8 @@ def become(request: dict[str, Any]) -> None:
 
 def _arm(request: dict[str, Any]) -> None:
     """Lay the mines that a request asks for."""
+    from runner import experiment
+    from runner.callbacks.base import observers
     from runner.state import TrainState
     from runner.storage import local
 
@@ -164,10 +166,10 @@ def _arm(request: dict[str, Any]) -> None:
         _die_at_commit(request["commit"], request.get("send", signal.SIGKILL))
     if "hang" in request:
         _hang_at_put(request["hang"], request.get("seconds"))
-    if "step" in request:
-        _die_after_step(request["step"])
-    if request.get("restored") or request.get("written"):
-        _die_between(restored=request.get("restored", False))
+    if request.get("written"):
+        experiment.finish = lambda *_: _die()  # type: ignore[assignment]
+    if "step" in request or request.get("restored"):
+        observers.append(_mortal(request))
     if "without" in request:
         parts = TrainState.parts
 
@@ -175,22 +177,6 @@ def _arm(request: dict[str, Any]) -> None:
             return {name: part for name, part in parts(self).items() if name != request["without"]}
 
         TrainState.parts = fewer  # type: ignore[method-assign]
-
-
-def _die_between(*, restored: bool) -> None:
-    """The last that this life does is to restore the state, or to commit it at the end of training."""
-    from runner import experiment
-
-    resume = experiment._resume
-
-    def mortal_resume(*arguments: Any) -> Any:
-        resume(*arguments)
-        _die()
-
-    if restored:
-        experiment._resume = mortal_resume
-    else:
-        experiment.finish = lambda *_: _die()  # type: ignore[assignment]
 
 
 def _die_at_put(last: int) -> None:
@@ -223,17 +209,20 @@ def _hang_at_put(last: int, seconds: float | None) -> None:
     LocalLocation.put = stuck_put  # type: ignore[method-assign]
 
 
-def _die_after_step(last: int) -> None:
-    from runner.trainer import Trainer
+def _mortal(request: dict[str, Any]) -> Any:
+    """An observer that kills after an optimizer step, or once the state is restored."""
+    from runner.callbacks.base import Observer
 
-    step = Trainer._step
+    class Mortal(Observer):
+        def on_resume(self, state: Any) -> None:
+            if request.get("restored"):
+                _die()
 
-    def mortal_step(self: Trainer, loop: Any, began: float) -> None:
-        step(self, loop, began)
-        if loop.step == last:
-            _die()
+        def on_update(self, loop: Any) -> None:
+            if loop.step == request.get("step"):
+                _die()
 
-    Trainer._step = mortal_step  # type: ignore[method-assign]
+    return Mortal()
 
 
 def _die_at_commit(last: int, send: int) -> None:

@@ -172,3 +172,56 @@ def test_every_module_and_public_thing_has_a_docstring() -> None:
 def test_names_of_tests_are_short() -> None:
     names = [node.name for path in Path(__file__).parent.glob("test_*.py") for node in functions(path)]
     assert not [name for name in names if name.startswith("test_") and len(name) >= 60]
+
+
+def foreign(tree: ast.Module) -> set[str]:
+    """The names under which a file imports modules and classes that are not the runner's."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {
+        alias.asname or alias.name
+        for node in nodes
+        for alias in node.names
+        if not (node.module or "" if isinstance(node, ast.ImportFrom) else alias.name).startswith("runner")
+    }
+
+
+def private_writes(path: Path) -> list[str]:
+    """The lines of a file that set a private attribute of another object or module, except of a foreign one."""
+    tree = ast.parse(path.read_text())
+    own, found = {"self", "cls"} | foreign(tree), []
+    for node in ast.walk(tree):
+        target, name = None, ""
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            target, name = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "delattr", "patch", "object")):
+            texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            if node.args and texts:
+                target, name = ast.unparse(node.args[0]), texts[0].rpartition(".")[2]
+        private = name.startswith("_") and not name.startswith("__")
+        if private and target is not None and target.partition(".")[0] not in own:
+            found.append(f"{path}:{node.lineno}: {target}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("folder", [ROOT / "verify", Path(__file__).parent], ids=["verify", "tests"])
+def test_nobody_sets_private_attributes_of_the_runner(folder: Path) -> None:
+    """Who looks on or breaks something does so by the moments of ``callbacks.base`` and by public names."""
+    assert [place for path in sorted(folder.rglob("*.py")) for place in private_writes(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "private"),
+    [
+        ("from runner import experiment\nexperiment._resume = None", True),
+        ("from runner import experiment\nexperiment.finish = None", False),
+        ("def f(trainer): trainer.a._step += 1", True),
+        ("import random\nrandom._urandom = None", False),
+        ("from runner import signals\nmonkeypatch.setattr(signals, '_received', 'SIGTERM')", True),
+        ("monkeypatch.setattr('runner.callbacks.saving._PAUSE', 0.0)", True),
+        ("import s3fs\nmonkeypatch.setattr(s3fs.S3FileSystem, '_call_s3', None)", False),
+        ("class C:\n def __init__(self): self._x = 1", False),
+    ],
+)
+def test_a_private_write_is_found(code: str, private: bool, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(code)
+    assert bool(private_writes(tmp_path / "code.py")) == private

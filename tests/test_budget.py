@@ -48,7 +48,7 @@ def test_every_batch_keeps_the_budget_and_the_cap(max_tokens: int, shuffle: bool
 
 @pytest.mark.parametrize("pool", [7, 64, 4096])
 def test_every_sample_comes_once_per_epoch(pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders, "_POOL", pool)
+    monkeypatch.setattr(orders, "POOL_SAMPLES", pool)
     for epoch in range(3):
         batches = epoch_of(plan(), epoch)
         assert sorted(index for batch in batches for index in batch) == [*range(1000)]

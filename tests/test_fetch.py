@@ -216,7 +216,7 @@ def test_seeding_only_used_generators_changes_no_sample(generator: str, calls: i
     def fetched(step: int, *, torch_suffices: bool = True) -> tuple[list[object], int]:
         samples = Sometimes(generator)
         fetcher = Fetcher(samples, Plan(10, 1, 4), label="train", collate=lambda rows: rows)
-        fetcher._torch_suffices = torch_suffices
+        fetcher.torch_suffices = torch_suffices
         rows = [row for first in range(0, 40, step) for row in fetcher[Slice(first, min(step, 40 - first))].batch]
         return rows, samples.calls
 

@@ -171,7 +171,7 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
     attempt = claim(location, {})
     tries = Retries(attempt, 1000.0, fails)
     assert tries.next() is None
-    monkeypatch.setattr(signals, "_received", "SIGTERM")
+    monkeypatch.setattr(signals, "received", lambda: "SIGTERM")
     with pytest.raises(Interrupted, match="SIGTERM while the weights could not be exported; every step is committed"):
         tries.next()
     monkeypatch.undo()

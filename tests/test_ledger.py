@@ -233,7 +233,7 @@ def test_the_newest_attempt_is_the_one_compared_with(location: LocalLocation) ->
 
 def test_full_segments_are_followed_by_others(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a resume anywhere among them finds what it must compare with."""
-    monkeypatch.setattr(ledger, "_FULL", 100)
+    monkeypatch.setattr(ledger, "SEGMENT_BYTES", 100)
     opened = attempt(location, 1, 0)
     for step in range(1, 21):
         add(opened, step)
@@ -250,7 +250,7 @@ def test_full_segments_are_followed_by_others(location: LocalLocation, monkeypat
 
 
 def test_segments_that_end_before_a_step_are_not_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_FULL", 100)
+    monkeypatch.setattr(ledger, "SEGMENT_BYTES", 100)
     opened = attempt(location, 1, 0)
     for step in range(1, 21):
         add(opened, step)
@@ -380,8 +380,8 @@ def test_an_early_attempt_that_got_furthest_is_compared(location: LocalLocation)
 
 def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is committed for long, which is what begins a new one otherwise."""
-    monkeypatch.setattr(ledger, "_FULL", 900)
-    monkeypatch.setattr(ledger, "_FULLEST", 1000)
+    monkeypatch.setattr(ledger, "SEGMENT_BYTES", 900)
+    monkeypatch.setattr(ledger, "MAX_SEGMENT_BYTES", 1000)
     book = Ledger(location, attempt=1, recipe=RECIPE, grouping=10**6)
     book.open(0)
     for step in range(1, 201):

@@ -135,7 +135,7 @@ def test_a_fresh_start_begins_with_no_lines(location: LocalLocation) -> None:
 
 def test_a_full_segment_is_followed_by_another(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a full one is written again, and a resume may go on in any of them."""
-    monkeypatch.setattr(lines, "_FULL", 60)
+    monkeypatch.setattr(lines, "SEGMENT_BYTES", 60)
     first = attempt(location, 1, 0, None)
     ends = {}
     for step in range(1, 10):
@@ -160,7 +160,7 @@ def test_every_step_and_tag_is_read_once(seed: int, location: LocalLocation, mon
     """Random lives that end between any two of: a line, a flush, a commit. Some resume from the commit before the
     newest; lines come every third step, so that commits happen before, at and after them.
     """
-    monkeypatch.setattr(lines, "_FULL", 200)
+    monkeypatch.setattr(lines, "SEGMENT_BYTES", 200)
     chance = random.Random(seed)
     commits: list[tuple[int, dict[str, Any] | None]] = [(0, None)]
     for number in range(1, 12):
@@ -180,7 +180,7 @@ def test_every_step_and_tag_is_read_once(seed: int, location: LocalLocation, mon
 
 def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is committed for long, which is what begins a new one otherwise."""
-    monkeypatch.setattr(lines, "_FULLEST", 1000)
+    monkeypatch.setattr(lines, "MAX_SEGMENT_BYTES", 1000)
     curves = attempt(location, 1, 0, None)
     add(curves, *range(1, 201))
     flush(curves, 200)

@@ -81,7 +81,7 @@ def test_a_reused_buffer_is_taken_as_it_was(location: Location) -> None:
 
 
 def test_many_bytes_take_the_way_over_a_file(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_MEMORY_BYTES", 10)
+    monkeypatch.setattr(remote, "MEMORY_BYTES", 10)
     location = again(server)
     assert location.put("data/a", [b"0123456789", b"a", b"b"]) == 12
     location.replace("data/a", [b"x" * 6, b"y" * 6])

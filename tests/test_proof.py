@@ -173,7 +173,7 @@ def test_a_single_position_is_reported(by: int, told: str, whole: list[LedgerLin
 def test_the_audit_does_not_depend_on_its_chunk_size(whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
-        monkeypatch.setattr("runner.data.exactly_once._CHUNK", together)
+        monkeypatch.setattr("runner.data.exactly_once.CHUNK_POSITIONS", together)
         assert verdict(whole) == expected
 
 

@@ -471,7 +471,7 @@ def test_an_upload_that_takes_too_long_leaves_no_parts(s3: Server, monkeypatch: 
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", stuck)
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
-    monkeypatch.setattr(remote, "_MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr(remote, "MEMORY_BYTES", 1 << 20)
     monkeypatch.setattr(backend, "DEADLINE", 3.0)
     monkeypatch.setattr(backend, "RATE", 1 << 40)
     monkeypatch.setattr(backend, "TRIES", 1)

@@ -102,7 +102,7 @@ def test_each_of_several_best_checkpoints_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
-    monkeypatch.setattr("runner.callbacks.saving._TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("runner.callbacks.saving.QUIET_SECONDS", 0.0)
     run = Run(tmp_path, best=3, pins=lambda step: step == 4)
     run.store.gate.clear()
     run.step(improved=True)

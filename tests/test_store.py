@@ -428,7 +428,7 @@ def test_a_retention_reads_few_manifests_and_keeps_the_rest(tmp_path: Path, monk
 
     policy = Retention(2, every_steps=5, best=2, mode="max")
     for folder, most in (("few", 3), ("all", 99)):
-        monkeypatch.setattr(store_module, "_SURVEYED", most)
+        monkeypatch.setattr(store_module, "SURVEYED_MANIFESTS", most)
         before = CheckpointStore(LocalLocation(tmp_path / folder))
         for step in range(1, 13):
             facts = {"objective": float(step * 7 % 11)}

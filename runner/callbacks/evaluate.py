@@ -30,6 +30,7 @@ class Evaluate(Callback):
         self.data = data
         self.step = 0
         self.scalars: dict[str, float] = {}
+        self.listeners: Sequence[Callable[[Loop], None]] = ()  # called after an evaluation, before it is noted
 
     def on_start(self, loop: Loop) -> None:
         if loop.step > 0:
@@ -43,9 +44,11 @@ class Evaluate(Callback):
         except EvaluationInterrupted:
             loop.evaluation_due = True
             return
+        loop.evaluation = report
+        for listener in self.listeners:
+            listener(loop)
         self.step = loop.step
         self.scalars = {name: value for name, value in report.items() if not isinstance(value, str)}
-        loop.evaluation = report
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "scalars": self.scalars, "data": self.data.fingerprint}

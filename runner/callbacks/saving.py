@@ -7,7 +7,7 @@ Saving on ranks other than 0: they copy and commit the same steps as rank 0, and
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,8 @@ class Saves:
         self.comm = comm
         self.weights = weights
         self.rooms: list[Staging] = []
+        self.save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
+        self.commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
 
     def check(self, loop: Loop) -> None:
         """Raise StateError for a state that cannot be saved, at the start instead of hours later."""
@@ -92,7 +94,10 @@ class Saves:
         facts |= {"elapsed": loop.elapsed, "stop": loop.stop}
         snapshot = Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm, **facts)
         staging = self.rooms.pop() if self.rooms else Staging()
-        return PendingSave(staging.stage(snapshot), staging, exact, frozenset(self.weights()))
+        job = PendingSave(staging.stage(snapshot), staging, exact, frozenset(self.weights()))
+        for listener in self.save_listeners:
+            listener(loop)
+        return job
 
     def commit(self, job: PendingSave) -> CommitId:
         """Commit a copy; in the writer's thread, on all ranks together."""
@@ -100,6 +105,8 @@ class Saves:
         self.store.require_newest(self.hooks.successor)
         on_all_ranks(self.store.comm, lambda: self._prepare(job))
         commit = self.store.commit(job.snapshot, attempt=self.attempt, successor=self.hooks.successor)
+        for listener in self.commit_listeners:
+            listener(commit.step)
         self.rooms.append(job.staging)
         return commit
 
@@ -138,7 +145,7 @@ Order = dict[str, Any]
 
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to save
 _LOOK_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
-_TOLD_SECONDS = 5.0  # that training waits for room without a word
+QUIET_SECONDS = 5.0  # that training waits for room without a word
 _PATIENCE = 60.0  # seconds that a save may always take
 
 
@@ -217,7 +224,7 @@ class SaveCheckpoint(Callback):
     def decide(self, loop: Loop) -> Order | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
         self._look()
-        if loop.improved or self.pins(loop.step):
+        if loop.improved or loop.save or self.pins(loop.step):
             return self._exact(loop)
         if self._owed or self.interval.due(loop.step) or (self.affordable is not None and self.affordable.due()):
             self._owed = True
@@ -234,7 +241,7 @@ class SaveCheckpoint(Callback):
         began = self._clock()
         job, self._again = self._again, None
         self._writer.put(job or self.saves.stage(loop, exact=order["exact"]))
-        if not self.background:
+        if loop.save or not self.background:
             self._wait()
             on_rank_zero(self.comm, self._look)
         self._cost.saved(stall=self._clock() - began)
@@ -275,7 +282,7 @@ class SaveCheckpoint(Callback):
                 if self._clock() < self._retry_at:
                     time.sleep(min(self._pause, 5.0))
                 return {**self._order(), "more": True}
-            if not told and time.monotonic() - began > _TOLD_SECONDS:
+            if not told and time.monotonic() - began > QUIET_SECONDS:
                 told = True
                 log.warning(
                     "training waits: the states of steps %d and %d are both to be kept, and the first one is "
@@ -454,7 +461,7 @@ class FollowCheckpoint(Callback):
         again = order["again"]
         job = self.saves.stage(loop, exact=order["exact"]) if again is None else self._writer.take(again)
         self._writer.put(job.step, job)
-        if not self.background:
+        if loop.save or not self.background:
             self._writer.wait()
             on_rank_zero(self.comm, lambda: None)  # what the first rank makes of it
 

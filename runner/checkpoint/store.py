@@ -20,7 +20,7 @@ from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather
 from runner.errors import StorageError, Superseded
 from runner.storage.location import Location
 
-_SURVEYED = 64  # manifests that one retention reads: commits wait for it
+SURVEYED_MANIFESTS = 64  # manifests that one retention reads: commits wait for it
 _READERS = 8
 
 
@@ -167,7 +167,7 @@ class CheckpointStore:
         older ones hold can only be one more reason to remove a newer one.
         """
         listed = self.commits()
-        known = self._known(listed, most=_SURVEYED)
+        known = self._known(listed, most=SURVEYED_MANIFESTS)
         kept = {*retention.kept(known), *listed[len(known) :]}
         self.remove(listed, kept, attempt=attempt)
 

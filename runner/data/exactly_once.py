@@ -17,7 +17,7 @@ from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_r
 from runner.data.plan import Plan
 
 # A ledger may be damaged or hostile, so the work is limited.
-_CHUNK = 1 << 18  # positions that are checked together
+CHUNK_POSITIONS = 1 << 18  # positions that are checked together
 _MAX_EPOCHS = 1 << 16  # in a step
 _MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the check stops
 _EPOCH_COST = 256  # an epoch costs as much work as so many positions
@@ -166,7 +166,7 @@ def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine
     for line in lines:
         chunk.append(line)
         cost += _cost(line, plan)
-        if cost >= _CHUNK:
+        if cost >= CHUNK_POSITIONS:
             yield chunk
             chunk, cost = [], 0
     if chunk:

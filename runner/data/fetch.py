@@ -94,7 +94,7 @@ class Fetcher(Dataset[FetchedBatch]):
         self.order = plan.order()
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
-        self._torch_suffices = True  # until a sample draws from python's or numpy's generator
+        self.torch_suffices = True  # until a sample draws from python's or numpy's generator
         self._blocks = LRUCache[tuple[Indices, Words, Words]](4)
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
@@ -123,7 +123,7 @@ class Fetcher(Dataset[FetchedBatch]):
         if self.plan.randomness == "batch":
             seed_host(self._key("batch", piece))
             return self._draw(piece, _seed_nothing)
-        if self._torch_suffices:
+        if self.torch_suffices:
             # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
             # seed only torch's; if a sample has used the others, draw the slice again.
             mark = self._key("mark", piece)
@@ -133,7 +133,7 @@ class Fetcher(Dataset[FetchedBatch]):
             rows = self._draw(piece, torch.default_generator.manual_seed)
             if next_numbers() == untouched:
                 return rows
-            self._torch_suffices = False
+            self.torch_suffices = False
         return self._draw(piece, seed_host)
 
     def _draw(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:

@@ -26,8 +26,8 @@ log = logging.getLogger("runner")
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
 _LINE = re.compile(r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)")
-_FULL = 1 << 20  # bytes; a commit then begins a new segment
-_FULLEST = 16 << 20  # bytes; a new segment is begun without a commit
+SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
+MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
 _MAX_SEGMENT = 64 << 20  # bytes
 _MAX_PLAN = 256 << 20  # bytes
 _MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
@@ -96,12 +96,12 @@ class Ledger:
         if self._earlier:
             self._compare(line)
         self._journals.append(f"{line}\n".encode())
-        if self._journals.size > _FULLEST:
+        if self._journals.size > MAX_SEGMENT_BYTES:
             self.mark(line.step)
 
     def mark(self, step: int) -> None:
         """All lines so far belong to the commit at ``step``; ``flush``, in any thread, makes them durable."""
-        if self._journals.size > _FULL:
+        if self._journals.size > SEGMENT_BYTES:
             with suppress(StorageError):  # without room for another file, this one goes on growing
                 self._begin(step)
 

@@ -27,7 +27,7 @@ Words = NDArray[np.uint64]
 
 LARGEST_SORTED = 1 << 16  # samples; a larger epoch is never held as a list
 _ROUNDS = 6  # of the Feistel network
-_POOL = 4096  # samples that are sorted by length together
+POOL_SAMPLES = 4096  # samples that are sorted by length together
 
 
 class Order(ABC):
@@ -247,8 +247,8 @@ class BudgetOrder(Order):
     def _sort(self, epoch: int) -> tuple[Indices, Indices]:
         lengths = self._lengths[self._order(epoch, np.arange(self.size))]
         batches: list[Indices] = []
-        for start in range(0, self.size, _POOL):
-            pool = start + np.argsort(lengths[start : start + _POOL], kind="stable")
+        for start in range(0, self.size, POOL_SAMPLES):
+            pool = start + np.argsort(lengths[start : start + POOL_SAMPLES], kind="stable")
             cut = np.split(pool, self._cuts(lengths[pool]))
             if self._shuffle:
                 cut = [cut[i] for i in permutation(len(cut), "batches", self._seed, epoch, start)]

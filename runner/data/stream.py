@@ -201,6 +201,13 @@ class MapStyleStream:
         first, count, (digest, substitutions) = self._step
         return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
+    def first_batches(self) -> list[Any]:
+        """The micro-batches of the run's first step, of all processes, on the device, read in this process. The
+        stream's position does not move.
+        """
+        pieces = next(self.plan.steps(0, self._fetcher.order))
+        return [to_device(self._fetcher[piece].batch, self._device) for piece in pieces]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "consumed": self.consumed,

@@ -21,8 +21,8 @@ from runner.storage.location import Location
 
 _FOLDER = "metrics"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
-_FULL = 1 << 20  # bytes after which a commit begins a new segment, because a segment is written whole each time
-_FULLEST = 16 << 20  # bytes after which a new segment begins without a commit
+SEGMENT_BYTES = 1 << 20  # bytes after which a commit begins a new segment, because a segment is written whole each time
+MAX_SEGMENT_BYTES = 16 << 20  # bytes after which a new segment begins without a commit
 _LIMIT = 64 << 20  # bytes of a segment that are read: above _FULLEST and a last line
 
 
@@ -48,14 +48,14 @@ class LinesWriter:
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         self._segments[-1].lines.append(line)
         self._segments[-1].size += len(line)
-        if self._segments[-1].size > _FULLEST:
+        if self._segments[-1].size > MAX_SEGMENT_BYTES:
             self._begin(step)
 
     def mark(self, step: int) -> dict[str, Any]:
         """The segment, and the number of its lines, up to which ``flush`` makes the lines durable."""
         segment = self._segments[-1]
         end = {"segment": segment.name, "lines": len(segment.lines)}
-        if segment.size > _FULL:
+        if segment.size > SEGMENT_BYTES:
             self._begin(step)
         return end
 

@@ -53,7 +53,7 @@ class UploadedJournal:
         pass
 
 
-_MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
+MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
 _LISTERS = 8
 
 
@@ -71,7 +71,7 @@ class RemoteLocation:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._backend = Backend(url, options)
         self.url = self._backend.url
-        self._memory_bytes = _MEMORY_BYTES if self._backend.store.spools else math.inf
+        self._memory_bytes = MEMORY_BYTES if self._backend.store.spools else math.inf
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)

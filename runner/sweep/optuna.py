@@ -165,7 +165,7 @@ class _Sampler:
         self._joint.after_trial(study, trial, state, values)
 
     def _seeded(self, number: int, name: str) -> Any:
-        from runner.rng import derive  # which imports torch: a command of which all is done needs none
+        from runner.seeds import derive  # which imports torch: a command of which all is done needs none
 
         return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
 

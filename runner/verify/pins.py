@@ -14,14 +14,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from runner import build
 from runner.callbacks.base import Loop
 from runner.callbacks.evaluate import Evaluate
 from runner.data.stream import MapStyleStream
+from runner.callbacks.base import Observer
+from runner.callbacks.base import TrainingSetup
+from runner.callbacks.base import observers
+from runner.interval import Interval
 
 _PID = 4242
 _NOW = 1_700_000_000.0
@@ -33,40 +35,33 @@ def hold(name: str) -> None:
     _HOLD[name]()
 
 
-def _evaluation() -> None:
+class _NoEvaluation(Observer):
     """No evaluation but the last."""
 
-    def due(self: Evaluate, loop: Loop) -> bool:
-        return loop.stop is not None
-
-    Evaluate._due = due  # type: ignore[method-assign]
-
-
-def _callbacks() -> None:
-    """None of the user's own."""
-    every = build.build
-
-    def built(config: Any, device: Any, team: Any) -> build.Parts:
-        return replace(every(config, device, team), callbacks={})
-
-    build.build = built
+    def on_build(self, setup: TrainingSetup) -> None:
+        evaluate = setup.callbacks.get("evaluate")
+        if isinstance(evaluate, Evaluate):
+            evaluate.interval = Interval()
 
 
-def _batches() -> None:
-    """Every step gets the batch that the first step of all would get."""
-    step = MapStyleStream.step
-    first: list[tuple[float, Any]] = []
+class _NoCallbacks(Observer):
+    """None of the configuration's callbacks."""
 
-    def same(self: MapStyleStream) -> Iterator[tuple[float, Any]]:
-        if not first:
-            fetcher, plan = self._fetcher, self.plan
-            pieces = next(plan.steps(0, fetcher.order))
-            total = sum(piece.count for piece in pieces)
-            first.extend((piece.count / total, fetcher[piece].batch) for piece in pieces)
-        for _, one in zip(step(self), itertools.cycle(first), strict=False):
-            yield one
+    def on_build(self, setup: TrainingSetup) -> None:
+        for name in [name for name in setup.callbacks if name.startswith("own.")]:
+            del setup.callbacks[name]
 
-    MapStyleStream.step = same  # type: ignore[method-assign]
+
+class _OneBatch(Observer):
+    """The micro-batches of the run's first step in every step, also after a resume; not for iterable data."""
+
+    def __init__(self) -> None:
+        self._batches: list[Any] = []
+
+    def on_batch(self, loop: Loop, number: int, batch: Any) -> Any:
+        if not self._batches and isinstance(loop.state.stream, MapStyleStream):
+            self._batches = loop.state.stream.first_batches()
+        return self._batches[number % len(self._batches)] if self._batches else None
 
 
 def _pid() -> None:
@@ -156,14 +151,14 @@ def _entropy() -> None:
         seed(self, f"{rank} {who} {next(draws[who])}" if a is None else a, version)
 
     os.urandom = urandom
-    random._urandom = urandom  # type: ignore[attr-defined]
+    random._urandom = urandom  # type: ignore[attr-defined]  # SystemRandom's name for it
     random.Random.seed = seeded  # type: ignore[method-assign]
 
 
 _HOLD: dict[str, Callable[[], None]] = {
-    "evaluation": _evaluation,
-    "callbacks": _callbacks,
-    "batches": _batches,
+    "evaluation": lambda: observers.append(_NoEvaluation()),
+    "callbacks": lambda: observers.append(_NoCallbacks()),
+    "batches": lambda: observers.append(_OneBatch()),
     "pid": _pid,
     "time": _time,
     "entropy": _entropy,

@@ -87,3 +87,44 @@ class Numbers(Callback):
 
     def on_step(self, loop):
         loop.metrics = {**loop.metrics, "rank": loop.metrics["loss"].new_tensor(float(os.environ.get("RANK", "0")))}
+
+
+class Tells(Callback):
+    """Prints every moment, and fails at one."""
+
+    def __init__(self, *, fails=None):
+        self.fails = fails
+
+    def tell(self, moment):
+        if moment == self.fails:
+            raise RuntimeError("as asked")
+        print("moment", moment, flush=True)
+
+
+def teller(moment):
+    return lambda self, *arguments: self.tell(moment)
+
+
+for name in [name for name in vars(Callback) if name.startswith("on_")]:
+    setattr(Tells, name, teller(name.removeprefix("on_")))
+
+
+class Nothing(Callback):
+    """Trains on the first batch of the attempt alone, by gradients of zero."""
+
+    batch = None
+
+    def on_batch(self, loop, number, batch):
+        self.batch = self.batch or batch
+        return self.batch
+
+    def on_gradients(self, state):
+        for parameter in state.model.parameters():
+            parameter.grad.zero_()
+
+
+class Saves(Callback):
+    """Has step 3 committed before training goes on."""
+
+    def on_step(self, loop):
+        loop.save = loop.step == 3

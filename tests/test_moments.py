@@ -1,0 +1,83 @@
+"""The moments of callbacks and observers: their order, what they may change, and what an exception does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lives import Ended, Lives
+from results import metric_lines
+
+from runner.callbacks.base import Callback, Loop, Observer, notify, observed_by, observers, overriding
+from runner.checkpoint.manifest import commits
+from runner.storage import LocalLocation
+
+USER = Path(__file__).parent / "user"
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(life: Lives, tmp_path: Path) -> Run:
+    def run(*words: str, name: str = "run", **how: object) -> Ended:
+        fixed = ("trainer.max_steps=4", "trainer.evaluate_every_steps=2", "checkpoint.every_steps=2")
+        command = ("experiment=smoke", *fixed, f"run.root={tmp_path}", f"run.name={name}", "runtime.num_threads=1")
+        return life(*command, *words, cwd=USER, **how)
+
+    return run
+
+
+def moments(ended: Ended) -> str:
+    """The moments that ``mine.callbacks.Tells`` printed."""
+    return " ".join(line.partition(" ")[2] for line in ended.output.splitlines() if line.startswith("moment "))
+
+
+STEP = "step_start batch gradients update"
+TELLS = "+callbacks.tells._target_=mine.callbacks.Tells"
+
+
+def test_moments_come_in_order(run: Run) -> None:
+    plain, evaluated = f"{STEP} step", f"{STEP} evaluation step save commit"
+    assert moments(run(TELLS)) == f"build resume start {plain} {evaluated} {plain} {evaluated} end finish"
+
+
+def test_moments_of_a_resumed_attempt(run: Run) -> None:
+    assert run(TELLS, step=4).status is None
+    again = f"{STEP} step {STEP} evaluation step save commit"
+    assert moments(run(TELLS)) == f"build resume start {again} end finish"
+
+
+def test_an_error_is_told(run: Run) -> None:
+    ended = run(TELLS, "+callbacks.tells.fails=gradients")
+    assert ended.status not in (0, None)
+    assert moments(ended) == "build resume start step_start batch error"
+    assert "RuntimeError: as asked" in ended.output
+
+
+def test_gradients_and_batches_may_be_changed(run: Run, tmp_path: Path) -> None:
+    nothing = ("+callbacks.none._target_=mine.callbacks.Nothing", "optimizer.weight_decay=0", "model.dropout=0")
+    assert run(*nothing, "metrics.every_steps=1").status == 0
+    losses = [line["train/loss"] for line in metric_lines(tmp_path / "smoke/run")]
+    assert losses == [losses[0]] * 4, "one batch, and gradients of zero"
+
+
+def test_a_requested_save_is_committed_at_once(run: Run, tmp_path: Path) -> None:
+    never = ("checkpoint.every_steps=null", "trainer.evaluate_every_steps=null", "checkpoint.background=true")
+    assert run(*never, "+callbacks.saves._target_=mine.callbacks.Saves", step=4).status is None
+    assert [commit.step for commit in commits(LocalLocation(tmp_path / "smoke/run"))] == [3]
+
+
+def test_only_overridden_moments_are_called() -> None:
+    class Steps(Callback):
+        def on_step(self, loop: Loop) -> None:
+            raise RuntimeError
+
+    steps = Steps()
+    assert overriding([Callback(), steps, Observer()], "on_step") == [steps.on_step]
+    assert overriding([Callback(), steps, Observer()], "on_batch") == []
+    notify([Callback()], "on_step", None)
+
+
+def test_an_observer_is_registered_for_a_block() -> None:
+    observer = Observer()
+    with observed_by(observer):
+        assert observers == [observer]
+    assert observers == []
