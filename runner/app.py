@@ -123,7 +123,7 @@ def _run(config: DictConfig) -> float | None:
     with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
         spec = RunSpec.of(config)
         request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
-        notify(observers, "on_command", job.directory)
+        notify(observers, "on_command", spec.directory)
         with request.obey() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)

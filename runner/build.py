@@ -18,9 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.average import moving_average
-from runner.callbacks.base import Callback
-from runner.callbacks.base import notify
-from runner.callbacks.base import observers
+from runner.callbacks.base import Callback, notify, observers
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.evaluation_data import EvaluationData, require_map_style

@@ -15,7 +15,7 @@ from runner import signals, startup_log
 from runner.assembly import RunRecords, Wiring
 from runner.build import Parts, build
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
-from runner.callbacks.evaluation import Evaluate
+from runner.callbacks.evaluate import Evaluate
 from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
@@ -243,7 +243,9 @@ def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointS
     """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
     directory, state = opening.directory, parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-        substitutions = on_rank_zero(team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()])
+        substitutions = on_rank_zero(
+            team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()]
+        )
         state.stream.repeat_substitutions(dict(substitutions))
     origin = ParentRecord.of(directory)
     with signals.at_once(team.world.size == 1):

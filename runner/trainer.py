@@ -5,16 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runner import signals
-from runner.callbacks.base import Callback
-from runner.callbacks.base import Loop
-from runner.data.stream import StepSamples
-from runner.data.stream import TrainingStream
-from runner.distributed.team import Parallelism
-from runner.distributed.team import SingleDevice
-from runner.distributed.team import SingleProcessTeam
-from runner.distributed.team import StepReport
-from runner.distributed.team import Team
-from runner.callbacks.base import overriding
+from runner.callbacks.base import Callback, Loop, overriding
+from runner.data.stream import StepSamples, TrainingStream
+from runner.distributed.team import Parallelism, SingleDevice, SingleProcessTeam, StepReport, Team
 from runner.state import TrainState
 from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED

@@ -242,7 +242,7 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
 
 
 def test_a_disk_that_is_full_before_the_run_begins_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
+    assert report_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
     assert capsys.readouterr().err == (
         "cannot make the run directory: No space left on device. Choose another run.root.\n"
     )

@@ -17,12 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
-from runner.callbacks.base import Loop
+from runner.callbacks.base import Loop, Observer, TrainingSetup, observers
 from runner.callbacks.evaluate import Evaluate
 from runner.data.stream import MapStyleStream
-from runner.callbacks.base import Observer
-from runner.callbacks.base import TrainingSetup
-from runner.callbacks.base import observers
 from runner.interval import Interval
 
 _PID = 4242

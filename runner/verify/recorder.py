@@ -28,8 +28,8 @@ from runner.data.probe import leaves
 from runner.data.stream import MapStyleStream
 from runner.metrics import lines
 from runner.rng import Generators
-from runner.run_facts import RunFacts
 from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
