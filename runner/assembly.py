@@ -9,7 +9,7 @@ from runner.callbacks.evaluation import Best, EarlyStopping, Evaluate, LastEvalu
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
-from runner.callbacks.saving import FollowCheckpoint, Hooks, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite
@@ -20,7 +20,6 @@ from runner.metrics.lines import MetricLines
 from runner.metrics.tensorboard import Curves
 from runner.metrics.writer import NullMetrics
 from runner.restore import Resumed
-from runner.run.attempt_records import Record
 from runner.run.attempts import Attempt
 from runner.run.directory import TENSORBOARD
 from runner.run.opening import OpenedRun
@@ -109,57 +108,20 @@ class Wiring:
             return NullMetrics()
         return Curves(self.opening.directory.location, TENSORBOARD, purge_step=step, attempt=self.attempt)
 
-    def _saver(self, guard: FiniteLoss, report: Report) -> Callback:
-        checkpoint, retention = self.config.checkpoint, self._retention()
-        if self.books is None:
-            return FollowCheckpoint(
-                self.store,
-                attempt=self.attempt,
-                background=checkpoint.background,
-                ranks=self.team.ranks,
-                weights=self.parts.state.weights,
-            )
+    def _saver(self, guard: FiniteLoss, report: Report) -> SaveCheckpoint:
+        checkpoint, goal, books = self.config.checkpoint, self.config.objective, self.books
+        mode = goal.mode.name if goal.metric else None
         return SaveCheckpoint(
             self.store,
             Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
             CostBudget() if checkpoint.every is Every.auto else None,
-            self._hooks(self.books, guard, report, retention),
+            Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
             attempt=self.attempt,
-            pins=retention.pins,
+            identity=self.opening.identity,
+            owner=None if books is None else books.attempt,
+            journals={} if books is None else {"ledger": books.ledger, "metrics": report},
+            guard=guard,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
-            best=checkpoint.keep_best,
-            weights=self.parts.state.weights,
             ranks=self.team.ranks,
         )
-
-    def _hooks(self, books: RunRecords, guard: FiniteLoss, report: Report, retention: Retention) -> Hooks:
-        attempt, ledger = books.attempt, books.ledger
-
-        def mark(step: int) -> dict[str, Any]:
-            guard.check()
-            ledger.mark(step)
-            facts = {"identity": self.opening.identity, "metrics": report.mark(step)}
-            changes = self.parts.state.changes()
-            return facts | {"structure": changes} if changes else facts
-
-        def flush() -> None:
-            ledger.flush()
-            report.flush()
-
-        return Hooks(
-            mark=mark,
-            flush=flush,
-            successor=lambda: _name(attempt.successor()),
-            committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
-            retain=lambda: self.store.retain(retention, attempt=attempt.number),
-        )
-
-    def _retention(self) -> Retention:
-        keep, goal = self.config.checkpoint, self.config.objective
-        mode = goal.mode.name if goal.metric else None
-        return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
-
-
-def _name(record: Record | None) -> str | None:
-    return None if record is None else record.owner()

@@ -15,7 +15,7 @@ from runner import signals, startup_log
 from runner.assembly import RunRecords, Wiring
 from runner.build import Parts, build
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord, OnConflict
@@ -76,9 +76,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
 
         trainer = _trainer(config, parts, [*callbacks.values()], team)
         saver = callbacks["checkpoint"]
-        assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
-        if isinstance(saver, SaveCheckpoint):
-            saver.begins = resumed.origin is not None
+        assert isinstance(saver, SaveCheckpoint)
+        saver.save_at_start = resumed.origin is not None
         with closing(saver), _advising(opening):
             loop = trainer.fit(
                 parts.state, elapsed=resumed.facts.get("elapsed", 0.0), stopped=resumed.stopped(opening.identity)

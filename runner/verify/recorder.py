@@ -23,7 +23,7 @@ import torch
 from runner import app, build, evaluation, experiment
 from runner.callbacks.base import Loop
 from runner.callbacks.evaluation import Evaluate
-from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
@@ -231,11 +231,12 @@ def _watch_steps(probe: Recorder) -> None:
 
 def _watch_saving(probe: Recorder) -> None:
     begin, act, commit = SaveCheckpoint.__init__, SaveCheckpoint.act, CheckpointStore.commit
-    kind = FollowCheckpoint if probe.rank else SaveCheckpoint
-    on_step: Callable[[Any, Loop], None] = kind.on_step
+    on_step: Callable[[Any, Loop], None] = SaveCheckpoint.on_step
 
-    def begun(self: SaveCheckpoint, *arguments: Any, pins: Callable[[int], bool], **keywords: Any) -> None:
-        begin(self, *arguments, pins=lambda step: step == probe.saved or pins(step), **keywords)
+    def begun(self: SaveCheckpoint, *arguments: Any, **keywords: Any) -> None:
+        begin(self, *arguments, **keywords)
+        pins = self.pins
+        self.pins = lambda step: step == probe.saved or pins(step)
 
     def stepped(self: Any, loop: Loop) -> None:
         probe.write("step", **probe.line, evaluation=loop.evaluation or {}, **probe.known(loop.state))
@@ -243,16 +244,16 @@ def _watch_saving(probe: Recorder) -> None:
         probe.die("step", loop.step)
         if loop.step == probe.saved:
             probe.die("clock", probe.step)  # at the latest
-        if loop.step == probe.saved and kind is SaveCheckpoint:
+        if loop.step == probe.saved and probe.rank == 0:
             self._wait()  # else there may be no room for this copy
         on_step(self, loop)
-        if loop.step == probe.saved and kind is SaveCheckpoint:
+        if loop.step == probe.saved and probe.rank == 0:
             self._wait()  # else the kill may come before it is durable
 
     def acted(self: SaveCheckpoint, loop: Loop, order: Any) -> None:
         began = time.monotonic()
         act(self, loop, order)
-        if order is not None:
+        if order is not None and probe.rank == 0:
             probe.write("save", step=loop.step, stall=time.monotonic() - began)
 
     def committed(self: CheckpointStore, snapshot: Snapshot, **how: Any) -> Any:
@@ -266,7 +267,7 @@ def _watch_saving(probe: Recorder) -> None:
         return found
 
     SaveCheckpoint.__init__ = begun  # type: ignore[method-assign]
-    kind.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
+    SaveCheckpoint.on_step, SaveCheckpoint.act = stepped, acted  # type: ignore[method-assign]
     CheckpointStore.commit = committed  # type: ignore[method-assign]
 
 
