@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+LEAST_KEPT = 2  # verified checkpoints are always kept, so that the loss of any one object leaves one to resume from
+
 
 class Precision(Enum):
     fp32 = "fp32"
@@ -137,7 +139,7 @@ class CheckpointConfig:
     every_seconds: float | None = None
     max_unsaved: float = 1800.0  # seconds of training after which a run whose storage keeps failing ends
     background: bool = True  # write while training continues; false: wait for each checkpoint
-    keep_last: int = 2  # the newest ones
+    keep_last: int = LEAST_KEPT  # the newest ones
     # Also save and keep one at every multiple of so many steps, and the best ones by the objective. Training waits if
     # they come faster than the storage writes: there is memory for two copies.
     keep_every_steps: int | None = None
