@@ -104,7 +104,7 @@ class TrainState:
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint can be loaded, as far as its manifest says."""
         places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        shapes = {name: place.shelf.tensors[place.name].shape for name, place in places.items()}
+        shapes = {name: place.shape for name, place in places.items()}
         if self.built is None or {*checkpoint.parts} != {*self.parts()}:
             return False
         try:
@@ -140,8 +140,10 @@ class TrainState:
                 same_types = _types(part.state_dict()) == _types(state)
             elif part is self.optimizer and same_types:
                 retype(part.state_dict().get("state"), state.get("state"))
-        if checkpoint.among.rank >= checkpoint.ranks:  # there was no such rank, and it has the generators of rank 0
-            seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.among.rank))
+        if (
+            checkpoint.ranks.rank >= checkpoint.world_size
+        ):  # there was no such rank, and it has the generators of rank 0
+            seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.ranks.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
         """Load the weights only, and the averaged weights if both the checkpoint and this run have them.
@@ -168,9 +170,9 @@ class TrainState:
         try:
             if self.built is not None and name == "optimizer":
                 self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
-            live = getattr(part, "like", part.state_dict) if checkpoint.among.size > 1 else None
+            live = getattr(part, "like", part.state_dict) if checkpoint.ranks.size > 1 else None
             state = checkpoint.load(name, like=live and live())
-            on_all_ranks(checkpoint.among, load, kinds=(Damaged,))
+            on_all_ranks(checkpoint.ranks, load, kinds=(Damaged,))
         except (RunnerError, Damaged):
             raise
         except Exception as error:
