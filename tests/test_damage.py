@@ -66,9 +66,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_says_so(damage, folder: str
 
 
 @pytest.mark.parametrize("folder", ["data", "commits"])
-def test_without_any_good_checkpoint_nothing_is_deleted_and_nothing_starts_over(
-    folder: str, run: Path, life: Lives
-) -> None:
+def test_without_a_good_checkpoint_nothing_starts_over(folder: str, run: Path, life: Lives) -> None:
     for path in (run / folder).iterdir():
         flip(path)
     before = snapshot(run)
@@ -120,7 +118,7 @@ def test_what_a_run_directory_says_reaches_the_terminal_escaped(run: Path, life:
     assert "[31mred" in ended.output
 
 
-def test_a_run_that_another_process_begins_between_two_looks_is_no_foreign_directory(tmp_path: Path) -> None:
+def test_a_run_begun_meanwhile_is_no_foreign_directory(tmp_path: Path) -> None:
     class Between(LocalLocation):
         def list(self, folder: str) -> list[Entry]:
             RunDirectory.under(str(tmp_path), "smoke", "r").create({"seed": 0}, parent=None)

@@ -18,7 +18,7 @@ def test_a_sealed_manifest_unseals_to_itself() -> None:
     assert unseal(seal({})) == {}
 
 
-def test_the_seal_is_the_sha256_of_everything_before_the_last_line() -> None:
+def test_the_seal_is_the_sha256_of_all_lines_before_it() -> None:
     """So that anyone can check it with sha256sum."""
     body, tail = seal(MANIFEST)[:-72], seal(MANIFEST)[-72:]
     assert json.loads(body) == MANIFEST

@@ -23,7 +23,7 @@ def test_the_newest_stay_by_attempt_then_by_step() -> None:
     assert left(Retention(3), *history) == [(1, 30), (2, 5), (2, 20)]
 
 
-def test_unverified_ones_stay_where_they_are_newer_and_do_not_count() -> None:
+def test_newer_unverified_commits_stay_and_do_not_count() -> None:
     history = [known(1, 1), known(1, 2), known(1, 3, state="unknown"), known(1, 4), known(1, 5, state="unknown")]
     assert left(Retention(2), *history) == [(1, 2), (1, 3), (1, 4), (1, 5)]
 
@@ -38,12 +38,12 @@ def test_with_fewer_than_two_verified_nothing_goes() -> None:
     assert len(left(Retention(2), *history)) == 4
 
 
-def test_damaged_ones_do_not_count_and_go_once_enough_verified_ones_are_newer() -> None:
+def test_damaged_commits_do_not_count_and_go_in_time() -> None:
     history = [known(1, step, state="damaged" if step in (2, 4) else "verified") for step in range(1, 6)]
     assert left(Retention(2), *history) == [(1, 3), (1, 4), (1, 5)]
 
 
-def test_of_every_multiple_the_one_that_a_resume_would_prefer_stays() -> None:
+def test_of_a_pinned_step_the_newest_commit_stays() -> None:
     history = [known(1, step) for step in (5, 10, 10, 15, 20)] + [known(2, step) for step in (10, 25, 30, 31, 32)]
     assert left(Retention(2, every_steps=10), *history) == [(1, 20), (2, 10), (2, 30), (2, 31), (2, 32)]
 

@@ -84,7 +84,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     run.saver.close()
 
 
-def test_training_goes_on_while_the_storage_is_stuck_and_then_the_newest_state_is_saved(run: Run) -> None:
+def test_a_stuck_storage_does_not_stop_training(run: Run) -> None:
     run.store.gate.clear()
     for _ in range(5):
         run.step()
@@ -95,7 +95,7 @@ def test_training_goes_on_while_the_storage_is_stuck_and_then_the_newest_state_i
     assert run.store.values == {1: 1.0, 6: 6.0}, "each is the state of its own step"
 
 
-def test_an_improvement_is_saved_as_it_is_though_the_storage_is_stuck(run: Run) -> None:
+def test_an_improvement_is_saved_though_the_storage_is_stuck(run: Run) -> None:
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -157,7 +157,7 @@ def test_a_pinned_step_is_kept_beside_a_better_one(tmp_path: Path) -> None:
     assert {2, 3, 4, 5} <= {*run.store.values}
 
 
-def test_kept_copies_that_could_not_be_written_are_tried_until_they_are(tmp_path: Path) -> None:
+def test_copies_to_be_kept_are_tried_until_they_are_written(tmp_path: Path) -> None:
     """Training waits for the first of them rather than to give one up."""
     run = Run(tmp_path, best=3)
     run.store.gate.clear()
@@ -198,7 +198,7 @@ def test_what_training_cannot_go_on_with(tensor: torch.Tensor, name: str, spoile
     assert _is_spoiled(name, tensor, {"model/w"}) is spoiled
 
 
-def test_a_failure_is_told_and_tried_again_after_a_growing_pause(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_save_is_logged_and_tried_again_after_a_pause(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.store.error = StorageError("no space left")
     run.step()
     run.settle()
@@ -227,7 +227,7 @@ def test_a_failed_improvement_is_tried_again_as_it_was(run: Run) -> None:
     assert run.store.values == {1: 1.0, 4: 4.0}
 
 
-def test_a_storage_that_fails_for_too_long_ends_training_with_the_cause(run: Run) -> None:
+def test_a_storage_that_fails_for_too_long_ends_training(run: Run) -> None:
     run.store.error = StorageError("no space left")
     run.step()
     run.settle()
@@ -294,7 +294,7 @@ def test_without_background_every_step_that_is_due_is_saved(tmp_path: Path) -> N
     assert run.store.values == {1: 1.0, 2: 2.0, 3: 3.0}
 
 
-def test_a_staged_copy_is_apart_from_the_state_keeps_ties_and_uses_its_memory_again() -> None:
+def test_a_staged_copy_keeps_ties_and_reuses_its_memory() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     staging = Staging()
     tensors = {"a": weight, "tied": weight, "view": weight.t(), "conj": torch.tensor([1j]).conj()}

@@ -131,7 +131,7 @@ def test_every_step_is_saved_of_all_ranks() -> None:
 
 
 @pytest.mark.parametrize("rank", range(SIZE))
-def test_a_failed_improvement_is_tried_again_on_all_ranks_as_it_was(rank: int) -> None:
+def test_a_failed_improvement_is_tried_again_on_all_ranks(rank: int) -> None:
     def script(seat: Seat) -> None:
         seat.step(improved=True)
         seat.step()
@@ -146,7 +146,7 @@ def test_a_failed_improvement_is_tried_again_on_all_ranks_as_it_was(rank: int) -
 
 
 @pytest.mark.parametrize("rank", range(SIZE))
-def test_a_storage_that_fails_one_rank_for_too_long_ends_all_with_the_cause(rank: int) -> None:
+def test_a_storage_that_fails_one_rank_for_too_long_ends_all(rank: int) -> None:
     def script(seat: Seat) -> None:
         seat.step()
         seat.saver._writer.wait(20)
@@ -173,7 +173,7 @@ def test_whoever_is_superseded_stops_all_its_ranks() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_fails_and_whatever_waits_all_ranks_save_the_same_steps(seed: int) -> None:
+def test_all_ranks_save_the_same_steps_whatever_fails(seed: int) -> None:
     """In the background, where no two ranks are ever equally far."""
     steps = 25
     chance = random.Random(seed)

@@ -159,7 +159,7 @@ def test_a_rank_reads_little_more_than_what_it_needs() -> None:
             assert needed <= location.read_bytes <= needed + 2 * len(found) * BLOCK
 
 
-def test_a_manifest_grows_with_the_tensors_and_the_files_and_not_with_their_product() -> None:
+def test_a_manifest_grows_with_tensors_plus_files() -> None:
     many = {f"model/{number}": torch.rand(64, 2) for number in range(500)}
 
     def size(ranks: int) -> int:
@@ -189,7 +189,7 @@ def broken(location: MemoryLocation, how: Callable[[str], bool]) -> MemoryLocati
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_what_fails_on_one_rank_fails_on_all_and_nothing_is_committed(failing: int) -> None:
+def test_a_failure_on_one_rank_commits_nothing_on_any(failing: int) -> None:
     location = broken(MemoryLocation(), lambda name: f".{failing:05d}.000" in name)
     ends = ends_among(4, lambda ranks: save(location, (((0, 4),), 1), ranks))
     assert {type(end) for end in ends} == {StorageError}

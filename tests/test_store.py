@@ -316,14 +316,14 @@ def test_a_part_that_names_an_unknown_tensor_is_damage(store: CheckpointStore) -
         store.open(made).load("model")
 
 
-def test_the_manifest_that_an_older_version_wrote_is_refused_by_its_format(store: CheckpointStore) -> None:
+def test_a_manifest_of_an_older_format_is_refused(store: CheckpointStore) -> None:
     made = commit(store, 5)
     rewrite(store, made, lambda manifest: manifest.update(format=1))
     with pytest.raises(StorageError, match=r"has format 1, this version reads 2\. Use the version"):
         store.open(made)
 
 
-def test_a_shared_tensor_is_written_once_and_read_under_each_name(store: CheckpointStore) -> None:
+def test_a_shared_tensor_is_written_once_and_has_each_name(store: CheckpointStore) -> None:
     weight, empty = torch.rand(1000), torch.empty(0)
     state = {"head": weight, "tokens": weight.view(1000), "other": weight.clone(), "a": empty, "b": torch.empty(0, 7)}
     checkpoint = store.open(store.commit(Snapshot.of(1, {"model": state}), attempt=1, successor=lambda: None))
@@ -334,7 +334,7 @@ def test_a_shared_tensor_is_written_once_and_read_under_each_name(store: Checkpo
     assert (found["a"].shape, found["b"].shape) == ((0,), (0, 7))
 
 
-def test_views_of_one_memory_that_differ_are_not_taken_for_shared(store: CheckpointStore) -> None:
+def test_different_views_of_one_memory_are_not_shared(store: CheckpointStore) -> None:
     base, z = torch.arange(16.0).view(4, 4), torch.tensor([1 + 2j])
     views = {"base": base, "flat": base.view(16), "part": base[0], "turned": base.t(), "bits": base.view(torch.int32)}
     views |= {"z": z, "conjugate": z.conj(), "negative": torch._neg_view(base)}
@@ -364,7 +364,7 @@ def test_an_order_that_is_none_is_damage(store: CheckpointStore, order: Any) -> 
         store.open(made).load("model")
 
 
-def test_a_fused_optimizer_of_weights_with_channels_last_goes_on_as_if_never_saved(store: CheckpointStore) -> None:
+def test_a_fused_optimizer_with_channels_last_is_restored(store: CheckpointStore) -> None:
     """It takes weights and moments pairwise, as they lie, and does not look at their strides."""
 
     def built() -> tuple[nn.Module, torch.optim.Optimizer]:

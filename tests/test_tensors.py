@@ -136,7 +136,7 @@ def test_a_tensor_is_written_under_each_of_its_names(location: LocalLocation, tm
     assert same(found["tokens"], weight)
 
 
-def test_the_bytes_between_those_that_are_wanted_are_verified_too(location: LocalLocation, tmp_path: Path) -> None:
+def test_unwanted_bytes_of_a_block_are_verified_too(location: LocalLocation, tmp_path: Path) -> None:
     written = write(location, {name: torch.rand(1000) for name in "abc"})
     raw = bytearray((tmp_path / FILE).read_bytes())
     raw[written.begin("b")] ^= 1
@@ -198,7 +198,7 @@ def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((1 << 50,), 4), ((2, 2), 20), ((), 0), ((3,), 11)])
-def test_sizes_that_are_not_those_of_the_file_are_damage_before_anything_is_allocated(
+def test_wrong_file_sizes_are_damage_before_any_allocation(
     location: LocalLocation, shape: tuple[int, ...], size: int
 ) -> None:
     group, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))

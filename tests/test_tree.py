@@ -83,7 +83,7 @@ def test_tensors_are_those_of_the_state_and_need_no_gradient() -> None:
     assert not tensors["part/0"].requires_grad
 
 
-def test_a_tensor_that_is_trained_still_is_and_its_detached_self_is_not() -> None:
+def test_requires_grad_is_restored_for_each_name_of_a_tensor() -> None:
     weight = torch.ones(3, requires_grad=True)
     value, tensors = encode([weight, weight * 1, weight.detach()], "part")
     one = tensors["part/0"]
@@ -93,7 +93,7 @@ def test_a_tensor_that_is_trained_still_is_and_its_detached_self_is_not() -> Non
         decode(value, lambda name: torch.ones(3, dtype=torch.int64))
 
 
-def test_dicts_that_count_and_that_are_ordered_are_of_their_kind_again() -> None:
+def test_counters_and_ordered_dicts_keep_their_types() -> None:
     state = {"seen": Counter({3: 2, "a": 1}), "recent": OrderedDict([("z", 1), ("a", Counter())])}
     found = there_and_back(state)
     assert found == state
@@ -101,7 +101,7 @@ def test_dicts_that_count_and_that_are_ordered_are_of_their_kind_again() -> None
     assert [*found["recent"]] == ["z", "a"]
 
 
-def test_a_module_is_told_by_which_version_of_itself_its_state_was_saved() -> None:
+def test_versions_of_module_classes_are_restored() -> None:
     state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
     found = there_and_back(state)
     assert found._metadata == state._metadata == {"": {"version": 1}, "0": {"version": 2}}
@@ -207,7 +207,7 @@ def plateau(optimizer: Optimizer) -> Any:
 
 @pytest.mark.parametrize("make_scheduler", [halving, one_cycle, plateau])
 @pytest.mark.parametrize("make_optimizer", [adamw, adamw_named, sgd, plain_sgd])
-def test_optimizers_and_schedulers_go_on_from_their_decoded_state(
+def test_optimizers_and_schedulers_load_their_decoded_state(
     make_optimizer: Callable[[nn.Module], Optimizer], make_scheduler: Callable[[Optimizer], Any]
 ) -> None:
     """Three steps, restored into new objects, and three more: the weights of six steps, to the bit."""
