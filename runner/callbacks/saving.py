@@ -8,7 +8,6 @@ The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoin
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
-from runner.checkpoint.writer import Writer
+from runner.checkpoint.writer import PendingSave, Writer
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
 from runner.interval import CostBudget, Interval
@@ -46,22 +45,6 @@ class Journal(Protocol):
 
     def flush(self) -> None:
         """Make durable what was marked, in the writer's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class PendingSave:
-    """A copy of the state that is not committed yet, and the buffers that hold its tensors. An ``exact`` copy is needed
-    itself; any other may be replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
-    """
-
-    snapshot: Snapshot
-    buffers: Staging
-    exact: bool
-    weights: Collection[str] = ()
-
-    @property
-    def step(self) -> int:
-        return self.snapshot.step
 
 
 class SaveCheckpoint(Callback):
@@ -114,7 +97,7 @@ class SaveCheckpoint(Callback):
         self.ranks = ranks
         self.save_at_start = False  # the state at the start is in no commit of this run yet
         self._clock = clock
-        self._writer: Writer[PendingSave] = Writer(self._commit, store.ranks)
+        self._writer = Writer(self._commit, store.ranks)
         self._buffers: list[Staging] = []  # free
         self._failed: list[int] = []  # steps of exact copies that could not be written, to be tried again
         self._dropped: list[int] = []  # steps of other copies that could not be written

@@ -6,87 +6,94 @@ wait for the announcement and write their copy of the same step.
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
+from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.distributed.communicator import Communicator
 
 
-class Job(Protocol):
-    """A copy of the state."""
-
-    @property
-    def step(self) -> int: ...
-
-
-J = TypeVar("J", bound=Job)
-
-
-class Writer(Generic[J]):
-    """Calls ``work`` in a background thread for every job that was ``put``.
-
-    A job whose work raised is kept until ``take``. On rank 0 ``failures`` has these jobs with their errors, oldest
-    first, for the owner to remove; the other ranks leave the decision to rank 0, which sees the same error. ``work`` of
-    rank 0 has to broadcast the step of its job over ``ranks``, which belong to this thread.
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A copy of the state that is not committed yet, and the buffers that hold its tensors. An ``exact`` copy is needed
+    itself; any other may be replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
     """
 
-    def __init__(self, work: Callable[[J], None], ranks: Communicator) -> None:
-        self.failures: deque[tuple[J, Exception]] = deque()
-        self._work = work
+    snapshot: Snapshot
+    buffers: Staging
+    exact: bool
+    weights: Collection[str] = ()
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.step
+
+
+class Writer:
+    """Calls ``commit`` in a background thread for every copy that was ``put``.
+
+    A copy whose commit raised is kept until ``take``. On rank 0 ``failures`` has these copies with their errors, oldest
+    first, for the owner to remove; the other ranks leave the decision to rank 0, which sees the same error. ``commit``
+    of rank 0 has to broadcast the step of its copy over ``ranks``, which belong to this thread.
+    """
+
+    def __init__(self, commit: Callable[[PendingSave], None], ranks: Communicator) -> None:
+        self.failures: deque[tuple[PendingSave, Exception]] = deque()
+        self._commit = commit
         self._ranks = ranks
         self._changed = threading.Condition()
-        self._waiting: dict[int, J] = {}
-        self._kept: dict[int, J] = {}  # failed or withdrawn
+        self._waiting: dict[int, PendingSave] = {}
+        self._kept: dict[int, PendingSave] = {}  # failed or withdrawn
         self._busy = False
         self._closed = False
         self._error: Exception | None = None  # of the wait for rank 0
-        self._thread: threading.Thread | None = None  # started for the first job: data workers are forked before
+        self._thread: threading.Thread | None = None  # started for the first copy: data workers are forked before
 
     @property
     def idle(self) -> bool:
-        """Whether a job that is put now would begin at once."""
+        """Whether a copy that is put now would be committed at once."""
         return not (self._busy or self._waiting)
 
     @property
-    def waiting(self) -> J | None:
-        """The job that is done next, on rank 0."""
+    def waiting(self) -> PendingSave | None:
+        """The copy that is committed next, on rank 0."""
         return next(iter([*self._waiting.values()]), None)
 
-    def put(self, job: J) -> None:
-        """Do it after the current job. On rank 0 no other job may be waiting."""
+    def put(self, copy: PendingSave) -> None:
+        """Commit it after the current copy. On rank 0 no other copy may be waiting."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
         with self._changed:
-            self._waiting[job.step] = job
+            self._waiting[copy.step] = copy
             self._changed.notify_all()
 
     def withdraw(self) -> list[int]:
-        """Do not begin the jobs that wait, and keep them for ``take``; returns their steps."""
+        """Do not commit the copies that wait, and keep them for ``take``; returns their steps."""
         with self._changed:
             steps = [*self._waiting]
             self._kept |= self._waiting
             self._waiting.clear()
             return steps
 
-    def take(self, step: int) -> J:
-        """Remove and return the job of a step, which waits or has failed; blocks while it is still failing."""
+    def take(self, step: int) -> PendingSave:
+        """Remove and return the copy of a step, which waits or has failed; blocks while it is still failing."""
         with self._changed:
             self._wait_for(lambda: step in self._waiting or step in self._kept)
             return (self._waiting if step in self._waiting else self._kept).pop(step)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all jobs are done, for so many seconds at most; whether they are done."""
+        """Wait until all copies are committed or failed, for so many seconds at most; whether they are."""
         with self._changed:
             return self._wait_for(lambda: self.idle, seconds)
 
     def wait_for_room(self, seconds: float) -> bool:
-        """Wait until no job waits to begin, for so many seconds at most; whether none does."""
+        """Wait until no copy waits to begin, for so many seconds at most; whether none does."""
         with self._changed:
             return self._wait_for(lambda: not self._waiting, seconds)
 
     def close(self, seconds: float) -> None:
-        """Finish the jobs, for so many seconds at most, and end the thread."""
+        """Finish all commits, for so many seconds at most, and end the thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
             self._closed = True
@@ -99,22 +106,22 @@ class Writer(Generic[J]):
         return done
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
+        while (copy := self._next()) is not None:
             error = None
             try:
-                self._work(job)
+                self._commit(copy)
             except Exception as raised:  # for the owner: this thread has no caller
                 error = raised
             with self._changed:
                 if error is not None:
-                    self._kept[job.step] = job
+                    self._kept[copy.step] = copy
                     if self._ranks.rank == 0:
-                        self.failures.append((job, error))
+                        self.failures.append((copy, error))
                 self._busy = False
                 self._changed.notify_all()
 
-    def _next(self) -> J | None:
-        """The next job, once there is one; None at the end."""
+    def _next(self) -> PendingSave | None:
+        """The next copy to commit, once there is one; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
             if self._ranks.rank == 0 or self._closed:
@@ -130,10 +137,10 @@ class Writer(Generic[J]):
             self._changed.wait_for(lambda: step in self._waiting or self._closed)
             return self._begin(None if self._closed else step)
 
-    def _begin(self, step: int | None) -> J | None:
+    def _begin(self, step: int | None) -> PendingSave | None:
         if step is None:
             return None
         self._busy = True
-        job = self._waiting.pop(step)
+        copy = self._waiting.pop(step)
         self._changed.notify_all()
-        return job
+        return copy
