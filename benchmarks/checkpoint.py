@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.nn import functional as F
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import Hooks, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
@@ -67,6 +67,12 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         return self.parts
+
+    def changes(self) -> dict[str, Any]:
+        return {}
+
+    def weights(self) -> list[str]:
+        return []
 
 
 class Training(State):
@@ -244,16 +250,9 @@ def restore(state: State, folder: Path) -> Sides:
 
 def saver(state: State, folder: Path, steps: int) -> tuple[SaveCheckpoint, Loop]:
     """What saves a state in the background every so many steps, as in an experiment."""
-    store, retention = CheckpointStore(LocalLocation(folder)), Retention()
-    hooks = Hooks(
-        mark=lambda step: {},
-        flush=lambda: None,
-        successor=lambda: None,
-        committed=lambda commit: None,
-        retain=lambda: store.retain(retention, attempt=1),
-    )
+    store = CheckpointStore(LocalLocation(folder))
     callback = SaveCheckpoint(
-        store, Interval(steps), None, hooks, attempt=1, pins=retention.pins, max_unsaved=60.0, background=True
+        store, Interval(steps), None, Retention(), attempt=1, identity={}, max_unsaved=60.0, background=True
     )
     loop = Loop(state, max_steps=None)  # type: ignore[arg-type]
     callback.on_start(loop)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
-from runner.checkpoint.checkpoint import Checkpoint, parsed
+from runner.checkpoint.checkpoint import Checkpoint, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.reading import Reader
@@ -98,8 +98,8 @@ class Layout:
 
 def stored(how: WritePlan, number: int, cell: int) -> tuple[str, StoredFile]:
     """The file of a cell, as it would have been written."""
-    shelf = how.shelves[number]
-    size = sum(prod(shelf.cell(name, cell).shape) * kind.itemsize for name, kind in shelf.tensors.items())
+    group = how.groups[number]
+    size = sum(prod(cell_of(kind.shape, group.cuts, cell).shape) * kind.itemsize for kind in group.tensors.values())
     return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, (DIGEST,) * -(-size // BLOCK))
 
 
@@ -118,14 +118,14 @@ def row(layout: Layout, ranks: int, tensors: int) -> list[str]:
     dealt = layout.deal(tensors, seat)
     planning, how = least(lambda: plan(dealt, {}).split(PART))
     snapshot = Snapshot(1000, {"model": encode(state(dealt), "model")[0]}, {}, plan=how)
-    mine = report(snapshot, how, [stored(how, number, cell) for number, cell in how.mine.items()])
+    mine = report(snapshot, how, [stored(how, number, cell) for number, cell in how.written.items()])
     reports = [*everybody(how, mine, ranks)]
     sealing, raw = least(lambda: seal(assemble(COMMIT, snapshot, how, reports)))
     opening, checkpoint = least(lambda: opened(raw, seat))
     reading, blocks = least(lambda: read(checkpoint, dealt))
-    files = sum(shelf.cells for shelf in how.shelves)
+    files = sum(group.cells for group in how.groups)
     costs = [f"{ms:.0f}" for ms in (planning, sealing, opening, reading, listing(files))]
-    sizes = [f"{len(json.dumps(mine)) / 1e3:.1f}", f"{len(raw) / 1e6:.2f}", f"{len(how.mine)}", f"{blocks}"]
+    sizes = [f"{len(json.dumps(mine)) / 1e3:.1f}", f"{len(raw) / 1e6:.2f}", f"{len(how.written)}", f"{blocks}"]
     plans, seals, opens, reads, lists = costs
     return [
         layout.name,
@@ -150,8 +150,8 @@ def state(dealt: dict[str, LocalShard]) -> dict[str, Any]:
 def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
     """The reports of all ranks; those of others are like this rank's, of other cells."""
     shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    for number, shelf in enumerate(how.shelves):
-        for cell in range(cells(shelf.cuts)):
+    for number, group in enumerate(how.groups):
+        for cell in range(cells(group.cuts)):
             shares[(number + cell) % ranks].append((number, cell))
     for share in shares:
         files = [stored(how, number, cell) for number, cell in share]
@@ -163,7 +163,7 @@ def opened(raw: bytes, seat: Seat) -> Checkpoint:
     manifest = unseal(raw)
     assert manifest is not None
     location: Any = None
-    found = parsed(COMMIT, manifest, location, seat)  # type: ignore[arg-type]  # nobody tells it anything
+    found = parse(COMMIT, manifest, location, seat)  # type: ignore[arg-type]  # nobody tells it anything
     found = Checkpoint(
         found.id,
         found.world_size,

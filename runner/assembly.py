@@ -9,7 +9,7 @@ from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluat
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
-from runner.callbacks.saving import FollowCheckpoint, Hooks, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite
@@ -18,7 +18,6 @@ from runner.distributed.team import Team
 from runner.interval import CostBudget, Interval
 from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed
-from runner.run.attempt_records import AttemptRecord
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
 
@@ -133,52 +132,20 @@ class Wiring:
             )
         return callbacks
 
-    def _saver(self, guard: FiniteLoss) -> Callback:
-        checkpoint, retention = self.config.checkpoint, self._retention()
-        if self.records is None:
-            return FollowCheckpoint(
-                self.store,
-                attempt=self.attempt,
-                background=checkpoint.background,
-                comm=self.team.comm,
-                weights=self.parts.state.weights,
-            )
+    def _saver(self, guard: FiniteLoss) -> SaveCheckpoint:
+        checkpoint, goal, records = self.config.checkpoint, self.config.objective, self.records
+        mode = goal.mode.name if goal.metric else None
         return SaveCheckpoint(
             self.store,
             Interval(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds),
             CostBudget() if checkpoint.every is Every.auto else None,
-            self._hooks(self.records, guard, retention),
+            Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
             attempt=self.attempt,
-            pins=retention.pins,
+            identity=self.opening.identity,
+            owner=None if records is None else records.attempt,
+            journals=[] if records is None else [records],
+            guard=guard,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,
-            best=checkpoint.keep_best,
-            weights=self.parts.state.weights,
             comm=self.team.comm,
         )
-
-    def _hooks(self, records: RunRecords, guard: FiniteLoss, retention: Retention) -> Hooks:
-        attempt = records.attempt
-
-        def mark(step: int) -> dict[str, Any]:
-            guard.check()
-            facts = {"identity": self.opening.identity, **records.mark(step)}
-            changes = self.parts.state.changes()
-            return facts | {"structure": changes} if changes else facts
-
-        return Hooks(
-            mark=mark,
-            flush=records.flush,
-            successor=lambda: _name(attempt.successor()),
-            committed=lambda commit: attempt.beat(step=commit.step, committed=commit.step),
-            retain=lambda: self.store.retain(retention, attempt=attempt.number),
-        )
-
-    def _retention(self) -> Retention:
-        keep, goal = self.config.checkpoint, self.config.objective
-        mode = goal.mode.name if goal.metric else None
-        return Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best, mode)
-
-
-def _name(record: AttemptRecord | None) -> str | None:
-    return None if record is None else record.owner()

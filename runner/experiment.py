@@ -16,7 +16,7 @@ from runner.assembly import RunRecords, Wiring
 from runner.build import Parts, build
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
-from runner.callbacks.saving import FollowCheckpoint, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord
@@ -98,17 +98,17 @@ def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
     """Give the methods of moments to the objects that reach them; returns all callbacks and observers in order."""
     saver, evaluate = _saver(callbacks), callbacks.get("evaluate")
     calls = [*(each for each in callbacks.values() if each is not saver), *observers, saver]
-    saver.saves.save_listeners = overriding(calls, "on_save")
-    saver.saves.commit_listeners = overriding(calls, "on_commit")
+    saver.save_listeners = overriding(calls, "on_save")
+    saver.commit_listeners = overriding(calls, "on_commit")
     if isinstance(evaluate, Evaluate):
         evaluate.listeners = overriding(calls, "on_evaluation")
     parts.update.gradient_listeners = [partial(call, parts.state) for call in overriding(calls, "on_gradients")]
     return calls
 
 
-def _saver(callbacks: Mapping[str, Callback]) -> SaveCheckpoint | FollowCheckpoint:
+def _saver(callbacks: Mapping[str, Callback]) -> SaveCheckpoint:
     saver = callbacks["checkpoint"]
-    assert isinstance(saver, SaveCheckpoint | FollowCheckpoint)
+    assert isinstance(saver, SaveCheckpoint)
     return saver
 
 
@@ -132,8 +132,7 @@ def _train(
         parallelism=parts.parallelism,
     )
     saver = _saver(setup.callbacks)
-    if isinstance(saver, SaveCheckpoint):
-        saver.begins = resumed.origin is not None
+    saver.save_at_start = resumed.origin is not None
     elapsed = resumed.facts.get("elapsed", 0.0)
     with closing(saver), _advising(opening):
         loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))

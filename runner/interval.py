@@ -1,4 +1,4 @@
-"""When something periodic is due."""
+"""When a periodic action is due."""
 
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 class Interval:
     """Due every ``steps`` steps, ``epochs`` epochs or ``seconds`` seconds, whichever comes first; None: never.
 
-    Steps and epochs depend on the position alone, so a resumed run is due at the same steps as an uninterrupted one.
-    Seconds depend on the clock: use them only for what does not change the results.
+    Steps and epochs depend on the position alone, so an action is due at the same steps in a resumed run as in an
+    uninterrupted one. Seconds depend on the clock: use them only for actions that do not change the results.
     """
 
     steps: int | None = None
@@ -23,7 +23,7 @@ class Interval:
         self._since = self.clock()
 
     def due(self, step: int, *, epochs_before: int = 0, epochs: int = 0) -> bool:
-        """Whether it is due after ``step``, before which ``epochs_before`` epochs were finished, and now ``epochs``."""
+        """Whether it is due after ``step``, which raised the finished epochs from ``epochs_before`` to ``epochs``."""
         if self.steps is not None and step % self.steps == 0:
             return True
         if self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs:
@@ -37,9 +37,9 @@ class Interval:
 
 @dataclass(slots=True)
 class CostBudget:
-    """Due as often as its cost (reported by ``spent``) stays below ``share`` of the time.
+    """Due as often as possible while the cost of the action (reported by ``spent``) stays below ``share`` of the time.
 
-    The seconds between two are at least ``least`` and at most ``most``; the first is due after ``least``.
+    The seconds between two actions are at least ``least`` and at most ``most``; the first is due after ``least``.
     """
 
     share: float = 0.01
@@ -61,5 +61,5 @@ class CostBudget:
         self._since = self.clock()
 
     def spent(self, seconds: float) -> None:
-        """Report that the last one cost so many seconds."""
+        """Report the cost of the last action in seconds."""
         self._pause = min(max(seconds / self.share, self.least), self.most)

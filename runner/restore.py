@@ -1,4 +1,4 @@
-"""From whatever a run directory holds to the state from which training continues."""
+"""Restores the state from which training continues: from a run's own checkpoints, from its parent, or from scratch."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Resumed:
     """Where an attempt continues: after ``commit``, or at step 0.
 
-    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from one.
+    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from there.
     """
 
     commit: CommitId | None = None
@@ -48,7 +48,7 @@ class Resumed:
         return self.commit.step if self.commit else 0
 
     def stopped(self, identity: Mapping[str, Any]) -> str | None:
-        """The word with which the training ended there: not by a signal, nor under another configuration."""
+        """Why training ended at this step, in a word; None if it was a signal, or the configuration was another."""
         word = self.facts.get("stop")
         if not isinstance(word, str) or word in signals.NAMES:
             return None
@@ -68,10 +68,11 @@ def restore_newest(
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
-    ``evidence`` returns a description of any trace of an earlier commit, or None. Raises NoLoadableCheckpoint, and then
-    has changed nothing; StateError or NonFiniteError for a checkpoint from which training cannot go on, with what
-    ``anew`` says of the newest older one from which it can. All ranks load the same checkpoint: one that is damaged
-    for one rank is damaged for all.
+    ``evidence`` returns a description of any trace of an earlier commit, or None. all ranks of ``comm`` load the same
+    checkpoint: a checkpoint that is damaged for one rank is damaged for all.
+
+    Raises NoLoadableCheckpoint, and then has changed nothing; StateError or NonFiniteError for a checkpoint from which
+    training cannot go on. To their messages it adds ``anew`` of the newest older step from which training can go on.
     """
     unusable: list[str] = []
     names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
@@ -87,7 +88,7 @@ def restore_newest(
             store.damaged.add(commit)
             unusable.append(_why(commit, error))
         except (StateError, NonFiniteError) as error:
-            tried = {other.step for other in commits[: number + 1]}  # a step is that of its newest commit
+            tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
             rest = [other for other in commits[number + 1 :] if other.step not in tried]
             older = _older(state, store, rest, identity, comm)
             error.args = (
@@ -109,7 +110,7 @@ def begin(
     directory: RunDirectory,
     comm: Communicator = SINGLE_PROCESS,
 ) -> Resumed:
-    """Begin a run from scratch, or from the checkpoint of its parent, which this command ``asked`` for.
+    """Begin a run from scratch, or from the checkpoint of its parent. ``asked`` is the parent in this command.
 
     Raises NoLoadableCheckpoint, StateError, ConfigError for a parent in a store that the command does not name.
     """
@@ -133,9 +134,9 @@ def begin(
 
 
 def resolve(parent: Parent) -> ParentRecord:
-    """The checkpoint that a new run is to begin from, with all its bytes verified.
+    """The checkpoint that a new run begins from, with all its bytes verified.
 
-    Raises ConfigError for a run or a step that is not there, NoLoadableCheckpoint.
+    Raises ConfigError for a run or a step that does not exist, NoLoadableCheckpoint.
     """
     directory = RunDirectory.at(parent.source.run, parent.options)
     checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
@@ -143,7 +144,7 @@ def resolve(parent: Parent) -> ParentRecord:
 
 
 def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
-    """The newest undamaged checkpoint (or that of a step, or the ``best``), and what ``take`` returned for it.
+    """The newest undamaged checkpoint (or that of a step, or the ``best``), and the result of ``take`` for it.
 
     Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
     """
@@ -168,29 +169,29 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
-    """The commits that ``which`` allows, the preferred one first."""
+    """The commits that ``which`` allows, the preferred commit first."""
     commits = store.commits()
     if which is None:
         return commits
     if which == "best":
         goal = (directory.identity() or {}).get("objective") or {}
-        known = store.survey()
-        best = ranked(known, goal.get("mode") if goal.get("metric") else None)
-        if not best and all(one.damaged for one in known):
-            return commits  # whoever opens them learns what is wrong with them
+        infos = store.survey()
+        best = ranked(infos, goal.get("mode") if goal.get("metric") else None)
+        if not best and all(info.damaged for info in infos):
+            return commits  # opening them will say what is wrong with each
         if not best:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
         which = best[0].id.step
-    found = [commit for commit in commits if commit.step == which]
-    if commits and not found:
+    chosen = [commit for commit in commits if commit.step == which]
+    if commits and not chosen:
         steps = ", ".join(str(step) for step in sorted({commit.step for commit in commits}))
         raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
-    return found
+    return chosen
 
 
 def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
-    """Where the parent is, as the command says: anyone may have written the record of it, and a store is called with
-    this user's keys.
+    """Where the parent is. Only stores that the command names are called: anyone may have written the record of the
+    parent, and calls are made with this user's keys.
     """
     if asked is not None:
         return open_location(asked.source.run, asked.options)
@@ -211,7 +212,7 @@ def _start(state: TrainState, seed: int, rank: int) -> None:
 
 
 def _fork(state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Load another run's state except that of its callbacks; its data position only if it means the same samples."""
+    """Load another run's state without its callbacks', and its data position only if it means the same samples."""
     same_data = not state.stream.changes(checkpoint.load("data"))
     if not same_data:
         state.stream.open()
@@ -226,7 +227,7 @@ def _restore(
     without: tuple[str, ...] = (),
     memories: bool = True,
 ) -> None:
-    """Load all parts, but keep settings of optimizer and scheduler that were changed since, and accepted."""
+    """Load all parts, but keep the settings of optimizer and scheduler that the user changed since, and accepted."""
     changed = compare(checkpoint.facts.get("identity", identity), identity)
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
         state.restore(checkpoint, without=without, memories=memories)
@@ -234,7 +235,7 @@ def _restore(
     built = state.optimizer.state_dict()["param_groups"]
     state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
     saved = state.optimizer.state_dict()
-    # Groups that training added have no other settings, and what it added to a group stays.
+    # Groups that training added keep their settings, and so do keys that it added to a group.
     new = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in built]
     new += [{}] * (len(saved["param_groups"]) - len(new))
     groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], new, strict=False)]
@@ -256,7 +257,7 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
 def _older(
     state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], comm: Communicator
 ) -> int | None:
-    """The step of the first of the commits from which training can go on; restores them until one is."""
+    """The step of the first of these commits from which training can go on, found by restoring them."""
     for commit in commits:
         with suppress(Damaged, StateError, NonFiniteError):
             checkpoint = store.open(commit, comm)
@@ -272,9 +273,9 @@ def _why(commit: CommitId, error: Damaged) -> str:
 
 
 def _nothing_loadable(store: CheckpointStore, why: str, unusable: list[str]) -> str:
-    found = "\n".join(f"  {line}" for line in unusable) or "  commits/ is empty"
+    commits = "\n".join(f"  {line}" for line in unusable) or "  commits/ is empty"
     return (
-        f"{store.location.url} has no checkpoint that can be loaded, {why}:\n{found}\n"
+        f"{store.location.url} has no checkpoint that can be loaded, {why}:\n{commits}\n"
         "Nothing was deleted and nothing was started from scratch. Restore the files from a copy, "
         "or begin a new run with run.name=..."
     )

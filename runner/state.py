@@ -1,4 +1,4 @@
-"""What a resumed run is made of: an ordered, named list of parts, all of them necessary."""
+"""The state of a run: an ordered, named list of parts, all of which a resume restores."""
 
 from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _MEMORY = "callback."
 
 @runtime_checkable
 class Stateful(Protocol):
-    """The protocol of torch: state out, state in. (torch's own class takes a second to import.)"""
+    """The protocol of torch.distributed.checkpoint.stateful, which takes a second to import."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -49,7 +49,7 @@ class TrainState:
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
     ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``. ``built`` is
-    what a resume begins with.
+    the structure that the configuration builds, into which a resume loads.
     """
 
     model: nn.Module
@@ -93,7 +93,7 @@ class TrainState:
         return {name: _state_of(part) for name, part in self.parts().items()}
 
     def changes(self) -> dict[str, Any]:
-        """What a restore has to do before it can load this state, for the facts of a commit.
+        """How the structure differs from the built one, for the facts of a commit: a restore makes these changes first.
 
         Raises StateError for a state that could not be restored.
         """
@@ -103,29 +103,29 @@ class TrainState:
         return self.built.changes(self.progress.step, self.parts(), optimizer)
 
     def fits(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint can be loaded, as far as its manifest says."""
+        """Whether a checkpoint can be loaded, judged by its manifest."""
         places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        shapes = {name: place.shelf.tensors[place.name].shape for name, place in places.items()}
+        shapes = {name: place.shape for name, place in places.items()}
         if self.built is None or {*checkpoint.parts} != {*self.parts()}:
             return False
         try:
             changes = checkpoint.facts.get("structure", {})
             sizes = [] if "groups" in changes else _sizes(checkpoint)
             return self.built.fits(shapes, changes.get("buffers", {}).get("model", ()), sizes)
-        except (AttributeError, KeyError, TypeError):  # of a stranger
+        except (AttributeError, KeyError, TypeError):  # a manifest that says something else there
             return False
 
     def weights(self) -> list[str]:
-        """The names, in a commit, of what has to be finite."""
+        """The names, in a checkpoint, of the tensors that have to be finite."""
         return [f"{part}{name}" for part in ("model/", "average/module.") for name in self.trained()]
 
     def trained(self) -> list[str]:
-        """The names of the weights that have to be finite: those that are trained, unless they were built otherwise."""
+        """The names of the weights that have to be finite: those that are trained, and were finite when built."""
         odd = self.built.odd if self.built else ()
         return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in odd]
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
-        """Load every part except those of ``without``, and the callbacks' unless ``memories``.
+        """Load every part that is not in ``without``; the callbacks only with ``memories``.
 
         Raises StateError for parts that do not fit, Damaged for bad bytes.
         """
@@ -141,7 +141,7 @@ class TrainState:
                 same_types = _types(part.state_dict()) == _types(state)
             elif part is self.optimizer and same_types:
                 retype(part.state_dict().get("state"), state.get("state"))
-        if checkpoint.comm.rank >= checkpoint.world_size:  # there was no such rank, and it has the generators of rank 0
+        if checkpoint.comm.rank >= checkpoint.world_size:  # a new rank, which has loaded rank 0's generators
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.comm.rank))
 
     def inherit(self, checkpoint: Checkpoint) -> None:
@@ -156,8 +156,8 @@ class TrainState:
             self.evaluated_model.load_state_dict(self.model.state_dict())
 
     def _load(self, name: str, part: Stateful, checkpoint: Checkpoint) -> Any:
-        """Load a part, and return its state; one that is sharded knows by its live state, or by what it has ``like``
-        that, what it needs.
+        """Load a part, and return its state. A sharded part is loaded in the layout of its live state, or of the state
+        that its method ``like`` returns.
         """
 
         def load() -> None:
@@ -187,12 +187,12 @@ def _state_of(part: Stateful) -> dict[str, Any]:
 
 
 def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:
-    """The names of the weights in each of the optimizer's groups, where those are not as they were built. Earlier
-    versions have them only if the optimizer was given names.
+    """The names of the weights in each of the optimizer's groups, or None where the groups are as they were built.
+    Checkpoints of earlier versions have names only if the optimizer was given named weights.
     """
-    noted: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
-    if noted or _sizes(checkpoint) == [*map(len, built.groups)]:
-        return noted
+    groups: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
+    if groups or _sizes(checkpoint) == [*map(len, built.groups)]:
+        return groups
     saved = checkpoint.parts["optimizer"].get("param_groups", [])
     named = [[f"model/{name}" for name in group["param_names"]] for group in saved if "param_names" in group]
     return named if len(named) == len(saved) else None
@@ -207,8 +207,8 @@ def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:
 
 
 def retype(now: Any, saved: Any) -> Any:
-    """What an optimizer loaded, in the types that it was saved in: torch casts all of it to those of the weights, and
-    moments in fp32 beside weights in bf16, or the product of NAdam, would go on with other bits.
+    """The state ``now`` of an optimizer after loading, with the dtypes of ``saved``. torch casts it to those of the
+    weights: moments in fp32 beside weights in bf16, or the product of NAdam, would go on with other bits.
     """
     if isinstance(now, Tensor) and isinstance(saved, Tensor):
         return now if now.dtype == saved.dtype else saved.to(now.device)
@@ -220,11 +220,11 @@ def retype(now: Any, saved: Any) -> Any:
 
 
 def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Checkpoint) -> None:
-    missing, left = sorted({*now} - {*saved}), sorted({*saved} - {*now})
-    if missing or left:
+    missing, unknown = sorted({*now} - {*saved}), sorted({*saved} - {*now})
+    if missing or unknown:
         raise StateError(
             f"{checkpoint.id.commit} does not hold the parts of this run: "
-            f"missing {', '.join(missing) or 'none'}, left over {', '.join(left) or 'none'}. "
+            f"missing {', '.join(missing) or 'none'}, left over {', '.join(unknown) or 'none'}. "
             "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork.",
             kind="structure",
         )

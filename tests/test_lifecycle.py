@@ -13,6 +13,7 @@ from lives import Lives, lives
 from results import metric_lines, results
 from waiting import until
 
+from runner.__main__ import report_error
 from runner.checkpoint.store import CheckpointStore
 from runner.runs.__main__ import main
 from runner.storage.local import LocalLocation

@@ -248,7 +248,7 @@ def drawn(run: Path, rank: int) -> torch.Tensor:
     store = CheckpointStore(LocalLocation(run))
     checkpoint, name = store.open(store.commits()[0]), f"generators/{rank}/torch"
     place = checkpoint.places[name]
-    box = Box.whole(place.shelf.tensors[place.name].shape)
+    box = Box.whole(place.group.tensors[place.name].shape)
     return checkpoint.reader.read({name: (place, box)})[name]
 
 

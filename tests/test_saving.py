@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import Hooks, SaveCheckpoint, _is_spoiled
+from runner.callbacks.saving import SaveCheckpoint, _is_spoiled
 from runner.checkpoint.manifest import CommitId
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import StorageError, Superseded
@@ -41,15 +42,24 @@ class Gated(CheckpointStore):
 class Run:
     """A state that counts, and a callback that saves it."""
 
-    def __init__(self, folder: Path, **how: Any) -> None:
+    def __init__(self, folder: Path, *, background: bool = True, best: int = 1, pinned: Container[int] = ()) -> None:
         self.now = 0.0
         self.store = Gated(folder)
         self.weight = torch.zeros(4)
-        state: Any = SimpleNamespace(state_dict=lambda: {"model": {"w": self.weight}})
+        state: Any = SimpleNamespace(state_dict=lambda: {"model": {"w": self.weight}}, changes=dict, weights=list)
         self.loop = Loop(state, None)
-        hooks = Hooks(lambda step: {}, lambda: None, lambda: None, lambda commit: None, lambda: None)
-        settings = {"pins": lambda step: False, "max_unsaved": 100.0, "background": True, "attempt": 1} | how
-        self.saver = SaveCheckpoint(self.store, Interval(steps=1), None, hooks, clock=lambda: self.now, **settings)
+        self.saver = SaveCheckpoint(
+            self.store,
+            Interval(steps=1),
+            None,
+            Retention(best=best),
+            attempt=1,
+            identity={},
+            max_unsaved=100.0,
+            background=background,
+            clock=lambda: self.now,
+        )
+        self.saver.pins = pinned.__contains__
         self.saver.on_start(self.loop)
 
     def step(self, *, improved: bool = False) -> None:
@@ -103,7 +113,7 @@ def test_each_of_several_best_checkpoints_is_kept(
 ) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
     monkeypatch.setattr("runner.callbacks.saving.QUIET_SECONDS", 0.0)
-    run = Run(tmp_path, best=3, pins=lambda step: step == 4)
+    run = Run(tmp_path, best=3, pinned={4})
     run.store.gate.clear()
     run.step(improved=True)
     run.begun()
@@ -125,11 +135,11 @@ def test_each_of_several_best_checkpoints_is_kept(
     run.settle()
     run.saver.close()
     assert run.store.values == {step: float(step) for step in range(1, 6)}
-    assert len(run.saver.saves.rooms) <= 2
+    assert len(run.saver._buffers) <= 2
 
 
 def test_a_pinned_step_is_kept_beside_a_better_one(tmp_path: Path) -> None:
-    run = Run(tmp_path, pins=lambda step: step in (2, 4))
+    run = Run(tmp_path, pinned={2, 4})
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -157,7 +167,7 @@ def test_copies_to_keep_are_retried_until_they_are_written(tmp_path: Path) -> No
     run.step(improved=True)
     run.store.gate.set()
     run.settle()
-    run.saver._look()
+    run.saver._handle_failures()
     run.now += 10
     run.store.error = None
     run.step(improved=True)
@@ -265,7 +275,7 @@ def test_the_end_waits_for_the_last_commit(run: Run) -> None:
 
 
 def test_pinned_steps_are_saved_at_their_own_step(tmp_path: Path) -> None:
-    run = Run(tmp_path, pins=lambda step: step % 3 == 0)
+    run = Run(tmp_path, pinned={3})
     run.store.gate.clear()
     run.step()
     run.begun()

@@ -11,34 +11,49 @@ from faults import MemoryLocation
 from threads import Meeting, ThreadRanks, ends_among
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import FollowCheckpoint, Hooks, SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint
+from runner.checkpoint.retention import Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.distributed.communicator import PerRank
 from runner.errors import RunnerError, StorageError, Superseded
 from runner.interval import Interval
 
 SIZE = 3
-Settings = dict[str, Any]
 
 
 class Seat:
     """A rank that trains: a state that counts, and what saves it."""
 
-    def __init__(self, location: MemoryLocation, comm: ThreadRanks, writers: Meeting, **settings: Any) -> None:
+    def __init__(
+        self,
+        location: MemoryLocation,
+        comm: ThreadRanks,
+        writers: Meeting,
+        *,
+        background: bool = True,
+        every_steps: int | None = None,
+    ) -> None:
         self.now = 0.0
         self.comm = comm
         self.newer: str | None = None
         self.weights = [torch.zeros(4) for _ in range(2 * SIZE)]
-        state: Any = SimpleNamespace(state_dict=self._state)
+        state: Any = SimpleNamespace(state_dict=self._state, changes=dict, weights=list)
         self.loop = Loop(state, None)
         store = CheckpointStore(location, ThreadRanks(writers, comm.rank))
-        how = {"background": True, "attempt": 1, "comm": comm} | settings
-        pins = how.pop("pins", lambda step: False)
-        self.saver: SaveCheckpoint | FollowCheckpoint = FollowCheckpoint(store, **how)
-        if comm.rank == 0:
-            hooks = Hooks(lambda step: {}, lambda: None, lambda: self.newer, lambda commit: None, lambda: None)
-            often: Settings = {"pins": pins, "max_unsaved": 100.0, "clock": lambda: self.now}
-            self.saver = SaveCheckpoint(store, Interval(steps=1), None, hooks, **how, **often)
+        owner: Any = SimpleNamespace(successor=self._successor, beat=lambda **facts: None)
+        self.saver = SaveCheckpoint(
+            store,
+            Interval(steps=1),
+            None,
+            Retention(last=99, every_steps=every_steps),
+            attempt=1,
+            identity={},
+            owner=owner if comm.rank == 0 else None,
+            max_unsaved=100.0,
+            background=background,
+            comm=comm,
+            clock=lambda: self.now,
+        )
         self.saver.on_start(self.loop)
 
     def step(self, *, improved: bool = False) -> None:
@@ -51,6 +66,9 @@ class Seat:
     def end(self) -> None:
         self.saver.on_end(self.loop)
         self.saver.close()
+
+    def _successor(self) -> Any:
+        return self.newer and SimpleNamespace(owner=lambda: self.newer)
 
     def _state(self) -> dict[str, Any]:
         model = {str(number): weight for number, weight in enumerate(self.weights)}
@@ -177,7 +195,7 @@ def test_all_ranks_save_the_same_steps_whatever_fails(seed: int) -> None:
             raise StorageError("no space left")
 
     location.arm(fault)
-    assert train(location, script, pins=lambda step: step % 7 == 0) == [None] * SIZE
+    assert train(location, script, every_steps=7) == [None] * SIZE
     found = commits(location)
     assert found[-1] == steps
     assert found == sorted(found)

@@ -69,17 +69,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 class Written:
     """A file of tensors, and how to read them."""
 
-    shelf: FileGroup
+    group: FileGroup
     file: StoredFile
     location: LocalLocation
 
     def read(self, *names: str) -> dict[str, Tensor]:
-        kinds = self.shelf.tensors
-        places = {name: (TensorBytes(self.shelf, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
+        kinds = self.group.tensors
+        places = {name: (TensorBytes(self.group, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
         return Reader(self.location, {FILE: self.file}).read(places)
 
     def begin(self, name: str) -> int:
-        return self.file.header + self.shelf.offsets(0, self.file.data)[name]
+        return self.file.header + self.group.offsets(0, self.file.data)[name]
 
 
 def write(location: LocalLocation, found: dict[str, Tensor]) -> Written:
@@ -112,7 +112,7 @@ def test_the_safetensors_library_reads_the_same(location: LocalLocation, tmp_pat
 
 
 def test_types_have_the_names_of_the_format(location: LocalLocation) -> None:
-    kinds = write(location, tensors()).shelf.tensors
+    kinds = write(location, tensors()).group.tensors
     assert {dtype: kinds[f"of {dtype}"].dtype for dtype in WIDTHS} == WIDTHS
 
 
@@ -201,9 +201,9 @@ def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told:
 def test_wrong_sizes_are_damage_before_any_allocation(
     location: LocalLocation, shape: tuple[int, ...], size: int
 ) -> None:
-    shelf, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
+    group, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
     with pytest.raises(Damaged, match="bytes cannot be the tensors"):
-        Reader(location, {FILE: file}).read({"a": (TensorBytes(shelf, "a", 0), Box.whole(shape))})
+        Reader(location, {FILE: file}).read({"a": (TensorBytes(group, "a", 0), Box.whole(shape))})
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])

@@ -1,175 +1,152 @@
-"""The thread that writes checkpoints during training: one job at a time, and at most one more is waiting.
+"""The thread that commits copies of the state during training, one at a time.
 
-If several ranks write, rank 0 chooses the next job, and the others follow.
+Every rank has such a thread. Rank 0 takes the copy that waits and announces its step; the threads of the other ranks
+wait for the announcement and write their copy of the same step.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from runner.activity import doing
+from runner.checkpoint.snapshot import Snapshot, Staging
+from runner.distributed.communicator import Communicator
 
-Job = TypeVar("Job")
 
-
-class Writer(Generic[Job]):
-    """Does jobs in the background.
-
-    ``failures`` are those that raised, oldest first, for the owner to take. ``waiting`` is the job that is done next.
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A copy of the state that is not committed yet, and the buffers that hold its tensors. An ``exact`` copy is needed
+    itself; any other may be replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
     """
 
-    def __init__(self, work: Callable[[Job], None]) -> None:
-        self.failures: deque[tuple[Job, Exception]] = deque()
-        self._work = work
+    snapshot: Snapshot
+    buffers: Staging
+    exact: bool
+    weights: Collection[str] = ()
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.step
+
+
+class Writer:
+    """Calls ``commit`` in a background thread for every copy that was ``put``.
+
+    A copy whose commit raised is kept until ``take``. On rank 0 ``failures`` has these copies with their errors, oldest
+    first, for the owner to remove; the other ranks leave the decision to rank 0, which sees the same error. ``commit``
+    of rank 0 has to broadcast the step of its copy over ``comm``, which belongs to this thread.
+    """
+
+    def __init__(self, commit: Callable[[PendingSave], None], comm: Communicator) -> None:
+        self.failures: deque[tuple[PendingSave, Exception]] = deque()
+        self._commit = commit
+        self._comm = comm
         self._changed = threading.Condition()
-        self.waiting: Job | None = None
+        self._waiting: dict[int, PendingSave] = {}
+        self._kept: dict[int, PendingSave] = {}  # failed or withdrawn
         self._busy = False
         self._closed = False
-        self._thread: threading.Thread | None = None  # made for the first job: data workers are forked before
+        self._error: Exception | None = None  # of the wait for rank 0
+        self._thread: threading.Thread | None = None  # started for the first copy: data workers are forked before
 
     @property
     def idle(self) -> bool:
-        """Whether a job that is put now would begin at once."""
-        return not self._busy
+        """Whether a copy that is put now would be committed at once."""
+        return not (self._busy or self._waiting)
 
-    def put(self, job: Job) -> None:
-        """Do it as soon as the one in hand is done; takes the place of one that waits."""
+    @property
+    def waiting(self) -> PendingSave | None:
+        """The copy that is committed next, on rank 0."""
+        return next(iter([*self._waiting.values()]), None)
+
+    def put(self, copy: PendingSave) -> None:
+        """Commit it after the current copy. On rank 0 no other copy may be waiting."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
         with self._changed:
-            self.waiting, self._busy = job, True
+            self._waiting[copy.step] = copy
             self._changed.notify_all()
 
-    def cancel(self) -> Job | None:
-        """The job that waits, which is not going to be done now, if there is one."""
+    def withdraw(self) -> list[int]:
+        """Do not commit the copies that wait, and keep them for ``take``; returns their steps."""
         with self._changed:
-            job, self.waiting = self.waiting, None
-            return job
+            steps = [*self._waiting]
+            self._kept |= self._waiting
+            self._waiting.clear()
+            return steps
+
+    @doing("joins")
+    def take(self, step: int) -> PendingSave:
+        """Remove and return the copy of a step, which waits or has failed; blocks while it is still failing."""
+        with self._changed:
+            self._wait_for(lambda: step in self._waiting or step in self._kept)
+            return (self._waiting if step in self._waiting else self._kept).pop(step)
 
     @doing("joins")
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all jobs are done, or so many seconds; whether they are done."""
+        """Wait until all copies are committed or failed, for so many seconds at most; whether they are."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._busy, seconds)
+            return self._wait_for(lambda: self.idle, seconds)
 
     @doing("joins")
     def wait_for_room(self, seconds: float) -> bool:
-        """Wait until no job waits to begin, or so many seconds; whether none does."""
+        """Wait until no copy waits to begin, for so many seconds at most; whether none does."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.waiting is None, seconds)
+            return self._wait_for(lambda: not self._waiting, seconds)
 
     @doing("joins")
-    def close(self, seconds: float | None = None) -> None:
-        """Finish what is in hand, for so many seconds at most, and end the thread."""
-        self.wait(seconds)
+    def close(self, seconds: float) -> None:
+        """Finish all commits, for so many seconds at most, and end the thread."""
         with self._changed:
+            self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
             self._closed = True
             self._changed.notify_all()
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.waiting is not None or self._closed)
-                job, self.waiting = self.waiting, None
-                self._changed.notify_all()
-            if job is None:
-                return
-            try:
-                with doing("saves"):
-                    self._work(job)
-            except Exception as error:  # for the owner; a thread has nobody else to tell
-                self.failures.append((job, error))
-            with self._changed:
-                self._busy = self.waiting is not None
-                self._changed.notify_all()
-
-
-class Follower(Generic[Job]):
-    """Does jobs in the background when rank 0 begins them; ``begun`` waits for the number of the next one.
-
-    A job that raised is kept until it is taken back, as rank 0 orders. An error of ``begun`` ends the thread, and is
-    raised by the methods that wait.
-    """
-
-    def __init__(self, work: Callable[[Job], None], begun: Callable[[], int]) -> None:
-        self._work = work
-        self._begun = begun
-        self._changed = threading.Condition()
-        self._waiting: dict[int, Job] = {}
-        self._failed: dict[int, Job] = {}
-        self._busy = False
-        self._closed = False
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
-
-    def put(self, number: int, job: Job) -> None:
-        """Have it done when it is begun."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
-            self._thread.start()
-        with self._changed:
-            self._waiting[number], self._busy = job, True
-            self._changed.notify_all()
-
-    @doing("joins")
-    def take(self, number: int) -> Job:
-        """Take back a job that is not going to be begun, or that failed; waits while it is still failing."""
-        with self._changed:
-            self._wait_for(lambda: number in self._waiting or number in self._failed)
-            return self._waiting.pop(number) if number in self._waiting else self._failed.pop(number)
-
-    @doing("joins")
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all jobs are done, or so many seconds; whether they are done."""
-        with self._changed:
-            return self._wait_for(lambda: not self._busy, seconds)
-
-    @doing("joins")
-    def close(self, seconds: float | None = None) -> None:
-        """Finish what is in hand, for so many seconds at most, and end the thread."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._busy or self._error is not None, seconds)
-            self._closed = True
-            self._changed.notify_all()
-
-    def _wait_for(self, what: Callable[[], bool], seconds: float | None = None) -> bool:
-        done = self._changed.wait_for(lambda: what() or self._error is not None, seconds)
+    def _wait_for(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        done = self._changed.wait_for(lambda: condition() or self._error is not None, seconds)
         if self._error is not None:
             raise self._error
         return done
 
     def _run(self) -> None:
-        while job := self._next():
-            failed = self._raises(job[1])
+        while (copy := self._next()) is not None:
+            error = None
+            try:
+                with doing("saves"):
+                    self._commit(copy)
+            except Exception as raised:  # for the owner: this thread has no caller
+                error = raised
             with self._changed:
-                if failed:
-                    self._failed[job[0]] = job[1]
-                self._busy = bool(self._waiting)
+                if error is not None:
+                    self._kept[copy.step] = copy
+                    if self._comm.rank == 0:
+                        self.failures.append((copy, error))
+                self._busy = False
                 self._changed.notify_all()
 
-    def _next(self) -> tuple[int, Job] | None:
-        """The job that is begun, which may not be here yet; None at the end."""
+    def _next(self) -> PendingSave | None:
+        """The next copy to commit, once there is one; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
-            if self._closed:
-                return None
+            if self._comm.rank == 0 or self._closed:
+                return self._begin(next(iter(self._waiting), None) if self._comm.rank == 0 else None)
         try:
-            number = self._begun()
-        except Exception as error:  # for the owner; a thread has nobody else to tell
+            step = int(self._comm.broadcast(None))
+        except Exception as error:  # for the owner
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
             return None
-        with self._changed:
-            self._changed.wait_for(lambda: number in self._waiting or self._closed)
-            return None if self._closed else (number, self._waiting.pop(number))
+        with self._changed:  # the training thread of this rank may not have come to that step yet
+            self._changed.wait_for(lambda: step in self._waiting or self._closed)
+            return self._begin(None if self._closed else step)
 
-    def _raises(self, job: Job) -> bool:
-        try:
-            with doing("saves"):
-                self._work(job)
-        except Exception:  # the rank that chooses has it, too, and tells what it means
-            return True
-        return False
+    def _begin(self, step: int | None) -> PendingSave | None:
+        if step is None:
+            return None
+        self._busy = True
+        copy = self._waiting.pop(step)
+        self._changed.notify_all()
+        return copy

@@ -20,7 +20,7 @@ from runner.storage.location import Location
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A commit whose manifest unsealed and whose data files are there in full size; tensors are verified as they are
-    read. ``world_size`` ranks saved it; the ranks of ``comm`` load it together.
+    read. It was saved by ``world_size`` ranks; the ranks of ``comm`` load it together.
     """
 
     id: CommitId
@@ -49,16 +49,15 @@ class Checkpoint:
         live = {name: tensor for name, tensor in live.items() if is_distributed(tensor)}
         self._require_shapes(live)
         try:
-            found = self.tensors_of(part, shard(live, self.comm))
-            return decode(
-                self._value(part), lambda name: rebuilt(found[name], live[name]) if name in live else found[name]
-            )
+            tensors = self.tensors_of(part, shard(live, self.comm))
+            tensors |= {name: rebuilt(tensors[name], like) for name, like in live.items() if name in tensors}
+            return decode(self._value(part), tensors.__getitem__)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
             raise Damaged(f"{self.id.commit} has no state of {part} that can be read: {error!r}") from error
 
-    def tensors_of(self, part: str, dealt: Mapping[str, LocalShard] | None = None) -> dict[str, Tensor]:
-        """The tensors of one part by their names in the checkpoint, whole, or as they are ``dealt`` to this rank.
-        Those that were one tensor when they were written are one again.
+    def tensors_of(self, part: str, shards: Mapping[str, LocalShard] | None = None) -> dict[str, Tensor]:
+        """The tensors of one part by their names in the checkpoint; of those in ``shards`` the cell of this rank. Names
+        that shared one tensor when they were written share one again.
         """
         entries = orders(self._value(part))
         names = dict(entries)
@@ -67,30 +66,32 @@ class Checkpoint:
         missing = next((name for name in names if name not in self.places), None)
         if missing is not None:
             raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
-        wanted = {name: (self.places[name], self._box(name, (dealt or {}).get(name))) for name in names}
+        boxes = {name: shard.box for name, shard in (shards or {}).items()}
+        wanted = {name: (place := self.places[name], boxes.get(name) or Box.whole(place.shape)) for name in names}
         first: dict[Any, str] = {}
-        alike = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
+        aliases = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
         read = self.reader.read({name: wanted[name] for name in first.values()})
-        found = {name: laid_out(read.pop(name), names[name]) for name in [*read]}  # one at a time is there twice
-        return {name: found[other] for name, other in alike.items()}
+        # Popped one by one, so that no more than one of them is in memory in two layouts.
+        tensors = {name: laid_out(read.pop(name), names[name]) for name in [*read]}
+        return {name: tensors[original] for name, original in aliases.items()}
 
     def check(self) -> None:
         """Raise Damaged for a file with another header, or with room for other tensors; each rank looks at its share of
         the files.
         """
         names = [*self.files]
-        for first, shelf in {place.first: place.shelf for place in self.places.values()}.items():
-            for number in range(shelf.cells):
+        for first, group in {place.first: place.group for place in self.places.values()}.items():
+            for number in range(group.cells):
                 if (first + number) % self.comm.size == self.comm.rank:
                     self.reader.check_header(names[first + number])
-                    self.reader.offsets(shelf, number, names[first + number])
+                    self.reader.offsets(group, number, names[first + number])
 
     def verify(self) -> None:
         """Read every byte. Raises Damaged."""
         self.reader.verify()
 
     def _value(self, part: str) -> Any:
-        """An encoded part, as this rank takes it."""
+        """An encoded part; of a part that differs between ranks the value of this rank."""
         value = self.parts[part]
         if isinstance(value, dict) and value.get("$") == "ranks":
             if len(value["items"]) != self.world_size:
@@ -98,21 +99,17 @@ class Checkpoint:
             return value["items"][self.comm.rank if self.comm.rank < self.world_size else 0]
         return value
 
-    def _box(self, name: str, dealt: LocalShard | None) -> Box:
-        place = self.places[name]
-        return Box.whole(place.shelf.tensors[place.name].shape) if dealt is None else dealt.box
-
     def _require_shapes(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():
             place = self.places.get(name)
-            if place is not None and (saved := place.shelf.tensors[place.name].shape) != tuple(tensor.shape):
+            if place is not None and (saved := place.shape) != tuple(tensor.shape):
                 raise StateError(
                     f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}",
                     kind="structure",
                 )
 
 
-def parsed(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
+def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
         files = {name: _file(*fields) for name, fields in manifest["files"].items()}
@@ -138,18 +135,18 @@ def objective(facts: Mapping[str, Any]) -> float | None:
 
 
 def no_tensor(name: str) -> Tensor:
-    """For ``decode``, where a state may have none. Raises ValueError."""
+    """For ``decode``, where no tensor is allowed. Raises ValueError."""
     raise ValueError(f"a tensor {name!r} among the facts")
 
 
-def _facts(told: Any) -> dict[str, Any]:
-    """What a commit says besides the state, of the types that its readers expect. Raises ValueError."""
-    facts = dict(told)
+def _facts(decoded: Any) -> dict[str, Any]:
+    """The facts of a commit, if they have the types that their readers expect. Raises ValueError."""
+    facts = dict(decoded)
     end, elapsed = facts.get("metrics") or {"segment": "", "lines": 0}, facts.get("elapsed", 0.0)
     marks = facts.get("writers", {})
     mappings = (end, facts.get("identity", {}), facts.get("structure", {}), marks, *dict(marks).values())
     if not all(isinstance(each, dict) for each in mappings) or not isinstance(elapsed, int | float):
-        raise ValueError("facts of another kind")
+        raise ValueError("facts of other types")
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
         raise ValueError("facts that cannot be true")
     return facts
@@ -161,22 +158,22 @@ def _file(size: int, header: int, digest: str, blocks: list[str]) -> StoredFile:
     return StoredFile(size, header, digest, tuple(blocks))
 
 
-def _places(shelves: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:
-    """Where each tensor is: the files belong to the cells of the shelves, in order."""
+def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:
+    """Where each tensor is. The files are those of the cells of the groups, in their order."""
     first = 0
     names: set[str] = set()
-    for entry in shelves:
+    for entry in groups:
         if len(names) + len(entry["tensors"]) > MAX_TENSORS:
             raise ValueError(f"more than {MAX_TENSORS} tensors")
         kinds = {name: Kind(dtype, tuple(shape)) for name, (dtype, shape) in entry["tensors"].items()}
         cuts = tuple((dimension, count) for dimension, count in entry["cuts"])
         if not all(type(number) is int for cut in cuts for number in cut):
             raise ValueError(f"cuts {cuts}")
-        shelf = FileGroup(cuts, kinds)
+        group = FileGroup(cuts, kinds)
         if not kinds or not names.isdisjoint(kinds):
-            raise ValueError("a shelf without tensors, or a tensor twice")
+            raise ValueError("a group without tensors, or a tensor twice")
         names.update(kinds)
-        yield from ((name, TensorBytes(shelf, name, first)) for name in kinds)
-        first += shelf.cells
+        yield from ((name, TensorBytes(group, name, first)) for name in kinds)
+        first += group.cells
     if first != files:
         raise ValueError(f"{files} files for {first} cells")

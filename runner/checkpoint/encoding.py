@@ -1,12 +1,12 @@
 """State as strict JSON beside named tensors, and back, without loss and without pickle.
 
-Tensors leave the tree and are named by their path (``model/head.weight``). Tuples, dicts whose keys are not strings or
-that are ordered or count, and non-finite floats are tagged, because JSON has none of them. What only resembles one of
-these (an enumeration's member, a dict with a default) would come back as less than it was, and is refused.
+A tensor is replaced by its name, which is its path (``model/head.weight``). Tuples, OrderedDict, Counter, dicts with
+keys that are not strings, and non-finite floats are tagged, because JSON has none of them. A value that only resembles
+one of these (a member of an enumeration, a defaultdict) would come back as less than it was, and is refused.
 
-A tensor's entry has the order in which its dimensions lie in memory, where that is not the usual one (channels last):
-fused optimizers take a weight's bytes and those of its moments pairwise, as they lie. And it says whether the tensor is
-one to be trained.
+A tensor's entry has the order of its dimensions in memory where the tensor is not contiguous (channels last): fused
+optimizers pair the bytes of a weight with those of its moments in the order of memory. It also says whether the tensor
+requires gradients.
 """
 
 import math
@@ -37,7 +37,7 @@ def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The state that ``encode`` was given; ``tensor`` supplies tensors by name, laid out as ``orders`` says."""
+    """The inverse of ``encode``; ``tensor`` returns the tensor of a name, in memory as ``orders`` says."""
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):
@@ -62,15 +62,15 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def orders(value: Any) -> list[tuple[str, Any]]:
-    """The names of all tensors that ``decode`` will ask for, each with its order."""
+    """The names of all tensors in an encoded value, each with the order of its dimensions in memory."""
     if isinstance(value, dict) and value.get(_TAG) == "tensor":
         return [(value["name"], value.get("order"))]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [found for item in inner for found in orders(item)]
+    return [entry for item in inner for entry in orders(item)]
 
 
 def laid_out(tensor: Tensor, order: Any) -> Tensor:
-    """The tensor with its dimensions in that order in memory. Raises ValueError for what is no order of them."""
+    """The tensor with its dimensions in this order in memory. Raises ValueError for an impossible order."""
     if order is None:
         return tensor
     if sorted(order) != [*range(tensor.ndim)]:
@@ -87,7 +87,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if value is None or (isinstance(value, str | int) and not isinstance(value, Enum)):
         return value
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one would come back without its names
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named tuple would lose its names
         return {_TAG: "tuple", "items": _encode(list(value), path, tensors)}
     if isinstance(value, list):
         return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
@@ -100,8 +100,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TAG: "counter", "items": _encode(dict(value), path, tensors)}
     if type(value) is OrderedDict:
         versions = getattr(value, "_metadata", None)  # of a module's classes, by which they load what older ones saved
-        told = None if versions is None else _encode(dict(versions), path, tensors)
-        return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": told}
+        encoded = None if versions is None else _encode(dict(versions), path, tensors)
+        return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": encoded}
     raise StateError(
         f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. "
         f"A state_dict may hold {_ALLOWED}."
@@ -109,10 +109,10 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _ordered(items: dict[Any, Any], versions: Any) -> OrderedDict[Any, Any]:
-    found = OrderedDict(items)
+    ordered = OrderedDict(items)
     if versions is not None:
-        found._metadata = versions  # type: ignore[attr-defined]
-    return found
+        ordered._metadata = versions  # type: ignore[attr-defined]
+    return ordered
 
 
 def _trained(tensor: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its bytes are its elements. What wraps others (of fewer bits, say) would come back as what it stands for,
-    and training go on differently. Into what is expanded no module can load.
+    """Whether each element has bytes of its own. A subclass that wraps other tensors (quantised ones, say) would come
+    back as a plain tensor, and training go on differently. No module can load into an expanded tensor.
     """
     wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
     if tensor.layout != torch.strided or wraps or tensor.is_quantized or tensor.is_meta:
@@ -144,7 +144,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _order(tensor: Tensor) -> list[int] | None:
-    """The dimensions, outermost in memory first; None where they are in order already, or do not lie densely."""
+    """The dimensions, outermost in memory first; None for a contiguous tensor, or one with gaps."""
     if tensor.is_contiguous() or is_distributed(tensor):
         return None
     strides = tensor.stride()

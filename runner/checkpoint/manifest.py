@@ -1,16 +1,14 @@
-"""The seal (checksum) of manifests and the digests of tensors, with or without a secret key.
+"""Commits: the sealed manifests, the names of the objects around them, and the digests of tensors.
 
-Without a key they detect damage but prove no authorship: anyone who can write to the storage can make them. With a key
-in ``HYDRA_RUNNER_SEALING_KEY`` only its holders can, and manifests sealed without it, or with another key, are refused.
-Only this module reads the key; it is neither stored nor printed.
+*Sealed*: the last line is a checksum of everything before it. A torn manifest does not unseal and so is no commit:
+the storage need not write atomically.
 
-The sealed manifest that is a commit, and the names of the objects around it.
+Without a key, seals and digests detect damage but prove no authorship: anyone who can write to the storage can make
+them. With a key in ``HYDRA_RUNNER_SEALING_KEY`` only its holders can, and manifests sealed without it, or with another
+key, are refused. Only this module reads the key; it is neither stored nor printed.
 
-*Sealed*: the last line is the sha256 of everything before it (with a key its HMAC, see ``sealing``). A torn manifest
-does not unseal and so is no commit, which is why the storage need not write atomically.
-
-Whoever wrote a manifest may aim at whoever reads it, so its bytes, its values and its depth are bounded before anything
-is made of them. What is beyond the bounds is not sealed either: no commit is acknowledged that cannot be read again.
+A manifest may be written by an attacker, so its bytes, its values and its depth are bounded before it is parsed. A
+manifest beyond the bounds is not sealed either: no commit is acknowledged that cannot be read again.
 """
 
 import hmac
@@ -41,12 +39,12 @@ def seal_of(body: bytes) -> bytes:
 
 
 def is_seal_of(body: bytes, seal: bytes) -> bool:
-    """Whether ``seal`` is the one that ``body`` has under the key of this process."""
+    """Whether ``seal`` is the seal of ``body`` under the key of this process."""
     return hmac.compare_digest(seal, seal_of(body))
 
 
 def refusal(seal: bytes) -> str:
-    """Why a text with that seal is refused, in words."""
+    """Why a text with this seal is refused, in words."""
     kind, _, rest = seal.partition(b":")
     keyed = _key() is not None
     if kind == _KEYED.encode() and not keyed:
@@ -72,8 +70,8 @@ def _key() -> bytes | None:
 
 FORMAT = 2
 LIMIT = 64 << 20  # bytes of a manifest
-MAX_VALUES = 1 << 22  # in a manifest; the smallest of JSON's values takes 2 bytes there and 90 in memory
-MAX_DEPTH = 200  # of nested lists and objects; what reads them recurses
+MAX_VALUES = 1 << 22  # in a manifest; JSON's smallest value takes 2 bytes there and 90 in memory
+MAX_DEPTH = 200  # of nested lists and objects, which are read recursively
 
 _COMMIT = re.compile(r"a([0-9]{6,15})-s([0-9]{9,15})-([0-9a-f]{12})\.json")
 _DATA = re.compile(r"s([0-9]{9,15})-a([0-9]{6,15})-([0-9a-f]{12})(?:\.[0-9]{5}){1,2}\.safetensors")
@@ -108,24 +106,24 @@ class CommitId:
 
 def commits(location: Location) -> list[CommitId]:
     """All commits under a location, the one to resume from first."""
-    found = (parse_commit(entry.name) for entry in location.list("commits"))
-    return sorted((commit for commit in found if commit is not None), reverse=True)
+    parsed = (parse_commit(entry.name) for entry in location.list("commits"))
+    return sorted((commit for commit in parsed if commit is not None), reverse=True)
 
 
 def parse_commit(name: str) -> CommitId | None:
     """The id in the name of an object in ``commits``; None for any other object."""
-    found = _COMMIT.fullmatch(name)
-    return CommitId(int(found[1]), int(found[2]), found[3]) if found else None
+    match = _COMMIT.fullmatch(name)
+    return CommitId(int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def parse_data(name: str) -> CommitId | None:
     """The id of the commit that an object in ``data`` belongs to; None for any other object."""
-    found = _DATA.fullmatch(name)
-    return CommitId(int(found[2]), int(found[1]), found[3]) if found else None
+    match = _DATA.fullmatch(name)
+    return CommitId(int(match[2]), int(match[1]), match[3]) if match else None
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as sealed JSON. Raises StateError for one that ``unseal`` would not take."""
+    """The manifest as sealed JSON. Raises StateError for a manifest that ``unseal`` would refuse."""
     try:
         body = json.dumps(manifest, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     except RecursionError:
@@ -157,21 +155,21 @@ def why_not(raw: bytes) -> str:
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes]:
-    """What is sealed, and the last line."""
+    """The sealed text, and the last line."""
     end = raw.rfind(b"\n", 0, -1) + 1
     return raw[:end], raw[end:]
 
 
 def _values(body: bytes) -> int:
-    """At least as many as there are values in a JSON text; costs a scan and no memory."""
+    """An upper bound of the number of values in a JSON text; costs a scan and no memory."""
     return sum(body.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("a key twice in one object, which readers may take for different values")
-    return found
+    return unique
 
 
 def _refuse(token: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads boxes of tensors from data files: only the blocks that contain them, in parallel, directly into the tensors.
+"""Reads boxes of tensors from data files: only the blocks that contain them, in parallel, directly into them.
 
 No tensor is returned before the digests of all blocks that it came from have matched.
 """
@@ -16,31 +16,35 @@ from runner.checkpoint.sharding import Box, FileGroup, cells_in
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.storage.location import Location
 
-_AT_ONCE = 8  # blocks that are read at once
+_BLOCKS_PER_READ = 8
 _READERS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TensorBytes:
-    """A tensor of a shelf. ``first`` is the number of the shelf's first file among all files."""
+    """Where the bytes of a tensor are. ``first`` is the number of its group's first file among all files."""
 
-    shelf: FileGroup
+    group: FileGroup
     name: str
     first: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.group.tensors[self.name].shape
+
 
 class _Source(NamedTuple):
-    """A cell that overlaps a box: its file, where the tensor begins in it, and the overlap."""
+    """A cell that overlaps a box: its file, the byte where the tensor begins there, and the overlap."""
 
     file: str
     begin: int
     cell: Box
-    common: Box
+    overlap: Box
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A block to be read, and the memory for parts of it, by offset. The rest is read, too, for the digest."""
+    """A block to be read, and memory for pieces of it by their offsets. The rest is read, too, for the digest."""
 
     file: str
     number: int
@@ -48,12 +52,12 @@ class _Block:
 
     def buffers(self, size: int) -> list[memoryview]:
         """Memory for all ``size`` bytes of the block."""
-        found: list[memoryview] = []
+        buffers: list[memoryview] = []
         position = 0
         for at, piece in sorted(self.pieces, key=lambda piece: piece[0]):
-            found += [memoryview(bytearray(at - position)), piece] if at > position else [piece]
+            buffers += [memoryview(bytearray(at - position)), piece] if at > position else [piece]
             position = at + len(piece)
-        return found if position == size else [*found, memoryview(bytearray(size - position))]
+        return buffers if position == size else [*buffers, memoryview(bytearray(size - position))]
 
 
 class Reader:
@@ -67,16 +71,16 @@ class Reader:
     def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
         """The boxes of tensors, by any name. Raises Damaged."""
         blocks: dict[tuple[str, int], _Block] = {}
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for name, (place, box) in wanted.items():
-            kind, sources = place.shelf.tensors[place.name], self._sources(place, box)
-            found[name] = kind.empty(box.shape)
-            copies += _into(found[name], kind, box, sources, blocks)
+            kind, sources = place.group.tensors[place.name], self._sources(place, box)
+            tensors[name] = kind.empty(box.shape)
+            copies += _scatter(tensors[name], kind, box, sources, blocks)
         self._fill(blocks.values())
-        for to, tensor in copies:
-            to.copy_(tensor)
-        return found
+        for target, tensor in copies:
+            target.copy_(tensor)
+        return tensors
 
     def verify(self) -> None:
         """Read every byte of every file. Raises Damaged."""
@@ -87,24 +91,22 @@ class Reader:
         """Raise Damaged unless the header of a data file is as it was written."""
         header = memoryview(bytearray(self._files[name].header))
         self._location.read_into(name, 0, [header])
-        found, expected = digest(header), self._files[name].digest
-        if found != expected:
-            raise Damaged(f"{name} bytes 0 to {len(header)}: digest {found}, expected {expected}")
+        _require_digest(name, 0, len(header), digest(header), self._files[name].digest)
 
-    def offsets(self, shelf: FileGroup, number: int, name: str) -> dict[str, int]:
-        """Where each tensor begins in the file of a shelf's cell. Raises Damaged for a file of another size."""
+    def offsets(self, group: FileGroup, number: int, name: str) -> dict[str, int]:
+        """Where each tensor begins in the file of a cell. Raises Damaged for a file of another size."""
         try:
-            return shelf.offsets(number, self._files[name].data)
+            return group.offsets(number, self._files[name].data)
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None
 
     def _sources(self, place: TensorBytes, box: Box) -> list[_Source]:
-        """What holds some of a box. Raises Damaged unless the files have room for it: before anything is allocated."""
-        kind, found = place.shelf.tensors[place.name], []
-        for number, cell, common in cells_in(box, kind.shape, place.shelf.cuts):
+        """The cells that hold a box. Raises Damaged unless their files have its bytes: before memory is allocated."""
+        shape, sources = place.group.tensors[place.name].shape, []
+        for number, cell, overlap in cells_in(box, shape, place.group.cuts):
             file = self._names[place.first + number]
-            found.append(_Source(file, self.offsets(place.shelf, number, file)[place.name], cell, common))
-        return found
+            sources.append(_Source(file, self.offsets(place.group, number, file)[place.name], cell, overlap))
+        return sources
 
     def _fill(self, blocks: Iterable[_Block]) -> None:
         """Read whole blocks, neighbours at once."""
@@ -113,7 +115,7 @@ class Reader:
         for block in ordered:
             last = runs[-1][-1] if runs else None
             follows = last is not None and (last.file, last.number + 1) == (block.file, block.number)
-            if follows and len(runs[-1]) < _AT_ONCE:
+            if follows and len(runs[-1]) < _BLOCKS_PER_READ:
                 runs[-1].append(block)
             else:
                 runs.append([block])
@@ -128,30 +130,34 @@ class Reader:
             run[0].file, file.header + run[0].number * BLOCK, [b for some in buffers for b in some]
         )
         for block, some in zip(run, buffers, strict=True):  # while the bytes are in the processor's cache
-            found, expected = digest(*some), file.blocks[block.number]
-            if found != expected:
-                begin = file.header + block.number * BLOCK
-                end = min(begin + BLOCK, file.size)
-                raise Damaged(f"{block.file} bytes {begin} to {end}: digest {found}, expected {expected}")
+            begin = file.header + block.number * BLOCK
+            end = min(begin + BLOCK, file.size)
+            _require_digest(block.file, begin, end, digest(*some), file.blocks[block.number])
 
 
-def _into(
+def _require_digest(file: str, begin: int, end: int, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise Damaged(f"{file} bytes {begin} to {end}: digest {actual}, expected {expected}")
+
+
+def _scatter(
     target: Tensor, kind: Kind, box: Box, sources: Iterable[_Source], blocks: dict[tuple[str, int], _Block]
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Add what is to be read of a box, into ``target`` or, where its bytes do not lie alike, beside it; returns what is
-    then to be copied.
+    """Add memory for the bytes of a box to the blocks that they are in: the memory of ``target``, or where the bytes of
+    an overlap are contiguous on one side only, other memory for whole rows of the cell. Yields the (target, source)
+    pairs that are then to be copied.
     """
     view = bytes_of(target)
-    for file, begin, cell, common in sources:
-        to, at = common.run(box), common.run(cell)
+    for file, begin, cell, overlap in sources:
+        to, at = overlap.run(box), overlap.run(cell)
         if to is None or at is None:
-            rows = Box((*common.offset[:1], *cell.offset[1:]), (*common.shape[:1], *cell.shape[1:]))
-            beside, at = kind.empty(rows.shape), rows.run(cell)
+            rows = Box((*overlap.offset[:1], *cell.offset[1:]), (*overlap.shape[:1], *cell.shape[1:]))
+            buffer, at = kind.empty(rows.shape), rows.run(cell)
             assert at is not None
-            yield target[common.within(box)], beside[common.within(rows)]
-            piece = bytes_of(beside)
+            yield target[overlap.within(box)], buffer[overlap.within(rows)]
+            piece = bytes_of(buffer)
         else:
-            piece = view[to * kind.itemsize : (to + prod(common.shape)) * kind.itemsize]
+            piece = view[to * kind.itemsize : (to + prod(overlap.shape)) * kind.itemsize]
         _add(blocks, file, begin + at * kind.itemsize, piece)
 
 

@@ -1,20 +1,29 @@
-"""Which checkpoints are kept: a pure function of what is known about the existing ones."""
+"""The retention policy: which checkpoints of a run are kept. ``CheckpointStore.retain`` removes the others.
+
+Kept are
+
+* the newest checkpoints, until ``keep_last`` of them are verified (at least two, whatever the configuration says);
+* the ``keep_best`` best by the objective;
+* the newest undamaged one of every step that is a multiple of ``keep_every_steps``.
+
+The policy is a pure function of what the storage holds: it remembers nothing between two calls, so a resumed run, and
+``python -m runner.runs prune``, decide as the run did.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from runner.checkpoint.manifest import CommitId
-
-LEAST = 2  # verified commits that are always kept, so that the loss of any one object leaves a checkpoint
+from runner.config.schema import LEAST_KEPT
 
 
 @dataclass(frozen=True, slots=True)
 class CommitInfo:
-    """What is known of a commit when it is decided whether it is kept.
+    """A commit as the policy sees it.
 
-    ``verified``: its bytes were written, or all of them read, by this process. One that is neither verified nor
-    damaged may be good.
+    ``verified``: this process wrote its bytes, or read all of them. A commit that is neither verified nor ``damaged``
+    may be good.
     """
 
     id: CommitId
@@ -25,18 +34,15 @@ class CommitInfo:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """The ``last`` commits, one of every multiple of ``every_steps``, and the ``best`` by the objective.
+    """The policy with its numbers. ``mode`` is min or max; without it no checkpoint is better than another."""
 
-    Without a ``mode`` (min, max) there is no objective.
-    """
-
-    last: int = LEAST
+    last: int = LEAST_KEPT
     every_steps: int | None = None
     best: int = 1
     mode: str | None = None
 
     def pins(self, step: int) -> bool:
-        """Whether commits of that step stay for good."""
+        """Whether a commit of this step is kept for good."""
         return self.every_steps is not None and step % self.every_steps == 0
 
     def kept(self, commits: Iterable[CommitInfo]) -> set[CommitId]:
@@ -47,42 +53,42 @@ class Retention:
         """The commits to keep, the newest first, each with the reason in a few words."""
         newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
         best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
-        found: dict[CommitId, str] = {}
+        reasons: dict[CommitId, str] = {}
         verified, pinned = 0, set[int]()
         for commit in newest_first:
             step = commit.id.step
             first_of_step = self.pins(step) and not commit.damaged and step not in pinned
             if first_of_step:
                 pinned.add(step)
-            if verified < max(self.last, LEAST):
-                found[commit.id] = "damaged, too few good ones are newer" if commit.damaged else "newest"
+            if verified < max(self.last, LEAST_KEPT):
+                reasons[commit.id] = "damaged, too few good ones are newer" if commit.damaged else "newest"
                 verified += commit.verified and not commit.damaged
             elif commit.id in best:
-                found[commit.id] = "best"
+                reasons[commit.id] = "best"
             elif first_of_step:
-                found[commit.id] = f"multiple of {self.every_steps}"
-        return found
+                reasons[commit.id] = f"multiple of {self.every_steps}"
+        return reasons
 
 
 def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
-    """The commits that are not damaged and have an objective, the best first, of equal ones the earlier step.
+    """The undamaged commits with an objective, the best first; of equal ones the earlier step first. Empty without a
+    ``mode``.
 
-    One for each step, and none that a newer attempt did not begin from: its step was done again, or it is from a
-    process that went on after it had been superseded.
+    Only commits that the newest state descends from, one for each step: where a newer attempt resumed from an earlier
+    step, the steps after it were done again, or come from a process that went on after it had been superseded.
     """
-    found: list[CommitInfo] = []
-    attempt, below, lowest = 0, math.inf, math.inf
+    lineage: list[CommitInfo] = []
+    attempt, limit, lowest = 0, math.inf, math.inf  # steps of an older attempt count below the first one of the newer
     for commit in sorted(commits, key=lambda commit: commit.id, reverse=True):
         if commit.damaged:
             continue
         if commit.id.attempt != attempt:
-            attempt, below = commit.id.attempt, lowest
-        if commit.id.step < min(below, found[-1].id.step if found else math.inf) and _is_number(commit.objective):
-            found.append(commit)
+            attempt, limit = commit.id.attempt, lowest
+        below = min(limit, lineage[-1].id.step) if lineage else limit
+        if commit.id.step < below and commit.objective is not None and not math.isnan(commit.objective):
+            lineage.append(commit)
         lowest = min(lowest, commit.id.step)
     sign = {"min": 1, "max": -1}.get(mode or "")
-    return [] if sign is None else sorted(found, key=lambda one: (sign * (one.objective or 0.0), one.id.step))
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)
+    if sign is None:
+        return []
+    return sorted(lineage, key=lambda commit: (sign * (commit.objective or 0.0), commit.id.step))

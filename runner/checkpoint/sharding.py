@@ -1,12 +1,11 @@
-"""How a tensor is distributed over ranks: a grid of cells, each held by one rank or by several replicas.
+"""How tensors are divided among ranks and files: which rank writes which part of which tensor into which file.
+
+A distributed tensor is a grid of cells, each held by one rank or by several replicas. The files of a checkpoint belong
+to groups of tensors that are divided alike: a group has one file for each cell, and every file contains the tensors in
+the same order. So a manifest need not store offsets, which could overlap or leave gaps in a hostile manifest, and its
+size grows with the number of tensors plus the number of files, not with their product.
 
 The only module that knows torch's distributed tensors. It never imports them: if nobody else did, there are none.
-
-Where the tensors of a checkpoint are stored: on *shelves*, whose tensors are divided alike; and who writes what.
-
-A shelf has one file per cell, and every file contains the tensors in the same order. So a manifest need not store
-offsets, which could overlap or leave gaps in a hostile one, and its size grows with the number of tensors plus the
-number of files, not with their product.
 """
 
 import heapq
@@ -30,7 +29,7 @@ Cuts = tuple[tuple[int, int], ...]  # (dimension, number of chunks), as torch.ch
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A block of a tensor: where it begins, and its sizes."""
+    """A rectangular region of a tensor: where it begins, and its shape."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -42,7 +41,7 @@ class Box:
         return cls((0,) * len(shape), shape)
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
-        """The index of this box in a tensor that is ``outer``."""
+        """The index of this box in a tensor that covers the box ``outer``."""
         pairs = zip(self.offset, self.shape, outer.offset, strict=True)
         return tuple(slice(at - begin, at - begin + size) for at, size, begin in pairs)
 
@@ -51,20 +50,20 @@ class Box:
         if self == outer:
             return 0
         full, first = True, 0
-        for size, room in zip(reversed(self.shape), reversed(outer.shape), strict=True):
+        for size, outer_size in zip(reversed(self.shape), reversed(outer.shape), strict=True):
             if not full and size != 1:
                 return None
-            full = full and size == room
-        for at, begin, room in zip(self.offset, outer.offset, outer.shape, strict=True):
-            first = first * room + at - begin
+            full = full and size == outer_size
+        for at, begin, outer_size in zip(self.offset, outer.offset, outer.shape, strict=True):
+            first = first * outer_size + at - begin
         return first
 
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: the cell number ``cell``.
+    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: cell ``cell``.
 
-    ``replicas`` ranks hold the same cell; this rank is number ``replica`` of them. Tensors with an equal ``group`` are
+    ``replicas`` ranks hold the same cell; this rank is number ``replica`` of them. Tensors with an equal ``layout`` are
     distributed in the same way.
     """
 
@@ -74,7 +73,7 @@ class LocalShard:
     cell: int
     replicas: int
     replica: int
-    group: Any
+    layout: Any
 
     @property
     def box(self) -> Box:
@@ -84,23 +83,23 @@ class LocalShard:
 def shard(tensors: Mapping[str, Any], comm: Communicator) -> dict[str, LocalShard]:
     """How each tensor is distributed; a plain one is replicated. Raises StateError for what cannot be saved."""
     plain: Any = ((), 0, comm.size, comm.rank, ())
-    found = {}
+    shards = {}
     for name, tensor in tensors.items():
         if not is_distributed(tensor):
-            found[name] = LocalShard(tensor, tuple(tensor.shape), *plain)
+            shards[name] = LocalShard(tensor, tuple(tensor.shape), *plain)
             continue
         try:
-            how = _grid(tensor.device_mesh, tensor.placements, comm.size)
-            found[name] = LocalShard(local(tensor), tuple(tensor.shape), *how)
+            cell = _cell(tensor.device_mesh, tensor.placements, comm.size)
+            shards[name] = LocalShard(local(tensor), tuple(tensor.shape), *cell)
         except ValueError as error:
             raise StateError(f"cannot save {name}: {error}") from None
-    return found
+    return shards
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a tensor; all of a plain one."""
-    found: Tensor = tensor._local_tensor.detach() if is_distributed(tensor) else tensor
-    return found
+    part: Tensor = tensor._local_tensor.detach() if is_distributed(tensor) else tensor
+    return part
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -111,14 +110,14 @@ def is_distributed(tensor: Any) -> bool:
 
 def rebuilt(local: Tensor, like: Any) -> Tensor:
     """A distributed tensor made of this rank's cell, distributed like ``like``."""
-    found: Tensor = type(like).from_local(
+    tensor: Tensor = type(like).from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return found
+    return tensor
 
 
 def cell_of(shape: tuple[int, ...], cuts: Cuts, number: int) -> Box:
-    """The cell of that number."""
+    """The cell with this number."""
     if not cuts:
         return Box.whole(shape)
     offset, sizes = [0] * len(shape), [*shape]
@@ -136,7 +135,7 @@ def cells(cuts: Cuts) -> int:
 
 
 def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int, Box, Box]]:
-    """The cells that overlap a box of a tensor of that shape, as (number, cell, overlap)."""
+    """The cells of a tensor of this shape that overlap a box of it, as (number, cell, overlap)."""
     if 0 in box.shape:
         return
     if not cuts:
@@ -162,8 +161,8 @@ def _shared(a: Box, b: Box) -> Box:
 
 
 @lru_cache(maxsize=256)
-def _grid(mesh: Any, placements: tuple[Any, ...], size: int) -> tuple[Cuts, int, int, int, Any]:
-    """What a mesh and the placements on it mean for this rank, in the fields of ``LocalShard``."""
+def _cell(mesh: Any, placements: tuple[Any, ...], size: int) -> tuple[Cuts, int, int, int, Any]:
+    """The fields of ``LocalShard`` from ``cuts`` on, for a tensor that is placed like this on a mesh."""
     coordinate = mesh.get_coordinate()
     if coordinate is None or mesh.size() != size:
         raise ValueError(f"a tensor on {mesh.size()} of {size} ranks; only meshes of all ranks can be saved")
@@ -183,7 +182,7 @@ def _grid(mesh: Any, placements: tuple[Any, ...], size: int) -> tuple[Cuts, int,
 
 @dataclass(frozen=True, slots=True)
 class FileGroup:
-    """Tensors that are divided alike, in the order in which each of the shelf's files contains them."""
+    """Tensors that are divided alike, in the order in which each of the group's files contains them."""
 
     cuts: Cuts
     tensors: dict[str, Kind]
@@ -199,98 +198,103 @@ class FileGroup:
         """How many files it has."""
         return cells(self.cuts)
 
-    def cell(self, name: str, number: int) -> Box:
-        """The cell of that number of a tensor."""
-        return cell_of(self.tensors[name].shape, self.cuts, number)
-
     def offsets(self, number: int, size: int) -> dict[str, int]:
-        """Where in the file of that cell, of ``size`` bytes without its header, each tensor begins. Raises Damaged."""
+        """Where each tensor begins in the file of a cell. Raises Damaged unless the tensors take exactly the ``size``
+        bytes of the file without its header.
+        """
         if number not in self._offsets:
-            position, found = 0, {}
-            for name, kind in self.tensors.items():
-                found[name] = position
-                position += prod(self.cell(name, number).shape) * kind.itemsize
+            position, offsets = 0, {}
+            for name in self.tensors:
+                offsets[name] = position
+                position += self._bytes(name, number)
             if position != size:
                 raise Damaged(f"{size} bytes cannot be the tensors of a file, which take {position}")
-            self._offsets[number] = found
+            self._offsets[number] = offsets
         return self._offsets[number]
 
     def split(self, size: int) -> Iterator["FileGroup"]:
-        """Shelves whose files have about ``size`` bytes at most."""
-        some: dict[str, Kind] = {}
+        """Groups whose files have about ``size`` bytes at most."""
+        names: list[str] = []
         filled = 0
-        for name, kind in self.tensors.items():
-            more = prod(self.cell(name, 0).shape) * kind.itemsize
-            if some and filled + more > size:
-                yield FileGroup(self.cuts, {one: some[one] for one in in_order(some)})
-                some, filled = {}, 0
-            some[name] = kind
+        for name in self.tensors:
+            more = self._bytes(name, 0)
+            if names and filled + more > size:
+                yield self._of(names)
+                names, filled = [], 0
+            names.append(name)
             filled += more
-        yield FileGroup(self.cuts, {name: some[name] for name in in_order(some)})
+        yield self._of(names)
+
+    def _bytes(self, name: str, number: int) -> int:
+        kind = self.tensors[name]
+        return prod(cell_of(kind.shape, self.cuts, number).shape) * kind.itemsize
+
+    def _of(self, names: Iterable[str]) -> "FileGroup":
+        return FileGroup(
+            self.cuts, {name: self.tensors[name] for name in in_order({n: self.tensors[n] for n in names})}
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """Which rank writes what. Every rank computes the same plan.
+    """Which rank writes what. Every rank computes the same ``groups`` and ``aliases``.
 
-    ``mine``: shelf number -> the cell that this rank writes. ``own``: tensors that only this rank has. ``same``: names
-    of tensors that are stored under another name.
+    ``written``: group number -> the cell that this rank writes. ``own``: tensors that only this rank has. ``aliases``:
+    tensors that are stored under another name.
     """
 
-    shelves: tuple[FileGroup, ...]
-    mine: dict[int, int]
-    same: dict[str, str]
+    groups: tuple[FileGroup, ...]
+    written: dict[int, int]
+    aliases: dict[str, str]
     own: FileGroup
 
     def names(self) -> list[str]:
         """The tensors of which this rank writes something."""
-        return [name for shelf in (*map(self.shelves.__getitem__, self.mine), self.own) for name in shelf.tensors]
+        return [name for group in (*map(self.groups.__getitem__, self.written), self.own) for name in group.tensors]
 
     def split(self, size: int) -> "WritePlan":
         """The same with files of about ``size`` bytes at most."""
-        shelves: list[FileGroup] = []
-        mine: dict[int, int] = {}
-        for number, shelf in enumerate(self.shelves):
-            for piece in shelf.split(size):
-                if number in self.mine:
-                    mine[len(shelves)] = self.mine[number]
-                shelves.append(piece)
-        return replace(self, shelves=tuple(shelves), mine=mine)
+        groups: list[FileGroup] = []
+        written: dict[int, int] = {}
+        for number, group in enumerate(self.groups):
+            for piece in group.split(size):
+                if number in self.written:
+                    written[len(groups)] = self.written[number]
+                groups.append(piece)
+        return replace(self, groups=tuple(groups), written=written)
 
 
-def plan(dealt: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePlan:
-    """Each cell of each tensor is written once. Where several ranks have the same, the tensors are spread over them by
+def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePlan:
+    """A plan that writes each cell of each tensor once. Tensors that several ranks hold are spread over these ranks by
     bytes.
     """
-    groups, same = _groups(dealt)
-    shelves: list[FileGroup] = []
-    mine: dict[int, int] = {}
-    for names in groups.values():
-        one = dealt[names[0]]
-        kinds = {name: Kind.of(dealt[name].local, dealt[name].shape, name) for name in names}
-        for replica, tensors in enumerate(_spread(kinds, one.cuts, one.replicas)):
-            if tensors and replica == one.replica:
-                mine[len(shelves)] = one.cell
+    layouts, aliases = _layouts(shards)
+    groups: list[FileGroup] = []
+    written: dict[int, int] = {}
+    for names in layouts.values():
+        first = shards[names[0]]
+        kinds = {name: Kind.of(shards[name].local, shards[name].shape, name) for name in names}
+        for replica, tensors in enumerate(_spread(kinds, first.cuts, first.replicas)):
+            if tensors and replica == first.replica:
+                written[len(groups)] = first.cell
             if tensors:
-                shelves.append(FileGroup(one.cuts, tensors))
-    mine_alone = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in own.items()}
-    return WritePlan(
-        tuple(shelves), mine, same, FileGroup((), {name: mine_alone[name] for name in in_order(mine_alone)})
-    )
+                groups.append(FileGroup(first.cuts, tensors))
+    alone = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in own.items()}
+    return WritePlan(tuple(groups), written, aliases, FileGroup((), {name: alone[name] for name in in_order(alone)}))
 
 
-def _groups(dealt: Mapping[str, LocalShard]) -> tuple[dict[Any, list[str]], dict[str, str]]:
-    """Names of tensors that are dealt out alike, and those that are the same tensor as another one."""
+def _layouts(shards: Mapping[str, LocalShard]) -> tuple[dict[Any, list[str]], dict[str, str]]:
+    """Names of tensors by their layout, and of tensors that are the same as another tensor."""
     first: dict[Any, str] = {}
-    groups: dict[Any, list[str]] = {}
-    same: dict[str, str] = {}
-    for name, one in dealt.items():
-        origin = first.setdefault((memory_key(one.local), one.shape, one.group), name)
-        if origin == name:
-            groups.setdefault(one.group, []).append(name)
+    layouts: dict[Any, list[str]] = {}
+    aliases: dict[str, str] = {}
+    for name, part in shards.items():
+        original = first.setdefault((memory_key(part.local), part.shape, part.layout), name)
+        if original == name:
+            layouts.setdefault(part.layout, []).append(name)
         else:
-            same[name] = origin
-    return groups, same
+            aliases[name] = original
+    return layouts, aliases
 
 
 def _spread(kinds: Mapping[str, Kind], cuts: Cuts, ways: int) -> Iterable[dict[str, Kind]]:
@@ -298,10 +302,10 @@ def _spread(kinds: Mapping[str, Kind], cuts: Cuts, ways: int) -> Iterable[dict[s
     if ways == 1:
         return [dict(kinds)]
     sizes = {name: prod(cell_of(kind.shape, cuts, 0).shape) * kind.itemsize for name, kind in kinds.items()}
-    shares: list[tuple[int, int]] = [(0, way) for way in range(ways)]
-    found: list[dict[str, Kind]] = [{} for _ in range(ways)]
+    smallest = [(0, way) for way in range(ways)]  # a heap
+    shares: list[dict[str, Kind]] = [{} for _ in range(ways)]
     for name in sorted(kinds, key=lambda name: (-sizes[name], name)):
-        filled, way = shares[0]
-        found[way][name] = kinds[name]
-        heapq.heapreplace(shares, (filled + sizes[name], way))
-    return found
+        filled, way = smallest[0]
+        shares[way][name] = kinds[name]
+        heapq.heapreplace(smallest, (filled + sizes[name], way))
+    return shares

@@ -1,6 +1,7 @@
-"""The state at a step on its way to the storage: what each rank writes, reports, and the manifest of all of it.
+"""The state at a step on its way to the storage: its copy in host memory, what each rank reports of the files that it
+wrote, and the manifest made of all reports.
 
-Copies of the state in reused host memory: the only part of saving for which training waits.
+The copy is the only part of saving for which training waits.
 """
 
 import json
@@ -20,19 +21,21 @@ from runner.errors import StateError
 
 MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 
-Report = dict[str, Any]  # what a rank tells of what it wrote; JSON
+Report = dict[str, Any]  # what a rank wrote; JSON
 
-_ELEMENTS = 1 << 18  # of a tensor that are compared between ranks
-_TRAINED = {"model", "optimizer", "average"}  # large, and alike by the gradients that all ranks have together ...
-_GLANCED, _FEW = 16, 64  # ... unless an update draws numbers: of so many weights so many elements are compared
+# Before a commit, ranks compare the state that all must have alike. The trained parts are large, and alike because the
+# gradients are; only a few weights are compared, which shows an update that draws different numbers on each rank.
+_TRAINED = {"model", "optimizer", "average"}
+_COMPARED_WEIGHTS, _COMPARED_OF_WEIGHT = 16, 64
+_COMPARED_OF_TENSOR = 1 << 18  # elements of any other tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The state at a step, as it will be committed: JSON by part, and tensors by name, those that this rank writes.
 
-    Among several ranks ``plan`` is how the tensors are dealt out, and ``own`` has the parts that each has to itself;
-    ``contents`` are digests of what all must have alike: of a little of the weights, and of all that a user remembers.
+    Among several ranks ``plan`` says who writes what, ``own`` has the JSON of the parts that differ between ranks, and
+    ``contents`` has digests of tensors that must not differ, to be compared.
     """
 
     step: int
@@ -50,115 +53,105 @@ class Snapshot:
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
         own = {name for name, state in parts.items() if isinstance(state, PerRank) and comm.size > 1}
         encoded = {n: encode(state, f"{n}/{comm.rank}" if n in own else n) for n, state in parts.items()}
-        found = {name: value for name, (value, _) in encoded.items() if name not in own}
+        values = {name: value for name, (value, _) in encoded.items() if name not in own}
         shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
-        told = encode(facts, "facts")[0]
+        encoded_facts = encode(facts, "facts")[0]
         if comm.size == 1:
-            return cls(step, found, {name: local(tensor) for name, tensor in shared.items()}, told)
-        dealt = shard(shared, comm)
-        how = plan(dealt, alone)
-        tensors = {name: alone[name] if name in alone else dealt[name].local for name in how.names()}
+            return cls(step, values, {name: local(tensor) for name, tensor in shared.items()}, encoded_facts)
+        shards = shard(shared, comm)
+        write = plan(shards, alone)
+        tensors = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
         contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
         contents["weights"] = _content(
-            _glance([tensor for name, tensor in shared.items() if name.startswith("model/")])
+            _sample([tensor for name, tensor in shared.items() if name.startswith("model/")])
         )
-        return cls(step, found, tensors, told, {name: encoded[name][0] for name in own}, how, contents)
+        return cls(step, values, tensors, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
 
 
-def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], of: Collection[str]) -> dict[str, Tensor]:
-    return {name: tensor for part, (_, found) in encoded.items() if part in of for name, tensor in found.items()}
+def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], parts: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for part, (_, all_) in encoded.items() if part in parts for name, tensor in all_.items()}
 
 
-def _glance(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors[:: max(1, len(tensors) // _GLANCED)]:
-        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_FEW]
+def _sample(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors[:: max(1, len(tensors) // _COMPARED_WEIGHTS)]:
+        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_COMPARED_OF_WEIGHT]
 
 
 def _content(tensors: Iterable[Tensor]) -> str:
-    """A digest of the elements of tensors, of large ones of the first."""
-    firsts = (tensor.reshape(-1)[:_ELEMENTS].cpu() for tensor in tensors if not is_distributed(tensor))
+    """A digest of the first elements of tensors."""
+    firsts = (tensor.reshape(-1)[:_COMPARED_OF_TENSOR].cpu() for tensor in tensors if not is_distributed(tensor))
     return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
-def report(snapshot: Snapshot, how: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
-    """What a rank tells of the ``files`` that it wrote, one for each of its shelves and one for what it has to itself,
-    and of the state that all ranks have alike: a digest for each part.
+def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
+    """What this rank wrote: ``files`` are those of the cells of ``plan.written``, and a last one for the tensors that
+    only this rank has. With it go digests of the state that all ranks have alike.
     """
-    told = [[name, *_fields(file)] for name, file in files]
-    shelves = [[number, cell] for number, cell in how.mine.items()]
-    if snapshot.plan is None:
-        return {"files": told, "shelves": shelves}
-    return {
-        "files": told,
-        "shelves": shelves,
-        "tensors": _kinds(how.own),
-        "own": snapshot.own,
-        "alike": _alike(snapshot, how),
+    entries = {
+        "files": [[name, file.size, file.header, file.digest, list(file.blocks)] for name, file in files],
+        "shelves": [[number, cell] for number, cell in plan.written.items()],
     }
+    if snapshot.plan is None:
+        return entries
+    return entries | {"tensors": _kinds(plan.own), "own": snapshot.own, "alike": _alike(snapshot, plan)}
 
 
-def require_few(how: WritePlan, *, more: int = 0) -> None:
-    """Raise StateError for so many tensors that they could not be loaded again."""
-    found = sum(len(shelf.tensors) for shelf in how.shelves) + len(how.same) + more
-    if found > MAX_TENSORS:
-        raise StateError(f"cannot save {found} tensors; a checkpoint has at most {MAX_TENSORS}")
+def require_few(plan: WritePlan, *, more: int = 0) -> None:
+    """Raise StateError for more tensors than could be loaded again."""
+    count = sum(len(group.tensors) for group in plan.groups) + len(plan.aliases) + more
+    if count > MAX_TENSORS:
+        raise StateError(f"cannot save {count} tensors; a checkpoint has at most {MAX_TENSORS}")
 
 
-def assemble(commit: CommitId, snapshot: Snapshot, how: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
+def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
     own: list[tuple[dict[str, Any], list[Any]]] = []
-    for rank, told in enumerate(reports):
-        _require_alike(rank, told, reports[0])
-        for (number, cell), file in zip(told["shelves"], told["files"], strict=False):
+    for rank, entries in enumerate(reports):
+        _require_alike(rank, entries, reports[0])
+        for (number, cell), file in zip(entries["shelves"], entries["files"], strict=False):
             assert (number, cell) not in files, "two ranks wrote the same"
             files[number, cell] = file
-        if told.get("tensors"):
-            own.append((told["tensors"], told["files"][-1]))
-    ordered = [files[number, cell] for number, shelf in enumerate(how.shelves) for cell in range(shelf.cells)]
-    shelves = [{"cuts": shelf.cuts, "tensors": _kinds(shelf)} for shelf in how.shelves]
-    require_few(how, more=sum(len(tensors) for tensors, _ in own))
+        if entries.get("tensors"):
+            own.append((entries["tensors"], entries["files"][-1]))
+    ordered = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
+    groups = [{"cuts": group.cuts, "tensors": _kinds(group)} for group in plan.groups]
+    require_few(plan, more=sum(len(tensors) for tensors, _ in own))
     return {
         "format": FORMAT,
         "attempt": commit.attempt,
         "step": commit.step,
         "ranks": len(reports),
         "files": {name: fields for name, *fields in (*ordered, *(file for _, file in own))},
-        "shelves": [*shelves, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
-        "same": how.same,
-        "parts": snapshot.parts | {part: _of_ranks(part, reports) for part in snapshot.own},
+        "shelves": [*groups, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
+        "same": plan.aliases,
+        "parts": snapshot.parts
+        | {part: {"$": "ranks", "items": [entries["own"][part] for entries in reports]} for part in snapshot.own},
         "facts": snapshot.facts,
     }
 
 
-def _fields(file: StoredFile) -> list[Any]:
-    return [file.size, file.header, file.digest, list(file.blocks)]
+def _kinds(group: FileGroup) -> dict[str, Any]:
+    return {name: [kind.dtype, kind.shape] for name, kind in group.tensors.items()}
 
 
-def _kinds(shelf: FileGroup) -> dict[str, Any]:
-    return {name: [kind.dtype, kind.shape] for name, kind in shelf.tensors.items()}
-
-
-def _of_ranks(part: str, reports: Sequence[Report]) -> dict[str, Any]:
-    return {"$": "ranks", "items": [told["own"][part] for told in reports]}
-
-
-def _alike(snapshot: Snapshot, how: WritePlan) -> dict[str, str]:
-    """A digest of each part, of its values as of its tensors' names, shapes, places and contents."""
+def _alike(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
+    """A digest of each part: of its values, and of its tensors' names, shapes, places and contents."""
     lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
-    for number, shelf in enumerate(how.shelves):
-        for name, kind in shelf.tensors.items():
-            lines[name.partition("/")[0]].append(f"{number} {shelf.cuts} {name} {kind.dtype} {kind.shape}")
-    for name, other in how.same.items():
-        lines[name.partition("/")[0]].append(f"{name} {other}")
+    for number, group in enumerate(plan.groups):
+        for name, kind in group.tensors.items():
+            lines[name.partition("/")[0]].append(f"{number} {group.cuts} {name} {kind.dtype} {kind.shape}")
+    for name, original in plan.aliases.items():
+        lines[name.partition("/")[0]].append(f"{name} {original}")
     for part, content in snapshot.contents.items():
         lines.setdefault(part, []).append(content)
-    return {part: digest("\n".join(found).encode()) for part, found in lines.items()}
+    return {part: digest("\n".join(text).encode()) for part, text in lines.items()}
 
 
-def _require_alike(rank: int, told: Report, first: Report) -> None:
-    ours, others = first.get("alike", {}), told.get("alike", {})
-    if differing := [part for part in {**ours, **others} if ours.get(part) != others.get(part)]:
+def _require_alike(rank: int, entries: Report, first: Report) -> None:
+    digests, expected = entries.get("alike", {}), first.get("alike", {})
+    differing = [part for part in {**expected, **digests} if expected.get(part) != digests.get(part)]
+    if differing:
         raise StateError(
             f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
             "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each "
@@ -167,10 +160,10 @@ def _require_alike(rank: int, told: Report, first: Report) -> None:
 
 
 class Staging:
-    """Room for one copy of the state. Tensors that share all their memory share it in the copy."""
+    """Reused host memory for one copy of the state. Tensors that share all their memory share it in the copy."""
 
     def __init__(self) -> None:
-        self._rooms: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
     def stage(self, snapshot: Snapshot) -> Snapshot:
@@ -189,17 +182,17 @@ class Staging:
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         first: dict[object, str] = {}
         alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
-        rooms = {name: self._room(name, tensors[name]) for name in first.values()}
-        self._rooms = rooms  # what is no longer part of the state is given back
-        for name, room in rooms.items():
-            room.copy_(tensors[name], non_blocking=True)
-        devices = {tensors[name].device for name in rooms if tensors[name].is_cuda}
+        buffers = {name: self._buffer(name, tensors[name]) for name in first.values()}
+        self._buffers = buffers  # memory of tensors that left the state is freed
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[name], non_blocking=True)
+        devices = {tensors[name].device for name in buffers if tensors[name].is_cuda}
         # An event alone would be of the current device, whatever device the copies come from.
         self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return {name: rooms[alias[name]] for name in tensors}
+        return {name: buffers[alias[name]] for name in tensors}
 
-    def _room(self, name: str, tensor: Tensor) -> Tensor:
-        room = self._rooms.get(name)
-        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return room
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer

@@ -1,4 +1,4 @@
-"""Saves and opens the checkpoints of a run. Knows nothing of when to save, or of training.
+"""Commits, opens and removes the checkpoints of a run. Knows nothing of when to save, or of training.
 
 The invariants on which every resume relies: a manifest names only objects whose puts returned before it was written; no
 object is written twice; bytes are used only after their digest matched; removal begins with the manifest.
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from runner.checkpoint import manifest as manifests
-from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parsed
+from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
 from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.retention import CommitInfo, Retention
@@ -20,7 +20,7 @@ from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather
 from runner.errors import StorageError, Superseded
 from runner.storage.location import Location
 
-SURVEYED_MANIFESTS = 64  # manifests that one retention reads: commits wait for it
+SURVEYED_MANIFESTS = 64  # manifests that are read for one retention: the next save waits for it
 _READERS = 8
 
 
@@ -28,8 +28,7 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     All ranks call ``commit``; the ranks that are passed to ``open`` call it and the methods of its result; only rank 0
-    calls the other methods. ``damaged``: commits found unusable. ``verified``: commits that this process made or read
-    in full.
+    calls the other methods. ``damaged``: unusable commits. ``verified``: those that this process made or read in full.
     """
 
     def __init__(self, location: Location, comm: Communicator = SINGLE_PROCESS) -> None:
@@ -38,35 +37,34 @@ class CheckpointStore:
         self.damaged: set[CommitId] = set()
         self.verified: set[CommitId] = set()
         self._objectives: dict[CommitId, float | None] = {}
-        self._failed: set[CommitId] = set()  # begun by this process, and never sent a manifest
-        self._sent: dict[CommitId, bytes] = {}  # manifests of which it is not known whether they are there
+        self._unsent: set[CommitId] = set()  # begun by this process, and their manifests never sent
+        self._uncertain: dict[CommitId, bytes] = {}  # manifests whose put failed, though they may be there
 
     def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
 
-        Raises Superseded if ``successor`` then names a newer attempt, which may have overlooked this commit. What fails
-        on one rank fails on all, and nothing is committed.
+        Raises Superseded if ``successor`` names a newer attempt after the manifest is put: it may have overlooked this
+        commit. What fails on one rank fails on all, and nothing is committed.
         """
 
         def begin() -> str:
-            self._clear()
+            self._settle()
             new = CommitId.new(attempt, snapshot.step)
-            self._failed.add(new)
+            self._unsent.add(new)
             return new.nonce
 
         commit = CommitId(attempt, snapshot.step, on_rank_zero(self.comm, begin))
-        how = snapshot.plan or plan(shard(snapshot.tensors, SINGLE_PROCESS), {})
-        how = how.split(self.location.part_bytes)
-        reports = gather(self.comm, lambda: self._put(commit, snapshot, how))
+        write = (snapshot.plan or plan(shard(snapshot.tensors, SINGLE_PROCESS), {})).split(self.location.part_bytes)
+        reports = gather(self.comm, lambda: self._put(commit, snapshot, write))
 
         def conclude() -> None:
             assert reports is not None
-            raw = manifests.seal(assemble(commit, snapshot, how, reports))
-            self.damaged.add(commit)  # until its put returns: a torn manifest must not be retained for a good one
-            self._failed.discard(commit)
-            self._sent[commit] = raw
+            raw = manifests.seal(assemble(commit, snapshot, write, reports))
+            self.damaged.add(commit)  # until its put returns: retention must not count a torn manifest as a checkpoint
+            self._unsent.discard(commit)
+            self._uncertain[commit] = raw
             self.location.put(commit.commit, [raw])
-            del self._sent[commit]
+            del self._uncertain[commit]
             self.damaged.discard(commit)
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
             self._require_newest(successor)
@@ -76,23 +74,24 @@ class CheckpointStore:
         self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
         return commit
 
-    def _clear(self) -> None:
-        """Settle what failed, so that an outage leaves one copy of the state and not one for every try: remove the data
-        of commits whose manifests were never sent, and send those again that were. Such a one may come true at any
-        time, so its data must stay; and while it is refused, another copy would be refused as well.
+    def _settle(self) -> None:
+        """Clean up after commits that failed, so that an outage leaves one copy of the state and not one for each try.
+
+        Data of a commit whose manifest was never sent is removed. A manifest that was sent may appear at any time, so
+        its data must stay: it is sent again, before the data of another commit, which the store would refuse as well.
         """
-        listed = {*self.commits()} if self._sent else set()
-        for one, raw in [*self._sent.items()]:
-            if one not in listed:
-                self.location.put(one.commit, [raw])
-                self.damaged.discard(one)
-            del self._sent[one]
-        if self._failed:
-            with suppress(StorageError):  # who may write need not be allowed to remove
+        listed = {*self.commits()} if self._uncertain else set()
+        for commit, raw in [*self._uncertain.items()]:
+            if commit not in listed:
+                self.location.put(commit.commit, [raw])
+                self.damaged.discard(commit)
+            del self._uncertain[commit]
+        if self._unsent:
+            with suppress(StorageError):  # a user may have the right to write, and not to remove
                 for entry in self.location.list("data"):
-                    if manifests.parse_data(entry.name) in self._failed:
+                    if manifests.parse_data(entry.name) in self._unsent:
                         self.location.remove(f"data/{entry.name}")
-                self._failed.clear()
+                self._unsent.clear()
 
     def require_newest(self, successor: Callable[[], str | None]) -> None:
         """Raise Superseded if ``successor`` names a newer attempt."""
@@ -105,21 +104,21 @@ class CheckpointStore:
                 f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
             )
 
-    def _put(self, commit: CommitId, snapshot: Snapshot, how: WritePlan) -> Report:
-        """Write this rank's tensors; what is told of it."""
-        require_few(how)
+    def _put(self, commit: CommitId, snapshot: Snapshot, write: WritePlan) -> Report:
+        """Write this rank's data files."""
+        require_few(write)
         rank = None if self.comm.size == 1 else self.comm.rank
 
-        def put(number: int, shelf: FileGroup) -> tuple[str, StoredFile]:
-            tensors = {name: snapshot.tensors[name] for name in shelf.tensors}
+        def put(number: int, group: FileGroup) -> tuple[str, StoredFile]:
+            tensors = {name: snapshot.tensors[name] for name in group.tensors}
             file = SafetensorsFile(tensors, metadata={"step": str(snapshot.step)})
             name = commit.data(number, rank)
             return name, file.stored(self.location.put(name, file.chunks()))
 
-        shelves = [how.shelves[number] for number in how.mine] + ([how.own] if how.own.tensors else [])
+        groups = [write.groups[number] for number in write.written] + ([write.own] if write.own.tensors else [])
         with ThreadPoolExecutor(self.location.parallel_puts) as pool:
-            files = [*pool.map(put, range(len(shelves)), shelves)]
-        return report(snapshot, how, files)
+            files = [*pool.map(put, range(len(groups)), groups)]
+        return report(snapshot, write, files)
 
     def commits(self) -> list[CommitId]:
         """All commits, the one to resume from first."""
@@ -130,14 +129,14 @@ class CheckpointStore:
         return on_all_ranks(comm, lambda: self._open(commit, comm), kinds=(Damaged, Torn))
 
     def _open(self, commit: CommitId, comm: Communicator) -> Checkpoint:
-        checkpoint = self._described(commit, comm)
+        checkpoint = self._parse(commit, comm)
         if comm.rank == 0:  # one listing is enough
             _require_sizes(checkpoint, self._sizes())
         checkpoint.check()
         return checkpoint
 
-    def _described(self, commit: CommitId, comm: Communicator) -> Checkpoint:
-        """What its manifest says. Raises Damaged."""
+    def _parse(self, commit: CommitId, comm: Communicator) -> Checkpoint:
+        """Read a commit's manifest, and nothing else. Raises Damaged."""
         raw = self.location.read(commit.commit, limit=manifests.LIMIT)
         if raw is None:
             raise Damaged(f"{commit.commit} is gone")
@@ -149,57 +148,58 @@ class CheckpointStore:
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
                 f"{manifests.FORMAT}. Use the version of hydra-runner that wrote it."
             )
-        return parsed(commit, manifest, self.location, comm)
+        return parse(commit, manifest, self.location, comm)
 
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
     def survey(self) -> list[CommitInfo]:
-        """What is known of every commit, the one to resume from first: its manifest unseals, and its files have their
-        sizes. Computed from fresh listings.
+        """Every commit, the one to resume from first. A commit is damaged if its manifest does not unseal, or its files
+        do not have their sizes, by fresh listings; the contents of data files are not read.
         """
-        return self._known(self.commits())
+        return self._infos(self.commits())
 
     def retain(self, retention: Retention, *, attempt: int) -> None:
         """Remove the commits that do not stay, and what attempts before ``attempt`` left half done.
 
-        Those whose manifests nobody has read yet are read a few at a time, the newest first, and stay until then: what
-        older ones hold can only be one more reason to remove a newer one.
+        Manifests that this process has not read yet are read a few at a time, the newest first, and older commits stay
+        until theirs is read: their contents can only be one more reason to remove a newer commit.
         """
         listed = self.commits()
-        known = self._known(listed, most=SURVEYED_MANIFESTS)
-        kept = {*retention.kept(known), *listed[len(known) :]}
+        infos = self._infos(listed, limit=SURVEYED_MANIFESTS)
+        kept = {*retention.kept(infos), *listed[len(infos) :]}
         self.remove(listed, kept, attempt=attempt)
 
-    def _known(self, listed: Sequence[CommitId], *, most: int | None = None) -> list[CommitInfo]:
-        """What is known of the commits; of the first ones if it takes the reading of more than ``most`` manifests."""
-        unread = [one for one in listed if one not in self._objectives and one not in self.damaged]  # they never change
+    def _infos(self, listed: Sequence[CommitId], *, limit: int | None = None) -> list[CommitInfo]:
+        """The listed commits with what their manifests say; only the first of them where more than ``limit`` manifests
+        would have to be read.
+        """
+        # Manifests never change, so each is read once.
+        unread = [commit for commit in listed if commit not in self._objectives and commit not in self.damaged]
         if unread:
             sizes = self._sizes()
             with ThreadPoolExecutor(_READERS) as pool:
-                for one, found in zip(
-                    unread, pool.map(lambda one: self._look(one, sizes), unread[:most]), strict=False
-                ):
-                    if isinstance(found, Damaged):
-                        self.damaged.add(one)
-                    else:
-                        self._objectives[one] = found
-            if most is not None and len(unread) > most:
-                listed = listed[: listed.index(unread[most])]
-        return [CommitInfo(one, one in self.verified, one in self.damaged, self._objectives.get(one)) for one in listed]
+                for _ in pool.map(lambda commit: self._survey(commit, sizes), unread[:limit]):
+                    pass
+            if limit is not None and len(unread) > limit:
+                listed = listed[: listed.index(unread[limit])]
+        return [
+            CommitInfo(commit, commit in self.verified, commit in self.damaged, self._objectives.get(commit))
+            for commit in listed
+        ]
 
-    def _look(self, commit: CommitId, sizes: Mapping[str, int]) -> float | Damaged | None:
-        """The objective of a commit, or what is wrong with it; without a look into its data files."""
+    def _survey(self, commit: CommitId, sizes: Mapping[str, int]) -> None:
+        """Note the objective of a commit, or that it is damaged."""
         try:
-            checkpoint = self._described(commit, SINGLE_PROCESS)
+            checkpoint = self._parse(commit, SINGLE_PROCESS)
             _require_sizes(checkpoint, sizes)
-            return objective(checkpoint.facts)
-        except Damaged as error:
-            return error
+            self._objectives[commit] = objective(checkpoint.facts)
+        except Damaged:
+            self.damaged.add(commit)
 
     def remove(self, listed: Sequence[CommitId], kept: Container[CommitId], *, attempt: int) -> None:
         """Remove the ``listed`` commits that are not ``kept``, and what attempts before ``attempt`` left half done."""
-        for commit in sorted(listed):  # oldest first: of what is left the newest is always what a resume wants
+        for commit in sorted(listed):  # oldest first: a kill in between leaves the newest ones
             if commit not in kept:
                 self.location.remove(commit.commit)  # before its data: a commit never names data that is gone
         for entry in self.location.list("data"):
@@ -215,4 +215,4 @@ def _require_sizes(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
 
 
 class Torn(Damaged):
-    """A manifest that does not unseal: torn while it was written, so that it never was a commit, or damaged since."""
+    """A manifest that does not unseal: a kill while it was written left a part of it, or it was damaged later."""

@@ -1,7 +1,8 @@
-"""How a state is built before anything is loaded into it, and what training has made of that since.
+"""The structure of a state: how the configuration builds it, and what training has changed since.
 
-A resume loads into what the configuration builds. A commit of something else says what a restore has to do first; where
-none could bring the state back, it is refused.
+A resume loads into the objects that the configuration builds. Where training changed their structure (buffers of
+another size, other groups of the optimizer), the commit says what a restore has to change first. A state that no
+restore could bring back is not saved.
 """
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
@@ -16,15 +17,15 @@ from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
 from runner.rng import temporary_seed
 
-Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for a value that is none
+Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
 
 
 class Structure:
     """The ``parts`` of a state as they are built: names, shapes and types of the model and of its average, and the
     groups of the ``optimizer`` that updates the weights.
 
-    ``again`` builds another model, to see whether a model's own code for loading takes what this one became. ``odd``
-    are weights that were built with NaN or infinite elements.
+    ``again`` builds another model, to test whether the model's own code for loading accepts the present structure.
+    ``odd`` are weights that were built with NaN or infinite elements.
     """
 
     def __init__(self, parts: Mapping[str, Any], optimizer: Any, again: Callable[[], nn.Module]) -> None:
@@ -36,11 +37,11 @@ class Structure:
         self._weights: dict[str, Tensor] = dict(self.modules["model"].named_parameters(remove_duplicate=False))
         self.odd = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
         self._again = again
-        self._taken: set[str] = set()  # what the model's own code loads
+        self._taken: set[str] = set()  # tensors that the model's own code loads
 
     def changes(self, step: int, parts: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-        """What a restore of this step has to do first, as JSON: ``buffers`` in other sizes, by part, and the names of
-        the weights in each of the ``groups``.
+        """The changes that a restore of this step has to make first, as JSON: the names of ``buffers`` in other sizes,
+        by part, and of the weights in each of the ``groups``.
 
         Raises StateError for a state that could not be restored.
         """
@@ -48,9 +49,9 @@ class Structure:
             if self.parts.get(name, part) is not part:
                 raise _refused(step, f"the {name} was replaced by another {type(part).__qualname__}")
         buffers = {part: self._buffers(part, module, step) for part, module in self.modules.items()}
-        found: dict[str, Any] = {"buffers": buffers} if any(buffers.values()) else {}
+        changes: dict[str, Any] = {"buffers": buffers} if any(buffers.values()) else {}
         groups = self._regrouped(step, parts, _groups(optimizer))
-        return found if groups is None else {**found, "groups": groups}
+        return changes if groups is None else {**changes, "groups": groups}
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Sequence[int]) -> bool:
         """Whether a model of these shapes, but for some ``buffers``, and groups of these ``sizes`` can be loaded."""
@@ -59,39 +60,39 @@ class Structure:
         return same and (not sizes or [*sizes] == [*map(len, self.groups)])
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
-        """Make buffers again in the sizes and types that they have in a ``state``: these, and those that an earlier
-        call changed.
+        """Make buffers again in the sizes and types that they have in ``state``: the ``buffers``, and those that an
+        earlier call changed.
         """
         now = _kinds(self.modules[part])
         changed = {name for name, kind in self.kinds[part].items() if now.get(name) != kind}
         _resize(self.modules[part], {*buffers, *changed}, state)
 
     def regroup(self, optimizer: Any, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
-        """Put the weights of these names into the optimizer's groups, of which there may be more or fewer than were
-        built. Their settings are those of the first one until they are loaded. Raises KeyError for an unknown name.
+        """Put the weights of these names into the optimizer's groups; without ``names``, the weights that were built.
+        Added groups have the settings of the first group until they are loaded. Raises KeyError for an unknown name.
         """
-        known, groups = _weights(parts) if names else {}, getattr(optimizer, "param_groups", [])
-        found = [[known[name] for name in group] for group in names] if names else self.groups
+        by_name, groups = _weights(parts) if names else {}, getattr(optimizer, "param_groups", [])
+        wanted = [[by_name[name] for name in group] for group in names] if names else self.groups
         settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
-        del groups[len(found) :]
-        groups += [dict(settings) for _ in found[len(groups) :]]
-        for group, weights in zip(groups, found, strict=True):
+        del groups[len(wanted) :]
+        groups += [dict(settings) for _ in wanted[len(groups) :]]
+        for group, weights in zip(groups, wanted, strict=True):
             group["params"] = [*weights]
 
     def _buffers(self, part: str, module: nn.Module, step: int) -> list[str]:
-        """Those that a restore has to make again; all else has to be as it was built."""
+        """The buffers that a restore has to make again. Raises StateError if anything else is not as it was built."""
         built, now = self.kinds[part], _kinds(module)
         changed = [name for name in {**built, **now} if built.get(name, ()) != now.get(name, ())]
         declared = self._declared[part] & _declared(module) if changed else set()
         other = [name for name in changed if name not in declared and name not in self._taken]
         if other and not (part == "model" and self._takes(module, declared, now)):
             name = other[0]
-            raise _refused(step, f"{part}/{name} is {_told(now, name)}, and was built {_told(built, name)}")
+            raise _refused(step, f"{part}/{name} is {_words(now, name)}, and was built {_words(built, name)}")
         self._taken.update(other)
         return [name for name in changed if name in declared]
 
     def _takes(self, module: nn.Module, buffers: set[str], now: Mapping[str, Kind]) -> bool:
-        """Whether the model's own code makes of a new model what this one is."""
+        """Whether the model's own code for loading gives a new model the structure of this one."""
         if not any(map(_loads_itself, module.modules())):
             return False
         with temporary_seed(0):
@@ -99,7 +100,7 @@ class Structure:
             _resize(model, buffers, state)
             try:
                 model.load_state_dict(state)
-            except Exception:  # of a user's code
+            except Exception:  # a user's code may raise anything
                 return False
         return _kinds(model) == now
 
@@ -138,10 +139,10 @@ def _resize(module: nn.Module, buffers: Collection[str], state: Mapping[str, Any
 
 
 def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of the parts that are restored before the optimizer, by name: of modules, and of modules and tensors
-    among the attributes of a part that is none. What several have is the first one's.
+    """The weights of the parts that are restored before the optimizer, by name: those of modules, and of other parts
+    the modules and tensors among their attributes. A shared weight has the name in the first part.
     """
-    found: dict[int, tuple[str, Tensor]] = {}
+    named_by_id: dict[int, tuple[str, Tensor]] = {}
     for part, owner in takewhile(lambda item: item[0] != "optimizer", parts.items()):
         attributes = getattr(owner, "__dict__", {}).items()
         inner = [("", owner)] if isinstance(owner, nn.Module) else [(f"{name}.", value) for name, value in attributes]
@@ -149,8 +150,8 @@ def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
             named = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
             for name, weight in named:
                 if isinstance(weight, Tensor):
-                    found.setdefault(id(weight), (f"{part}/{path}{name}".rstrip("."), weight))
-    return dict(found.values())
+                    named_by_id.setdefault(id(weight), (f"{part}/{path}{name}".rstrip("."), weight))
+    return dict(named_by_id.values())
 
 
 def _groups(optimizer: Any) -> list[list[Tensor]]:
@@ -159,8 +160,8 @@ def _groups(optimizer: Any) -> list[list[Tensor]]:
 
 def _declared(module: nn.Module) -> set[str]:
     """The names of all buffers, also of those that are None."""
-    found = ((path, own) for path, inner in module.named_modules(remove_duplicate=False) for own in inner._buffers)
-    return {f"{path}.{own}" if path else own for path, own in found}
+    paths = ((path, own) for path, inner in module.named_modules(remove_duplicate=False) for own in inner._buffers)
+    return {f"{path}.{own}" if path else own for path, own in paths}
 
 
 def _loads_itself(module: nn.Module) -> bool:
@@ -169,7 +170,7 @@ def _loads_itself(module: nn.Module) -> bool:
     return bool(module._load_state_dict_pre_hooks) or any(not m.__module__.startswith("torch.") for m in methods)
 
 
-def _told(kinds: Mapping[str, Kind], name: str) -> str:
+def _words(kinds: Mapping[str, Kind], name: str) -> str:
     kind = kinds.get(name)
     return f"of shape {[*kind[0]]}, {kind[1]}" if kind else "something else" if name in kinds else "without it"
 

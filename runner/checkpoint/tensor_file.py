@@ -1,8 +1,8 @@
 """Tensors as bytes: streaming safetensors files with a digest for every block of them.
 
-The files are valid safetensors, so anyone can open them with that library; writing them here is what allows to digest
-while streaming and to make them durable. A digest is of a block, not of a tensor: whoever needs a few rows of a large
-tensor reads little more than those, and a thousand small ones need one digest.
+The files are valid safetensors, so anyone can open them with that library; it cannot write them here, because it
+neither digests while it streams nor makes files durable. A digest is of a block, not of a tensor: a few rows of a large
+tensor are verified by reading little more than them, and a thousand small tensors need one digest.
 """
 
 import cmath
@@ -42,24 +42,24 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_MAX_DIMENSIONS = 64  # torch's own
-_MAX_HEADER = 100_000_000  # bytes; the safetensors library's own
+_MAX_DIMENSIONS = 64  # torch has no tensors with more
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _LONGEST = 500  # characters of a message
-_PIECE = 32_000  # elements; so few are added up in the calling thread, and those that train are left alone
+_PIECE = 32_000  # elements; torch sums more with all its threads, and would slow down training
 
 
 class Damaged(Exception):
     """Stored bytes are not those that were written; says what and where."""
 
     def __init__(self, message: str) -> None:
-        # It may quote names and numbers of a stranger, who may have chosen long ones.
+        # It may quote names and numbers from a manifest that an attacker wrote.
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One data file. Its first ``header`` bytes, which only other readers of the format use, have a digest of their
-    own; all that follow belong to tensors, with a digest for each block.
+    """One data file of ``size`` bytes. The first ``header`` bytes, which only other readers of the format use, have a
+    ``digest`` of their own; the rest belongs to tensors, with a digest for each block in ``blocks``.
     """
 
     size: int
@@ -83,7 +83,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Type and shape of a whole tensor, which may lie in several files."""
+    """Type and shape of a whole tensor, which may be divided among several files."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -100,7 +100,9 @@ class Kind:
 
     @classmethod
     def of(cls, tensor: Tensor, shape: tuple[int, ...], name: str) -> "Kind":
-        """That of a tensor which is a part of one of that shape. Raises StateError for a type the format lacks."""
+        """The kind of the whole tensor of this shape that ``tensor`` is a part of. Raises StateError for a type that
+        safetensors lacks.
+        """
         if tensor.dtype not in _NAMES:
             raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
         return _kind(_NAMES[tensor.dtype], shape)
@@ -110,13 +112,13 @@ class Kind:
         return _DTYPES[self.dtype].itemsize
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Room for elements of this type."""
+        """An uninitialised tensor of this type."""
         return torch.empty(shape, dtype=_DTYPES[self.dtype])
 
 
 @lru_cache(maxsize=4096)
 def _kind(dtype: str, shape: tuple[int, ...]) -> Kind:
-    """A state has many tensors of few kinds."""
+    """Cached: a state has many tensors of few kinds."""
     return Kind(dtype, shape)
 
 
@@ -148,14 +150,14 @@ class SafetensorsFile:
 
 
 def in_order(kinds: Mapping[str, Kind]) -> list[str]:
-    """The names in the order in which a file has the tensors: wide types first keeps every one aligned, as readers
-    that map the file expect.
+    """The names in the order of the file: wide types first, which keeps every tensor aligned, as readers that map the
+    file expect.
     """
     return sorted(kinds, key=lambda name: (-kinds[name].itemsize, name))
 
 
 def blocks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The same bytes block by block, each as the pieces that it is made of."""
+    """The same bytes in blocks, each a list of views."""
     block: list[memoryview] = []
     room = BLOCK
     for view in views:
@@ -170,18 +172,18 @@ def blocks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def memory_key(tensor: Tensor) -> Any:
-    """A key that two tensors have in common when they are the same bytes in the same shape."""
-    # Those without a byte have no address; their storages tell them apart.
+    """A key that is equal for two tensors if they are the same bytes in the same shape."""
+    # Empty tensors have no address; their storages tell them apart.
     place = tensor.data_ptr() if tensor.numel() else tensor.untyped_storage()._cdata
     lazy = tensor.is_conj(), tensor.is_neg()
     return tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype, lazy
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Sums show it, at a twentieth of the price of asking for each element; only
-    where finite elements make one overflow is each asked.
+    """Whether no element is NaN or infinite. A sum is not finite if an element is not, and costs a twentieth of a test
+    of each element; the elements are tested only if a sum is not finite, as finite elements can make it overflow.
     """
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # for which torch has neither
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch cannot sum or test 8-bit floats
     pieces = torch.split(tensor.reshape(-1), _PIECE)
     sums = ((piece.float() if piece.itemsize < 4 else piece).sum().item() for piece in pieces)
     return all(map(cmath.isfinite, sums)) or bool(tensor.isfinite().all())
@@ -194,7 +196,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _header(kinds: Mapping[str, Kind], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file: its length, then JSON."""
+    """The header of a safetensors file: its length, then JSON."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, kind in kinds.items():

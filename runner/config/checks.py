@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import Container, DictConfig, OmegaConf
 
 from runner.config.environment import plain_value
-from runner.config.schema import Config, Inherit
+from runner.config.schema import LEAST_KEPT, Config, Inherit
 from runner.config.secrets import Unresolved, find_secrets, may_be_secret
 from runner.errors import ConfigError, redacted
 
@@ -33,7 +33,7 @@ _MINIMUM = {
     "checkpoint.every_steps": 1,
     "checkpoint.every_seconds": 0,
     "checkpoint.max_unsaved": 0,
-    "checkpoint.keep_last": 2,  # the loss of any one object must leave a checkpoint
+    "checkpoint.keep_last": LEAST_KEPT,
     "checkpoint.keep_every_steps": 1,
     "checkpoint.keep_best": 1,
     "metrics.every_steps": 1,

@@ -9,6 +9,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+LEAST_KEPT = 2  # verified checkpoints are always kept, so that the loss of any one object leaves one to resume from
+
 
 class Precision(Enum):
     fp32 = "fp32"

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from runner.checkpoint.manifest import CommitId, parse_data
-from runner.checkpoint.retention import LEAST, CommitInfo, Retention
+from runner.checkpoint.retention import CommitInfo, Retention
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
+from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
 from runner.run import attempts
 from runner.run.directory import RunDirectory
@@ -24,7 +25,7 @@ def prune(
 
     Raises ConfigError for numbers that are too small, RunInUse while a process works on the run.
     """
-    for name, value, least in (("last", last, LEAST), ("every-steps", every_steps, 1), ("best", best, 0)):
+    for name, value, least in (("last", last, LEAST_KEPT), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
     facts = RunFacts(directory)
@@ -69,7 +70,7 @@ def _survey(store: CheckpointStore) -> list[CommitInfo]:
 
 def _verify(store: CheckpointStore, retention: Retention) -> None:
     """Read the newest kept commits until two are verified. A damaged commit changes which commits are kept."""
-    while len(store.verified) < LEAST:
+    while len(store.verified) < LEAST_KEPT:
         unproven = retention.kept(_survey(store)) - store.verified - store.damaged
         if not unproven:
             return  # there are fewer than two, so everything is kept
