@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_opaque import N, OnDataset, mine, resumed, sample, step, stored, stream, uninterrupted
+from test_iterable import N, OnDataset, mine, resumed, sample, step, stored, stream, uninterrupted
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.errors import DataError
