@@ -139,7 +139,7 @@ MISTAKES = {
     "a search space": (
         ("-m", "experiment=smoke", "+hydra.sweeper.params={seed: '1,2'}"),
         2,
-        "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. What is",
+        "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. A key",
     ),
     "a part of a search space": (
         ("-m", "experiment=smoke", "+hydra.sweeper.params.seed='1,2'"),
