@@ -123,7 +123,7 @@ MISTAKES = {
     ),
     "a sweep's configuration": command("Leave -m out to see", "--cfg", "job", "-m", "experiment=smoke", "seed=1,2"),
     "a search space": command(
-        "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. What is",
+        "an override cannot be applied: 'NoneType' object has no attribute 'get', key: hydra.sweeper.params. A key",
         "-m",
         "experiment=smoke",
         "+hydra.sweeper.params={seed: '1,2'}",
