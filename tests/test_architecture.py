@@ -26,7 +26,7 @@ DOORS = {
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"hashing"},
-    "hashlib": {"hashing", "rng"},  # seeds are hashes, too
+    "hashlib": {"hashing", "seeds"},  # seeds are hashes, too
     "yaml": {"run"},
     "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},

@@ -39,7 +39,7 @@ _ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsave
 _LAST_SECONDS = 5.0  # for the commit in flight when training ends with an error
 
 
-class Journal(Protocol):
+class DurableRecords(Protocol):
     """Lines that are written beside the checkpoints, and must be durable before the commit of their step."""
 
     def mark(self, step: int) -> Mapping[str, Any]:
@@ -76,7 +76,7 @@ class SaveCheckpoint(Callback):
         attempt: int,
         identity: Mapping[str, Any],
         owner: Attempt | None = None,
-        journals: Sequence[Journal] = (),
+        journals: Sequence[DurableRecords] = (),
         guard: FiniteLoss | None = None,
         max_unsaved: float,
         background: bool,

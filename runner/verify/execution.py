@@ -151,7 +151,7 @@ _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradien
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class AttemptFailure:
     """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, the end of its message."""
 
     status: int
@@ -193,14 +193,16 @@ class AttemptTrace:
         return self.request.victim if self.status is None and self.select("killed") else None
 
     @property
-    def failure(self) -> Failure | None:
+    def failure(self) -> AttemptFailure | None:
         """Why it ended with an error; None if it did not. A process that a watchdog ended has only its output."""
         if self.status in (0, None):
             return None
         event = next((event for event in self.select("failed") if event["message"]), None)
         text = event["message"] if event else self.request.log.read_text(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        return Failure(self.status, event["kind"] if event else RunnerError.kind, "\n".join(lines[-_LAST_LINES:]))
+        return AttemptFailure(
+            self.status, event["kind"] if event else RunnerError.kind, "\n".join(lines[-_LAST_LINES:])
+        )
 
 
 @dataclass(slots=True)
@@ -236,7 +238,7 @@ class RunTrace:
         return events[-1] if events else None
 
     @property
-    def failure(self) -> Failure | None:
+    def failure(self) -> AttemptFailure | None:
         """Why an attempt ended with an error, if one did."""
         return next((attempt.failure for attempt in self.attempts if attempt.failure), None)
 
