@@ -178,6 +178,9 @@ if __name__ == "__main__":
     status = 1  # of what is raised
     try:
         status = main()
+    except SystemExit as error:  # the application leaves with the status of its error
+        status = error.code if isinstance(error.code, int) else status
+        raise
     finally:
         _leave(status)
     sys.exit(status)

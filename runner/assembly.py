@@ -143,7 +143,7 @@ class Wiring:
             attempt=self.attempt,
             identity=self.opening.identity,
             owner=None if records is None else records.attempt,
-            journals=[] if records is None else [records],
+            records=[] if records is None else [records],
             guard=guard,
             max_unsaved=checkpoint.max_unsaved,
             background=checkpoint.background,

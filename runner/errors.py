@@ -83,7 +83,7 @@ class NoLoadableCheckpoint(RunnerError):
 
 
 class Interrupted(RunnerError):
-    """The attempt stopped on request, with everything committed."""
+    """The attempt stopped on request, with its last step committed, unless it had waited for data for too long."""
 
     status = 75
 

@@ -42,8 +42,8 @@ from runner.trainer import Trainer
 def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
     """Start the run, or resume it, and train until it is finished; returns its result.
 
-    All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal, with
-    everything committed, and RunInUse while another process works on the run.
+    All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal
+    (see there) and RunInUse while another process works on the run.
     """
     device = set_up_device(config, team.world)
     team.begin(device)
@@ -95,7 +95,9 @@ def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store:
 
 
 def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
-    """Give the methods of moments to the objects that reach them; returns all callbacks and observers in order."""
+    """Register ``on_save``, ``on_commit``, ``on_evaluation`` and ``on_gradients`` with the objects that call them;
+    returns all callbacks and observers in order.
+    """
     saver, evaluate = _saver(callbacks), callbacks.get("evaluate")
     calls = [*(each for each in callbacks.values() if each is not saver), *observers, saver]
     saver.save_listeners = overriding(calls, "on_save")

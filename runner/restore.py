@@ -68,7 +68,7 @@ def restore_newest(
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
-    ``evidence`` returns a description of any trace of an earlier commit, or None. all ranks of ``comm`` load the same
+    ``evidence`` returns a description of any trace of an earlier commit, or None. All ranks of ``comm`` load the same
     checkpoint: a checkpoint that is damaged for one rank is damaged for all.
 
     Raises NoLoadableCheckpoint, and then has changed nothing; StateError or NonFiniteError for a checkpoint from which

@@ -217,7 +217,7 @@ def test_nobody_sets_private_attributes_of_the_runner(folder: Path) -> None:
         ("def f(trainer): trainer.a._step += 1", True),
         ("import random\nrandom._urandom = None", False),
         ("from runner import signals\nmonkeypatch.setattr(signals, '_received', 'SIGTERM')", True),
-        ("monkeypatch.setattr('runner.callbacks.saving._PAUSE', 0.0)", True),
+        ("monkeypatch.setattr('runner.callbacks.saving._MAX_PAUSE', 0.0)", True),
         ("import s3fs\nmonkeypatch.setattr(s3fs.S3FileSystem, '_call_s3', None)", False),
         ("class C:\n def __init__(self): self._x = 1", False),
     ],

@@ -184,3 +184,11 @@ def test_a_thread_that_never_ends_does_not_keep_the_process(arguments: tuple[str
     ended = subprocess.run([sys.executable, "-c", LEAVES, *arguments], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 4, ended.stderr
     assert "threads that never end are left behind: endless" in ended.stderr
+
+
+def test_an_interrupted_run_with_an_endless_thread_exits_75(tmp_path: Path) -> None:
+    thread = "+callbacks.thread._target_=mine.callbacks.Thread"
+    command = [sys.executable, "-m", "runner", *stops("training", 3, signal.SIGTERM), thread, f"run.root={tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=USER)
+    assert ended.returncode == 75, ended.stderr
+    assert "threads that never end are left behind: endless" in ended.stderr

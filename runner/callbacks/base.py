@@ -113,7 +113,7 @@ class Callback:
         """
 
     def on_save(self, loop: Loop) -> None:
-        """The state of this step has been copied, and will be committed in the background."""
+        """The state of this step has been copied, and is about to be committed by the writer's thread."""
 
     def on_commit(self, step: int) -> None:
         """A copy of the state of ``step`` is durable, and a resume would begin with it. Called in the writer's thread,

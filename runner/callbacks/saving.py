@@ -1,7 +1,7 @@
 """Saves the state of a run: copies it between two steps, and commits the copy in the background.
 
 The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoint.snapshot``); the thread of
-``checkpoint.background_writer`` makes the journals durable and calls ``CheckpointStore.commit``, which writes the data
+``checkpoint.background_writer`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
 files (``checkpoint.tensor_file``) and then the manifest.
 """
 
@@ -22,7 +22,7 @@ from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
-from runner.errors import NonFiniteError, StorageError, printable
+from runner.errors import NonFiniteError, RunnerError, StorageError, printable
 from runner.interval import CostBudget, Interval
 from runner.run.attempts import Attempt
 
@@ -32,7 +32,7 @@ log = logging.getLogger("runner")
 # this very step is needed), or write the copy of the step ``again`` once more. ``more`` orders may follow.
 Order = dict[str, Any]
 
-_MAX_PAUSE = 60.0  # seconds between two attempts to save
+_MAX_PAUSE = 60.0  # seconds between two tries
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
 QUIET_SECONDS = 5.0  # that training waits for room before it says so
 _ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsaved is
@@ -63,7 +63,7 @@ class SaveCheckpoint(Callback):
     for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for just as long.
 
     All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its order at the same step.
-    Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``journals``.
+    Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SaveCheckpoint(Callback):
         attempt: int,
         identity: Mapping[str, Any],
         owner: Attempt | None = None,
-        journals: Sequence[DurableRecords] = (),
+        records: Sequence[DurableRecords] = (),
         guard: FiniteLoss | None = None,
         max_unsaved: float,
         background: bool,
@@ -91,7 +91,7 @@ class SaveCheckpoint(Callback):
         self.attempt = attempt
         self.identity = identity
         self.owner = owner
-        self.journals = journals
+        self.records = records
         self.guard = guard or FiniteLoss()
         self.max_unsaved = max_unsaved
         self.background = background
@@ -185,7 +185,7 @@ class SaveCheckpoint(Callback):
 
     def _facts(self, loop: Loop) -> dict[str, Any]:
         self.guard.check()
-        marks = [journal.mark(loop.step).items() for journal in self.journals]
+        marks = [record.mark(loop.step).items() for record in self.records]
         changes = loop.state.changes()
         return {
             "identity": self.identity,
@@ -201,12 +201,15 @@ class SaveCheckpoint(Callback):
         if self.store.comm.rank == 0:
             self._unsaved_since = self._unsaved_since or self._clock()
             self.store.comm.broadcast(copy.step)  # the writers of the other ranks wait for it
-        # A superseded attempt must not flush its journals.
+        # A superseded attempt must not flush its records.
         self.store.require_newest(self._successor)
         on_all_ranks(self.store.comm, lambda: self._prepare(copy))
         commit = self.store.commit(copy.snapshot, attempt=self.attempt, successor=self._successor)
         for listener in self.commit_listeners:
-            listener(commit.step)
+            try:
+                listener(commit.step)
+            except StorageError as error:  # it must not look like a commit that failed, which would be tried again
+                raise RunnerError(f"on_commit of step {commit.step}: {error}") from error
         self._buffers.append(copy.buffers)
         self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
         if self.owner is not None:
@@ -225,8 +228,8 @@ class SaveCheckpoint(Callback):
                     f"the state of step {copy.step} is not saved: {name} is NaN or infinite, though no loss was until "
                     "then. The checkpoints from before are finite and are kept"
                 )
-        for journal in self.journals:
-            journal.flush()
+        for record in self.records:
+            record.flush()
 
     def _successor(self) -> str | None:
         """The name of a newer attempt, if there is one."""

@@ -6,8 +6,9 @@ Kept are
 * the ``keep_best`` best by the objective;
 * the newest undamaged one of every step that is a multiple of ``keep_every_steps``.
 
-The policy is a pure function of what the storage holds: it remembers nothing between two calls, so a resumed run, and
-``python -m runner.runs prune``, decide as the run did.
+The policy is a function of its arguments and remembers nothing between two calls. ``verified`` means that this process
+wrote or read the bytes, so a resumed run keeps more for a while. ``python -m runner.runs prune`` applies the same rules
+with the numbers of its own options.
 """
 
 import math
@@ -42,7 +43,7 @@ class Retention:
     mode: str | None = None
 
     def pins(self, step: int) -> bool:
-        """Whether a commit of this step is kept for good."""
+        """Whether the newest commit of this step is always kept."""
         return self.every_steps is not None and step % self.every_steps == 0
 
     def kept(self, commits: Iterable[CommitInfo]) -> set[CommitId]:
@@ -78,7 +79,7 @@ def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
     step, the steps after it were done again, or come from a process that went on after it had been superseded.
     """
     lineage: list[CommitInfo] = []
-    attempt, limit, lowest = 0, math.inf, math.inf  # steps of an older attempt count below the first one of the newer
+    attempt, limit, lowest = 0, math.inf, math.inf  # of an older attempt only steps below ``limit`` count
     for commit in sorted(commits, key=lambda commit: commit.id, reverse=True):
         if commit.damaged:
             continue

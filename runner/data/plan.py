@@ -1,5 +1,5 @@
-"""Which sample is at which position, and which positions make a step: all that the samples of a run depend on, besides
-the data itself.
+"""Positions, epochs and steps: which positions make a step, and which place of which epoch a position is. The order
+(``order.py``) has the sample of each place.
 """
 
 import zlib
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that determines which sample is at which position.
+    """Everything that the samples of a run depend on, besides the data itself.
 
     Position q is in epoch ``q // epoch_size``. A step consumes ``batch_size`` positions in equal slices,
     ``micro_batches`` for each of the ``world.size`` processes; slice k of a step belongs to rank ``k % world.size``.

@@ -67,7 +67,7 @@ def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = 
 
     If it raises, all ranks raise: a RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
 
-        names = on_rank_zero(comm, lambda: list_commits(location))  # one listing, the same names everywhere
+        names = on_rank_zero(comm, lambda: commits(location))  # one listing, the same names everywhere
     """
     if comm.size == 1:
         return work()
@@ -115,9 +115,7 @@ def _message(error: Exception, rank: int | None = None) -> dict[str, Any]:
 
 
 def _raise(message: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
-    """Raise the error in ``message``, if there is one. ``own`` is the error of this rank. On ranks without an error the
-    raised one is marked as from ``elsewhere``, so that only one rank prints it.
-    """
+    """Raise the error in ``message``, if there is one. ``own`` is the error of this rank."""
     if message is None:
         return
     every: Kinds = (RunnerError, *_subclasses(RunnerError), *kinds)
@@ -127,7 +125,6 @@ def _raise(message: dict[str, Any] | None, own: Exception | None, kinds: Kinds) 
     error: Any = classes.get(message["class"], RunnerError)(message["text"])
     if isinstance(error, RunnerError):
         error.kind = message["kind"]
-    error.elsewhere = own is None
     raise error from own
 
 

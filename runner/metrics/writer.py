@@ -84,7 +84,7 @@ class WriterContext:
     experiment: str
     run: str  # experiment/variant
     hyperparameters: Mapping[str, Any]  # the configuration of what is computed, as nested plain values
-    attempt: int  # the number of this process life of the run
+    attempt: int  # the number of this attempt at the run
     step: int  # training continues after this step; ``add`` may repeat it if its evaluation was interrupted
     mark: Mapping[str, Any] | None = None  # what ``mark`` returned for the checkpoint; None: there was no such writer
 

@@ -41,8 +41,7 @@ class Heartbeat:
 
     ``superseded`` is the attempt that took over the run, once there is one. ``gone_since``: since when the claim is
     gone (``time.monotonic``); meanwhile nothing is written, because a heartbeat would create the folder of a removed
-    run again. The thread takes no lock but its own, which forked data
-    workers never use, so that a fork cannot deadlock.
+    run again. The thread takes no lock but its own, which forked data workers never use: a fork cannot deadlock.
     """
 
     def __init__(self, location: Location, name: ClaimName) -> None:

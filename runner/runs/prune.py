@@ -1,4 +1,4 @@
-"""Removes old checkpoints of a run on which no process works, by the same policy as a running one."""
+"""Removes old checkpoints of a run on which no process works, by the rules of a running one."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

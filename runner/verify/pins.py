@@ -1,4 +1,4 @@
-"""Things that can be held fast in a life, to see whether a difference goes away with them.
+"""Things that can be held fast in an attempt, to see whether a difference goes away with them.
 
 A pin changes what is computed; only runs under the same pins are compared.
 """
@@ -66,7 +66,7 @@ def _pid() -> None:
 
 
 def _time() -> None:
-    """The clocks that people read: each call of a module finds them a little later than its call before, in every life
+    """The clocks that people read: each call of a module reads a little later time than its last call, in every attempt
     alike, whatever others ask beside it. The runner reads the true ones.
     """
     ticks: dict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -1,9 +1,10 @@
-"""The observer of one attempt in ``runner.verify``: notes what every step was given and made, and kills the process.
+"""The observer of one attempt in ``runner.verify``: records each step, and kills the process.
 
-After every step it writes a line of JSON: what the step was given, what it made of it, and a digest of every tensor and
-value of the state; a line that is written survives the kill. Moments of a kill: ``step``, ``save`` (half of an object's
-bytes are written), ``committed``, ``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step),
-``clock`` (so many milliseconds after the start, or after the step that a save is asked for).
+After every step it writes a line of JSON: the batch, gradients, generators and metrics of the step, and, unless the
+attempt is ``silent``, a digest of every tensor and value of the state and of the memory beside it. A written line
+survives the kill. Moments of a kill: ``step``, ``save`` (half of an object's first piece is written), ``committed``,
+``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step), ``clock`` (so many milliseconds
+after the restore, at the latest when step ``after`` ends).
 """
 
 import json

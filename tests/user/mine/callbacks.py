@@ -128,3 +128,10 @@ class Saves(Callback):
 
     def on_step(self, loop):
         loop.save = loop.step == 3
+
+
+class Thread(Callback):
+    """Starts a thread that never ends and is no daemon."""
+
+    def on_start(self, loop):
+        threading.Thread(target=threading.Event().wait, name="endless").start()
