@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from runner import signals
-from runner.activity import doing
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.retention import ranked
@@ -55,7 +54,6 @@ class Resumed:
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
-@doing("saves")
 def restore_newest(
     state: TrainState,
     store: CheckpointStore,
@@ -101,7 +99,6 @@ def restore_newest(
     return replace(fresh(), unusable=tuple(unusable))
 
 
-@doing("saves")
 def begin(
     state: TrainState,
     identity: dict[str, Any],

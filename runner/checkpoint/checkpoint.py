@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, laid_out, orders
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.reading import Reader, TensorBytes
@@ -36,6 +37,7 @@ class Checkpoint:
     def step(self) -> int:
         return self.id.step
 
+    @doing("saves")
     def load(self, part: str, *, like: Any = None) -> Any:
         """The state dict of one part; if it differs between ranks, this rank's, or rank 0's if there was no such rank.
         Where the state ``like`` has a distributed tensor, the loaded state has one, too.
@@ -55,6 +57,7 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
             raise Damaged(f"{self.id.commit} has no state of {part} that can be read: {error!r}") from error
 
+    @doing("saves")
     def tensors_of(self, part: str, shards: Mapping[str, LocalShard] | None = None) -> dict[str, Tensor]:
         """The tensors of one part by their names in the checkpoint; of those in ``shards`` the cell of this rank. Names
         that shared one tensor when they were written share one again.
@@ -75,6 +78,7 @@ class Checkpoint:
         tensors = {name: laid_out(read.pop(name), names[name]) for name in [*read]}
         return {name: tensors[original] for name, original in aliases.items()}
 
+    @doing("saves")
     def check(self) -> None:
         """Raise Damaged for a file with another header, or with room for other tensors; each rank looks at its share of
         the files.
@@ -86,6 +90,7 @@ class Checkpoint:
                     self.reader.check_header(names[first + number])
                     self.reader.offsets(group, number, names[first + number])
 
+    @doing("saves")
     def verify(self) -> None:
         """Read every byte. Raises Damaged."""
         self.reader.verify()

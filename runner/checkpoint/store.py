@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from runner.activity import doing
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
 from runner.checkpoint.encoding import decode
@@ -120,10 +121,12 @@ class CheckpointStore:
             files = [*pool.map(put, range(len(groups)), groups)]
         return report(snapshot, write, files)
 
+    @doing("saves")
     def commits(self) -> list[CommitId]:
         """All commits, the one to resume from first."""
         return manifests.commits(self.location)
 
+    @doing("saves")
     def open(self, commit: CommitId, comm: Communicator = SINGLE_PROCESS) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""
         return on_all_ranks(comm, lambda: self._open(commit, comm), kinds=(Damaged, Torn))
@@ -153,6 +156,7 @@ class CheckpointStore:
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
+    @doing("saves")
     def survey(self) -> list[CommitInfo]:
         """Every commit, the one to resume from first. A commit is damaged if its manifest does not unseal, or its files
         do not have their sizes, by fresh listings; the contents of data files are not read.
