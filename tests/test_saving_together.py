@@ -1,6 +1,7 @@
 """Saving beside training on several ranks: all copy the same step, whatever the storage does to one of them."""
 
 import random
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -173,8 +174,10 @@ def test_whoever_is_superseded_stops_all_its_ranks() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_all_ranks_save_the_same_steps_whatever_fails(seed: int) -> None:
-    """In the background, where no two ranks are ever equally far."""
+def test_all_ranks_save_the_same_steps_whatever_fails(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the background, where no two ranks are ever equally far. Pauses before another try are short."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     steps = 25
     chance = random.Random(seed)
     improved = [chance.random() < 0.2 for _ in range(steps)]
