@@ -3,6 +3,7 @@
 claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> result
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -25,7 +26,15 @@ from runner.data.stream import MapStyleStream
 from runner.device import set_up_device
 from runner.distributed.communicator import on_rank_zero
 from runner.distributed.team import Team
-from runner.errors import Interrupted, NonFiniteError, StorageError, Superseded, exit_is_an_error, printable
+from runner.errors import (
+    Interrupted,
+    NonFiniteError,
+    RunnerError,
+    StorageError,
+    Superseded,
+    exit_is_an_error,
+    printable,
+)
 from runner.finish import finish
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
@@ -37,6 +46,8 @@ from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
 from runner.trainer import Trainer
+
+log = logging.getLogger("runner")
 
 
 def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
@@ -155,7 +166,11 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        notify([*callbacks.values(), *observers], "on_error", error)
+        for call in overriding([*callbacks.values(), *observers], "on_error"):
+            try:
+                call(error)
+            except Exception:  # the cause matters more
+                log.exception("a callback failed in on_error")
         raise
 
 
@@ -205,7 +220,7 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
         yield number, None
         return
     (attempt,) = claimed
-    team.on_failure(lambda why: attempt.end("failed", reason=why))
+    team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "failed", ""
     try:
         opening.directory.sweep()
@@ -213,16 +228,20 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
         outcome = "finished"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Interrupted):
-            outcome = "interrupted"
-        elif isinstance(error, Superseded):
+        if isinstance(error, Superseded):
             outcome = "superseded"
         elif isinstance(error, NonFiniteError):
             outcome = "diverged"
+        elif isinstance(error, RunnerError):  # also of another process, which was interrupted and ended this one
+            outcome = _outcome(error.status)
         raise
     finally:
         with suppress(StorageError):  # the reason of the failure matters more than a record of it
             attempt.end(outcome, reason=reason)
+
+
+def _outcome(status: int) -> str:
+    return "interrupted" if status == Interrupted.status else "failed"
 
 
 def _claim(opening: OpenedRun, facts: dict[str, Any]) -> Attempt:

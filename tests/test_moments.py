@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from crews import Crews
 from lives import Ended, Lives
 from results import metric_lines
 
@@ -63,6 +64,42 @@ def test_a_requested_save_is_committed_at_once(run: Run, tmp_path: Path) -> None
     never = ("checkpoint.every_steps=null", "trainer.evaluate_every_steps=null", "checkpoint.background=true")
     assert run(*never, "+callbacks.saves._target_=mine.callbacks.Saves", step=4).status is None
     assert [commit.step for commit in commits(LocalLocation(tmp_path / "smoke/run"))] == [3]
+
+
+MIRROR = "+callbacks.mirror={_target_: mine.callbacks.FailsToMirror, step: 2}"
+
+
+def test_an_error_after_a_commit_ends_training_and_keeps_it(run: Run, tmp_path: Path) -> None:
+    ended = run(MIRROR)
+    assert (ended.status, "the mirror is full" in ended.output, "could not be written" in ended.output) == (
+        1,
+        True,
+        False,
+    )
+    assert 2 in [commit.step for commit in commits(LocalLocation(tmp_path / "smoke/run"))]
+    ended = run(MIRROR)
+    assert (ended.status, "resumed from step" in ended.output) == (0, True), ended.output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_after_a_commit_on_one_rank_ends_all(rank: int, crew: Crews, tmp_path: Path) -> None:
+    mirror = f"+callbacks.mirror={{_target_: mine.callbacks.FailsToMirror, step: 2, rank: {rank}}}"
+    command = ("experiment=smoke", "trainer.max_steps=40", "checkpoint.every_steps=2", "runtime.parallel=ddp")
+    ended = crew(2, *command, f"run.root={tmp_path}", "run.name=r", mirror, cwd=USER)
+    assert ended.statuses == [1, 1], ended.output
+    assert ended.output.count("the mirror is full") == 1
+
+
+def test_an_error_in_on_error_does_not_hide_the_cause(run: Run) -> None:
+    ended = run("+callbacks.bad._target_=mine.callbacks.FailsTwice")
+    assert (ended.status, "RuntimeError: the cause" in ended.output) == (1, True), ended.output
+    assert "a callback failed in on_error" in ended.output
+
+
+def test_a_method_set_on_the_instance_is_called() -> None:
+    callback = Callback()
+    callback.on_step = print  # type: ignore[method-assign]
+    assert overriding([callback], "on_step") == [print]
 
 
 def test_only_overridden_moments_are_called() -> None:

@@ -166,6 +166,17 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(
     assert not results(folder(tmp_path, "stopped")).differences(uninterrupted("ddp")[0])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_one_rank_waits_for_data_is_no_failure(rank: int, crew: Crews, tmp_path: Path) -> None:
+    size, *command = LAYOUTS["ddp"]
+    data = ("data.train._target_=mine.data.Stalls", f"+data.train.rank={rank}", f"+data.train.mark={tmp_path}/mark")
+    more = (f"run.root={tmp_path}", "run.name=waits", "runtime.audit=false")
+    ended = crew(size, *command, *more, *data, cwd=USER, send=signal.SIGTERM, when=f"{tmp_path}/mark")
+    assert ended.statuses == [75, 75], ended.output
+    (end,) = (json.loads(path.read_text()) for path in tmp_path.glob("smoke/waits/attempts/*.end.json"))
+    assert end["outcome"] == "interrupted", end
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]

@@ -117,7 +117,7 @@ class Callback:
 
     def on_commit(self, step: int) -> None:
         """A copy of the state of ``step`` is durable, and a resume would begin with it. Called in the writer's thread,
-        beside later steps: look at nothing that training changes.
+        beside later steps: look at nothing that training changes. What it raises ends training after its next step.
         """
 
     def on_end(self, loop: Loop) -> None:
@@ -129,7 +129,9 @@ class Callback:
         """The run is finished: weights are exported and the ``result`` is written."""
 
     def on_error(self, error: Exception) -> None:
-        """The attempt ends with an error, in this process at least: make no call that waits for other processes."""
+        """The attempt ends with an error (Interrupted after a stop signal), in this process at least: make no call that
+        waits for other processes. What this method raises is logged.
+        """
 
 
 class Observer(Callback):
@@ -168,9 +170,12 @@ def observed_by(*more: Observer) -> Iterator[None]:
 
 
 def overriding(callbacks: Iterable[Callback], moment: str) -> list[Callable[..., Any]]:
-    """The methods for a ``moment``, such as ``"on_step"``, of those callbacks that override it, in their order."""
+    """The methods for a ``moment``, such as ``"on_step"``, of the callbacks that override it, by their class or by an
+    attribute of the instance, in their order.
+    """
     base = getattr(Observer, moment)
-    return [getattr(each, moment) for each in callbacks if getattr(type(each), moment, base) is not base]
+    methods = [getattr(each, moment, base) for each in callbacks]  # a Callback has no moments of an Observer
+    return [method for method in methods if getattr(method, "__func__", method) is not base]
 
 
 def notify(callbacks: Iterable[Callback], moment: str, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
-from runner.errors import NonFiniteError, RunnerError, StorageError, printable
+from runner.errors import NonFiniteError, StorageError, printable
 from runner.interval import CostBudget, Interval
 from runner.run.attempts import Attempt
 
@@ -98,6 +98,7 @@ class SaveCheckpoint(Callback):
         self.comm = comm
         self.save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
         self.commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
+        self._listener_error: Exception | None = None
         self.save_at_start = False  # the state at the start is in no commit of this run yet
         self._clock = clock
         self._writer = Writer(self._commit, store.comm)
@@ -125,6 +126,7 @@ class SaveCheckpoint(Callback):
             self._wait()
 
     def on_step(self, loop: Loop) -> None:
+        self._raise_listener_error()
         self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
@@ -139,6 +141,7 @@ class SaveCheckpoint(Callback):
             self.act(loop, order)
             self._wait()
             order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
+        self._raise_listener_error()
 
     @doing("saves")
     def close(self) -> None:
@@ -205,11 +208,6 @@ class SaveCheckpoint(Callback):
         self.store.require_newest(self._successor)
         on_all_ranks(self.store.comm, lambda: self._prepare(copy))
         commit = self.store.commit(copy.snapshot, attempt=self.attempt, successor=self._successor)
-        for listener in self.commit_listeners:
-            try:
-                listener(commit.step)
-            except StorageError as error:  # it must not look like a commit that failed, which would be tried again
-                raise RunnerError(f"on_commit of step {commit.step}: {error}") from error
         self._buffers.append(copy.buffers)
         self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
         if self.owner is not None:
@@ -219,6 +217,19 @@ class SaveCheckpoint(Callback):
                 self.store.retain(self.retention, attempt=self.attempt)
             except StorageError as error:
                 log.warning("older checkpoints were not removed: %s", printable(error))
+        self._notify(commit.step)
+
+    def _notify(self, step: int) -> None:
+        """Call the listeners; an error of theirs is for the training thread, since the commit itself is whole."""
+        try:
+            for listener in self.commit_listeners:
+                listener(step)
+        except Exception as error:
+            self._listener_error = self._listener_error or error
+
+    def _raise_listener_error(self) -> None:
+        if self._listener_error is not None:
+            raise self._listener_error
 
     def _prepare(self, copy: PendingSave) -> None:
         copy.buffers.wait()

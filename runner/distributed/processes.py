@@ -201,7 +201,7 @@ class ProcessTeam:
     def rest(self) -> None:
         self.watch.rest()
 
-    def on_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
         self.watch.last_words = last_words
 
     @contextmanager

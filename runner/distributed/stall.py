@@ -43,10 +43,10 @@ _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
 
 
 class Stall:
-    """Watches the thread that creates it. ``last_words`` is called with the reason before the process is ended."""
+    """Watches the thread that creates it. ``last_words`` gets reason and exit status before the process is ended."""
 
     def __init__(self, timeout: float, patience: float) -> None:
-        self.last_words: Callable[[str], None] = lambda reason: None
+        self.last_words: Callable[[str, int], None] = lambda reason, status: None
         self._timeout = timeout
         self._patience = patience
         self._training = threading.get_ident()

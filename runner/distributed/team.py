@@ -68,7 +68,7 @@ class Team(Protocol):
     def rest(self) -> None:
         """Training is over: the timeout does not hold any more."""
 
-    def on_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
         """Register a function that the watchdog calls with the reason before it ends this process."""
 
     def blame_peer(self) -> AbstractContextManager[Any]:
@@ -115,7 +115,7 @@ class SingleProcessTeam:
         if self._stall is not None:
             self._stall.rest()
 
-    def on_failure(self, last_words: Callable[[str], None]) -> None:
+    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
         if self._stall is not None:
             self._stall.last_words = last_words
 

@@ -35,12 +35,14 @@ from runner.distributed.world import World
 GRACE_SECONDS = 10.0
 
 
-def end_process(message: str, status: int, last_words: Callable[[str], None], *, who: str = "this process") -> NoReturn:
-    """Call ``last_words`` with the message, print it, and end the process and its children at once."""
+def end_process(
+    message: str, status: int, last_words: Callable[[str, int], None], *, who: str = "this process"
+) -> NoReturn:
+    """Call ``last_words`` with message and status, print the message, and end the process and its children at once."""
 
     def speak() -> None:
         with suppress(Exception):
-            last_words(message)
+            last_words(message, status)
 
     speaker = threading.Thread(target=speak, daemon=True)
     speaker.start()
@@ -148,13 +150,14 @@ class Beat:
 class Watchdog:
     """The threads that write beats, look at those of others, and end this process after a failure.
 
-    ``failure`` is set once any process has failed. ``last_words`` is called with the message before the watchdog ends
-    this process. A process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
+    ``failure`` is set once any process has failed. ``last_words`` is called with message and exit status before the
+    watchdog ends this process. A process that reads or writes a checkpoint may take ``patience`` seconds longer than
+    ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
         self.failure: Failure | None = None
-        self.last_words: Callable[[str], None] = lambda reason: None
+        self.last_words: Callable[[str, int], None] = lambda reason, status: None
         self._store = store
         self._world = world
         self._timeout = timeout

@@ -5,6 +5,7 @@ import threading
 
 from mine.tasks import first
 from runner.callbacks.base import Callback
+from runner.errors import StorageError
 
 
 class Plateau(Callback):
@@ -107,6 +108,27 @@ def teller(moment):
 
 for name in [name for name in vars(Callback) if name.startswith("on_")]:
     setattr(Tells, name, teller(name.removeprefix("on_")))
+
+
+class FailsTwice(Callback):
+    """Fails in a step, and again when it hears of that."""
+
+    def on_step(self, loop):
+        raise RuntimeError("the cause")
+
+    def on_error(self, error):
+        raise KeyError("another error")
+
+
+class FailsToMirror(Callback):
+    """Cannot copy the checkpoint of a step elsewhere, in one rank."""
+
+    def __init__(self, *, step, rank=0):
+        self.step = step if os.environ.get("RANK", "0") == str(rank) else None
+
+    def on_commit(self, step):
+        if step == self.step:
+            raise StorageError("the mirror is full")
 
 
 class Nothing(Callback):

@@ -2,12 +2,14 @@
 
 import glob
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +39,22 @@ class Stuck(Digits):
         super().__init__(**how)
         if os.environ.get("RANK") == str(rank) and first(once):
             threading.Event().wait()
+
+
+class Stalls(Digits):
+    """In one rank, its 60th sample never comes; then there is the file ``mark``."""
+
+    def __init__(self, *, rank, mark, **how):
+        super().__init__(**how)
+        self.left = 60 if os.environ.get("RANK") == str(rank) else math.inf
+        self.mark = mark
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            Path(self.mark).touch()
+            threading.Event().wait()
+        return super().__getitem__(index)
 
 
 class Guarded(Rows):
