@@ -1,5 +1,6 @@
 """The callbacks of an attempt in their order, and the records that rank 0 keeps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,9 +45,9 @@ class RunRecords:
         )
         return cls(attempt, MetricWriters(), ledger)
 
-    def open(self, opening: OpenedRun, config: Config, resumed: Resumed) -> None:
-        """Continue after the step that was resumed from. The ledger is opened by its callback. Raises ConfigError for a
-        metric writer that cannot be used.
+    def open(self, opening: OpenedRun, writers: Mapping[str, Any], resumed: Resumed) -> None:
+        """Continue after the step that was resumed from, with metric ``writers`` as they are configured. The ledger is
+        opened by its callback. Raises ConfigError for a writer that cannot be used.
         """
         directory = opening.directory
         context = WriterContext(
@@ -60,10 +61,9 @@ class RunRecords:
         self.writers.marks.update(resumed.facts.get("writers", {}))
         if "metrics" in resumed.facts:
             self.writers.marks[_LINES] = resumed.facts["metrics"]
-        for name, node in config.metrics.writers.items():
-            if node is not None:
-                mark = self.writers.marks.get(name)
-                self.writers.by_name[name] = metric_writer(node, name, replace(context, mark=mark))
+        for name, node in writers.items():
+            mark = self.writers.marks.get(name)
+            self.writers.by_name[name] = metric_writer(node, name, replace(context, mark=mark))
         self.attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
 
     def mark(self, step: int) -> dict[str, Any]:

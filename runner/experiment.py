@@ -79,7 +79,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if records is not None:
-            records.open(opening, config, resumed)
+            records.open(opening, setup.writers, resumed)
             before = attempt_records.newest(location, before=number)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
@@ -100,7 +100,8 @@ def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any
 def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
     trainer, steps = config.trainer, _max_steps(config, parts)
-    setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds)
+    writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
+    setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds, writers)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
 

@@ -143,6 +143,11 @@ def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
 
 
+def test_metric_writers_of_the_user_are_not_opened(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, "+metrics.writers.mine={_target_: mine.writers.refused, token: x}", kills=1)
+    assert verdict.holds, verdict.text()
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
 def test_a_broken_experiment_is_named(name: str, servers: Servers, scratch: Path) -> None:
     overrides, kind, words = CASES[name]

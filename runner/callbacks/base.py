@@ -44,7 +44,8 @@ class Loop:
 @dataclass(slots=True)
 class TrainingSetup:
     """The parts of an attempt before its state is restored. ``on_build`` may change their public attributes, replace
-    ``store.location``, remove ``callbacks`` that the configuration names (``own.NAME``), and lower the limits.
+    ``store.location``, remove ``callbacks`` that the configuration names (``own.NAME``), remove metric ``writers``, and
+    lower the limits.
     """
 
     state: TrainState
@@ -53,6 +54,7 @@ class TrainingSetup:
     max_steps: int | None
     max_epochs: int | None
     max_seconds: float | None
+    writers: dict[str, Any]  # name -> configuration of a metric writer, which is constructed after the restore
 
 
 class Callback:

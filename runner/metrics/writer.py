@@ -11,9 +11,10 @@ with the four methods of ``MetricWriter`` and name it in the configuration. For 
     class MLflowWriter:
         def __init__(self, context, tracking_uri, experiment_id="0"):
             self.client = MlflowClient(tracking_uri)
-            # The run that the checkpoint names. A resumed attempt goes on in it.
+            # A resumed attempt goes on in the run that its checkpoint names; without a checkpoint there is none.
             self.run = context.mark["run"] if context.mark else self._create(context, experiment_id)
-            self.waiting = []
+            self.client.update_run(self.run, status="RUNNING")
+            self.added, self.marked = [], []
 
         def _create(self, context, experiment_id):
             run = self.client.create_run(experiment_id, run_name=context.run)
@@ -21,17 +22,19 @@ with the four methods of ``MetricWriter`` and name it in the configuration. For 
 
         def add(self, step, values):
             numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
-            self.waiting.extend(Metric(tag, value, int(time() * 1000), step) for tag, value in numbers.items())
+            self.added.extend(Metric(tag, value, int(time() * 1000), step) for tag, value in numbers.items())
 
         def mark(self, step):
+            self.marked += self.added  # what comes after the checkpoint is not sent: a resume would send it again
+            self.added = []
             return {"run": self.run}
 
         def flush(self):
-            while batch := self.waiting[:1000]:  # MLflow's limit for one call
+            while batch := self.marked[:1000]:  # MLflow's limit for one call
                 self.client.log_batch(self.run, metrics=batch)
-                del self.waiting[: len(batch)]
+                del self.marked[: len(batch)]
 
-        def close(self):
+        def close(self):  # finished or interrupted; a resumed attempt sets RUNNING again
             self.client.set_terminated(self.run, status="FINISHED")
 
     python -m runner experiment=digits '+metrics.writers.mlflow={_target_: my_writers.MLflowWriter, tracking_uri: ...}'

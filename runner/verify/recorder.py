@@ -115,6 +115,11 @@ class Recorder(Observer):
         if setup.max_seconds is not None:
             self.write("unlimited")
             setup.max_seconds = None  # a limit by the clock ends every run at another step
+        # A user's writer would log every attempt of the proof somewhere outside.
+        own = ("runner.metrics.tensorboard.", "runner.metrics.lines.")
+        setup.writers = {
+            name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(own)
+        }
         self._evaluate_often(setup.callbacks.get("evaluate"))
         self._writes = _WatchedLocation(setup.store.location, self)
         setup.store.location = cast("Location", self._writes)
