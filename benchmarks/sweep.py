@@ -7,7 +7,7 @@ these runs.
     runner     ``python -m runner -m experiment=smoke seed=range(0,N)``; fails where that imports torch or begins a run
     list       ``python -m runner.runs list``, ``--json``
 
-The runs are one real run and copies of it that differ in the seed, without weights. Seconds are of CPU time, in which
+The runs are one real run and copies of it that differ in the seed. Seconds are of CPU time, in which
 other load on the machine shows least, and all take turns; figures are medians, ratios are of those, the spread is that
 of the ratios within a turn.
 
@@ -61,7 +61,7 @@ def finished(root: Path, count: int) -> None:
     for seed in range(1, count):
         copy = RunDirectory.under(str(root), "smoke", variant([f"seed={seed}", SHORT]))
         folder = root / "smoke" / copy.variant
-        shutil.copytree(real, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(real, folder)
         (folder / "config.yaml").write_text(yaml.safe_dump({**identity, "seed": seed}, sort_keys=False))
         copy.finish({**identity, "seed": seed}, result)
 

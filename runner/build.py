@@ -101,8 +101,8 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
     """``Optimizer.add_param_group`` that also takes weights without names: torch refuses them beside weights with
     names, which is how this optimizer was built.
     """
-    given = group["params"]
-    weights = [given] if isinstance(given, Tensor) else given
+    weights = group["params"]
+    weights = [weights] if isinstance(weights, Tensor) else weights
     if isinstance(weights, Sequence | Iterator) and "param_names" in optimizer.param_groups[0]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         first = sum(len(each["params"]) for each in optimizer.param_groups)
@@ -215,9 +215,9 @@ def _evaluation(
 
     def report(state: TrainState) -> dict[str, float | str]:
         key, model = derive("evaluation", seed, state.progress.step), state.evaluated_model
-        found = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
+        metrics = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
         parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
-        return {f"val/{name}": value for name, value in found.items()}
+        return {f"val/{name}": value for name, value in metrics.items()}
 
     return report
 
@@ -227,9 +227,9 @@ def _loading(config: Config, device: torch.device) -> LoaderOptions:
     return LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
 
 
-def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:
-    """The object that the configuration names under ``key``. Raises ConfigError if it cannot be made, or is not of that
-    ``kind``; errors of the runner that its constructor raises pass through.
+def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
+    """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
+    is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(
@@ -237,42 +237,42 @@ def _instance(node: Any, key: str, *, kind: type = object, **how: Any) -> Any:
             f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         )
     try:
-        made = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **how})  # plain lists and dicts
+        instance = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
         raise ConfigError(_why(node, key, error)) from error
-    if not isinstance(made, kind):
-        raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
-    notify(observers, "on_instance", key, made)
-    return made
+    if not isinstance(instance, kind):
+        raise ConfigError(f"{key} is a {_path(type(instance))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, instance)
+    return instance
 
 
 def _partial(node: Any, key: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = _instance(node, key, _partial_=True)
-    return found
+    maker: Callable[..., Any] = _instance(node, key, _partial_=True)
+    return maker
 
 
 def _stepping(node: Any, argument: Any, key: str) -> Any:
-    """What has a ``step()``. Raises ConfigError if that cannot be called as the training loop does."""
+    """An optimizer or scheduler. Raises ConfigError if it has no ``step()`` without arguments, as training calls it."""
     maker = _partial(node, key)
     try:
-        made = maker(argument)
+        instance = maker(argument)
     except (TypeError, ValueError) as error:
-        told = f"{key}: {_path(maker.func if isinstance(maker, partial) else maker)}: {error}"
-        raise ConfigError(told + _hint(str(error), key)) from error
+        path = _path(maker.func if isinstance(maker, partial) else maker)
+        raise ConfigError(f"{key}: {path}: {error}{_hint(str(error), key)}") from error
     try:
-        signature(type(made).step).bind(made)
+        signature(type(instance).step).bind(instance)
     except (AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {_path(type(made))} does not take: {error}"
+            f"{key}: training calls step() without arguments, which {_path(type(instance))} does not take: {error}"
         ) from error
-    return made
+    return instance
 
 
 def metric_writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
-    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be made or
-    lacks a method; errors of the runner that its constructor raises pass through.
+    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be
+    constructed or lacks a method; errors of the runner that its constructor raises pass through.
     """
     key = f"metrics.writers.{name}"
     maker = _partial(node, key)
@@ -298,8 +298,8 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         return f"{key}._target_: {cause}"
-    told = _frames(cause)
-    return f"{key}: {node._target_} cannot be called with the configured arguments:\n{told}{_hint(told, key)}"
+    message = _frames(cause)
+    return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 
 
 def _frames(error: BaseException) -> str:
@@ -308,9 +308,9 @@ def _frames(error: BaseException) -> str:
     return "".join([*lines, f"{type(error).__name__}: {error}"])
 
 
-def _hint(told: str, key: str) -> str:
+def _hint(message: str, key: str) -> str:
     """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
-    if "unexpected keyword argument" not in told:
+    if "unexpected keyword argument" not in message:
         return ""
     return f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
 

@@ -15,16 +15,16 @@ def train_mode(model: nn.Module) -> None:
     In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
     frozen ones (weights, none of which is trained), and single layers such as a batch norm.
     """
-    kept: set[nn.Module] = set()
+    evaluating: set[nn.Module] = set()
     for part in model.modules() if model.training else ():
         for child in part.children():
             single = part.training and not any(True for _ in child.children())
             frozen = [weight.requires_grad for weight in child.parameters()]
             if not child.training and (single or (frozen and not any(frozen))):
-                kept |= {inner for inner in child.modules() if not inner.training}
-    switched = {name for name, part in model.named_modules() if not part.training and part not in kept}
+                evaluating |= {inner for inner in child.modules() if not inner.training}
+    switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
     model.train()
-    for part in kept:
+    for part in evaluating:
         part.training = False
     outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]
     if switched:

@@ -171,8 +171,8 @@ class CheckpointStore:
         """
         listed = self.commits()
         infos = self._infos(listed, limit=SURVEYED_MANIFESTS)
-        kept = {*retention.kept(infos), *listed[len(infos) :]}
-        self.remove(listed, kept, attempt=attempt)
+        retained = {*retention.kept(infos), *listed[len(infos) :]}
+        self.remove(listed, retained, attempt=attempt)
 
     def _infos(self, listed: Sequence[CommitId], *, limit: int | None = None) -> list[CommitInfo]:
         """The listed commits with what their manifests say; only the first of them where more than ``limit`` manifests

@@ -30,7 +30,7 @@ class _PassCounts:
     first: int
     size: int
     counts: NDArray[np.uint16] | None
-    seen: int = 0
+    distinct: int = 0  # samples seen at least once, of a closed pass
     times: int = 0
     substituted: int = 0
 
@@ -41,7 +41,7 @@ class _PassCounts:
 
     def close(self) -> None:
         if self.counts is not None:
-            self.seen, self.counts = int(np.count_nonzero(self.counts)), None
+            self.distinct, self.counts = int(np.count_nonzero(self.counts)), None
 
 
 _Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
@@ -202,9 +202,9 @@ def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
     oldest = dict(sorted(passes, reverse=True)) if start else {}
     for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):
         counts.close()
-        row: dict[str, Any] = {"epoch": number, "seen": counts.seen, "repeated": counts.times - counts.seen}
+        row: dict[str, Any] = {"epoch": number, "seen": counts.distinct, "repeated": counts.times - counts.distinct}
         dropped = plan.samples - plan.epoch_size
-        left = counts.size - dropped - counts.seen
+        left = counts.size - dropped - counts.distinct
         whole = left == 0 or oldest.get(source, -1) < number < newest[source]
         row["missed"] = left if whole else 0
         row |= {"dropped": dropped} if dropped else {}

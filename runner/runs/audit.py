@@ -14,7 +14,7 @@ from runner.runs.listing import format_table
 
 
 def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
-    """The proof, and the same as plain values. Raises ConfigError for a run without a ledger."""
+    """The report of the check, and the same as plain values. Raises ConfigError for a run without a ledger."""
     location = directory.location
     segments = ledger.segments(location)
     if not segments:
@@ -23,27 +23,27 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
     recipe = ledger.recipe(location, plans[-1] if plans else "")
     facts = RunFacts(directory)
     with refuse_unusable(f"the ledger of {location.url}"):
-        proof = check_exactly_once(
+        report = check_exactly_once(
             segments,
             None if recipe.get("kind") == "opaque" else Plan.of(recipe),
             begun=facts.start,
             committed=max(facts.step, facts.committed),
         )
     if len({*plans}) > 1:
-        proof.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
+        report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
     values = {
         "run": directory.name,
-        "steps": proof.steps,
-        "positions": proof.positions,
+        "steps": report.steps,
+        "positions": report.positions,
         "attempts": len({segment.attempt for segment in segments}),
         "indexed": recipe.get("kind") != "opaque",
-        "holds": proof.holds,
-        "epochs": proof.epochs,
-        "again": proof.again,
-        "problems": proof.problems,
+        "holds": report.holds,
+        "epochs": report.epochs,
+        "again": report.again,
+        "problems": report.problems,
         "damaged": [segment.damage for segment in segments if segment.damage],
     }
-    return proof, values
+    return report, values
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
