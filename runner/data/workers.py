@@ -7,14 +7,12 @@ processes and queues from their start, and ends them within some seconds whateve
 
 import atexit
 import errno
-import faulthandler
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -27,6 +25,7 @@ from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
 
 from runner import signals
+from runner.distributed import stacks
 from runner.errors import DataError
 
 _END_SECONDS = 5.0  # for workers to finish their current batch
@@ -138,8 +137,7 @@ class _Queue(Queue):  # type: ignore[type-arg]
 def start_worker(number: int) -> None:
     """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
-    with suppress(Exception):  # stderr may be anything
-        faulthandler.register(signal.SIGQUIT)  # the watchdog of a stalled run asks for stack traces
+    stacks.write_on_request()  # of the watchdog of a stalled run
     tqdm.set_lock(threading.RLock())  # a killed process would leave the lock that all processes share locked
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 

@@ -9,7 +9,6 @@ stopped or the machine slept.
 import faulthandler
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -23,12 +22,12 @@ from types import FrameType
 import torch
 
 from runner.activity import activities
-from runner.distributed import outside
-from runner.distributed.watchdog import end_process, stack, thread_status
+from runner.distributed import outside, stacks
+from runner.distributed.watchdog import dumped_line, end_process, stack, thread_status
 
 _LOOK_SECONDS = 0.5
 _SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread, which prints more, acts first
-_DUMP_SECONDS = 2.0  # for data workers to print where they are
+_DUMP_SECONDS = 2.0  # for data workers to write where they are
 _STEP = "no step"
 _LACKING = {
     "saves": "no end of a save",
@@ -152,19 +151,11 @@ def _threads() -> Iterator[str]:
 
 
 def _children() -> Iterator[str]:
-    """Lines on the living child processes; data workers are made to print where they are."""
+    """Lines on the living child processes. Prints the stacks of data workers, each as a whole."""
     children = multiprocessing.active_children()
-    asked = [child for child in children if child.pid and _handles(child.pid, signal.SIGQUIT)]
-    for child in asked:
-        os.kill(child.pid or 0, signal.SIGQUIT)
-    time.sleep(_DUMP_SECONDS if asked else 0)
+    written = stacks.request((child.pid for child in children if child.pid), _DUMP_SECONDS)
     for child in children:
-        yield f"  process {child.name} (pid {child.pid}) lives{', and printed where it is' if child in asked else ''}"
-
-
-def _handles(pid: int, number: int) -> bool:
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
+        text = written.get(child.pid or 0, "")
+        with suppress(Exception):  # stderr may be anything
+            print(f"{child.name} (pid {child.pid}):\n{text}" if text else "", end="", file=sys.stderr, flush=True)
+        yield f"  process {child.name} (pid {child.pid}) {f'is at {dumped_line(text)}' if text else 'lives'}"

@@ -13,6 +13,7 @@ The first failure is stored for all. A process that reads it gives its training 
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
@@ -56,6 +57,7 @@ def end_process(
 _TORCH = f"{Path(torch.__file__).parent}/"
 _STANDARD_LIBRARY = f"{Path(os.__file__).parent}/"
 _INSTALLED = ("/site-packages/", "/dist-packages/")
+_DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _OWN = f"{Path(__file__).parent}/"
 _EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
@@ -97,6 +99,13 @@ def _line(frames: list[FrameType]) -> str:
     if frame is None:
         return "an unknown place"
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def dumped_line(text: str) -> str:
+    """The code line of the main thread in the output of ``faulthandler``, chosen as ``thread_status`` does."""
+    frames = _DUMPED.findall(text.rpartition("Current thread")[2])
+    chosen = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
+    return "{}:{} in {}".format(*chosen) if chosen else "an unknown place"
 
 
 def _is_library(file: str) -> bool:
