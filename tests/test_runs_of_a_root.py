@@ -22,9 +22,9 @@ from lives import Lives, lives
 from servers import Server
 
 from runner.run_facts import RunSummary
-from runner.runs import compare, html_report, listing
+from runner.runs import compare, listing
 from runner.runs.__main__ import main
-from runner.runs.watch import Pulse
+from runner.runs.listing import Pulse
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
 HOSTILE = "<script>alert(1)<&\x1b[31m$\\frac{$"
@@ -240,11 +240,11 @@ def test_a_picture_is_drawn_of_a_run_and_of_several(count: int, root: Path, tmp_
 def test_a_legend_names_the_distinguishing_values() -> None:
     row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
-    assert html_report.legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
-    assert html_report.legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
+    assert compare.legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
+    assert compare.legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
         "0.25  lr=0.1, model.width=3, task.width=4"
     )
-    assert html_report.legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
+    assert compare.legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
 def test_the_needs_of_a_picture_are_reported(

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from runner.distributed.team import Parallelism
 from runner.errors import ConfigError, TaskError
 
 
@@ -42,22 +43,27 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-class Buffers:
-    """The buffers of models, looked up at each step, since a model may replace or add a tensor. Non-persistent buffers
-    that are added after the start are left alone: they may be caches of any size.
-    """
+class _SeveralProcesses(Parallelism):
+    def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
+        self._models: list[Any] = models  # of FSDP once they are sharded
+        self._micro_batches = micro_batches
+        self._first_buffers = {(module, name) for module in self._modules() for name in module._buffers}
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
-        self._models = [*models]
-        self._first = {(module, name) for module in self._modules() for name in module._buffers}
+    def all_true(self, verdict: Tensor) -> Tensor:
+        verdict = self.full_tensor(verdict).int()
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return verdict
 
-    def sync(self) -> None:
-        """Set all buffers to their values on rank 0."""
+    def sync_buffers(self) -> None:
+        """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
+        added after the start are left alone: they may be caches of any size.
+        """
         buffers = {
             id(buffer): buffer
             for module in self._modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None and (name not in module._non_persistent_buffers_set or (module, name) in self._first)
+            if buffer is not None
+            and (name not in module._non_persistent_buffers_set or (module, name) in self._first_buffers)
         }
         copy_from_rank_zero([*buffers.values()])
 
@@ -69,9 +75,8 @@ def copy_from_rank_zero(tensors: Sequence[Tensor]) -> None:
     """Set these tensors to their values on rank 0, with one broadcast."""
     if not tensors:
         return
-    ordered = sorted(
-        tensors, key=lambda tensor: -tensor.element_size()
-    )  # so that each begins at a multiple of its element size, as view() needs it
+    # The largest elements first, so that each tensor begins at a multiple of its element size, as view() needs it.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())
     pieces = [tensor.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)
@@ -92,14 +97,12 @@ class _Bucket:
     work: Any = None
 
 
-class Replicated:
-    """Implements ``Parallelism``: the whole model in every process."""
+class Replicated(_SeveralProcesses):
+    """The whole model in every process."""
 
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
         self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
-        self._model = models[0]
-        self._micro_batches = micro_batches
-        self._buffers = Buffers(models)
+        super().__init__(models, micro_batches=micro_batches)
         trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
         self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
         self._shared = {*models[0].parameters()}  # parameters with the values of rank 0
@@ -115,7 +118,7 @@ class Replicated:
             copy_from_rank_zero([tensor])
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        added = [weight for weight in self._model.parameters() if weight not in self._shared]
+        added = [weight for weight in self._models[0].parameters() if weight not in self._shared]
         copy_from_rank_zero(added)  # each rank has drawn its own values
         self._shared.update(added)
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -126,27 +129,14 @@ class Replicated:
         """Gradients of weights that were frozen or absent at the start go last, in buckets made anew at each step."""
         for bucket in self._buckets[self._next :]:
             _send(bucket)
-        late = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in self._in_buckets}
+        weights = self._models[0].named_parameters()
+        late = {name: weight for name, weight in weights if weight.requires_grad and weight not in self._in_buckets}
         late_buckets = [_Bucket(parameters) for parameters in _split(late)]
         for bucket in late_buckets:
             _send(bucket)
         for bucket in (*self._buckets, *late_buckets):
             _receive(bucket)
         self._next, self._last = 0, False
-
-    def full_tensor(self, value: Tensor) -> Tensor:
-        return value
-
-    def all_true(self, verdict: Tensor) -> Tensor:
-        verdict = verdict.int()
-        dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return verdict
-
-    def sync_buffers(self) -> None:
-        self._buffers.sync()
-
-    def optimizer_part(self, optimizer: Any) -> Any:
-        return optimizer
 
     def _ready(self, number: int, place: int, parameter: Tensor) -> None:
         """Hook: a gradient is complete. Send the buckets that are complete, in order."""
@@ -221,8 +211,8 @@ _CANNOT = "runtime.parallel=fsdp cannot shard"
 _OTHERWISE = "Or use runtime.parallel=ddp, which keeps the whole model in each process"
 
 
-class Sharded:
-    """Implements ``Parallelism``: a slice of the model in every process."""
+class Sharded(_SeveralProcesses):
+    """A slice of the model in every process."""
 
     def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int) -> None:
         replicas = dist.get_world_size() // shard
@@ -238,9 +228,7 @@ class Sharded:
                     raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
                 _sum_gradients(part)
         self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(layers)} repeated layers"
-        self._models: list[Any] = models
-        self._micro_batches = micro_batches
-        self._buffers = Buffers(models)
+        super().__init__(models, micro_batches=micro_batches)
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -264,14 +252,6 @@ class Sharded:
 
     def full_tensor(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
-
-    def all_true(self, verdict: Tensor) -> Tensor:
-        verdict = self.full_tensor(verdict).int()
-        dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return verdict
-
-    def sync_buffers(self) -> None:
-        self._buffers.sync()
 
     def optimizer_part(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)

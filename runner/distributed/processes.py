@@ -6,7 +6,7 @@ step, through torch's process groups.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStor
 
 from runner import signals
 from runner.distributed.communicator import Communicator
-from runner.distributed.team import StepReport
+from runner.distributed.team import StepReport, Team
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
@@ -37,8 +37,8 @@ class PeerFailed(RunnerError):
         self.status = status
 
 
-class Channel:
-    """Implements ``Communicator`` over a key-value store.
+class Channel(Communicator):
+    """The communicator over a key-value store.
 
     Keys are made from the number of the exchange, and removed once all ranks have read them. Raises PeerFailed once
     another process has failed.
@@ -54,15 +54,17 @@ class Channel:
         self._number = 0  # exchanges so far
 
     def gather(self, value: Any) -> list[Any] | None:
-        """The values of all ranks in order, for rank 0."""
         names = self._names()
         if self.rank:
             self._store.set(names[self.rank], json.dumps(value))
             return None
-        return [value, *(self._take(name, rank) for rank, name in enumerate(names[1:], 1))]
+        values = [value]
+        for rank, name in enumerate(names[1:], 1):
+            values.append(self._read(name, rank))
+            self._store.delete_key(name)
+        return values
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, for all."""
         name = self._names()[0]
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
@@ -81,11 +83,6 @@ class Channel:
         self._watch.note_exchange(self._thread)
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
-
-    def _take(self, name: str, rank: int) -> Any:
-        value = self._read(name, rank)
-        self._store.delete_key(name)
-        return value
 
     def _read(self, name: str, rank: int) -> Any:
         pause, self._awaited = _SHORTEST, rank
@@ -107,7 +104,6 @@ class GroupChannel(Channel):
         self._group = group
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, for all."""
         self._watch.note_exchange(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
         text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
@@ -136,14 +132,16 @@ _READ_SECONDS = 1.5  # rank 0 serves the store so long after its failure, so tha
 _NANOSECONDS = 10**9
 
 
-class ProcessTeam:
-    """Implements ``team.Team`` with a key-value store for small values and torch's process groups for tensors."""
+class ProcessTeam(Team):
+    """A team of several processes."""
+
+    stop: str | None = None
+    watch: Watchdog  # type: ignore[assignment]
 
     def __init__(self, world: World, place: Rendezvous, *, timeout: float, patience: float) -> None:
+        super().__init__(timeout=timeout, patience=patience)
         self.world = world
         self.place = place
-        self.stop: str | None = None
-        self._timeout = timeout
         self._served: Store | None = None
         if world.rank == 0 and not place.served_by_launcher:
             self._served = self._connect(serve=True)
@@ -197,12 +195,6 @@ class ProcessTeam:
         sums = torch.stack([value.detach().double() for value in values.values()])
         dist.all_reduce(sums)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), sums, strict=True)}
-
-    def rest(self) -> None:
-        self.watch.rest()
-
-    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
-        self.watch.last_words = last_words
 
     @contextmanager
     def blame_peer(self) -> Iterator[None]:

@@ -3,8 +3,7 @@
 Twice a second a thread writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A
 process that has waited too long for others looks at the beats of all ranks. While training runs, all processes must
 meet within the timeout; at other times a process may take longer, unless another one waits for it. A long wait may be
-legitimate, as when one process builds a data set that the others then read. That looks like a hang, so the message
-names the code line and the option to raise.
+legitimate, as for a data set that one process builds, so the message names the code line and the option to raise.
 
 The first failure is stored for all. A process that reads it gives its training thread some seconds to end by itself
 (usually its collectives fail), and then ends the process. A second thread does that, which waits for nothing.
@@ -18,14 +17,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from os import getpid
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -55,7 +55,7 @@ def end_process(
 
 
 _TORCH = f"{Path(torch.__file__).parent}/"
-_STANDARD_LIBRARY = f"{Path(os.__file__).parent}/"
+_STANDARD_LIBRARY = (f"{Path(os.__file__).parent}/", "<frozen ")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _OWN = f"{Path(__file__).parent}/"
@@ -74,9 +74,9 @@ class ThreadStatus:
 
 def thread_status(thread: int) -> ThreadStatus:
     """The status of a thread of this process, by its ident."""
-    frames = stack(thread)
-    files = (frame.f_code.co_filename for frame in frames)
-    if any(file.startswith(_EXCHANGES) for file in takewhile(lambda file: file.startswith((_TORCH, _OWN)), files)):
+    frames = [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) for frame in stack(thread)]
+    files = takewhile(lambda file: file.startswith((_TORCH, _OWN)), (file for file, _, _ in frames))
+    if any(file.startswith(_EXCHANGES) for file in files):
         return ThreadStatus("waits", _line(frames))
     declared = activities(thread)
     return ThreadStatus(declared[-1] if declared else "works", _line(frames))
@@ -84,32 +84,23 @@ def thread_status(thread: int) -> ThreadStatus:
 
 def stack(thread: int) -> list[FrameType]:
     """The frames of a thread of this process, the innermost first."""
-    frames = []
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
-
-
-def _line(frames: list[FrameType]) -> str:
-    frame = next(
-        (frame for frame in frames if not _is_library(frame.f_code.co_filename)), frames[0] if frames else None
-    )
-    if frame is None:
-        return "an unknown place"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    innermost = sys._current_frames().get(thread)
+    return [frame for frame, _ in walk_stack(innermost)] if innermost else []
 
 
 def dumped_line(text: str) -> str:
     """The code line of the main thread in the output of ``faulthandler``, chosen as ``thread_status`` does."""
-    frames = _DUMPED.findall(text.rpartition("Current thread")[2])
+    return _line(_DUMPED.findall(text.rpartition("Current thread")[2]))
+
+
+def _line(frames: Sequence[tuple[str, Any, str]]) -> str:
+    """The first of the frames (file, line, function) that is not of torch or the standard library, else the first."""
     chosen = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
     return "{}:{} in {}".format(*chosen) if chosen else "an unknown place"
 
 
 def _is_library(file: str) -> bool:
-    standard = file.startswith((_STANDARD_LIBRARY, "<frozen ")) and not any(part in file for part in _INSTALLED)
+    standard = file.startswith(_STANDARD_LIBRARY) and not any(part in file for part in _INSTALLED)
     return standard or file.startswith(_TORCH)
 
 
@@ -118,6 +109,7 @@ _FUTILE_BEATS = 4  # after which a training thread that waits for other processe
 _FAILURE = "failure"
 _LAG_SECONDS = 2.0  # longer wait before looking at all, so that a silent process is found by its neighbour first
 _CROWD = 64  # processes; if there are more, each looks at all of them less often than at every beat
+_HOST = socket.gethostname()
 MAIN = "main"  # the training thread
 
 
@@ -150,18 +142,17 @@ class Beat:
     def does(self) -> str:
         return self.threads[self.thread][0]
 
-    def describe(self, rank: int, thread: str) -> str:
-        """Rank, pid, host and code line of a thread, for messages."""
+    def describe(self, rank: int, thread: str = "") -> str:
+        """Rank, pid, host and, of a thread, code line, for messages."""
         line = f" is at {self.threads[thread][1]}" if thread in self.threads else ""
-        return f"{_process(rank, self.pid, self.host)}{line}"
+        return f"rank {rank} (pid {self.pid} on {self.host}){line}"
 
 
 class Watchdog:
     """The threads that write beats, look at those of others, and end this process after a failure.
 
-    ``failure`` is set once any process has failed. ``last_words`` is called with message and exit status before the
-    watchdog ends this process. A process that reads or writes a checkpoint may take ``patience`` seconds longer than
-    ``timeout``.
+    ``failure`` is set once any process has failed. ``last_words`` gets message and exit status before the process is
+    ended. A process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
@@ -238,14 +229,15 @@ class Watchdog:
                 if number % (1 + self._world.size // _CROWD) == 0:
                     self._judge()
                 self._answered = time.monotonic()
-            except RuntimeError:
-                self._lose()
+            except RuntimeError:  # the store is gone with its process, unless all processes are just ending
+                if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
+                    self.failure = _lost("is gone")
 
     def _guard(self) -> None:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS):
             silent = time.monotonic() - self._answered
             if silent > self._timeout + _LAG_SECONDS:
-                self.failure = self._lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
+                self.failure = _lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
         if self.failure is not None and not self._ended.is_set():
             self._end(self.failure)
 
@@ -253,32 +245,27 @@ class Watchdog:
         threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
         if not self._training and threads[MAIN].does != "waits":
             self._since = time.monotonic()
-        beat = Beat(number, getpid(), _host(), {name: (each.does, each.line) for name, each in threads.items()})
+        beat = Beat(number, getpid(), _HOST, {name: (each.does, each.line) for name, each in threads.items()})
         self._store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
 
     def _look(self) -> None:
         with self._lock:
             if self.failure is None and self._store.check([_FAILURE]):
                 self.failure = Failure(**json.loads(self._store.get(_FAILURE)))
-        if self.failure is None:
-            self._look_at_next()
-
-    def _look_at_next(self) -> None:
         name, now = f"beat/{self._next}", time.monotonic()
         beat = self._store.get(name) if self._store.check([name]) else b""
         if beat != self._seen[0]:
             self._seen = (beat, now)
-            return
         silent = now - self._seen[1]
-        if self._has_left(self._next):
+        if self.failure is not None or not silent or self._has_left(self._next):
             return
         last = _beat(beat) if beat else None
-        process = _process(self._next, last.pid, last.host) if last else f"rank {self._next}"
-        if last and last.host == _host() and not _lives(last.pid):
-            self.fail(Failure(self._next, 1, f"{process} died. {_AGAIN}"))
+        process = last.describe(self._next) if last else f"rank {self._next}"
+        if last and last.host == _HOST and not _lives(last.pid):
+            self._blame(self._next, f"{process} died.")
         elif silent > self._timeout:
             lack = "has shown no sign of life" if beat else "has not come"
-            self.fail(Failure(self._next, 1, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
+            self._blame(self._next, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}).")
 
     def _judge(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""
@@ -289,27 +276,21 @@ class Watchdog:
         if not self._store.check(names):
             return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
-        late = {
-            rank: beat for rank, beat in beats.items() if beat.does != "waits" and not self._has_left(rank)
-        } or beats
+        busy = {rank: beat for rank, beat in beats.items() if beat.does != "waits" and not self._has_left(rank)}
+        late = busy or beats
         bound, key = self._timeout, _TIMEOUT
         if all(beat.does == "saves" for beat in late.values()):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
         if waited > bound:
             lines = "\n".join(f"  {beat.describe(rank, beat.thread)}" for rank, beat in late.items())
             reason = f"for {waited:.0f} s the processes have waited for one of them ({key}):"
-            self.fail(Failure(min(late), 1, f"{reason}\n{lines}\n{_LONGER} {_AGAIN}"))
+            self._blame(min(late), f"{reason}\n{lines}\nIf the work there needs that long, set a longer one.")
+
+    def _blame(self, rank: int, reason: str) -> None:
+        self.fail(Failure(rank, 1, f"{reason} {_AGAIN}"))
 
     def _has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
-
-    def _lose(self) -> None:
-        """Note that the store's process is gone, unless all processes are just ending."""
-        if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
-            self.failure = self._lost("is gone")
-
-    def _lost(self, event: str) -> Failure:
-        return Failure(0, 1, f"rank 0, or the launcher that started it, {event}. {_AGAIN}")
 
     def _end(self, failure: Failure) -> None:
         at_fault = failure.rank == self._world.rank and not failure.printed
@@ -322,28 +303,31 @@ class Watchdog:
 
 
 _TIMEOUT = "runtime.timeout"
-_LONGER = "If the work there needs that long, set a longer one."
 _AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _lost(event: str) -> Failure:
+    return Failure(0, 1, f"rank 0, or the launcher that started it, {event}. {_AGAIN}")
 
 
 def _lives(pid: int) -> bool:
     """Whether a process of this host lives; a zombie does not."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return process_state(pid) not in "ZX"
     except ProcessLookupError:
         return False
-    except (OSError, IndexError):  # another user's, no such file system
+    except OSError:  # another user's
         return True
+
+
+def process_state(pid: int) -> str:
+    """The letter for the state of a process of this host, ``?`` if it is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # the process has ended, no such file system
+        return "?"
 
 
 def _beat(raw: bytes) -> Beat:
     return Beat(**json.loads(raw))
-
-
-def _process(rank: int, pid: int, host: str) -> str:
-    return f"rank {rank} (pid {pid} on {host})"

@@ -1,39 +1,37 @@
-"""The list of runs under a root: selection, order and table; and how all commands print values on a terminal.
+"""The list of runs under a root: selection, order and table; the list updated until Ctrl-C, redrawn in place on a
+terminal and printed again and again elsewhere; and how all commands print values on a terminal.
 
 Control characters are escaped where a value is printed, because anyone may have written it.
 """
 
+import contextlib
 import json
 import os.path
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from tabulate import tabulate
 
-from runner.errors import printable
+from runner.errors import ConfigError, RunnerError, printable
 from runner.run_facts import RunSummary, map_runs
 
 # The statuses of runs, the most interesting first.
-STATES = (
-    "running",
-    "unknown",
-    "failed",
-    "diverged",
-    "killed",
-    "interrupted",
-    "superseded",
-    "new",
-    "finished",
-    "complete",
-    "unreadable",
-)
+_UNDONE = ("running", "unknown", "failed", "diverged", "killed", "interrupted", "superseded", "new")
+STATES = (*_UNDONE, "finished", "complete", "unreadable")
 SORTS = ("status", "step", "objective", "attempts", "age", "name")
 _COLUMNS = ("status", "step / max", "objective", "attempts", "age", "host")
 _WIDEST = 64  # characters of a cell
 _WIDEST_NAME = 1000  # of the name of a run, or of a fact that has a line for itself
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+_SILENCE_SECONDS = 15.0  # three heartbeats of a process that works on a remote root
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a second screen without a cursor, and back
+_HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +59,16 @@ def list_runs(root: str, selection: Selection) -> list[RunSummary]:
 
 def sort_runs(runs: list[RunSummary], column: str, *, reverse: bool = False) -> list[RunSummary]:
     """The runs by a column of ``SORTS``, the youngest first by age; those without a value are last either way."""
-    keyed = [(_sort_key(run, column), run) for run in runs]
-    valued = sorted(((key, run) for key, run in keyed if key is not None), key=lambda pair: pair[0], reverse=reverse)
-    return [run for _, run in valued] + [run for key, run in keyed if key is None]
 
+    def key(run: RunSummary) -> Any:
+        if column == "status":
+            return STATES.index(run.state) if run.state in STATES else len(STATES)
+        if column == "age":
+            return -datetime.fromisoformat(run.seen).timestamp() if run.seen else None
+        return getattr(run, "run" if column == "name" else column)
 
-def _sort_key(run: RunSummary, column: str) -> Any:
-    if column == "status":
-        return STATES.index(run.state) if run.state in STATES else len(STATES)
-    if column == "age":
-        return -datetime.fromisoformat(run.seen).timestamp() if run.seen else None
-    return run.run if column == "name" else getattr(run, column)
+    valued = sorted((run for run in runs if key(run) is not None), key=key, reverse=reverse)
+    return valued + [run for run in runs if key(run) is None]
 
 
 def format_runs(runs: list[RunSummary]) -> str:
@@ -109,15 +106,11 @@ def _shorten(names: list[str]) -> tuple[str, list[str]]:
 
 def _row(run: RunSummary) -> dict[str, Any]:
     steps = run.step if run.max_steps is None else f"{run.step} / {run.max_steps}"
-    return {**asdict(run), "step / max": steps, "age": _age(run.seen)}
-
-
-def _age(time: str | None) -> str | None:
-    """How long ago a time (ISO 8601 with a zone) was; another machine's clock may be ahead."""
-    if time is None:
-        return None
-    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(time)).total_seconds()
-    return next((f"{seconds // size:.0f} {unit} ago" for unit, size in _UNITS if seconds >= size), "now")
+    age = None
+    if run.seen is not None:  # another machine's clock may be ahead
+        seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(run.seen)).total_seconds()
+        age = next((f"{seconds // size:.0f} {unit} ago" for unit, size in _UNITS if seconds >= size), "now")
+    return {**asdict(run), "step / max": steps, "age": age}
 
 
 def format_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -148,3 +141,73 @@ def format_cell(value: Any, *, widest: int = _WIDEST) -> str:
 def format_setting(value: Any) -> str:
     """A value of a configuration as JSON, but a text without quotes."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: bool) -> None:
+    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted.
+
+    Raises ConfigError for an invalid interval, and whatever the first ``read`` raises; errors of later calls are shown,
+    because they may be temporary.
+    """
+    if not 0 < interval < float("inf"):
+        raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
+    pulse = Pulse(max(_SILENCE_SECONDS, 3 * interval))
+    on_terminal = sys.stdout is not None and sys.stdout.isatty() and not as_json
+    with _screen(on_terminal):
+        rows, problem = read(), ""
+        while True:
+            rows = sort_runs([pulse.judge(row) for row in rows], "status")
+            if as_json:
+                print(json.dumps([asdict(row) for row in rows]), flush=True)
+            else:
+                table = format_narrow(rows) if on_terminal else f"\n{format_runs(rows)}\n"
+                counts = {state: sum(row.state == state for row in rows) for state in STATES}
+                summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+                text = printable(f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {summary}{problem}\n{table}")
+                print(_frame(text) if on_terminal else text, end="" if on_terminal else "\n", flush=True)
+            time.sleep(interval)
+            try:
+                rows, problem = read(), ""
+            except RunnerError as error:
+                problem = f"\nnot up to date: {error}"
+
+
+class Pulse:
+    """Finds out which runs on other machines live: their heartbeats change. Does not compare clocks of machines."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._seen: dict[str, str | None] = {}
+        self._moved: dict[str, float] = {}
+
+    def judge(self, row: RunSummary) -> RunSummary:
+        """The row, with the status ``running`` instead of ``unknown`` if its heartbeat has changed lately."""
+        now = time.monotonic()
+        if self._seen.setdefault(row.run, row.seen) != row.seen:
+            self._moved[row.run] = now
+        self._seen[row.run] = row.seen
+        beats = now - self._moved.get(row.run, -float("inf")) < self._patience
+        return replace(row, status="running") if beats and row.state == "unknown" else row
+
+
+def _frame(text: str) -> str:
+    """The text cut to the terminal, to be drawn over what is there."""
+    width, height = shutil.get_terminal_size()
+    lines = text.splitlines()
+    if len(lines) > height:
+        lines = [*lines[: height - 1], f"... {len(lines) - height + 1} more"]
+    return _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
+
+
+@contextlib.contextmanager
+def _screen(on_terminal: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, not the program. On a terminal it has a screen to draw on."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(_ENTER if on_terminal else "", end="", flush=True)
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print(_LEAVE if on_terminal else "", end="", flush=True)
+        signal.signal(signal.SIGTERM, former)

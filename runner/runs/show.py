@@ -34,13 +34,17 @@ def details(directory: RunDirectory) -> dict[str, Any]:
 
 def format_details(run: Mapping[str, Any]) -> str:
     """The values of ``details`` as text."""
-    result, overrides = run["result"] or {}, run["overrides"]
-    facts = {key: run[key] for key in ("run", "url", "status", "step", "max_steps", "objective")} | {
-        "created": run["record"].get("created"),
-        "parent": _format_parent(run["record"].get("parent")),
-        "overrides": shlex.join(map(str, overrides)) if isinstance(overrides, list) else None,
-        "result": _format_result(result) if result else None,
-    }
+    facts = {key: run[key] for key in ("run", "url", "status", "step", "max_steps", "objective")}
+    facts["created"] = run["record"].get("created")
+    if isinstance(parent := run["record"].get("parent"), dict):
+        inherited = {"model": "weights", "all": "everything"}.get(str(parent.get("inherit")), "something")
+        facts["parent"] = f"{inherited} of step {parent.get('step')} of {parent.get('run')}"
+    if isinstance(run["overrides"], list):
+        facts["overrides"] = shlex.join(map(str, run["overrides"]))
+    if result := run["result"]:
+        metrics = result["metrics"].items() if isinstance(result.get("metrics"), dict) else ()
+        values = "".join(f", {format_cell(name)} {format_cell(value)}" for name, value in metrics)
+        facts["result"] = f"step {format_cell(result.get('step'))} ({format_cell(result.get('reason'))}){values}"
     parts = [format_facts(facts), "attempts\n" + format_table(run["attempts"], _ATTEMPT_COLUMNS)]
     reason = run["attempts"][-1]["reason"] if run["attempts"] else None
     if reason and format_cell(reason) != reason:  # too long for the table
@@ -52,9 +56,7 @@ def format_details(run: Mapping[str, Any]) -> str:
 
 
 def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
-    """The keys that differ in the configurations and in the results, with their values in ``a`` and ``b``. A side that
-    lacks the key is left out.
-    """
+    """The keys that differ in configuration and result, with their values in ``a`` and ``b``, unless absent there."""
     left, right = RunFacts(a), RunFacts(b)
     return {
         "a": a.location.url,
@@ -82,10 +84,9 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, rig
 def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
     """Differences as a table; ``columns`` end with the names of the two sides."""
     *others, left, right = columns
-    cells = [
-        {**row, **{side: format_setting(row[side]) if side in row else "(absent)" for side in (left, right)}}
-        for row in rows
-    ]
+    cells = [dict(row) for row in rows]
+    for cell in cells:
+        cell |= {side: format_setting(cell[side]) if side in cell else "(absent)" for side in (left, right)}
     return format_table(cells, [*others, "key", left, right])
 
 
@@ -116,10 +117,8 @@ def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | Non
     for record in reversed(attempts):
         reached = integer((record.end or record.beat).get("step"))
         commit = manifest.parse_commit(f"{resumed}.json")
-        if reached is None or resumed is None:
-            lost.append(None)
-        else:
-            lost.append(max(reached - (commit.step if commit else start), 0))
+        again = None if reached is None else max(reached - (commit.step if commit else start), 0)
+        lost.append(None if resumed is None else again)
         resumed = own if isinstance(own := record.beat.get("resumed"), str) else resumed
     return lost[::-1]
 
@@ -134,17 +133,3 @@ def _accepted_changes(directory: RunDirectory, attempts: Sequence[AttemptRecord]
         changes += [{"attempt": record.number, **row} for row in _changes(before, after, "before", "after")]
         before = after
     return changes
-
-
-def _format_parent(parent: Any) -> str | None:
-    if not isinstance(parent, dict):
-        return None
-    inherited = {"model": "weights", "all": "everything"}.get(str(parent.get("inherit")), "something")
-    return f"{inherited} of step {parent.get('step')} of {parent.get('run')}"
-
-
-def _format_result(result: Mapping[str, Any]) -> str:
-    text = f"step {format_cell(result.get('step'))} ({format_cell(result.get('reason'))})"
-    metrics = result.get("metrics")
-    values = metrics.items() if isinstance(metrics, dict) else ()
-    return ", ".join([text, *(f"{format_cell(name)} {format_cell(value)}" for name, value in values)])

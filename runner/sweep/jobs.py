@@ -1,4 +1,4 @@
-"""The jobs of a sweep: composed once, checked for two that name one run, and run in a process each.
+"""The jobs of a sweep: each composed once, and run in a process of its own.
 
 A job is killed without the sweep, and all that a failed job held ends with its process. The process is forked after
 torch has been imported once for all jobs. It has the output, the log and the environment of the sweep; a stop signal is
@@ -14,8 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,13 +24,13 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from runner import errors, signals
-from runner.errors import ConfigError, Interrupted, JobDied, RunnerError
-from runner.run import drift
+from runner.errors import Interrupted, JobDied, RunnerError
 from runner.run_spec import RunSpec
 from runner.stop_request import VARIABLE, orphaned
-from runner.sweep.survey import Overrides, Specs
 
 log = logging.getLogger("runner")
+
+Overrides = tuple[str, ...]  # of one job, which they identify
 
 _LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -77,7 +75,12 @@ class ProcessPerJob:
         with parent_end:
             ending = _wait(process, parent_end)
         if ending is None:
-            raise JobDied(_death(process.exitcode or 0))
+            code = process.exitcode or 0
+            if code >= 0:
+                cause = "before the job did: something called os._exit, or ended it from C"
+                raise JobDied(f"its process ended with status {code} {cause}")
+            name = signal.Signals(-code).name
+            raise JobDied(f"its process was killed by {name}{_HINTS.get(name, '')}")
         value, error, stop = ending
         if stop and isinstance(error, Interrupted):
             signals.request(stop)  # somebody stopped the job alone; the sweep stops with it
@@ -104,13 +107,6 @@ def _wait(process: BaseProcess, pipe: Connection) -> _Ending | None:
             process.kill()
             process.join()
     return ending
-
-
-def _death(code: int) -> str:
-    if code >= 0:
-        return f"its process ended with status {code} before the job did: something called os._exit, or ended it from C"
-    name = signal.Signals(-code).name
-    return f"its process was killed by {name}{_HINTS.get(name, '')}"
 
 
 def _send(pipe: Connection, message: Any) -> bool:
@@ -151,10 +147,8 @@ def _listen(pipe: Connection, ended: threading.Event) -> None:
 
 
 class SpecLoader:
-    """Hydra's config loader, which remembers the run that each composed configuration asks for.
-
-    A sweeper composes all configurations to validate them. To compose takes longer than to read a finished run's
-    result, so it is not done twice.
+    """Hydra's config loader, which remembers the run that each composed configuration asks for: a sweeper composes all
+    to validate them, and to compose one twice takes longer than to read a finished run's result.
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
@@ -168,11 +162,15 @@ class SpecLoader:
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """See ``ConfigLoader``."""
         config = self._loader.load_sweep_config(master_config, sweep_overrides)
-        with _hydra_config(config):
-            try:
-                self._specs[tuple(sweep_overrides)] = RunSpec.of(config)
-            except RunnerError as error:
-                self._specs[tuple(sweep_overrides)] = error
+        holder = HydraConfig.instance()
+        before, holder.cfg = holder.cfg, None
+        holder.set_config(config)
+        try:
+            self._specs[tuple(sweep_overrides)] = RunSpec.of(config)
+        except RunnerError as error:
+            self._specs[tuple(sweep_overrides)] = error
+        finally:
+            holder.cfg = before
         return config
 
     def spec(self, overrides: Overrides) -> RunSpec | RunnerError:
@@ -192,55 +190,3 @@ class SignalLoader:
         """See ``ConfigLoader``."""
         signals.install()
         return self._loader.load_sweep_config(master_config, sweep_overrides)
-
-
-class RunNames:
-    """The runs that the jobs of a command name, over all calls of the launcher."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run
-
-    def deduplicate(self, jobs: Sequence[Overrides], specs: Specs) -> dict[Overrides, Overrides]:
-        """For each job the first one of the same run: it stands for both.
-
-        Raises ConfigError if they compute different things: one of them would get the other's result.
-        """
-        first: dict[str, Overrides] = {}
-        representatives: dict[Overrides, Overrides] = {}
-        for job in jobs:
-            spec = specs[job]
-            if isinstance(spec, RunnerError):
-                representatives[job] = job
-                continue
-            url = spec.directory.location.url
-            _require_same(*self._first.setdefault(url, (job, spec)), job, spec)
-            if url in first:
-                alike = "\n".join(f"  {' '.join(words)}" for words in (first[url], job))
-                log.warning("hint     two jobs are one run, %s, which is done once:\n%s", spec.directory.name, alike)
-            representatives[job] = first.setdefault(url, job)
-        return representatives
-
-
-def _require_same(first: Overrides, first_spec: RunSpec, job: Overrides, spec: RunSpec) -> None:
-    differing = [change.key for change in drift.compare(first_spec.identity, spec.identity)]
-    if first_spec.parent != spec.parent:
-        differing.append("run.parent")
-    if differing:
-        raise ConfigError(
-            f"two jobs of the sweep name one run, {spec.directory.name}, and differ in {', '.join(differing)}:\n"
-            f"  {' '.join(first)}\n  {' '.join(job)}\n"
-            "Nothing was started. Leave run.name out, so that the name is made from the overrides, or put into it "
-            f"what differs: 'run.name=NAME-${{{differing[0]}}}'"
-        )
-
-
-@contextmanager
-def _hydra_config(config: DictConfig) -> Iterator[None]:
-    """Within the block, ``HydraConfig`` is that of this job."""
-    holder = HydraConfig.instance()
-    before, holder.cfg = holder.cfg, None
-    holder.set_config(config)
-    try:
-        yield
-    finally:
-        holder.cfg = before

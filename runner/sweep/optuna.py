@@ -11,15 +11,14 @@ The plugin draws, launches and records trials, and takes every invocation for th
   made-up worst value would be a lie to the study. An error that does not come from the parameters ends the sweep and
   leaves its trials to the next invocation.
 
-One process at a time works on a study; a second one on the same machine is refused. Pruning is not possible: the plugin
-gives a job its parameters and no trial to report to. optuna itself is imported only for a sweep that uses it.
+One process of a machine at a time works on a study. Pruning is not possible: the plugin gives a job its parameters and
+no trial to report to. optuna itself is imported only for a sweep that uses it.
 """
 
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,18 +32,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from runner import errors
 from runner.config.identity import digest, variant
-from runner.errors import (
-    ConfigError,
-    DriftRefused,
-    Interrupted,
-    NoLoadableCheckpoint,
-    NonFiniteError,
-    RunInUse,
-    StorageError,
-    SweepFailed,
-    printable,
-)
+from runner.errors import ConfigError, NonFiniteError, RunInUse, SweepFailed
 from runner.storage import open_location
 from runner.storage.location import is_remote
 
@@ -57,7 +47,7 @@ _PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 _TARGET = f"{_PLUGIN}.optuna_sweeper.OptunaSweeper"
 _PASSWORD = re.compile(r"(?<=://)[^/]*@")
 # Errors that do not come from a trial's parameters.
-_ENDS_THE_SWEEP = (Interrupted, RunInUse, StorageError, DriftRefused, NoLoadableCheckpoint)
+_NO_FAILED_TRIAL = errors.Interrupted, RunInUse, errors.StorageError, errors.DriftRefused, errors.NoLoadableCheckpoint
 
 
 @dataclass
@@ -117,24 +107,28 @@ class Study(Sweeper):
                 raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
-        plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
-        plugin.storage = _database(self._config)
-        with _study_lock(plugin.study_name, self._config.hydra.sweep.dir):
+        name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
+        plugin.study_name, plugin.storage = name, _database(self._config)
+        lock = open_location(to_absolute_path(self._config.hydra.sweep.dir)).lock(f"optuna-{digest(name)}.lock")
+        if lock is None:  # two would record each other's trials
+            raise RunInUse(f"study {name}: another process works on it. Run this command again when that one has ended")
+        try:
             finished = _reopen(plugin, space, self._config)
-            log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
+            log.info("study    %s, %d of %d trials done", name, finished, settings.n_trials)
             plugin.job_idx = finished
             plugin.n_trials = max(0, settings.n_trials - finished)
             plugin.launcher = _Launcher(plugin.launcher)
-            try:
-                plugin.sweep(arguments)
-            except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
-                if _trials(plugin, "COMPLETE"):
-                    raise
-                raise SweepFailed(
-                    f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: "
-                    "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
-                ) from None
-        best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
+            plugin.sweep(arguments)
+        except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
+            if _trials(plugin, "COMPLETE"):
+                raise
+            raise SweepFailed(
+                f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective: all failed, for "
+                "the reasons above. Mend these and choose another hydra.sweeper.study_name"
+            ) from None
+        finally:
+            lock.release()
+        best = optuna.load_study(study_name=name, storage=plugin.storage).best_trial
         parameters = " ".join(f"{key}={value}" for key, value in best.params.items())
         log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, parameters)
 
@@ -181,18 +175,15 @@ class _Launcher:
         distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
         returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
         for job in returns.values():
-            if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
+            if job.status is JobStatus.FAILED and isinstance(job._return_value, _NO_FAILED_TRIAL):
                 raise job._return_value
-        return [_checked(returns[job]) for job in jobs]
-
-
-def _checked(job: JobReturn) -> JobReturn:
-    """A return that raises, which is a failed trial to the plugin, where the objective is not a finite number."""
-    value = job._return_value
-    if job.status is JobStatus.COMPLETED and (value is None or math.isfinite(value)):
-        return job
-    error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
-    return JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
+        for key, job in returns.items():
+            value = job._return_value
+            if isinstance(value, BaseException) or not (value is None or math.isfinite(value)):
+                # A return that raises, unlike that of ``SweepLauncher``, is a failed trial to the plugin.
+                error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
+                returns[key] = JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
+        return [returns[job] for job in jobs]
 
 
 def _direction(config: DictConfig) -> str:
@@ -226,19 +217,7 @@ def _database(config: DictConfig) -> "RDBStorage":
         return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
     except Exception as error:  # of a driver, of SQLAlchemy, of optuna
         where = "" if url is None else f"={_PASSWORD.sub('', url)}"
-        raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {printable(error)}") from error
-
-
-@contextmanager
-def _study_lock(study: str, folder: str) -> Iterator[None]:
-    """Within the block no other process of this machine works on the study: two would record each other's trials."""
-    lock = open_location(to_absolute_path(folder)).lock(f"optuna-{digest(study)}.lock")
-    if lock is None:
-        raise RunInUse(f"study {study}: another process works on it. Run this command again when that one has ended")
-    try:
-        yield
-    finally:
-        lock.release()
+        raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {errors.printable(error)}") from error
 
 
 def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
@@ -251,7 +230,7 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     from optuna.distributions import check_distribution_compatibility
     from optuna.trial import TrialState
 
-    name, storage = plugin.study_name, plugin.storage
+    name, storage, another = plugin.study_name, plugin.storage, "Choose another hydra.sweeper.study_name"
     try:
         parameters, _ = create_params_from_overrides(space)
     except (ValueError, AssertionError, NotImplementedError) as error:
@@ -262,20 +241,19 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
-        raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
+        raise ConfigError(f"study {name}: {error}. {another}") from error
     for trial in _trials(plugin):
         differing = trial.params.keys() ^ parameters.keys()
         if trial.state is TrialState.COMPLETE and differing and not plugin.custom_search_space_extender:
             keys = f"{', '.join(trial.params)}, this command does {', '.join(parameters)}"
-            raise ConfigError(f"study {name} has searched {keys}. Choose another hydra.sweeper.study_name")
+            raise ConfigError(f"study {name} has searched {keys}. {another}")
         for key in trial.distributions.keys() & parameters.keys():
+            before, now = trial.distributions[key], parameters[key]
             try:
-                check_distribution_compatibility(trial.distributions[key], parameters[key])
+                check_distribution_compatibility(before, now)
             except ValueError as error:
-                raise ConfigError(
-                    f"study {name} has searched {key} in {trial.distributions[key]}, this command does in "
-                    f"{parameters[key]}, and no study can have both. Choose another hydra.sweeper.study_name"
-                ) from error
+                spaces = f"{before}, this command does in {now}, and no study can have both"
+                raise ConfigError(f"study {name} has searched {key} in {spaces}. {another}") from error
     for trial in _trials(plugin, "RUNNING"):
         # A trial of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
