@@ -142,11 +142,10 @@ def test_compare_shows_swept_values_best_first(root: Path, capsys: pytest.Captur
 
 
 def test_comparing_respects_the_mode(copy: Path) -> None:
-    selection = listing.Selection()
-    by_accuracy = compare.compare_runs(str(copy), selection)
+    by_accuracy = compare.compare_runs(str(copy), bool)
     for config in copy.glob("smoke/*/config.yaml"):
         config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    by_loss = compare.compare_runs(str(copy), selection)  # without results of that identity: by the curves
+    by_loss = compare.compare_runs(str(copy), bool)  # without results of that identity: by the curves
     values = [run.summary.objective for run in by_loss.ranked()]
     assert len(values) == 4
     assert values == sorted(values)
@@ -159,13 +158,13 @@ def test_comparing_respects_the_mode(copy: Path) -> None:
 def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
     for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
         config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
-    assert [*compare.compare_runs(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
+    assert [*compare.compare_runs(str(copy), bool).swept] == ["model.width", "optimizer.lr"]
 
 
 def test_runs_of_another_goal_come_last(copy: Path) -> None:
     config = copy / "smoke/lr0.03/config.yaml"
     config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    found = compare.compare_runs(str(copy), listing.Selection())
+    found = compare.compare_runs(str(copy), bool)
     assert found.runs[-1].summary.run == "smoke/lr0.03"
     assert len(found.ranked()) == 3
 

@@ -27,19 +27,8 @@ def main(pid: int, limit: float) -> None:
             silent = 0.0
         elif not _stopped(pid):
             silent += _LOOK_SECONDS
-    if os.getppid() == pid:
-        _end(pid, silent)
-
-
-def _stopped(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:  # no /proc on this system
-        return False
-
-
-def _end(pid: int, silent: float) -> None:
+    if os.getppid() != pid:
+        return
     if sys.stderr is not None:
         print(
             f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running. If "
@@ -53,6 +42,14 @@ def _end(pid: int, silent: float) -> None:
     select.select([0], [], [], _DIE_SECONDS)
     if os.getppid() == pid:
         os.kill(pid, signal.SIGKILL)
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:  # no /proc on this system
+        return False
 
 
 if __name__ == "__main__":

@@ -111,9 +111,8 @@ class Replicated(_SeveralProcesses):
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
             for place, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._ready, number, place)
-                )
+                hook = partial(self._ready, number, place)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
             copy_from_rank_zero([tensor])
 
@@ -127,12 +126,10 @@ class Replicated(_SeveralProcesses):
 
     def reduce_gradients(self) -> None:
         """Gradients of weights that were frozen or absent at the start go last, in buckets made anew at each step."""
-        for bucket in self._buckets[self._next :]:
-            _send(bucket)
         weights = self._models[0].named_parameters()
         late = {name: weight for name, weight in weights if weight.requires_grad and weight not in self._in_buckets}
         late_buckets = [_Bucket(parameters) for parameters in _split(late)]
-        for bucket in late_buckets:
+        for bucket in (*self._buckets[self._next :], *late_buckets):
             _send(bucket)
         for bucket in (*self._buckets, *late_buckets):
             _receive(bucket)
@@ -162,9 +159,8 @@ def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     size = 0
     for name, parameter in reversed(trained.items()):
         if parameter.layout != torch.strided:
-            raise ConfigError(
-                f"model: {name} is a {parameter.layout} parameter; several processes train dense ones only"
-            )
+            kind = f"is a {parameter.layout} parameter"
+            raise ConfigError(f"model: {name} {kind}; several processes train dense ones only")
         other = bucket and (bucket[0].dtype != parameter.dtype or bucket[0].device != parameter.device)
         if other or size >= _BUCKET_BYTES:
             yield bucket
@@ -302,10 +298,8 @@ def _require_shapes(model: nn.Module) -> None:
     """Raise ConfigError for parameters that cannot be sharded."""
     single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     if single:
-        raise ConfigError(
-            f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. Give it the shape [1]. "
-            f"{_OTHERWISE}"
-        )
+        remedy = f"Give it the shape [1]. {_OTHERWISE}"
+        raise ConfigError(f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. {remedy}")
     sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
     if sparse:
         raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")

@@ -38,10 +38,8 @@ class PeerFailed(RunnerError):
 
 
 class Channel(Communicator):
-    """The communicator over a key-value store.
-
-    Keys are made from the number of the exchange, and removed once all ranks have read them. Raises PeerFailed once
-    another process has failed.
+    """The communicator over a key-value store. Keys are made from the number of the exchange, and removed once all
+    ranks have read them. Raises PeerFailed once another process has failed.
     """
 
     def __init__(self, store: Store, world: World, watch: Watchdog, *, thread: str) -> None:
@@ -95,9 +93,7 @@ class Channel(Communicator):
 
 
 class GroupChannel(Channel):
-    """The channel of the training thread, which exchanges values at every step: it broadcasts over a process group on
-    the CPU, in a tenth of the time that the store takes.
-    """
+    """The channel of the training thread. It broadcasts over a process group, in a tenth of the time of the store."""
 
     def __init__(self, store: Store, world: World, watch: Watchdog, group: ProcessGroup) -> None:
         super().__init__(store, world, watch, thread=MAIN)
@@ -219,9 +215,8 @@ class ProcessTeam(Team):
     def fail(self, error: BaseException) -> Failure:
         """End all other processes; returns the failure that they report, which may be an earlier one elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
-        failure = self.watch.failure or self.watch.fail(
-            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
-        )
+        own = Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
+        failure = self.watch.failure or self.watch.fail(own)
         self._say_left()
         if self._served is not None:
             time.sleep(_READ_SECONDS)
@@ -249,20 +244,12 @@ class ProcessTeam(Team):
         return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
 
     def _connect(self, *, serve: bool = False) -> Store:
-        place = self.place
+        host, port, timeout = self.place.host, self.place.port, timedelta(seconds=self._timeout)
         try:
-            return TCPStore(
-                place.host,
-                place.port,
-                is_master=serve,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=self._timeout),
-            )
+            return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timeout)
         except RuntimeError as error:
-            verb = "keep" if serve else "reach"
-            raise ConfigError(
-                f"cannot {verb} the store of the processes at {place.host}:{place.port}: {str(error).splitlines()[0]}"
-            ) from error
+            task = f"{'keep' if serve else 'reach'} the store of the processes at {host}:{port}"
+            raise ConfigError(f"cannot {task}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.errors import RunnerError, printable
 from runner.run.directory import RunDirectory
-from runner.run_facts import refuse_unusable
+from runner.run_facts import RunSummary, refuse_unusable
 from runner.runs import compare, listing, show
 
 
@@ -132,8 +132,13 @@ def _export(parsed: argparse.Namespace) -> int:
     return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
 
 
-def _selection(parsed: argparse.Namespace) -> listing.Selection:
-    return listing.Selection(parsed.status, parsed.experiment, parsed.match)
+def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:
+    """Which runs to show. Of an unreadable run only the name is known."""
+    return lambda run: (
+        (parsed.status is None or run.state in parsed.status)
+        and (parsed.experiment is None or run.experiment == parsed.experiment)
+        and (parsed.match is None or parsed.match in run.run)
+    )
 
 
 def _print(parsed: argparse.Namespace, values: Any, format_text: Callable[[Any], str]) -> int:

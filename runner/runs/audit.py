@@ -1,6 +1,7 @@
 """Whether a run used every sample exactly once per epoch, from its ledger."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -21,26 +22,18 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
-    facts = RunFacts(directory)
+    facts, indexed = RunFacts(directory), recipe.get("kind") != "opaque"
     with refuse_unusable(f"the ledger of {location.url}"):
-        report = check_exactly_once(
-            segments,
-            None if recipe.get("kind") == "opaque" else Plan.of(recipe),
-            begun=facts.start,
-            committed=max(facts.step, facts.committed),
-        )
+        plan, committed = Plan.of(recipe) if indexed else None, max(facts.step, facts.committed)
+        report = check_exactly_once(segments, plan, begun=facts.start, committed=committed)
     if len({*plans}) > 1:
         report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
     values = {
         "run": directory.name,
-        "steps": report.steps,
-        "positions": report.positions,
+        **asdict(report),
         "attempts": len({segment.attempt for segment in segments}),
-        "indexed": recipe.get("kind") != "opaque",
+        "indexed": indexed,
         "holds": report.holds,
-        "epochs": report.epochs,
-        "again": report.again,
-        "problems": report.problems,
         "damaged": [segment.damage for segment in segments if segment.damage],
     }
     return report, values

@@ -9,7 +9,7 @@ import base64
 import io
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from runner.hashing import sha256_digest
 from runner.metrics import lines
 from runner.run import drift
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs, number
-from runner.runs.listing import Selection, format_cell, format_setting, format_table
+from runner.runs.listing import format_cell, format_setting, format_table
 from runner.storage import files
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ class Comparison:
         return {"root": self.root, **goal, "swept": list(self.swept), "runs": runs}
 
 
-def compare_runs(root: str, selection: Selection) -> Comparison:
+def compare_runs(root: str, selects: Callable[[RunSummary], bool]) -> Comparison:
     """Read the selected runs. Raises ConfigError if there are none, StorageError for the root."""
-    runs = [run for run in map_runs(root, _candidate, Candidate) if selection.includes(run.summary)]
+    runs = [run for run in map_runs(root, _candidate, Candidate) if selects(run.summary)]
     if not runs:
         raise ConfigError(f"none of the runs under {root} is selected by --status, --experiment and --match")
     objectives = Counter(run.objective for run in runs if run.objective is not None)
@@ -177,9 +177,8 @@ def render_png(comparison: Comparison) -> bytes:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError(
-            f"a picture needs matplotlib, which is not installed: pip install 'hydra-runner[compare]' ({error})"
-        ) from error
+        remedy = "pip install 'hydra-runner[compare]'"
+        raise ConfigError(f"a picture needs matplotlib, which is not installed: {remedy} ({error})") from error
     runs = comparison.ranked()
     if not runs or comparison.objective is None:
         raise ConfigError(f"nothing to draw: no run under {comparison.root} has a value of its objective yet")
@@ -223,17 +222,10 @@ def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept
     faint = max(0.15, min(0.8, 15 / len(runs)))
     curves = [[_bounded(value) for _, value in run.curve] for run in runs]
     for place, run in reversed([*enumerate(runs)]):
-        best = place < len(_COLOURS)
-        axes.plot(
-            [step for step, _ in run.curve],
-            curves[place],
-            color=_colour(place),
-            alpha=1.0 if best else faint,
-            linewidth=1.8 if best else 0.9,
-            marker="o" if len(run.curve) < _FEW else None,
-            markersize=4,
-            zorder=3 if best else 2,
-        )
+        alpha, width, order = (1.0, 1.8, 3) if place < len(_COLOURS) else (faint, 0.9, 2)
+        look: dict[str, Any] = {"color": _colour(place), "alpha": alpha, "linewidth": width, "zorder": order}
+        dots = "o" if len(run.curve) < _FEW else None
+        axes.plot([step for step, _ in run.curve], curves[place], marker=dots, markersize=4, **look)
     for place, run in enumerate(runs[: len(_COLOURS)]):
         axes.plot([], [], color=_colour(place), linewidth=1.8, label=legend(run, swept))
     if others := len(runs[len(_COLOURS) :]):
@@ -246,37 +238,25 @@ def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept
 
 def _scatter(axes: "Axes", objective: Objective, runs: Sequence[Candidate], key: str) -> None:
     """The objective over one parameter, by value where all are numbers; a triangle at the edge is a run beyond it."""
-    numbers = [_bounded(value) for run in runs if (value := number(run.parameters.get(key))) is not None]
-    positions = _place_numbers(axes, numbers) if len(numbers) == len(runs) else _place_categories(axes, runs, key)
+    positions = [_bounded(value) for run in runs if (value := number(run.parameters.get(key))) is not None]
+    if len(positions) < len(runs):
+        positions = _place_categories(axes, runs, key)
+    else:
+        if _spans_decades(positions):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        if len({*positions}) <= _FEW:
+            axes.set_xticks(sorted({*positions}), [f"{value:g}" for value in sorted({*positions})])
     heights = [_bounded(run.summary.objective) for run in runs if run.summary.objective is not None]
     _fit(axes, objective, heights)
     bottom, top = axes.get_ylim()
     for place, (x, y) in reversed([*enumerate(zip(positions, heights, strict=True))]):
-        best = place < len(_COLOURS)
+        size, alpha = (32, 1.0) if place < len(_COLOURS) else (18, 0.5)
+        look: dict[str, Any] = {"color": _colour(place), "s": size, "alpha": alpha, "linewidths": 0, "zorder": 3}
         shown = min(max(y, bottom), top)
-        axes.scatter(
-            x,
-            shown,
-            color=_colour(place),
-            marker="o" if shown == y else "^" if y > top else "v",
-            s=32 if best else 18,
-            alpha=1 if best else 0.5,
-            linewidths=0,
-            clip_on=False,
-            zorder=3,
-        )
+        axes.scatter(x, shown, marker="o" if shown == y else "^" if y > top else "v", clip_on=False, **look)
     axes.set_title(format_cell(key))
-
-
-def _place_numbers(axes: "Axes", values: Sequence[float]) -> Sequence[float]:
-    """The horizontal position of each run: the value of its parameter."""
-    if _spans_decades(values):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-    if len({*values}) <= _FEW:
-        axes.set_xticks(sorted({*values}), [f"{value:g}" for value in sorted({*values})])
-    return values
 
 
 def _place_categories(axes: "Axes", runs: Sequence[Candidate], key: str) -> list[float]:

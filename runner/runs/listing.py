@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -34,27 +34,9 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a second scre
 _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which runs to show: with these statuses, of this experiment, with this text in their name. None: any."""
-
-    states: Sequence[str] | None = None
-    experiment: str | None = None
-    match: str | None = None
-
-    def includes(self, run: RunSummary) -> bool:
-        """Whether the run is selected. Of an unreadable run only the name is known."""
-        return (
-            (self.states is None or run.state in self.states)
-            and (self.experiment is None or run.experiment == self.experiment)
-            and (self.match is None or self.match in run.run)
-        )
-
-
-def list_runs(root: str, selection: Selection) -> list[RunSummary]:
+def list_runs(root: str, selects: Callable[[RunSummary], bool]) -> list[RunSummary]:
     """The selected runs under a root. Raises ConfigError if there are no runs at all, StorageError for the root."""
-    runs = map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary)
-    return [run for run in runs if selection.includes(run)]
+    return [*filter(selects, map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary))]
 
 
 def sort_runs(runs: list[RunSummary], column: str, *, reverse: bool = False) -> list[RunSummary]:
@@ -77,14 +59,10 @@ def format_runs(runs: list[RunSummary]) -> str:
 
 
 def format_narrow(runs: list[RunSummary]) -> str:
-    """The table for a screen that cuts its lines: shortened names behind the values, and above the table the part that
-    all names share.
-    """
+    """The table for a narrow screen: shortened names behind the values, and above it the part that all names share."""
     shared, names = _shorten([run.run for run in runs])
-    rows = [
-        {**_row(run), "run": name, "status": format_cell(run.status, widest=22)}
-        for run, name in zip(runs, names, strict=True)
-    ]
+    rows = [{**_row(run), "status": format_cell(run.status, widest=22)} for run in runs]
+    rows = [{**row, "run": name} for row, name in zip(rows, names, strict=True)]
     table = format_table(rows, [*_COLUMNS[:3], "run", *_COLUMNS[3:]])
     return f"{f'all in {format_cell(shared)}' if shared else ''}\n{table}"
 
@@ -117,10 +95,8 @@ def format_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> s
     """The rows under the columns' names; a missing value stays empty. The name of a run is never cut: other commands
     need it, and the runs of a sweep may differ in nothing but its end.
     """
-    cells = [
-        [format_cell(row.get(column), widest=_WIDEST_NAME if column == "run" else _WIDEST) for column in columns]
-        for row in rows
-    ]
+    widths = {"run": _WIDEST_NAME}
+    cells = [[format_cell(row.get(name), widest=widths.get(name, _WIDEST)) for name in columns] for row in rows]
     return tabulate(cells, headers=list(map(format_cell, columns)), disable_numparse=True)
 
 
@@ -144,10 +120,8 @@ def format_setting(value: Any) -> str:
 
 
 def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: bool) -> None:
-    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted.
-
-    Raises ConfigError for an invalid interval, and whatever the first ``read`` raises; errors of later calls are shown,
-    because they may be temporary.
+    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted. Errors of
+    the first ``read`` are raised; later ones are shown, because they may be temporary.
     """
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
