@@ -6,8 +6,7 @@ the interpolation in place of the value. So it does not matter through how many 
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any
@@ -26,20 +25,17 @@ _masked: ContextVar[bool] = ContextVar("masked", default=False)  # answer with i
 
 
 def plain_value(parent: Container, key: Any) -> Any:
-    """The value of a key as plain values, with ``Unresolved`` texts in place of those from the environment.
-
-    Numbers, booleans and choices stay: they are no secrets, and decide what is computed.
+    """The value of a key as plain values, with ``Unresolved`` texts in place of those from the environment. Numbers,
+    booleans and choices stay: they are no secrets, and decide what is computed.
     """
-    with _recording() as variables:
-        value = _plain(parent[key])
+    value, variables = _recorded(lambda: _plain(parent[key]))
     return _leaves(parent, key) if variables else value
 
 
 def _leaves(parent: Any, key: Any) -> Any:
-    with _recording() as variables:
-        node = parent[key]
+    node, variables = _recorded(lambda: parent[key])
     if not variables and OmegaConf.is_dict(node):
-        return {_name(inner): _leaves(node, inner) for inner in node}
+        return {_plain(inner): _leaves(node, inner) for inner in node}
     if not variables and OmegaConf.is_list(node):
         return [_leaves(node, place) for place in range(len(node))]
     value = _plain(node)
@@ -60,22 +56,17 @@ def _masked_text(parent: Any, key: Any) -> str:
 
 
 def _plain(node: Any) -> Any:
-    if not OmegaConf.is_config(node):
-        return _name(node)
-    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True, enum_to_str=True)
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return node.name if isinstance(node, Enum) else node
 
 
-def _name(value: Any) -> Any:
-    return value.name if isinstance(value, Enum) else value
-
-
-@contextmanager
-def _recording() -> Iterator[list[str]]:
-    """Yields the list of the variables that are read within the block."""
+def _recorded(read: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What ``read`` returns, and the variables that it reads."""
     variables: list[str] = []
     token = _requested.set(variables)
     try:
-        yield variables
+        return read(), variables
     finally:
         _requested.reset(token)
 

@@ -75,11 +75,8 @@ def names_a_secret(key: str) -> bool:
 
 def may_be_secret(value: str) -> bool:
     """Whether a text under any name looks rather like a secret than like a word, a number, a path or an address."""
-    return (
-        len(value) >= 6
-        and not _HARMLESS.fullmatch(value)
-        and bool(re.search(r"\d", value) and value.split() == [value])
-    )
+    word_with_digit = value.split() == [value] and re.search(r"\d", value) is not None
+    return word_with_digit and len(value) >= 6 and not _HARMLESS.fullmatch(value)
 
 
 def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = False) -> Iterator[str]:

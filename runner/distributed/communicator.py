@@ -1,5 +1,4 @@
-"""How the processes of one run exchange values, and how they act as one: rank 0 decides, an error on one rank is an
-error on all.
+"""How the processes of a run exchange values and act as one: rank 0 decides, an error on one rank is one on all.
 
 Knows nothing of the transport, which is a network store and a process group, or threads in a test.
 """
@@ -45,9 +44,8 @@ Kinds = tuple[type[Exception], ...]
 
 
 def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
-    """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks.
-
-    If it raises, all ranks raise: a RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
+    """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks. If it raises, all ranks raise: a
+    RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
 
         names = on_rank_zero(comm, lambda: commits(location))  # one listing, the same names everywhere
     """
@@ -70,9 +68,8 @@ def on_all_ranks(comm: Communicator, work: Callable[[], T], *, kinds: Kinds = ()
 
 
 def gather(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
-    """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others.
-
-    If it raises on any rank, all ranks raise, with the number of that rank in the message.
+    """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others. If
+    it raises on any rank, all ranks raise, with the number of that rank in the message.
     """
     if comm.size == 1:
         return [work()]

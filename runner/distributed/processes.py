@@ -153,13 +153,10 @@ class ProcessTeam(Team):
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self._store("group"),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            timeout=timedelta(seconds=10 * self._timeout),  # the watchdog acts earlier, and names the process at fault
-        )
+        store, rank, size = self._store("group"), self.world.rank, self.world.size
+        timeout = timedelta(seconds=10 * self._timeout)  # the watchdog acts earlier, and names the process at fault
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
         self.comm = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)

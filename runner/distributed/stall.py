@@ -35,13 +35,8 @@ _DUMP_POLL_SECONDS = 0.02
 _DUMP = "worker-stacks"
 _dumps: list[IO[bytes]] = []  # registered by their numbers: they must stay open
 _STEP = "no step"
-_LACKING = {
-    "saves": "no end of a save",
-    "joins": "no end of a save",
-    "evaluates": "no batch of an evaluation",
-    "ends evaluation": "no end of an evaluation",
-}
-_PATIENT = ("no end of a save", "no end of an evaluation")
+_PATIENT = {"saves": "no end of a save", "joins": "no end of a save", "ends evaluation": "no end of an evaluation"}
+_LACKING = _PATIENT | {"evaluates": "no batch of an evaluation"}
 _TORCH = Path(torch.__file__).parent
 _COMPILERS = {f"{_TORCH}/_dynamo/convert_frame.py", f"{_TORCH}/_inductor/compile_fx.py"}
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
@@ -109,7 +104,7 @@ class Stall:
                 self._progressed = False
             elif (lack := self._lack()) is not None:
                 spent[lack] += passed  # type: ignore[assignment]
-                if spent[lack] > self._timeout + self._patience * (lack in _PATIENT):
+                if spent[lack] > self._timeout + self._patience * (lack in _PATIENT.values()):
                     self._end(lack, spent[lack])
 
     def _lack(self) -> str | None:
@@ -124,7 +119,7 @@ class Stall:
         return _LACKING[declared[-1]] if declared else _STEP
 
     def _end(self, lack: str, seconds: float) -> None:
-        key = "runtime.timeout and checkpoint.max_unsaved" if lack in _PATIENT else "runtime.timeout"
+        key = "runtime.timeout and checkpoint.max_unsaved" if lack in _PATIENT.values() else "runtime.timeout"
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}

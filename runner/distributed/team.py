@@ -22,29 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``.
+    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``."""
 
-    ``digest`` and ``swaps`` describe the samples that were read (``TrainingStream.step_samples``), ``elapsed`` is
-    the training time on rank 0 in seconds, ``metrics`` are the names of the step's metrics.
-    """
-
-    digest: int
+    digest: int  # of the samples that were read (``TrainingStream.step_samples``), like ``swaps``
     swaps: str
-    elapsed: float
-    metrics: tuple[str, ...]
+    elapsed: float  # training time on rank 0 in seconds
+    metrics: tuple[str, ...]  # names
 
 
 class Team:
-    """The processes of a run, which all make the same calls in the same order; this class is a single process.
+    """The processes of a run, which all make the same calls in the same order; this class is a single process."""
 
-    ``comm`` is the communicator of the training thread. ``watch`` watches that training moves.
-    """
-
-    watch: "Stall | None" = None  # of a single process from ``begin`` on
+    watch: "Stall | None" = None  # watches that training moves; of a single process from ``begin`` on
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.comm: Communicator = SINGLE_PROCESS
+        self.comm: Communicator = SINGLE_PROCESS  # of the training thread
         self._timeout = timeout
         self._patience = patience
 

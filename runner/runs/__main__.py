@@ -1,6 +1,4 @@
-"""``python -m runner.runs list|show|diff|compare|watch|audit|prune|export``: look at runs, remove old checkpoints,
-export weights.
-"""
+"""``python -m runner.runs``: commands that look at runs, remove old checkpoints and export weights."""
 
 import argparse
 import json
@@ -33,9 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m runner.runs", description="Look at runs, remove old checkpoints, export weights."
-    )
+    description = "Look at runs, remove old checkpoints, export weights."
+    parser = argparse.ArgumentParser(prog="python -m runner.runs", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[[argparse.Namespace], int], text: str, *, run: str | None = None) -> Any:

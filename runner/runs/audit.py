@@ -28,15 +28,10 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
         report = check_exactly_once(segments, plan, begun=facts.start, committed=committed)
     if len({*plans}) > 1:
         report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
-    values = {
-        "run": directory.name,
-        **asdict(report),
-        "attempts": len({segment.attempt for segment in segments}),
-        "indexed": indexed,
-        "holds": report.holds,
-        "damaged": [segment.damage for segment in segments if segment.damage],
-    }
-    return report, values
+    attempts = len({segment.attempt for segment in segments})
+    damaged = [segment.damage for segment in segments if segment.damage]
+    values = {"run": directory.name, **asdict(report), "holds": report.holds}
+    return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged}
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
@@ -55,13 +50,10 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         return "\n".join([*text, *audit["problems"]])
     if not audit["indexed"]:
         text.append("No step differed when done again.")
-    elif any(row["whole"] for row in audit["epochs"]):
-        text.append("Every sample exactly once in every whole epoch.")
     else:
-        text.append(
-            "Every sample exactly once in every whole epoch. None is whole yet: nothing was repeated, and what will be "
-            "missed is not known."
-        )
+        whole = any(row["whole"] for row in audit["epochs"])
+        unknown = " None is whole yet: nothing was repeated, and what will be missed is not known."
+        text.append(f"Every sample exactly once in every whole epoch.{'' if whole else unknown}")
     return "\n".join(text)
 
 

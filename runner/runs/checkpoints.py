@@ -28,9 +28,7 @@ def prune(
     directory: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool
 ) -> list[dict[str, Any]]:
     """All checkpoints, the newest first, with whether each is kept and why. With ``remove`` removes the others, once
-    all bytes of two kept ones are verified.
-
-    Raises ConfigError for numbers that are too small, RunInUse while a process works on the run.
+    all bytes of two kept ones are verified. Raises ConfigError, and RunInUse while a process works on the run.
     """
     for name, value, least in (("last", last, LEAST_KEPT), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
@@ -49,17 +47,17 @@ def prune(
         sizes[parse_data(entry.name)] += entry.size
     if remove:  # files of a process that starts meanwhile belong to a newer attempt and are kept
         store.remove([commit.id for commit in commits], {*reasons}, attempt=newest.number + 1 if newest else 0)
-    return [
-        {
+    rows = []
+    for commit in commits:
+        row = {
             "commit": str(commit.id),
             "step": commit.id.step,
             "objective": commit.objective,
             "size": sizes[commit.id],
-            "keep": commit.id in reasons,
-            "why": reasons.get(commit.id, "damaged" if commit.damaged else "older"),
         }
-        for commit in commits
-    ]
+        why = reasons.get(commit.id, "damaged" if commit.damaged else "older")
+        rows.append({**row, "keep": commit.id in reasons, "why": why})
+    return rows
 
 
 def format_prune(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
@@ -91,9 +89,7 @@ def _verify(store: CheckpointStore, retention: Retention) -> None:
 
 def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     """Write the evaluated weights of ``run``, ``run@step`` or ``run@best`` to a path or URL; every byte was verified.
-
-    Raises ConfigError for a step that is not there, and for a target that is there unless ``force``;
-    NoLoadableCheckpoint; StorageError.
+    Raises ConfigError, NoLoadableCheckpoint, StorageError.
     """
     source = CheckpointRef.parse(run)
     directory = RunDirectory.at(source.run)
@@ -102,14 +98,8 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     checkpoint, weights = read(directory, source.checkpoint, evaluated_weights)
     data = b"".join(safetensors_file(weights))
     files.write(target, data)
-    return {
-        "run": directory.location.url,
-        "step": checkpoint.step,
-        "commit": str(checkpoint.id),
-        "target": target,
-        "bytes": len(data),
-        "sha256": sha256_digest(data),
-    }
+    origin = {"run": directory.location.url, "step": checkpoint.step, "commit": str(checkpoint.id)}
+    return {**origin, "target": target, "bytes": len(data), "sha256": sha256_digest(data)}
 
 
 def format_export(exported: Mapping[str, Any]) -> str:

@@ -38,17 +38,9 @@ _MOST_NAMED = 10  # categories whose names fit under a panel
 _HUGE = 1e100
 _DECADES = 30.0  # a ratio from which on a scale is logarithmic
 _WIDEST = 44  # characters of a run in the legend, of all names under a panel
-_AXES_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-}
+_AXES_STYLE: dict[Any, Any] = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "font.size": 9}
+_AXES_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+_AXES_STYLE |= {"axes.titlesize": 10, "axes.titlelocation": "left"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,9 +378,8 @@ def render_html(comparison: Comparison, png: bytes) -> str:
 
 
 def _cell(value: Any) -> str:
-    if number(value) is None:
-        return f"<td>{_text(value)}</td>"
-    return f'<td class="number" data-value="{value}">{_text(value)}</td>'
+    attributes = "" if number(value) is None else f' class="number" data-value="{value}"'
+    return f"<td{attributes}>{_text(value)}</td>"
 
 
 def _text(value: Any) -> str:

@@ -58,12 +58,9 @@ def format_details(run: Mapping[str, Any]) -> str:
 def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
     """The keys that differ in configuration and result, with their values in ``a`` and ``b``, unless absent there."""
     left, right = RunFacts(a), RunFacts(b)
-    return {
-        "a": a.location.url,
-        "b": b.location.url,
-        "configuration": _changes(left.identity, right.identity, "a", "b"),
-        "result": _changes(_progress(left), _progress(right), "a", "b"),
-    }
+    configuration = _changes(left.identity, right.identity, "a", "b")
+    result = _changes(_progress(left), _progress(right), "a", "b")
+    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "result": result}
 
 
 def format_diff(differences: Mapping[str, Any]) -> str:
@@ -98,14 +95,10 @@ def _progress(facts: RunFacts) -> dict[str, Any]:
 
 
 def _attempt(record: AttemptRecord) -> dict[str, Any]:
-    return {
-        "attempt": record.number,
-        "outcome": record.outcome(),
-        "reason": record.ending("reason"),
-        **{key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")},
-        "seen": record.seen(),
-        **{key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")},
-    }
+    ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
+    beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
+    claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
+    return {**ending, **beat, "seen": record.seen(), **claim}
 
 
 def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | None]:

@@ -32,10 +32,8 @@ log = logging.getLogger("runner")
 
 Overrides = tuple[str, ...]  # of one job, which they identify
 
-_LAUNCHERS = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
-)
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+_LAUNCHERS = (BASIC_LAUNCHER, "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
 _IMPORTED_BEFORE = ("runner.experiment", "torch._dynamo")  # every job needs them; their import takes seconds
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 60.0  # for what a user's code does at the exit of a process

@@ -32,7 +32,7 @@ from runner.run.attempt_records import AttemptRecord
 from runner.run_facts import RunFacts
 from runner.run_spec import RunSpec, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
-from runner.sweep.jobs import Overrides, SignalLoader, SpecLoader, isolate
+from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoader, isolate
 
 log = logging.getLogger("runner")
 
@@ -40,7 +40,6 @@ DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in us
 Specs = Mapping[Overrides, RunSpec | RunnerError]  # an error where the overrides cannot be used
 
 _instantiate = Plugins.instantiate_launcher
-_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _POLL_SECONDS = 2.0
 _WORST_LAST = (0, 75, 4, 3, 2, 5, 1)  # exit statuses
 _ROWS = 20  # of one status in a table
@@ -126,7 +125,7 @@ class SweepLauncher(Launcher):
     def __init__(self, inner: Launcher, specs: SpecLoader, config: DictConfig, report: SweepReport) -> None:
         self._inner = inner
         # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
-        self._serial = config.hydra.launcher._target_ == _BASIC
+        self._serial = config.hydra.launcher._target_ == BASIC_LAUNCHER
         self._specs = specs
         self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run, over all calls
         self._sweep = config.sweep
@@ -139,9 +138,8 @@ class SweepLauncher(Launcher):
         """Does nothing: the inner launcher was set up when it was made."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One return value per job, in order. Raises Interrupted after a stop signal.
-
-        A job without an objective returns NaN instead of raising, because a sweeper must not end for one job.
+        """One return value per job, in order; NaN for a job without an objective, because a sweeper must not end for
+        one job. Raises Interrupted after a stop signal.
         """
         if not job_overrides:
             raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")

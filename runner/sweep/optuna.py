@@ -195,10 +195,9 @@ def _direction(config: DictConfig) -> str:
         raise ConfigError(f"hydra.sweeper.direction={configured}: a run has one objective. Leave the direction away")
     direction = {"min": "minimize", "max": "maximize"}[objective.mode.name]
     if configured not in (None, direction):
-        raise ConfigError(
-            f"hydra.sweeper.direction={configured} contradicts objective.mode={objective.mode.name} of "
-            f"{objective.metric}: leave the direction away, it is then {direction}"
-        )
+        goal = f"objective.mode={objective.mode.name} of {objective.metric}"
+        remedy = f"leave the direction away, it is then {direction}"
+        raise ConfigError(f"hydra.sweeper.direction={configured} contradicts {goal}: {remedy}")
     return direction
 
 
