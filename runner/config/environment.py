@@ -62,7 +62,6 @@ def _plain(node: Any) -> Any:
 
 
 def _recorded(read: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What ``read`` returns, and the variables that it reads."""
     variables: list[str] = []
     token = _requested.set(variables)
     try:
@@ -72,7 +71,6 @@ def _recorded(read: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 def _env(variable: str, default: Any = _NO_DEFAULT, *, _node_: Node) -> str | None:
-    """``oc.env``, as OmegaConf has it."""
     requested = _requested.get()
     if requested is not None:
         requested.append(variable)

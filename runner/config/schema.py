@@ -158,7 +158,6 @@ class Config:
 
 
 def register() -> None:
-    """Register the schema with Hydra as ``schema``, the first entry of the defaults list."""
     ConfigStore.instance().store(name="schema", node=Config)
 
 

@@ -140,10 +140,8 @@ class Replicated(_SeveralProcesses):
         if not self._last:
             return
         if number < self._next:
-            raise RuntimeError(
-                "a gradient was added to after it had been sent to the other processes. Differentiate each micro-batch "
-                "once, with all of its losses together"
-            )
+            remedy = "Differentiate each micro-batch once, with all of its losses together"
+            raise RuntimeError(f"a gradient was added to after it had been sent to the other processes. {remedy}")
         self._buckets[number].ready.add(place)
         while self._next < len(self._buckets):
             bucket = self._buckets[self._next]
@@ -175,14 +173,10 @@ def _send(bucket: _Bucket) -> None:
     """Start the sum. A parameter without a gradient here contributes zeros."""
     gradients = [parameter.grad for parameter in bucket.parameters]
     if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-        raise TaskError(
-            "a gradient is sparse, as that of nn.Embedding(sparse=True); several processes bring together dense ones "
-            "only. Build it with sparse=False, or train in one process"
-        )
-    pieces = [
-        torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
-        for parameter, gradient in zip(bucket.parameters, gradients, strict=True)
-    ]
+        remedy = "Build its layer, such as nn.Embedding, with sparse=False, or train in one process"
+        raise TaskError(f"a gradient is sparse; several processes bring together dense ones only. {remedy}")
+    pairs = zip(bucket.parameters, gradients, strict=True)
+    pieces = [(torch.zeros_like(weight) if gradient is None else gradient).flatten() for weight, gradient in pairs]
     present = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)
     bucket.flat = torch.cat([*pieces, present.to(pieces[0].device, non_blocking=True)])
     bucket.work = dist.all_reduce(bucket.flat, async_op=True)
@@ -241,10 +235,8 @@ class Sharded(_SeveralProcesses):
             model.reshard()
         whole = [n for n, p in self._models[0].named_parameters() if p.grad is not None and not isinstance(p, DTensor)]
         if whole:
-            raise TaskError(
-                f"model: {', '.join(whole)} came after the start, and each process would train its own. Give it to the "
-                f"model in its constructor. {_OTHERWISE}"
-            )
+            remedy = f"each process would train its own. Give it to the model in its constructor. {_OTHERWISE}"
+            raise TaskError(f"model: {', '.join(whole)} came after the start, and {remedy}")
 
     def full_tensor(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
@@ -295,7 +287,6 @@ class _ShardedOptimizer:
 
 
 def _require_shapes(model: nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot be sharded."""
     single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     if single:
         remedy = f"Give it the shape [1]. {_OTHERWISE}"

@@ -231,7 +231,6 @@ class ProcessTeam(Team):
         return [*map(int, sums.tolist())]
 
     def _swaps(self, swaps: str) -> str:
-        """The swaps of all ranks, in the order of their positions."""
         gathered = "".join(self.comm.gather(swaps) or []).split()
         gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
         return str(self.comm.broadcast("".join(f" {swap}" for swap in gathered)))
@@ -271,11 +270,9 @@ def process_team(world: World, place: Rendezvous, *, timeout: float, patience: f
 
 
 def _stop_flags() -> list[int]:
-    """For each of the stop signals, 1 if this process received it."""
     name = signals.received()
     return [int(number.name == name) for number in signals.STOP_SIGNALS]
 
 
 def _signal(counts: Sequence[int]) -> str | None:
-    """The first stop signal that any process received."""
     return next((number.name for number, count in zip(signals.STOP_SIGNALS, counts, strict=True) if count), None)

@@ -65,11 +65,9 @@ class Stall:
             self._signal_outside()
 
     def rest(self) -> None:
-        """Training is over."""
         self._watching = False
 
     def close(self) -> None:
-        """End the thread."""
         self._ended.set()
         self._thread.join(2 * _LOOK_SECONDS)
         self._watching = False
@@ -124,14 +122,12 @@ class Stall:
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         others = sys._current_frames().keys() - {threading.get_ident()}
-        threads = [f"  thread {names.get(each, each)} is at {thread_status(each).line}" for each in others]
-        reason = (
-            f"{lack} for {seconds:.0f} s ({key}); the training thread is at {thread_status(self._training).line}.\n"
-            f"{chr(10).join([*threads, *_children()])}\n"
-            "If the work there needs that long, set a longer runtime.timeout. "
-            "The same command goes on from the last checkpoint."
-        )
-        end_process(reason, 1, self.last_words)
+        threads = [f"  thread {names.get(each, each)} is at {thread_status(each)[1]}" for each in others]
+        training = f"the training thread is at {thread_status(self._training)[1]}."
+        remedy = "If the work there needs that long, set a longer runtime.timeout."
+        again = "The same command goes on from the last checkpoint."
+        lines = [f"{lack} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
+        end_process("\n".join(lines), 1, self.last_words)
 
 
 def _children() -> Iterator[str]:

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -62,24 +62,16 @@ _OWN = f"{Path(__file__).parent}/"
 _EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadStatus:
-    """What a thread does: it ``waits`` for other processes, or its innermost declared activity, or it just ``works``.
-    ``line`` is a code line for people, outside of torch and the standard library if possible.
+def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], str]:
+    """What a thread of this process does: it ``waits`` for other processes, or its innermost declared activity, or it
+    just ``works``; and a code line for people, outside of torch and the standard library if possible.
     """
-
-    does: Activity | Literal["waits", "works"]
-    line: str
-
-
-def thread_status(thread: int) -> ThreadStatus:
-    """The status of a thread of this process, by its ident."""
     frames = [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) for frame in stack(thread)]
     files = takewhile(lambda file: file.startswith((_TORCH, _OWN)), (file for file, _, _ in frames))
     if any(file.startswith(_EXCHANGES) for file in files):
-        return ThreadStatus("waits", _line(frames))
+        return "waits", _line(frames)
     declared = activities(thread)
-    return ThreadStatus(declared[-1] if declared else "works", _line(frames))
+    return declared[-1] if declared else "works", _line(frames)
 
 
 def stack(thread: int) -> list[FrameType]:
@@ -130,7 +122,7 @@ class Beat:
     number: int
     pid: int
     host: str
-    threads: dict[str, tuple[str, str]]
+    threads: Mapping[str, tuple[str, str]]
 
     @property
     def thread(self) -> str:
@@ -174,13 +166,13 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def note_exchange(self, thread: str, *, training: bool | None = None) -> None:
-        """The calling thread, which is named ``thread``, has reached an exchange. ``training``: whether the training
-        thread must from now on reach the next one within the timeout.
+    def note_exchange(self, thread: str, *, training: bool = False) -> None:
+        """The calling thread, named ``thread``, has reached an exchange. ``training``: from now on the training thread
+        must reach the next one within the timeout.
         """
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
-            self._training = self._training if training is None else training
+            self._training = self._training or training
             self._since = time.monotonic()
 
     def rest(self) -> None:
@@ -188,7 +180,6 @@ class Watchdog:
         self._training = False
 
     def whereabouts(self, rank: int, thread: str) -> str:
-        """Where a thread of a rank is, for messages."""
         name = f"beat/{rank}"
         try:
             return _beat(self._store.get(name)).describe(rank, thread) if self._store.check([name]) else f"rank {rank}"
@@ -214,7 +205,6 @@ class Watchdog:
         return self.failure
 
     def close(self) -> None:
-        """End the threads."""
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * _BEAT_SECONDS)
@@ -243,10 +233,10 @@ class Watchdog:
 
     def _show(self, number: int) -> None:
         threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
-        if not self._training and threads[MAIN].does != "waits":
+        if not self._training and threads[MAIN][0] != "waits":
             self._since = time.monotonic()
-        beat = Beat(number, getpid(), _HOST, {name: (each.does, each.line) for name, each in threads.items()})
-        self._store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
+        beat = asdict(Beat(number, getpid(), _HOST, threads))
+        self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
 
     def _look(self) -> None:
         with self._lock:
@@ -298,7 +288,7 @@ class Watchdog:
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):
                 return
-            waiting = waiting + 1 if thread_status(self._idents[MAIN]).does == "waits" else 0
+            waiting = waiting + 1 if thread_status(self._idents[MAIN])[0] == "waits" else 0
         end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
 

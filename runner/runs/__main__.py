@@ -87,8 +87,8 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _watch(parsed: argparse.Namespace) -> int:
-    selection = _selection(parsed)
-    listing.watch(lambda: listing.list_runs(parsed.root, selection), interval=parsed.interval, as_json=parsed.json)
+    selects = _selection(parsed)
+    listing.watch(lambda: listing.list_runs(parsed.root, selects), interval=parsed.interval, as_json=parsed.json)
     return 0
 
 
@@ -139,7 +139,6 @@ def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:
 
 
 def _print(parsed: argparse.Namespace, values: Any, format_text: Callable[[Any], str]) -> int:
-    """Print plain values as JSON for a program, or as text for a person."""
     print(json.dumps(_strict(values), indent=1) if parsed.json else printable(format_text(values)))
     return 0
 

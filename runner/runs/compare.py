@@ -51,7 +51,6 @@ class Objective:
     mode: str
 
     def rank(self, value: float) -> float:
-        """A sort key: smaller is better."""
         return -value if self.mode == "max" else value
 
 
@@ -65,7 +64,6 @@ class Candidate:
     curve: Sequence[tuple[int, float]] = ()  # the objective over the steps
 
     def parameter(self, key: str) -> str:
-        """A parameter as text; empty if the run has no such key."""
         return format_setting(self.parameters[key]) if key in self.parameters else ""
 
 
@@ -79,17 +77,14 @@ class Comparison:
     runs: Sequence[Candidate]
 
     def ranked(self) -> list[Candidate]:
-        """The runs that have a value for the objective."""
         return [run for run in self.runs if run.objective == self.objective and run.summary.objective is not None]
 
     @property
     def title(self) -> str:
-        """The objective in words."""
         goal = self.objective
         return f"{format_cell(goal.metric)} ({goal.mode})" if goal else "no objective: none has a metric for it"
 
     def plain(self) -> dict[str, Any]:
-        """The comparison as plain values, without the curves."""
         goal = asdict(self.objective) if self.objective else {"metric": None, "mode": None}
         runs = []
         for run in self.runs:
@@ -156,16 +151,9 @@ def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
-    """Write the picture, the page or both to paths or URLs, over existing files."""
-    image = render_png(comparison)
-    if png:
-        files.write(png, image)
-    if html:
-        files.write(html, render_html(comparison, image).encode())
-
-
-def render_png(comparison: Comparison) -> bytes:
-    """The picture as a PNG file. Raises ConfigError without matplotlib, or if no run has a value of the objective."""
+    """Write the picture as a PNG file, the page or both to paths or URLs, over existing files. Raises ConfigError
+    without matplotlib, or if no run has a value of the objective.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -178,7 +166,11 @@ def render_png(comparison: Comparison) -> bytes:
     with matplotlib.rc_context(_AXES_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of names in a script that no font has
         _draw(comparison, comparison.objective, runs).savefig(target, format="png", dpi=130)
-    return target.getvalue()
+    image = target.getvalue()
+    if png:
+        files.write(png, image)
+    if html:
+        files.write(html, render_html(comparison, image).encode())
 
 
 def _bounded(value: float) -> float:

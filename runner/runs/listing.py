@@ -75,10 +75,8 @@ def _shorten(names: list[str]) -> tuple[str, list[str]]:
     parts, words = [folder.split("/") for folder in folders], [leaf.split(",") for leaf in leaves]
     top = len([part for part in os.path.commonpath(folders).split("/") if part])
     alike = {*words[0]}.intersection(*words)
-    short = [
-        "/".join([*part[top:], ",".join(word for word in each if word not in alike) or ",".join(each)])
-        for part, each in zip(parts, words, strict=True)
-    ]
+    own = [",".join(word for word in each if word not in alike) or ",".join(each) for each in words]
+    short = ["/".join([*part[top:], leaf]) for part, leaf in zip(parts, own, strict=True)]
     return "/".join([*parts[0][:top], ",".join(word for word in words[0] if word in alike)]), short
 
 
@@ -183,5 +181,5 @@ def _screen(on_terminal: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         pass
     finally:
-        print(_LEAVE if on_terminal else "", end="", flush=True)
         signal.signal(signal.SIGTERM, former)
+        print(_LEAVE if on_terminal else "", end="", flush=True)

@@ -88,7 +88,6 @@ def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
 
 
 def _progress(facts: RunFacts) -> dict[str, Any]:
-    """The result of a run, or how far it has come."""
     summary, result = facts.summary(), facts.result or {}
     rest: dict[str, Any] = {key: result[key] for key in ("reason", "epochs", "metrics") if key in result}
     return {"status": summary.status, "step": summary.step, "objective": result.get("objective"), **rest}

@@ -116,7 +116,6 @@ def _send(pipe: Connection, message: Any) -> bool:
 
 
 def _run_job(task: TaskFunction, config: DictConfig, parent_end: Connection, pipe: Connection) -> None:
-    """The main function of the job's process."""
     parent_end.close()
     signals.install()
     ended = threading.Event()
@@ -158,7 +157,6 @@ class SpecLoader:
         return getattr(self._loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """See ``ConfigLoader``."""
         config = self._loader.load_sweep_config(master_config, sweep_overrides)
         holder = HydraConfig.instance()
         before, holder.cfg = holder.cfg, None
@@ -172,7 +170,6 @@ class SpecLoader:
         return config
 
     def spec(self, overrides: Overrides) -> RunSpec | RunnerError:
-        """The run that these overrides ask for, or the error that they cause."""
         if overrides not in self._specs:
             self.load_sweep_config(self._master, [*overrides])
         return self._specs.pop(overrides)
@@ -185,6 +182,5 @@ class SignalLoader:
         self._loader = loader
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """See ``ConfigLoader``."""
         signals.install()
         return self._loader.load_sweep_config(master_config, sweep_overrides)

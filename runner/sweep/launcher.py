@@ -84,7 +84,6 @@ class SweepReport:
 
     @property
     def exit_status(self) -> int:
-        """The worst exit status of the jobs."""
         errors = [run.error for run in self.statuses.values() if run.status == FAILED]
         statuses = [error.status if isinstance(error, RunnerError) else 1 for error in errors]
         return max(statuses, key=_WORST_LAST.index, default=0)
@@ -233,7 +232,6 @@ class SweepLauncher(Launcher):
         return after
 
     def _run(self, batch: list[Overrides], index: int) -> dict[Overrides, BaseException | None]:
-        """Run the jobs with the inner launcher; returns the error of each job, or None."""
         try:
             if self._stop is None:
                 returns = self._inner.launch(batch, index)
