@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -47,44 +48,38 @@ _HINTS = {
 def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:
     """``task``, to be called in a process for each job if this launcher's jobs would share one."""
     shared = config.hydra.launcher._target_ in _LAUNCHERS
-    return ProcessPerJob(task) if shared and config.sweep.isolate and sys.platform == "linux" else task
+    return partial(_run_isolated, task) if shared and config.sweep.isolate and sys.platform == "linux" else task
 
 
 _Ending = tuple[Any, BaseException | None, str | None]  # the job's value, its error, the stop signal it received
 
 
-class ProcessPerJob:
-    """A task function that runs every call in a process of its own."""
-
-    def __init__(self, task: TaskFunction) -> None:
-        self._task = task
-
-    def __call__(self, config: DictConfig) -> Any:
-        """The job's objective. Raises what the job raised, or JobDied."""
-        signals.install()
-        if not {*HydraConfig.get().job.env_set} - {VARIABLE}:  # libraries read such variables at their import
-            for module in _IMPORTED_BEFORE:
-                importlib.import_module(module)
-        parent_end, child_end = multiprocessing.Pipe()
-        arguments = (self._task, config, parent_end, child_end)
-        process = multiprocessing.get_context("fork").Process(target=_run_job, args=arguments)
-        process.start()
-        child_end.close()
-        with parent_end:
-            ending = _wait(process, parent_end)
-        if ending is None:
-            code = process.exitcode or 0
-            if code >= 0:
-                cause = "before the job did: something called os._exit, or ended it from C"
-                raise JobDied(f"its process ended with status {code} {cause}")
-            name = signal.Signals(-code).name
-            raise JobDied(f"its process was killed by {name}{_HINTS.get(name, '')}")
-        value, error, stop = ending
-        if stop and isinstance(error, Interrupted):
-            signals.request(stop)  # somebody stopped the job alone; the sweep stops with it
-        if error:
-            raise error
-        return value
+def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
+    """The job's objective. Raises what the job raised, or JobDied."""
+    signals.install()
+    if not {*HydraConfig.get().job.env_set} - {VARIABLE}:  # libraries read such variables at their import
+        for module in _IMPORTED_BEFORE:
+            importlib.import_module(module)
+    parent_end, child_end = multiprocessing.Pipe()
+    arguments = (task, config, parent_end, child_end)
+    process = multiprocessing.get_context("fork").Process(target=_run_job, args=arguments)
+    process.start()
+    child_end.close()
+    with parent_end:
+        ending = _wait(process, parent_end)
+    if ending is None:
+        code = process.exitcode or 0
+        if code >= 0:
+            cause = "before the job did: something called os._exit, or ended it from C"
+            raise JobDied(f"its process ended with status {code} {cause}")
+        name = signal.Signals(-code).name
+        raise JobDied(f"its process was killed by {name}{_HINTS.get(name, '')}")
+    value, error, stop = ending
+    if stop and isinstance(error, Interrupted):
+        signals.request(stop)  # somebody stopped the job alone; the sweep stops with it
+    if error:
+        raise error
+    return value
 
 
 def _wait(process: BaseProcess, pipe: Connection) -> _Ending | None:

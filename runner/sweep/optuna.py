@@ -4,12 +4,10 @@ The plugin draws, launches and records trials, and takes every invocation for th
 
 * ``n_trials`` is the total. A trial that ran when the process died is the same trial again, with the parameters that
   the database has for it; these name the run directory, which resumes, or answers at once if it was finished.
-* Every draw is seeded by the sampler's seed, the trial's number and the parameter. With ``n_jobs=1`` a study that was
-  killed anywhere is therefore bit for bit the study that nobody killed. With more jobs it is as well, except after a
-  kill while the results of one batch are recorded: later draws then knew a part of the batch.
-* A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again: a
-  made-up worst value would be a lie to the study. An error that does not come from the parameters ends the sweep and
-  leaves its trials to the next invocation.
+* Every draw is seeded by the sampler's seed, the trial's number and the parameter, so a study that was killed is bit
+  for bit the study that nobody killed; with ``n_jobs`` above 1 unless the kill came while a batch was recorded.
+* A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again. An
+  error that does not come from the parameters ends the sweep and leaves its trials to the next invocation.
 
 One process of a machine at a time works on a study. Pruning is not possible: the plugin gives a job its parameters and
 no trial to report to. optuna itself is imported only for a sweep that uses it.
@@ -17,7 +15,6 @@ no trial to report to. optuna itself is imported only for a sweep that uses it.
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -45,7 +42,6 @@ log = logging.getLogger("runner")
 
 _PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 _TARGET = f"{_PLUGIN}.optuna_sweeper.OptunaSweeper"
-_PASSWORD = re.compile(r"(?<=://)[^/]*@")
 # Errors that do not come from a trial's parameters.
 _NO_FAILED_TRIAL = errors.Interrupted, RunInUse, errors.StorageError, errors.DriftRefused, errors.NoLoadableCheckpoint
 
@@ -118,14 +114,16 @@ class Study(Sweeper):
             plugin.job_idx = finished
             plugin.n_trials = max(0, settings.n_trials - finished)
             plugin.launcher = _Launcher(plugin.launcher)
-            plugin.sweep(arguments)
-        except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
-            if _trials(plugin, "COMPLETE"):
-                raise
-            raise SweepFailed(
-                f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective: all failed, for "
-                "the reasons above. Mend these and choose another hydra.sweeper.study_name"
-            ) from None
+            try:
+                plugin.sweep(arguments)
+            except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
+                if _trials(plugin, "COMPLETE"):
+                    raise
+                trials = (
+                    f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective: all failed"
+                )
+                remedy = "for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+                raise SweepFailed(f"{trials}, {remedy}") from None
         finally:
             lock.release()
         best = optuna.load_study(study_name=name, storage=plugin.storage).best_trial
@@ -174,11 +172,10 @@ class _Launcher:
         jobs = [tuple(overrides) for overrides in job_overrides]
         distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
         returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
-        for job in returns.values():
-            if job.status is JobStatus.FAILED and isinstance(job._return_value, _NO_FAILED_TRIAL):
-                raise job._return_value
         for key, job in returns.items():
             value = job._return_value
+            if isinstance(value, _NO_FAILED_TRIAL):
+                raise value
             if isinstance(value, BaseException) or not (value is None or math.isfinite(value)):
                 # A return that raises, unlike that of ``SweepLauncher``, is a failed trial to the plugin.
                 error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
@@ -215,13 +212,12 @@ def _database(config: DictConfig) -> "RDBStorage":
     try:
         return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
     except Exception as error:  # of a driver, of SQLAlchemy, of optuna
-        where = "" if url is None else f"={_PASSWORD.sub('', url)}"
+        where = "" if url is None else f"={errors.redacted(url)}"
         raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {errors.printable(error)}") from error
 
 
 def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     """Create the study, or queue the trials that a dead process left unfinished; returns the number of finished trials.
-
     Raises ConfigError for an unusable search space, and for a study of another direction, other keys or distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
