@@ -191,10 +191,9 @@ def check(config: DictConfig) -> None:
     trainer = config.trainer
     if trainer.max_steps is None and trainer.max_epochs is None and trainer.max_seconds is None:
         raise ConfigError("the training has no end: set trainer.max_steps, trainer.max_epochs or trainer.max_seconds")
-    if trainer.ema_decay is not None and not 0 < trainer.ema_decay < 1:
-        raise ConfigError(
-            f"trainer.ema_decay={trainer.ema_decay} is not between 0 and 1; usual values are 0.99 to 0.9999"
-        )
+    decay = trainer.ema_decay
+    if decay is not None and not 0 < decay < 1:
+        raise ConfigError(f"trainer.ema_decay={decay} is not between 0 and 1; usual values are 0.99 to 0.9999")
     if config.objective.metric is not None and config.data.validation is None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
     if trainer.early_stopping.patience is not None and config.objective.metric is None:
@@ -247,10 +246,8 @@ def refuse_secrets(config: DictConfig) -> None:
     for key in ("run.root", "run.name", "run.parent"):  # also as a part of them
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and redacted(value) != value:
-            raise ConfigError(
-                f"{key} has a secret in it, and would be the name of a folder and stored. Name it otherwise; what a "
-                "store wants to know has its place in run.storage_options"
-            )
+            remedy = "Name it otherwise; what a store wants to know has its place in run.storage_options"
+            raise ConfigError(f"{key} has a secret in it, and would be the name of a folder and stored. {remedy}")
 
 
 def _check_parameters(sweeper: DictConfig) -> None:
@@ -259,10 +256,9 @@ def _check_parameters(sweeper: DictConfig) -> None:
     for key, value in parameters.items():
         words = re.split(r"[\s,()]+", str(value.value)) if isinstance(value, Unresolved) else []
         if any(redacted(word) != word or may_be_secret(word) for word in words):
-            raise ConfigError(
-                f"hydra.sweeper.params.{key} has a secret of the environment, which would end in names of jobs: give "
-                f"it on the command line, {shlex.quote(f'{key}={value}')}"
-            )
+            problem = "a secret of the environment, which would end in names of jobs"
+            remedy = f"give it on the command line, {shlex.quote(f'{key}={value}')}"
+            raise ConfigError(f"hydra.sweeper.params.{key} has {problem}: {remedy}")
 
 
 def _as_written(config: DictConfig, key: str) -> Any:

@@ -25,7 +25,7 @@ from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
 
 from runner import signals
-from runner.distributed.stall import write_stacks_on_request
+from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError
 
 _END_SECONDS = 5.0  # for workers to finish their current batch

@@ -17,7 +17,7 @@ from runner.distributed.world import World
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from runner.distributed.stall import Stall
+    from runner.distributed.watchdog import Stall
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Team:
 
     def begin(self, device: Any) -> None:
         """Set up process groups for tensors on that device."""
-        from runner.distributed.stall import Stall
+        from runner.distributed.watchdog import Stall
 
         self.watch = Stall(self._timeout, self._patience)
 
