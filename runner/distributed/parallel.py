@@ -1,10 +1,10 @@
 """How the model is distributed over several processes: replicated or sharded (``team.Parallelism``).
 
 *Replicated*: every process has the whole model, and gradients are summed during the backward pass. torch's
-``DistributedDataParallel`` rebuilds its buckets after the first step of a process, in the order in which gradients
-arrived. With three or more processes the place of a gradient in its bucket decides the order of its sum, so the first
-step after a resume would differ in the last bits from the same step of an uninterrupted run. Here buckets never change.
-The model is not wrapped either: a task may use all its attributes, and need not use all its parameters in every step.
+``DistributedDataParallel`` rebuilds its buckets after the first step of a process, and with three or more processes the
+place of a gradient in its bucket decides the order of its sum, so the first step after a resume would differ in the
+last bits. Here buckets never change. The model is not wrapped either: a task may use all its attributes, and need not
+use all its parameters in every step.
 
 *Sharded* (FSDP2): each process keeps a slice of every parameter, of its gradient and of its moments. ``shard``
 processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
@@ -208,16 +208,26 @@ class Sharded(_SeveralProcesses):
         replicas = dist.get_world_size() // shard
         shape, names = ((replicas, shard), ("replicate", "shard")) if replicas > 1 else ((shard,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        _require_shapes(models[0])
+        if single := [name for name, parameter in models[0].named_parameters() if not parameter.dim()]:
+            remedy = f"Give it the shape [1]. {_OTHERWISE}"
+            raise ConfigError(f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. {remedy}")
+        if sparse := [name for name, module in models[0].named_modules() if getattr(module, "sparse", False) is True]:
+            raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
         for model in models:
-            layers = blocks(model)
-            for part in (*layers, model):
+            parts: list[Any] = [*blocks(model), model]
+            for part in parts:
                 try:
                     fully_shard(part, mesh=mesh)
                 except (ValueError, NotImplementedError, AssertionError) as error:
                     raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
-                _sum_gradients(part)
-        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(layers)} repeated layers"
+                # Sum gradients instead of averaging them, because every loss is weighted by its share of the batch.
+                if hasattr(part, "set_gradient_divide_factor"):
+                    part.set_gradient_divide_factor(1.0)
+                    part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+                else:  # torch before 2.8
+                    part.set_reduce_scatter_divide_factor(1.0)
+        layers = f"{len(parts) - 1} repeated layers"
+        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {layers}"
         super().__init__(models, micro_batches=micro_batches)
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
@@ -284,22 +294,3 @@ class _ShardedOptimizer:
             for parameter, weight in zip(group["params"], copies, strict=True):
                 parameter.detach().copy_(weight)
         return state
-
-
-def _require_shapes(model: nn.Module) -> None:
-    single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
-    if single:
-        remedy = f"Give it the shape [1]. {_OTHERWISE}"
-        raise ConfigError(f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. {remedy}")
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
-    if sparse:
-        raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
-
-
-def _sum_gradients(part: Any) -> None:
-    """Sum gradients instead of averaging them, because every loss is weighted by its share of the batch."""
-    if hasattr(part, "set_gradient_divide_factor"):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
-    else:  # torch before 2.8
-        part.set_reduce_scatter_divide_factor(1.0)

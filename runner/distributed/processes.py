@@ -168,7 +168,11 @@ class ProcessTeam(Team):
         sums = self._sums([digest, len(report.swaps), elapsed, names, names**2, *_stop_flags()])
         digest, swapped, elapsed, names, squares, *flags = sums
         self.stop = self.stop or _signal(flags)
-        swaps = self._swaps(report.swaps) if swapped else ""
+        swaps = ""
+        if swapped:  # in the order of their positions
+            gathered = "".join(self.comm.gather(report.swaps) or []).split()
+            gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
+            swaps = self.comm.broadcast("".join(f" {swap}" for swap in gathered))
         # Equal on all ranks if and only if the mean of the squares is the square of the mean.
         metrics = report.metrics if squares * self.world.size == names**2 else self.union(report.metrics)
         return StepReport(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
@@ -229,11 +233,6 @@ class ProcessTeam(Team):
         dist.all_reduce(sums, group=self._group)
         self.watch.note_exchange(MAIN)
         return [*map(int, sums.tolist())]
-
-    def _swaps(self, swaps: str) -> str:
-        gathered = "".join(self.comm.gather(swaps) or []).split()
-        gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
-        return str(self.comm.broadcast("".join(f" {swap}" for swap in gathered)))
 
     def _store(self, name: str) -> Store:
         """A connection for one thread: on a shared one, a thread that waits for an answer would block the others."""

@@ -38,8 +38,17 @@ def prune(
     retention = Retention(last, every_steps, best, objective.get("mode") if objective.get("metric") else None)
     attempts.raise_if_live(directory.location)
     store = CheckpointStore(directory.location)
-    if remove:
-        _verify(store, retention)
+    # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
+    while remove and len(store.verified) < LEAST_KEPT:
+        unproven = retention.kept(_survey(store)) - store.verified - store.damaged
+        if not unproven:
+            break  # there are fewer than two, so everything is kept
+        newest_unproven = max(unproven)
+        try:
+            store.open(newest_unproven).verify()
+            store.verified.add(newest_unproven)
+        except Damaged:
+            store.damaged.add(newest_unproven)
     commits = _survey(store)
     reasons = retention.reasons(commits)
     sizes = Counter[CommitId | None]()
@@ -49,14 +58,9 @@ def prune(
         store.remove([commit.id for commit in commits], {*reasons}, attempt=newest.number + 1 if newest else 0)
     rows = []
     for commit in commits:
-        row = {
-            "commit": str(commit.id),
-            "step": commit.id.step,
-            "objective": commit.objective,
-            "size": sizes[commit.id],
-        }
+        row = {"commit": str(commit.id), "step": commit.id.step, "objective": commit.objective}
         why = reasons.get(commit.id, "damaged" if commit.damaged else "older")
-        rows.append({**row, "keep": commit.id in reasons, "why": why})
+        rows.append({**row, "size": sizes[commit.id], "keep": commit.id in reasons, "why": why})
     return rows
 
 
@@ -71,20 +75,6 @@ def format_prune(rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
 def _survey(store: CheckpointStore) -> list[CommitInfo]:
     """All commits; a commit counts as verified if its manifest and the sizes of its files are right."""
     return [replace(commit, verified=not commit.damaged) for commit in store.survey()]
-
-
-def _verify(store: CheckpointStore, retention: Retention) -> None:
-    """Read the newest kept commits until two are verified. A damaged commit changes which commits are kept."""
-    while len(store.verified) < LEAST_KEPT:
-        unproven = retention.kept(_survey(store)) - store.verified - store.damaged
-        if not unproven:
-            return  # there are fewer than two, so everything is kept
-        newest = max(unproven)
-        try:
-            store.open(newest).verify()
-            store.verified.add(newest)
-        except Damaged:
-            store.damaged.add(newest)
 
 
 def export(run: str, target: str, *, force: bool) -> dict[str, Any]:

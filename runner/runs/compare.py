@@ -1,8 +1,8 @@
-"""The runs under a root side by side: the parameters in which they differ, and their objectives. As a table, as a
-picture (learning curves, and the objective over each parameter), and as one HTML file.
+"""The runs under a root side by side, as a table, as a picture (learning curves, and the objective over each parameter
+in which they differ), and as one HTML file.
 
-Only the best few runs are coloured, however many there are. Texts come from run directories: the picture renders none
-as a formula, and the page escapes them, needs no network, and allows no script but its own.
+Texts come from run directories: the picture renders none as a formula, and the page escapes them, needs no network, and
+allows no script but its own.
 """
 
 import base64
@@ -327,8 +327,7 @@ document.querySelector("input").addEventListener("input", event => {
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em; color: #222; }
 h1 { font-size: 1.3em; overflow-wrap: anywhere; }
-img { max-width: 100%; }
-div { overflow-x: auto; }
+img { max-width: 100%; } div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .8em; text-align: left; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
 th { cursor: pointer; border-bottom: 2px solid #888; user-select: none; }

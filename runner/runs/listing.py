@@ -1,5 +1,4 @@
-"""The list of runs under a root: selection, order and table; the list updated until Ctrl-C, redrawn in place on a
-terminal and printed again and again elsewhere; and how all commands print values on a terminal.
+"""The list of runs under a root, also updated until Ctrl-C; and how all commands print values on a terminal.
 
 Control characters are escaped where a value is printed, because anyone may have written it.
 """
@@ -136,7 +135,12 @@ def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: boo
                 counts = {state: sum(row.state == state for row in rows) for state in STATES}
                 summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
                 text = printable(f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {summary}{problem}\n{table}")
-                print(_frame(text) if on_terminal else text, end="" if on_terminal else "\n", flush=True)
+                if on_terminal:  # cut to it, and drawn over what is there
+                    (width, height), lines = shutil.get_terminal_size(), text.splitlines()
+                    if len(lines) > height:
+                        lines = [*lines[: height - 1], f"... {len(lines) - height + 1} more"]
+                    text = _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
+                print(text, end="" if on_terminal else "\n", flush=True)
             time.sleep(interval)
             try:
                 rows, problem = read(), ""
@@ -160,15 +164,6 @@ class Pulse:
         self._seen[row.run] = row.seen
         beats = now - self._moved.get(row.run, -float("inf")) < self._patience
         return replace(row, status="running") if beats and row.state == "unknown" else row
-
-
-def _frame(text: str) -> str:
-    """The text cut to the terminal, to be drawn over what is there."""
-    width, height = shutil.get_terminal_size()
-    lines = text.splitlines()
-    if len(lines) > height:
-        lines = [*lines[: height - 1], f"... {len(lines) - height + 1} more"]
-    return _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
 
 
 @contextlib.contextmanager

@@ -17,8 +17,12 @@ _ATTEMPT_COLUMNS = ("attempt", "outcome", "started", "resumed", "step", "committ
 
 def details(directory: RunDirectory) -> dict[str, Any]:
     """Everything about one run, as plain values."""
-    facts = RunFacts(directory)
-    lost = _lost_steps(facts.attempts, facts.start)
+    facts, attempts = RunFacts(directory), []
+    for record, lost in zip(facts.attempts, _lost_steps(facts.attempts, facts.start), strict=True):
+        ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
+        beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
+        claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
+        attempts.append({**ending, **beat, "seen": record.seen(), **claim, "lost": lost})
     return {
         **asdict(facts.summary()),
         "url": directory.location.url,
@@ -26,7 +30,7 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         "identity": facts.identity,
         "result": facts.result,
         "overrides": facts.newest.claim.get("overrides") if facts.newest else None,
-        "attempts": [{**_attempt(record), "lost": steps} for record, steps in zip(facts.attempts, lost, strict=True)],
+        "attempts": attempts,
         "drift": _accepted_changes(directory, facts.attempts),
         "checkpoints": [asdict(commit) for commit in facts.commits],
     }
@@ -91,13 +95,6 @@ def _progress(facts: RunFacts) -> dict[str, Any]:
     summary, result = facts.summary(), facts.result or {}
     rest: dict[str, Any] = {key: result[key] for key in ("reason", "epochs", "metrics") if key in result}
     return {"status": summary.status, "step": summary.step, "objective": result.get("objective"), **rest}
-
-
-def _attempt(record: AttemptRecord) -> dict[str, Any]:
-    ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
-    beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
-    claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
-    return {**ending, **beat, "seen": record.seen(), **claim}
 
 
 def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | None]:

@@ -1,8 +1,7 @@
 """The jobs of a sweep: each composed once, and run in a process of its own.
 
-A job is killed without the sweep, and all that a failed job held ends with its process. The process is forked after
-torch has been imported once for all jobs. It has the output, the log and the environment of the sweep; a stop signal is
-passed on to it, and it stops by itself if the sweep's process is gone.
+A job is killed without the sweep, and all that it held ends with its process, which is forked after torch has been
+imported once for all jobs. A stop signal is passed on to it, and it stops by itself if the sweep's process is gone.
 """
 
 import contextlib
