@@ -24,7 +24,7 @@ checks the code against this map.
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
-       config/ (environment, identity, schema, secrets)
+       config/ (identity, schema, secrets)
     1  signals     average     task
     0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes
        models/ (convnet, gpt, mlp)

@@ -29,7 +29,7 @@ _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add 
 
 def identity(config: "DictConfig") -> dict[str, Any]:
     """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
-    from runner.config.environment import plain_value
+    from runner.config.schema import plain_value
 
     return {key: plain_value(config, key) for key in IDENTITY}
 

@@ -1,12 +1,18 @@
-"""Every key of a configuration with its type, by which Hydra refuses a misspelt key and a wrong value; and the checks
-that types cannot express.
+"""Every key of a configuration with its type, by which Hydra refuses a misspelt key and a wrong value; the checks that
+types cannot express; and values that come from the environment.
 
 ``conf/config.yaml`` has the defaults and says what each key means.
+
+An object gets the value of ``${oc.env:NAME}``; identity, names and records get this text. OmegaConf's own resolver is
+replaced by a resolver that notes each variable it is asked for, and that can answer with the interpolation in place of
+the value. So it does not matter through how many other keys and resolvers a value came.
 """
 
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -17,10 +23,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.base import Node
 
-from runner.config.environment import plain_value
-from runner.config.secrets import Unresolved, find_secrets, may_be_secret
-from runner.errors import ConfigError, redacted
+from runner.config.secrets import Unresolved, find_secrets, may_be_secret, names_a_secret
+from runner.errors import ConfigError, hide_secret, redacted
 
 LEAST_KEPT = 2  # verified checkpoints are always kept, so that the loss of any one object leaves one to resume from
 Precision = Enum("Precision", {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"})
@@ -276,3 +282,77 @@ def _secrets_of_sweep(config: DictConfig) -> Iterator[str]:
         if isinstance(values, ChoiceSweep):
             for value in values.list:
                 yield from find_secrets(Override._convert_value(value), override.key_or_group)
+
+
+_NO_DEFAULT = object()
+# Below these keys a value of the environment is hidden only if its name says that it is secret: messages need them.
+_SHOWN = re.compile(r"(run\.(root|name|parent)|runtime|checkpoint|metrics\.every_steps|sweep|hydra)\b")
+_requested: ContextVar[list[str] | None] = ContextVar("requested", default=None)  # names of variables
+_masked: ContextVar[bool] = ContextVar("masked", default=False)  # answer with interpolations
+
+
+def plain_value(parent: Container, key: Any) -> Any:
+    """The value of a key as plain values, with ``Unresolved`` texts in place of those from the environment. Numbers,
+    booleans and choices stay: they are no secrets, and decide what is computed.
+    """
+    value, variables = _recorded(lambda: _plain(parent[key]))
+    return _leaves(parent, key) if variables else value
+
+
+def _leaves(parent: Any, key: Any) -> Any:
+    node, variables = _recorded(lambda: parent[key])
+    if not variables and OmegaConf.is_dict(node):
+        return {_plain(inner): _leaves(node, inner) for inner in node}
+    if not variables and OmegaConf.is_list(node):
+        return [_leaves(node, place) for place in range(len(node))]
+    value = _plain(node)
+    harmless = isinstance(node, int | float | Enum) and not names_a_secret(str(key))
+    return value if harmless or not variables else Unresolved(_masked_text(parent, key), value)
+
+
+def _masked_text(parent: Any, key: Any) -> str:
+    """The text as it would be if each variable held its own interpolation; else as it is written."""
+    token = _masked.set(True)
+    try:
+        text = parent[key]
+    except Exception:  # the type is no text, or a resolver wants another one
+        text = None
+    finally:
+        _masked.reset(token)
+    return text if isinstance(text, str) and "${oc.env:" in text else str(parent._get_node(key)._value())
+
+
+def _plain(node: Any) -> Any:
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return node.name if isinstance(node, Enum) else node
+
+
+def _recorded(read: Callable[[], Any]) -> tuple[Any, list[str]]:
+    variables: list[str] = []
+    token = _requested.set(variables)
+    try:
+        return read(), variables
+    finally:
+        _requested.reset(token)
+
+
+def _env(variable: str, default: Any = _NO_DEFAULT, *, _node_: Node) -> str | None:
+    requested = _requested.get()
+    if requested is not None:
+        requested.append(variable)
+    if _masked.get():
+        text = "" if default is _NO_DEFAULT else f",{'null' if default is None else default}"
+        return f"${{oc.env:{variable}{text}}}"
+    if variable not in os.environ:
+        if default is _NO_DEFAULT:
+            raise KeyError(f"Environment variable '{variable}' not found")
+        return None if default is None else str(default)
+    value, key = os.environ[variable], str(_node_._get_full_key(None))
+    named = names_a_secret(variable) or names_a_secret(key)
+    if (named and len(value) >= 4) or (may_be_secret(value) and not _SHOWN.match(key)):
+        hide_secret(value)
+    return value
+
+
+OmegaConf.register_new_resolver("oc.env", _env, replace=True)

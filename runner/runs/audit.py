@@ -1,6 +1,6 @@
 """Whether a run used every sample exactly once per epoch, from its ledger."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -40,7 +40,11 @@ def format_audit(audit: Mapping[str, Any]) -> str:
     if audit["indexed"]:
         columns = ["source"] * ("source" in audit["epochs"][0]) if audit["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
-        text.append(format_table(_folded(audit["epochs"]), columns))
+        rows = []  # one for each range of epochs that differ in nothing but their number
+        for _, alike in groupby(audit["epochs"], key=lambda row: {**row, "epoch": None}):
+            first, *others = alike
+            rows.append({**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first)
+        text.append(format_table(rows, columns))
     else:
         text.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = audit["again"].values()
@@ -55,10 +59,3 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         unknown = " None is whole yet: nothing was repeated, and what will be missed is not known."
         text.append(f"Every sample exactly once in every whole epoch.{'' if whole else unknown}")
     return "\n".join(text)
-
-
-def _folded(epochs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows, with one row for each range of epochs that differ in nothing but their number."""
-    for _, alike in groupby(epochs, key=lambda row: {**row, "epoch": None}):
-        first, *others = alike
-        yield {**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first

@@ -107,8 +107,12 @@ def compare_runs(root: str, selects: Callable[[RunSummary], bool]) -> Comparison
             return True, 0.0
         return False, objective.rank(value)
 
-    swept = _swept([run.parameters for run in runs if run.parameters])
-    return Comparison(root, objective, swept, sorted(runs, key=rank))
+    first, *others = parameters = [run.parameters for run in runs if run.parameters] or [{}]
+    differing = {change.key for other in others for change in drift.compare(first, other)}
+    swept: dict[str, str] = {}  # one key of those with the same values, as by interpolation
+    for key in dict.fromkeys(key for each in parameters for key in each if key in differing):
+        swept.setdefault(repr([each.get(key) for each in parameters]), key)
+    return Comparison(root, objective, [*swept.values()], sorted(runs, key=rank))
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -137,17 +141,6 @@ def _candidate(path: str, facts: RunFacts) -> Candidate:
     if summary.objective is None and curve:
         summary = replace(summary, objective=min((value for _, value in curve), key=objective.rank))
     return Candidate(summary, objective, parameters, curve)
-
-
-def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values differ, in order, without those with the values of an earlier one, as by interpolation."""
-    first, *others = parameters or [{}]
-    differing = {change.key for other in others for change in drift.compare(first, other)}
-    chosen: dict[str, str] = {}
-    for key in dict.fromkeys(key for each in parameters for key in each):
-        if key in differing:
-            chosen.setdefault(repr([each.get(key) for each in parameters]), key)
-    return [*chosen.values()]
 
 
 def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:

@@ -23,6 +23,13 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
         claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
         attempts.append({**ending, **beat, "seen": record.seen(), **claim, "lost": lost})
+    changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
+    before = configured = directory.configured() or {}
+    for record in facts.attempts:
+        accepted = record.claim.get("accepted")
+        after = accepted if isinstance(accepted, dict) else configured
+        changes += [{"attempt": record.number, **row} for row in _changes(before, after, "before", "after")]
+        before = after
     return {
         **asdict(facts.summary()),
         "url": directory.location.url,
@@ -31,7 +38,7 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         "result": facts.result,
         "overrides": facts.newest.claim.get("overrides") if facts.newest else None,
         "attempts": attempts,
-        "drift": _accepted_changes(directory, facts.attempts),
+        "drift": changes,
         "checkpoints": [asdict(commit) for commit in facts.commits],
     }
 
@@ -110,15 +117,3 @@ def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | Non
         lost.append(None if resumed is None else again)
         resumed = own if isinstance(own := record.beat.get("resumed"), str) else resumed
     return lost[::-1]
-
-
-def _accepted_changes(directory: RunDirectory, attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
-    """The changes that each attempt made to the configuration that the run had until then."""
-    before = configured = directory.configured() or {}
-    changes = []
-    for record in attempts:
-        accepted = record.claim.get("accepted")
-        after = accepted if isinstance(accepted, dict) else configured
-        changes += [{"attempt": record.number, **row} for row in _changes(before, after, "before", "after")]
-        before = after
-    return changes
