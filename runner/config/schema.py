@@ -167,16 +167,14 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-_NOT_NEGATIVE = """
-    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries
-"""
-_POSITIVE = """
+_FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
+_FROM_ONE = """
     data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs
     trainer.accumulate trainer.early_stopping.patience checkpoint.every_steps checkpoint.keep_every_steps
     checkpoint.keep_best metrics.every_steps runtime.shard runtime.prefetch runtime.num_threads
 """
-_MINIMUM = dict.fromkeys(_NOT_NEGATIVE.split(), 0) | dict.fromkeys(_POSITIVE.split(), 1)
+_MINIMUM = dict.fromkeys(_FROM_ZERO.split(), 0) | dict.fromkeys(_FROM_ONE.split(), 1)
 _MINIMUM |= {"runtime.timeout": 2, "checkpoint.keep_last": LEAST_KEPT}
 # Hydra's own settings, which are stored in .hydra/.
 _HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
@@ -238,11 +236,10 @@ def known_keys(schema: Any, parent: str, key: str) -> str:
 def refuse_secrets(config: DictConfig) -> None:
     """Raise ConfigError for the first secret that is written out, before Hydra makes a folder or a file of it."""
     keys = [field.name for field in fields(Config)]
-    in_sweep: Iterator[str] = iter(())
     if "hydra" in config:
         _check_parameters(config.hydra.sweeper)
         keys += _HYDRA
-        in_sweep = _secrets_of_sweep(config)
+    in_sweep = _secrets_of_sweep(config) if "hydra" in config else ()
     for key in chain(*(find_secrets(_as_written(config, key), key) for key in keys), in_sweep):
         raise ConfigError(
             f"{key} looks like a secret and is written out, which would end in files and in the process list. Put "

@@ -62,9 +62,24 @@ class Unresolved(str):
         return self
 
 
-def find_secrets(value: Any, key: str) -> Iterator[str]:
-    """The keys from ``key`` down whose values are secrets and no interpolations. ``value`` is plain and unresolved."""
-    return _search(value, key, key.rpartition(".")[2], strict=False)
+def find_secrets(value: Any, path: str, name: str = "", *, strict: bool = False, nested: bool = False) -> Iterator[str]:
+    """The keys from ``path`` down whose values are secrets and no interpolations. ``value`` is plain and unresolved.
+    ``name`` counts as the key, if it is not the last part of ``path``.
+    """
+    name = name or path.rpartition(".")[2]
+    if isinstance(value, Mapping):
+        strict = strict or bool(_STRICT.search(_words(name)))
+        for key, inner in value.items():
+            own = str(key).rpartition(".")[2]
+            if own == "value" or (_SHARED.search(_words(name)) and not own.startswith("_")):
+                own = name
+            yield from find_secrets(inner, f"{path}.{key}", own, strict=strict)
+    elif isinstance(value, list | tuple):
+        names = _names(value, name, paired=strict or nested)
+        for place, (inner, each) in enumerate(zip(value, names, strict=True)):
+            yield from find_secrets(inner, f"{path}[{place}]", each, strict=strict, nested=True)
+    elif _is_secret(value, _words(name), strict=strict):
+        yield path
 
 
 def names_a_secret(key: str) -> bool:
@@ -77,22 +92,6 @@ def may_be_secret(value: str) -> bool:
     """Whether a text under any name looks rather like a secret than like a word, a number, a path or an address."""
     word_with_digit = value.split() == [value] and re.search(r"\d", value) is not None
     return word_with_digit and len(value) >= 6 and not _HARMLESS.fullmatch(value)
-
-
-def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = False) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        strict = strict or bool(_STRICT.search(_words(name)))
-        for key, inner in value.items():
-            own = str(key).rpartition(".")[2]
-            if own == "value" or (_SHARED.search(_words(name)) and not own.startswith("_")):
-                own = name
-            yield from _search(inner, f"{path}.{key}", own, strict=strict)
-    elif isinstance(value, list | tuple):
-        names = _names(value, name, paired=strict or nested)
-        for place, (inner, each) in enumerate(zip(value, names, strict=True)):
-            yield from _search(inner, f"{path}[{place}]", each, strict=strict, nested=True)
-    elif _is_secret(value, _words(name), strict=strict):
-        yield path
 
 
 def _names(values: "list[Any] | tuple[Any, ...]", name: str, *, paired: bool) -> list[str]:

@@ -14,8 +14,7 @@ from runner.distributed.world import World, rendezvous
 
 @contextmanager
 def join_team(world: World, *, timeout: float, patience: float) -> Iterator[Team]:
-    """Within the block, this process is a member of its team. Raises ConfigError if it cannot reach the other
-    processes.
+    """Within the block, this process is a member of its team. Raises ConfigError if it cannot reach the others.
 
     A process that keeps the others waiting for more than ``timeout`` seconds (plus ``patience`` while it saves or
     restores) ends the run; so does a single process that takes no step for as long. An error in one process ends all

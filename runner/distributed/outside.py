@@ -30,12 +30,11 @@ def main(pid: int, limit: float) -> None:
     if os.getppid() != pid:
         return
     if sys.stderr is not None:
-        print(
-            f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running. If "
-            "it takes so long by right, set a longer one. The same command goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
+        problem = (
+            f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running."
         )
+        remedy = "If it takes so long by right, set a longer one. The same command goes on from the last checkpoint."
+        print(problem, remedy, file=sys.stderr, flush=True)
     if hasattr(resource, "prlimit"):
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
     os.kill(pid, signal.SIGABRT)

@@ -281,10 +281,6 @@ class Beat:
         others = [name for name in self.threads if name != MAIN]
         return others[0] if others and self.threads[MAIN][0] == "joins" else MAIN
 
-    @property
-    def does(self) -> str:
-        return self.threads[self.thread][0]
-
     def describe(self, rank: int, thread: str = "") -> str:
         """Rank, pid, host and, of a thread, code line, for messages."""
         line = f" is at {self.threads[thread][1]}" if thread in self.threads else ""
@@ -365,7 +361,11 @@ class Watchdog:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
-                self._show(number)
+                threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
+                if not self._training and threads[MAIN][0] != "waits":
+                    self._since = time.monotonic()
+                beat = asdict(Beat(number, getpid(), _HOST, threads))
+                self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
                 self._look()
                 if number % (1 + self._world.size // _CROWD) == 0:
                     self._judge()
@@ -379,15 +379,16 @@ class Watchdog:
             silent = time.monotonic() - self._answered
             if silent > self._timeout + _LAG_SECONDS:
                 self.failure = _lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
-        if self.failure is not None and not self._ended.is_set():
-            self._end(self.failure)
-
-    def _show(self, number: int) -> None:
-        threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
-        if not self._training and threads[MAIN][0] != "waits":
-            self._since = time.monotonic()
-        beat = asdict(Beat(number, getpid(), _HOST, threads))
-        self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
+        failure = self.failure
+        if failure is None or self._ended.is_set():
+            return
+        at_fault = failure.rank == self._world.rank and not failure.printed
+        until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
+        while waiting < _FUTILE_BEATS and time.monotonic() < until:
+            if self._ended.wait(_BEAT_SECONDS):
+                return
+            waiting = waiting + 1 if thread_status(self._idents[MAIN])[0] == "waits" else 0
+        end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
     def _look(self) -> None:
         with self._lock:
@@ -417,10 +418,11 @@ class Watchdog:
         if not self._store.check(names):
             return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
-        busy = {rank: beat for rank, beat in beats.items() if beat.does != "waits" and not self._has_left(rank)}
+        does = {rank: beat.threads[beat.thread][0] for rank, beat in beats.items()}
+        busy = {rank: beat for rank, beat in beats.items() if does[rank] != "waits" and not self._has_left(rank)}
         late = busy or beats
         bound, key = self._timeout, _TIMEOUT
-        if all(beat.does == "saves" for beat in late.values()):
+        if all(does[rank] == "saves" for rank in late):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
         if waited > bound:
             lines = "\n".join(f"  {beat.describe(rank, beat.thread)}" for rank, beat in late.items())
@@ -432,15 +434,6 @@ class Watchdog:
 
     def _has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
-
-    def _end(self, failure: Failure) -> None:
-        at_fault = failure.rank == self._world.rank and not failure.printed
-        until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
-        while waiting < _FUTILE_BEATS and time.monotonic() < until:
-            if self._ended.wait(_BEAT_SECONDS):
-                return
-            waiting = waiting + 1 if thread_status(self._idents[MAIN])[0] == "waits" else 0
-        end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
 
 _TIMEOUT = "runtime.timeout"

@@ -1,7 +1,4 @@
-"""The place of this process among the processes of a run, from the environment that torchrun or Slurm sets.
-
-Imports nothing of torch.
-"""
+"""The place of this process in a run, from the environment that torchrun or Slurm sets. Imports nothing of torch."""
 
 import os
 import re

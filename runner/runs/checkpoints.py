@@ -24,20 +24,18 @@ from runner.runs.listing import format_table
 from runner.storage import files
 
 
-def prune(
-    directory: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool
-) -> list[dict[str, Any]]:
+def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool) -> list[dict[str, Any]]:
     """All checkpoints, the newest first, with whether each is kept and why. With ``remove`` removes the others, once
     all bytes of two kept ones are verified. Raises ConfigError, and RunInUse while a process works on the run.
     """
     for name, value, least in (("last", last, LEAST_KEPT), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} is too small: at least {least}")
-    facts = RunFacts(directory)
+    facts = RunFacts(run)
     objective, newest = facts.identity.get("objective") or {}, facts.newest
     retention = Retention(last, every_steps, best, objective.get("mode") if objective.get("metric") else None)
-    attempts.raise_if_live(directory.location)
-    store = CheckpointStore(directory.location)
+    attempts.raise_if_live(run.location)
+    store = CheckpointStore(run.location)
     # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
     while remove and len(store.verified) < LEAST_KEPT:
         unproven = retention.kept(_survey(store)) - store.verified - store.damaged

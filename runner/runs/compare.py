@@ -324,8 +324,7 @@ img { max-width: 100%; } div { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .8em; text-align: left; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
 th { cursor: pointer; border-bottom: 2px solid #888; user-select: none; }
-th[aria-sort=ascending]::after { content: " \\2191"; }
-th[aria-sort=descending]::after { content: " \\2193"; }
+th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]::after { content: " \\2193"; }
 td.number { text-align: right; }
 tbody tr:hover { background: #f3f6fa; }
 """

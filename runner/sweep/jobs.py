@@ -38,10 +38,8 @@ _IMPORTED_BEFORE = ("runner.experiment", "torch._dynamo")  # every job needs the
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 60.0  # for what a user's code does at the exit of a process
 _STOP_SECONDS = 10.0  # the same, once a stop is asked for
-_HINTS = {
-    "SIGKILL": ": the system does so when memory runs out (see dmesg)",
-    "SIGSEGV": ": a fault in compiled code; python -X faulthandler shows where",
-}
+_HINTS = {"SIGKILL": ": the system does so when memory runs out (see dmesg)"}
+_HINTS |= {"SIGSEGV": ": a fault in compiled code; python -X faulthandler shows where"}
 
 
 def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:

@@ -97,11 +97,8 @@ def install() -> SweepReport:
     """Put this launcher around every launcher that Hydra creates from now on."""
     report = SweepReport()
 
-    def instantiate(
-        plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> Launcher:
-        processes = world().size
-        if processes > 1:
+    def instantiate(plugins: Any, hydra_context: HydraContext, task_function: TaskFunction, config: Any) -> Launcher:
+        if (processes := world().size) > 1:
             raise ConfigError(
                 f"a sweep (-m) was started in {processes} processes, each of which would run all jobs. Start it in "
                 "one, with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
@@ -246,10 +243,8 @@ class SweepLauncher(Launcher):
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
         # Without the frames, which keep everything that the job held.
-        errors = (
-            each._return_value.with_traceback(None) if each.status is JobStatus.FAILED else None for each in returns
-        )
-        return dict(zip(batch, errors, strict=True))
+        errors = (each._return_value if each.status is JobStatus.FAILED else None for each in returns)
+        return {job: error and error.with_traceback(None) for job, error in zip(batch, errors, strict=True)}
 
 
 class LauncherError(Exception):

@@ -137,10 +137,9 @@ class _Sampler:
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
         if self._config is None or "seed" not in self._config:
-            raise ConfigError(
-                "hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; there are tpe, random, cmaes, "
-                "nsgaii and motpe. A grid needs no study: leave hydra/sweeper=optuna away"
-            )
+            names = "tpe, random, cmaes, nsgaii and motpe"
+            remedy = f"there are {names}. A grid needs no study: leave hydra/sweeper=optuna away"
+            raise ConfigError(f"hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; {remedy}")
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
@@ -204,10 +203,8 @@ def _database(config: DictConfig) -> "RDBStorage":
 
     url, folder = config.hydra.sweeper.storage, Path(config.hydra.sweep.dir)
     if url is None and is_remote(config.run.root):
-        raise ConfigError(
-            "run.root is remote, and a study needs a database that stays, too: set hydra.sweeper.storage, for example "
-            "to sqlite:////home/me/study.sqlite3 or postgresql://host/name"
-        )
+        remedy = "set hydra.sweeper.storage to, for example, sqlite:////home/me/study.sqlite3 or postgresql://host/name"
+        raise ConfigError(f"run.root is remote, and a study needs a database that stays, too: {remedy}")
     folder.mkdir(parents=True, exist_ok=True)  # the plugin writes optimization_results.yaml there, too
     try:
         return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
