@@ -7,7 +7,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, diagnosis, difference, execution, fingerprint, fork_server, memory,
        options, pins, proof, proof_report, recorder, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, show)
+   11  runs/ (__main__, audit, checkpoints, compare, listing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     startup_log     assembly

@@ -241,11 +241,10 @@ def refuse_secrets(config: DictConfig) -> None:
         keys += _HYDRA
     in_sweep = _secrets_of_sweep(config) if "hydra" in config else ()
     for key in chain(*(find_secrets(_as_written(config, key), key) for key in keys), in_sweep):
-        raise ConfigError(
-            f"{key} looks like a secret and is written out, which would end in files and in the process list. Put "
-            "it into an environment variable and give '${oc.env:NAME}'; or, for a store, leave it to what its own "
-            "library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
-        )
+        problem = "looks like a secret and is written out, which would end in files and in the process list"
+        remedy = "Put it into an environment variable and give '${oc.env:NAME}'"
+        store = "for a store, leave it to what its own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
+        raise ConfigError(f"{key} {problem}. {remedy}; or, {store}")
     for key in ("run.root", "run.name", "run.parent"):  # also as a part of them
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and redacted(value) != value:

@@ -11,9 +11,8 @@ from runner.errors import RunnerError, kind_of
 
 class Communicator:
     """The place of this process among ``size`` ranks; this class is that of a run with one process. All ranks call the
-    same methods in the same order; values are JSON values.
-
-    An instance belongs to one thread: messages of the checkpoint writer must not mix with those of the training thread.
+    same methods in the same order; values are JSON values. An instance belongs to one thread: messages of the
+    checkpoint writer must not mix with those of the training thread.
     """
 
     rank: int = 0

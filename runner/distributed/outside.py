@@ -30,11 +30,9 @@ def main(pid: int, limit: float) -> None:
     if os.getppid() != pid:
         return
     if sys.stderr is not None:
-        problem = (
-            f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running."
-        )
+        lack = f"no step for {silent:.0f} s (runtime.timeout)"
         remedy = "If it takes so long by right, set a longer one. The same command goes on from the last checkpoint."
-        print(problem, remedy, file=sys.stderr, flush=True)
+        print(f"{lack}, and C code keeps all threads but its own from running. {remedy}", file=sys.stderr, flush=True)
     if hasattr(resource, "prlimit"):
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
     os.kill(pid, signal.SIGABRT)

@@ -58,13 +58,12 @@ class _SeveralProcesses(Parallelism):
         """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
         added after the start are left alone: they may be caches of any size.
         """
-        buffers = {
-            id(buffer): buffer
-            for module in self._modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-            and (name not in module._non_persistent_buffers_set or (module, name) in self._first_buffers)
-        }
+        buffers = {}
+        for module in self._modules():
+            for name, buffer in module._buffers.items():
+                cache = name in module._non_persistent_buffers_set and (module, name) not in self._first_buffers
+                if buffer is not None and not cache:
+                    buffers[id(buffer)] = buffer
         copy_from_rank_zero([*buffers.values()])
 
     def _modules(self) -> Iterable[nn.Module]:

@@ -1,7 +1,5 @@
-"""The team of several processes: how they connect, exchange values, and end together when one fails.
-
-Small JSON values go through a key-value store, with one ``Channel`` for each thread; tensors, and the values of every
-step, through torch's process groups.
+"""The team of several processes: how they connect, exchange values, and end together when one fails. Small JSON values
+go through a key-value store; tensors, and the values of every step, through torch's process groups.
 """
 
 import json
@@ -85,7 +83,7 @@ class Channel(Communicator):
     def _read(self, name: str, rank: int) -> Any:
         pause, self._awaited = _SHORTEST, rank
         while not self._store.check([name]):
-            raise_if_failed(self._watch)
+            _raise_if_failed(self._watch)
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST)
         self._awaited = None
@@ -117,8 +115,7 @@ class GroupChannel(Channel):
         return buffer.numpy().tobytes()
 
 
-def raise_if_failed(watch: Watchdog) -> None:
-    """Raise PeerFailed once a process has failed."""
+def _raise_if_failed(watch: Watchdog) -> None:
     if watch.failure is not None:
         raise PeerFailed(watch.failure.message, watch.failure.status)
 
@@ -201,7 +198,7 @@ class ProcessTeam(Team):
             raise
         except RuntimeError:  # maybe a collective whose peer has died
             if self.watch.wait(_CONSEQUENCE_SECONDS):
-                raise_if_failed(self.watch)
+                _raise_if_failed(self.watch)
             raise
 
     def leave(self) -> None:

@@ -91,9 +91,7 @@ class Team:
 
 
 class Parallelism:
-    """How the model is distributed over the processes, which all make the same calls in the same order; this class is a
-    single process with the whole model.
-    """
+    """How the model is distributed over the processes of a team; this class is a single process with all of it."""
 
     description = ""  # for the log
 

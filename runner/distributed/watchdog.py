@@ -47,9 +47,7 @@ from runner.distributed.world import World
 GRACE_SECONDS = 10.0
 
 
-def end_process(
-    message: str, status: int, last_words: Callable[[str, int], None], *, who: str = "this process"
-) -> NoReturn:
+def end_process(message: str, status: int, last_words: Callable[[str, int], None], *, who: str) -> NoReturn:
     """Call ``last_words`` with message and status, print the message, and end the process and its children at once."""
 
     def speak() -> None:
@@ -181,9 +179,8 @@ class Stall:
         """What is overdue while the training thread does what it does; None if that may take any time."""
         declared = activities(self._training)
         debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
-        compiles = any(
-            frame.f_code.co_filename in _COMPILERS for thread in sys._current_frames() for frame in stack(thread)
-        )
+        stacks = map(stack, sys._current_frames())
+        compiles = any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
         if debugged or compiles or "reads again" in declared:
             return None
         return _LACKING[declared[-1]] if declared else "no step"
@@ -199,7 +196,7 @@ class Stall:
         remedy = "If the work there needs that long, set a longer runtime.timeout."
         again = "The same command goes on from the last checkpoint."
         lines = [f"{lack} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
-        end_process("\n".join(lines), 1, self.last_words)
+        end_process("\n".join(lines), 1, self.last_words, who="this process")
 
 
 def _children() -> Iterator[str]:
@@ -288,10 +285,8 @@ class Beat:
 
 
 class Watchdog:
-    """The threads that write beats, look at those of others, and end this process after a failure.
-
-    ``failure`` is set once any process has failed. ``last_words`` gets message and exit status before the process is
-    ended. A process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
+    """Writes beats, looks at those of others, and ends this process, after ``last_words``, once ``failure`` is set. A
+    process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
@@ -314,9 +309,7 @@ class Watchdog:
             thread.start()
 
     def note_exchange(self, thread: str, *, training: bool = False) -> None:
-        """The calling thread, named ``thread``, has reached an exchange. ``training``: from now on the training thread
-        must reach the next one within the timeout.
-        """
+        """The calling thread is at an exchange. ``training``: it must from now on reach the next within the timeout."""
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
             self._training = self._training or training

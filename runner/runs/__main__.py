@@ -11,7 +11,7 @@ from typing import Any
 from runner.errors import RunnerError, printable
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunSummary, refuse_unusable
-from runner.runs import compare, listing, show
+from runner.runs import compare, listing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,11 +100,11 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    return _print(parsed, show.details(RunDirectory.at(parsed.run)), show.format_details)
+    return _print(parsed, listing.details(RunDirectory.at(parsed.run)), listing.format_details)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    return _print(parsed, show.diff(RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)), show.format_diff)
+    return _print(parsed, listing.diff(RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)), listing.format_diff)
 
 
 def _audit(parsed: argparse.Namespace) -> int:

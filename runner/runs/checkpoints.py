@@ -76,9 +76,7 @@ def _survey(store: CheckpointStore) -> list[CommitInfo]:
 
 
 def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
-    """Write the evaluated weights of ``run``, ``run@step`` or ``run@best`` to a path or URL; every byte was verified.
-    Raises ConfigError, NoLoadableCheckpoint, StorageError.
-    """
+    """Write the evaluated weights of ``run``, ``run@step`` or ``run@best``, every byte verified, to a path or URL."""
     source = CheckpointRef.parse(run)
     directory = RunDirectory.at(source.run)
     if not force and files.exists(target):

@@ -144,9 +144,7 @@ def _candidate(path: str, facts: RunFacts) -> Candidate:
 
 
 def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:
-    """Write the picture as a PNG file, the page or both to paths or URLs, over existing files. Raises ConfigError
-    without matplotlib, or if no run has a value of the objective.
-    """
+    """Write the picture as a PNG file, the page or both to paths or URLs, over existing files."""
     try:
         import matplotlib
     except ImportError as error:

@@ -1,4 +1,5 @@
-"""The list of runs under a root, also updated until Ctrl-C; and how all commands print values on a terminal.
+"""What commands show of runs: the list under a root, also updated until Ctrl-C; one run in detail; the differences
+between two; and how all commands print values on a terminal.
 
 Control characters are escaped where a value is printed, because anyone may have written it.
 """
@@ -6,6 +7,7 @@ Control characters are escaped where a value is printed, because anyone may have
 import contextlib
 import json
 import os.path
+import shlex
 import shutil
 import signal
 import sys
@@ -17,14 +19,19 @@ from typing import Any
 
 from tabulate import tabulate
 
+from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, printable
-from runner.run_facts import RunSummary, map_runs
+from runner.run import drift
+from runner.run.attempt_records import AttemptRecord
+from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts, RunSummary, integer, map_runs
 
 # The statuses of runs, the most interesting first.
 _UNDONE = ("running", "unknown", "failed", "diverged", "killed", "interrupted", "superseded", "new")
 STATES = (*_UNDONE, "finished", "complete", "unreadable")
 SORTS = ("status", "step", "objective", "attempts", "age", "name")
 _COLUMNS = ("status", "step / max", "objective", "attempts", "age", "host")
+_ATTEMPT_COLUMNS = ("attempt", "outcome", "started", "resumed", "step", "committed", "lost", "host", "reason")
 _WIDEST = 64  # characters of a cell
 _WIDEST_NAME = 1000  # of the name of a run, or of a fact that has a line for itself
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -89,10 +96,8 @@ def _row(run: RunSummary) -> dict[str, Any]:
 
 
 def format_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The rows under the columns' names; a missing value stays empty. The name of a run is never cut: other commands
-    need it, and the runs of a sweep may differ in nothing but its end.
-    """
-    widths = {"run": _WIDEST_NAME}
+    """The rows under the columns' names; a missing value stays empty."""
+    widths = {"run": _WIDEST_NAME}  # other commands need it, and the runs of a sweep may differ only at its end
     cells = [[format_cell(row.get(name), widest=widths.get(name, _WIDEST)) for name in columns] for row in rows]
     return tabulate(cells, headers=list(map(format_cell, columns)), disable_numparse=True)
 
@@ -117,9 +122,7 @@ def format_setting(value: Any) -> str:
 
 
 def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: bool) -> None:
-    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted. Errors of
-    the first ``read`` are raised; later ones are shown, because they may be temporary.
-    """
+    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted."""
     if not 0 < interval < float("inf"):
         raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
     pulse = Pulse(max(_SILENCE_SECONDS, 3 * interval))
@@ -144,7 +147,7 @@ def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: boo
             time.sleep(interval)
             try:
                 rows, problem = read(), ""
-            except RunnerError as error:
+            except RunnerError as error:  # which may be temporary
                 problem = f"\nnot up to date: {error}"
 
 
@@ -178,3 +181,107 @@ def _screen(on_terminal: bool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, former)
         print(_LEAVE if on_terminal else "", end="", flush=True)
+
+
+def details(directory: RunDirectory) -> dict[str, Any]:
+    """Everything about one run, as plain values."""
+    facts, attempts = RunFacts(directory), []
+    for record, lost in zip(facts.attempts, _lost_steps(facts.attempts, facts.start), strict=True):
+        ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
+        beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
+        claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
+        attempts.append({**ending, **beat, "seen": record.seen(), **claim, "lost": lost})
+    changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
+    before = configured = directory.configured() or {}
+    for record in facts.attempts:
+        accepted = record.claim.get("accepted")
+        after = accepted if isinstance(accepted, dict) else configured
+        changes += [{"attempt": record.number, **row} for row in _changes(before, after, "before", "after")]
+        before = after
+    return {
+        **asdict(facts.summary()),
+        "url": directory.location.url,
+        "record": facts.record,
+        "identity": facts.identity,
+        "result": facts.result,
+        "overrides": facts.newest.claim.get("overrides") if facts.newest else None,
+        "attempts": attempts,
+        "drift": changes,
+        "checkpoints": [asdict(commit) for commit in facts.commits],
+    }
+
+
+def format_details(run: Mapping[str, Any]) -> str:
+    """The values of ``details`` as text."""
+    facts = {key: run[key] for key in ("run", "url", "status", "step", "max_steps", "objective")}
+    facts["created"] = run["record"].get("created")
+    if isinstance(parent := run["record"].get("parent"), dict):
+        inherited = {"model": "weights", "all": "everything"}.get(str(parent.get("inherit")), "something")
+        facts["parent"] = f"{inherited} of step {parent.get('step')} of {parent.get('run')}"
+    if isinstance(run["overrides"], list):
+        facts["overrides"] = shlex.join(map(str, run["overrides"]))
+    if result := run["result"]:
+        metrics = result["metrics"].items() if isinstance(result.get("metrics"), dict) else ()
+        values = "".join(f", {format_cell(name)} {format_cell(value)}" for name, value in metrics)
+        facts["result"] = f"step {format_cell(result.get('step'))} ({format_cell(result.get('reason'))}){values}"
+    parts = [format_facts(facts), "attempts\n" + format_table(run["attempts"], _ATTEMPT_COLUMNS)]
+    reason = run["attempts"][-1]["reason"] if run["attempts"] else None
+    if reason and format_cell(reason) != reason:  # too long for the table
+        parts.append(f"why the last attempt ended\n{reason}")
+    if run["drift"]:
+        parts.append("accepted changes\n" + _format_changes(run["drift"], "attempt", "before", "after"))
+    parts.append("checkpoints, newest first\n" + format_table(run["checkpoints"], ["step", "attempt", "nonce"]))
+    return "\n\n".join(parts)
+
+
+def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
+    """The keys that differ in configuration and result, with their values in ``a`` and ``b``, unless absent there."""
+    left, right = RunFacts(a), RunFacts(b)
+    configuration = _changes(left.identity, right.identity, "a", "b")
+    result = _changes(_progress(left), _progress(right), "a", "b")
+    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "result": result}
+
+
+def format_diff(differences: Mapping[str, Any]) -> str:
+    """The values of ``diff`` as text."""
+    parts = [format_facts({"a": differences["a"], "b": differences["b"]})]
+    for half in ("configuration", "result"):
+        rows = differences[half]
+        parts.append(f"{half}\n{_format_changes(rows, 'a', 'b')}" if rows else f"The {half}s do not differ.")
+    return "\n\n".join(parts)
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, right: str) -> list[dict[str, Any]]:
+    """The keys that differ, as plain values under ``left`` and ``right``, without absent ones."""
+    rows = ({"key": each.key, left: each.saved, right: each.now} for each in drift.compare(before, after))
+    return [{name: value for name, value in row.items() if value is not drift.ABSENT} for row in rows]
+
+
+def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
+    """Differences as a table; ``columns`` end with the names of the two sides."""
+    *others, left, right = columns
+    cells = [dict(row) for row in rows]
+    for cell in cells:
+        cell |= {side: format_setting(cell[side]) if side in cell else "(absent)" for side in (left, right)}
+    return format_table(cells, [*others, "key", left, right])
+
+
+def _progress(facts: RunFacts) -> dict[str, Any]:
+    summary, result = facts.summary(), facts.result or {}
+    rest: dict[str, Any] = {key: result[key] for key in ("reason", "epochs", "metrics") if key in result}
+    return {"status": summary.status, "step": summary.step, "objective": result.get("objective"), **rest}
+
+
+def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | None]:
+    """The number of steps that had to be repeated after each attempt, at least: a heartbeat records the step only now
+    and then. None if no later attempt has resumed yet. ``start``: the step after which the run started.
+    """
+    lost: list[int | None] = []
+    resumed = None  # the checkpoint from which the next attempt resumed
+    for record in reversed(attempts):
+        reached = integer((record.end or record.beat).get("step"))
+        commit = manifest.parse_commit(f"{resumed}.json")
+        again = None if reached is None else max(reached - (commit.step if commit else start), 0)
+        lost.append(None if resumed is None else again)
+        resumed = own if isinstance(own := record.beat.get("resumed"), str) else resumed
+    return lost[::-1]

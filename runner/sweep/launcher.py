@@ -59,8 +59,7 @@ class RunStatus:
     reason: str = ""
     final: bool = False  # do not try again
     error: BaseException | None = None
-    # The attempt of another machine of which only its heartbeat can tell whether it lives.
-    unclear: AttemptRecord | None = field(default=None, repr=False)
+    unclear: AttemptRecord | None = field(default=None, repr=False)  # of another machine; alive if its heartbeat moves
 
     @property
     def message(self) -> str:
@@ -75,12 +74,12 @@ class RunStatus:
         return replace(self, status=FAILED, objective=None, failures=failures, reason=reason, final=final, error=error)
 
 
+@dataclass(slots=True)
 class SweepReport:
     """How the jobs of a command ended, over all calls of the launcher."""
 
-    def __init__(self) -> None:
-        self.statuses: dict[Overrides, RunStatus] = {}
-        self.launched = 0
+    statuses: dict[Overrides, RunStatus] = field(default_factory=dict)
+    launched: int = 0
 
     @property
     def exit_status(self) -> int:
@@ -99,10 +98,10 @@ def install() -> SweepReport:
 
     def instantiate(plugins: Any, hydra_context: HydraContext, task_function: TaskFunction, config: Any) -> Launcher:
         if (processes := world().size) > 1:
-            raise ConfigError(
-                f"a sweep (-m) was started in {processes} processes, each of which would run all jobs. Start it in "
-                "one, with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
+            remedy = (
+                "Start it in one: hydra/launcher=slurm_many has jobs of many. Or start its runs one after the other"
             )
+            raise ConfigError(f"a sweep (-m) was started in {processes} processes, each would run all jobs. {remedy}")
         refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
@@ -165,9 +164,7 @@ class SweepLauncher(Launcher):
         return [_job_return(job, statuses[first_of[job]]) for job in jobs]
 
     def _deduplicate(self, jobs: Sequence[Overrides], specs: Specs) -> dict[Overrides, Overrides]:
-        """For each job the first one of the same run, which stands for both. Raises ConfigError if they differ in what
-        they compute: one of them would get the other's result.
-        """
+        """For each job the first one of the same run. Both have to compute the same: they get the same result."""
         first: dict[str, Overrides] = {}
         representatives = {job: job for job in jobs}
         for job in jobs:
@@ -262,11 +259,10 @@ def _moved(before: RunStatus, after: RunStatus) -> bool:
 
 
 def _conclude(before: RunStatus, after: RunStatus, error: BaseException | None, *, queued: bool) -> RunStatus:
-    """The status of a run whose job ended with ``error``, if the storage shows it as ``after``.
-
-    An error of the launcher says nothing about a single job. The job has failed only if it started and made no
-    progress, and then for a reason of its own. If others of its batch started and it did not, it may still be
-    ``queued`` in the cluster; it is launched again, and whichever job starts first does the work.
+    """The status of a run whose job ended with ``error``, if the storage shows it as ``after``. An error of the
+    launcher says nothing about a single job: it has failed only if it started and made no progress, and then for a
+    reason of its own. If others of its batch started and it did not, it may still be ``queued`` in the cluster; it is
+    launched again, and whichever job starts first does the work.
     """
     if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
         return after

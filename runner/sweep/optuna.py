@@ -119,11 +119,9 @@ class Study(Sweeper):
             except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
                 if _trials(plugin, "COMPLETE"):
                     raise
-                trials = (
-                    f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective: all failed"
-                )
-                remedy = "for the reasons above. Mend these and choose another hydra.sweeper.study_name"
-                raise SweepFailed(f"{trials}, {remedy}") from None
+                trials = f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective"
+                remedy = "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+                raise SweepFailed(f"{trials}: {remedy}") from None
         finally:
             lock.release()
         best = optuna.load_study(study_name=name, storage=plugin.storage).best_trial
@@ -137,8 +135,9 @@ class _Sampler:
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
         if self._config is None or "seed" not in self._config:
-            names = "tpe, random, cmaes, nsgaii and motpe"
-            remedy = f"there are {names}. A grid needs no study: leave hydra/sweeper=optuna away"
+            remedy = (
+                "there are tpe, random, cmaes, nsgaii, motpe. A grid needs no study: leave hydra/sweeper=optuna away"
+            )
             raise ConfigError(f"hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; {remedy}")
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
