@@ -98,9 +98,7 @@ def install() -> SweepReport:
 
     def instantiate(plugins: Any, hydra_context: HydraContext, task_function: TaskFunction, config: Any) -> Launcher:
         if (processes := world().size) > 1:
-            remedy = (
-                "Start it in one: hydra/launcher=slurm_many has jobs of many. Or start its runs one after the other"
-            )
+            remedy = "Start it in one, with hydra/launcher=slurm_many for jobs of many, or each run by itself"
             raise ConfigError(f"a sweep (-m) was started in {processes} processes, each would run all jobs. {remedy}")
         refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
@@ -208,7 +206,6 @@ class SweepLauncher(Launcher):
     def _launch(
         self, startable: list[Overrides], specs: Specs, before: dict[Overrides, RunStatus], index: int
     ) -> dict[Overrides, RunStatus]:
-        """Launch the jobs with numbers from ``index`` on; returns their statuses afterwards."""
         after: dict[Overrides, RunStatus] = {}
         for batch in [[job] for job in startable] if self._serial else [startable]:
             signals.raise_if_received(_progress(before | after))

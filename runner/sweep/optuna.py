@@ -135,9 +135,7 @@ class _Sampler:
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
         if self._config is None or "seed" not in self._config:
-            remedy = (
-                "there are tpe, random, cmaes, nsgaii, motpe. A grid needs no study: leave hydra/sweeper=optuna away"
-            )
+            remedy = "there are tpe, random, cmaes, nsgaii, motpe. A grid is no study: leave hydra/sweeper=optuna away"
             raise ConfigError(f"hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; {remedy}")
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
@@ -182,7 +180,6 @@ class _Launcher:
 
 
 def _direction(config: DictConfig) -> str:
-    """The direction of the objective; raises ConfigError without an objective, and for a contradicting direction."""
     objective, configured = config.objective, config.hydra.sweeper.direction
     if objective.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
@@ -253,7 +250,6 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
 
 
 def _trials(plugin: Any, *states: str) -> list[Any]:
-    """The trials of the study in these states; without states, all."""
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
