@@ -32,8 +32,8 @@ from typing import IO, Any
 from tabulate import tabulate
 
 from runner import app
-from runner.config.checks import check
 from runner.config.identity import identity
+from runner.config.schema import check
 
 ROOT = Path(__file__).parent.parent
 BARE = "bare"
@@ -82,7 +82,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     """The way of ``app.main``, with the gate as an observer."""
     from runner import experiment
     from runner.callbacks.base import Loop, Observer, observed_by
-    from runner.distributed.team import SingleProcessTeam
+    from runner.distributed.team import Team
     from runner.run.directory import RunDirectory
     from runner.run.opening import open_run
 
@@ -95,7 +95,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     directory = RunDirectory.under(config.run.root, "benchmark", "runner")
     opening = open_run(directory, identity(config), on_drift="refuse", command="")
     with observed_by(Gated()):
-        experiment.run(opening, config, SingleProcessTeam(), overrides=overrides)
+        experiment.run(opening, config, Team(), overrides=overrides)
 
 
 def train_bare(config: Any, gate: Gate) -> None:

@@ -7,9 +7,9 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, diagnosis, difference, execution, fingerprint, fork_server, memory,
        options, pins, proof, proof_report, recorder, verdict)
    12  __main__
-   11  runs/ (__main__, audit, compare, export, html_report, listing, prune, show, watch)
+   11  runs/ (__main__, audit, checkpoints, compare, listing)
    10  app
-    9  experiment     sweep/ (jobs, launcher, optuna, survey)
+    9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     startup_log     assembly
     7  trainer     build     restore
     6  callbacks/ (base, evaluate, guards, progress, reporting, saving)
@@ -21,13 +21,13 @@ checks the code against this map.
        run/ (attempt_records, attempts, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
        update     device
-    3  distributed/ (communicator, joining, outside, parallel, processes, stacks, stall, team,
-       watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
-       config/ (checks, environment, identity, schema, secrets)
+       config/ (identity, schema, secrets)
     1  signals     average     task
-    0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes
+    0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain
+       modes
        models/ (convnet, gpt, mlp)
 """
 

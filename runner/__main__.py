@@ -152,7 +152,7 @@ def _unknown_key(error: BaseException | None) -> str:
     key, full_key = str(getattr(error, "key", "")), str(getattr(error, "full_key", ""))
     if full_key == "experiment":
         return "The first line of a file in experiment/ must be: # @package _global_"
-    from runner.config.checks import known_keys
+    from runner.config.schema import known_keys
 
     return known_keys(schema, full_key.removesuffix(key), key)
 

@@ -35,9 +35,9 @@ from omegaconf import DictConfig, OmegaConf
 from runner import signals
 from runner.callbacks.base import notify, observers
 from runner.config import schema
-from runner.config.checks import refuse_secrets
+from runner.config.schema import refuse_secrets
+from runner.distributed import join_team
 from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.joining import join_team
 from runner.distributed.team import Team
 from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted

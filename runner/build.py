@@ -25,7 +25,7 @@ from runner.data.evaluation_data import EvaluationData, require_map_style
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.training_data import training_data
-from runner.distributed.team import Parallelism, SingleDevice, Team
+from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
@@ -163,7 +163,7 @@ def _parallelism(
             log.warning(
                 "alone    runtime.parallel and runtime.shard are for several processes: start them with torchrun"
             )
-        return SingleDevice()
+        return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
     models = [model] if average is None else [model, average.module]

@@ -15,9 +15,8 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.checks import check
 from runner.config.identity import identity, is_name, variant
-from runner.config.schema import OnConflict
+from runner.config.schema import OnConflict, check
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
 from runner.run.opening import OpenedRun, must_wait, open_run

@@ -7,7 +7,7 @@ from typing import Any
 from runner import signals
 from runner.callbacks.base import Callback, Loop, overriding
 from runner.data.stream import StepSamples, TrainingStream
-from runner.distributed.team import Parallelism, SingleDevice, SingleProcessTeam, StepReport, Team
+from runner.distributed.team import Parallelism, StepReport, Team
 from runner.state import TrainState
 from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED
@@ -36,8 +36,8 @@ class Trainer:
         self.max_steps = max_steps
         self.max_epochs = max_epochs
         self.max_seconds = max_seconds
-        self.team = team or SingleProcessTeam()
-        self.parallelism = parallelism or SingleDevice()
+        self.team = team or Team()
+        self.parallelism = parallelism or Parallelism()
         self._on_step_start = overriding(callbacks, "on_step_start")
         self._on_batch = overriding(callbacks, "on_batch")
         self._on_update = overriding(callbacks, "on_update")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.average import update_average
-from runner.distributed.team import Parallelism, SingleDevice
+from runner.distributed.team import Parallelism
 from runner.errors import NonFiniteError, TaskError
 
 MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
@@ -52,7 +52,7 @@ class WeightUpdate:
         self._clip_norm = clip_norm
         self._skip_nonfinite = skip_nonfinite
         self._average = average
-        self._parallelism = parallelism or SingleDevice()
+        self._parallelism = parallelism or Parallelism()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)

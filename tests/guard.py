@@ -26,7 +26,7 @@ from runner.errors import RunnerError, printable
 from runner.run import attempt_records as attempts
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
-from runner.runs.show import details
+from runner.runs.listing import details
 from runner.storage import LocalLocation
 
 MEMORY = 1 << 30  # bytes that the views may allocate

@@ -15,7 +15,7 @@ import traceback
 import types
 from typing import Any
 
-from runner.runs import watch
+from runner.runs import listing
 from runner.runs.__main__ import main
 
 MEMORY = 1 << 30  # bytes that the commands may allocate
@@ -70,7 +70,7 @@ def bound() -> None:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    watch.time = types.SimpleNamespace(sleep=once, monotonic=time.monotonic, strftime=time.strftime)
+    listing.time = types.SimpleNamespace(sleep=once, monotonic=time.monotonic, strftime=time.strftime)
     signal.signal(signal.SIGALRM, late)
     looks(request["ordinary"], [request["good"]], request["good"])  # before the limit on memory: imports everything
     bound()

@@ -6,7 +6,7 @@ import pytest
 from defaults import configured as default_config
 from omegaconf import OmegaConf
 
-from runner.config.checks import check
+from runner.config.schema import check
 from runner.errors import ConfigError
 
 

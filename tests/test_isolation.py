@@ -20,7 +20,7 @@ from runner.run.attempt_records import AttemptRecord, ClaimName, encode
 from runner.run.directory import RunDirectory
 from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
-from runner.sweep import survey
+from runner.sweep import launcher
 
 ROOT = Path(__file__).parent.parent
 USER = Path(__file__).parent / "user"
@@ -186,9 +186,9 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
     return directory
 
 
-def statuses(*directories: RunDirectory) -> list[survey.RunStatus]:
+def statuses(*directories: RunDirectory) -> list[launcher.RunStatus]:
     jobs = {(each.variant,): RunSpec(each, {}, [], None, "refuse", "") for each in directories}
-    return [*survey.survey(jobs).values()]
+    return [*launcher.survey(jobs).values()]
 
 
 def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_dead_runs_of_another_machine_are_watched_together(tmp_path: Path) -> No
     finally:
         over.set()
         thread.join()
-    assert [one.status for one in found] == [survey.CUT] * len(dead) + [survey.RUNNING]
+    assert [one.status for one in found] == [launcher.CUT] * len(dead) + [launcher.RUNNING]
     assert took < 60
 
 
@@ -237,7 +237,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
         directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
     (found,) = statuses(directory)
     assert found.failures == failures
-    assert found.status == survey.CUT
+    assert found.status == launcher.CUT
 
 
 def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from lives import Lives, lives
 from servers import Server
 
 from runner.run_facts import RunSummary
-from runner.runs import compare, html_report, listing
+from runner.runs import compare, listing
 from runner.runs.__main__ import main
-from runner.runs.watch import Pulse
+from runner.runs.listing import Pulse
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=5", "runtime.num_threads=1")
 HOSTILE = "<script>alert(1)<&\x1b[31m$\\frac{$"
@@ -142,11 +142,10 @@ def test_compare_shows_swept_values_best_first(root: Path, capsys: pytest.Captur
 
 
 def test_comparing_respects_the_mode(copy: Path) -> None:
-    selection = listing.Selection()
-    by_accuracy = compare.compare_runs(str(copy), selection)
+    by_accuracy = compare.compare_runs(str(copy), bool)
     for config in copy.glob("smoke/*/config.yaml"):
         config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    by_loss = compare.compare_runs(str(copy), selection)  # without results of that identity: by the curves
+    by_loss = compare.compare_runs(str(copy), bool)  # without results of that identity: by the curves
     values = [run.summary.objective for run in by_loss.ranked()]
     assert len(values) == 4
     assert values == sorted(values)
@@ -159,13 +158,13 @@ def test_comparing_respects_the_mode(copy: Path) -> None:
 def test_a_parameter_that_only_repeats_another_is_no_column(copy: Path) -> None:
     for place, config in enumerate(sorted(copy.glob("smoke/*/config.yaml"))):
         config.write_text(config.read_text() + f"model: {{width: {place}}}\ntask: {{width: {place}}}\n")
-    assert [*compare.compare_runs(str(copy), listing.Selection()).swept] == ["model.width", "optimizer.lr"]
+    assert [*compare.compare_runs(str(copy), bool).swept] == ["model.width", "optimizer.lr"]
 
 
 def test_runs_of_another_goal_come_last(copy: Path) -> None:
     config = copy / "smoke/lr0.03/config.yaml"
     config.write_text(config.read_text().replace("val/accuracy\n  mode: max", "val/loss\n  mode: min"))
-    found = compare.compare_runs(str(copy), listing.Selection())
+    found = compare.compare_runs(str(copy), bool)
     assert found.runs[-1].summary.run == "smoke/lr0.03"
     assert len(found.ranked()) == 3
 
@@ -240,11 +239,11 @@ def test_a_picture_is_drawn_of_a_run_and_of_several(count: int, root: Path, tmp_
 def test_a_legend_names_the_distinguishing_values() -> None:
     row = RunSummary("smoke/" + "long" * 20, "smoke", "complete", 1, 2, 0.25, 1, None, None)
     run = compare.Candidate(row, None, {"optimizer.lr": 0.1, "model.width": 3, "task.width": 4, "seed": 1})
-    assert html_report.legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
-    assert html_report.legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
+    assert compare.legend(run, ["optimizer.lr"]) == "0.25  lr=0.1"
+    assert compare.legend(run, ["optimizer.lr", "model.width", "task.width", "data.gone"]) == (
         "0.25  lr=0.1, model.width=3, task.width=4"
     )
-    assert html_report.legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
+    assert compare.legend(run, []) == "0.25  smoke/" + "long" * 8 + "lon..."
 
 
 def test_the_needs_of_a_picture_are_reported(

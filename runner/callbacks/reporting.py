@@ -13,7 +13,7 @@ from torch import Tensor
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger
-from runner.distributed.team import SingleProcessTeam, Team
+from runner.distributed.team import Team
 from runner.evaluation import same_for_all
 from runner.metrics.writer import MetricWriters
 
@@ -37,7 +37,7 @@ class Report(Callback):
         self.every_steps = every_steps
         self.writers = writers
         self._best = best
-        self._team = team or SingleProcessTeam()
+        self._team = team or Team()
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step

@@ -29,16 +29,15 @@ _LONGEST = 160  # bytes; file systems end at 255, and Hydra, logs and forks add 
 
 def identity(config: "DictConfig") -> dict[str, Any]:
     """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
-    from runner.config.environment import plain_value
+    from runner.config.schema import plain_value
 
     return {key: plain_value(config, key) for key in IDENTITY}
 
 
 def variant(overrides: Sequence[str]) -> str:
-    """The readable name of a run: the overrides of its identity and origin, sorted; ``base`` when there are none.
-
-    Equal values give equal names (``1e-2``, ``0.010``). Unsafe characters become ``_``, and a long name is cut; in both
-    cases a digest is added, so that different runs have different names.
+    """The readable name of a run: the overrides of its identity and origin, sorted; ``base`` when there are none. Equal
+    values give equal names (``1e-2``, ``0.010``). Where unsafe characters became ``_``, or a long name was cut, a
+    digest is added, so that different runs have different names.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -3,8 +3,7 @@
 * **By the value**: a password in a URL, a signature or token in its query, a header such as ``Authorization: ...``, a
   private key, or the form of a well-known service's token is a secret under any key.
 * **By the key**: under ``password``, ``secret``, ``credentials``, ``authorization``, ``api_key``, ``access_token`` and
-  the like (``_STRONG``) every text is a secret, unless the key's last word says that it only describes a secret
-  (``secret_name``).
+  the like (``_STRONG``) every text is a secret, unless the key's last word only describes one (``secret_name``).
 * ``token``, ``key``, ``auth`` and the like mean other things in language models (``_WEAK``). There a text is a secret
   if it looks random; under ``token`` alone, or ``session_key`` and the like, also if it has 8 characters and is not
   made of small words (``word_piece``); in options of a store, in headers and in an environment always.
@@ -35,17 +34,15 @@ _ABOUT = re.compile(
 )
 _STRICT = re.compile(r"(^|_)(storage_options|client_kwargs|headers|env_set|environ|auth)$")
 _SHAPE = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY|\b(ghp|gho|ghs|ghu|glpat|github_pat|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
+    r"(?i)-----BEGIN [A-Z ]*PRIVATE KEY|\b(ghp|gho|ghs|ghu|glpat|github_pat|xox[abprs])[-_][A-Za-z0-9_-]{16,}"
     r"|\b(hf_|npm_|sk-)(?=[\w-]*[a-z0-9]{16})[\w-]{20,}|\b(AIza|ya29\.)[\w-]{20,}|hooks\.slack\.com/services/[^$]"
     r"|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}\.|^Bearer +[^\s$]{8,}$"
     r"|^(proxy-)?authorization\s*:\s*(?!\S*\s*\$)((basic|bearer|digest|token)\s|\S+(\s+\S+)?$)"
-    r"|\bauthorization\s*:\s*(basic|bearer|token)\s+(?=\S*\d)[^\s$]{6,}|^(cookie|[\w-]*(api-?key|-token))\s*:\s*(?!\$)\S{4,}",
-    re.IGNORECASE,
+    r"|\bauthorization\s*:\s*(basic|bearer|token)\s+(?=\S*\d)[^\s$]{6,}|^(cookie|[\w-]*(api-?key|-token))\s*:\s*(?!\$)\S{4,}"
 )
 _HARMLESS = re.compile(
-    r"|\?\?\?|none|null|true|false|auto|default|anon|[-+.\d_e]+|<.*>|\[.*\]|\{.*\}|\|.*\||[^\w]+"
-    r"|(~|\.{0,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://).*|\S*\.(json|ya?ml|toml|pem|crt|key|txt|cfg|ini|bin|model)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is)|\?\?\?|none|null|true|false|auto|default|anon|[-+.\d_e]+|<.*>|\[.*\]|\{.*\}|\|.*\||[^\w]+"
+    r"|(~|\.{0,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://).*|\S*\.(json|ya?ml|toml|pem|crt|key|txt|cfg|ini|bin|model)"
 )
 _DEFAULT = re.compile(r"\$\{oc\.env:[^,{}]+,([^{}]*)\}")
 _RANDOM = re.compile(r"(?=[a-z+=]*([0-9]+[a-z+=]+){3}|([a-z+=]+[0-9]+){3})[a-z0-9+=]{16,}", re.IGNORECASE)
@@ -62,9 +59,22 @@ class Unresolved(str):
         return self
 
 
-def find_secrets(value: Any, key: str) -> Iterator[str]:
-    """The keys from ``key`` down whose values are secrets and no interpolations. ``value`` is plain and unresolved."""
-    return _search(value, key, key.rpartition(".")[2], strict=False)
+def find_secrets(value: Any, path: str, name: str = "", *, strict: bool = False, nested: bool = False) -> Iterator[str]:
+    """The keys from ``path`` down whose values are secrets and no interpolations. ``value`` is plain and unresolved."""
+    name = name or path.rpartition(".")[2]  # the key that counts
+    if isinstance(value, Mapping):
+        strict = strict or bool(_STRICT.search(_words(name)))
+        for key, inner in value.items():
+            own = str(key).rpartition(".")[2]
+            if own == "value" or (_SHARED.search(_words(name)) and not own.startswith("_")):
+                own = name
+            yield from find_secrets(inner, f"{path}.{key}", own, strict=strict)
+    elif isinstance(value, list | tuple):
+        names = _names(value, name, paired=strict or nested)
+        for place, (inner, each) in enumerate(zip(value, names, strict=True)):
+            yield from find_secrets(inner, f"{path}[{place}]", each, strict=strict, nested=True)
+    elif _is_secret(value, _words(name), strict=strict):
+        yield path
 
 
 def names_a_secret(key: str) -> bool:
@@ -75,27 +85,8 @@ def names_a_secret(key: str) -> bool:
 
 def may_be_secret(value: str) -> bool:
     """Whether a text under any name looks rather like a secret than like a word, a number, a path or an address."""
-    return (
-        len(value) >= 6
-        and not _HARMLESS.fullmatch(value)
-        and bool(re.search(r"\d", value) and value.split() == [value])
-    )
-
-
-def _search(value: Any, path: str, name: str, *, strict: bool, nested: bool = False) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        strict = strict or bool(_STRICT.search(_words(name)))
-        for key, inner in value.items():
-            own = str(key).rpartition(".")[2]
-            if own == "value" or (_SHARED.search(_words(name)) and not own.startswith("_")):
-                own = name
-            yield from _search(inner, f"{path}.{key}", own, strict=strict)
-    elif isinstance(value, list | tuple):
-        names = _names(value, name, paired=strict or nested)
-        for place, (inner, each) in enumerate(zip(value, names, strict=True)):
-            yield from _search(inner, f"{path}[{place}]", each, strict=strict, nested=True)
-    elif _is_secret(value, _words(name), strict=strict):
-        yield path
+    word_with_digit = value.split() == [value] and re.search(r"\d", value) is not None
+    return word_with_digit and len(value) >= 6 and not _HARMLESS.fullmatch(value)
 
 
 def _names(values: "list[Any] | tuple[Any, ...]", name: str, *, paired: bool) -> list[str]:

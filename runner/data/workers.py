@@ -25,7 +25,7 @@ from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
 
 from runner import signals
-from runner.distributed import stacks
+from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError
 
 _END_SECONDS = 5.0  # for workers to finish their current batch
@@ -137,7 +137,7 @@ class _Queue(Queue):  # type: ignore[type-arg]
 def start_worker(number: int) -> None:
     """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
-    stacks.write_on_request()  # of the watchdog of a stalled run
+    write_stacks_on_request()  # of the watchdog of a stalled run
     tqdm.set_lock(threading.RLock())  # a killed process would leave the lock that all processes share locked
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 

@@ -1,61 +1,41 @@
-"""How the processes of one run exchange values, and how they act as one: rank 0 decides, an error on one rank is an
-error on all.
+"""How the processes of a run exchange values and act as one: rank 0 decides, an error on one rank is one on all.
 
 Knows nothing of the transport, which is a network store and a process group, or threads in a test.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from runner.errors import RunnerError, kind_of
 
 
-class Communicator(Protocol):
-    """The place of this process among ``size`` ranks. All ranks call the same methods in the same order; values are
-    JSON values.
-
-    An instance belongs to one thread: messages of the checkpoint writer must not mix with those of the training thread.
+class Communicator:
+    """The place of this process among ``size`` ranks; this class is that of a run with one process. All ranks call the
+    same methods in the same order; values are JSON values. An instance belongs to one thread: messages of the
+    checkpoint writer must not mix with those of the training thread.
     """
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, value: Any) -> list[Any] | None:
-        """On rank 0 the values of all ranks, in the order of the ranks; None on the others."""
-
-    def broadcast(self, value: Any) -> Any:
-        """The value of rank 0; the values that other ranks pass are ignored."""
-
-    def describe_wait(self) -> str:
-        """For error messages, from any thread: the rank that a running exchange waits for, and where that rank is."""
-
-
-@dataclass(frozen=True, slots=True)
-class SingleProcess:
-    """The communicator of a run with one process."""
 
     rank: int = 0
     size: int = 1
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any] | None:
+        """On rank 0 the values of all ranks, in the order of the ranks; None on the others."""
         return [value]
 
     def broadcast(self, value: Any) -> Any:
+        """The value of rank 0; the values that other ranks pass are ignored."""
         return value
 
     def describe_wait(self) -> str:
+        """For error messages, from any thread: the rank that a running exchange waits for, and where that rank is."""
         return ""
+
+
+SINGLE_PROCESS = Communicator()
 
 
 class PerRank(dict[str, Any]):
     """A state dict that differs between ranks, such as the state of the random generators."""
-
-
-SINGLE_PROCESS = SingleProcess()
 
 
 T = TypeVar("T")
@@ -63,16 +43,15 @@ Kinds = tuple[type[Exception], ...]
 
 
 def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
-    """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks.
-
-    If it raises, all ranks raise: a RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
+    """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks. If it raises, all ranks raise: a
+    RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
 
         names = on_rank_zero(comm, lambda: commits(location))  # one listing, the same names everywhere
     """
     if comm.size == 1:
         return work()
-    value, error = _attempt(work) if comm.rank == 0 else (None, None)
-    report = comm.broadcast({"value": value, "error": None if error is None else _message(error)})
+    own, error = _attempt(work) if comm.rank == 0 else (None, None)
+    report = comm.broadcast(own)
     _raise(report["error"], error, kinds)
     return report["value"]
 
@@ -88,38 +67,33 @@ def on_all_ranks(comm: Communicator, work: Callable[[], T], *, kinds: Kinds = ()
 
 
 def gather(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
-    """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others.
-
-    If it raises on any rank, all ranks raise, with the number of that rank in the message.
+    """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others. If
+    it raises on any rank, all ranks raise, with the number of that rank in the message.
     """
     if comm.size == 1:
         return [work()]
-    value, error = _attempt(work)
-    reports = comm.gather({"value": value, "error": None if error is None else _message(error, comm.rank)})
+    report, error = _attempt(work, comm.rank)
+    reports = comm.gather(report)
     failed = next((report["error"] for report in reports or () if report["error"]), None)
     _raise(comm.broadcast(failed), error, kinds)
     return None if reports is None else [report["value"] for report in reports]
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(work: Callable[[], Any], rank: int | None = None) -> tuple[dict[str, Any], Exception | None]:
+    """The report for the other ranks, and the error, which is raised later: the others wait for the report."""
     try:
-        return work(), None
-    except Exception as error:  # raised later: the other ranks wait for this rank's message
-        return None, error
-
-
-def _message(error: Exception, rank: int | None = None) -> dict[str, Any]:
-    text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
-    text = text if rank is None else f"rank {rank}: {text}"
-    return {"class": type(error).__name__, "text": text, "kind": kind_of(error)}
+        return {"value": work(), "error": None}, None
+    except Exception as error:
+        text = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+        text = text if rank is None else f"rank {rank}: {text}"
+        return {"value": None, "error": {"class": type(error).__name__, "text": text, "kind": kind_of(error)}}, error
 
 
 def _raise(message: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
     """Raise the error in ``message``, if there is one. ``own`` is the error of this rank."""
     if message is None:
         return
-    every: Kinds = (RunnerError, *_subclasses(RunnerError), *kinds)
-    classes = {kind.__name__: kind for kind in every}
+    classes = {kind.__name__: kind for kind in (*_with_subclasses(RunnerError), *kinds)}
     if own is not None and message["class"] not in classes:
         raise own
     error: Any = classes.get(message["class"], RunnerError)(message["text"])
@@ -128,7 +102,5 @@ def _raise(message: dict[str, Any] | None, own: Exception | None, kinds: Kinds) 
     raise error from own
 
 
-def _subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _subclasses(child)
+def _with_subclasses(kind: type[Exception]) -> list[type[Exception]]:
+    return [kind, *(each for child in kind.__subclasses__() for each in _with_subclasses(child))]

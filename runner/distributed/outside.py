@@ -27,8 +27,18 @@ def main(pid: int, limit: float) -> None:
             silent = 0.0
         elif not _stopped(pid):
             silent += _LOOK_SECONDS
+    if os.getppid() != pid:
+        return
+    if sys.stderr is not None:
+        lack = f"no step for {silent:.0f} s (runtime.timeout)"
+        remedy = "If it takes so long by right, set a longer one. The same command goes on from the last checkpoint."
+        print(f"{lack}, and C code keeps all threads but its own from running. {remedy}", file=sys.stderr, flush=True)
+    if hasattr(resource, "prlimit"):
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    os.kill(pid, signal.SIGABRT)
+    select.select([0], [], [], _DIE_SECONDS)
     if os.getppid() == pid:
-        _end(pid, silent)
+        os.kill(pid, signal.SIGKILL)
 
 
 def _stopped(pid: int) -> bool:
@@ -37,22 +47,6 @@ def _stopped(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] in "Tt"
     except OSError:  # no /proc on this system
         return False
-
-
-def _end(pid: int, silent: float) -> None:
-    if sys.stderr is not None:
-        print(
-            f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running. If "
-            "it takes so long by right, set a longer one. The same command goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-    if hasattr(resource, "prlimit"):
-        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-    os.kill(pid, signal.SIGABRT)
-    select.select([0], [], [], _DIE_SECONDS)
-    if os.getppid() == pid:
-        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

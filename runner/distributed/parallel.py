@@ -1,10 +1,10 @@
 """How the model is distributed over several processes: replicated or sharded (``team.Parallelism``).
 
 *Replicated*: every process has the whole model, and gradients are summed during the backward pass. torch's
-``DistributedDataParallel`` rebuilds its buckets after the first step of a process, in the order in which gradients
-arrived. With three or more processes the place of a gradient in its bucket decides the order of its sum, so the first
-step after a resume would differ in the last bits from the same step of an uninterrupted run. Here buckets never change.
-The model is not wrapped either: a task may use all its attributes, and need not use all its parameters in every step.
+``DistributedDataParallel`` rebuilds its buckets after the first step of a process, and with three or more processes the
+place of a gradient in its bucket decides the order of its sum, so the first step after a resume would differ in the
+last bits. Here buckets never change. The model is not wrapped either: a task may use all its attributes, and need not
+use all its parameters in every step.
 
 *Sharded* (FSDP2): each process keeps a slice of every parameter, of its gradient and of its moments. ``shard``
 processes together hold one replica of the model; there are world size / ``shard`` replicas. Repeated layers
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from runner.distributed.team import Parallelism
 from runner.errors import ConfigError, TaskError
 
 
@@ -42,23 +43,27 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-class Buffers:
-    """The buffers of models, looked up at each step, since a model may replace or add a tensor. Non-persistent buffers
-    that are added after the start are left alone: they may be caches of any size.
-    """
+class _SeveralProcesses(Parallelism):
+    def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
+        self._models: list[Any] = models  # of FSDP once they are sharded
+        self._micro_batches = micro_batches
+        self._first_buffers = {(module, name) for module in self._modules() for name in module._buffers}
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
-        self._models = [*models]
-        self._first = {(module, name) for module in self._modules() for name in module._buffers}
+    def all_true(self, verdict: Tensor) -> Tensor:
+        verdict = self.full_tensor(verdict).int()
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return verdict
 
-    def sync(self) -> None:
-        """Set all buffers to their values on rank 0."""
-        buffers = {
-            id(buffer): buffer
-            for module in self._modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and (name not in module._non_persistent_buffers_set or (module, name) in self._first)
-        }
+    def sync_buffers(self) -> None:
+        """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
+        added after the start are left alone: they may be caches of any size.
+        """
+        buffers = {}
+        for module in self._modules():
+            for name, buffer in module._buffers.items():
+                cache = name in module._non_persistent_buffers_set and (module, name) not in self._first_buffers
+                if buffer is not None and not cache:
+                    buffers[id(buffer)] = buffer
         copy_from_rank_zero([*buffers.values()])
 
     def _modules(self) -> Iterable[nn.Module]:
@@ -69,9 +74,8 @@ def copy_from_rank_zero(tensors: Sequence[Tensor]) -> None:
     """Set these tensors to their values on rank 0, with one broadcast."""
     if not tensors:
         return
-    ordered = sorted(
-        tensors, key=lambda tensor: -tensor.element_size()
-    )  # so that each begins at a multiple of its element size, as view() needs it
+    # The largest elements first, so that each tensor begins at a multiple of its element size, as view() needs it.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.element_size())
     pieces = [tensor.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8) for tensor in ordered]
     message = torch.cat(pieces)
     dist.broadcast(message, 0)
@@ -92,14 +96,12 @@ class _Bucket:
     work: Any = None
 
 
-class Replicated:
-    """Implements ``Parallelism``: the whole model in every process."""
+class Replicated(_SeveralProcesses):
+    """The whole model in every process."""
 
     def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
         self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
-        self._model = models[0]
-        self._micro_batches = micro_batches
-        self._buffers = Buffers(models)
+        super().__init__(models, micro_batches=micro_batches)
         trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
         self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
         self._shared = {*models[0].parameters()}  # parameters with the values of rank 0
@@ -108,14 +110,13 @@ class Replicated:
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
             for place, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._ready, number, place)
-                )
+                hook = partial(self._ready, number, place)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
             copy_from_rank_zero([tensor])
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        added = [weight for weight in self._model.parameters() if weight not in self._shared]
+        added = [weight for weight in self._models[0].parameters() if weight not in self._shared]
         copy_from_rank_zero(added)  # each rank has drawn its own values
         self._shared.update(added)
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -124,39 +125,22 @@ class Replicated:
 
     def reduce_gradients(self) -> None:
         """Gradients of weights that were frozen or absent at the start go last, in buckets made anew at each step."""
-        for bucket in self._buckets[self._next :]:
-            _send(bucket)
-        late = {name: p for name, p in self._model.named_parameters() if p.requires_grad and p not in self._in_buckets}
+        weights = self._models[0].named_parameters()
+        late = {name: weight for name, weight in weights if weight.requires_grad and weight not in self._in_buckets}
         late_buckets = [_Bucket(parameters) for parameters in _split(late)]
-        for bucket in late_buckets:
+        for bucket in (*self._buckets[self._next :], *late_buckets):
             _send(bucket)
         for bucket in (*self._buckets, *late_buckets):
             _receive(bucket)
         self._next, self._last = 0, False
-
-    def full_tensor(self, value: Tensor) -> Tensor:
-        return value
-
-    def all_true(self, verdict: Tensor) -> Tensor:
-        verdict = verdict.int()
-        dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return verdict
-
-    def sync_buffers(self) -> None:
-        self._buffers.sync()
-
-    def optimizer_part(self, optimizer: Any) -> Any:
-        return optimizer
 
     def _ready(self, number: int, place: int, parameter: Tensor) -> None:
         """Hook: a gradient is complete. Send the buckets that are complete, in order."""
         if not self._last:
             return
         if number < self._next:
-            raise RuntimeError(
-                "a gradient was added to after it had been sent to the other processes. Differentiate each micro-batch "
-                "once, with all of its losses together"
-            )
+            remedy = "Differentiate each micro-batch once, with all of its losses together"
+            raise RuntimeError(f"a gradient was added to after it had been sent to the other processes. {remedy}")
         self._buckets[number].ready.add(place)
         while self._next < len(self._buckets):
             bucket = self._buckets[self._next]
@@ -172,9 +156,8 @@ def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     size = 0
     for name, parameter in reversed(trained.items()):
         if parameter.layout != torch.strided:
-            raise ConfigError(
-                f"model: {name} is a {parameter.layout} parameter; several processes train dense ones only"
-            )
+            kind = f"is a {parameter.layout} parameter"
+            raise ConfigError(f"model: {name} {kind}; several processes train dense ones only")
         other = bucket and (bucket[0].dtype != parameter.dtype or bucket[0].device != parameter.device)
         if other or size >= _BUCKET_BYTES:
             yield bucket
@@ -189,14 +172,10 @@ def _send(bucket: _Bucket) -> None:
     """Start the sum. A parameter without a gradient here contributes zeros."""
     gradients = [parameter.grad for parameter in bucket.parameters]
     if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-        raise TaskError(
-            "a gradient is sparse, as that of nn.Embedding(sparse=True); several processes bring together dense ones "
-            "only. Build it with sparse=False, or train in one process"
-        )
-    pieces = [
-        torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
-        for parameter, gradient in zip(bucket.parameters, gradients, strict=True)
-    ]
+        remedy = "Build its layer, such as nn.Embedding, with sparse=False, or train in one process"
+        raise TaskError(f"a gradient is sparse; several processes bring together dense ones only. {remedy}")
+    pairs = zip(bucket.parameters, gradients, strict=True)
+    pieces = [(torch.zeros_like(weight) if gradient is None else gradient).flatten() for weight, gradient in pairs]
     present = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)
     bucket.flat = torch.cat([*pieces, present.to(pieces[0].device, non_blocking=True)])
     bucket.work = dist.all_reduce(bucket.flat, async_op=True)
@@ -221,26 +200,34 @@ _CANNOT = "runtime.parallel=fsdp cannot shard"
 _OTHERWISE = "Or use runtime.parallel=ddp, which keeps the whole model in each process"
 
 
-class Sharded:
-    """Implements ``Parallelism``: a slice of the model in every process."""
+class Sharded(_SeveralProcesses):
+    """A slice of the model in every process."""
 
     def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int) -> None:
         replicas = dist.get_world_size() // shard
         shape, names = ((replicas, shard), ("replicate", "shard")) if replicas > 1 else ((shard,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        _require_shapes(models[0])
+        if single := [name for name, parameter in models[0].named_parameters() if not parameter.dim()]:
+            remedy = f"Give it the shape [1]. {_OTHERWISE}"
+            raise ConfigError(f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. {remedy}")
+        if sparse := [name for name, module in models[0].named_modules() if getattr(module, "sparse", False) is True]:
+            raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
         for model in models:
-            layers = blocks(model)
-            for part in (*layers, model):
+            parts: list[Any] = [*blocks(model), model]
+            for part in parts:
                 try:
                     fully_shard(part, mesh=mesh)
                 except (ValueError, NotImplementedError, AssertionError) as error:
                     raise ConfigError(f"{_CANNOT} {type(part).__name__}: {error}. {_OTHERWISE}") from error
-                _sum_gradients(part)
-        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {len(layers)} repeated layers"
-        self._models: list[Any] = models
-        self._micro_batches = micro_batches
-        self._buffers = Buffers(models)
+                # Sum gradients instead of averaging them, because every loss is weighted by its share of the batch.
+                if hasattr(part, "set_gradient_divide_factor"):
+                    part.set_gradient_divide_factor(1.0)
+                    part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+                else:  # torch before 2.8
+                    part.set_reduce_scatter_divide_factor(1.0)
+        layers = f"{len(parts) - 1} repeated layers"
+        self.description = f"fsdp: {replicas} x {shard} processes (replicas x slices), {layers}"
+        super().__init__(models, micro_batches=micro_batches)
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -257,21 +244,11 @@ class Sharded:
             model.reshard()
         whole = [n for n, p in self._models[0].named_parameters() if p.grad is not None and not isinstance(p, DTensor)]
         if whole:
-            raise TaskError(
-                f"model: {', '.join(whole)} came after the start, and each process would train its own. Give it to the "
-                f"model in its constructor. {_OTHERWISE}"
-            )
+            remedy = f"each process would train its own. Give it to the model in its constructor. {_OTHERWISE}"
+            raise TaskError(f"model: {', '.join(whole)} came after the start, and {remedy}")
 
     def full_tensor(self, value: Tensor) -> Tensor:
         return value.full_tensor() if isinstance(value, DTensor) else value
-
-    def all_true(self, verdict: Tensor) -> Tensor:
-        verdict = self.full_tensor(verdict).int()
-        dist.all_reduce(verdict, dist.ReduceOp.MIN)
-        return verdict
-
-    def sync_buffers(self) -> None:
-        self._buffers.sync()
 
     def optimizer_part(self, optimizer: Any) -> Any:
         return _ShardedOptimizer(optimizer)
@@ -316,25 +293,3 @@ class _ShardedOptimizer:
             for parameter, weight in zip(group["params"], copies, strict=True):
                 parameter.detach().copy_(weight)
         return state
-
-
-def _require_shapes(model: nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot be sharded."""
-    single = [name for name, parameter in model.named_parameters() if not parameter.dim()]
-    if single:
-        raise ConfigError(
-            f"{_CANNOT} {', '.join(single)}: a parameter of shape [] has nothing to divide. Give it the shape [1]. "
-            f"{_OTHERWISE}"
-        )
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
-    if sparse:
-        raise ConfigError(f"{_CANNOT} {', '.join(sparse)}: its gradients are sparse. Build it with sparse=False")
-
-
-def _sum_gradients(part: Any) -> None:
-    """Sum gradients instead of averaging them, because every loss is weighted by its share of the batch."""
-    if hasattr(part, "set_gradient_divide_factor"):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
-    else:  # torch before 2.8
-        part.set_reduce_scatter_divide_factor(1.0)

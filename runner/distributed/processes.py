@@ -1,12 +1,10 @@
-"""The team of several processes: how they connect, exchange values, and end together when one fails.
-
-Small JSON values go through a key-value store, with one ``Channel`` for each thread; tensors, and the values of every
-step, through torch's process groups.
+"""The team of several processes: how they connect, exchange values, and end together when one fails. Small JSON values
+go through a key-value store; tensors, and the values of every step, through torch's process groups.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -19,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStor
 
 from runner import signals
 from runner.distributed.communicator import Communicator
-from runner.distributed.team import StepReport
+from runner.distributed.team import StepReport, Team
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
@@ -37,11 +35,9 @@ class PeerFailed(RunnerError):
         self.status = status
 
 
-class Channel:
-    """Implements ``Communicator`` over a key-value store.
-
-    Keys are made from the number of the exchange, and removed once all ranks have read them. Raises PeerFailed once
-    another process has failed.
+class Channel(Communicator):
+    """The communicator over a key-value store. Keys are made from the number of the exchange, and removed once all
+    ranks have read them. Raises PeerFailed once another process has failed.
     """
 
     def __init__(self, store: Store, world: World, watch: Watchdog, *, thread: str) -> None:
@@ -54,15 +50,17 @@ class Channel:
         self._number = 0  # exchanges so far
 
     def gather(self, value: Any) -> list[Any] | None:
-        """The values of all ranks in order, for rank 0."""
         names = self._names()
         if self.rank:
             self._store.set(names[self.rank], json.dumps(value))
             return None
-        return [value, *(self._take(name, rank) for rank, name in enumerate(names[1:], 1))]
+        values = [value]
+        for rank, name in enumerate(names[1:], 1):
+            values.append(self._read(name, rank))
+            self._store.delete_key(name)
+        return values
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, for all."""
         name = self._names()[0]
         if self.rank == 0:
             self._store.set(name, json.dumps(value))
@@ -82,15 +80,10 @@ class Channel:
         self._number += 1
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
-    def _take(self, name: str, rank: int) -> Any:
-        value = self._read(name, rank)
-        self._store.delete_key(name)
-        return value
-
     def _read(self, name: str, rank: int) -> Any:
         pause, self._awaited = _SHORTEST, rank
         while not self._store.check([name]):
-            raise_if_failed(self._watch)
+            _raise_if_failed(self._watch)
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST)
         self._awaited = None
@@ -98,16 +91,13 @@ class Channel:
 
 
 class GroupChannel(Channel):
-    """The channel of the training thread, which exchanges values at every step: it broadcasts over a process group on
-    the CPU, in a tenth of the time that the store takes.
-    """
+    """The channel of the training thread. It broadcasts over a process group, in a tenth of the time of the store."""
 
     def __init__(self, store: Store, world: World, watch: Watchdog, group: ProcessGroup) -> None:
         super().__init__(store, world, watch, thread=MAIN)
         self._group = group
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, for all."""
         self._watch.note_exchange(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
         text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
@@ -125,8 +115,7 @@ class GroupChannel(Channel):
         return buffer.numpy().tobytes()
 
 
-def raise_if_failed(watch: Watchdog) -> None:
-    """Raise PeerFailed once a process has failed."""
+def _raise_if_failed(watch: Watchdog) -> None:
     if watch.failure is not None:
         raise PeerFailed(watch.failure.message, watch.failure.status)
 
@@ -136,14 +125,16 @@ _READ_SECONDS = 1.5  # rank 0 serves the store so long after its failure, so tha
 _NANOSECONDS = 10**9
 
 
-class ProcessTeam:
-    """Implements ``team.Team`` with a key-value store for small values and torch's process groups for tensors."""
+class ProcessTeam(Team):
+    """A team of several processes."""
+
+    stop: str | None = None
+    watch: Watchdog  # type: ignore[assignment]
 
     def __init__(self, world: World, place: Rendezvous, *, timeout: float, patience: float) -> None:
+        super().__init__(timeout=timeout, patience=patience)
         self.world = world
         self.place = place
-        self.stop: str | None = None
-        self._timeout = timeout
         self._served: Store | None = None
         if world.rank == 0 and not place.served_by_launcher:
             self._served = self._connect(serve=True)
@@ -159,13 +150,10 @@ class ProcessTeam:
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=self._store("group"),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            timeout=timedelta(seconds=10 * self._timeout),  # the watchdog acts earlier, and names the process at fault
-        )
+        store, rank, size = self._store("group"), self.world.rank, self.world.size
+        timeout = timedelta(seconds=10 * self._timeout)  # the watchdog acts earlier, and names the process at fault
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         self._group = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
         assert self._group is not None
         self.comm = GroupChannel(self._store("group channel"), self.world, self.watch, self._group)
@@ -177,7 +165,11 @@ class ProcessTeam:
         sums = self._sums([digest, len(report.swaps), elapsed, names, names**2, *_stop_flags()])
         digest, swapped, elapsed, names, squares, *flags = sums
         self.stop = self.stop or _signal(flags)
-        swaps = self._swaps(report.swaps) if swapped else ""
+        swaps = ""
+        if swapped:  # in the order of their positions
+            gathered = "".join(self.comm.gather(report.swaps) or []).split()
+            gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
+            swaps = self.comm.broadcast("".join(f" {swap}" for swap in gathered))
         # Equal on all ranks if and only if the mean of the squares is the square of the mean.
         metrics = report.metrics if squares * self.world.size == names**2 else self.union(report.metrics)
         return StepReport(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
@@ -198,12 +190,6 @@ class ProcessTeam:
         dist.all_reduce(sums)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), sums, strict=True)}
 
-    def rest(self) -> None:
-        self.watch.rest()
-
-    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
-        self.watch.last_words = last_words
-
     @contextmanager
     def blame_peer(self) -> Iterator[None]:
         try:
@@ -212,7 +198,7 @@ class ProcessTeam:
             raise
         except RuntimeError:  # maybe a collective whose peer has died
             if self.watch.wait(_CONSEQUENCE_SECONDS):
-                raise_if_failed(self.watch)
+                _raise_if_failed(self.watch)
             raise
 
     def leave(self) -> None:
@@ -227,9 +213,8 @@ class ProcessTeam:
     def fail(self, error: BaseException) -> Failure:
         """End all other processes; returns the failure that they report, which may be an earlier one elsewhere."""
         status = error.status if isinstance(error, RunnerError) else 1
-        failure = self.watch.failure or self.watch.fail(
-            Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
-        )
+        own = Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
+        failure = self.watch.failure or self.watch.fail(own)
         self._say_left()
         if self._served is not None:
             time.sleep(_READ_SECONDS)
@@ -246,31 +231,17 @@ class ProcessTeam:
         self.watch.note_exchange(MAIN)
         return [*map(int, sums.tolist())]
 
-    def _swaps(self, swaps: str) -> str:
-        """The swaps of all ranks, in the order of their positions."""
-        gathered = "".join(self.comm.gather(swaps) or []).split()
-        gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
-        return str(self.comm.broadcast("".join(f" {swap}" for swap in gathered)))
-
     def _store(self, name: str) -> Store:
         """A connection for one thread: on a shared one, a thread that waits for an answer would block the others."""
         return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
 
     def _connect(self, *, serve: bool = False) -> Store:
-        place = self.place
+        host, port, timeout = self.place.host, self.place.port, timedelta(seconds=self._timeout)
         try:
-            return TCPStore(
-                place.host,
-                place.port,
-                is_master=serve,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=self._timeout),
-            )
+            return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timeout)
         except RuntimeError as error:
-            verb = "keep" if serve else "reach"
-            raise ConfigError(
-                f"cannot {verb} the store of the processes at {place.host}:{place.port}: {str(error).splitlines()[0]}"
-            ) from error
+            task = f"{'keep' if serve else 'reach'} the store of the processes at {host}:{port}"
+            raise ConfigError(f"cannot {task}: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
@@ -295,11 +266,9 @@ def process_team(world: World, place: Rendezvous, *, timeout: float, patience: f
 
 
 def _stop_flags() -> list[int]:
-    """For each of the stop signals, 1 if this process received it."""
     name = signals.received()
     return [int(number.name == name) for number in signals.STOP_SIGNALS]
 
 
 def _signal(counts: Sequence[int]) -> str | None:
-    """The first stop signal that any process received."""
     return next((number.name for number, count in zip(signals.STOP_SIGNALS, counts, strict=True) if count), None)

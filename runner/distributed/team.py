@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from runner import signals
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator
@@ -17,160 +17,102 @@ from runner.distributed.world import World
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from runner.distributed.stall import Stall
+    from runner.distributed.watchdog import Stall
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``.
+    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``."""
 
-    ``digest`` and ``swaps`` describe the samples that were read (``TrainingStream.step_samples``), ``elapsed`` is
-    the training time on rank 0 in seconds, ``metrics`` are the names of the step's metrics.
-    """
-
-    digest: int
+    digest: int  # of the samples that were read (``TrainingStream.step_samples``), like ``swaps``
     swaps: str
-    elapsed: float
-    metrics: tuple[str, ...]
+    elapsed: float  # training time on rank 0 in seconds
+    metrics: tuple[str, ...]  # names
 
 
-class Team(Protocol):
-    """The processes of a run. All of them make the same calls in the same order.
+class Team:
+    """The processes of a run, which all make the same calls in the same order; this class is a single process."""
 
-    ``comm`` is the communicator of the training thread. ``stop`` is the name of the stop signal that any process had
-    received at the last ``exchange`` or ``poll``.
-    """
-
-    world: World
-    comm: Communicator
-
-    @property
-    def stop(self) -> str | None: ...
-
-    def channel(self, name: str) -> Communicator:
-        """A communicator for another thread, of that name."""
-
-    def begin(self, device: Any) -> None:
-        """Set up process groups for tensors on that device."""
-
-    def exchange(self, report: StepReport) -> StepReport:
-        """Combine the reports of all processes; once after every step."""
-
-    def poll(self) -> str | None:
-        """The stop signal that any process has received, or None."""
-
-    def union(self, names: Sequence[str]) -> list[str]:
-        """The names of all processes, each once, in the same order on all."""
-
-    def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
-        """The sums over all processes, in double precision; all processes pass the same names."""
-
-    def rest(self) -> None:
-        """Training is over: the timeout does not hold any more."""
-
-    def on_failure(self, last_words: Callable[[str, int], None]) -> None:
-        """Register a function that the watchdog calls with the reason before it ends this process."""
-
-    def blame_peer(self) -> AbstractContextManager[Any]:
-        """Within the block, an error that follows from the failure of another process becomes PeerFailed."""
-
-
-class SingleProcessTeam:
-    """The team of a single process. From ``begin`` on, ``stall`` watches that training moves."""
+    watch: "Stall | None" = None  # watches that training moves; of a single process from ``begin`` on
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.comm: Communicator = SINGLE_PROCESS
-        self._limits = timeout, patience
-        self._stall: Stall | None = None
+        self.comm: Communicator = SINGLE_PROCESS  # of the training thread
+        self._timeout = timeout
+        self._patience = patience
 
     @property
     def stop(self) -> str | None:
+        """The name of the stop signal that any process had received at the last ``exchange`` or ``poll``."""
         return signals.received()
 
     def channel(self, name: str) -> Communicator:
+        """A communicator for another thread, of that name."""
         return SINGLE_PROCESS
 
     def begin(self, device: Any) -> None:
-        from runner.distributed.stall import Stall
+        """Set up process groups for tensors on that device."""
+        from runner.distributed.watchdog import Stall
 
-        self._stall = Stall(*self._limits)
+        self.watch = Stall(self._timeout, self._patience)
 
     def exchange(self, report: StepReport) -> StepReport:
+        """Combine the reports of all processes; once after every step."""
         self.poll()
         return report
 
     def poll(self) -> str | None:
-        if self._stall is not None:
-            self._stall.note_progress()
+        """The stop signal that any process has received, or None."""
+        if self.watch is not None:
+            self.watch.note_progress()
         return signals.received()
 
     def union(self, names: Sequence[str]) -> list[str]:
+        """The names of all processes, each once, in the same order on all."""
         return [*names]
 
     def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """The sums over all processes, in double precision; all processes pass the same names."""
         return values
 
     def rest(self) -> None:
-        if self._stall is not None:
-            self._stall.rest()
+        """Training is over: the timeout does not hold any more."""
+        if self.watch is not None:
+            self.watch.rest()
 
     def on_failure(self, last_words: Callable[[str, int], None]) -> None:
-        if self._stall is not None:
-            self._stall.last_words = last_words
+        """Register a function that is called with reason and exit status before ``watch`` ends this process."""
+        if self.watch is not None:
+            self.watch.last_words = last_words
 
     def blame_peer(self) -> AbstractContextManager[Any]:
+        """Within the block, an error that follows from the failure of another process becomes PeerFailed."""
         return nullcontext()
 
-    def leave(self) -> None:
-        """The run has ended, with or without an error."""
-        if self._stall is not None:
-            self._stall.close()
 
+class Parallelism:
+    """How the model is distributed over the processes of a team; this class is a single process with all of it."""
 
-class Parallelism(Protocol):
-    """How the model is distributed over the processes. All processes make the same calls in the same order."""
-
-    description: str  # for the log; empty for a single process
+    description = ""  # for the log
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         """The micro-batches of a step, marked so that only the last backward pass reduces gradients over processes."""
+        return micro_batches
 
     def reduce_gradients(self) -> None:
         """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
 
     def full_tensor(self, value: "Tensor") -> "Tensor":
         """The full tensor of a value of which each process may hold a slice."""
+        return value
 
     def all_true(self, verdict: "Tensor") -> "Tensor":
         """Whether ``verdict`` (bool, shape []) is true in all processes."""
+        return verdict
 
     def sync_buffers(self) -> None:
         """After a step: copy rank 0's buffers, such as running means, to all processes."""
 
     def optimizer_part(self, optimizer: Any) -> Any:
         """The optimizer in the form in which the training state saves it."""
-
-
-class SingleDevice:
-    """A single process with the whole model."""
-
-    description = ""
-
-    def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
-        return micro_batches
-
-    def reduce_gradients(self) -> None:
-        pass
-
-    def full_tensor(self, value: "Tensor") -> "Tensor":
-        return value
-
-    def all_true(self, verdict: "Tensor") -> "Tensor":
-        return verdict
-
-    def sync_buffers(self) -> None:
-        pass
-
-    def optimizer_part(self, optimizer: Any) -> Any:
         return optimizer

@@ -1,44 +1,53 @@
-"""The watchdog in every process of a run, so that no process waits for ever for one that died, was stopped or hangs.
+"""Watchdogs, so that no process waits for ever. They name the code line where a process is, and the option to raise.
 
-Twice a second a thread writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A
-process that has waited too long for others looks at the beats of all ranks. While training runs, all processes must
-meet within the timeout; at other times a process may take longer, unless another one waits for it. A long wait may be
-legitimate, as when one process builds a data set that the others then read. That looks like a hang, so the message
-names the code line and the option to raise.
+``Stall`` is for a run of one process: if training stalls, it prints what every thread does and ends the process. Twice
+a second a thread adds up the time since the last step or evaluation batch, separately for steps, for batches, and for
+saving and the end of an evaluation, which may take ``patience`` seconds longer. Not counted: building the parts,
+compiling, reading again to resume, a debugger, and the time for which the process was stopped or the machine slept.
+Data workers write their stacks on SIGQUIT, each into a file in memory that the training process reads. Not to stderr,
+where their lines would mix. The C code of ``faulthandler`` writes also while Python is stuck.
 
-The first failure is stored for all. A process that reads it gives its training thread some seconds to end by itself
-(usually its collectives fail), and then ends the process. A second thread does that, which waits for nothing.
+``Watchdog`` is in every process of a run of several, for one that died, was stopped or hangs. Twice a second a thread
+writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A process that has waited
+too long for others looks at the beats of all ranks. While training runs, all processes must meet within the timeout; at
+other times a process may take longer, unless another one waits for it. The first failure is stored for all. A process
+that reads it gives its training thread some seconds to end by itself (usually its collectives fail), and then ends the
+process. A second thread does that, which waits for nothing.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from os import getpid
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from runner.activity import Activity, activities
+from runner.distributed import outside
 from runner.distributed.world import World
 
 GRACE_SECONDS = 10.0
 
 
-def end_process(
-    message: str, status: int, last_words: Callable[[str, int], None], *, who: str = "this process"
-) -> NoReturn:
+def end_process(message: str, status: int, last_words: Callable[[str, int], None], *, who: str) -> NoReturn:
     """Call ``last_words`` with message and status, print the message, and end the process and its children at once."""
 
     def speak() -> None:
@@ -55,69 +64,192 @@ def end_process(
 
 
 _TORCH = f"{Path(torch.__file__).parent}/"
-_STANDARD_LIBRARY = f"{Path(os.__file__).parent}/"
+_STANDARD_LIBRARY = (f"{Path(os.__file__).parent}/", "<frozen ")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _OWN = f"{Path(__file__).parent}/"
 _EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadStatus:
-    """What a thread does: it ``waits`` for other processes, or its innermost declared activity, or it just ``works``.
-    ``line`` is a code line for people, outside of torch and the standard library if possible.
+def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], str]:
+    """What a thread of this process does: it ``waits`` for other processes, or its innermost declared activity, or it
+    just ``works``; and a code line for people, outside of torch and the standard library if possible.
     """
-
-    does: Activity | Literal["waits", "works"]
-    line: str
-
-
-def thread_status(thread: int) -> ThreadStatus:
-    """The status of a thread of this process, by its ident."""
-    frames = stack(thread)
-    files = (frame.f_code.co_filename for frame in frames)
-    if any(file.startswith(_EXCHANGES) for file in takewhile(lambda file: file.startswith((_TORCH, _OWN)), files)):
-        return ThreadStatus("waits", _line(frames))
+    frames = [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) for frame in stack(thread)]
+    files = takewhile(lambda file: file.startswith((_TORCH, _OWN)), (file for file, _, _ in frames))
+    if any(file.startswith(_EXCHANGES) for file in files):
+        return "waits", _line(frames)
     declared = activities(thread)
-    return ThreadStatus(declared[-1] if declared else "works", _line(frames))
+    return declared[-1] if declared else "works", _line(frames)
 
 
 def stack(thread: int) -> list[FrameType]:
     """The frames of a thread of this process, the innermost first."""
-    frames = []
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+    innermost = sys._current_frames().get(thread)
+    return [frame for frame, _ in walk_stack(innermost)] if innermost else []
 
 
-def _line(frames: list[FrameType]) -> str:
-    frame = next(
-        (frame for frame in frames if not _is_library(frame.f_code.co_filename)), frames[0] if frames else None
-    )
-    if frame is None:
-        return "an unknown place"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def dumped_line(text: str) -> str:
-    """The code line of the main thread in the output of ``faulthandler``, chosen as ``thread_status`` does."""
-    frames = _DUMPED.findall(text.rpartition("Current thread")[2])
+def _line(frames: Sequence[tuple[str, Any, str]]) -> str:
+    """The first of the frames (file, line, function) that is not of torch or the standard library, else the first."""
     chosen = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
     return "{}:{} in {}".format(*chosen) if chosen else "an unknown place"
 
 
 def _is_library(file: str) -> bool:
-    standard = file.startswith((_STANDARD_LIBRARY, "<frozen ")) and not any(part in file for part in _INSTALLED)
+    standard = file.startswith(_STANDARD_LIBRARY) and not any(part in file for part in _INSTALLED)
     return standard or file.startswith(_TORCH)
 
 
 _BEAT_SECONDS = 0.5
+_SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread, which prints more, acts first
+_DUMP_SECONDS = 2.0  # for data workers to write where they are
+_DUMP_POLL_SECONDS = 0.02
+_DUMP = "worker-stacks"
+_dumps: list[IO[bytes]] = []  # registered by their numbers: they must stay open
+_PATIENT = {"saves": "no end of a save", "joins": "no end of a save", "ends evaluation": "no end of an evaluation"}
+_LACKING = _PATIENT | {"evaluates": "no batch of an evaluation"}
+_COMPILERS = {f"{_TORCH}_dynamo/convert_frame.py", f"{_TORCH}_inductor/compile_fx.py"}
+_DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
+
+
+class Stall:
+    """Watches the thread that creates it. ``last_words`` gets reason and exit status before the process is ended."""
+
+    def __init__(self, timeout: float, patience: float) -> None:
+        self.last_words: Callable[[str, int], None] = lambda reason, status: None
+        self._timeout = timeout
+        self._patience = patience
+        self._training = threading.get_ident()
+        self._watching = False  # from the first step or batch on
+        self._progressed = False
+        self._signalling = threading.Lock()
+        self._outside: subprocess.Popen[bytes] | None = None  # runs ``outside`` while there is something to watch
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
+        self._thread.start()
+
+    def note_progress(self) -> None:
+        """A step or a batch is done. Cheap except the first time."""
+        first, self._watching, self._progressed = not self._watching, True, True
+        if first:  # from this thread: the next step may keep Python's lock before the other thread looks
+            self._signal_outside()
+
+    def rest(self) -> None:
+        self._watching = False
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join(2 * _BEAT_SECONDS)
+        self._watching = False
+        self._signal_outside()
+
+    def _signal_outside(self) -> None:
+        """Show that this process is not stuck: start, feed, or end the process beside it."""
+        with self._signalling:
+            if self._outside is None and self._watching:
+                limit = self._timeout + _SLACK_SECONDS
+                command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(limit)]
+                with suppress(Exception):  # no room for another process; stderr may be anything
+                    self._outside = subprocess.Popen(command, stdin=subprocess.PIPE)
+                    faulthandler.enable()
+            elif self._outside is not None and self._watching:
+                with suppress(OSError):
+                    os.write(self._outside.stdin.fileno(), b".")  # type: ignore[union-attr]
+            elif self._outside is not None:
+                self._outside.kill()  # its input stays open, because data workers hold it, too
+                self._outside.communicate()
+                self._outside = None
+
+    def _watch(self) -> None:
+        spent: Counter[str] = Counter()
+        last = time.monotonic()
+        while not self._ended.wait(_BEAT_SECONDS):
+            self._signal_outside()
+            # If the clock says more, the process was stopped, and no more time has passed for the training thread.
+            passed, last = min(time.monotonic() - last, 2 * _BEAT_SECONDS), time.monotonic()
+            if self._progressed or not self._watching:
+                spent.clear()
+                self._progressed = False
+            elif (lack := self._lack()) is not None:
+                spent[lack] += passed  # type: ignore[assignment]
+                if spent[lack] > self._timeout + self._patience * (lack in _PATIENT.values()):
+                    self._end(lack, spent[lack])
+
+    def _lack(self) -> str | None:
+        """What is overdue while the training thread does what it does; None if that may take any time."""
+        declared = activities(self._training)
+        debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
+        stacks = map(stack, sys._current_frames())
+        compiles = any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
+        if debugged or compiles or "reads again" in declared:
+            return None
+        return _LACKING[declared[-1]] if declared else "no step"
+
+    def _end(self, lack: str, seconds: float) -> None:
+        key = "runtime.timeout and checkpoint.max_unsaved" if lack in _PATIENT.values() else "runtime.timeout"
+        with suppress(Exception):  # stderr may be anything
+            faulthandler.dump_traceback(all_threads=True)
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        others = sys._current_frames().keys() - {threading.get_ident()}
+        threads = [f"  thread {names.get(each, each)} is at {thread_status(each)[1]}" for each in others]
+        training = f"the training thread is at {thread_status(self._training)[1]}."
+        remedy = "If the work there needs that long, set a longer runtime.timeout."
+        again = "The same command goes on from the last checkpoint."
+        lines = [f"{lack} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
+        end_process("\n".join(lines), 1, self.last_words, who="this process")
+
+
+def _children() -> Iterator[str]:
+    """Lines on the living child processes. Prints the stacks of data workers, each as a whole."""
+    children = multiprocessing.active_children()
+    written = _stacks_of(child.pid for child in children if child.pid)
+    for child in children:
+        text = written.get(child.pid or 0, "")
+        frames = _DUMPED.findall(text.rpartition("Current thread")[2])  # of the main thread
+        with suppress(Exception):  # stderr may be anything
+            print(f"{child.name} (pid {child.pid}):\n{text}" if text else "", end="", file=sys.stderr, flush=True)
+        yield f"  process {child.name} (pid {child.pid}) {f'is at {_line(frames)}' if text else 'lives'}"
+
+
+def write_stacks_on_request() -> None:
+    """Called in a data worker: write its stacks whenever a stalled run asks for them. Linux only."""
+    with suppress(Exception):  # no such call, too many open files
+        file = os.fdopen(os.memfd_create(_DUMP), "wb", buffering=0)
+        faulthandler.register(signal.SIGQUIT, file)
+        _dumps.append(file)
+
+
+def _stacks_of(pids: Iterable[int]) -> dict[int, str]:
+    """The stacks of those processes that write them in time: pid -> text, innermost frames first."""
+    files: dict[int, Path] = {}
+    for pid in pids:
+        with suppress(OSError):
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                if os.readlink(file).startswith(f"/memfd:{_DUMP}"):
+                    files[pid] = file
+            if pid in files:
+                os.kill(pid, signal.SIGQUIT)
+    until = time.monotonic() + _DUMP_SECONDS
+    while time.monotonic() < until:
+        # A process that waits again has written all: writing into memory is no wait.
+        if all(_read(path) and process_state(pid) in "S?" for pid, path in files.items()):
+            break
+        time.sleep(_DUMP_POLL_SECONDS)
+    return {pid: text for pid, path in files.items() if (text := _read(path))}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:  # the process has ended
+        return ""
+
+
 _FUTILE_BEATS = 4  # after which a training thread that waits for other processes is not given more time
 _FAILURE = "failure"
 _LAG_SECONDS = 2.0  # longer wait before looking at all, so that a silent process is found by its neighbour first
 _CROWD = 64  # processes; if there are more, each looks at all of them less often than at every beat
+_HOST = socket.gethostname()
 MAIN = "main"  # the training thread
 
 
@@ -138,7 +270,7 @@ class Beat:
     number: int
     pid: int
     host: str
-    threads: dict[str, tuple[str, str]]
+    threads: Mapping[str, tuple[str, str]]
 
     @property
     def thread(self) -> str:
@@ -146,22 +278,15 @@ class Beat:
         others = [name for name in self.threads if name != MAIN]
         return others[0] if others and self.threads[MAIN][0] == "joins" else MAIN
 
-    @property
-    def does(self) -> str:
-        return self.threads[self.thread][0]
-
-    def describe(self, rank: int, thread: str) -> str:
-        """Rank, pid, host and code line of a thread, for messages."""
+    def describe(self, rank: int, thread: str = "") -> str:
+        """Rank, pid, host and, of a thread, code line, for messages."""
         line = f" is at {self.threads[thread][1]}" if thread in self.threads else ""
-        return f"{_process(rank, self.pid, self.host)}{line}"
+        return f"rank {rank} (pid {self.pid} on {self.host}){line}"
 
 
 class Watchdog:
-    """The threads that write beats, look at those of others, and end this process after a failure.
-
-    ``failure`` is set once any process has failed. ``last_words`` is called with message and exit status before the
-    watchdog ends this process. A process that reads or writes a checkpoint may take ``patience`` seconds longer than
-    ``timeout``.
+    """Writes beats, looks at those of others, and ends this process, after ``last_words``, once ``failure`` is set. A
+    process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
     def __init__(self, store: Store, world: World, *, timeout: float, patience: float) -> None:
@@ -183,13 +308,11 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def note_exchange(self, thread: str, *, training: bool | None = None) -> None:
-        """The calling thread, which is named ``thread``, has reached an exchange. ``training``: whether the training
-        thread must from now on reach the next one within the timeout.
-        """
+    def note_exchange(self, thread: str, *, training: bool = False) -> None:
+        """The calling thread is at an exchange. ``training``: it must from now on reach the next within the timeout."""
         self._idents[thread] = threading.get_ident()
         if thread == MAIN:
-            self._training = self._training if training is None else training
+            self._training = self._training or training
             self._since = time.monotonic()
 
     def rest(self) -> None:
@@ -197,7 +320,6 @@ class Watchdog:
         self._training = False
 
     def whereabouts(self, rank: int, thread: str) -> str:
-        """Where a thread of a rank is, for messages."""
         name = f"beat/{rank}"
         try:
             return _beat(self._store.get(name)).describe(rank, thread) if self._store.check([name]) else f"rank {rank}"
@@ -223,7 +345,6 @@ class Watchdog:
         return self.failure
 
     def close(self) -> None:
-        """End the threads."""
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * _BEAT_SECONDS)
@@ -233,52 +354,53 @@ class Watchdog:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
-                self._show(number)
+                threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
+                if not self._training and threads[MAIN][0] != "waits":
+                    self._since = time.monotonic()
+                beat = asdict(Beat(number, getpid(), _HOST, threads))
+                self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
                 self._look()
                 if number % (1 + self._world.size // _CROWD) == 0:
                     self._judge()
                 self._answered = time.monotonic()
-            except RuntimeError:
-                self._lose()
+            except RuntimeError:  # the store is gone with its process, unless all processes are just ending
+                if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
+                    self.failure = _lost("is gone")
 
     def _guard(self) -> None:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS):
             silent = time.monotonic() - self._answered
             if silent > self._timeout + _LAG_SECONDS:
-                self.failure = self._lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
-        if self.failure is not None and not self._ended.is_set():
-            self._end(self.failure)
-
-    def _show(self, number: int) -> None:
-        threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
-        if not self._training and threads[MAIN].does != "waits":
-            self._since = time.monotonic()
-        beat = Beat(number, getpid(), _host(), {name: (each.does, each.line) for name, each in threads.items()})
-        self._store.set(f"beat/{self._world.rank}", json.dumps(asdict(beat)))
+                self.failure = _lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
+        failure = self.failure
+        if failure is None or self._ended.is_set():
+            return
+        at_fault = failure.rank == self._world.rank and not failure.printed
+        until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
+        while waiting < _FUTILE_BEATS and time.monotonic() < until:
+            if self._ended.wait(_BEAT_SECONDS):
+                return
+            waiting = waiting + 1 if thread_status(self._idents[MAIN])[0] == "waits" else 0
+        end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
     def _look(self) -> None:
         with self._lock:
             if self.failure is None and self._store.check([_FAILURE]):
                 self.failure = Failure(**json.loads(self._store.get(_FAILURE)))
-        if self.failure is None:
-            self._look_at_next()
-
-    def _look_at_next(self) -> None:
         name, now = f"beat/{self._next}", time.monotonic()
         beat = self._store.get(name) if self._store.check([name]) else b""
         if beat != self._seen[0]:
             self._seen = (beat, now)
-            return
         silent = now - self._seen[1]
-        if self._has_left(self._next):
+        if self.failure is not None or not silent or self._has_left(self._next):
             return
         last = _beat(beat) if beat else None
-        process = _process(self._next, last.pid, last.host) if last else f"rank {self._next}"
-        if last and last.host == _host() and not _lives(last.pid):
-            self.fail(Failure(self._next, 1, f"{process} died. {_AGAIN}"))
+        process = last.describe(self._next) if last else f"rank {self._next}"
+        if last and last.host == _HOST and not _lives(last.pid):
+            self._blame(self._next, f"{process} died.")
         elif silent > self._timeout:
             lack = "has shown no sign of life" if beat else "has not come"
-            self.fail(Failure(self._next, 1, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}). {_AGAIN}"))
+            self._blame(self._next, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}).")
 
     def _judge(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""
@@ -289,61 +411,50 @@ class Watchdog:
         if not self._store.check(names):
             return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
-        late = {
-            rank: beat for rank, beat in beats.items() if beat.does != "waits" and not self._has_left(rank)
-        } or beats
+        does = {rank: beat.threads[beat.thread][0] for rank, beat in beats.items()}
+        busy = {rank: beat for rank, beat in beats.items() if does[rank] != "waits" and not self._has_left(rank)}
+        late = busy or beats
         bound, key = self._timeout, _TIMEOUT
-        if all(beat.does == "saves" for beat in late.values()):
+        if all(does[rank] == "saves" for rank in late):
             bound, key = self._timeout + self._patience, f"{_TIMEOUT} and checkpoint.max_unsaved"
         if waited > bound:
             lines = "\n".join(f"  {beat.describe(rank, beat.thread)}" for rank, beat in late.items())
             reason = f"for {waited:.0f} s the processes have waited for one of them ({key}):"
-            self.fail(Failure(min(late), 1, f"{reason}\n{lines}\n{_LONGER} {_AGAIN}"))
+            self._blame(min(late), f"{reason}\n{lines}\nIf the work there needs that long, set a longer one.")
+
+    def _blame(self, rank: int, reason: str) -> None:
+        self.fail(Failure(rank, 1, f"{reason} {_AGAIN}"))
 
     def _has_left(self, rank: int) -> bool:
         return self._store.check([f"left/{rank}"])
 
-    def _lose(self) -> None:
-        """Note that the store's process is gone, unless all processes are just ending."""
-        if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
-            self.failure = self._lost("is gone")
-
-    def _lost(self, event: str) -> Failure:
-        return Failure(0, 1, f"rank 0, or the launcher that started it, {event}. {_AGAIN}")
-
-    def _end(self, failure: Failure) -> None:
-        at_fault = failure.rank == self._world.rank and not failure.printed
-        until, waiting = time.monotonic() + (0 if at_fault else GRACE_SECONDS), 0
-        while waiting < _FUTILE_BEATS and time.monotonic() < until:
-            if self._ended.wait(_BEAT_SECONDS):
-                return
-            waiting = waiting + 1 if thread_status(self._idents[MAIN]).does == "waits" else 0
-        end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
-
 
 _TIMEOUT = "runtime.timeout"
-_LONGER = "If the work there needs that long, set a longer one."
 _AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _lost(event: str) -> Failure:
+    return Failure(0, 1, f"rank 0, or the launcher that started it, {event}. {_AGAIN}")
 
 
 def _lives(pid: int) -> bool:
     """Whether a process of this host lives; a zombie does not."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return process_state(pid) not in "ZX"
     except ProcessLookupError:
         return False
-    except (OSError, IndexError):  # another user's, no such file system
+    except OSError:  # another user's
         return True
+
+
+def process_state(pid: int) -> str:
+    """The letter for the state of a process of this host, ``?`` if it is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # the process has ended, no such file system
+        return "?"
 
 
 def _beat(raw: bytes) -> Beat:
     return Beat(**json.loads(raw))
-
-
-def _process(rank: int, pid: int, host: str) -> str:
-    return f"rank {rank} (pid {pid} on {host})"

@@ -1,7 +1,4 @@
-"""The place of this process among the processes of a run, from the environment that torchrun or Slurm sets.
-
-Imports nothing of torch.
-"""
+"""The place of this process in a run, from the environment that torchrun or Slurm sets. Imports nothing of torch."""
 
 import os
 import re
@@ -25,16 +22,12 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the processes find each other: a key-value store at ``host`` and ``port``.
-
-    Rank 0 serves it, unless it is ``served_by_launcher``, and then it outlives the processes. ``restart`` counts their
-    lives, so that no process reads a message from an earlier life.
-    """
+    """The key-value store by which the processes find each other."""
 
     host: str
     port: int
-    served_by_launcher: bool
-    restart: int
+    served_by_launcher: bool  # and outlives the processes; else rank 0 serves it
+    restart: int  # counts the lives of the processes, so that none reads a message from an earlier life
 
 
 def world() -> World:
@@ -63,14 +56,10 @@ def _environment() -> Mapping[str, str]:
     if "WORLD_SIZE" in env or _number(env, "SLURM_STEP_NUM_TASKS", 1) == 1 or "SLURM_PROCID" not in env:
         return env
     job = _number(env, "SLURM_JOB_ID", 0)
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "")),
-        "MASTER_PORT": str(_PORTS[job % len(_PORTS)]),
-        "TORCHELASTIC_RESTART_COUNT": env.get("SLURM_RESTART_COUNT", "0"),
-    }
+    port, host = str(_PORTS[job % len(_PORTS)]), first_host(env.get("SLURM_STEP_NODELIST", ""))
+    values = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"]}
+    values |= {"LOCAL_RANK": env.get("SLURM_LOCALID", "0"), "MASTER_ADDR": host, "MASTER_PORT": port}
+    return values | {"TORCHELASTIC_RESTART_COUNT": env.get("SLURM_RESTART_COUNT", "0")}
 
 
 def first_host(hosts: str) -> str:

@@ -1,6 +1,7 @@
 """Whether a run used every sample exactly once per epoch, from its ledger."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -21,29 +22,16 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
     plans = [segment.plan for segment in segments if segment.plan]
     recipe = ledger.recipe(location, plans[-1] if plans else "")
-    facts = RunFacts(directory)
+    facts, indexed = RunFacts(directory), recipe.get("kind") != "opaque"
     with refuse_unusable(f"the ledger of {location.url}"):
-        report = check_exactly_once(
-            segments,
-            None if recipe.get("kind") == "opaque" else Plan.of(recipe),
-            begun=facts.start,
-            committed=max(facts.step, facts.committed),
-        )
+        plan, committed = Plan.of(recipe) if indexed else None, max(facts.step, facts.committed)
+        report = check_exactly_once(segments, plan, begun=facts.start, committed=committed)
     if len({*plans}) > 1:
         report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
-    values = {
-        "run": directory.name,
-        "steps": report.steps,
-        "positions": report.positions,
-        "attempts": len({segment.attempt for segment in segments}),
-        "indexed": recipe.get("kind") != "opaque",
-        "holds": report.holds,
-        "epochs": report.epochs,
-        "again": report.again,
-        "problems": report.problems,
-        "damaged": [segment.damage for segment in segments if segment.damage],
-    }
-    return report, values
+    attempts = len({segment.attempt for segment in segments})
+    damaged = [segment.damage for segment in segments if segment.damage]
+    values = {"run": directory.name, **asdict(report), "holds": report.holds}
+    return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged}
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
@@ -52,7 +40,11 @@ def format_audit(audit: Mapping[str, Any]) -> str:
     if audit["indexed"]:
         columns = ["source"] * ("source" in audit["epochs"][0]) if audit["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
-        text.append(format_table(_folded(audit["epochs"]), columns))
+        rows = []  # one for each range of epochs that differ in nothing but their number
+        for _, alike in groupby(audit["epochs"], key=lambda row: {**row, "epoch": None}):
+            first, *others = alike
+            rows.append({**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first)
+        text.append(format_table(rows, columns))
     else:
         text.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = audit["again"].values()
@@ -62,18 +54,8 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         return "\n".join([*text, *audit["problems"]])
     if not audit["indexed"]:
         text.append("No step differed when done again.")
-    elif any(row["whole"] for row in audit["epochs"]):
-        text.append("Every sample exactly once in every whole epoch.")
     else:
-        text.append(
-            "Every sample exactly once in every whole epoch. None is whole yet: nothing was repeated, and what will be "
-            "missed is not known."
-        )
+        whole = any(row["whole"] for row in audit["epochs"])
+        unknown = " None is whole yet: nothing was repeated, and what will be missed is not known."
+        text.append(f"Every sample exactly once in every whole epoch.{'' if whole else unknown}")
     return "\n".join(text)
-
-
-def _folded(epochs: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows, with one row for each range of epochs that differ in nothing but their number."""
-    for _, alike in groupby(epochs, key=lambda row: {**row, "epoch": None}):
-        first, *others = alike
-        yield {**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first

@@ -1,77 +1,62 @@
-"""The list of runs under a root: selection, order and table; and how all commands print values on a terminal.
+"""What commands show of runs: the list under a root, also updated until Ctrl-C; one run in detail; the differences
+between two; and how all commands print values on a terminal.
 
 Control characters are escaped where a value is printed, because anyone may have written it.
 """
 
+import contextlib
 import json
 import os.path
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from tabulate import tabulate
 
-from runner.errors import printable
-from runner.run_facts import RunSummary, map_runs
+from runner.checkpoint import manifest
+from runner.errors import ConfigError, RunnerError, printable
+from runner.run import drift
+from runner.run.attempt_records import AttemptRecord
+from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts, RunSummary, integer, map_runs
 
 # The statuses of runs, the most interesting first.
-STATES = (
-    "running",
-    "unknown",
-    "failed",
-    "diverged",
-    "killed",
-    "interrupted",
-    "superseded",
-    "new",
-    "finished",
-    "complete",
-    "unreadable",
-)
+_UNDONE = ("running", "unknown", "failed", "diverged", "killed", "interrupted", "superseded", "new")
+STATES = (*_UNDONE, "finished", "complete", "unreadable")
 SORTS = ("status", "step", "objective", "attempts", "age", "name")
 _COLUMNS = ("status", "step / max", "objective", "attempts", "age", "host")
+_ATTEMPT_COLUMNS = ("attempt", "outcome", "started", "resumed", "step", "committed", "lost", "host", "reason")
 _WIDEST = 64  # characters of a cell
 _WIDEST_NAME = 1000  # of the name of a run, or of a fact that has a line for itself
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+_SILENCE_SECONDS = 15.0  # three heartbeats of a process that works on a remote root
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # a second screen without a cursor, and back
+_HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which runs to show: with these statuses, of this experiment, with this text in their name. None: any."""
-
-    states: Sequence[str] | None = None
-    experiment: str | None = None
-    match: str | None = None
-
-    def includes(self, run: RunSummary) -> bool:
-        """Whether the run is selected. Of an unreadable run only the name is known."""
-        return (
-            (self.states is None or run.state in self.states)
-            and (self.experiment is None or run.experiment == self.experiment)
-            and (self.match is None or self.match in run.run)
-        )
-
-
-def list_runs(root: str, selection: Selection) -> list[RunSummary]:
+def list_runs(root: str, selects: Callable[[RunSummary], bool]) -> list[RunSummary]:
     """The selected runs under a root. Raises ConfigError if there are no runs at all, StorageError for the root."""
-    runs = map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary)
-    return [run for run in runs if selection.includes(run)]
+    return [*filter(selects, map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary))]
 
 
 def sort_runs(runs: list[RunSummary], column: str, *, reverse: bool = False) -> list[RunSummary]:
     """The runs by a column of ``SORTS``, the youngest first by age; those without a value are last either way."""
-    keyed = [(_sort_key(run, column), run) for run in runs]
-    valued = sorted(((key, run) for key, run in keyed if key is not None), key=lambda pair: pair[0], reverse=reverse)
-    return [run for _, run in valued] + [run for key, run in keyed if key is None]
 
+    def key(run: RunSummary) -> Any:
+        if column == "status":
+            return STATES.index(run.state) if run.state in STATES else len(STATES)
+        if column == "age":
+            return -datetime.fromisoformat(run.seen).timestamp() if run.seen else None
+        return getattr(run, "run" if column == "name" else column)
 
-def _sort_key(run: RunSummary, column: str) -> Any:
-    if column == "status":
-        return STATES.index(run.state) if run.state in STATES else len(STATES)
-    if column == "age":
-        return -datetime.fromisoformat(run.seen).timestamp() if run.seen else None
-    return run.run if column == "name" else getattr(run, column)
+    valued = sorted((run for run in runs if key(run) is not None), key=key, reverse=reverse)
+    return valued + [run for run in runs if key(run) is None]
 
 
 def format_runs(runs: list[RunSummary]) -> str:
@@ -80,14 +65,10 @@ def format_runs(runs: list[RunSummary]) -> str:
 
 
 def format_narrow(runs: list[RunSummary]) -> str:
-    """The table for a screen that cuts its lines: shortened names behind the values, and above the table the part that
-    all names share.
-    """
+    """The table for a narrow screen: shortened names behind the values, and above it the part that all names share."""
     shared, names = _shorten([run.run for run in runs])
-    rows = [
-        {**_row(run), "run": name, "status": format_cell(run.status, widest=22)}
-        for run, name in zip(runs, names, strict=True)
-    ]
+    rows = [{**_row(run), "status": format_cell(run.status, widest=22)} for run in runs]
+    rows = [{**row, "run": name} for row, name in zip(rows, names, strict=True)]
     table = format_table(rows, [*_COLUMNS[:3], "run", *_COLUMNS[3:]])
     return f"{f'all in {format_cell(shared)}' if shared else ''}\n{table}"
 
@@ -100,34 +81,24 @@ def _shorten(names: list[str]) -> tuple[str, list[str]]:
     parts, words = [folder.split("/") for folder in folders], [leaf.split(",") for leaf in leaves]
     top = len([part for part in os.path.commonpath(folders).split("/") if part])
     alike = {*words[0]}.intersection(*words)
-    short = [
-        "/".join([*part[top:], ",".join(word for word in each if word not in alike) or ",".join(each)])
-        for part, each in zip(parts, words, strict=True)
-    ]
+    own = [",".join(word for word in each if word not in alike) or ",".join(each) for each in words]
+    short = ["/".join([*part[top:], leaf]) for part, leaf in zip(parts, own, strict=True)]
     return "/".join([*parts[0][:top], ",".join(word for word in words[0] if word in alike)]), short
 
 
 def _row(run: RunSummary) -> dict[str, Any]:
     steps = run.step if run.max_steps is None else f"{run.step} / {run.max_steps}"
-    return {**asdict(run), "step / max": steps, "age": _age(run.seen)}
-
-
-def _age(time: str | None) -> str | None:
-    """How long ago a time (ISO 8601 with a zone) was; another machine's clock may be ahead."""
-    if time is None:
-        return None
-    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(time)).total_seconds()
-    return next((f"{seconds // size:.0f} {unit} ago" for unit, size in _UNITS if seconds >= size), "now")
+    age = None
+    if run.seen is not None:  # another machine's clock may be ahead
+        seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(run.seen)).total_seconds()
+        age = next((f"{seconds // size:.0f} {unit} ago" for unit, size in _UNITS if seconds >= size), "now")
+    return {**asdict(run), "step / max": steps, "age": age}
 
 
 def format_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The rows under the columns' names; a missing value stays empty. The name of a run is never cut: other commands
-    need it, and the runs of a sweep may differ in nothing but its end.
-    """
-    cells = [
-        [format_cell(row.get(column), widest=_WIDEST_NAME if column == "run" else _WIDEST) for column in columns]
-        for row in rows
-    ]
+    """The rows under the columns' names; a missing value stays empty."""
+    widths = {"run": _WIDEST_NAME}  # other commands need it, and the runs of a sweep may differ only at its end
+    cells = [[format_cell(row.get(name), widest=widths.get(name, _WIDEST)) for name in columns] for row in rows]
     return tabulate(cells, headers=list(map(format_cell, columns)), disable_numparse=True)
 
 
@@ -148,3 +119,169 @@ def format_cell(value: Any, *, widest: int = _WIDEST) -> str:
 def format_setting(value: Any) -> str:
     """A value of a configuration as JSON, but a text without quotes."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def watch(read: Callable[[], list[RunSummary]], *, interval: float, as_json: bool) -> None:
+    """Show the runs that ``read`` returns, running ones first, every ``interval`` seconds until interrupted."""
+    if not 0 < interval < float("inf"):
+        raise ConfigError(f"--interval {interval:g} is no number of seconds to wait: give more than 0")
+    pulse = Pulse(max(_SILENCE_SECONDS, 3 * interval))
+    on_terminal = sys.stdout is not None and sys.stdout.isatty() and not as_json
+    with _screen(on_terminal):
+        rows, problem = read(), ""
+        while True:
+            rows = sort_runs([pulse.judge(row) for row in rows], "status")
+            if as_json:
+                print(json.dumps([asdict(row) for row in rows]), flush=True)
+            else:
+                table = format_narrow(rows) if on_terminal else f"\n{format_runs(rows)}\n"
+                counts = {state: sum(row.state == state for row in rows) for state in STATES}
+                summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+                text = printable(f"{time.strftime('%H:%M:%S')}  {len(rows)} runs: {summary}{problem}\n{table}")
+                if on_terminal:  # cut to it, and drawn over what is there
+                    (width, height), lines = shutil.get_terminal_size(), text.splitlines()
+                    if len(lines) > height:
+                        lines = [*lines[: height - 1], f"... {len(lines) - height + 1} more"]
+                    text = _HOME + "\n".join(f"{line[:width]}{_END_OF_LINE}" for line in lines) + _REST
+                print(text, end="" if on_terminal else "\n", flush=True)
+            time.sleep(interval)
+            try:
+                rows, problem = read(), ""
+            except RunnerError as error:  # which may be temporary
+                problem = f"\nnot up to date: {error}"
+
+
+class Pulse:
+    """Finds out which runs on other machines live: their heartbeats change. Does not compare clocks of machines."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._seen: dict[str, str | None] = {}
+        self._moved: dict[str, float] = {}
+
+    def judge(self, row: RunSummary) -> RunSummary:
+        """The row, with the status ``running`` instead of ``unknown`` if its heartbeat has changed lately."""
+        now = time.monotonic()
+        if self._seen.setdefault(row.run, row.seen) != row.seen:
+            self._moved[row.run] = now
+        self._seen[row.run] = row.seen
+        beats = now - self._moved.get(row.run, -float("inf")) < self._patience
+        return replace(row, status="running") if beats and row.state == "unknown" else row
+
+
+@contextlib.contextmanager
+def _screen(on_terminal: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, not the program. On a terminal it has a screen to draw on."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(_ENTER if on_terminal else "", end="", flush=True)
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        print(_LEAVE if on_terminal else "", end="", flush=True)
+
+
+def details(directory: RunDirectory) -> dict[str, Any]:
+    """Everything about one run, as plain values."""
+    facts, attempts = RunFacts(directory), []
+    for record, lost in zip(facts.attempts, _lost_steps(facts.attempts, facts.start), strict=True):
+        ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
+        beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
+        claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
+        attempts.append({**ending, **beat, "seen": record.seen(), **claim, "lost": lost})
+    changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
+    before = configured = directory.configured() or {}
+    for record in facts.attempts:
+        accepted = record.claim.get("accepted")
+        after = accepted if isinstance(accepted, dict) else configured
+        changes += [{"attempt": record.number, **row} for row in _changes(before, after, "before", "after")]
+        before = after
+    return {
+        **asdict(facts.summary()),
+        "url": directory.location.url,
+        "record": facts.record,
+        "identity": facts.identity,
+        "result": facts.result,
+        "overrides": facts.newest.claim.get("overrides") if facts.newest else None,
+        "attempts": attempts,
+        "drift": changes,
+        "checkpoints": [asdict(commit) for commit in facts.commits],
+    }
+
+
+def format_details(run: Mapping[str, Any]) -> str:
+    """The values of ``details`` as text."""
+    facts = {key: run[key] for key in ("run", "url", "status", "step", "max_steps", "objective")}
+    facts["created"] = run["record"].get("created")
+    if isinstance(parent := run["record"].get("parent"), dict):
+        inherited = {"model": "weights", "all": "everything"}.get(str(parent.get("inherit")), "something")
+        facts["parent"] = f"{inherited} of step {parent.get('step')} of {parent.get('run')}"
+    if isinstance(run["overrides"], list):
+        facts["overrides"] = shlex.join(map(str, run["overrides"]))
+    if result := run["result"]:
+        metrics = result["metrics"].items() if isinstance(result.get("metrics"), dict) else ()
+        values = "".join(f", {format_cell(name)} {format_cell(value)}" for name, value in metrics)
+        facts["result"] = f"step {format_cell(result.get('step'))} ({format_cell(result.get('reason'))}){values}"
+    parts = [format_facts(facts), "attempts\n" + format_table(run["attempts"], _ATTEMPT_COLUMNS)]
+    reason = run["attempts"][-1]["reason"] if run["attempts"] else None
+    if reason and format_cell(reason) != reason:  # too long for the table
+        parts.append(f"why the last attempt ended\n{reason}")
+    if run["drift"]:
+        parts.append("accepted changes\n" + _format_changes(run["drift"], "attempt", "before", "after"))
+    parts.append("checkpoints, newest first\n" + format_table(run["checkpoints"], ["step", "attempt", "nonce"]))
+    return "\n\n".join(parts)
+
+
+def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
+    """The keys that differ in configuration and result, with their values in ``a`` and ``b``, unless absent there."""
+    left, right = RunFacts(a), RunFacts(b)
+    configuration = _changes(left.identity, right.identity, "a", "b")
+    result = _changes(_progress(left), _progress(right), "a", "b")
+    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "result": result}
+
+
+def format_diff(differences: Mapping[str, Any]) -> str:
+    """The values of ``diff`` as text."""
+    parts = [format_facts({"a": differences["a"], "b": differences["b"]})]
+    for half in ("configuration", "result"):
+        rows = differences[half]
+        parts.append(f"{half}\n{_format_changes(rows, 'a', 'b')}" if rows else f"The {half}s do not differ.")
+    return "\n\n".join(parts)
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, right: str) -> list[dict[str, Any]]:
+    """The keys that differ, as plain values under ``left`` and ``right``, without absent ones."""
+    rows = ({"key": each.key, left: each.saved, right: each.now} for each in drift.compare(before, after))
+    return [{name: value for name, value in row.items() if value is not drift.ABSENT} for row in rows]
+
+
+def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
+    """Differences as a table; ``columns`` end with the names of the two sides."""
+    *others, left, right = columns
+    cells = [dict(row) for row in rows]
+    for cell in cells:
+        cell |= {side: format_setting(cell[side]) if side in cell else "(absent)" for side in (left, right)}
+    return format_table(cells, [*others, "key", left, right])
+
+
+def _progress(facts: RunFacts) -> dict[str, Any]:
+    summary, result = facts.summary(), facts.result or {}
+    rest: dict[str, Any] = {key: result[key] for key in ("reason", "epochs", "metrics") if key in result}
+    return {"status": summary.status, "step": summary.step, "objective": result.get("objective"), **rest}
+
+
+def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | None]:
+    """The number of steps that had to be repeated after each attempt, at least: a heartbeat records the step only now
+    and then. None if no later attempt has resumed yet. ``start``: the step after which the run started.
+    """
+    lost: list[int | None] = []
+    resumed = None  # the checkpoint from which the next attempt resumed
+    for record in reversed(attempts):
+        reached = integer((record.end or record.beat).get("step"))
+        commit = manifest.parse_commit(f"{resumed}.json")
+        again = None if reached is None else max(reached - (commit.step if commit else start), 0)
+        lost.append(None if resumed is None else again)
+        resumed = own if isinstance(own := record.beat.get("resumed"), str) else resumed
+    return lost[::-1]

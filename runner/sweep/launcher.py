@@ -1,16 +1,18 @@
 """A launcher around the configured one, which gets only the jobs that are left to do.
 
-Hydra creates launchers in one function, which is replaced here; sweepers and launchers themselves are unchanged. Before
-anything starts, all runs are looked up in the storage. A finished run gives its stored objective; a run that another
-process works on is waited for; a run that fails is tried again, and never ends the sweep.
+Hydra creates launchers in one function, which is replaced here. Before anything starts, the status of all runs is read
+from the storage, without importing torch. A finished run gives its stored objective; a run that another process works
+on is waited for; a run that fails is tried again, and never ends the sweep.
 """
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -18,48 +20,71 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from tabulate import tabulate
 
 from runner import signals
-from runner.config.checks import refuse_secrets
-from runner.config.schema import OnConflict
+from runner.checkpoint.manifest import CommitId
+from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
-from runner.errors import ConfigError, Interrupted, JobDied, RunInUse, RunnerError
-from runner.run_spec import absolute_root, storage_options
+from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
+from runner.run import attempt_records, drift
+from runner.run.attempt_records import AttemptRecord
+from runner.run_facts import RunFacts
+from runner.run_spec import RunSpec, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
-from runner.sweep.jobs import RunNames, SignalLoader, SpecLoader, isolate
-from runner.sweep.survey import (
-    CUT,
-    DIVERGED,
-    DONE,
-    FAILED,
-    NEW,
-    RUNNING,
-    Overrides,
-    RunStatus,
-    Specs,
-    format_statuses,
-    survey,
-)
+from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoader, isolate
 
 log = logging.getLogger("runner")
 
+DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
+Specs = Mapping[Overrides, RunSpec | RunnerError]  # an error where the overrides cannot be used
+
 _instantiate = Plugins.instantiate_launcher
-_BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 _POLL_SECONDS = 2.0
 _WORST_LAST = (0, 75, 4, 3, 2, 5, 1)  # exit statuses
+_ROWS = 20  # of one status in a table
+_READERS = 8  # threads
 
 
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One run: its status, its last committed step and its objective."""
+
+    run: str
+    status: str
+    step: int = 0
+    objective: float | None = None
+    attempts: int = 0  # the number of the newest attempt, if the run is not done
+    failures: int = 0  # so many of the last attempts in a row failed, or were killed without a new checkpoint
+    reason: str = ""
+    final: bool = False  # do not try again
+    error: BaseException | None = None
+    unclear: AttemptRecord | None = field(default=None, repr=False)  # of another machine; alive if its heartbeat moves
+
+    @property
+    def message(self) -> str:
+        """The reason with all lines of a message that is meant for the user: the remedy may be in the last."""
+        return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
+
+    def failed(self, error: BaseException, *, failures: int) -> "RunStatus":
+        """The status after a failure with ``error``, the last of ``failures`` in a row."""
+        name = "" if isinstance(error, RunnerError) else f"{type(error).__name__}: "
+        final = isinstance(error, ConfigError | DriftRefused)
+        reason = name + _first_line(error)
+        return replace(self, status=FAILED, objective=None, failures=failures, reason=reason, final=final, error=error)
+
+
+@dataclass(slots=True)
 class SweepReport:
     """How the jobs of a command ended, over all calls of the launcher."""
 
-    def __init__(self) -> None:
-        self.statuses: dict[Overrides, RunStatus] = {}
-        self.launched = 0
+    statuses: dict[Overrides, RunStatus] = field(default_factory=dict)
+    launched: int = 0
 
     @property
     def exit_status(self) -> int:
-        """The worst exit status of the jobs."""
-        statuses = [run.exit_status for run in self.statuses.values() if run.status == FAILED]
+        errors = [run.error for run in self.statuses.values() if run.status == FAILED]
+        statuses = [error.status if isinstance(error, RunnerError) else 1 for error in errors]
         return max(statuses, key=_WORST_LAST.index, default=0)
 
     def summary(self) -> str | None:
@@ -71,15 +96,10 @@ def install() -> SweepReport:
     """Put this launcher around every launcher that Hydra creates from now on."""
     report = SweepReport()
 
-    def instantiate(
-        plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> Launcher:
-        processes = world().size
-        if processes > 1:
-            raise ConfigError(
-                f"a sweep (-m) was started in {processes} processes, each of which would run all jobs. Start it in "
-                "one, with a launcher whose jobs have many (hydra/launcher=slurm_many), or its runs one after the other"
-            )
+    def instantiate(plugins: Any, hydra_context: HydraContext, task_function: TaskFunction, config: Any) -> Launcher:
+        if (processes := world().size) > 1:
+            remedy = "Start it in one, with hydra/launcher=slurm_many for jobs of many, or each run by itself"
+            raise ConfigError(f"a sweep (-m) was started in {processes} processes, each would run all jobs. {remedy}")
         refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
@@ -98,9 +118,9 @@ class SweepLauncher(Launcher):
     def __init__(self, inner: Launcher, specs: SpecLoader, config: DictConfig, report: SweepReport) -> None:
         self._inner = inner
         # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
-        self._serial = config.hydra.launcher._target_ == _BASIC
+        self._serial = config.hydra.launcher._target_ == BASIC_LAUNCHER
         self._specs = specs
-        self._names = RunNames()
+        self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run, over all calls
         self._sweep = config.sweep
         self._steal = config.run.on_conflict is OnConflict.steal
         self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
@@ -111,16 +131,15 @@ class SweepLauncher(Launcher):
         """Does nothing: the inner launcher was set up when it was made."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One return value per job, in order. Raises Interrupted after a stop signal.
-
-        A job without an objective returns NaN instead of raising, because a sweeper must not end for one job.
+        """One return value per job, in order; NaN for a job without an objective, because a sweeper must not end for
+        one job. Raises Interrupted after a stop signal.
         """
         if not job_overrides:
             raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
         setup_globals()
         jobs = [tuple(words) for words in job_overrides]
         composed = {job: self._specs.spec(job) for job in dict.fromkeys(jobs)}
-        first_of = self._names.deduplicate(jobs, composed)
+        first_of = self._deduplicate(jobs, composed)
         specs = {job: composed[job] for job in first_of.values()}
         statuses = self._survey(specs)
         print(f"{format_statuses([*statuses.values()])}\n", flush=True)
@@ -141,6 +160,30 @@ class SweepLauncher(Launcher):
             statuses |= self._survey({job: specs[job] for job in running})
         self._report.statuses |= statuses
         return [_job_return(job, statuses[first_of[job]]) for job in jobs]
+
+    def _deduplicate(self, jobs: Sequence[Overrides], specs: Specs) -> dict[Overrides, Overrides]:
+        """For each job the first one of the same run. Both have to compute the same: they get the same result."""
+        first: dict[str, Overrides] = {}
+        representatives = {job: job for job in jobs}
+        for job in jobs:
+            spec = specs[job]
+            if isinstance(spec, RunnerError):
+                continue
+            url = spec.directory.location.url
+            other, other_spec = self._first.setdefault(url, (job, spec))
+            differing = [change.key for change in drift.compare(other_spec.identity, spec.identity)]
+            differing += ["run.parent"] * (other_spec.parent != spec.parent)
+            if differing:
+                raise ConfigError(
+                    f"two jobs of the sweep name one run, {spec.directory.name}, and differ in {', '.join(differing)}:"
+                    f"\n  {' '.join(other)}\n  {' '.join(job)}\nNothing was started. Leave run.name out, so that the "
+                    f"name is made from the overrides, or put into it what differs: 'run.name=NAME-${{{differing[0]}}}'"
+                )
+            if url in first:
+                alike = "\n".join(f"  {' '.join(words)}" for words in (first[url], job))
+                log.warning("hint     two jobs are one run, %s, which is done once:\n%s", spec.directory.name, alike)
+            representatives[job] = first.setdefault(url, job)
+        return representatives
 
     def _survey(self, specs: Specs) -> dict[Overrides, RunStatus]:
         return {job: self._settle(status) for job, status in survey(specs).items()}
@@ -163,7 +206,6 @@ class SweepLauncher(Launcher):
     def _launch(
         self, startable: list[Overrides], specs: Specs, before: dict[Overrides, RunStatus], index: int
     ) -> dict[Overrides, RunStatus]:
-        """Launch the jobs with numbers from ``index`` on; returns their statuses afterwards."""
         after: dict[Overrides, RunStatus] = {}
         for batch in [[job] for job in startable] if self._serial else [startable]:
             signals.raise_if_received(_progress(before | after))
@@ -181,28 +223,22 @@ class SweepLauncher(Launcher):
         return after
 
     def _run(self, batch: list[Overrides], index: int) -> dict[Overrides, BaseException | None]:
-        """Run the jobs with the inner launcher; returns the error of each job, or None."""
         try:
-            returns = self._launch_stoppable(batch, index) if self._stop else self._inner.launch(batch, index)
+            if self._stop is None:
+                returns = self._inner.launch(batch, index)
+            else:  # in other processes, to which stop signals of this one are passed on
+                mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
+                with self._stop.forward_signals():
+                    returns = self._inner.launch([[*job, mark] for job in batch], index)
+                if signals.received() and not self._launcher_failed:  # else jobs may be left that have to obey it
+                    self._stop.withdraw()
         except Exception as error:  # a worker died, or the cluster refused: the storage shows how far each job got
             self._launcher_failed = True
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
-        return {
-            # Without the frames, which keep everything that the job held.
-            job: each._return_value.with_traceback(None) if each.status is JobStatus.FAILED else None
-            for job, each in zip(batch, returns, strict=True)
-        }
-
-    def _launch_stoppable(self, batch: list[Overrides], index: int) -> Sequence[JobReturn]:
-        """Launch jobs in other processes, and pass stop signals of this process on to them."""
-        assert self._stop
-        mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
-        with self._stop.forward_signals():
-            returns = self._inner.launch([[*job, mark] for job in batch], index)
-        if signals.received() and not self._launcher_failed:  # else jobs may be left that have to obey the request
-            self._stop.withdraw()
-        return returns
+        # Without the frames, which keep everything that the job held.
+        errors = (each._return_value if each.status is JobStatus.FAILED else None for each in returns)
+        return {job: error and error.with_traceback(None) for job, error in zip(batch, errors, strict=True)}
 
 
 class LauncherError(Exception):
@@ -220,11 +256,10 @@ def _moved(before: RunStatus, after: RunStatus) -> bool:
 
 
 def _conclude(before: RunStatus, after: RunStatus, error: BaseException | None, *, queued: bool) -> RunStatus:
-    """The status of a run whose job ended with ``error``, if the storage shows it as ``after``.
-
-    An error of the launcher says nothing about a single job. The job has failed only if it started and made no
-    progress, and then for a reason of its own. If others of its batch started and it did not, it may still be
-    ``queued`` in the cluster; it is launched again, and whichever job starts first does the work.
+    """The status of a run whose job ended with ``error``, if the storage shows it as ``after``. An error of the
+    launcher says nothing about a single job: it has failed only if it started and made no progress, and then for a
+    reason of its own. If others of its batch started and it did not, it may still be ``queued`` in the cluster; it is
+    launched again, and whichever job starts first does the work.
     """
     if after.status in (DONE, DIVERGED) or isinstance(error, RunInUse | Interrupted):
         return after
@@ -253,3 +288,88 @@ class _Failed(JobReturn):
     """A failed job that does not raise when its value is read, because that would end the sweep."""
 
     return_value = math.nan
+
+
+def survey(specs: Specs) -> dict[Overrides, RunStatus]:
+    """The status of the run of each job. Heartbeats of other machines are watched last, and all from the same moment: a
+    thousand dead runs take as long as one, and a look at each. Raises Interrupted after a stop signal.
+    """
+    with ThreadPoolExecutor(_READERS) as pool:
+        statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
+        since = time.monotonic()
+        unclear = {job: status.unclear for job, status in statuses.items() if status.unclear}
+        alive = pool.map(lambda record: record.watched(since), unclear.values())
+        for job in (job for job, lives in zip(unclear, alive, strict=True) if lives):
+            statuses[job] = replace(statuses[job], status=RUNNING, failures=0, reason=unclear[job].owner())
+    return statuses
+
+
+def format_statuses(statuses: Sequence[RunStatus]) -> str:
+    """Counts by status, and the runs themselves: the first of each status where there are many."""
+    counts = Counter(run.status for run in statuses)
+    order = [NEW, CUT, FAILED, RUNNING, DIVERGED, DONE]
+    rows = []
+    for status in order:
+        alike = [run for run in statuses if run.status == status]
+        for run in alike[:_ROWS]:
+            shown = f"{status} (retry {run.failures})" if status == FAILED and not run.final else status
+            objective = "" if run.objective is None else f"{run.objective:.6g}"
+            rows.append([printable(run.run), shown, str(run.step or ""), objective, printable(run.reason)[:80]])
+        if len(alike) > _ROWS:
+            rows.append([f"... and {len(alike) - _ROWS} more", status, "", "", ""])
+    table = tabulate(rows, headers=["run", "status", "step", "objective", "reason"], disable_numparse=True)
+    return f"{', '.join(f'{counts[status]} {status}' for status in reversed(order) if counts[status])}\n\n{table}"
+
+
+def _status(job: tuple[Overrides, RunSpec | RunnerError]) -> RunStatus:
+    """The status of one run, if an ``unclear`` attempt is dead. For a finished run this takes a read and a listing."""
+    overrides, spec = job
+    if isinstance(spec, RunnerError):
+        return RunStatus(" ".join(overrides), NEW).failed(spec, failures=0)
+    name = spec.directory.name
+    try:
+        result = spec.directory.finished(spec.identity) or spec.open().result
+        if result is not None:
+            objective = result.get("objective") or {}
+            return RunStatus(name, DONE, result.get("step", 0), objective.get("value"))
+        return _unfinished(name, RunFacts(spec.directory))
+    except RunnerError as error:
+        return RunStatus(name, NEW).failed(error, failures=0)
+
+
+def _unfinished(name: str, facts: RunFacts) -> RunStatus:
+    if not facts.attempts:
+        return RunStatus(name, NEW)
+    last = facts.attempts[-1]
+    alive, outcome, reason = last.alive(), last.ending("outcome"), _first_line(last.ending("reason") or "")
+    status = RunStatus(name, CUT, facts.committed, attempts=last.number, reason=reason)
+    if alive:
+        return replace(status, status=RUNNING, reason=last.owner())
+    if outcome == "diverged":
+        return replace(status, status=DIVERGED)
+    failures = _failures(facts.attempts, facts.commits)
+    if last.end is None and failures:
+        reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
+    unclear = last if alive is None else None
+    ended = FAILED if outcome == "failed" else CUT
+    return replace(status, status=ended, failures=failures, reason=reason, unclear=unclear)
+
+
+def _failures(attempts: Sequence[AttemptRecord], commits: Sequence[CommitId]) -> int:
+    """How many of the last attempts in a row failed, or were killed without a new checkpoint; not counting those that
+    a cluster ended to queue their job again.
+    """
+    saved = {commit.attempt for commit in commits}
+    failures, later = 0, attempt_records.cluster_job()
+    for record in reversed(attempts):
+        job = record.claim.get("cluster")
+        killed = record.end is None and not record.beat.get("committed") and record.number not in saved
+        if not killed and record.ending("outcome") != "failed":
+            break
+        failures += not (killed and attempt_records.requeued(job, later))
+        later = job
+    return failures
+
+
+def _first_line(text: Any) -> str:
+    return printable(str(text).partition("\n")[0])

@@ -4,22 +4,18 @@ The plugin draws, launches and records trials, and takes every invocation for th
 
 * ``n_trials`` is the total. A trial that ran when the process died is the same trial again, with the parameters that
   the database has for it; these name the run directory, which resumes, or answers at once if it was finished.
-* Every draw is seeded by the sampler's seed, the trial's number and the parameter. With ``n_jobs=1`` a study that was
-  killed anywhere is therefore bit for bit the study that nobody killed. With more jobs it is as well, except after a
-  kill while the results of one batch are recorded: later draws then knew a part of the batch.
-* A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again: a
-  made-up worst value would be a lie to the study. An error that does not come from the parameters ends the sweep and
-  leaves its trials to the next invocation.
+* Every draw is seeded by the sampler's seed, the trial's number and the parameter, so a study that was killed is bit
+  for bit the study that nobody killed; with ``n_jobs`` above 1 unless the kill came while a batch was recorded.
+* A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again. An
+  error that does not come from the parameters ends the sweep and leaves its trials to the next invocation.
 
-One process at a time works on a study; a second one on the same machine is refused. Pruning is not possible: the plugin
-gives a job its parameters and no trial to report to. optuna itself is imported only for a sweep that uses it.
+One process of a machine at a time works on a study. Pruning is not possible: the plugin gives a job its parameters and
+no trial to report to. optuna itself is imported only for a sweep that uses it.
 """
 
 import logging
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,18 +29,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
+from runner import errors
 from runner.config.identity import digest, variant
-from runner.errors import (
-    ConfigError,
-    DriftRefused,
-    Interrupted,
-    NoLoadableCheckpoint,
-    NonFiniteError,
-    RunInUse,
-    StorageError,
-    SweepFailed,
-    printable,
-)
+from runner.errors import ConfigError, NonFiniteError, RunInUse, SweepFailed
 from runner.storage import open_location
 from runner.storage.location import is_remote
 
@@ -55,9 +42,8 @@ log = logging.getLogger("runner")
 
 _PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 _TARGET = f"{_PLUGIN}.optuna_sweeper.OptunaSweeper"
-_PASSWORD = re.compile(r"(?<=://)[^/]*@")
 # Errors that do not come from a trial's parameters.
-_ENDS_THE_SWEEP = (Interrupted, RunInUse, StorageError, DriftRefused, NoLoadableCheckpoint)
+_NO_FAILED_TRIAL = errors.Interrupted, RunInUse, errors.StorageError, errors.DriftRefused, errors.NoLoadableCheckpoint
 
 
 @dataclass
@@ -117,11 +103,14 @@ class Study(Sweeper):
                 raise ConfigError(f"hydra.sweeper.{key}={settings[key]} is too small: at least 1")
         space = [f"{key}={value}" for key, value in (settings.params or {}).items()] + arguments
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
-        plugin.study_name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
-        plugin.storage = _database(self._config)
-        with _study_lock(plugin.study_name, self._config.hydra.sweep.dir):
+        name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
+        plugin.study_name, plugin.storage = name, _database(self._config)
+        lock = open_location(to_absolute_path(self._config.hydra.sweep.dir)).lock(f"optuna-{digest(name)}.lock")
+        if lock is None:  # two would record each other's trials
+            raise RunInUse(f"study {name}: another process works on it. Run this command again when that one has ended")
+        try:
             finished = _reopen(plugin, space, self._config)
-            log.info("study    %s, %d of %d trials done", plugin.study_name, finished, settings.n_trials)
+            log.info("study    %s, %d of %d trials done", name, finished, settings.n_trials)
             plugin.job_idx = finished
             plugin.n_trials = max(0, settings.n_trials - finished)
             plugin.launcher = _Launcher(plugin.launcher)
@@ -130,11 +119,12 @@ class Study(Sweeper):
             except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
                 if _trials(plugin, "COMPLETE"):
                     raise
-                raise SweepFailed(
-                    f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {plugin.study_name} has an objective: "
-                    "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
-                ) from None
-        best = optuna.load_study(study_name=plugin.study_name, storage=plugin.storage).best_trial
+                trials = f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective"
+                remedy = "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+                raise SweepFailed(f"{trials}: {remedy}") from None
+        finally:
+            lock.release()
+        best = optuna.load_study(study_name=name, storage=plugin.storage).best_trial
         parameters = " ".join(f"{key}={value}" for key, value in best.params.items())
         log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, parameters)
 
@@ -145,10 +135,8 @@ class _Sampler:
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
         if self._config is None or "seed" not in self._config:
-            raise ConfigError(
-                "hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; there are tpe, random, cmaes, "
-                "nsgaii and motpe. A grid needs no study: leave hydra/sweeper=optuna away"
-            )
+            remedy = "there are tpe, random, cmaes, nsgaii, motpe. A grid is no study: leave hydra/sweeper=optuna away"
+            raise ConfigError(f"hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; {remedy}")
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
@@ -180,23 +168,18 @@ class _Launcher:
         jobs = [tuple(overrides) for overrides in job_overrides]
         distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
         returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
-        for job in returns.values():
-            if job.status is JobStatus.FAILED and isinstance(job._return_value, _ENDS_THE_SWEEP):
-                raise job._return_value
-        return [_checked(returns[job]) for job in jobs]
-
-
-def _checked(job: JobReturn) -> JobReturn:
-    """A return that raises, which is a failed trial to the plugin, where the objective is not a finite number."""
-    value = job._return_value
-    if job.status is JobStatus.COMPLETED and (value is None or math.isfinite(value)):
-        return job
-    error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
-    return JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
+        for key, job in returns.items():
+            value = job._return_value
+            if isinstance(value, _NO_FAILED_TRIAL):
+                raise value
+            if isinstance(value, BaseException) or not (value is None or math.isfinite(value)):
+                # A return that raises, unlike that of ``SweepLauncher``, is a failed trial to the plugin.
+                error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
+                returns[key] = JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
+        return [returns[job] for job in jobs]
 
 
 def _direction(config: DictConfig) -> str:
-    """The direction of the objective; raises ConfigError without an objective, and for a contradicting direction."""
     objective, configured = config.objective, config.hydra.sweeper.direction
     if objective.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
@@ -204,10 +187,9 @@ def _direction(config: DictConfig) -> str:
         raise ConfigError(f"hydra.sweeper.direction={configured}: a run has one objective. Leave the direction away")
     direction = {"min": "minimize", "max": "maximize"}[objective.mode.name]
     if configured not in (None, direction):
-        raise ConfigError(
-            f"hydra.sweeper.direction={configured} contradicts objective.mode={objective.mode.name} of "
-            f"{objective.metric}: leave the direction away, it is then {direction}"
-        )
+        goal = f"objective.mode={objective.mode.name} of {objective.metric}"
+        remedy = f"leave the direction away, it is then {direction}"
+        raise ConfigError(f"hydra.sweeper.direction={configured} contradicts {goal}: {remedy}")
     return direction
 
 
@@ -217,33 +199,18 @@ def _database(config: DictConfig) -> "RDBStorage":
 
     url, folder = config.hydra.sweeper.storage, Path(config.hydra.sweep.dir)
     if url is None and is_remote(config.run.root):
-        raise ConfigError(
-            "run.root is remote, and a study needs a database that stays, too: set hydra.sweeper.storage, for example "
-            "to sqlite:////home/me/study.sqlite3 or postgresql://host/name"
-        )
+        remedy = "set hydra.sweeper.storage to, for example, sqlite:////home/me/study.sqlite3 or postgresql://host/name"
+        raise ConfigError(f"run.root is remote, and a study needs a database that stays, too: {remedy}")
     folder.mkdir(parents=True, exist_ok=True)  # the plugin writes optimization_results.yaml there, too
     try:
         return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
     except Exception as error:  # of a driver, of SQLAlchemy, of optuna
-        where = "" if url is None else f"={_PASSWORD.sub('', url)}"
-        raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {printable(error)}") from error
-
-
-@contextmanager
-def _study_lock(study: str, folder: str) -> Iterator[None]:
-    """Within the block no other process of this machine works on the study: two would record each other's trials."""
-    lock = open_location(to_absolute_path(folder)).lock(f"optuna-{digest(study)}.lock")
-    if lock is None:
-        raise RunInUse(f"study {study}: another process works on it. Run this command again when that one has ended")
-    try:
-        yield
-    finally:
-        lock.release()
+        where = "" if url is None else f"={errors.redacted(url)}"
+        raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {errors.printable(error)}") from error
 
 
 def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     """Create the study, or queue the trials that a dead process left unfinished; returns the number of finished trials.
-
     Raises ConfigError for an unusable search space, and for a study of another direction, other keys or distributions.
     """
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
@@ -251,7 +218,7 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     from optuna.distributions import check_distribution_compatibility
     from optuna.trial import TrialState
 
-    name, storage = plugin.study_name, plugin.storage
+    name, storage, another = plugin.study_name, plugin.storage, "Choose another hydra.sweeper.study_name"
     try:
         parameters, _ = create_params_from_overrides(space)
     except (ValueError, AssertionError, NotImplementedError) as error:
@@ -262,20 +229,19 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
     try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:
-        raise ConfigError(f"study {name}: {error}. Choose another hydra.sweeper.study_name") from error
+        raise ConfigError(f"study {name}: {error}. {another}") from error
     for trial in _trials(plugin):
         differing = trial.params.keys() ^ parameters.keys()
         if trial.state is TrialState.COMPLETE and differing and not plugin.custom_search_space_extender:
             keys = f"{', '.join(trial.params)}, this command does {', '.join(parameters)}"
-            raise ConfigError(f"study {name} has searched {keys}. Choose another hydra.sweeper.study_name")
+            raise ConfigError(f"study {name} has searched {keys}. {another}")
         for key in trial.distributions.keys() & parameters.keys():
+            before, now = trial.distributions[key], parameters[key]
             try:
-                check_distribution_compatibility(trial.distributions[key], parameters[key])
+                check_distribution_compatibility(before, now)
             except ValueError as error:
-                raise ConfigError(
-                    f"study {name} has searched {key} in {trial.distributions[key]}, this command does in "
-                    f"{parameters[key]}, and no study can have both. Choose another hydra.sweeper.study_name"
-                ) from error
+                spaces = f"{before}, this command does in {now}, and no study can have both"
+                raise ConfigError(f"study {name} has searched {key} in {spaces}. {another}") from error
     for trial in _trials(plugin, "RUNNING"):
         # A trial of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
@@ -284,7 +250,6 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
 
 
 def _trials(plugin: Any, *states: str) -> list[Any]:
-    """The trials of the study in these states; without states, all."""
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
