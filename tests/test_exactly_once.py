@@ -18,7 +18,7 @@ from results import results
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from runner.data import fetch, order, sandbox
+from runner.data import fetch, order
 from runner.data.loader import LoaderOptions, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import MapStyleStream
@@ -292,7 +292,7 @@ def early_cursor(patch: pytest.MonkeyPatch) -> None:
 
 
 def unpinned_threads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sandbox, "one_thread", nullcontext)
+    patch.setattr(fetch, "one_thread", nullcontext)
 
 
 @pytest.fixture

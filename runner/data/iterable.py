@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from runner import signals
 from runner.activity import doing
-from runner.data.fetch import Collate
+from runner.data.fetch import Collate, private_generators, sandboxed, seed_host
 from runner.data.order import splitmix64_int
 from runner.data.probe import content_digest
-from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.errors import DataError, RunnerError
 from runner.seeds import derive
 

@@ -145,11 +145,8 @@ class MapStyleStream:
         prefetched = self.plan.steps(self.consumed, order)  # runs ahead of the steps above
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
         self._probe_awaited = self._probe_digests is not None and self._loading.num_workers > 0
-        if self._probe_awaited:
-            request = probe.ProbeRequest(probe.indices(self.plan.samples))
-            self._loader = Loader(probe.ProbedDataset(self._fetcher), chain([request], slices), self._loading)
-        else:
-            self._loader = Loader(self._fetcher, slices, self._loading)
+        requests = [probe.sample_digests] if self._probe_awaited else []
+        self._loader = Loader(self._fetcher, chain(requests, slices), self._loading)
         iter(self._loader)
         self._ahead = None
 
