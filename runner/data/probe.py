@@ -252,3 +252,25 @@ def _text(described: Sequence[Any]) -> str:
     if len(described) == 4:
         return f"{described[1]} of magnitude {described[2]:.4g} +- {described[3]:.4g}"
     return " ".join(map(str, described[1:]))
+
+
+def hash_content(value: Any, content: Any) -> None:
+    """Update the hash ``content`` with a batch: tensors, arrays and plain values by content, other values by type.
+
+    The ledger holds these digests, so they must not change; ``content_digest`` serves comparisons within a
+    process and sees more types.
+    """
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        content.update(f"{value.dtype}{[*value.shape]}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        content.update(f"{value.dtype}{[*value.shape]}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        hash_content([*value.items()], content)
+    elif isinstance(value, list | tuple):
+        content.update(f"({len(value)}".encode())
+        for item in value:
+            hash_content(item, content)
+    else:
+        plain = value is None or isinstance(value, str | bytes | int | float | complex)
+        content.update(f"{type(value).__qualname__}{value!r};".encode() if plain else type(value).__qualname__.encode())

@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from runner.config.schema import Config, DataConfig, OnBadRecord
-from runner.data.evaluation_data import require_map_style
-from runner.data.fetch import Collate, Samples
-from runner.data.iterable_stream import IterableStream
+from runner.data.fetch import Collate, Fetcher, Samples
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
 from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
-from runner.data.stream import MapStyleStream, TrainingStream
+from runner.data.stream import MapStyleStream, TrainingStream, stateful
 from runner.distributed.world import World
 from runner.errors import ConfigError, DataError
 
@@ -38,32 +37,43 @@ def training_data(
                 "all of it. Make it map-style (__len__, __getitem__), so that its samples are dealt to the processes, "
                 "or train in one process"
             )
-        return IterableStream(
-            samples,
-            seed=config.seed,
-            batch_size=data.batch_size,
-            micro_batches=config.trainer.accumulate,
-            randomness=data.randomness.name,
-            loading=loading,
-            device=device,
-            collate=collate,
+        options = BatchOptions(
+            config.seed,
+            data.batch_size // config.trainer.accumulate,
+            data.randomness.name,
+            collate or default_collate,
             drop_last=data.tail.name == "drop",
             replay=data.replay,
             audit=config.runtime.audit,
-        ), None
+        )
+        micro_batches = config.trainer.accumulate
+        return IterableStream(samples, options, micro_batches=micro_batches, loading=loading, device=device), None
     plan = _plan(config, require_map_style(samples, "data.train"), world)
     if plan.interleaving is not None:
         loading = _without_overlap(loading, plan, samples)
-    stream = MapStyleStream(
-        samples,
-        plan,
-        loading=loading,
-        device=device,
-        collate=collate,
-        substitute=data.on_bad_record is OnBadRecord.substitute,
-        audit=config.runtime.audit,
-    )
-    return stream, plan
+    substitute = data.on_bad_record is OnBadRecord.substitute
+    fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
+    return MapStyleStream(fetcher, loading=loading, device=device, audit=config.runtime.audit), plan
+
+
+def require_map_style(samples: Any, key: str) -> Samples:
+    """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
+    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        raise DataError(
+            f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
+            "so that a position alone says which sample comes next"
+        )
+    if len(samples) == 0:
+        raise DataError(f"{key} is empty: a {type(samples).__qualname__} of length 0")
+    if stateful(samples):
+        log.warning(
+            "ignored  state_dict of %s (a %s): the position alone says which sample comes next, and no state of a data "
+            "set with __getitem__ is saved or restored",
+            key,
+            type(samples).__qualname__,
+        )
+    map_style: Samples = samples
+    return map_style
 
 
 def _plan(config: Config, samples: Samples, world: World) -> Plan:
