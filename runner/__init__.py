@@ -18,7 +18,7 @@ checks the code against this map.
        store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
        run/ (attempt_records, attempts, directory, drift, opening, parent)
-       shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
+       shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)

@@ -13,7 +13,7 @@ import torch
 from runner.data.fetch import Fetcher
 from runner.data.ledger import Ledger, LedgerLine, LedgerReport, Segment, check_exactly_once, segments
 from runner.data.loader import LoaderOptions
-from runner.data.order import Interleaving, digest_positions
+from runner.data.order import Interleaving, digest_words
 from runner.data.plan import Plan, Source
 from runner.data.stream import MapStyleStream
 from runner.storage import LocalLocation
@@ -36,6 +36,10 @@ class Bumpy:
         if index in self.bad:
             raise ValueError(index)
         return index
+
+
+def digest_positions(positions: Any, indices: Any) -> int:
+    return int(digest_words(positions, indices).sum(dtype=np.uint64))
 
 
 def lines(

@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from runner.errors import ConfigError, DataError
-from runner.shards.scan import scan
-from runner.shards.shard_manifest import save
+from runner.shards.scan import save, scan
 from runner.shards.tokens import Tokens
 
 SIZES = (100, 0, 7, 1, 53)

@@ -31,7 +31,7 @@ from runner.activity import doing
 from runner.data.fetch import Collate, private_generators, sandboxed, seed_host
 from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
-from runner.data.order import splitmix64_int
+from runner.data.order import splitmix64
 from runner.data.probe import content_digest, hash_content
 from runner.data.stream import StepSamples, TrainingStream, stateful, to_device
 from runner.errors import DataError, RunnerError
@@ -290,7 +290,7 @@ class IterableBatches(IterableDataset[Batch]):
 
     def _seed(self, label: str, item: int = 0) -> None:
         if self.options.randomness != "off":
-            seed_host(splitmix64_int(self._keys[label] ^ item))
+            seed_host(splitmix64(self._keys[label] ^ item))
 
     @property
     def _worker(self) -> int:

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._utils import ExceptionWrapper
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
@@ -46,10 +46,8 @@ signal_handling._SIGCHLD_handler_set = True
 
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
-    """How batches are loaded; may change between attempts.
-
-    ``num_workers`` processes (0: in this process), each with ``prefetch`` batches in flight, started by
-    ``start_method``.
+    """How batches are loaded; may change between attempts. ``num_workers`` processes (0: in this process), each with
+    ``prefetch`` batches in flight, started by ``start_method``.
     """
 
     num_workers: int = 0
@@ -67,13 +65,7 @@ class Loader:
     """
 
     def __init__(
-        self,
-        data: Dataset[Any],
-        sampler: Iterable[Any] | None,
-        options: LoaderOptions,
-        *,
-        key: str = "data.train",
-        states: bool = False,
+        self, data: Any, sampler: Any, options: LoaderOptions, *, key: str = "data.train", states: bool = False
     ) -> None:
         self._key = key
         self._context = WorkerContext(options.start_method) if options.num_workers else None
@@ -98,17 +90,16 @@ class Loader:
 
     def __iter__(self) -> "Loader":
         """Begin a pass. Raises DataError if workers cannot start."""
+        starting = self._batches is None
 
-        def begin() -> "Loader":
+        def begin() -> None:
             with without_noise():
                 self._batches = iter(self._loader)
             if self._context and starting:
                 self._context.watch(self._batches.request_end)
-            return self
 
-        starting = self._batches is None
-        begun: Loader = self._result(begin, starting=starting)
-        return begun
+        self._result(begin, starting=starting)
+        return self
 
     def __next__(self) -> Any:
         return self._result(lambda: next(self._batches))
@@ -128,8 +119,7 @@ class Loader:
 
     def _result(self, function: Callable[[], Any], *, starting: bool = False) -> Any:
         """What ``function`` returns. An error in a worker or on the way from it ends the workers and becomes a
-        DataError. It has no cause, because the frames of a cause would keep the files and memory open that have run
-        out.
+        DataError, without a cause, because the frames of a cause would keep open what has run out.
         """
         try:
             result = function()
@@ -141,10 +131,8 @@ class Loader:
         except Exception as error:
             if self._context is None:
                 raise
-            pipe_closed = isinstance(
-                error, ConnectionError | FileNotFoundError | EOFError
-            )  # its worker is about to end
-            death = self._context.death(_EXIT_SECONDS if pipe_closed else 0.0)
+            ending = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # its worker has closed the pipe
+            death = self._context.death(_EXIT_SECONDS if ending else 0.0)
             reason = death or (self._context.start_failure(error) if starting else with_remedy(error))
         self.close()
         if stopped := signals.received():  # a signal to the whole process group may end workers, too
@@ -205,9 +193,9 @@ def _identity(batch: Any) -> Any:
 
 
 class UnsentBatch(NamedTuple):
-    """In place of a batch that a worker could not send: the reason and the remedy."""
+    """In place of a batch that a worker could not send."""
 
-    reason: str
+    reason: str  # with the remedy
 
 
 class WorkerContext(BaseContext):
@@ -256,10 +244,9 @@ class WorkerContext(BaseContext):
         if remedy_for(error) != _PICKLED:
             return f"data workers cannot start: {with_remedy(error)}"
         return (
-            "the data set or its collate function cannot be sent to data workers, which "
-            f"runtime.start_method={self.get_start_method()} requires: {error}. Define functions and classes at the "
-            "top of a module (no lambda), open files when they are first read, or use runtime.start_method=fork or "
-            "runtime.num_workers=0."
+            f"the data set or its collate function cannot be sent to data workers, as runtime.start_method="
+            f"{self.get_start_method()} requires: {error}. Define functions and classes at the top of a module (no "
+            "lambda), open files at the first read, or use runtime.start_method=fork or runtime.num_workers=0."
         )
 
     def close(self) -> None:
@@ -353,10 +340,7 @@ def _end_with_parent() -> None:
 
 def _exit_message(code: int) -> str:
     if code >= 0:
-        return (
-            f"ended with status {code}; its output is above. If no process or thread could be started: raise the limit "
-            "(ulimit -u, pids of a container), or set runtime.num_workers=0."
-        )
+        return f"ended with status {code}; its output is above. If no process or thread could be started: {_THREADS}"
     name = signal.Signals(-code).name
     if name == "SIGKILL":
         return f"was ended by {name}, as the system does where memory runs out. {_MEMORY}"
@@ -376,9 +360,7 @@ _FEWER = "a smaller runtime.prefetch, fewer runtime.num_workers or 0 help as wel
 _SHARED = f"Give it more shared memory (docker run --shm-size=8g; /dev/shm holds the batches in flight); {_FEWER}."
 _MEMORY = f"Give it more memory; {_FEWER}."
 _FILES = f"Every tensor of a batch in flight is an open file: raise the limit with ulimit -n 65536; {_FEWER}."
-_THREADS = (
-    "Raise the limit of processes and threads (ulimit -u, pids of a container), or set fewer runtime.num_workers."
-)
+_THREADS = "Raise the limit of processes and threads (ulimit -u, pids of a container), or set runtime.num_workers=0."
 _PICKLED = (
     "A batch from a data worker is pickled: let the data set and data.collate give tensors, arrays and plain values, "
     "of classes at the top of a module, no functions, generators or open files, or set runtime.num_workers=0."
@@ -396,8 +378,6 @@ _open_contexts: set[WorkerContext] = set()
 
 @atexit.register
 def _close_all() -> None:
-    """Close the loaders that are still open. At exit multiprocessing would wait for ever for workers, which do not obey
-    its SIGTERM.
-    """
+    """Close open loaders. At exit multiprocessing would wait for ever for workers, which do not obey its SIGTERM."""
     for context in [*_open_contexts]:
         context.close()

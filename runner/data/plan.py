@@ -6,6 +6,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -97,20 +98,16 @@ class Plan:
         return self.samples - self.samples % self.batch_size if self.tail == "drop" else self.samples
 
     @property
-    def portion(self) -> str:
-        """The samples of a step, for the log."""
-        if self.max_tokens is None:
-            return f"{self.batch_size} per step"
-        return f"up to {self.batch_size} per step and {self.max_tokens} tokens per micro-batch"
-
-    @property
     def guarantee(self) -> str:
         """The promise for the samples of an epoch, for the log."""
+        tokens = f" and {self.max_tokens} tokens per micro-batch" if self.max_tokens is not None else ""
+        step = f"{self.samples} samples, {'up to ' if tokens else ''}{self.batch_size} per step{tokens}"
         if self.tail == "drop":
-            return f"each at most once per epoch ({self.samples - self.epoch_size} dropped), any number of workers"
+            dropped = self.samples - self.epoch_size
+            return f"{step}; each at most once per epoch ({dropped} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
         split = "; random by batch: another split into batches draws others" if self.randomness == "batch" else ""
-        return f"{once}, any number of workers{split}"
+        return f"{step}; {once}, any number of workers{split}"
 
     def order(self) -> Order:
         """The order of samples."""
@@ -135,7 +132,10 @@ class Plan:
 
     def steps(self, consumed: int, order: Order) -> Iterator[list[Slice]]:
         """The slices of all processes, step by step from position ``consumed`` on, endlessly."""
-        slices = self._budget_slices(consumed, order) if isinstance(order, BudgetOrder) else self._equal(consumed)
+        size = self.batch_size // self.slices_per_step
+        slices: Iterator[Slice] = (Slice(first, size) for first in count(consumed, size))
+        if isinstance(order, BudgetOrder):
+            slices = self._budget_slices(consumed, order)
         while True:
             yield [next(slices) for _ in range(self.slices_per_step)]
 
@@ -169,20 +169,16 @@ class Plan:
         """
         values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
         values.pop("slices_per_step", None)
-        for name in ("shards", "lengths"):
-            values[name] = _unpack(values.get(name))
-        values["sources"] = tuple(
-            Source(source["samples"], source["share"], _unpack(source.get("shards")))
-            for source in recipe.get("sources", ())
-        )
+        values |= {name: _unpack(values.get(name)) for name in ("shards", "lengths")}
+        sources = recipe.get("sources", ())
+        values["sources"] = tuple(Source(s["samples"], s["share"], _unpack(s.get("shards"))) for s in sources)
         streams = values.pop("streams", None)  # the name of the configuration
         values["interleaving"] = Interleaving(**streams) if streams is not None else None
         return cls(**values)
 
     def _values(self, encode_list: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            name: getattr(self, name) for name in ("samples", "seed", "shuffle", "tail", "randomness")
-        }
+        names = "samples", "seed", "shuffle", "tail", "randomness"
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.max_tokens is not None:
             values |= {"max_tokens": self.max_tokens, "lengths": encode_list(self.lengths)}
             values |= {"batch_size": self.batch_size, "slices_per_step": self.slices_per_step}
@@ -191,10 +187,7 @@ class Plan:
         if self.shards:
             values["shards"] = encode_list(self.shards)
         if self.sources:
-            values["sources"] = [
-                {"samples": source.samples, "share": source.share, "shards": encode_list(source.shards)}
-                for source in self.sources
-            ]
+            values["sources"] = [asdict(source) | {"shards": encode_list(source.shards)} for source in self.sources]
         if self.interleaving is not None:
             values["streams"] = asdict(self.interleaving)
         return values
@@ -203,12 +196,6 @@ class Plan:
         if shards and self.shuffle and self.interleaving is not None:
             return WindowOrder(shards, self.interleaving, seed=seed)
         return PermutationOrder(samples, seed=seed, shuffle=self.shuffle)
-
-    def _equal(self, consumed: int) -> Iterator[Slice]:
-        size = self.batch_size // self.slices_per_step
-        while True:
-            yield Slice(consumed, size)
-            consumed += size
 
     def _budget_slices(self, consumed: int, order: BudgetOrder) -> Iterator[Slice]:
         epoch, place = divmod(consumed, self.samples)

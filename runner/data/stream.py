@@ -27,12 +27,10 @@ _MAX_LOGGED = 20  # bad records; the others are only counted
 
 
 class StepSamples(NamedTuple):
-    """The samples of a step: a 64-bit digest, which adds up over processes, and the substitutions in the format of the
-    ledger.
-    """
+    """The samples of a step."""
 
-    digest: int
-    substitutions: str = ""
+    digest: int  # 64 bits, which add up over processes
+    substitutions: str = ""  # in the format of the ledger
 
 
 def stateful(thing: Any) -> bool:
@@ -127,10 +125,8 @@ class MapStyleStream(TrainingStream):
         self._fetcher = fetcher
         self._plan_state = self.plan.state()
         sketch, self._probe_digests = probe.examine(fetcher, loading, audit=audit)
-        self._fingerprint: dict[str, Any] = {
-            "samples": sketch,
-            "text": str(getattr(fetcher.samples, "fingerprint", "")),
-        }
+        text = str(getattr(fetcher.samples, "fingerprint", ""))
+        self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
         self._probe_awaited = False  # the first item of the loader is the answer of a worker to the probe
         self._ahead: FetchedBatch | None = None
@@ -142,7 +138,7 @@ class MapStyleStream(TrainingStream):
 
     @property
     def guarantee(self) -> str:
-        return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
+        return self.plan.guarantee
 
     def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
         """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
@@ -208,9 +204,7 @@ class MapStyleStream(TrainingStream):
         return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
     def first_batches(self) -> list[Any]:
-        """The micro-batches of the run's first step, of all processes, on the device, read in this process. The
-        stream's position does not move.
-        """
+        """The micro-batches of the run's first step, of all processes, on the device; the position does not move."""
         pieces = next(self.plan.steps(0, self._fetcher.order))
         return [to_device(self._fetcher[piece].batch, self._device) for piece in pieces]
 
@@ -224,12 +218,11 @@ class MapStyleStream(TrainingStream):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changes = self.changes(state)
-        if changes:
+        if changes := self.changes(state):
             raise DataError(
-                f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
-                f"  {printable(chr(10).join(changes)).replace(chr(10), chr(10) + '  ')}\n"
-                "Restore it, or begin a new run with run.name=...",
+                "the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n  "
+                + printable("\n".join(changes)).replace("\n", "\n  ")
+                + "\nRestore it, or begin a new run with run.name=...",
                 kind="data-changed",
             )
         self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
@@ -238,11 +231,8 @@ class MapStyleStream(TrainingStream):
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         saved, now = state.get("plan", {}), self._plan_state
-        changes = [
-            f"{key}: {saved.get(key)} then, {now.get(key)} now"
-            for key in (now | saved)
-            if now.get(key) != saved.get(key)
-        ]
+        changed = [key for key in (now | saved) if now.get(key) != saved.get(key)]
+        changes = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in changed]
         then = state.get("fingerprint", {})
         changes += probe.differences(then.get("samples", {}), self._fingerprint["samples"])
         if then.get("text", "") != self._fingerprint["text"]:
@@ -256,9 +246,7 @@ class MapStyleStream(TrainingStream):
         return fetched
 
     def _report(self, records: Sequence[BadRecord]) -> str:
-        """Log bad records, and return their substitutions in the format of the ledger. Raises DataError for a record
-        without a substitute.
-        """
+        """Log bad records, and return their substitutions for the ledger. Raises DataError if one has none."""
         for number, record in enumerate(records, self.substituted):
             if record.substitute is None:
                 remedy = (
@@ -332,8 +320,7 @@ class EvaluationData:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device, asynchronously from pinned memory.
 
-    Moves what has a ``to`` method by this method, the items of sequences, mappings and dataclasses, and the tensors
-    that are attributes of any other object.
+    Moves what has a ``to`` method, the items of sequences, mappings and dataclasses, and tensors that are attributes.
     """
     if device.type == "cpu" or isinstance(batch, str | bytes | range | type):
         return batch

@@ -1,7 +1,6 @@
 """Builds the stream of training batches from a configuration and a data set."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_collate
 
-from runner.config.schema import Config, DataConfig, OnBadRecord
+from runner.config.schema import Config, OnBadRecord
 from runner.data.fetch import Collate, Fetcher, Samples
 from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
@@ -34,8 +33,7 @@ def training_data(
         if world.size > 1:
             raise ConfigError(
                 f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read "
-                "all of it. Make it map-style (__len__, __getitem__), so that its samples are dealt to the processes, "
-                "or train in one process"
+                "all of it. Make it map-style (__len__, __getitem__), or train in one process"
             )
         options = BatchOptions(
             config.seed,
@@ -58,20 +56,17 @@ def training_data(
 
 def require_map_style(samples: Any, key: str) -> Samples:
     """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
+    name = type(samples).__qualname__
     if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
         raise DataError(
-            f"{key} is a {type(samples).__qualname__} without __len__ and __getitem__; a data set needs both, "
-            "so that a position alone says which sample comes next"
+            f"{key} is a {name} without __len__ and __getitem__; a data set needs both, so that a position alone says "
+            "which sample comes next"
         )
     if len(samples) == 0:
-        raise DataError(f"{key} is empty: a {type(samples).__qualname__} of length 0")
+        raise DataError(f"{key} is empty: a {name} of length 0")
     if stateful(samples):
-        log.warning(
-            "ignored  state_dict of %s (a %s): the position alone says which sample comes next, and no state of a data "
-            "set with __getitem__ is saved or restored",
-            key,
-            type(samples).__qualname__,
-        )
+        why = "the position alone says which sample comes next, so no state of a data set with __getitem__ is saved"
+        log.warning("ignored  state_dict of %s (a %s): %s", key, name, why)
     map_style: Samples = samples
     return map_style
 
@@ -86,7 +81,16 @@ def _plan(config: Config, samples: Samples, world: World) -> Plan:
             Source(len(source), share, _shards(source) if interleaved else ())
             for source, share in zip(samples.sources, samples.shares, strict=True)
         )
-    sharded = bool(shards) or any(source.shards for source in sources)
+    interleaving, lengths = None, getattr(samples, "lengths", None)
+    if shards or any(source.shards for source in sources):
+        size = max(1, data.batch_size // config.trainer.accumulate)
+        parts = next((n for n in range(4, size) if size % n == 0), size)  # a micro-batch meets so many streams
+        interleaving = Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
+    if data.max_tokens is not None and lengths is None:
+        raise DataError(
+            f"data.max_tokens needs the length of every sample before it is read, and data.train "
+            f"({type(samples).__qualname__}) has no lengths; give it an attribute with one integer for each sample"
+        )
     return Plan(
         samples=len(samples),
         seed=config.seed,
@@ -96,10 +100,10 @@ def _plan(config: Config, samples: Samples, world: World) -> Plan:
         tail=data.tail.name,
         randomness=data.randomness.name,
         shards=shards,
-        interleaving=_interleaving(data, config.trainer.accumulate) if sharded else None,
+        interleaving=interleaving,
         sources=sources,
         max_tokens=data.max_tokens,
-        lengths=() if data.max_tokens is None else _lengths(samples),
+        lengths=() if data.max_tokens is None else tuple(np.asarray(lengths, dtype=np.int64).tolist()),
         world=world,
     )
 
@@ -126,25 +130,8 @@ def _micro_batches(config: Config, world: World) -> int:
     return next((n for n in range(-(-accumulate // world.size), share + 1) if share % n == 0), accumulate)
 
 
-def _interleaving(data: DataConfig, micro_batches: int) -> Interleaving:
-    size = max(1, data.batch_size // micro_batches)
-    parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # a micro-batch meets so many streams
-    return Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
-
-
 def _shards(samples: Any) -> tuple[int, ...]:
-    counts: Sequence[int] = getattr(samples, "counts", ())
-    return tuple(int(count) for count in counts)
-
-
-def _lengths(samples: Any) -> tuple[int, ...]:
-    lengths = getattr(samples, "lengths", None)
-    if lengths is None:
-        raise DataError(
-            f"data.max_tokens needs the length of every sample before it is read, and data.train "
-            f"({type(samples).__qualname__}) has no lengths; give it an attribute with one integer for each sample"
-        )
-    return tuple(np.asarray(lengths, dtype=np.int64).tolist())
+    return tuple(map(int, getattr(samples, "counts", ())))
 
 
 def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
@@ -162,13 +149,8 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> Loader
         # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if workers < limit:
-            log.warning(
-                "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
-                "runtime.num_workers x %d",
-                workers,
-                limit,
-                chunks * world_size,
-            )
+            remedy = f"make data.streams.count a multiple of runtime.num_workers x {chunks * world_size}"
+            log.warning("workers  %d, not %d: more would read the same streams; %s", workers, limit, remedy)
     if hasattr(samples, "hold"):
         samples.hold(held, plan.interleaving.window)
     return replace(loading, num_workers=workers)

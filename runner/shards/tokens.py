@@ -10,8 +10,7 @@ from torch import Tensor
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
 from runner.hashing import json_digest
-from runner.shards.records import SizeCheck, open_manifest
-from runner.shards.shard_manifest import Shard
+from runner.shards.scan import SHARDS_CHECKED, Shard, check_size, open_manifest
 from runner.storage import files
 
 _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
@@ -55,7 +54,7 @@ class Tokens:
                 f"too few for one sample of {length + 1}; give more, or a smaller length"
             )
         self._maps: LRUCache[NDArray[np.integer] | None] = LRUCache(_MAPS_HELD)
-        self._size_check = SizeCheck()
+        self._checked: LRUCache[None] = LRUCache(SHARDS_CHECKED)
 
     @property
     def tokens(self) -> int:
@@ -101,7 +100,7 @@ class Tokens:
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.integer]:
         shard = self.manifest.shards[number]
-        self._size_check.check(shard)
+        check_size(shard, self._checked)
         mapped = self._maps.get(number, lambda: self._map(shard))
         if mapped is not None:
             return mapped[start:stop]

@@ -21,7 +21,4 @@ class Classification(Task):
     def evaluation_step(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs, labels = batch
         logits = model(inputs)
-        return {
-            "loss": F.cross_entropy(logits, labels),
-            "accuracy": (logits.argmax(-1) == labels).float().mean(),
-        }
+        return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(-1) == labels).float().mean()}
