@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
+from runner.data.order import Indices, digest_pieces, equal_runs, group_rows
 from runner.data.plan import Plan
 from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
@@ -106,8 +106,20 @@ class Ledger:
 
     def add(self, line: LedgerLine) -> None:
         """Record a step. Raises DataError if an earlier attempt trained it on other samples."""
-        if self._earlier:
-            self._compare(line)
+        earlier, attempt = self._earlier.pop(line.step, (line, 0))
+        if earlier != line:
+            difference = (
+                f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {earlier}\n"
+                f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
+            )
+            if not self._accept:
+                raise DataError(
+                    f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
+                    "cannot be read any more. Restore the data, go on with the data of now by run.on_drift=accept, or "
+                    "begin a new run with run.name=... Nothing of this step was committed.",
+                    kind="order-changed",
+                )
+            log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
         self._journals.append(f"{line}\n".encode())
         if self._journals.size > MAX_SEGMENT_BYTES:
             self.mark(line.step)
@@ -130,23 +142,6 @@ class Ledger:
         header = json.dumps(self._header).encode() + b"\n"
         self._journals.begin(_segment_name(step, self._attempt), header)
 
-    def _compare(self, line: LedgerLine) -> None:
-        earlier, attempt = self._earlier.pop(line.step, (line, 0))
-        if earlier == line:
-            return
-        difference = (
-            f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {earlier}\n"
-            f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
-        )
-        if not self._accept:
-            raise DataError(
-                f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
-                "cannot be read any more. Nothing of this step was committed; restore the data, go on with the data of "
-                "now by run.on_drift=accept, or begin a new run with run.name=...",
-                kind="order-changed",
-            )
-        log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
-
 
 def segments(location: Location, *, after: int = -1) -> list[Segment]:
     """All segments in the order in which they were begun; with ``after`` only the segments that matter for later steps.
@@ -154,9 +149,8 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
     Left out are the segments before the first that may, by its size, reach beyond ``after``. Of segments that begin at
     the same step, one that a later attempt repeated and exceeded is left out, because both were compared then.
     """
-    sizes = {
-        (int(m[2]), int(m[1])): entry.size for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name))
-    }
+    names = ((_SEGMENT.fullmatch(entry.name), entry.size) for entry in location.list(_FOLDER))
+    sizes = {(int(name[2]), int(name[1])): size for name, size in names if name}
     relevant: list[tuple[int, int]] = []
     longest: dict[int, int] = {}  # by the step after which segments begin
     ends: dict[tuple[int, int], int] = {}
@@ -170,10 +164,8 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
             relevant.insert(0, (attempt, step))
         longest[step] = max(longest.get(step, 0), sizes[attempt, step])
         following = attempt, step
-    reaching = (
-        number for number, key in enumerate(relevant) if max(ends.get(key, 0), key[1] + sizes[key] // _SHORTEST) > after
-    )
-    first = next(reaching, len(relevant))
+    reach = [max(ends.get(key, 0), key[1] + sizes[key] // _SHORTEST) for key in relevant]
+    first = next((number for number, end in enumerate(reach) if end > after), len(relevant))
     return [segment for attempt, step in relevant[first:] for segment in _read(location, step, attempt)]
 
 
@@ -183,8 +175,8 @@ def substitutions(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
     for segment in segments(location):
         if segment.plan == json_digest(recipe, sort_keys=True):
             for line in segment.lines:
-                last.pop(line.step, None)
-                last |= {line.step: line.substitutions} if line.substitutions else {}
+                last.pop(line.step, None)  # so that the newest line is the last
+                last[line.step] = line.substitutions
     fields = (re.split("[:>]", text) for texts in last.values() for text in texts.split())
     return {int(position): int(substitute) for position, _, substitute in fields}
 
@@ -226,12 +218,8 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     if fields is None:
         raise ValueError(f"not a line of a ledger: {line[:80]!r}")
     step, first, last = int(fields[1]), int(fields[2]), int(fields[3])
-    replaced = [int(text.partition(":")[0]) for text in fields[5].split()]
-    if (
-        step <= after
-        or not first <= last < first + max_positions
-        or any(not first <= position <= last for position in replaced)
-    ):
+    positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
+    if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
     return LedgerLine(step, first, last, int(fields[4], 16), fields[5])
 
@@ -262,14 +250,12 @@ _Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
 
 @dataclass(frozen=True, slots=True)
 class LedgerReport:
-    """The verdict over a run. ``epochs`` has a row for every pass over every source; ``again`` counts the repeated
-    steps, their positions and the steps that differed; ``problems`` are messages.
-    """
+    """The verdict over a run. It holds if there are no ``problems``, which are messages."""
 
     steps: int
     positions: int
-    epochs: list[dict[str, Any]]
-    again: dict[str, int]
+    epochs: list[dict[str, Any]]  # a row for every pass over every source
+    again: dict[str, int]  # the number of repeated steps, of their positions, and of the steps that differed
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -292,11 +278,8 @@ def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun:
         passes, unproven = _count(lines, plan)
         problems += unproven
         epochs = [*_rows(passes, plan, lines[0].first)]
-        problems += [
-            f"epoch {row['epoch']}: {row['repeated']} repeated, {row['missed']} missed"
-            for row in epochs
-            if row["repeated"] or row["missed"]
-        ]
+        wrong = [row for row in epochs if row["repeated"] or row["missed"]]
+        problems += [f"epoch {row['epoch']}: {row['repeated']} repeated, {row['missed']} missed" for row in wrong]
     positions = sum(line.last - line.first + 1 for line in lines)
     return LedgerReport(lines[-1].step if lines else 0, positions, epochs, again, problems)
 
@@ -342,17 +325,19 @@ def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]
     order, passes, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
     for chunk in _chunks(lines, plan):
         positions = np.concatenate([np.arange(line.first, line.last + 1) for line in chunk])
-        source, pass_, index = _lookup(order, *np.divmod(positions, plan.epoch_size))
+        epochs, places = np.divmod(positions, plan.epoch_size)
+        source, pass_, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
+        for run in equal_runs(epochs):
+            epoch = int(epochs[run.start])
+            source[run], pass_[run] = order.source_passes(epoch, places[run])
+            index[run] = order(epoch, places[run])
         ends = np.cumsum([line.last - line.first + 1 for line in chunk])
         right = digest_pieces(positions, index, ends) == np.array([line.digest for line in chunk], dtype=np.uint64)
-        unproven += [
-            f"step {line.step} has other samples than the plan says: digest {line.digest:016x}"
-            for line, ok in zip(chunk, right, strict=True)
-            if not ok
-        ]
         proven = np.repeat(right, np.diff(ends, prepend=0))
         _add(passes, plan, source[proven], pass_[proven], index[proven])
         for line, ok in zip(chunk, right, strict=True):
+            if not ok:
+                unproven.append(f"step {line.step} has other samples than the plan says: digest {line.digest:016x}")
             for text in line.substitutions.split():
                 row = int(np.searchsorted(positions, int(text.partition(":")[0])))
                 if counts := passes.get((int(source[row]), int(pass_[row]))):
@@ -386,16 +371,6 @@ def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine
         yield chunk
 
 
-def _lookup(order: Order, epochs: Indices, places: Indices) -> tuple[Indices, Indices, Indices]:
-    """(source, pass over it, sample index), each of the shape of ``places``."""
-    source, pass_, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
-    for run in equal_runs(epochs):
-        epoch = int(epochs[run.start])
-        source[run], pass_[run] = order.source_passes(epoch, places[run])
-        index[run] = order(epoch, places[run])
-    return source, pass_, index
-
-
 def _add(passes: _Passes, plan: Plan, source: Indices, pass_: Indices, index: Indices) -> None:
     for rows in group_rows(source, pass_):
         key = number, _ = int(source[rows[0]]), int(pass_[rows[0]])
@@ -408,9 +383,7 @@ def _add(passes: _Passes, plan: Plan, source: Indices, pass_: Indices, index: In
 
 
 def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
-    """A row for every pass. In a pass that did not begin and end in this run no sample counts as missed; a gap shows in
-    the positions.
-    """
+    """A row for every pass. No sample is missed in a pass that did not begin and end here; positions show gaps."""
     newest = dict(sorted(passes))
     oldest = dict(sorted(passes, reverse=True)) if start else {}
     for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):

@@ -76,7 +76,5 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: _RESOLUTION - sum(whole)]:
         whole[i] += 1
     if not all(whole):
-        raise ConfigError(
-            f"a weight of {min(weights)} in {total} is less than one part in {_RESOLUTION}; leave that source out"
-        )
+        raise ConfigError(f"a weight of {min(weights)} in {total} is less than one part in {_RESOLUTION}; leave it out")
     return [part // gcd(*whole) for part in whole]

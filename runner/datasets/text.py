@@ -26,7 +26,11 @@ class Text:
     ) -> None:
         if split not in ("train", "validation"):
             raise ConfigError(f"text has no split {split!r}; there are train and validation")
-        names = _standard_library() if path is None else files.expand(path)
+        if path is None:  # Python's own sources, without installed packages
+            names = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
+            names = [name for name in names if "site-packages" not in name and "dist-packages" not in name]
+        else:
+            names = files.expand(path)
         chosen, first, size = _chosen(names, validation=split == "validation", held_out=held_out)
         self._first = -(-first // block_size)
         blocks = max(0, first + size - 1) // block_size - self._first
@@ -68,9 +72,3 @@ def _chosen(names: list[str], *, validation: bool, held_out: int) -> tuple[list[
     texts = {name: files.read(name) for name in names}
     chosen = [name for name, text in texts.items() if (int_digest(text) % held_out == 0) is validation]
     return chosen, 0, sum(len(texts[name]) + 1 for name in chosen) - 1
-
-
-def _standard_library() -> list[str]:
-    """Python's own sources, without installed packages."""
-    names = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
-    return [name for name in names if "site-packages" not in name and "dist-packages" not in name]
