@@ -74,6 +74,18 @@ class FetchedBatch(NamedTuple):
     failure: str = ""
 
 
+def seed_host(key: int) -> None:
+    """Seed python, numpy and torch on the CPU. ``rng.seed_all`` seeds the GPUs as well."""
+    seed_python_numpy(key)
+    torch.default_generator.manual_seed(key)
+
+
+def seed_python_numpy(key: int) -> None:
+    """Seed python's and numpy's global generators."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+
+
 class Fetcher(Dataset[Any]):
     """Maps slices of positions to batches.
 
@@ -121,10 +133,6 @@ class Fetcher(Dataset[Any]):
                 )
                 return FetchedBatch(piece.first, None, failure=failure)
             return FetchedBatch(piece.first, batch, self._digest % 2**64, tuple(self._bad))
-
-    def sample(self, index: int, key: int) -> Any:
-        """A sample drawn with the seed ``key``."""
-        return self._read(index, key, seed_host)
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
@@ -184,7 +192,7 @@ class Fetcher(Dataset[Any]):
         failed = False
         for chosen in chain([index if recorded is None else recorded], others):
             try:
-                row = self._read(chosen, key, seed)
+                row = self.sample(chosen, key, seed)
                 if row is None:
                     raise ValueError("__getitem__ returned None; expected a sample")
             except MemoryError:
@@ -197,7 +205,8 @@ class Fetcher(Dataset[Any]):
             return row
         raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
 
-    def _read(self, index: int, key: int, seed: Callable[[int], object]) -> Any:
+    def sample(self, index: int, key: int, seed: Callable[[int], object] = seed_host) -> Any:
+        """A sample, drawn after ``seed(key)``. The read is repeated after an error that may pass."""
         for pause in (*_RETRY_PAUSES, None):
             seed(key)
             try:
@@ -224,26 +233,22 @@ def sample_name(samples: Samples, index: int) -> str:
 
 def bad_record_error(record: BadRecord, samples: Samples, *, remedy: str) -> DataError:
     """The error for a bad record that ends the run."""
-    return DataError(
-        f"{record.location} of {type(samples).__qualname__} cannot be read (position {record.position}):\n"
-        f"{record.error}\n{remedy}"
-    )
+    place = f"{record.location} of {type(samples).__qualname__}"
+    return DataError(f"{place} cannot be read (position {record.position}):\n{record.error}\n{remedy}")
 
 
 def _traceback(error: Exception) -> str:
     """An exception and the lines of the user's code that led to it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-    return "".join(lines).rstrip()
+    return "".join(traceback.format_list(frames) + traceback.format_exception_only(error)).rstrip()
 
 
 def _retry_pauses(error: Exception) -> Sequence[float]:
     """Pauses before further reads: none after an error of the data, one where the cause cannot be told."""
     if isinstance(error, _LASTING):
         return ()
-    package = type(error).__module__.split(".")[0]
-    passing = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno)
-    if passing or package in _NETWORK_CLIENTS:
+    system_error = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno)
+    if system_error or type(error).__module__.split(".")[0] in _NETWORK_CLIENTS:
         return _RETRY_PAUSES
     return _RETRY_PAUSES[:1] if type(error) is OSError else ()
 
@@ -260,18 +265,6 @@ def sandboxed(*, draws: bool) -> Iterator[None]:
         yield
 
 
-def seed_host(key: int) -> None:
-    """Seed python, numpy and torch on the CPU. ``rng.seed_all`` seeds the GPUs as well."""
-    seed_python_numpy(key)
-    torch.default_generator.manual_seed(key)
-
-
-def seed_python_numpy(key: int) -> None:
-    """Seed python's and numpy's global generators."""
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-
-
 def next_numbers() -> tuple[int, bytes]:
     """The next numbers of python's and numpy's generators, which this call advances."""
     return random.getrandbits(64), np.random.bytes(8)
@@ -281,13 +274,14 @@ def next_numbers() -> tuple[int, bytes]:
 def one_thread() -> Iterator[None]:
     """One torch thread, as in a worker process, because float sums depend on the number of threads."""
     threads = torch.get_num_threads()
-    if threads != 1:  # even setting the same number makes later convolutions slower by some per cent
-        torch.set_num_threads(1)
+    if threads == 1:  # even setting the same number makes later convolutions slower by some per cent
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if threads != 1:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Mixture:
         empty = [name for name, source in sources.items() if len(source) == 0]
         if empty:
             raise ConfigError(f"source {empty[0]} of the mixture is empty; take it out or give it samples")
+        self.fingerprint = " ".join(str(getattr(source, "fingerprint", "")) for source in self.sources).strip()
         self._ends = np.cumsum([len(source) for source in self.sources])
 
     def __len__(self) -> int:
@@ -44,11 +45,6 @@ class Mixture:
         source, within = self._find(index)
         locate = getattr(self.sources[source], "locate", None)
         return f"source {self.names[source]}, {locate(within) if locate else f'sample {within}'}"
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprints of the sources that have one."""
-        return " ".join(str(getattr(source, "fingerprint", "")) for source in self.sources).strip()
 
     def hold(self, windows: int, window: int) -> None:
         """Tell the sources how many windows of consecutive samples are read in turn."""

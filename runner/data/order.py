@@ -43,9 +43,7 @@ class Order(ABC):
         """Sample indices of shape [k] for places of shape [k]."""
 
     def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """For each place the number of its source, and of the pass over this source; both of shape [k]. With a single
-        source, an epoch is a pass.
-        """
+        """The source of each place, and the pass over this source, both of shape [k]. An epoch is a pass over one."""
         return np.zeros_like(places), np.full_like(places, epoch)
 
 
@@ -219,10 +217,8 @@ class BudgetOrder(Order):
             raise DataError(f"sample {int(lengths.argmin())} has a length of {lengths.min()}; lengths count tokens")
         longest = int(lengths.argmax())
         if lengths[longest] > max_tokens:
-            raise DataError(
-                f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}; "
-                "cut or leave out such samples, or raise the budget"
-            )
+            length = f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}"
+            raise DataError(f"{length}; cut or leave out such samples, or raise the budget")
         self.size = order.size
         self._order = order
         self._lengths = lengths

@@ -1,6 +1,4 @@
-"""Positions, epochs and steps: which positions make a step, and which place of which epoch a position is. The order
-(``order.py``) has the sample of each place.
-"""
+"""Positions, epochs and steps: which positions make a step, and which place of which epoch a position is."""
 
 import zlib
 from base64 import b64decode, b64encode
@@ -77,15 +75,11 @@ class Plan:
                     f"its length is {samples}. Mend the attribute, or rename it, or set data.streams.count=0"
                 )
         if self.tail == "drop" and self.samples < self.batch_size:
-            raise DataError(
-                f"data.tail=drop drops every sample: there are {self.samples}, data.batch_size={self.batch_size}. "
-                "Use data.tail=carry or a smaller batch."
-            )
+            few = f"there are {self.samples}, data.batch_size={self.batch_size}"
+            raise DataError(f"data.tail=drop drops every sample: {few}. Use data.tail=carry or a smaller batch.")
         if self.tail == "drop" and (self.sources or self.max_tokens):
-            raise DataError(
-                f"data.tail=drop has no meaning for {'a mixture' if self.sources else 'data.max_tokens'}, "
-                "whose batches are always whole; use data.tail=carry"
-            )
+            kind = "a mixture" if self.sources else "data.max_tokens"
+            raise DataError(f"data.tail=drop has no meaning for {kind}: batches are always whole; use data.tail=carry")
 
     @property
     def slices_per_step(self) -> int:
@@ -112,9 +106,9 @@ class Plan:
     def order(self) -> Order:
         """The order of samples."""
         if self.sources:
+            seeds = [derive("source", self.seed, number) for number in range(len(self.sources))]
             orders = [
-                self._source_order(source.samples, source.shards, derive("source", self.seed, number))
-                for number, source in enumerate(self.sources)
+                self._source_order(s.samples, s.shards, seed) for s, seed in zip(self.sources, seeds, strict=True)
             ]
             order: Order = MixtureOrder(orders, [source.share for source in self.sources], seed=self.seed)
         else:
@@ -153,9 +147,7 @@ class Plan:
         return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """The values that must not change during a run, long lists as digests. The batch size may change with
-        ``tail=carry``, so it is left out.
-        """
+        """The values that must not change during a run, long lists as digests; with ``carry`` not the batch size."""
         return self._values(lambda numbers: hex_digest(_bytes(numbers)))
 
     def recipe(self) -> dict[str, Any]:

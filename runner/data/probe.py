@@ -43,30 +43,29 @@ def examine(fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str =
     """The sketch of the data and, with ``audit``, the digests of the probed samples. Raises DataError if a sample
     differs when it is drawn again.
     """
+    request = partial(_findings, audit=audit)
     if not options.num_workers:
-        return _findings(fetcher, audit)
-    if multiprocessing.get_context(options.start_method).get_start_method() != "fork":
+        findings = request(fetcher)
+    elif multiprocessing.get_context(options.start_method).get_start_method() != "fork":
         sent = copy(fetcher)  # with the data set as workers get it
         with suppress(Exception):  # if it cannot be sent, the start of the workers will fail
             sent.samples = pickle.loads(pickle.dumps(fetcher.samples))
-        return _findings(sent, audit)
-    request = partial(_findings_in_worker, audit=audit)
-    with closing(Loader(fetcher, [request], LoaderOptions(1, start_method=options.start_method), key=key)) as loader:
-        findings: Findings | RunnerError = next(iter(loader))
+        findings = request(sent)
+    else:
+        alone = LoaderOptions(1, start_method=options.start_method)
+        with closing(Loader(fetcher, [request], alone, key=key)) as loader:
+            findings = next(iter(loader))
     if isinstance(findings, RunnerError):
         raise findings
     return findings
 
 
-def _findings(fetcher: Fetcher, audit: bool) -> Findings:
-    return sketch(fetcher), require_pure(fetcher) if audit else None
-
-
-def _findings_in_worker(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
+def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
+    """The findings, or the error that they are: torch would make another one of an error that a worker raises."""
     worker._worker_info = None  # this process stands for the training process
     try:
-        return _findings(fetcher, audit)
-    except RunnerError as error:  # torch would make another one of it
+        return sketch(fetcher), require_pure(fetcher) if audit else None
+    except RunnerError as error:
         return error
 
 
@@ -242,10 +241,8 @@ def _describe(path: str, value: Any) -> list[Any]:
 def _close(old: Sequence[Any], new: Sequence[Any]) -> bool:
     if len(old) != 4 or len(new) != 4:
         return [*old] == [*new]
-    scale = max(abs(old[2]) + abs(old[3]), abs(new[2]) + abs(new[3]), 1e-12)
-    return [*old[:2]] == [*new[:2]] and all(
-        abs(a - b) <= _TOLERANCE * scale for a, b in zip(old[2:], new[2:], strict=True)
-    )
+    limit = _TOLERANCE * max(abs(old[2]) + abs(old[3]), abs(new[2]) + abs(new[3]), 1e-12)
+    return [*old[:2]] == [*new[:2]] and abs(old[2] - new[2]) <= limit and abs(old[3] - new[3]) <= limit
 
 
 def _text(described: Sequence[Any]) -> str:

@@ -42,6 +42,7 @@ class Text:
         self._tokens = Tokens(path=chosen, dtype="uint8", length=block_size, separator=_NEWLINE)
         self._blocks = blocks
         self._size = min(blocks, limit or blocks)
+        self.fingerprint = self._tokens.fingerprint  # changes with the files and the length of a block
         self.counts = self._tokens.counts if self._size == len(self._tokens) else []
 
     def __len__(self) -> int:
@@ -49,11 +50,6 @@ class Text:
 
     def __getitem__(self, index: int) -> Tensor:
         return self._tokens[self._block(index)]
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the files and the length of a block."""
-        return self._tokens.fingerprint
 
     def locate(self, index: int) -> str:
         """The file and the bytes of a block, for messages."""

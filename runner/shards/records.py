@@ -35,6 +35,8 @@ class Records:
         _refuse_tokens(format)
         self.manifest = open_manifest(path=path, manifest=manifest, kind=format)
         _refuse_tokens(self.manifest.kind)
+        self.counts = self.manifest.counts  # records per shard, in the order of their numbers
+        self.fingerprint = self.manifest.fingerprint  # changes with the data, but not with the folder that holds it
         self.decode = decode
         self._format = formats.READERS[self.manifest.kind]
         self._blocks: LRUCache[_Block] = LRUCache(_BLOCKS_HELD)
@@ -47,25 +49,16 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         first, end, raws = self._last
         if not first <= index < end:  # neighbours are often asked for one after the other
-            first, end, raws = self._last = self._block(index)
+            number, record = self._place(index)
+            block = self.manifest.shards[number].block_of(record)
+            self._last = self._blocks.get((number, block), lambda: self._read(number, block))
+            first, end, raws = self._last
         try:
             record = self._format.decode(raws[index - first])
         except ValueError as error:
-            raise DataError(
-                f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}; correct the shard and scan "
-                "it again"
-            ) from error
+            message = f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}"
+            raise DataError(f"{message}; correct the shard and scan it again") from error
         return record if self.decode is None else self.decode(record)
-
-    @property
-    def counts(self) -> list[int]:
-        """Records per shard, in the order of their numbers."""
-        return self.manifest.counts
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the data, but not with the folder that holds it."""
-        return self.manifest.fingerprint
 
     def locate(self, index: int) -> str:
         """Shard, record and block of a record, for messages."""
@@ -81,11 +74,6 @@ class Records:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": _NO_BLOCK}
-
-    def _block(self, index: int) -> _Block:
-        number, record = self._place(index)
-        block = self.manifest.shards[number].block_of(record)
-        return self._blocks.get((number, block), lambda: self._read(number, block))
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the shard, and of the record in it."""

@@ -92,18 +92,14 @@ def save(path: str, manifest: Manifest, *, command: str | None = None) -> None:
     head = {"format": VERSION, "kind": manifest.kind, "dtype": manifest.dtype, "complete": command is None}
     if command is not None:
         head["again"] = command
-    shards = ",\n".join(
-        json.dumps(
-            {
-                "name": shard.url.removeprefix(folder),
-                "size": shard.size,
-                "mark": shard.mark,
-                "records": shard.records,
-                "starts": dict(zip(("records", "bytes"), shard.starts.tolist(), strict=True)),
-            }
-        )
-        for shard in manifest.shards
-    )
+
+    def encoded(shard: Shard) -> str:
+        starts = dict(zip(("records", "bytes"), shard.starts.tolist(), strict=True))
+        name = shard.url.removeprefix(folder)
+        values = {"name": name, "size": shard.size, "mark": shard.mark, "records": shard.records, "starts": starts}
+        return json.dumps(values)
+
+    shards = ",\n".join(map(encoded, manifest.shards))
     files.write(path, f'{json.dumps(head)[:-1]}, "shards": [\n{shards}\n]}}\n'.encode())
 
 
@@ -113,17 +109,13 @@ def load(path: str, *, partial: bool = False) -> Manifest:
     try:
         manifest, command = _parse(data, files.resolve(path).rpartition("/")[0])
     except _Invalid as error:
-        raise DataError(
-            f"{path} is not a manifest of shards: {printable(error)}. Make one with python -m runner.shards PATTERN "
-            "--out shards.json"
-        ) from None
+        remedy = "Make one with python -m runner.shards PATTERN --out shards.json"
+        raise DataError(f"{path} is not a manifest of shards: {printable(error)}. {remedy}") from None
     if partial:
         return manifest
     if command is not None:
-        raise DataError(
-            f"{path} is incomplete: its scan was interrupted. Run it again, it goes on where it stopped: "
-            f"{printable(command)}"
-        )
+        again = "Run it again, it goes on where it stopped"
+        raise DataError(f"{path} is incomplete: its scan was interrupted. {again}: {printable(command)}")
     _require_records(manifest.shards, path)
     return manifest
 
@@ -138,9 +130,7 @@ class _Invalid(Exception):
 
 
 def _parse(data: bytes, folder: str) -> tuple[Manifest, str | None]:
-    """The manifest in ``data``, with names relative to ``folder``, and the command that completes it (None: it is
-    complete). Raises _Invalid.
-    """
+    """The manifest in ``data``, with names relative to ``folder``, and the command that completes it, if any."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -250,7 +240,7 @@ class Scan:
 
     @property
     def missing_bytes(self) -> int:
-        """The size in bytes of the shards that are not scanned yet."""
+        """Their size in bytes."""
         return sum(stat.size for url, stat in self._stats.items() if url not in self._done)
 
     @property
@@ -344,9 +334,7 @@ def open_manifest(
 
 
 def check_size(shard: Shard, checked: LRUCache[None]) -> None:
-    """Raise DataError if the size of a shard has changed since the scan. ``checked`` keeps the shards for which this
-    is done in this process.
-    """
+    """Raise DataError if the size of a shard has changed since the scan; ``checked`` are those known to be right."""
 
     def check() -> None:
         if (size := files.stat(shard.url).size) != shard.size:

@@ -54,19 +54,13 @@ class Tokens:
         self._layout = RowLayout(self.manifest.counts, length=length, separator=separator)
         whole = [max(0, tokens - 1) // length for tokens in self.manifest.counts]  # rows of each shard
         self.counts = self._layout.counts(range(len(whole) + 1)) if pack else whole
+        self.fingerprint = json_digest([self.manifest.fingerprint, length, pack, separator])
         self._firsts = np.cumsum([0, *self.counts], dtype=np.int64)
         if not len(self):
-            raise DataError(
-                f"{len(whole)} shards ({self.manifest.shards[0].url} ...) hold {self.tokens} tokens: too few for one "
-                f"sample of {length + 1}; give more, or a smaller length"
-            )
+            size = f"{len(whole)} shards ({self.manifest.shards[0].url} ...) hold {sum(self.manifest.counts)} tokens"
+            raise DataError(f"{size}: too few for one sample of {length + 1}; give more, or a smaller length")
         self._maps: LRUCache[NDArray[np.integer] | None] = LRUCache(_MAPS_HELD)
         self._checked: LRUCache[None] = LRUCache(SHARDS_CHECKED)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all shards."""
-        return int(self.manifest.firsts[-1])
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -78,11 +72,6 @@ class Tokens:
         else:
             parts = [self._read(*self._alone(index))]
         return torch.from_numpy(np.concatenate(parts, dtype=self._widened, casting="unsafe"))
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the samples, but not with the folder that holds them."""
-        return json_digest([self.manifest.fingerprint, self.length, self.pack, self._layout.separator])
 
     def locate(self, index: int) -> str:
         """Shards and tokens of a sample, for messages."""
