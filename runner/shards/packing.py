@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from io import BytesIO
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from runner.cache import LRUCache
 from runner.errors import DataError
 from runner.hashing import int_digest, json_digest
-from runner.shards.tokens import RowLayout, check_index, checked_length
+from runner.shards.tokens import RowLayout, checked_length
 from runner.storage import files
 
 _DOCUMENTS_HELD = 8
@@ -45,7 +46,6 @@ class Packed:
         return self._layout.rows
 
     def __getitem__(self, index: int) -> Tensor:
-        check_index(index, len(self))
         return torch.from_numpy(np.concatenate(self._layout.row(index, self._read)))
 
     @cached_property
@@ -61,7 +61,6 @@ class Packed:
 
     def locate(self, index: int) -> str:
         """Documents and tokens of a sample, for messages."""
-        check_index(index, len(self))
         spans = [(_name(self.documents, number), *span) for number, *span in self._layout.spans(index)]
         return " and ".join(f"{name}, tokens {start} to {stop}" for name, start, stop in spans)
 
@@ -134,13 +133,14 @@ class PackingStream(IterableDataset[Tensor]):
                     self._epoch, self._at = self._epoch + 1, (0, 0)
                     return
                 held.append(self._document(order, document + len(held)))
-            row = _cut(held, offset, self.length + 1)
+            parts = [held[0][offset:], *islice(held, 1, None)]
+            row = np.concatenate([part[: self.length + 1] for part in parts])[: self.length + 1]
             offset += self.length
             while offset >= len(held[0]):
                 offset -= len(held.popleft())
                 document += 1
             self._at = document, offset
-            yield row
+            yield torch.from_numpy(row.copy())
 
     def _document(self, order: NDArray[np.int64], place: int) -> NDArray[np.int64]:
         number = int(order[place])
@@ -155,18 +155,6 @@ class PackingStream(IterableDataset[Tensor]):
         key = int_digest(json.dumps([self.seed, self._epoch]).encode(), size=16)
         # Raw bits, because numpy may change what its generators make of them, but not the bits.
         return np.argsort(np.random.PCG64(key).random_raw(len(self.documents)), kind="stable")
-
-
-def _cut(held: "deque[NDArray[np.int64]]", offset: int, size: int) -> Tensor:
-    parts = []
-    for tokens in held:
-        part = tokens[offset : offset + size]
-        offset = max(0, offset - len(tokens))
-        size -= len(part)
-        parts.append(part)
-        if not size:
-            break
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def _lengths(counts: Any) -> NDArray[np.int64]:

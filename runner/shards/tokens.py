@@ -66,16 +66,11 @@ class Tokens:
         return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.pack:
-            check_index(index, len(self))
-            parts = self._layout.row(index, self._read)
-        else:
-            parts = [self._read(*self._alone(index))]
+        parts = self._layout.row(index, self._read) if self.pack else [self._read(*self._alone(index))]
         return torch.from_numpy(np.concatenate(parts, dtype=self._widened, casting="unsafe"))
 
     def locate(self, index: int) -> str:
         """Shards and tokens of a sample, for messages."""
-        check_index(index, len(self))
         spans, shards = self._layout.spans(index) if self.pack else [self._alone(index)], self.manifest.shards
         return " and ".join(f"{shards[number].url}, tokens {start} to {stop}" for number, start, stop in spans)
 
@@ -145,6 +140,7 @@ class RowLayout:
 
     def spans(self, index: int) -> Iterator[tuple[int, int, int]]:
         """The parts of a row as (sequence, start, stop). A separator counts as one more token of its sequence."""
+        check_index(index, self.rows)
         at = index * self.length
         end = at + self.length + 1
         number = int(self.begins.searchsorted(at, side="right")) - 1
