@@ -164,9 +164,7 @@ class Fetcher(Dataset[Any]):
         return rows
 
     def _lookup(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
-        """Indices, seeds and digest words for the positions of a slice, in parts. A whole block of neighbours is
-        computed at a time, which takes hardly longer than a few of them.
-        """
+        """Indices, seeds and digest words of a slice, in parts of blocks: a whole one takes hardly longer."""
         for epoch, start, stop in self.plan.spans(piece):
             for number in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
                 first = number * _BLOCK
@@ -255,9 +253,7 @@ def _retry_pauses(error: Exception) -> Sequence[float]:
 
 @contextmanager
 def sandboxed(*, draws: bool) -> Iterator[None]:
-    """Within the block, read samples as a worker process does: on one thread, and, where samples draw random numbers,
-    without a change to the global generators of this process.
-    """
+    """Read samples as a worker process does: on one thread, and, if they draw, without a trace in the generators."""
     if get_worker_info() is not None:
         yield
         return

@@ -48,9 +48,7 @@ _END = object()
 
 
 def pack_state(value: Any) -> Any:
-    """A state with numbers and arrays of numpy as plain values. Raises DataError for a type that a checkpoint cannot
-    hold.
-    """
+    """A state with numpy's numbers and arrays as plain values. Raises DataError for what cannot be saved."""
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in _NUMERIC_KINDS:
         shape = [*value.shape] if isinstance(value, np.ndarray) else None
         return {_NUMPY: value.dtype.str, "shape": shape, "bytes": value.tobytes().hex()}
@@ -93,9 +91,7 @@ class BatchOptions:
 
 
 class Batch(NamedTuple):
-    """``size`` collated samples. ``reread`` samples were read before them to resume. With a ``failure`` there are no
-    samples.
-    """
+    """``size`` collated samples, none with a ``failure``. ``reread`` samples were read before them to resume."""
 
     size: int
     content: Any
@@ -405,10 +401,7 @@ class IterableStream(TrainingStream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         name, workers = type(self._samples).__qualname__, self.workers
         if state.get("kind") != "opaque":
-            raise DataError(
-                f"data.train is a {name}, an iterable, but the checkpoint holds a position in map-style data, which "
-                "means nothing to it. Restore the data set, or begin a new run with run.name=..."
-            )
+            raise DataError(f"data.train is a {name}, an iterable, but was map-style; restore it, or set run.name=...")
         if state["workers"] != workers:
             raise DataError(
                 f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "

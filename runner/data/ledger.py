@@ -77,9 +77,7 @@ class Segment:
 
 
 class Ledger:
-    """Writes the lines of an attempt, and compares them with the lines of earlier attempts. With ``accept``, a repeated
-    step may have other samples; both lines stay.
-    """
+    """Writes the lines of an attempt and compares them with earlier ones; with ``accept`` they may differ."""
 
     def __init__(
         self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int, accept: bool = False

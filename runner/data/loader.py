@@ -152,9 +152,7 @@ class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
 
 
 class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """An iterator whose wait for a worker is interrupted by signals, and which leaves the end of the workers to
-    ``WorkerContext``.
-    """
+    """Its wait for a worker is interrupted by signals, and ``WorkerContext`` ends its workers."""
 
     def __init__(self, loader: _StatefulLoader, state: Any) -> None:
         self._context: Any = loader.multiprocessing_context
@@ -210,16 +208,13 @@ class WorkerContext(BaseContext):
         self._request_end: Callable[[], Any] | None = None
 
     def get_start_method(self, allow_none: bool = False) -> str:
-        """See ``BaseContext``."""
         return str(self._base.get_start_method(allow_none))
 
     def Process(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
-        """See ``BaseContext``."""
         self._processes.append(self._base.Process(*args, **kwargs))
         return self._processes[-1]
 
     def Queue(self, maxsize: int = 0) -> "Queue[Any]":  # noqa: N802
-        """See ``BaseContext``."""
         self._queues.append(_Queue(maxsize, ctx=self._base))
         return self._queues[-1]
 

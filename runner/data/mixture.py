@@ -60,9 +60,7 @@ class Mixture:
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:
-    """Weights rounded to thousandths by largest remainders, as integers in lowest terms. Raises ConfigError for a
-    weight that is not positive or rounds to nothing.
-    """
+    """Weights in thousandths, by largest remainders, in lowest terms. Raises ConfigError for one that becomes 0."""
     total = sum(weights)
     if not all(weight > 0 for weight in weights) or not total < float("inf"):
         raise ConfigError(f"the weights of a mixture are positive numbers, not {', '.join(map(str, weights))}")

@@ -118,9 +118,7 @@ class WindowOrder(Order):
         return indices
 
     def _deinterleave(self, places: Indices) -> tuple[Indices, Indices]:
-        """The stream of each place and the offset in this stream. The remainders of the streams after the last whole
-        round come at the end, stream by stream.
-        """
+        """Stream and offset in it of each place. What is left after the last whole round comes at the end."""
         count, chunk = self._interleaving.count, self._interleaving.chunk
         rounds = self.size // count // chunk
         turn, within = np.divmod(places, chunk)

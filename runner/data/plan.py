@@ -156,9 +156,7 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> "Plan":
-        """A plan with the order of samples of a recipe; its batches may differ. Raises ValueError, TypeError, KeyError
-        or DataError for anything but a recipe.
-        """
+        """The plan of a recipe, except its batches. Raises ValueError, TypeError, KeyError or DataError."""
         values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
         values.pop("slices_per_step", None)
         values |= {name: _unpack(values.get(name)) for name in ("shards", "lengths")}

@@ -40,9 +40,7 @@ _TOLERANCE = 1e-3  # relative; the last bits of floats may differ between proces
 
 
 def examine(fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train") -> Findings:
-    """The sketch of the data and, with ``audit``, the digests of the probed samples. Raises DataError if a sample
-    differs when it is drawn again.
-    """
+    """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure."""
     request = partial(_findings, audit=audit)
     if not options.num_workers:
         findings = request(fetcher)
@@ -70,9 +68,7 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
 
 
 def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
-    """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read. The samples
-    are drawn in ascending order or ``backwards``.
-    """
+    """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read."""
     chosen = indices(len(fetcher.samples))
     step = -1 if backwards else 1
     return [content_digest(row) for row in _rows(fetcher, chosen[::step], label=label)][::step]

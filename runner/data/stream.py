@@ -88,9 +88,7 @@ class TrainingStream(ABC):
 
     @abstractmethod
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step of the current batch is done; ``whole`` are the samples of all processes, if there are others.
-        Raises DataError if the step did not take all of its samples.
-        """
+        """The step is done, with the samples ``whole`` of all processes. Raises DataError if it left some."""
 
     @abstractmethod
     def ledger_line(self, step: int) -> LedgerLine:
@@ -115,9 +113,7 @@ class TrainingStream(ABC):
 
 
 class MapStyleStream(TrainingStream):
-    """The stream of a map-style data set. Its state is {positions consumed, plan, fingerprint}, the same for any number
-    of workers and processes.
-    """
+    """The stream of a map-style data set. Its state is the same for any number of workers and processes."""
 
     def __init__(self, fetcher: Fetcher, *, loading: LoaderOptions, device: torch.device, audit: bool = False) -> None:
         super().__init__(loading, device)

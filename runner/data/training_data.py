@@ -25,9 +25,7 @@ log = logging.getLogger("runner")
 def training_data(
     config: Config, samples: Any, loading: LoaderOptions, device: torch.device, collate: Collate | None, world: World
 ) -> tuple[TrainingStream, Plan | None]:
-    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError for a data set or
-    a number of processes that does not fit the configuration.
-    """
+    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError."""
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         if world.size > 1:
@@ -135,9 +133,7 @@ def _shards(samples: Any) -> tuple[int, ...]:
 
 
 def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
-    """Reduce the number of workers so that no two read the same streams, and tell the data set how many windows to
-    hold.
-    """
+    """Reduce the workers so that no two read the same streams, and say how many windows to hold."""
     assert plan.interleaving is not None
     count, limit, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them

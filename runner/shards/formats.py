@@ -180,9 +180,7 @@ def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
 
 
 class Parquet:
-    """Parquet files, through pyarrow (the extra ``parquet``). A record is a row, as a dict; a block is a row group.
-    Counts come from the footer alone.
-    """
+    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group."""
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """The row groups that have rows."""
@@ -239,9 +237,7 @@ _NPY_HEADER_BYTES = 4096  # numpy writes 128; the rest allows for other writers
 
 
 class TokenArrays:
-    """Flat arrays of tokens: ``.bin`` (raw, little endian) and ``.npy``. A record is a token of ``dtype``; a file is
-    one block.
-    """
+    """Flat arrays of tokens: ``.bin`` (little endian) or ``.npy``. A record is a token; a file is one block."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = np.dtype(checked_dtype(dtype)).newbyteorder("<")
