@@ -240,7 +240,7 @@ class TokenArrays:
     """Flat arrays of tokens: ``.bin`` (little endian) or ``.npy``. A record is a token; a file is one block."""
 
     def __init__(self, dtype: str) -> None:
-        self.dtype = np.dtype(checked_dtype(dtype)).newbyteorder("<")
+        self.dtype = np.dtype(dtype).newbyteorder("<")
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """One block, without reading the tokens."""
@@ -262,18 +262,13 @@ class TokenArrays:
 
 
 def dtype_of(paths: Sequence[str], dtype: str | None) -> str:
-    """The dtype of the tokens: as configured, else from the first .npy header, else uint16."""
+    """The dtype of the tokens: as configured, else from the first .npy header, else uint16. Raises ConfigError."""
     arrays = [path for path in paths if path.endswith(".npy")]
     if arrays and dtype is None:
         return _npy_header(arrays[0], files.stat(arrays[0]).size)[0]
-    return checked_dtype(dtype or "uint16")
-
-
-def checked_dtype(dtype: str) -> str:
-    """Return ``dtype`` if tokens can have it. Raises ConfigError."""
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a dtype of tokens; those are {', '.join(DTYPES)}")
-    return dtype
+    return dtype or "uint16"
 
 
 def _npy_header(path: str, size: int) -> tuple[str, int, int]:
