@@ -61,7 +61,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from runner.app import CONFIGS
 from runner.data.ledger import Ledger, LedgerLine
 from runner.data.loader import LoaderOptions
-from runner.data.order import digest_positions
+from runner.data.order import digest_words
 from runner.data.stream import TrainingStream
 from runner.data.training_data import training_data
 from runner.datasets.digits import Digits
@@ -525,7 +525,7 @@ def ledger(turns: int) -> None:
         pair = np.arange(size), np.random.default_rng(0).integers(1_000_000, size=size)
         digests = {
             BARE: calls(lambda pair: blake2b(pair[1].tobytes(), digest_size=8).digest(), repeat(pair), steps),
-            "digest": calls(lambda pair: digest_positions(*pair), repeat(pair), steps),
+            "digest": calls(lambda pair: digest_words(*pair).sum(dtype=np.uint64), repeat(pair), steps),
         }
         found = take_turns(digests, turns)
         cells = [f"{median(found[BARE]):.2f}", f"{median(found['digest']):.2f}", *ratio(found["digest"], found[BARE])]

@@ -16,10 +16,9 @@ checks the code against this map.
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (background_writer, checkpoint, encoding, manifest, reading, retention, sharding, snapshot,
        store, structure, tensor_file)
-       data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, mixture, order,
-       plan, probe, sandbox, stream, training_data, workers)
+       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
        run/ (attempt_records, attempts, directory, drift, opening, parent)
-       shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
+       shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)

@@ -21,10 +21,10 @@ from runner.average import moving_average
 from runner.callbacks.base import Callback, notify, observers
 from runner.checkpoint.structure import Structure
 from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
-from runner.data.evaluation_data import EvaluationData, require_map_style
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.training_data import training_data
+from runner.data.stream import EvaluationData
+from runner.data.training_data import require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError

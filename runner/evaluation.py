@@ -14,7 +14,7 @@ from runner import signals
 from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
-from runner.data.evaluation_data import EvaluationData
+from runner.data.stream import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
 from runner.modes import evaluation_mode

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.evaluation_data import EvaluationData
 from runner.data.loader import LoaderOptions
+from runner.data.stream import EvaluationData
 from runner.distributed.world import World
 from runner.errors import DataError
 

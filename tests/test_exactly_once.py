@@ -18,7 +18,8 @@ from results import results
 from torch.utils.data import RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from runner.data import fetch, order, sandbox
+from runner.data import fetch, order
+from runner.data.fetch import Fetcher
 from runner.data.loader import LoaderOptions, without_noise
 from runner.data.plan import Plan
 from runner.data.stream import MapStyleStream
@@ -59,7 +60,9 @@ def stopped_in_the_second_epoch() -> list[int]:
     """The samples of two epochs, with a stop after step 150 of 200."""
 
     def stream() -> MapStyleStream:
-        return MapStyleStream(range(1000), Plan(1000, 1, 10), loading=LoaderOptions(), device=CPU)  # type: ignore[arg-type]
+        return MapStyleStream(
+            Fetcher(range(1000), Plan(1000, 1, 10), label="train"), loading=LoaderOptions(), device=CPU
+        )
 
     def drawn(opened: MapStyleStream, steps: int) -> Iterator[int]:
         for _ in range(steps):
@@ -219,7 +222,7 @@ def test_any_number_of_processes_trains_on_the_same_samples() -> None:
         streams = []
         for rank in range(size):
             plan = Plan(100, 3, 8, micro, world=World(rank, size))
-            stream = MapStyleStream(list(range(100)), plan, loading=LoaderOptions(), device=CPU)
+            stream = MapStyleStream(Fetcher(list(range(100)), plan, label="train"), loading=LoaderOptions(), device=CPU)
             stream.consumed = consumed
             stream.open()
             streams.append(stream)
@@ -257,7 +260,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, wreck: Callable[[pytest.MonkeyPatch
     saved, found = None, []
     with monkeypatch.context() as patch:
         for steps in (5, 7):
-            stream = MapStyleStream(Summed(), Plan(50, 1, 8), loading=LoaderOptions(), device=CPU)  # type: ignore[arg-type]
+            stream = MapStyleStream(
+                Fetcher(Summed(), Plan(50, 1, 8), label="train"), loading=LoaderOptions(), device=CPU
+            )
             if saved is not None:
                 stream.load_state_dict(saved)
             stream.open()
@@ -292,7 +297,7 @@ def early_cursor(patch: pytest.MonkeyPatch) -> None:
 
 
 def unpinned_threads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sandbox, "one_thread", nullcontext)
+    patch.setattr(fetch, "one_thread", nullcontext)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from runner.checkpoint.encoding import encode
 from runner.data.fetch import Fetcher
-from runner.data.order import splitmix64, splitmix64_int
+from runner.data.order import splitmix64
 from runner.data.plan import Plan, Slice
 from runner.rng import Generators, seed_all
 
@@ -227,7 +227,7 @@ def test_seeding_only_used_generators_changes_no_sample(generator: str, calls: i
 
 def test_one_word_is_mixed_as_many_are() -> None:
     words = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0]
-    assert [splitmix64_int(word) for word in words] == splitmix64(np.array(words, dtype=np.uint64)).tolist()
+    assert [splitmix64(word) for word in words] == splitmix64(np.array(words, dtype=np.uint64)).tolist()
 
 
 class Flaky:

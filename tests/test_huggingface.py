@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.iterable_stream import IterableStream
+from runner.data.fetch import Fetcher
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import MapStyleStream
@@ -34,8 +35,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def opaque(samples: Any, workers: int, **how: Any) -> IterableStream:
-    settings = {"seed": 1, "batch_size": BATCH, "micro_batches": 1, "randomness": "sample", "device": CPU}
-    return IterableStream(samples, loading=LoaderOptions(workers), **{**settings, **how})
+    options = BatchOptions(seed=1, batch_size=BATCH, randomness="sample", **how)
+    return IterableStream(samples, options, micro_batches=1, loading=LoaderOptions(workers), device=CPU)
 
 
 def steps(live: Any, count: int) -> list[list[int]]:
@@ -67,8 +68,8 @@ def differing(samples: Any, workers: int, cuts: range, **how: Any) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_map_style_one_is_like_any_other(data: Any, workers: int) -> None:
-    plan = Plan(N, 1, BATCH)
-    live = MapStyleStream(data.with_format("torch"), plan, loading=LoaderOptions(workers), device=CPU)
+    fetcher = Fetcher(data.with_format("torch"), Plan(N, 1, BATCH), label="train")
+    live = MapStyleStream(fetcher, loading=LoaderOptions(workers), device=CPU)
     live.open()
     drawn = [number for batch in steps(live, 11) for number in batch]
     assert sorted(drawn[:N]) == sorted(drawn[N:]) == [*range(N)]

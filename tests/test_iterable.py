@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.checkpoint.encoding import decode, encode
-from runner.data.iterable_stream import IterableStream
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.errors import DataError
 from runner.rng import Generators
@@ -140,8 +140,10 @@ KINDS = [OnIterator, OnDataset, Resetting, Unequal, Tiny, Stateless]
 
 def stream(data: Any, workers: int = 0, *, opened: bool = True, **how: Any) -> IterableStream:
     loading = how.pop("loading", LoaderOptions(workers))
-    settings = {"seed": 1, "batch_size": BATCH, "micro_batches": 1, "randomness": "sample", "device": CPU}
-    made = IterableStream(data, loading=loading, **{**settings, "replay": isinstance(data, Stateless), **how})
+    micro_batches = how.pop("micro_batches", 1)
+    settings = {"seed": 1, "batch_size": BATCH // micro_batches, "randomness": "sample"}
+    options = BatchOptions(**{**settings, "replay": isinstance(data, Stateless), **how})
+    made = IterableStream(data, options, micro_batches=micro_batches, loading=loading, device=CPU)
     if opened:
         made.open()
     return made

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from runner.data.exactly_once import LedgerReport, check_exactly_once
-from runner.data.ledger import Ledger, LedgerLine, Segment, segments
+from runner.data.fetch import Fetcher
+from runner.data.ledger import Ledger, LedgerLine, LedgerReport, Segment, check_exactly_once, segments
 from runner.data.loader import LoaderOptions
-from runner.data.order import Interleaving, digest_positions
+from runner.data.order import Interleaving, digest_words
 from runner.data.plan import Plan, Source
 from runner.data.stream import MapStyleStream
 from runner.storage import LocalLocation
@@ -38,13 +38,16 @@ class Bumpy:
         return index
 
 
+def digest_positions(positions: Any, indices: Any) -> int:
+    return int(digest_words(positions, indices).sum(dtype=np.uint64))
+
+
 def lines(
     plan: Plan, steps: int, *, begun: int = 0, consumed: int | None = None, bad: Sequence[int] = ()
 ) -> list[LedgerLine]:
     """The lines of real steps."""
-    stream = MapStyleStream(
-        Bumpy(plan.samples, bad), plan, loading=LoaderOptions(), device=torch.device("cpu"), substitute=bool(bad)
-    )
+    fetcher = Fetcher(Bumpy(plan.samples, bad), plan, label="train", substitute=bool(bad))
+    stream = MapStyleStream(fetcher, loading=LoaderOptions(), device=torch.device("cpu"))
     stream.consumed = begun * plan.batch_size if consumed is None else consumed
     stream.open()
     found = []
@@ -173,7 +176,7 @@ def test_a_single_position_is_reported(by: int, told: str, whole: list[LedgerLin
 def test_the_audit_does_not_depend_on_its_chunk_size(whole: list[LedgerLine], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = verdict(whole)
     for together in (1, 5, 9):
-        monkeypatch.setattr("runner.data.exactly_once.CHUNK_POSITIONS", together)
+        monkeypatch.setattr("runner.data.ledger.CHUNK_POSITIONS", together)
         assert verdict(whole) == expected
 
 

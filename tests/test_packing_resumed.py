@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.data.iterable_stream import IterableStream
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.shards.packing import PackingStream
 
@@ -17,10 +17,8 @@ DOCUMENTS = [[100 * number + token for token in range(length)] for number, lengt
 def stream(workers: int) -> IterableStream:
     return IterableStream(
         PackingStream(DOCUMENTS, length=7, separator=-1, shuffle=True, seed=3),
-        seed=1,
-        batch_size=4,
+        BatchOptions(seed=1, batch_size=4, randomness="sample"),
         micro_batches=1,
-        randomness="sample",
         loading=LoaderOptions(workers),
         device=torch.device("cpu"),
     )

@@ -89,7 +89,7 @@ def test_steps_is_the_first_step_that_finishes_so_many_epochs(tail: str) -> None
 
 
 def test_the_guarantee_names_dropped_samples() -> None:
-    assert Plan(10, 0, 4).guarantee == "each exactly once per epoch, any number of workers"
+    assert Plan(10, 0, 4).guarantee == "10 samples, 4 per step; each exactly once per epoch, any number of workers"
     assert Plan(10, 0, 4, randomness="batch").guarantee.endswith("another split into batches draws others")
     assert "(2 dropped)" in Plan(10, 0, 4, tail="drop").guarantee
 

@@ -18,11 +18,10 @@ import torch
 
 from runner.checkpoint.encoding import encode
 from runner.data import probe
-from runner.data.evaluation_data import EvaluationData
 from runner.data.fetch import Fetcher
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import MapStyleStream
+from runner.data.stream import EvaluationData, MapStyleStream
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -239,7 +238,8 @@ def test_an_impure_sample_is_reported_by_its_place() -> None:
 
 def opened(make: Callable[[int], Any], workers: int = 1, *, collate: Callable[[Any], Any] = list) -> MapStyleStream:
     loading, cpu = LoaderOptions(workers), torch.device("cpu")
-    stream = MapStyleStream(Made(make), Plan(N, 1, 2), loading=loading, device=cpu, audit=True, collate=collate)
+    fetcher = Fetcher(Made(make), Plan(N, 1, 2), label="train", collate=collate)
+    stream = MapStyleStream(fetcher, loading=loading, device=cpu, audit=True)
     stream.open()
     return stream
 
@@ -280,7 +280,8 @@ def test_no_worker_gets_a_file_that_the_look_opened(tmp_path: Path, method: str)
         LoaderOptions(2, start_method=method),
     )
     cpu = torch.device("cpu")
-    stream = MapStyleStream(data, plan, loading=loading, device=cpu, audit=True, collate=list)
+    fetcher = Fetcher(data, plan, label="train", collate=list)
+    stream = MapStyleStream(fetcher, loading=loading, device=cpu, audit=True)
     held_out = EvaluationData(
         data, seed=1, batch_size=2, randomness="sample", loading=loading, device=cpu, collate=list, audit=True
     )

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
 from runner.shards.records import Records
-from runner.shards.scan import scan
-from runner.shards.shard_manifest import save
+from runner.shards.scan import save, scan
 from runner.storage import files
 
 

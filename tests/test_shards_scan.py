@@ -17,8 +17,7 @@ from runner.errors import DataError
 from runner.shards import formats
 from runner.shards.__main__ import main
 from runner.shards.records import Records
-from runner.shards.scan import Scan, scan
-from runner.shards.shard_manifest import load, save
+from runner.shards.scan import Scan, load, save, scan
 
 
 @pytest.fixture
@@ -144,9 +143,9 @@ def long_scan(tmp_path: Path) -> tuple[Path, list[str]]:
     slow = (
         "import sys, time; from runner.shards import __main__ as command, formats\n"
         "command._SAVE_SECONDS = command._SAVE_SHARE = 0\n"
-        "count = formats.JsonLines._count\n"
-        "def slowly(self, data): time.sleep(0.02); return count(self, data)\n"
-        "formats.JsonLines._count = slowly\n"
+        "blocks = formats.JsonLines.blocks\n"
+        "def slowly(self, path, size): time.sleep(0.02); yield from blocks(self, path, size)\n"
+        "formats.JsonLines.blocks = slowly\n"
         "sys.exit(command.main(sys.argv[1:]))"
     )
     return data, [sys.executable, "-c", slow, str(data), "--out", f"{data}/shards.json", "--jobs", "2"]

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from runner.checkpoint.encoding import encode
-from runner.data.evaluation_data import EvaluationData, require_map_style
 from runner.data.fetch import Fetcher
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import MapStyleStream, to_device
+from runner.data.stream import EvaluationData, MapStyleStream, to_device
+from runner.data.training_data import require_map_style
 from runner.errors import DataError
 from runner.rng import Generators
 
@@ -82,7 +82,8 @@ class Pair(NamedTuple):
 def stream(
     loading: LoaderOptions | None = None, *, batch: int = BATCH, consumed: int = 0, **plan: Any
 ) -> MapStyleStream:
-    opened = MapStyleStream(Noisy(), Plan(N, 1, batch, **plan), loading=loading or LoaderOptions(), device=CPU)
+    fetcher = Fetcher(Noisy(), Plan(N, 1, batch, **plan), label="train")
+    opened = MapStyleStream(fetcher, loading=loading or LoaderOptions(), device=CPU)
     opened.consumed = consumed
     opened.open()
     return opened
@@ -158,7 +159,9 @@ def test_a_resume_at_any_step_goes_on_exactly(uninterrupted: list[bytes]) -> Non
         samples(killed, done)
         next(killed.step())
         saved = json.loads(json.dumps(killed.state_dict()))
-        resumed = MapStyleStream(Noisy(), Plan(N, 1, BATCH), loading=LoaderOptions(), device=CPU)
+        resumed = MapStyleStream(
+            Fetcher(Noisy(), Plan(N, 1, BATCH), label="train"), loading=LoaderOptions(), device=CPU
+        )
         resumed.load_state_dict(saved)
         assert samples(resumed, STEPS - done) == uninterrupted[done * BATCH :]
 
@@ -175,7 +178,7 @@ def test_every_sample_comes_once_per_epoch_however_a_run_is_cut() -> None:
     drawn: list[int] = []
     while len(drawn) < 20 * N:
         plan, loading = Plan(N, 1, chance.randint(1, 2 * N)), LoaderOptions(chance.choice([0, 0, 0, 1]))
-        life = MapStyleStream(Noisy(), plan, loading=loading, device=CPU)
+        life = MapStyleStream(Fetcher(Noisy(), plan, label="train"), loading=loading, device=CPU)
         life.load_state_dict(state)
         drawn += indices(life, chance.randint(0, 3))
         if chance.random() < 0.5:
@@ -249,7 +252,9 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], told: str) 
     saved = stream().state_dict()
     plan = Plan(**({"samples": N, "seed": 1, "batch_size": BATCH} | change))
     with pytest.raises(DataError, match=told) as refused:
-        MapStyleStream(Noisy(), plan, loading=LoaderOptions(), device=CPU).load_state_dict(saved)
+        MapStyleStream(Fetcher(Noisy(), plan, label="train"), loading=LoaderOptions(), device=CPU).load_state_dict(
+            saved
+        )
     assert "run.name" in str(refused.value)
 
 

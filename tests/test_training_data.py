@@ -7,7 +7,7 @@ import pytest
 import torch
 from defaults import configured as default_config
 
-from runner.data.iterable_stream import IterableStream
+from runner.data.iterable import IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
 from runner.data.order import Interleaving

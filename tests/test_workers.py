@@ -19,11 +19,11 @@ from results import results
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner import signals
-from runner.data.evaluation_data import EvaluationData
-from runner.data.iterable_stream import IterableStream
+from runner.data.fetch import Fetcher
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import MapStyleStream
+from runner.data.stream import EvaluationData, MapStyleStream
 from runner.errors import DataError
 
 USER = Path(__file__).parent / "user"
@@ -101,7 +101,7 @@ def strange(samples: list[Any]) -> Any:
 
 def training(samples: Any, loading: LoaderOptions, collate: Any = None) -> MapStyleStream:
     plan = Plan(len(samples), 1, 4, shuffle=False, randomness="off")
-    return MapStyleStream(samples, plan, loading=loading, device=CPU, collate=collate)
+    return MapStyleStream(Fetcher(samples, plan, label="train", collate=collate), loading=loading, device=CPU)
 
 
 def take(stream: MapStyleStream, steps: int) -> None:
@@ -117,16 +117,8 @@ def read_training(loading: LoaderOptions, collate: Any) -> None:
 
 
 def read_iterable(loading: LoaderOptions, collate: Any) -> None:
-    stream = IterableStream(
-        Endless(),
-        seed=1,
-        batch_size=4,
-        micro_batches=1,
-        randomness="off",
-        loading=loading,
-        device=CPU,
-        collate=collate,
-    )
+    options = BatchOptions(seed=1, batch_size=4, randomness="off", collate=collate)
+    stream = IterableStream(Endless(), options, micro_batches=1, loading=loading, device=CPU)
     stream.open()
     list(stream.step())
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
-from runner.data.evaluation_data import EvaluationData
+from runner.data.stream import EvaluationData
 from runner.errors import ConfigError, printable
 from runner.evaluation import EvaluationInterrupted
 from runner.interval import Interval

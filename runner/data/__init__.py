@@ -6,14 +6,11 @@ The way of a sample from the permutation to the batch, for a map-style data set:
     order.py                  which sample is at a place of an epoch; the only module that decides the order
     plan.py                   a position is (epoch, place); which positions make the slices of a step
     stream.py                 hands out the slices of the next step, and moves the cursor when the step is done
-    loader.py, workers.py     carry slices to worker processes and batches back
+    loader.py                 carries slices to worker processes and batches back
     fetch.py                  in a worker: indices and seeds of a slice, the samples, the collated batch
-    sandbox.py                seeds and restores the global generators around this
     probe.py                  before training: checks that a few samples depend on their position alone
-    ledger.py                 after a step: which samples it was trained on
-    exactly_once.py           what the ledger says about a whole run
+    ledger.py                 after a step: which samples it was trained on; and what this says about a whole run
 
-An iterable has no index: ``iterable.py`` makes its batches and ``iterable_stream.py`` resumes it by its own state, with
-a weaker guarantee. ``mixture.py`` joins data sets, ``training_data.py`` builds the stream that a configuration asks
-for, and ``evaluation_data.py`` reads evaluation data by the same path.
+An iterable has no index: ``iterable.py`` resumes it by its own state, with a weaker guarantee. ``mixture.py`` joins
+data sets, and ``training_data.py`` builds the stream that a configuration asks for.
 """

@@ -1,21 +1,26 @@
-"""From positions to a batch, as a pure function: the same in a worker or here, now or after a resume."""
+"""From positions to a batch, as a pure function: the same in a worker or here, now or after a resume. With the global
+random generators and the number of threads while samples are read.
+"""
 
+import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from runner import signals
 from runner.cache import LRUCache
+from runner.data.loader import remedy_for
 from runner.data.order import Indices, Words, digest_words, splitmix64
 from runner.data.plan import Plan, Slice
-from runner.data.sandbox import next_numbers, sandboxed, seed_host, seed_python_numpy
-from runner.data.workers import remedy_for
 from runner.errors import DataError
 from runner.seeds import derive
 
@@ -26,6 +31,7 @@ _BLOCK = 1024  # neighbouring positions whose indices and seeds are computed tog
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
+_BIT_GENERATOR = np.random.MT19937(0)  # numpy's, within ``private_generators``
 _SHAPES = "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
 
 
@@ -68,7 +74,19 @@ class FetchedBatch(NamedTuple):
     failure: str = ""
 
 
-class Fetcher(Dataset[FetchedBatch]):
+def seed_host(key: int) -> None:
+    """Seed python, numpy and torch on the CPU. ``rng.seed_all`` seeds the GPUs as well."""
+    seed_python_numpy(key)
+    torch.default_generator.manual_seed(key)
+
+
+def seed_python_numpy(key: int) -> None:
+    """Seed python's and numpy's global generators."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+
+
+class Fetcher(Dataset[Any]):
     """Maps slices of positions to batches.
 
     Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
@@ -79,13 +97,7 @@ class Fetcher(Dataset[FetchedBatch]):
     """
 
     def __init__(
-        self,
-        samples: Samples,
-        plan: Plan,
-        *,
-        label: str,
-        collate: Collate | None = None,
-        substitute: bool = False,
+        self, samples: Samples, plan: Plan, *, label: str, collate: Collate | None = None, substitute: bool = False
     ) -> None:
         self.samples = samples
         self.plan = plan
@@ -99,30 +111,35 @@ class Fetcher(Dataset[FetchedBatch]):
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
 
-    def __getitem__(self, piece: Slice) -> FetchedBatch:
+    def __getitem__(self, item: "Slice | Callable[[Fetcher], Any]") -> Any:
+        """The batch of a slice; for a function its result, called with this fetcher in the process that reads."""
+        return item(self) if callable(item) else self.batch(item)
+
+    def batch(self, piece: Slice) -> FetchedBatch:
+        """The batch of a slice, or why there is none."""
         with sandboxed(draws=self.plan.randomness != "off"), signals.reading():
             try:
                 rows = self._rows(piece)
             except _NoSubstituteError as error:
-                return FetchedBatch(piece.first, None, bad=(error.record,))
+                return FetchedBatch(piece.first, None, bad=error.args)
             if self.plan.randomness != "off":
                 seed_host(self._key("collate", piece))
             try:
                 batch = self.collate(rows)
             except Exception as error:
-                return FetchedBatch(piece.first, None, failure=_collate_failure(rows, piece.first, error))
+                failure = (
+                    f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
+                    f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
+                )
+                return FetchedBatch(piece.first, None, failure=failure)
             return FetchedBatch(piece.first, batch, self._digest % 2**64, tuple(self._bad))
-
-    def sample(self, index: int, key: int) -> Any:
-        """A sample drawn with the seed ``key``."""
-        return self._read(index, key, seed_host)
 
     def _rows(self, piece: Slice) -> list[Any]:
         if self.plan.randomness == "off":
-            return self._draw(piece, _seed_nothing)
+            return self._draw(piece, lambda key: None)
         if self.plan.randomness == "batch":
             seed_host(self._key("batch", piece))
-            return self._draw(piece, _seed_nothing)
+            return self._draw(piece, lambda key: None)
         if self.torch_suffices:
             # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
             # seed only torch's; if a sample has used the others, draw the slice again.
@@ -147,9 +164,7 @@ class Fetcher(Dataset[FetchedBatch]):
         return rows
 
     def _lookup(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
-        """Indices, seeds and digest words for the positions of a slice, in parts. A whole block of neighbours is
-        computed at a time, which takes hardly longer than a few of them.
-        """
+        """Indices, seeds and digest words of a slice, in parts of blocks: a whole one takes hardly longer."""
         for epoch, start, stop in self.plan.spans(piece):
             for number in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
                 first = number * _BLOCK
@@ -169,18 +184,27 @@ class Fetcher(Dataset[FetchedBatch]):
     def _row(self, position: int, index: int, key: int, seed: Callable[[int], object]) -> Any:
         """The sample of a position, or its substitute. Raises _NoSubstituteError."""
         recorded = self.substitutions.get(position)
-        try:
-            row = _require_sample(self._read(index if recorded is None else recorded, key, seed))
-        except MemoryError:
-            raise
-        except Exception as error:
-            return self._substitute(position, index, key, seed, error)
-        if recorded is not None:
-            cause = "replaced when this step was done before"
-            self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, recorded))
-        return row
+        cause = "" if recorded is None else "replaced when this step was done before"
+        attempts = range(MAX_SUBSTITUTES if self.substitute else 0)
+        others = (derive("substitute", key, attempt) % self.plan.samples for attempt in attempts)
+        failed = False
+        for chosen in chain([index if recorded is None else recorded], others):
+            try:
+                row = self.sample(chosen, key, seed)
+                if row is None:
+                    raise ValueError("__getitem__ returned None; expected a sample")
+            except MemoryError:
+                raise
+            except Exception as error:
+                cause, failed = cause if failed else _traceback(error), True
+                continue
+            if cause:
+                self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, chosen))
+            return row
+        raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
 
-    def _read(self, index: int, key: int, seed: Callable[[int], object]) -> Any:
+    def sample(self, index: int, key: int, seed: Callable[[int], object] = seed_host) -> Any:
+        """A sample, drawn after ``seed(key)``. The read is repeated after an error that may pass."""
         for pause in (*_RETRY_PAUSES, None):
             seed(key)
             try:
@@ -191,27 +215,12 @@ class Fetcher(Dataset[FetchedBatch]):
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _substitute(self, position: int, index: int, key: int, seed: Callable[[int], object], error: Exception) -> Any:
-        location, text = sample_name(self.samples, index), _traceback(error)
-        for attempt in range(MAX_SUBSTITUTES if self.substitute else 0):
-            other = derive("substitute", key, attempt) % self.plan.samples
-            try:
-                row = _require_sample(self._read(other, key, seed))
-            except Exception:
-                continue
-            self._bad.append(BadRecord(position, index, location, text, other))
-            return row
-        raise _NoSubstituteError(BadRecord(position, index, location, text, None))
-
     def _key(self, purpose: str, piece: Slice) -> int:
         return derive(f"{self.label} {purpose}", self.plan.seed, piece.first)
 
 
 class _NoSubstituteError(Exception):
-    """A bad record without a substitute. The training process gets the record, not a worker's traceback."""
-
-    def __init__(self, record: BadRecord) -> None:
-        self.record = record
+    """Its argument is a bad record without a substitute. The training process gets it, not a worker's traceback."""
 
 
 def sample_name(samples: Samples, index: int) -> str:
@@ -222,43 +231,66 @@ def sample_name(samples: Samples, index: int) -> str:
 
 def bad_record_error(record: BadRecord, samples: Samples, *, remedy: str) -> DataError:
     """The error for a bad record that ends the run."""
-    return DataError(
-        f"{record.location} of {type(samples).__qualname__} cannot be read (position {record.position}):\n"
-        f"{record.error}\n{remedy}"
-    )
-
-
-def _collate_failure(rows: list[Any], first: int, error: Exception) -> str:
-    return (
-        f"the {len(rows)} samples from position {first} on cannot be collated to a batch:\n{_traceback(error)}\n"
-        f"{remedy_for(error) or _SHAPES}"
-    )
+    place = f"{record.location} of {type(samples).__qualname__}"
+    return DataError(f"{place} cannot be read (position {record.position}):\n{record.error}\n{remedy}")
 
 
 def _traceback(error: Exception) -> str:
     """An exception and the lines of the user's code that led to it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    lines = traceback.format_list(frames) + traceback.format_exception_only(error)
-    return "".join(lines).rstrip()
-
-
-def _require_sample(row: Any) -> Any:
-    if row is None:
-        raise ValueError("__getitem__ returned None; expected a sample")
-    return row
+    return "".join(traceback.format_list(frames) + traceback.format_exception_only(error)).rstrip()
 
 
 def _retry_pauses(error: Exception) -> Sequence[float]:
     """Pauses before further reads: none after an error of the data, one where the cause cannot be told."""
     if isinstance(error, _LASTING):
         return ()
-    package = type(error).__module__.split(".")[0]
-    if isinstance(error, ConnectionError | TimeoutError) or package in _NETWORK_CLIENTS:
-        return _RETRY_PAUSES
-    if isinstance(error, OSError) and error.errno:
+    system_error = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno)
+    if system_error or type(error).__module__.split(".")[0] in _NETWORK_CLIENTS:
         return _RETRY_PAUSES
     return _RETRY_PAUSES[:1] if type(error) is OSError else ()
 
 
-def _seed_nothing(key: int) -> None:
-    pass
+@contextmanager
+def sandboxed(*, draws: bool) -> Iterator[None]:
+    """Read samples as a worker process does: on one thread, and, if they draw, without a trace in the generators."""
+    if get_worker_info() is not None:
+        yield
+        return
+    with one_thread(), private_generators() if draws else nullcontext():
+        yield
+
+
+def next_numbers() -> tuple[int, bytes]:
+    """The next numbers of python's and numpy's generators, which this call advances."""
+    return random.getrandbits(64), np.random.bytes(8)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread, as in a worker process, because float sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    if threads == 1:  # even setting the same number makes later convolutions slower by some per cent
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def private_generators() -> Iterator[None]:
+    """Restore the global generators of python, numpy and torch on the CPU after the block."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    generator = get_bit_generator()
+    set_bit_generator(_BIT_GENERATOR)  # faster by 60 us than restoring the state of the old one
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        set_bit_generator(generator)
+        if numpy["has_gauss"]:  # changing generators loses the stored gaussian
+            np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)

@@ -1,14 +1,22 @@
-"""The batches of a user's iterable, pass after pass, made where the iterable is read: in a worker or in this process.
+"""Training on a user's iterable, which resumes by its own state: a weaker guarantee than for map-style data.
 
-The user's state is loaded only if it was taken inside a pass, between two samples, because at the beginning and the end
-of a pass the state of many data sets is wrong. So up to a batch of samples is read again after a resume; without a
-state, the whole pass up to there.
+``IterableBatches`` makes the batches where the iterable is read: in a worker or in this process. The user's state is
+loaded only if it was taken inside a pass, between two samples, because at the beginning and the end of a pass the state
+of many data sets is wrong. So up to a batch of samples is read again after a resume; without a state, the whole pass up
+to there.
+
+Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
+``IterableDataset.shuffle`` leaves its buffer out of the state, so that a resume loses and repeats samples, and with
+``buffer_size=1`` workers fail to load the state (an IndexError). With ``data.replay`` all of these are exact.
 """
 
+import logging
 import math
+import multiprocessing
+import time
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,73 +28,53 @@ from tqdm import tqdm
 
 from runner import signals
 from runner.activity import doing
-from runner.data.fetch import Collate
-from runner.data.order import splitmix64_int
-from runner.data.probe import content_digest
-from runner.data.sandbox import private_generators, sandboxed, seed_host
+from runner.data.fetch import Collate, private_generators, sandboxed, seed_host
+from runner.data.ledger import LedgerLine
+from runner.data.loader import Loader, LoaderOptions
+from runner.data.order import splitmix64
+from runner.data.probe import content_digest, hash_content
+from runner.data.stream import StepSamples, TrainingStream, stateful, to_device
 from runner.errors import DataError, RunnerError
+from runner.hashing import content_hasher
 from runner.seeds import derive
+
+_log = logging.getLogger("runner")
 
 _LARGE = 10_000  # items of an attribute; a larger one is data, which copies may share
 _PLAIN_TYPES = (str, int, float, bool, torch.Tensor, type(None))
 _NUMPY = "numpy"  # key of the dict that stands for a number or an array of numpy
 _NUMERIC_KINDS = "biufcmM"  # of numpy dtypes
+_END = object()
 
 
-def stateful(thing: Any) -> bool:
-    """Whether an object has ``state_dict`` and ``load_state_dict``."""
-    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
-
-
-def duplicate(samples: Any) -> Any:
-    """A copy that can be read without a change to the original. They share only large data."""
-    values = getattr(samples, "__dict__", {}).values()
-    shared: list[Any] = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _LARGE]
-    arrays = [value for value in values if isinstance(value, np.ndarray | torch.Tensor)]
-    shared += [array for array in arrays if math.prod(array.shape) > _LARGE]
-    return deepcopy(samples, {id(value): value for value in shared})
-
-
-def iterator(samples: Any) -> Any:
-    """An iterator over a copy, because the call of ``iter`` may change the object that workers get. Reads no sample."""
-    try:
-        samples = duplicate(samples)
-    except Exception:  # an open file, a lock
-        with suppress(Exception):
-            samples = copy(samples)
-    return iter(samples)
-
-
-def pack_numpy(value: Any) -> Any:
-    """A state with numbers and arrays of numpy as plain values."""
+def pack_state(value: Any) -> Any:
+    """A state with numpy's numbers and arrays as plain values. Raises DataError for what cannot be saved."""
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in _NUMERIC_KINDS:
         shape = [*value.shape] if isinstance(value, np.ndarray) else None
         return {_NUMPY: value.dtype.str, "shape": shape, "bytes": value.tobytes().hex()}
-    if type(value) is dict:
-        return {key.item() if isinstance(key, np.generic) else key: pack_numpy(item) for key, item in value.items()}
-    return type(value)(map(pack_numpy, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, dict):
+        plain = ((key.item() if isinstance(key, np.generic) else key, item) for key, item in value.items())
+        packed = {pack_state(key): pack_state(item) for key, item in plain}
+        return packed if type(value) is dict else value
+    if isinstance(value, list | tuple):
+        items = [pack_state(item) for item in value]
+        return type(value)(items) if type(value) in (list, tuple) else value
+    if not isinstance(value, _PLAIN_TYPES):
+        raise DataError(
+            f"its state_dict holds a {type(value).__qualname__}, which cannot be saved; it may hold tensors, numbers "
+            "and arrays of numpy, str, int, float, bool, None, and dicts, lists and tuples of them"
+        )
+    return value
 
 
-def unpack_numpy(value: Any) -> Any:
-    """The inverse of ``pack_numpy``; the result shares nothing with ``value``."""
+def unpack_state(value: Any) -> Any:
+    """The inverse of ``pack_state``; the result shares nothing with ``value``."""
     if type(value) is dict and value.keys() == {_NUMPY, "shape", "bytes"}:
         array = np.frombuffer(bytearray.fromhex(value["bytes"]), value[_NUMPY])
         return array[0] if value["shape"] is None else array.reshape(value["shape"])
     if type(value) is dict:
-        return {key: unpack_numpy(item) for key, item in value.items()}
-    return type(value)(map(unpack_numpy, value)) if type(value) in (list, tuple) else deepcopy(value)
-
-
-def unsupported_type(value: Any) -> str | None:
-    """The name of the first type in a state that a checkpoint cannot hold."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        return next((kind for item in value if (kind := unsupported_type(item))), None)
-    return None if isinstance(value, _PLAIN_TYPES) else type(value).__qualname__
-
-
-_END = object()
+        return {key: unpack_state(item) for key, item in value.items()}
+    return type(value)(map(unpack_state, value)) if type(value) in (list, tuple) else deepcopy(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +91,7 @@ class BatchOptions:
 
 
 class Batch(NamedTuple):
-    """``size`` collated samples. ``reread`` samples were read before them to resume. With a ``failure`` there are no
-    samples.
-    """
+    """``size`` collated samples, none with a ``failure``. ``reread`` samples were read before them to resume."""
 
     size: int
     content: Any
@@ -163,25 +149,22 @@ class IterableBatches(IterableDataset[Batch]):
 
     def __next__(self) -> Batch:
         with sandboxed(draws=self.options.randomness != "off"), signals.reading():
-            batch = self._batch_or_failure()
+            try:
+                batch = self._batch()
+            except Exception as error:  # of the user's code
+                where = f"data.train (a {type(self.samples).__qualname__}), item {self._item} of pass {self._entered}"
+                where += f" in worker {self._worker}" if get_worker_info() is not None else ""
+                cause = str(error)
+                if not isinstance(error, RunnerError):
+                    lines = "".join(traceback.format_exception(error)).rstrip()
+                    cause = f"{type(error).__name__}: {error}. Mend the data set:\n{lines}"
+                return Batch(0, None, failure=f"{where}: {cause}")
         if batch is None:
             raise StopIteration
         return batch
 
-    def _batch_or_failure(self) -> Batch | None:
-        """The next batch, or a failure of the user's code with its traceback; None at the end of the pass."""
-        try:
-            return self._batch()
-        except Exception as error:
-            where = f"data.train (a {type(self.samples).__qualname__}), item {self._item} of pass {self._entered}"
-            if get_worker_info() is not None:
-                where += f" in worker {self._worker}"
-            if isinstance(error, RunnerError):
-                return Batch(0, None, failure=f"{where}: {error}")
-            lines = "".join(traceback.format_exception(error)).rstrip()
-            return Batch(0, None, failure=f"{where}: {type(error).__name__}: {error}. Mend the data set:\n{lines}")
-
     def _batch(self) -> Batch | None:
+        """The next batch; None at the end of the pass."""
         reread = self._begin() if self._rows is None else 0
         rows: list[Any] = []
         while len(rows) < self.options.batch_size and (row := self._draw()) is not _END:
@@ -212,12 +195,7 @@ class IterableBatches(IterableDataset[Batch]):
             self._place = _Place(self._entered)
             return
         parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
-        state = tuple(pack_numpy(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
-        if self._item == 1 and (kind := unsupported_type(state)):
-            raise DataError(
-                f"its state_dict holds a {kind}, which cannot be saved; it may hold tensors, numbers and arrays of "
-                "numpy, str, int, float, bool, None, and dicts, lists and tuples of them"
-            )
+        state = tuple(pack_state(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
         self._place = _Place(self._entered, since=self._item, user_state=state)
 
     def _begin(self) -> int:
@@ -225,15 +203,15 @@ class IterableBatches(IterableDataset[Batch]):
         place, self._resumed = self._place if self._resumed else _Place(self._number), False
         if not self.options.replay and self._check(self._state_sticks):
             raise DataError(
-                "after load_state_dict, every further pass begins where that state was taken, and not with its first "
-                "sample: a resumed run would leave out the other samples for ever. Let __iter__ forget the state once "
-                "it is used, or give the data set a set_epoch that forgets it, or set data.replay=true"
+                "after load_state_dict, every further pass begins where that state was taken: a resumed run would "
+                "leave out the samples before it for ever. Let __iter__ forget the state once it is used, or give the "
+                "data set a set_epoch that forgets it, or set data.replay=true"
             )
         if self.options.replay and self._check(self._pass_differs):
             raise DataError(
                 f"pass {self._number} begins with other samples when it is read again with the same seeds, so a resume "
-                "could not go on where it was. Something in it draws from a generator that the runner does not control "
-                "(of its own, or seeded by the clock); give it a seed. runtime.audit=false turns this check off"
+                "could not go on where it was. Give a seed to every generator in it that the runner does not control "
+                "(its own, or seeded by the clock). runtime.audit=false turns this check off"
             )
         self._unchecked = False
         self._enter(place)
@@ -266,10 +244,9 @@ class IterableBatches(IterableDataset[Batch]):
 
     def _state_sticks(self) -> bool:
         """Whether a loaded state affects later passes, too."""
-        first = self._copy()
+        first, resumed = self._copy(), self._copy()
         first._digest_from(_Place(0))
         state = first._place
-        resumed = self._copy()
         resumed._digest_from(state)
         resumed._draw()
         after, stuck = resumed._digest_from(_Place(1)), self._copy()._digest_from(state._replace(number=1, since=0))
@@ -277,14 +254,12 @@ class IterableBatches(IterableDataset[Batch]):
 
     def _pass_differs(self) -> bool:
         """Whether a pass that is read again begins with other samples."""
-        first, again = (
-            (batches._digest_from(_Place(self._number)), content_digest(batches._draw()))
-            for batches in (self._copy(), self._copy())
-        )
+        copies = self._copy(), self._copy()
+        first, again = ((each._digest_from(_Place(self._number)), content_digest(each._draw())) for each in copies)
         return first != again
 
     def _copy(self) -> "IterableBatches":
-        return IterableBatches(duplicate(self.samples), self.options, self.epoch_lock)
+        return IterableBatches(_duplicate(self.samples), self.options, self.epoch_lock)
 
     def _digest_from(self, place: _Place) -> str:
         """A digest of the first sample from a place on."""
@@ -302,7 +277,7 @@ class IterableBatches(IterableDataset[Batch]):
         if hasattr(self.samples, "set_epoch"):
             with self.epoch_lock:
                 self.samples.set_epoch(place.number)
-        samples_state, iterator_state = unpack_numpy(place.user_state) or (None, None)
+        samples_state, iterator_state = unpack_state(place.user_state) or (None, None)
         if samples_state is not None:
             self.samples.load_state_dict(samples_state)
         self._rows = iter(self.samples)
@@ -311,9 +286,208 @@ class IterableBatches(IterableDataset[Batch]):
 
     def _seed(self, label: str, item: int = 0) -> None:
         if self.options.randomness != "off":
-            seed_host(splitmix64_int(self._keys[label] ^ item))
+            seed_host(splitmix64(self._keys[label] ^ item))
 
     @property
     def _worker(self) -> int:
-        worker = get_worker_info()
-        return worker.id if worker is not None else 0
+        return int(getattr(get_worker_info(), "id", 0))
+
+
+class IterableStream(TrainingStream):
+    """The stream of an iterable data set. ``options.batch_size`` samples are a micro-batch.
+
+    The state is the one after the last finished step, however far workers have read ahead. ``advance`` reads one batch
+    ahead, because there is no other way to find out whether a pass has ended. With ``replay`` the iterable needs no
+    state: a resume reads the current pass again, up to its position.
+    """
+
+    epochs = 0  # finished passes
+
+    def __init__(
+        self, samples: Any, options: BatchOptions, *, micro_batches: int, loading: LoaderOptions, device: torch.device
+    ) -> None:
+        super().__init__(loading, device)
+        _require_resumable(samples, replay=options.replay)
+        self.count = 0  # samples of the current step
+        self.digest = 0  # 64 bits of their content
+        self._samples = samples
+        self._options = options
+        self._micro_batches = micro_batches
+        self._saved: Any = None  # the state of the loader after the last finished step
+        self._ahead: Batch | DataError | None = None
+        self._pass = 0  # of the batch ahead
+        self._pass_state: Any = None  # the state of the loader at its beginning
+        self._pass_is_empty = True  # so far
+        self._rereading = 0  # further batches before which a worker may have to read the pass again
+        self._end_unseen = False  # a signal came before the batch ahead could tell whether the last step ended the pass
+
+    @property
+    def guarantee(self) -> str:
+        name, workers = type(self._samples).__qualname__, self.workers
+        method = (
+            "by reading the current pass again, as if not interrupted if every pass can be repeated"
+            if self._options.replay
+            else "by its own state, as exactly as that is"
+        )
+        shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
+        return (
+            f"data.train is a {name}, an iterable: a resume goes on {method}, and only with "
+            f"runtime.num_workers={workers}{shares}. A map-style data set is resumed exactly"
+        )
+
+    def open(self) -> None:
+        self.close()
+        workers, start_method = self._loading.num_workers, self._loading.start_method
+        epoch_lock = multiprocessing.get_context(start_method).Lock() if workers else nullcontext()
+        batches = IterableBatches(self._samples, self._options, epoch_lock)
+        key = f"data.train (a {type(self._samples).__qualname__})"
+        self._loader = Loader(batches, None, self._loading, key=key, states=True)
+        if self._saved is not None:
+            self._loader.load_state_dict(deepcopy(self._saved))
+        self._pass, self._ahead = self.epochs, None
+        self._pass_is_empty = self._saved is None
+        self._rereading = max(1, workers) if self._options.replay and self._saved is not None else 0
+        self._saved = iter(self._loader).state_dict()
+
+    def ready(self) -> None:
+        """Have the next batch at hand, or the error that belongs to the step which needs this batch."""
+        try:
+            self._ahead = self._ahead or self._read()
+        except DataError as error:
+            self._ahead = error
+            self.close()  # the frames of the error refer to this stream, which may thus live on
+
+    def step(self) -> Iterator[tuple[float, Any]]:
+        self.count, content = 0, content_hasher()
+        for _ in range(self._micro_batches):
+            self.ready()
+            if isinstance(self._ahead, DataError):
+                raise self._ahead
+            batch, self._ahead = self._ahead, None
+            assert batch is not None
+            self.count += batch.size
+            hash_content(batch.content, content)
+            self.digest = content.intdigest()
+            yield 1 / self._micro_batches, to_device(batch.content, self._device)
+
+    @property
+    def step_samples(self) -> StepSamples:
+        return StepSamples(self.digest)
+
+    def advance(self, whole: StepSamples | None = None) -> None:
+        self._saved = self._loader.state_dict()
+        self.consumed += self.count
+        self.epochs_before = self.epochs
+        try:
+            with signals.at_once():
+                self._finish_pass()
+        except signals.Stopped:
+            self._end_unseen = True
+
+    def ledger_line(self, step: int) -> LedgerLine:
+        return LedgerLine(step, self.consumed - self.count, self.consumed - 1, self.digest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "opaque",
+            "workers": self._loading.num_workers,
+            "consumed": self.consumed,
+            "epochs": self.epochs,
+            "epochs_before": self.epochs_before,
+            "loader": deepcopy(self._saved),
+            **({"unseen": True} if self._end_unseen else {}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        name, workers = type(self._samples).__qualname__, self.workers
+        if state.get("kind") != "opaque":
+            raise DataError(f"data.train is a {name}, an iterable, but was map-style; restore it, or set run.name=...")
+        if state["workers"] != workers:
+            raise DataError(
+                f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "
+                "read it, so samples would be lost or repeated. Go on with runtime.num_workers="
+                f"{state['workers']}, or begin a new run with run.name=..."
+            )
+        self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
+        self._saved = state["loader"]
+        self.open()
+        if state.get("unseen"):
+            self._finish_pass()
+
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """Only the kind of data and the number of workers can be compared."""
+        same = state.get("kind") == "opaque" and state["workers"] == self.workers
+        return [] if same else ["another kind of data, or another number of workers"]
+
+    def _finish_pass(self) -> None:
+        """Read a batch ahead to see whether the pass has ended with the last step."""
+        before = self._pass
+        self.ready()
+        if self._pass > before:
+            self._saved = self._pass_state
+        self.epochs = self._pass
+
+    def _read(self) -> Batch:
+        """The next batch, from the next pass where a pass has ended."""
+        began = time.perf_counter()
+        while True:
+            rereading, self._rereading = self._rereading > 0, self._rereading - 1
+            with doing("reads again") if rereading else nullcontext():
+                batch: Batch | None = next(self._loader, None)
+            if batch is not None:
+                break
+            if self._pass_is_empty:
+                raise self._empty()
+            self._pass += 1
+            self._pass_is_empty = True
+            self._pass_state = iter(self._loader).state_dict()
+        self._pass_is_empty = False
+        waited = time.perf_counter() - began
+        self.waited += waited
+        if batch.reread and self._options.replay:
+            _log.info("data.train: read %d samples again to resume, %.1f s", batch.reread, waited)
+        if batch.failure:
+            raise DataError(batch.failure)
+        return batch
+
+    def _empty(self) -> DataError:
+        name, size = type(self._samples).__qualname__, self._options.batch_size
+        if self._pass > 0:
+            return DataError(
+                f"data.train is empty from pass {self._pass} on: this {name} yielded samples before and now none. "
+                "Expected an __iter__ that begins anew every time; mend it"
+            )
+        dropped = f", or less than a batch of {size} in each worker, which is dropped" * self._options.drop_last
+        return DataError(
+            f"data.train is empty: a {name} that yielded nothing in a whole pass{dropped}; look at files and filters"
+        )
+
+
+def _require_resumable(samples: Any, *, replay: bool) -> None:
+    """Raise DataError unless the iterable can be resumed by its state or by reading it again."""
+    name = type(samples).__qualname__
+    if not hasattr(samples, "__iter__"):
+        raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
+    if stateful(samples):
+        return
+    if hasattr(samples, "__next__"):
+        raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
+    other = samples  # a copy, because the call of iter may change the object that workers get
+    for make in (copy, _duplicate):  # a deep copy where neither an open file nor a lock prevents it
+        with suppress(Exception):
+            other = make(samples)
+    if not replay and not stateful(iter(other)):
+        raise DataError(
+            f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
+            "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
+            "data.replay=true: every resume then reads the current pass again up to there"
+        )
+
+
+def _duplicate(samples: Any) -> Any:
+    """A copy that can be read without a change to the original. They share only large data."""
+    values = getattr(samples, "__dict__", {}).values()
+    shared: list[Any] = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _LARGE]
+    arrays = [value for value in values if isinstance(value, np.ndarray | torch.Tensor)]
+    shared += [array for array in arrays if math.prod(array.shape) > _LARGE]
+    return deepcopy(samples, {id(value): value for value in shared})

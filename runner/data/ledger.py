@@ -5,17 +5,24 @@
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
 for every sample that could not be read. Nothing is ever removed: if a step is repeated after a kill, both lines stay,
-and they must be equal.
+and they must be equal. ``check_exactly_once`` reconstructs the order of the samples from the stored plan, and counts a
+line only if its digest is the digest of the samples at its positions.
 """
 
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from runner.data.order import Indices, digest_pieces, equal_runs, group_rows
+from runner.data.plan import Plan
 from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
 from runner.plain import parse, parse_object
@@ -32,6 +39,12 @@ _MAX_SEGMENT = 64 << 20  # bytes
 _MAX_PLAN = 256 << 20  # bytes
 _MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
+
+# A ledger may be damaged or hostile, so the work is limited.
+CHUNK_POSITIONS = 1 << 18  # positions that are checked together
+_MAX_EPOCHS = 1 << 16  # in a step
+_MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the check stops
+_EPOCH_COST = 256  # an epoch costs as much work as so many positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +77,7 @@ class Segment:
 
 
 class Ledger:
-    """Writes the lines of an attempt, and compares them with the lines of earlier attempts. With ``accept``, a repeated
-    step may have other samples; both lines stay.
-    """
+    """Writes the lines of an attempt and compares them with earlier ones; with ``accept`` they may differ."""
 
     def __init__(
         self, location: Location, *, attempt: int, recipe: dict[str, Any], grouping: int, accept: bool = False
@@ -93,8 +104,20 @@ class Ledger:
 
     def add(self, line: LedgerLine) -> None:
         """Record a step. Raises DataError if an earlier attempt trained it on other samples."""
-        if self._earlier:
-            self._compare(line)
+        earlier, attempt = self._earlier.pop(line.step, (line, 0))
+        if earlier != line:
+            difference = (
+                f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {earlier}\n"
+                f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
+            )
+            if not self._accept:
+                raise DataError(
+                    f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
+                    "cannot be read any more. Restore the data, go on with the data of now by run.on_drift=accept, or "
+                    "begin a new run with run.name=... Nothing of this step was committed.",
+                    kind="order-changed",
+                )
+            log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
         self._journals.append(f"{line}\n".encode())
         if self._journals.size > MAX_SEGMENT_BYTES:
             self.mark(line.step)
@@ -117,23 +140,6 @@ class Ledger:
         header = json.dumps(self._header).encode() + b"\n"
         self._journals.begin(_segment_name(step, self._attempt), header)
 
-    def _compare(self, line: LedgerLine) -> None:
-        earlier, attempt = self._earlier.pop(line.step, (line, 0))
-        if earlier == line:
-            return
-        difference = (
-            f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {earlier}\n"
-            f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
-        )
-        if not self._accept:
-            raise DataError(
-                f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
-                "cannot be read any more. Nothing of this step was committed; restore the data, go on with the data of "
-                "now by run.on_drift=accept, or begin a new run with run.name=...",
-                kind="order-changed",
-            )
-        log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
-
 
 def segments(location: Location, *, after: int = -1) -> list[Segment]:
     """All segments in the order in which they were begun; with ``after`` only the segments that matter for later steps.
@@ -141,9 +147,8 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
     Left out are the segments before the first that may, by its size, reach beyond ``after``. Of segments that begin at
     the same step, one that a later attempt repeated and exceeded is left out, because both were compared then.
     """
-    sizes = {
-        (int(m[2]), int(m[1])): entry.size for entry in location.list(_FOLDER) if (m := _SEGMENT.fullmatch(entry.name))
-    }
+    names = ((_SEGMENT.fullmatch(entry.name), entry.size) for entry in location.list(_FOLDER))
+    sizes = {(int(name[2]), int(name[1])): size for name, size in names if name}
     relevant: list[tuple[int, int]] = []
     longest: dict[int, int] = {}  # by the step after which segments begin
     ends: dict[tuple[int, int], int] = {}
@@ -157,10 +162,8 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
             relevant.insert(0, (attempt, step))
         longest[step] = max(longest.get(step, 0), sizes[attempt, step])
         following = attempt, step
-    reaching = (
-        number for number, key in enumerate(relevant) if max(ends.get(key, 0), key[1] + sizes[key] // _SHORTEST) > after
-    )
-    first = next(reaching, len(relevant))
+    reach = [max(ends.get(key, 0), key[1] + sizes[key] // _SHORTEST) for key in relevant]
+    first = next((number for number, end in enumerate(reach) if end > after), len(relevant))
     return [segment for attempt, step in relevant[first:] for segment in _read(location, step, attempt)]
 
 
@@ -170,8 +173,8 @@ def substitutions(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
     for segment in segments(location):
         if segment.plan == json_digest(recipe, sort_keys=True):
             for line in segment.lines:
-                last.pop(line.step, None)
-                last |= {line.step: line.substitutions} if line.substitutions else {}
+                last.pop(line.step, None)  # so that the newest line is the last
+                last[line.step] = line.substitutions
     fields = (re.split("[:>]", text) for texts in last.values() for text in texts.split())
     return {int(position): int(substitute) for position, _, substitute in fields}
 
@@ -213,11 +216,181 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     if fields is None:
         raise ValueError(f"not a line of a ledger: {line[:80]!r}")
     step, first, last = int(fields[1]), int(fields[2]), int(fields[3])
-    replaced = [int(text.partition(":")[0]) for text in fields[5].split()]
-    if (
-        step <= after
-        or not first <= last < first + max_positions
-        or any(not first <= position <= last for position in replaced)
-    ):
+    positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
+    if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
     return LedgerLine(step, first, last, int(fields[4], 16), fields[5])
+
+
+@dataclass(slots=True)
+class _PassCounts:
+    """How often each sample of a source was seen in a pass over it; a closed pass keeps only the sums."""
+
+    first: int
+    size: int
+    counts: NDArray[np.uint16] | None
+    distinct: int = 0  # samples seen at least once, of a closed pass
+    times: int = 0
+    substituted: int = 0
+
+    def add(self, indices: Indices) -> None:
+        self.times += len(indices)
+        if self.counts is not None:
+            np.add.at(self.counts, indices - self.first, 1)
+
+    def close(self) -> None:
+        if self.counts is not None:
+            self.distinct, self.counts = int(np.count_nonzero(self.counts)), None
+
+
+_Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerReport:
+    """The verdict over a run. It holds if there are no ``problems``, which are messages."""
+
+    steps: int
+    positions: int
+    epochs: list[dict[str, Any]]  # a row for every pass over every source
+    again: dict[str, int]  # the number of repeated steps, of their positions, and of the steps that differed
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether no sample was repeated or missed, and every repeated step had the same samples."""
+        return not self.problems
+
+
+def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun: int, committed: int) -> LedgerReport:
+    """Check a run that began after step ``begun`` (0 unless it is a fork), up to its last committed step.
+
+    Without a plan (for an iterable) only the continuity of positions and the repeated steps can be checked.
+    """
+    lines, again, problems = lineage(segments, committed=committed)
+    problems += _gaps([LedgerLine(begun, 0, lines[0].first - 1 if begun and lines else -1, 0), *lines])
+    if committed > (lines[-1].step if lines else begun):
+        problems.append(f"the ledger ends before step {committed}, which is committed")
+    epochs: list[dict[str, Any]] = []
+    if plan is not None and lines:
+        passes, unproven = _count(lines, plan)
+        problems += unproven
+        epochs = [*_rows(passes, plan, lines[0].first)]
+        wrong = [row for row in epochs if row["repeated"] or row["missed"]]
+        problems += [f"epoch {row['epoch']}: {row['repeated']} repeated, {row['missed']} missed" for row in wrong]
+    positions = sum(line.last - line.first + 1 for line in lines)
+    return LedgerReport(lines[-1].step if lines else 0, positions, epochs, again, problems)
+
+
+def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[LedgerLine], dict[str, int], list[str]]:
+    """The lines that count, in order of steps; ``LedgerReport.again``; and a message for each step that differed."""
+    lines: dict[int, LedgerLine] = {}
+    undone: dict[int, tuple[LedgerLine, int]] = {}  # with the number of changes of the grouping before
+    again = {"steps": 0, "positions": 0, "differing": 0}
+    problems: list[str] = []
+    attempt = grouping = changes = 0
+    for segment in segments:
+        if segment.attempt != attempt:
+            while lines and next(reversed(lines)) > segment.step:
+                step, line = lines.popitem()
+                undone[step] = line, changes
+            changes += segment.grouping != grouping
+            attempt, grouping = segment.attempt, segment.grouping
+        for line in segment.lines:
+            if line.step in undone:
+                before, changes_before = undone[line.step]
+                again["steps"] += 1
+                again["positions"] += line.last - line.first + 1
+                if changes_before == changes and before != line:
+                    again["differing"] += 1
+                    problems.append(f"step {line.step} was done again with other samples: {before}, then {line}")
+            lines[line.step] = line
+    return [lines[step] for step in sorted(lines) if step <= committed], again, problems
+
+
+def _gaps(lines: Sequence[LedgerLine]) -> Iterator[str]:
+    for before, line in pairwise(lines):
+        if line.step != before.step + 1:
+            yield f"steps {before.step + 1} to {line.step - 1} are not in the ledger"
+        if line.first > before.last + 1:
+            yield f"positions {before.last + 1} to {line.first - 1} were passed over before step {line.step}"
+        elif line.first <= before.last:
+            yield f"positions {line.first} to {min(before.last, line.last)} were trained again in step {line.step}"
+
+
+def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]:
+    """How often every sample was seen, pass by pass, and a message for each line whose digest is wrong."""
+    order, passes, unproven, wasted, end = plan.order(), _Passes(), list[str](), 0, -1
+    for chunk in _chunks(lines, plan):
+        positions = np.concatenate([np.arange(line.first, line.last + 1) for line in chunk])
+        epochs, places = np.divmod(positions, plan.epoch_size)
+        source, pass_, index = np.empty_like(places), np.empty_like(places), np.empty_like(places)
+        for run in equal_runs(epochs):
+            epoch = int(epochs[run.start])
+            source[run], pass_[run] = order.source_passes(epoch, places[run])
+            index[run] = order(epoch, places[run])
+        ends = np.cumsum([line.last - line.first + 1 for line in chunk])
+        right = digest_pieces(positions, index, ends) == np.array([line.digest for line in chunk], dtype=np.uint64)
+        proven = np.repeat(right, np.diff(ends, prepend=0))
+        _add(passes, plan, source[proven], pass_[proven], index[proven])
+        for line, ok in zip(chunk, right, strict=True):
+            if not ok:
+                unproven.append(f"step {line.step} has other samples than the plan says: digest {line.digest:016x}")
+            for text in line.substitutions.split():
+                row = int(np.searchsorted(positions, int(text.partition(":")[0])))
+                if counts := passes.get((int(source[row]), int(pass_[row]))):
+                    counts.substituted += 1
+            wasted += 0 if ok and line.first > end else _cost(line, plan)
+            end = line.last
+        if wasted > _MAX_WASTED and chunk[-1] is not lines[-1]:
+            unproven.append(f"the steps after {chunk[-1].step} are not checked: too much is wrong before")
+            break
+    return passes, unproven
+
+
+def _cost(line: LedgerLine, plan: Plan) -> int:
+    """The work of checking a line, in positions."""
+    epochs = line.last // plan.epoch_size - line.first // plan.epoch_size + 1
+    if epochs > _MAX_EPOCHS:
+        raise ValueError(f"step {line.step} has {epochs} epochs, which no run has")
+    return line.last - line.first + 1 + _EPOCH_COST * epochs
+
+
+def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine]]:
+    chunk: list[LedgerLine] = []
+    cost = 0
+    for line in lines:
+        chunk.append(line)
+        cost += _cost(line, plan)
+        if cost >= CHUNK_POSITIONS:
+            yield chunk
+            chunk, cost = [], 0
+    if chunk:
+        yield chunk
+
+
+def _add(passes: _Passes, plan: Plan, source: Indices, pass_: Indices, index: Indices) -> None:
+    for rows in group_rows(source, pass_):
+        key = number, _ = int(source[rows[0]]), int(pass_[rows[0]])
+        if key not in passes:
+            sizes = [each.samples for each in plan.sources] or [plan.samples]
+            passes[key] = _PassCounts(sum(sizes[:number]), sizes[number], np.zeros(sizes[number], dtype=np.uint16))
+            if older := passes.get((number, key[1] - 2)):  # steps come in order, so it has ended
+                older.close()
+        passes[key].add(index[rows])
+
+
+def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
+    """A row for every pass. No sample is missed in a pass that did not begin and end here; positions show gaps."""
+    newest = dict(sorted(passes))
+    oldest = dict(sorted(passes, reverse=True)) if start else {}
+    for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):
+        counts.close()
+        row: dict[str, Any] = {"epoch": number, "seen": counts.distinct, "repeated": counts.times - counts.distinct}
+        dropped = plan.samples - plan.epoch_size
+        left = counts.size - dropped - counts.distinct
+        whole = left == 0 or oldest.get(source, -1) < number < newest[source]
+        row["missed"] = left if whole else 0
+        row |= {"dropped": dropped} if dropped else {}
+        row |= {"whole": whole, "substituted": counts.substituted}
+        yield row | ({"source": source} if plan.sources else {})

@@ -1,34 +1,53 @@
-"""Moves batches from workers to the training process: the only user of torchdata's StatefulDataLoader.
+"""Moves batches from data workers to the training process, and ends the workers. The only user of torchdata.
 
-A map-style stream does not use its state, so a plain ``torch.utils.data.DataLoader`` yields the same bytes (tested).
+A map-style stream does not use the state of torchdata's loader, so a plain ``torch.utils.data.DataLoader`` yields the
+same bytes (tested). multiprocessing drops what a worker cannot send, and the training process would wait for ever.
+torch leaves the end of workers to garbage collection and to the interpreter's exit, which may wait for ever, too. Here
+a context holds all processes and queues from their start, and ends them within some seconds whatever they do.
 """
 
+import atexit
+import errno
+import multiprocessing
+import os
+import signal
+import threading
+import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+from multiprocessing.queues import Queue
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
+from tqdm import tqdm
 
 from runner import signals
-from runner.data.workers import UnsentBatch, WorkerContext, start_worker, with_remedy
+from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError, RunnerError
 
+_END_SECONDS = 5.0  # for workers to finish their current batch
+_POLL_SECONDS = 1.0
 _EXIT_SECONDS = 5.0  # from the last sign of a worker to its exit status
+
+# torch raises from a handler of SIGCHLD wherever the training process happens to be. A dead worker is noticed in time
+# where its batch is awaited.
+signal_handling._SIGCHLD_handler_set = True
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
-    """How batches are loaded; may change between attempts.
-
-    ``num_workers`` processes (0: in this process), each with ``prefetch`` batches in flight, started by
-    ``start_method``.
+    """How batches are loaded; may change between attempts. ``num_workers`` processes (0: in this process), each with
+    ``prefetch`` batches in flight, started by ``start_method``.
     """
 
     num_workers: int = 0
@@ -46,13 +65,7 @@ class Loader:
     """
 
     def __init__(
-        self,
-        data: Dataset[Any],
-        sampler: Iterable[Any] | None,
-        options: LoaderOptions,
-        *,
-        key: str = "data.train",
-        states: bool = False,
+        self, data: Any, sampler: Any, options: LoaderOptions, *, key: str = "data.train", states: bool = False
     ) -> None:
         self._key = key
         self._context = WorkerContext(options.start_method) if options.num_workers else None
@@ -78,28 +91,18 @@ class Loader:
     def __iter__(self) -> "Loader":
         """Begin a pass. Raises DataError if workers cannot start."""
         starting = self._batches is None
-        try:
+
+        def begin() -> None:
             with without_noise():
                 self._batches = iter(self._loader)
             if self._context and starting:
                 self._context.watch(self._batches.request_end)
-            return self
-        except Exception as error:
-            reason = self._reason(error, starting=starting)
-        raise self._failure(reason)
+
+        self._result(begin, starting=starting)
+        return self
 
     def __next__(self) -> Any:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise
-        except Exception as error:
-            reason = self._reason(error)
-        else:
-            if not isinstance(batch, UnsentBatch):
-                return batch
-            reason = batch.reason
-        raise self._failure(reason)
+        return self._result(lambda: next(self._batches))
 
     def state_dict(self) -> Any:
         """The position in the pass, after the last batch."""
@@ -114,24 +117,27 @@ class Loader:
         if self._context:
             self._context.close()
 
-    def _reason(self, error: Exception, *, starting: bool = False) -> str:
-        """The cause of an error in a worker or on the way from it. Raises the runner's own errors, and any error
-        without workers.
+    def _result(self, function: Callable[[], Any], *, starting: bool = False) -> Any:
+        """What ``function`` returns. An error in a worker or on the way from it ends the workers and becomes a
+        DataError, without a cause, because the frames of a cause would keep open what has run out.
         """
-        if self._context is None or isinstance(error, RunnerError):
-            raise error
-        pipe_closed = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # its worker is about to end
-        death = self._context.death(_EXIT_SECONDS if pipe_closed else 0.0)
-        return death or (self._context.start_failure(error) if starting else with_remedy(error))
-
-    def _failure(self, reason: str) -> BaseException:
-        """End the workers, and return the error to raise. It has no cause, because the frames of a cause would keep
-        the files and memory open that have run out.
-        """
+        try:
+            result = function()
+            if not isinstance(result, UnsentBatch):
+                return result
+            reason = result.reason
+        except (StopIteration, RunnerError):
+            raise
+        except Exception as error:
+            if self._context is None:
+                raise
+            ending = isinstance(error, ConnectionError | FileNotFoundError | EOFError)  # its worker has closed the pipe
+            death = self._context.death(_EXIT_SECONDS if ending else 0.0)
+            reason = death or (self._context.start_failure(error) if starting else with_remedy(error))
         self.close()
         if stopped := signals.received():  # a signal to the whole process group may end workers, too
-            return signals.Stopped(stopped)
-        return DataError(f"{self._key}: {reason}")
+            raise signals.Stopped(stopped)
+        raise DataError(f"{self._key}: {reason}")
 
 
 class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
@@ -146,9 +152,7 @@ class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
 
 
 class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """An iterator whose wait for a worker is interrupted by signals, and which leaves the end of the workers to
-    ``WorkerContext``.
-    """
+    """Its wait for a worker is interrupted by signals, and ``WorkerContext`` ends its workers."""
 
     def __init__(self, loader: _StatefulLoader, state: Any) -> None:
         self._context: Any = loader.multiprocessing_context
@@ -184,3 +188,191 @@ def without_noise() -> Iterator[None]:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+class UnsentBatch(NamedTuple):
+    """In place of a batch that a worker could not send."""
+
+    reason: str  # with the remedy
+
+
+class WorkerContext(BaseContext):
+    """A multiprocessing context for one loader, which holds the processes and queues that it starts."""
+
+    def __init__(self, start_method: str | None) -> None:
+        self._base: Any = multiprocessing.get_context(start_method)
+        self.Event: Any = self._base.Event
+        self._processes: list[Any] = []
+        self._queues: list[_Queue] = []
+        self._closed = threading.Event()
+        self._request_end: Callable[[], Any] | None = None
+
+    def get_start_method(self, allow_none: bool = False) -> str:
+        return str(self._base.get_start_method(allow_none))
+
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
+        self._processes.append(self._base.Process(*args, **kwargs))
+        return self._processes[-1]
+
+    def Queue(self, maxsize: int = 0) -> "Queue[Any]":  # noqa: N802
+        self._queues.append(_Queue(maxsize, ctx=self._base))
+        return self._queues[-1]
+
+    def watch(self, request_end: Callable[[], Any]) -> None:
+        """All workers have started, and ``request_end`` asks them to end. From now on a thread wakes the training
+        process when a worker dies, because it may be reading a batch that was sent in half.
+        """
+        self._request_end = request_end
+        _open_contexts.add(self)
+        threading.Thread(target=self._watch, name="workers", daemon=True).start()
+
+    def death(self, seconds: float = 0.0) -> str | None:
+        """How a worker died, with the remedy; None if all are alive for ``seconds``."""
+        wait([process.sentinel for process in self._started], seconds)
+        for number, process in enumerate(self._started):
+            if not process.is_alive():
+                return f"data worker {number} (pid {process.pid}) {_exit_message(process.exitcode)}"
+        return None
+
+    def start_failure(self, error: BaseException) -> str:
+        """The message for an error in starting workers."""
+        if remedy_for(error) != _PICKLED:
+            return f"data workers cannot start: {with_remedy(error)}"
+        return (
+            f"the data set or its collate function cannot be sent to data workers, as runtime.start_method="
+            f"{self.get_start_method()} requires: {error}. Define functions and classes at the top of a module (no "
+            "lambda), open files at the first read, or use runtime.start_method=fork or runtime.num_workers=0."
+        )
+
+    def close(self) -> None:
+        """Ask all processes to end, and kill those that are alive after some seconds."""
+        self._closed.set()
+        _open_contexts.discard(self)
+        alive = [process for process in self._started if process.is_alive()]
+        if self._request_end is not None and len(alive) == len(self._started):  # a dead one may have left locks behind
+            threading.Thread(target=self._request_end, daemon=True).start()
+            _await_exit(alive)
+        for process in alive:
+            if process.is_alive():
+                process.kill()
+        _await_exit(alive)
+        for queue in self._queues:
+            queue.cancel_join_thread()
+            queue.close()
+        self._queues, self._processes, self._request_end = [], [], None
+
+    @property
+    def _started(self) -> list[Any]:
+        return [process for process in self._processes if process.pid is not None]
+
+    def _watch(self) -> None:
+        sentinels = [process.sentinel for process in self._started]
+        while not self._closed.is_set():
+            # A signal to the whole process group may end the server of forkserver, and with it the view of its
+            # children, shortly before it reaches this process: so some time passes before a death is believed.
+            if wait(sentinels, _POLL_SECONDS) and not self._closed.wait(_POLL_SECONDS):
+                signals.wake()
+
+
+class _Queue(Queue):  # type: ignore[type-arg]
+    """A queue whose feeder thread sends a reason in place of what it cannot send."""
+
+    def _on_queue_feeder_error(self, error: Exception, message: Any) -> None:
+        if get_worker_info() is None:
+            Queue._on_queue_feeder_error(error, message)  # type: ignore[attr-defined]
+        else:
+            self.put(_replacement(error, message))
+
+
+def start_worker(number: int) -> None:
+    """The first action of a data worker."""
+    signals.ignore()  # the training process decides when to stop
+    write_stacks_on_request()  # of the watchdog of a stalled run
+    tqdm.set_lock(threading.RLock())  # a killed process would leave the lock that all processes share locked
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def remedy_for(error: BaseException) -> str:
+    """What helps where memory, files, processes or pickling are the cause of an error; empty for other causes."""
+    text, number = str(error).lower(), getattr(error, "errno", None)
+    for fragments, numbers, remedy in _REMEDIES:
+        if number in numbers or any(fragment in text for fragment in fragments):
+            return remedy
+    return _MEMORY if isinstance(error, MemoryError) else ""
+
+
+def with_remedy(error: BaseException) -> str:
+    """An error and its remedy."""
+    return f"{type(error).__name__}: {error}. {remedy_for(error)}".rstrip()
+
+
+def _replacement(error: Exception, message: Any) -> Any:
+    """The message to the loader in place of one that cannot be sent. Ends the process if there is none."""
+    reason = f"a data worker cannot send what it has read: {with_remedy(error)}"
+    if isinstance(message, tuple) and len(message) == 2:
+        request, answer = message
+        if hasattr(answer, "initial_state"):  # to the start, or to a new pass
+            failure = ExceptionWrapper((DataError, DataError(reason), None))  # type: ignore[no-untyped-call]
+            return request, replace(answer, initial_state=failure)
+        if isinstance(answer, tuple) and len(answer) == 3 and not isinstance(answer[0], UnsentBatch):
+            return request, (UnsentBatch(reason), answer[1], None)
+    print(reason, flush=True)
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the training process is gone, even in the middle of a sample. The parent of a process of
+    forkserver is the server, which lives as long as its children; the sentinel of a forked process is held open by its
+    younger siblings.
+    """
+    training = multiprocessing.parent_process()
+    assert training is not None
+    parents = {training.pid, os.getppid()}
+    while os.getppid() in parents and training.is_alive():
+        wait([training.sentinel], _POLL_SECONDS)
+    os._exit(1)
+
+
+def _exit_message(code: int) -> str:
+    if code >= 0:
+        return f"ended with status {code}; its output is above. If no process or thread could be started: {_THREADS}"
+    name = signal.Signals(-code).name
+    if name == "SIGKILL":
+        return f"was ended by {name}, as the system does where memory runs out. {_MEMORY}"
+    if name == "SIGBUS":
+        return f"was ended by {name}: too little shared memory. {_SHARED}"
+    return f"was ended by {name}; runtime.num_workers=0 and python -X faulthandler may show where"
+
+
+def _await_exit(processes: list[Any]) -> None:
+    """Wait some seconds until all have ended. Not by their sentinels, which their own children may hold open."""
+    until = time.monotonic() + _END_SECONDS
+    while any(process.is_alive() for process in processes) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+_FEWER = "a smaller runtime.prefetch, fewer runtime.num_workers or 0 help as well"
+_SHARED = f"Give it more shared memory (docker run --shm-size=8g; /dev/shm holds the batches in flight); {_FEWER}."
+_MEMORY = f"Give it more memory; {_FEWER}."
+_FILES = f"Every tensor of a batch in flight is an open file: raise the limit with ulimit -n 65536; {_FEWER}."
+_THREADS = "Raise the limit of processes and threads (ulimit -u, pids of a container), or set runtime.num_workers=0."
+_PICKLED = (
+    "A batch from a data worker is pickled: let the data set and data.collate give tensors, arrays and plain values, "
+    "of classes at the top of a module, no functions, generators or open files, or set runtime.num_workers=0."
+)
+_REMEDIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str], ...] = (
+    (("too many open files", "ancillary data"), (errno.EMFILE, errno.ENFILE), _FILES),
+    (("cannot allocate memory", "can't allocate memory"), (errno.ENOMEM,), _MEMORY),
+    (("shared memory", "(shm)"), (errno.ENOSPC,), _SHARED),
+    (("can't start new thread", "resource temporarily unavailable"), (errno.EAGAIN,), _THREADS),
+    (("requires_grad",), (), "Call detach() on tensors of a batch, or set runtime.num_workers=0."),
+    (("pickl", "local object"), (), _PICKLED),  # "local object" from Python 3.12 on
+)
+_open_contexts: set[WorkerContext] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close open loaders. At exit multiprocessing would wait for ever for workers, which do not obey its SIGTERM."""
+    for context in [*_open_contexts]:
+        context.close()

@@ -30,6 +30,7 @@ class Mixture:
         empty = [name for name, source in sources.items() if len(source) == 0]
         if empty:
             raise ConfigError(f"source {empty[0]} of the mixture is empty; take it out or give it samples")
+        self.fingerprint = " ".join(str(getattr(source, "fingerprint", "")) for source in self.sources).strip()
         self._ends = np.cumsum([len(source) for source in self.sources])
 
     def __len__(self) -> int:
@@ -45,11 +46,6 @@ class Mixture:
         locate = getattr(self.sources[source], "locate", None)
         return f"source {self.names[source]}, {locate(within) if locate else f'sample {within}'}"
 
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprints of the sources that have one."""
-        return " ".join(str(getattr(source, "fingerprint", "")) for source in self.sources).strip()
-
     def hold(self, windows: int, window: int) -> None:
         """Tell the sources how many windows of consecutive samples are read in turn."""
         for source in self.sources:
@@ -64,9 +60,7 @@ class Mixture:
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:
-    """Weights rounded to thousandths by largest remainders, as integers in lowest terms. Raises ConfigError for a
-    weight that is not positive or rounds to nothing.
-    """
+    """Weights in thousandths, by largest remainders, in lowest terms. Raises ConfigError for one that becomes 0."""
     total = sum(weights)
     if not all(weight > 0 for weight in weights) or not total < float("inf"):
         raise ConfigError(f"the weights of a mixture are positive numbers, not {', '.join(map(str, weights))}")
@@ -76,7 +70,5 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: _RESOLUTION - sum(whole)]:
         whole[i] += 1
     if not all(whole):
-        raise ConfigError(
-            f"a weight of {min(weights)} in {total} is less than one part in {_RESOLUTION}; leave that source out"
-        )
+        raise ConfigError(f"a weight of {min(weights)} in {total} is less than one part in {_RESOLUTION}; leave it out")
     return [part // gcd(*whole) for part in whole]

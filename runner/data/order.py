@@ -13,7 +13,9 @@ Integer arithmetic only, frozen by golden tests: an upgrade of a library must no
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from runner.seeds import derive
 
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Word = TypeVar("Word", int, Words)
 
 LARGEST_SORTED = 1 << 16  # samples; a larger epoch is never held as a list
 _ROUNDS = 6  # of the Feistel network
@@ -40,9 +43,7 @@ class Order(ABC):
         """Sample indices of shape [k] for places of shape [k]."""
 
     def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """For each place the number of its source, and of the pass over this source; both of shape [k]. With a single
-        source, an epoch is a pass.
-        """
+        """The source of each place, and the pass over this source, both of shape [k]. An epoch is a pass over one."""
         return np.zeros_like(places), np.full_like(places, epoch)
 
 
@@ -104,16 +105,20 @@ class WindowOrder(Order):
     def __call__(self, epoch: int, places: Indices) -> Indices:
         stream, offset = self._deinterleave(places)
         concatenated = self._borders[stream] + self._permute(epoch, stream, offset)
-        order, ends = self._concatenated.get(epoch, lambda: self._concatenate(epoch))
+
+        def concatenate() -> tuple[Indices, Indices]:
+            """The order of the shards, and where each ends when they are concatenated in this order."""
+            order = permutation(len(self._shards), "shards", self._seed, epoch)
+            return order, np.cumsum(self._shards[order])
+
+        order, ends = self._concatenated.get(epoch, concatenate)
         number = np.searchsorted(ends, concatenated, side="right")
         shard = order[number]
         indices: Indices = self._first[shard] + concatenated - (ends[number] - self._shards[shard])
         return indices
 
     def _deinterleave(self, places: Indices) -> tuple[Indices, Indices]:
-        """The stream of each place and the offset in this stream. The remainders of the streams after the last whole
-        round come at the end, stream by stream.
-        """
+        """Stream and offset in it of each place. What is left after the last whole round comes at the end."""
         count, chunk = self._interleaving.count, self._interleaving.chunk
         rounds = self.size // count // chunk
         turn, within = np.divmod(places, chunk)
@@ -140,11 +145,6 @@ class WindowOrder(Order):
         size = self._interleaving.window
         length = int(self._borders[stream + 1] - self._borders[stream]) - window * size  # the last one may be shorter
         return self._windows.get(key, lambda: permutation(min(size, length), "window", self._seed, *key))
-
-    def _concatenate(self, epoch: int) -> tuple[Indices, Indices]:
-        """The order of the shards, and where each ends when they are concatenated in this order."""
-        order = permutation(len(self._shards), "shards", self._seed, epoch)
-        return order, np.cumsum(self._shards[order])
 
 
 class MixtureOrder(Order):
@@ -179,24 +179,22 @@ class MixtureOrder(Order):
         """(source, pass over it, place in this pass), each of shape [k]."""
         block, slot = np.divmod(epoch * self.size + places, int(self._shares.sum()))
         source, before = np.empty_like(slot), np.empty_like(slot)
-        for run in equal_runs(block):
-            sources, ranks = self._block(int(block[run.start]))
-            source[run], before[run] = sources[slot[run]], ranks[slot[run]]
-        pass_, place = np.divmod(block * self._shares[source] + before, np.diff(self._first)[source])
-        return source, pass_, place
 
-    def _block(self, block: int) -> tuple[Indices, Indices]:
-        """The source of every slot of a block, and how many slots before it have the same source."""
-
-        def make() -> tuple[Indices, Indices]:
-            order = permutation(int(self._shares.sum()), "mixture", self._seed, block)
+        def draw_block(number: int) -> tuple[Indices, Indices]:
+            """The source of every slot of a block, and how many slots before it have the same source."""
+            order = permutation(int(self._shares.sum()), "mixture", self._seed, number)
             sources = np.searchsorted(np.cumsum(self._shares), order, side="right").astype(np.int64)
             ranks = np.empty_like(sources)
             for rows in group_rows(sources):
                 ranks[rows] = np.arange(len(rows))
             return sources, ranks
 
-        return self._blocks.get(block, make)
+        for run in equal_runs(block):
+            number = int(block[run.start])
+            sources, ranks = self._blocks.get(number, partial(draw_block, number))
+            source[run], before[run] = sources[slot[run]], ranks[slot[run]]
+        pass_, place = np.divmod(block * self._shares[source] + before, np.diff(self._first)[source])
+        return source, pass_, place
 
 
 class BudgetOrder(Order):
@@ -217,10 +215,8 @@ class BudgetOrder(Order):
             raise DataError(f"sample {int(lengths.argmin())} has a length of {lengths.min()}; lengths count tokens")
         longest = int(lengths.argmax())
         if lengths[longest] > max_tokens:
-            raise DataError(
-                f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}; "
-                "cut or leave out such samples, or raise the budget"
-            )
+            length = f"sample {longest} has {lengths[longest]} tokens, more than data.max_tokens={max_tokens}"
+            raise DataError(f"{length}; cut or leave out such samples, or raise the budget")
         self.size = order.size
         self._order = order
         self._lengths = lengths
@@ -324,16 +320,8 @@ def _murmur(words: Words, key: np.uint64) -> Words:
     return mixed
 
 
-# What the ledger says of the samples of a step: 64 bits that add up over any division of the positions.
-
-
-def digest_positions(positions: Indices, indices: Indices) -> int:
-    """64 bits that say which samples are at these positions. The digest of a union is the sum, modulo 2^64."""
-    return int(digest_words(positions, indices).sum(dtype=np.uint64))
-
-
 def digest_words(positions: Indices, indices: Indices) -> Words:
-    """The summand of each position."""
+    """64 bits for each position and the sample there. The digest of several is their sum, modulo 2^64."""
     return splitmix64(splitmix64(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
 
 
@@ -343,22 +331,13 @@ def digest_pieces(positions: Indices, indices: Indices, ends: Indices) -> Words:
     return np.diff(sums, prepend=np.uint64(0)).astype(np.uint64)
 
 
-_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _64_BITS = 2**64 - 1
 
 
-def splitmix64_int(word: int) -> int:
-    """``splitmix64`` of a single word, for which numpy is slow."""
-    word = (word + _GAMMA) & _64_BITS
-    word = ((word ^ (word >> 30)) * _FIRST) & _64_BITS
-    word = ((word ^ (word >> 27)) * _SECOND) & _64_BITS
-    return word ^ (word >> 31)
-
-
-def splitmix64(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for every word."""
-    words = words + np.uint64(_GAMMA)  # integer arrays wrap around without a warning
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(_FIRST)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(_SECOND)
-    mixed: Words = words ^ (words >> np.uint64(31))
-    return mixed
+def splitmix64(word: Word) -> Word:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014) for a word, or for every word of an array."""
+    mixed: Any = (word + 0x9E3779B97F4A7C15) & _64_BITS
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    result: Word = mixed ^ (mixed >> 31)
+    return result

@@ -1,11 +1,10 @@
-"""Positions, epochs and steps: which positions make a step, and which place of which epoch a position is. The order
-(``order.py``) has the sample of each place.
-"""
+"""Positions, epochs and steps: which positions make a step, and which place of which epoch a position is."""
 
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -76,15 +75,11 @@ class Plan:
                     f"its length is {samples}. Mend the attribute, or rename it, or set data.streams.count=0"
                 )
         if self.tail == "drop" and self.samples < self.batch_size:
-            raise DataError(
-                f"data.tail=drop drops every sample: there are {self.samples}, data.batch_size={self.batch_size}. "
-                "Use data.tail=carry or a smaller batch."
-            )
+            few = f"there are {self.samples}, data.batch_size={self.batch_size}"
+            raise DataError(f"data.tail=drop drops every sample: {few}. Use data.tail=carry or a smaller batch.")
         if self.tail == "drop" and (self.sources or self.max_tokens):
-            raise DataError(
-                f"data.tail=drop has no meaning for {'a mixture' if self.sources else 'data.max_tokens'}, "
-                "whose batches are always whole; use data.tail=carry"
-            )
+            kind = "a mixture" if self.sources else "data.max_tokens"
+            raise DataError(f"data.tail=drop has no meaning for {kind}: batches are always whole; use data.tail=carry")
 
     @property
     def slices_per_step(self) -> int:
@@ -97,27 +92,23 @@ class Plan:
         return self.samples - self.samples % self.batch_size if self.tail == "drop" else self.samples
 
     @property
-    def portion(self) -> str:
-        """The samples of a step, for the log."""
-        if self.max_tokens is None:
-            return f"{self.batch_size} per step"
-        return f"up to {self.batch_size} per step and {self.max_tokens} tokens per micro-batch"
-
-    @property
     def guarantee(self) -> str:
         """The promise for the samples of an epoch, for the log."""
+        tokens = f" and {self.max_tokens} tokens per micro-batch" if self.max_tokens is not None else ""
+        step = f"{self.samples} samples, {'up to ' if tokens else ''}{self.batch_size} per step{tokens}"
         if self.tail == "drop":
-            return f"each at most once per epoch ({self.samples - self.epoch_size} dropped), any number of workers"
+            dropped = self.samples - self.epoch_size
+            return f"{step}; each at most once per epoch ({dropped} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
         split = "; random by batch: another split into batches draws others" if self.randomness == "batch" else ""
-        return f"{once}, any number of workers{split}"
+        return f"{step}; {once}, any number of workers{split}"
 
     def order(self) -> Order:
         """The order of samples."""
         if self.sources:
+            seeds = [derive("source", self.seed, number) for number in range(len(self.sources))]
             orders = [
-                self._source_order(source.samples, source.shards, derive("source", self.seed, number))
-                for number, source in enumerate(self.sources)
+                self._source_order(s.samples, s.shards, seed) for s, seed in zip(self.sources, seeds, strict=True)
             ]
             order: Order = MixtureOrder(orders, [source.share for source in self.sources], seed=self.seed)
         else:
@@ -135,7 +126,10 @@ class Plan:
 
     def steps(self, consumed: int, order: Order) -> Iterator[list[Slice]]:
         """The slices of all processes, step by step from position ``consumed`` on, endlessly."""
-        slices = self._budget_slices(consumed, order) if isinstance(order, BudgetOrder) else self._equal(consumed)
+        size = self.batch_size // self.slices_per_step
+        slices: Iterator[Slice] = (Slice(first, size) for first in count(consumed, size))
+        if isinstance(order, BudgetOrder):
+            slices = self._budget_slices(consumed, order)
         while True:
             yield [next(slices) for _ in range(self.slices_per_step)]
 
@@ -153,9 +147,7 @@ class Plan:
         return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """The values that must not change during a run, long lists as digests. The batch size may change with
-        ``tail=carry``, so it is left out.
-        """
+        """The values that must not change during a run, long lists as digests; with ``carry`` not the batch size."""
         return self._values(lambda numbers: hex_digest(_bytes(numbers)))
 
     def recipe(self) -> dict[str, Any]:
@@ -164,25 +156,19 @@ class Plan:
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> "Plan":
-        """A plan with the order of samples of a recipe; its batches may differ. Raises ValueError, TypeError, KeyError
-        or DataError for anything but a recipe.
-        """
+        """The plan of a recipe, except its batches. Raises ValueError, TypeError, KeyError or DataError."""
         values = {"batch_size": 1, **recipe, "micro_batches": recipe.get("slices_per_step", 1)}
         values.pop("slices_per_step", None)
-        for name in ("shards", "lengths"):
-            values[name] = _unpack(values.get(name))
-        values["sources"] = tuple(
-            Source(source["samples"], source["share"], _unpack(source.get("shards")))
-            for source in recipe.get("sources", ())
-        )
+        values |= {name: _unpack(values.get(name)) for name in ("shards", "lengths")}
+        sources = recipe.get("sources", ())
+        values["sources"] = tuple(Source(s["samples"], s["share"], _unpack(s.get("shards"))) for s in sources)
         streams = values.pop("streams", None)  # the name of the configuration
         values["interleaving"] = Interleaving(**streams) if streams is not None else None
         return cls(**values)
 
     def _values(self, encode_list: Callable[[tuple[int, ...]], str]) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            name: getattr(self, name) for name in ("samples", "seed", "shuffle", "tail", "randomness")
-        }
+        names = "samples", "seed", "shuffle", "tail", "randomness"
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.max_tokens is not None:
             values |= {"max_tokens": self.max_tokens, "lengths": encode_list(self.lengths)}
             values |= {"batch_size": self.batch_size, "slices_per_step": self.slices_per_step}
@@ -191,10 +177,7 @@ class Plan:
         if self.shards:
             values["shards"] = encode_list(self.shards)
         if self.sources:
-            values["sources"] = [
-                {"samples": source.samples, "share": source.share, "shards": encode_list(source.shards)}
-                for source in self.sources
-            ]
+            values["sources"] = [asdict(source) | {"shards": encode_list(source.shards)} for source in self.sources]
         if self.interleaving is not None:
             values["streams"] = asdict(self.interleaving)
         return values
@@ -203,12 +186,6 @@ class Plan:
         if shards and self.shuffle and self.interleaving is not None:
             return WindowOrder(shards, self.interleaving, seed=seed)
         return PermutationOrder(samples, seed=seed, shuffle=self.shuffle)
-
-    def _equal(self, consumed: int) -> Iterator[Slice]:
-        size = self.batch_size // self.slices_per_step
-        while True:
-            yield Slice(consumed, size)
-            consumed += size
 
     def _budget_slices(self, consumed: int, order: BudgetOrder) -> Iterator[Slice]:
         epoch, place = divmod(consumed, self.samples)

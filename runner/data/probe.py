@@ -11,25 +11,21 @@ reads in a process of its own.
 
 import multiprocessing
 import pickle
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import islice
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data._utils import worker
 
 from runner import signals
-from runner.data.fetch import FetchedBatch, Fetcher, sample_name
-from runner.data.loader import LoaderOptions
-from runner.data.plan import Slice
-from runner.data.sandbox import sandboxed
-from runner.data.workers import WorkerContext, start_worker, with_remedy
+from runner.data.fetch import Fetcher, sample_name, sandboxed
+from runner.data.loader import Loader, LoaderOptions
 from runner.errors import DataError, RunnerError
 from runner.hashing import hex_digest
 from runner.seeds import derive
@@ -41,97 +37,46 @@ _SAMPLES = 4
 _MAX_VALUES = 8  # of a sample, in a sketch
 _LONG = 32  # a list of more numbers is one value
 _TOLERANCE = 1e-3  # relative; the last bits of floats may differ between processors
-_POLL_SECONDS = 0.1
-_EXIT_SECONDS = 2.0
 
 
 def examine(fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train") -> Findings:
-    """The sketch of the data and, with ``audit``, the digests of the probed samples. Raises DataError if a sample
-    differs when it is drawn again.
-    """
+    """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure."""
+    request = partial(_findings, audit=audit)
     if not options.num_workers:
-        return _findings(fetcher, audit)
-    workers = WorkerContext(options.start_method)
-    if workers.get_start_method() != "fork":
-        return _findings(_as_sent(fetcher), audit)
-    answer = None
-    try:
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        with receiver, sender:
-            process = workers.Process(target=_examine_in_process, args=(fetcher, audit, sender), daemon=True)
-            process.start()
-            sender.close()
-            with signals.reading():
-                while not receiver.poll(_POLL_SECONDS) and process.is_alive():
-                    pass
-                with suppress(EOFError):
-                    answer = receiver.recv() if receiver.poll() else None
-            process.join(_EXIT_SECONDS)
-        answer = answer or DataError(f"{key}: {workers.death()}")
-    except OSError as error:
-        answer = DataError(f"{key}: {workers.start_failure(error)}")
-    finally:
-        workers.close()
-    if isinstance(answer, RunnerError):
-        raise answer
-    findings: Findings = answer
+        findings = request(fetcher)
+    elif multiprocessing.get_context(options.start_method).get_start_method() != "fork":
+        sent = copy(fetcher)  # with the data set as workers get it
+        with suppress(Exception):  # if it cannot be sent, the start of the workers will fail
+            sent.samples = pickle.loads(pickle.dumps(fetcher.samples))
+        findings = request(sent)
+    else:
+        alone = LoaderOptions(1, start_method=options.start_method)
+        with closing(Loader(fetcher, [request], alone, key=key)) as loader:
+            findings = next(iter(loader))
+    if isinstance(findings, RunnerError):
+        raise findings
     return findings
 
 
-def _findings(fetcher: Fetcher, audit: bool) -> Findings:
-    return sketch(fetcher), require_pure(fetcher) if audit else None
-
-
-def _as_sent(fetcher: Fetcher) -> Fetcher:
-    """The fetcher with a copy of the data set, as workers get it. If it cannot be sent, their start will fail."""
-    other = copy(fetcher)
-    with suppress(Exception):
-        other.samples = pickle.loads(pickle.dumps(fetcher.samples))
-    return other
-
-
-def _examine_in_process(fetcher: Fetcher, audit: bool, sender: Connection) -> None:
-    """The process that probes; it is like a data worker."""
-    start_worker(0)
-    torch.set_num_threads(1)  # other threads were lost in the fork
-    answer: Findings | RunnerError
+def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
+    """The findings, or the error that they are: torch would make another one of an error that a worker raises."""
+    worker._worker_info = None  # this process stands for the training process
     try:
-        answer = _findings(fetcher, audit)
+        return sketch(fetcher), require_pure(fetcher) if audit else None
     except RunnerError as error:
-        answer = error
-    except Exception as error:
-        traceback.print_exc()
-        answer = DataError(with_remedy(error))
-    sender.send(answer)
+        return error
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeRequest:
-    """What a worker is asked for before the first batch: the digests of these samples."""
-
-    indices: tuple[int, ...]
-
-
-class ProbedDataset(Dataset[Any]):
-    """A fetcher that also answers a ``ProbeRequest``."""
-
-    def __init__(self, fetcher: Fetcher) -> None:
-        self._fetcher = fetcher
-
-    def __getitem__(self, request: Slice | ProbeRequest) -> FetchedBatch | list[str]:
-        if isinstance(request, ProbeRequest):
-            return sample_digests(self._fetcher, request.indices)
-        return self._fetcher[request]
+def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
+    """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read."""
+    chosen = indices(len(fetcher.samples))
+    step = -1 if backwards else 1
+    return [content_digest(row) for row in _rows(fetcher, chosen[::step], label=label)][::step]
 
 
 def indices(size: int) -> tuple[int, ...]:
     """A few samples, spread over the data set."""
     return tuple(sorted({(size - 1) * i // (_SAMPLES - 1) for i in range(_SAMPLES)}))
-
-
-def sample_digests(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[str]:
-    """A digest of each chosen sample, drawn with a seed for ``label``; of its error if it cannot be read."""
-    return [content_digest(row) for row in _rows(fetcher, chosen, label=label)]
 
 
 def sketch(fetcher: Fetcher) -> Sketch:
@@ -158,40 +103,49 @@ def differences(then: Sketch, now: Sketch) -> list[str]:
 
 def require_pure(fetcher: Fetcher) -> list[str]:
     """The digests of the probed samples. Raises DataError if a sample differs when it is drawn again."""
-    chosen = indices(len(fetcher.samples))
-    digests = sample_digests(fetcher, chosen)
-    name = _first_difference(fetcher, digests, sample_digests(fetcher, chosen[::-1])[::-1])
-    if name:
-        raise DataError(
-            f"{name} is different when it is drawn again with the same seed, so a resumed run "
-            "would train on other data. It depends on something that the runner does not control: a generator of its "
-            "own (np.random.default_rng(), random.Random(), torch.Generator()), a counter or cache that changes from "
-            "call to call, the clock. Draw from python's, numpy's or torch's global generators, which are seeded for "
-            "every sample, or make it depend on the index alone; runtime.audit=false turns this check off.",
-            kind="sample-changed",
-        )
+    digests = sample_digests(fetcher)
+    _require_equal(
+        fetcher,
+        digests,
+        sample_digests(fetcher, backwards=True),
+        "is different when it is drawn again with the same seed, so a resumed run would train on other data. It "
+        "depends on something that the runner does not control: a generator of its own (np.random.default_rng(), "
+        "random.Random(), torch.Generator()), a counter or cache that changes from call to call, the clock. Draw from "
+        "python's, numpy's or torch's global generators, which are seeded for every sample, or make it depend on the "
+        "index alone",
+        kind="sample-changed",
+    )
     if fetcher.plan.randomness == "off":
-        name = _first_difference(fetcher, digests, sample_digests(fetcher, chosen, label="another"))
-        if name:
-            raise DataError(
-                f"{name} draws random numbers, and data.randomness=off seeds none, so a resumed "
-                "run would draw others. Use data.randomness=sample; runtime.audit=false turns this check off.",
-                kind="randomness-off",
-            )
+        _require_equal(
+            fetcher,
+            digests,
+            sample_digests(fetcher, label="another"),
+            "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
+            "data.randomness=sample",
+            kind="randomness-off",
+        )
     return digests
 
 
 def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], in_worker: Sequence[str]) -> None:
     """Raise DataError if a data worker read other samples than this process."""
-    name = _first_difference(fetcher, here, in_worker)
-    if name:
-        raise DataError(
-            f"{name} is different in a data worker than in this process. It depends on the "
-            "process: a generator seeded at import, the pid or worker number, hash() of a text or the order of a set, "
-            "the number of threads, a file position shared after a fork. Make it depend on the index alone; "
-            "runtime.audit=false turns this check off.",
-            kind="sample-per-process",
-        )
+    _require_equal(
+        fetcher,
+        here,
+        in_worker,
+        "is different in a data worker than in this process. It depends on the process: a generator seeded at import, "
+        "the pid or worker number, hash() of a text or the order of a set, the number of threads, a file position "
+        "shared after a fork. Make it depend on the index alone",
+        kind="sample-per-process",
+    )
+
+
+def _require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], message: str, *, kind: str) -> None:
+    """Raise DataError that names the first probed sample with two digests."""
+    for index, digest, other in zip(indices(len(fetcher.samples)), digests, others, strict=True):
+        if digest != other:
+            name = f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
+            raise DataError(f"{name} {message}; runtime.audit=false turns this check off.", kind=kind)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -283,10 +237,8 @@ def _describe(path: str, value: Any) -> list[Any]:
 def _close(old: Sequence[Any], new: Sequence[Any]) -> bool:
     if len(old) != 4 or len(new) != 4:
         return [*old] == [*new]
-    scale = max(abs(old[2]) + abs(old[3]), abs(new[2]) + abs(new[3]), 1e-12)
-    return [*old[:2]] == [*new[:2]] and all(
-        abs(a - b) <= _TOLERANCE * scale for a, b in zip(old[2:], new[2:], strict=True)
-    )
+    limit = _TOLERANCE * max(abs(old[2]) + abs(old[3]), abs(new[2]) + abs(new[3]), 1e-12)
+    return [*old[:2]] == [*new[:2]] and abs(old[2] - new[2]) <= limit and abs(old[3] - new[3]) <= limit
 
 
 def _text(described: Sequence[Any]) -> str:
@@ -295,9 +247,23 @@ def _text(described: Sequence[Any]) -> str:
     return " ".join(map(str, described[1:]))
 
 
-def _first_difference(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str]) -> str | None:
-    """The name of the first probed sample with two digests."""
-    for index, digest, other in zip(indices(len(fetcher.samples)), digests, others, strict=True):
-        if digest != other:
-            return f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
-    return None
+def hash_content(value: Any, content: Any) -> None:
+    """Update the hash ``content`` with a batch: tensors, arrays and plain values by content, other values by type.
+
+    The ledger holds these digests, so they must not change; ``content_digest`` serves comparisons within a
+    process and sees more types.
+    """
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        content.update(f"{value.dtype}{[*value.shape]}".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        content.update(f"{value.dtype}{[*value.shape]}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        hash_content([*value.items()], content)
+    elif isinstance(value, list | tuple):
+        content.update(f"({len(value)}".encode())
+        for item in value:
+            hash_content(item, content)
+    else:
+        plain = value is None or isinstance(value, str | bytes | int | float | complex)
+        content.update(f"{type(value).__qualname__}{value!r};".encode() if plain else type(value).__qualname__.encode())

@@ -1,12 +1,15 @@
-"""The endless stream of training batches, whose position moves when a step is done."""
+"""The endless stream of training batches, whose position moves when a step is done; and passes over evaluation data,
+which change neither this position nor the global generators.
+"""
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +18,7 @@ from runner.data.fetch import MAX_SUBSTITUTES, BadRecord, Collate, FetchedBatch,
 from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan, Slice
+from runner.distributed.world import World
 from runner.errors import DataError, printable
 
 log = logging.getLogger("runner")
@@ -23,101 +27,103 @@ _MAX_LOGGED = 20  # bad records; the others are only counted
 
 
 class StepSamples(NamedTuple):
-    """The samples of a step: a 64-bit digest, which adds up over processes, and the substitutions in the format of the
-    ledger.
-    """
+    """The samples of a step."""
 
-    digest: int
-    substitutions: str = ""
+    digest: int  # 64 bits, which add up over processes
+    substitutions: str = ""  # in the format of the ledger
 
 
-class TrainingStream(Protocol):
+def stateful(thing: Any) -> bool:
+    """Whether an object has ``state_dict`` and ``load_state_dict``."""
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+
+
+class TrainingStream(ABC):
     """Training data as a part of the state. ``consumed`` counts the samples of finished steps: it moves in ``advance``,
     after the optimizer step, however far workers have read ahead.
 
-    ``waited``: seconds spent waiting for batches. ``epochs``: whole epochs consumed; ``epochs_before``: the same before
-    the last finished step. ``substituted``: bad records replaced so far. ``workers``: processes that load data.
-    ``guarantee``: the promise for the samples, for the log.
+    ``waited``: seconds spent waiting for batches. ``epochs_before``: ``epochs`` before the last finished step.
+    ``substituted``: bad records replaced so far.
     """
 
-    consumed: int
-    waited: float
-    epochs_before: int
+    consumed = epochs_before = substituted = 0
+    waited = 0.0
+
+    def __init__(self, loading: LoaderOptions, device: torch.device) -> None:
+        self._loading = loading
+        self._device = device
+        self._loader: Any = None
 
     @property
-    def workers(self) -> int: ...
+    def workers(self) -> int:
+        """The number of processes that load data."""
+        return self._loading.num_workers
 
     @property
-    def epochs(self) -> int: ...
+    @abstractmethod
+    def epochs(self) -> int:
+        """Whole epochs consumed."""
 
     @property
-    def guarantee(self) -> str: ...
+    @abstractmethod
+    def guarantee(self) -> str:
+        """The promise for the samples, for the log."""
 
     @property
-    def substituted(self) -> int: ...
-
-    @property
+    @abstractmethod
     def step_samples(self) -> StepSamples:
         """The samples of the current step in this process. Raises DataError if its task did not take all of them."""
 
+    @abstractmethod
     def open(self) -> None:
         """Start loading at the cursor. Some loaders draw random numbers here, so open before restoring generators."""
 
+    @abstractmethod
     def ready(self) -> None:
         """Wait for the first micro-batch of the next step. A stop signal may raise ``signals.Stopped``."""
 
+    @abstractmethod
     def step(self) -> Iterator[tuple[float, Any]]:
         """The micro-batches of the next step on the device, each with its share of the step's samples."""
 
+    @abstractmethod
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step of the current batch is done; ``whole`` are the samples of all processes, if there are others.
-        Raises DataError if the step did not take all of its samples.
-        """
+        """The step is done, with the samples ``whole`` of all processes. Raises DataError if it left some."""
 
+    @abstractmethod
     def ledger_line(self, step: int) -> LedgerLine:
         """The line of the ledger for the last finished step, whose number is ``step``."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last finished step."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises DataError if it is a position in other data."""
 
+    @abstractmethod
     def changes(self, state: dict[str, Any]) -> list[str]:
         """Messages on how the data of a saved position differs from this data."""
 
     def close(self) -> None:
         """End the workers, within some seconds."""
+        if self._loader is not None:
+            self._loader.close()
 
 
-class MapStyleStream:
-    """The stream of a map-style data set. Its state is {positions consumed, plan, fingerprint}, the same for any number
-    of workers and processes.
-    """
+class MapStyleStream(TrainingStream):
+    """The stream of a map-style data set. Its state is the same for any number of workers and processes."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        plan: Plan,
-        *,
-        loading: LoaderOptions,
-        device: torch.device,
-        collate: Collate | None = None,
-        substitute: bool = False,
-        audit: bool = False,
-    ) -> None:
-        self.plan = plan
-        self.consumed = 0
-        self.waited = 0.0
-        self.epochs_before = 0
-        self.substituted = 0
-        self._fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
-        self._plan_state = plan.state()
-        sketch, self._probe_digests = probe.examine(self._fetcher, loading, audit=audit)
-        self._fingerprint: dict[str, Any] = {"samples": sketch, "text": str(getattr(samples, "fingerprint", ""))}
-        self._loading = loading
-        self._device = device
+    def __init__(self, fetcher: Fetcher, *, loading: LoaderOptions, device: torch.device, audit: bool = False) -> None:
+        super().__init__(loading, device)
+        self.plan = fetcher.plan
+        self._fetcher = fetcher
+        self._plan_state = self.plan.state()
+        sketch, self._probe_digests = probe.examine(fetcher, loading, audit=audit)
+        text = str(getattr(fetcher.samples, "fingerprint", ""))
+        self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
-        self._loader: Loader | None = None
         self._probe_awaited = False  # the first item of the loader is the answer of a worker to the probe
         self._ahead: FetchedBatch | None = None
         self._step: tuple[int, int, StepSamples] | None = None  # the current one: first position, positions, samples
@@ -127,12 +133,8 @@ class MapStyleStream:
         return self.consumed // self.plan.epoch_size
 
     @property
-    def workers(self) -> int:
-        return self._loading.num_workers
-
-    @property
     def guarantee(self) -> str:
-        return f"{self.plan.samples} samples, {self.plan.portion}; {self.plan.guarantee}"
+        return self.plan.guarantee
 
     def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
         """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
@@ -144,17 +146,13 @@ class MapStyleStream:
         self._steps = self.plan.steps(self.consumed, order)
         prefetched = self.plan.steps(self.consumed, order)  # runs ahead of the steps above
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
-        self._probe_awaited = self._probe_digests is not None and self._loading.num_workers > 0
-        if self._probe_awaited:
-            request = probe.ProbeRequest(probe.indices(self.plan.samples))
-            self._loader = Loader(probe.ProbedDataset(self._fetcher), chain([request], slices), self._loading)
-        else:
-            self._loader = Loader(self._fetcher, slices, self._loading)
+        self._probe_awaited = self._probe_digests is not None and self.workers > 0
+        requests = [probe.sample_digests] if self._probe_awaited else []
+        self._loader = Loader(self._fetcher, chain(requests, slices), self._loading)
         iter(self._loader)
         self._ahead = None
 
     def ready(self) -> None:
-        assert self._loader is not None, "open() comes first"
         if self._probe_awaited:
             assert self._probe_digests is not None
             probe.require_same_in_worker(self._fetcher, self._probe_digests, next(self._loader))
@@ -202,9 +200,7 @@ class MapStyleStream:
         return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
     def first_batches(self) -> list[Any]:
-        """The micro-batches of the run's first step, of all processes, on the device, read in this process. The
-        stream's position does not move.
-        """
+        """The micro-batches of the run's first step, of all processes, on the device; the position does not move."""
         pieces = next(self.plan.steps(0, self._fetcher.order))
         return [to_device(self._fetcher[piece].batch, self._device) for piece in pieces]
 
@@ -218,12 +214,11 @@ class MapStyleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changes = self.changes(state)
-        if changes:
+        if changes := self.changes(state):
             raise DataError(
-                f"the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n"
-                f"  {printable(chr(10).join(changes)).replace(chr(10), chr(10) + '  ')}\n"
-                "Restore it, or begin a new run with run.name=...",
+                "the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n  "
+                + printable("\n".join(changes)).replace("\n", "\n  ")
+                + "\nRestore it, or begin a new run with run.name=...",
                 kind="data-changed",
             )
         self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
@@ -232,32 +227,22 @@ class MapStyleStream:
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         saved, now = state.get("plan", {}), self._plan_state
-        changes = [
-            f"{key}: {saved.get(key)} then, {now.get(key)} now"
-            for key in (now | saved)
-            if now.get(key) != saved.get(key)
-        ]
+        changed = [key for key in (now | saved) if now.get(key) != saved.get(key)]
+        changes = [f"{key}: {saved.get(key)} then, {now.get(key)} now" for key in changed]
         then = state.get("fingerprint", {})
         changes += probe.differences(then.get("samples", {}), self._fingerprint["samples"])
         if then.get("text", "") != self._fingerprint["text"]:
             changes.append(f"fingerprint: {then.get('text') or 'none'} then, {self._fingerprint['text'] or 'none'} now")
         return changes
 
-    def close(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
-
     def _next(self) -> FetchedBatch:
-        assert self._loader is not None
         began = time.perf_counter()
         fetched: FetchedBatch = next(self._loader)
         self.waited += time.perf_counter() - began
         return fetched
 
     def _report(self, records: Sequence[BadRecord]) -> str:
-        """Log bad records, and return their substitutions in the format of the ledger. Raises DataError for a record
-        without a substitute.
-        """
+        """Log bad records, and return their substitutions for the ledger. Raises DataError if one has none."""
         for number, record in enumerate(records, self.substituted):
             if record.substitute is None:
                 remedy = (
@@ -272,11 +257,66 @@ class MapStyleStream:
         return "".join(f" {record.position}:{record.index}>{record.substitute}" for record in records)
 
 
+class EvaluationData:
+    """Iterates over all samples of a data set once, in order, with fixed randomness.
+
+    Batches are dealt to the processes in turn. A process that gets none in the last round gets the first batch with
+    weight zero, so that all processes have the same number of batches. ``fingerprint`` describes the data.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        batch_size: int,
+        randomness: str,
+        loading: LoaderOptions,
+        device: torch.device,
+        collate: Collate | None = None,
+        world: World | None = None,
+        audit: bool = False,
+    ) -> None:
+        world = world or World()
+        plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
+        every = [Slice(first, min(batch_size, plan.samples - first)) for first in range(0, plan.samples, batch_size)]
+        slices = every[world.rank :: world.size]
+        self._weights = [piece.count for piece in slices]
+        if len(slices) < -(-len(every) // world.size):
+            slices.append(every[0])
+            self._weights.append(0)
+        self._samples = samples
+        self.device = device
+        fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
+        sketch, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
+        self._loader = Loader(fetcher, slices, loading, key="data.validation")
+        self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
+
+    def changes(self, then: dict[str, Any]) -> list[str]:
+        """Messages on how the data of the fingerprint ``then`` differs from this data."""
+        before, now = then["length"], self.fingerprint["length"]
+        messages = [] if before == now else [f"{before} samples then, {now} now"]
+        return messages + probe.differences(then["samples"], self.fingerprint["samples"])
+
+    def close(self) -> None:
+        """End the workers, within some seconds."""
+        self._loader.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
+        for weight, fetched in zip(self._weights, self._loader, strict=True):
+            if fetched.bad:
+                remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
+                raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)
+            if fetched.failure:
+                raise DataError(f"data.validation: {fetched.failure}")
+            yield weight, to_device(fetched.batch, self.device)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device, asynchronously from pinned memory.
 
-    Moves what has a ``to`` method by this method, the items of sequences, mappings and dataclasses, and the tensors
-    that are attributes of any other object.
+    Moves what has a ``to`` method, the items of sequences, mappings and dataclasses, and tensors that are attributes.
     """
     if device.type == "cpu" or isinstance(batch, str | bytes | range | type):
         return batch

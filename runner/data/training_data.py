@@ -1,23 +1,21 @@
 """Builds the stream of training batches from a configuration and a data set."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
-from runner.config.schema import Config, DataConfig, OnBadRecord
-from runner.data.evaluation_data import require_map_style
-from runner.data.fetch import Collate, Samples
-from runner.data.iterable_stream import IterableStream
+from runner.config.schema import Config, OnBadRecord
+from runner.data.fetch import Collate, Fetcher, Samples
+from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
 from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
-from runner.data.stream import MapStyleStream, TrainingStream
+from runner.data.stream import MapStyleStream, TrainingStream, stateful
 from runner.distributed.world import World
 from runner.errors import ConfigError, DataError
 
@@ -27,43 +25,48 @@ log = logging.getLogger("runner")
 def training_data(
     config: Config, samples: Any, loading: LoaderOptions, device: torch.device, collate: Collate | None, world: World
 ) -> tuple[TrainingStream, Plan | None]:
-    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError for a data set or
-    a number of processes that does not fit the configuration.
-    """
+    """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError."""
     data = config.data
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         if world.size > 1:
             raise ConfigError(
                 f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read "
-                "all of it. Make it map-style (__len__, __getitem__), so that its samples are dealt to the processes, "
-                "or train in one process"
+                "all of it. Make it map-style (__len__, __getitem__), or train in one process"
             )
-        return IterableStream(
-            samples,
-            seed=config.seed,
-            batch_size=data.batch_size,
-            micro_batches=config.trainer.accumulate,
-            randomness=data.randomness.name,
-            loading=loading,
-            device=device,
-            collate=collate,
+        options = BatchOptions(
+            config.seed,
+            data.batch_size // config.trainer.accumulate,
+            data.randomness.name,
+            collate or default_collate,
             drop_last=data.tail.name == "drop",
             replay=data.replay,
             audit=config.runtime.audit,
-        ), None
+        )
+        micro_batches = config.trainer.accumulate
+        return IterableStream(samples, options, micro_batches=micro_batches, loading=loading, device=device), None
     plan = _plan(config, require_map_style(samples, "data.train"), world)
     if plan.interleaving is not None:
         loading = _without_overlap(loading, plan, samples)
-    stream = MapStyleStream(
-        samples,
-        plan,
-        loading=loading,
-        device=device,
-        collate=collate,
-        substitute=data.on_bad_record is OnBadRecord.substitute,
-        audit=config.runtime.audit,
-    )
-    return stream, plan
+    substitute = data.on_bad_record is OnBadRecord.substitute
+    fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
+    return MapStyleStream(fetcher, loading=loading, device=device, audit=config.runtime.audit), plan
+
+
+def require_map_style(samples: Any, key: str) -> Samples:
+    """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
+    name = type(samples).__qualname__
+    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        raise DataError(
+            f"{key} is a {name} without __len__ and __getitem__; a data set needs both, so that a position alone says "
+            "which sample comes next"
+        )
+    if len(samples) == 0:
+        raise DataError(f"{key} is empty: a {name} of length 0")
+    if stateful(samples):
+        why = "the position alone says which sample comes next, so no state of a data set with __getitem__ is saved"
+        log.warning("ignored  state_dict of %s (a %s): %s", key, name, why)
+    map_style: Samples = samples
+    return map_style
 
 
 def _plan(config: Config, samples: Samples, world: World) -> Plan:
@@ -76,7 +79,16 @@ def _plan(config: Config, samples: Samples, world: World) -> Plan:
             Source(len(source), share, _shards(source) if interleaved else ())
             for source, share in zip(samples.sources, samples.shares, strict=True)
         )
-    sharded = bool(shards) or any(source.shards for source in sources)
+    interleaving, lengths = None, getattr(samples, "lengths", None)
+    if shards or any(source.shards for source in sources):
+        size = max(1, data.batch_size // config.trainer.accumulate)
+        parts = next((n for n in range(4, size) if size % n == 0), size)  # a micro-batch meets so many streams
+        interleaving = Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
+    if data.max_tokens is not None and lengths is None:
+        raise DataError(
+            f"data.max_tokens needs the length of every sample before it is read, and data.train "
+            f"({type(samples).__qualname__}) has no lengths; give it an attribute with one integer for each sample"
+        )
     return Plan(
         samples=len(samples),
         seed=config.seed,
@@ -86,10 +98,10 @@ def _plan(config: Config, samples: Samples, world: World) -> Plan:
         tail=data.tail.name,
         randomness=data.randomness.name,
         shards=shards,
-        interleaving=_interleaving(data, config.trainer.accumulate) if sharded else None,
+        interleaving=interleaving,
         sources=sources,
         max_tokens=data.max_tokens,
-        lengths=() if data.max_tokens is None else _lengths(samples),
+        lengths=() if data.max_tokens is None else tuple(np.asarray(lengths, dtype=np.int64).tolist()),
         world=world,
     )
 
@@ -116,31 +128,12 @@ def _micro_batches(config: Config, world: World) -> int:
     return next((n for n in range(-(-accumulate // world.size), share + 1) if share % n == 0), accumulate)
 
 
-def _interleaving(data: DataConfig, micro_batches: int) -> Interleaving:
-    size = max(1, data.batch_size // micro_batches)
-    parts = next((parts for parts in range(4, size) if size % parts == 0), size)  # a micro-batch meets so many streams
-    return Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
-
-
 def _shards(samples: Any) -> tuple[int, ...]:
-    counts: Sequence[int] = getattr(samples, "counts", ())
-    return tuple(int(count) for count in counts)
-
-
-def _lengths(samples: Any) -> tuple[int, ...]:
-    lengths = getattr(samples, "lengths", None)
-    if lengths is None:
-        raise DataError(
-            f"data.max_tokens needs the length of every sample before it is read, and data.train "
-            f"({type(samples).__qualname__}) has no lengths; give it an attribute with one integer for each sample"
-        )
-    return tuple(np.asarray(lengths, dtype=np.int64).tolist())
+    return tuple(map(int, getattr(samples, "counts", ())))
 
 
 def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
-    """Reduce the number of workers so that no two read the same streams, and tell the data set how many windows to
-    hold.
-    """
+    """Reduce the workers so that no two read the same streams, and say how many windows to hold."""
     assert plan.interleaving is not None
     count, limit, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them
@@ -152,13 +145,8 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> Loader
         # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if workers < limit:
-            log.warning(
-                "workers  %d, not %d: more would read the same streams. Make data.streams.count a multiple of "
-                "runtime.num_workers x %d",
-                workers,
-                limit,
-                chunks * world_size,
-            )
+            remedy = f"make data.streams.count a multiple of runtime.num_workers x {chunks * world_size}"
+            log.warning("workers  %d, not %d: more would read the same streams; %s", workers, limit, remedy)
     if hasattr(samples, "hold"):
         samples.hold(held, plan.interleaving.window)
     return replace(loading, num_workers=workers)

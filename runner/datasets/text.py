@@ -26,7 +26,11 @@ class Text:
     ) -> None:
         if split not in ("train", "validation"):
             raise ConfigError(f"text has no split {split!r}; there are train and validation")
-        names = _standard_library() if path is None else files.expand(path)
+        if path is None:  # Python's own sources, without installed packages
+            names = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
+            names = [name for name in names if "site-packages" not in name and "dist-packages" not in name]
+        else:
+            names = files.expand(path)
         chosen, first, size = _chosen(names, validation=split == "validation", held_out=held_out)
         self._first = -(-first // block_size)
         blocks = max(0, first + size - 1) // block_size - self._first
@@ -38,6 +42,7 @@ class Text:
         self._tokens = Tokens(path=chosen, dtype="uint8", length=block_size, separator=_NEWLINE)
         self._blocks = blocks
         self._size = min(blocks, limit or blocks)
+        self.fingerprint = self._tokens.fingerprint  # changes with the files and the length of a block
         self.counts = self._tokens.counts if self._size == len(self._tokens) else []
 
     def __len__(self) -> int:
@@ -45,11 +50,6 @@ class Text:
 
     def __getitem__(self, index: int) -> Tensor:
         return self._tokens[self._block(index)]
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the files and the length of a block."""
-        return self._tokens.fingerprint
 
     def locate(self, index: int) -> str:
         """The file and the bytes of a block, for messages."""
@@ -68,9 +68,3 @@ def _chosen(names: list[str], *, validation: bool, held_out: int) -> tuple[list[
     texts = {name: files.read(name) for name in names}
     chosen = [name for name, text in texts.items() if (int_digest(text) % held_out == 0) is validation]
     return chosen, 0, sum(len(texts[name]) + 1 for name in chosen) - 1
-
-
-def _standard_library() -> list[str]:
-    """Python's own sources, without installed packages."""
-    names = files.expand(f"{sysconfig.get_path('stdlib')}/**/*.py")
-    return [name for name in names if "site-packages" not in name and "dist-packages" not in name]

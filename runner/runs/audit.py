@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from runner.data import ledger
-from runner.data.exactly_once import LedgerReport, check_exactly_once
+from runner.data.ledger import LedgerReport, check_exactly_once
 from runner.data.plan import Plan
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory

@@ -12,10 +12,9 @@ import time
 from tqdm import tqdm
 
 from runner.errors import DataError, Interrupted, RunnerError
+from runner.shards import scan as manifests
 from runner.shards.formats import DTYPES, KINDS
 from runner.shards.scan import Scan
-from runner.shards.shard_manifest import Manifest, load
-from runner.shards.shard_manifest import save as save_manifest
 from runner.storage import files
 
 _SAVE_SECONDS = 2.0
@@ -24,16 +23,6 @@ _SAVE_SHARE = 20  # writing a large manifest may take at most 1/20 of the time
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status, as listed in ``runner.errors``."""
-    parsed = _parser().parse_args(arguments)
-    try:
-        _scan(parsed)
-    except RunnerError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m runner.shards",
         description="Scan shards once and write a manifest of them, which data sets read instead of scanning again.",
@@ -44,81 +33,57 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="of tokens in files without a header (default: uint16)")
     parser.add_argument("--jobs", type=int, default=4, help="shards to scan at the same time (default: 4)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    return parser
+    try:
+        _scan(parser.parse_args(arguments))
+    except RunnerError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
 
 
 def _scan(parsed: argparse.Namespace) -> None:
     scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, exclude=files.resolve(parsed.out))
-    kept = scan.keep(_earlier(parsed.out)) if files.exists(parsed.out) else 0
-    missing = scan.missing
-    save = _PartialManifest(scan, parsed)
-    try:
-        with tqdm(
-            total=scan.missing_bytes, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None
-        ) as bar:
-            scan.run(jobs=max(1, parsed.jobs), progress=bar.update, save=save.if_due)
-    except KeyboardInterrupt:
-        save.now()
-        raise Interrupted(
-            f"stopped: kept {kept}, scanned {missing - scan.missing}, missing {scan.missing}; run it again"
-        ) from None
-    except RunnerError:
-        save.now()
-        raise
-    complete = scan.manifest
-    save_manifest(parsed.out, complete)
-    _print_summary(complete, kept, missing, parsed)
-
-
-def _earlier(out: str) -> Manifest:
-    try:
-        return load(out, partial=True)
-    except DataError as error:
-        raise DataError(f"{error}\n--out {out} is in the way: remove it, or give another name") from error
-
-
-class _PartialManifest:
-    """Writes the results so far, less often if writing takes long."""
-
-    def __init__(self, scan: Scan, parsed: argparse.Namespace) -> None:
-        self._scan = scan
-        self._out = parsed.out
-        self._command = _command(parsed)
-        self._due = time.monotonic() + _SAVE_SECONDS
-
-    def if_due(self) -> None:
-        if time.monotonic() >= self._due:
-            self.now()
-
-    def now(self) -> None:
-        began = time.monotonic()
-        save_manifest(self._out, self._scan.partial, command=self._command)
-        ended = time.monotonic()
-        self._due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
-
-
-def _command(parsed: argparse.Namespace) -> str:
+    kept = 0
+    if files.exists(parsed.out):
+        try:
+            kept = scan.keep(manifests.load(parsed.out, partial=True))
+        except DataError as error:
+            raise DataError(f"{error}\n--out {parsed.out} is in the way: remove it, or give another name") from error
     words = [*parsed.patterns, "--out", parsed.out]
     words += ["--format", parsed.format] if parsed.format else []
     words += ["--dtype", parsed.dtype] if parsed.dtype else []
-    return f"python -m runner.shards {shlex.join(words)}"
+    due = time.monotonic() + _SAVE_SECONDS
 
+    def save(*, now: bool = False) -> None:
+        """Write the results so far, less often if writing takes long."""
+        nonlocal due
+        if now or time.monotonic() >= due:
+            began = time.monotonic()
+            manifests.save(parsed.out, scan.partial, command=f"python -m runner.shards {shlex.join(words)}")
+            ended = time.monotonic()
+            due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
-def _print_summary(complete: Manifest, kept: int, scanned: int, parsed: argparse.Namespace) -> None:
-    summary = {
-        "shards": len(complete.shards),
-        "records": int(complete.firsts[-1]),
-        "bytes": sum(shard.size for shard in complete.shards),
-        "kept": kept,
-        "scanned": scanned,
-    }
+    missing, size = scan.missing, scan.missing_bytes
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None) as bar:
+            scan.run(jobs=max(1, parsed.jobs), progress=bar.update, save=save)
+    except KeyboardInterrupt:
+        save(now=True)
+        counts = f"kept {kept}, scanned {missing - scan.missing}, missing {scan.missing}"
+        raise Interrupted(f"stopped: {counts}; run it again") from None
+    except RunnerError:
+        save(now=True)
+        raise
+    complete = scan.manifest
+    manifests.save(parsed.out, complete)
+    shards, records = complete.shards, int(complete.firsts[-1])
+    size = sum(shard.size for shard in shards)
     if parsed.json:
+        summary = {"shards": len(shards), "records": records, "bytes": size, "kept": kept, "scanned": missing}
         print(json.dumps(summary))
-        return
-    print(
-        f"{parsed.out}: {summary['records']} records in {summary['shards']} shards of {complete.kind}, "
-        f"{summary['bytes']} bytes; kept {kept}, scanned {scanned}"
-    )
+    else:
+        counts = f"{records} records in {len(shards)} shards of {scan.kind}, {size} bytes"
+        print(f"{parsed.out}: {counts}; kept {kept}, scanned {missing}")
 
 
 if __name__ == "__main__":

@@ -25,15 +25,11 @@ class Block(NamedTuple):
     records: int
 
 
-class Scanner(Protocol):
-    """Finds records. Holds no state."""
+class Format(Protocol):
+    """Finds records and reads them. Holds no state."""
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """Scan a shard of ``size`` bytes, in bounded memory. A block ends where the next begins, or with the file."""
-
-
-class Format(Scanner, Protocol):
-    """Finds records and reads them. Holds no state."""
 
     def read(self, path: str, start: int, stop: int) -> Sequence[Any]:
         """The raw records of the block at the bytes [start, stop)."""
@@ -54,7 +50,8 @@ class TextLines:
         compressed = files.is_compressed(path)
         start, total = 0, 0
         for data in _whole_lines(path):
-            records = self._count(data)
+            lines = data.count(b"\n") + (not data.endswith(b"\n"))
+            records = lines if self.keeps_blank else sum(map(bool, map(bytes.strip, data.split(b"\n"))))
             total += records
             yield Block(start, 0 if compressed else records)
             start += 0 if compressed else len(data)
@@ -72,11 +69,6 @@ class TextLines:
     def decode(self, raw: bytes) -> Any:
         """The text of a line."""
         return raw.removesuffix(b"\r").decode()
-
-    def _count(self, data: bytes) -> int:
-        if self.keeps_blank:
-            return data.count(b"\n") + (not data.endswith(b"\n"))
-        return sum(map(bool, map(bytes.strip, data.split(b"\n"))))
 
 
 class JsonLines(TextLines):
@@ -188,9 +180,7 @@ def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
 
 
 class Parquet:
-    """Parquet files, through pyarrow (the extra ``parquet``). A record is a row, as a dict; a block is a row group.
-    Counts come from the footer alone.
-    """
+    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group."""
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """The row groups that have rows."""
@@ -202,8 +192,8 @@ class Parquet:
     def read(self, path: str, start: int, stop: int) -> "_Rows":
         """The rows of the group that begins at byte ``start``; empty if no group begins there."""
         with _parquet_file(path) as file:
-            groups = [g for g in range(file.metadata.num_row_groups) if file.metadata.row_group(g).num_rows]
-            group = [g for g in groups if _first_byte(file.metadata.row_group(g)) == start]
+            metadata = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            group = [g for g, data in enumerate(metadata) if data.num_rows and _first_byte(data) == start]
             # One thread: pyarrow's pool does not survive a fork.
             return _Rows(file.read_row_groups(group, use_threads=False))
 
@@ -247,12 +237,10 @@ _NPY_HEADER_BYTES = 4096  # numpy writes 128; the rest allows for other writers
 
 
 class TokenArrays:
-    """Flat arrays of tokens: ``.bin`` (raw, little endian) and ``.npy``. A record is a token of ``dtype``; a file is
-    one block.
-    """
+    """Flat arrays of tokens: ``.bin`` (little endian) or ``.npy``. A record is a token; a file is one block."""
 
     def __init__(self, dtype: str) -> None:
-        self.dtype = np.dtype(checked_dtype(dtype)).newbyteorder("<")
+        self.dtype = np.dtype(dtype).newbyteorder("<")
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """One block, without reading the tokens."""
@@ -274,18 +262,13 @@ class TokenArrays:
 
 
 def dtype_of(paths: Sequence[str], dtype: str | None) -> str:
-    """The dtype of the tokens: as configured, else from the first .npy header, else uint16."""
+    """The dtype of the tokens: as configured, else from the first .npy header, else uint16. Raises ConfigError."""
     arrays = [path for path in paths if path.endswith(".npy")]
     if arrays and dtype is None:
         return _npy_header(arrays[0], files.stat(arrays[0]).size)[0]
-    return checked_dtype(dtype or "uint16")
-
-
-def checked_dtype(dtype: str) -> str:
-    """Return ``dtype`` if tokens can have it. Raises ConfigError."""
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not a dtype of tokens; those are {', '.join(DTYPES)}")
-    return dtype
+    return dtype or "uint16"
 
 
 def _npy_header(path: str, size: int) -> tuple[str, int, int]:
@@ -305,35 +288,21 @@ def _npy_header(path: str, size: int) -> tuple[str, int, int]:
     return dtype.name, shape[0], file.tell()
 
 
-_SUFFIXES = {
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "txt": "text",
-    "text": "text",
-    "tar": "tar",
-    "parquet": "parquet",
-    "bin": "tokens",
-    "npy": "tokens",
-}
+_SUFFIXES = {"jsonl": "jsonl", "ndjson": "jsonl", "txt": "text", "text": "text", "tar": "tar", "parquet": "parquet"}
+_SUFFIXES |= {"bin": "tokens", "npy": "tokens"}
 KINDS = tuple(dict.fromkeys(_SUFFIXES.values()))
-_READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": TextLines(), "tar": Tar(), "parquet": Parquet()}
-
-
-def scanner(kind: str, dtype: str | None) -> Scanner:
-    """The scanner for shards of ``kind``, one of ``KINDS``; only ``tokens`` have a ``dtype``."""
-    return reader(kind) if dtype is None else TokenArrays(dtype)
-
-
-def reader(kind: str) -> Format:
-    """The reader of the records of shards of ``kind``: any kind except ``tokens``."""
-    return _READERS[kind]
+READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": TextLines(), "tar": Tar(), "parquet": Parquet()}
 
 
 def kind_of(paths: Sequence[str]) -> str:
     """The format of shards by the suffixes of their ``paths``. Raises DataError if they differ or are unknown."""
     kinds: dict[str, str] = {}  # format -> the first path of it
     for path in paths:
-        kind = _kind(path)
+        *stem, suffix = path.partition("::")[0].rpartition("/")[2].lower().split(".")
+        kind = _SUFFIXES.get(suffix) if stem else None
+        if stem and files.is_compressed(path):
+            kind = _SUFFIXES.get(stem[-1])
+            kind = kind if kind in ("jsonl", "text") else None
         if kind is None:
             raise DataError(
                 f"{path}: unknown suffix; known formats: {', '.join(KINDS)}. Give the format (--format or format=...), "
@@ -341,14 +310,6 @@ def kind_of(paths: Sequence[str]) -> str:
             )
         kinds.setdefault(kind, path)
     if len(kinds) > 1:
-        found = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
-        raise DataError(f"expected shards of one format, found {found}; give a glob that matches one format")
+        mixed = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
+        raise DataError(f"expected shards of one format, found {mixed}; give a glob that matches one format")
     return next(iter(kinds))
-
-
-def _kind(path: str) -> str | None:
-    *stem, suffix = path.partition("::")[0].rpartition("/")[2].lower().split(".")
-    if files.is_compressed(path):
-        kind = _SUFFIXES.get(stem[-1]) if stem else None
-        return kind if kind in ("jsonl", "text") else None
-    return _SUFFIXES.get(suffix) if stem else None

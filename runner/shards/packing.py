@@ -2,10 +2,11 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from io import BytesIO
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,92 +17,71 @@ from torch.utils.data import IterableDataset, get_worker_info
 from runner.cache import LRUCache
 from runner.errors import DataError
 from runner.hashing import int_digest, json_digest
-from runner.shards.tokens import RowLayout, check_index, checked_length
+from runner.shards.tokens import RowLayout, checked_length
 from runner.storage import files
 
 _DOCUMENTS_HELD = 8
-
-
-class Documents(Protocol):
-    """A map-style data set of tokens: flat sequences, arrays or tensors of integers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
 
 
 class Packed:
     """A map-style data set of rows over joined documents: sample i is the tokens [i * length, (i + 1) * length + 1) of
     all documents, with ``separator`` between them if it is given. Samples are int64 tensors of shape [length + 1].
 
-    ``lengths`` are the token counts of the documents, or the path of a .npy file of these counts. Only the documents of
-    a sample are read. ``counts`` and ``fingerprint`` exist if the documents have them. Raises DataError if a document
-    has another length.
+    ``documents`` are a map-style data set of tokens: flat sequences, arrays or tensors of integers. ``lengths`` are
+    their token counts, or the path of a .npy file of these counts. Only the documents of a sample are read. ``counts``
+    and ``fingerprint`` exist if the documents have them. Raises DataError if a document has another length.
     """
 
-    def __init__(
-        self, documents: Documents, lengths: ArrayLike | str, *, length: int, separator: int | None = None
-    ) -> None:
+    def __init__(self, documents: Any, lengths: ArrayLike | str, *, length: int, separator: int | None = None) -> None:
         self.documents = documents
         counts = _lengths(lengths)
         if len(counts) != len(documents):
             raise DataError(f"there are {len(documents)} documents and {len(counts)} lengths; count the tokens again")
         self._layout = RowLayout(counts, length=checked_length(length), separator=separator)
         if not self._layout.rows:
-            raise DataError(
-                f"{counts.sum()} tokens are too few for a sample of {length + 1}; give more or a smaller length"
-            )
+            raise DataError(f"{counts.sum()} tokens are too few for a sample of {length + 1}; give more tokens")
         self._recent: LRUCache[NDArray[np.int64]] = LRUCache(_DOCUMENTS_HELD)
 
     def __len__(self) -> int:
         return self._layout.rows
 
     def __getitem__(self, index: int) -> Tensor:
-        check_index(index, len(self))
         return torch.from_numpy(np.concatenate(self._layout.row(index, self._read)))
 
     @cached_property
     def counts(self) -> list[int]:
         """Samples that begin in each shard of the documents."""
-        shards: Any = self.documents
-        return self._layout.counts(np.cumsum([0, *shards.counts]).tolist())
+        return self._layout.counts(np.cumsum([0, *self.documents.counts]).tolist())
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the samples."""
-        documents: Any = self.documents
-        facts = [documents.fingerprint, self._layout.length, self._layout.separator]
+        facts = [self.documents.fingerprint, self._layout.length, self._layout.separator]
         return json_digest(facts, self._layout.lengths.astype("<i8").tobytes())
 
     def locate(self, index: int) -> str:
         """Documents and tokens of a sample, for messages."""
-        check_index(index, len(self))
-        return " and ".join(
-            f"{self._name(number)}, tokens {start} to {stop}" for number, start, stop in self._layout.spans(index)
-        )
+        spans = [(_name(self.documents, number), *span) for number, *span in self._layout.spans(index)]
+        return " and ".join(f"{name}, tokens {start} to {stop}" for name, start, stop in spans)
 
     def hold(self, windows: int, window: int) -> None:
         """Keep enough documents in memory to read ``windows`` windows of ``window`` consecutive samples in turn."""
         per_window = 2 + window * len(self.documents) // len(self)
         self._recent.capacity = max(_DOCUMENTS_HELD, windows * per_window)
-        hold: Callable[[int, int], None] | None = getattr(self.documents, "hold", None)
-        if hold is not None:
-            hold(windows, per_window)
+        if hasattr(self.documents, "hold"):
+            self.documents.hold(windows, per_window)
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
         return self._recent.get(number, lambda: self._document(number))[start:stop]
 
     def _document(self, number: int) -> NDArray[np.int64]:
-        tokens = _tokens(self.documents[number], lambda: self._name(number))
-        if len(tokens) != self._layout.lengths[number]:
+        tokens = _tokens(self.documents, number)
+        if len(tokens) != (expected := self._layout.lengths[number]):
             raise DataError(
-                f"{self._name(number)}: expected {self._layout.lengths[number]} tokens, found {len(tokens)}. Count the "
-                "tokens again for new runs; a run that began with these lengths needs the original documents"
+                f"{_name(self.documents, number)}: expected {expected} tokens, found {len(tokens)}. "
+                "Count the tokens again for new runs; a run that began with these lengths needs the original documents"
             )
         return tokens
-
-    def _name(self, number: int) -> str:
-        return _name(self.documents, number)
 
 
 class PackingStream(IterableDataset[Tensor]):
@@ -114,7 +94,7 @@ class PackingStream(IterableDataset[Tensor]):
     """
 
     def __init__(
-        self, documents: Documents, *, length: int, separator: int | None = None, shuffle: bool = False, seed: int = 0
+        self, documents: Any, *, length: int, separator: int | None = None, shuffle: bool = False, seed: int = 0
     ) -> None:
         self.documents = documents
         self.length = checked_length(length)
@@ -153,17 +133,18 @@ class PackingStream(IterableDataset[Tensor]):
                     self._epoch, self._at = self._epoch + 1, (0, 0)
                     return
                 held.append(self._document(order, document + len(held)))
-            row = _cut(held, offset, self.length + 1)
+            parts = [held[0][offset:], *islice(held, 1, None)]
+            row = np.concatenate([part[: self.length + 1] for part in parts])[: self.length + 1]
             offset += self.length
             while offset >= len(held[0]):
                 offset -= len(held.popleft())
                 document += 1
             self._at = document, offset
-            yield row
+            yield torch.from_numpy(row.copy())
 
     def _document(self, order: NDArray[np.int64], place: int) -> NDArray[np.int64]:
         number = int(order[place])
-        tokens = _tokens(self.documents[number], lambda: _name(self.documents, number))
+        tokens = _tokens(self.documents, number)
         if place and self.separator is not None:
             return np.concatenate([[self.separator], tokens])
         return tokens
@@ -176,40 +157,25 @@ class PackingStream(IterableDataset[Tensor]):
         return np.argsort(np.random.PCG64(key).random_raw(len(self.documents)), kind="stable")
 
 
-def _cut(held: "deque[NDArray[np.int64]]", offset: int, size: int) -> Tensor:
-    parts = []
-    for tokens in held:
-        part = tokens[offset : offset + size]
-        offset = max(0, offset - len(tokens))
-        size -= len(part)
-        parts.append(part)
-        if not size:
-            break
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def _lengths(given: ArrayLike | str) -> NDArray[np.int64]:
-    where = given if isinstance(given, str) else "the lengths of the documents"
+def _lengths(counts: Any) -> NDArray[np.int64]:
+    where = counts if isinstance(counts, str) else "the lengths of the documents"
     try:
-        counts = (
-            np.load(BytesIO(files.read(given)), allow_pickle=False) if isinstance(given, str) else np.asarray(given)
-        )
+        counts = np.load(BytesIO(files.read(counts)), allow_pickle=False) if where is counts else np.asarray(counts)
     except ValueError as error:
         raise DataError(f"{where}: not an array in numpy's format: {error}") from error
     if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts.size and counts.min() < 0):
         raise DataError(f"{where}: expected a flat array of counts, found {counts.dtype} of shape {list(counts.shape)}")
-    return counts.astype(np.int64)
+    integers: NDArray[np.int64] = counts.astype(np.int64)
+    return integers
 
 
-def _tokens(document: Any, name: Callable[[], str]) -> NDArray[np.int64]:
-    tokens = np.asarray(document)
+def _tokens(documents: Any, number: int) -> NDArray[np.int64]:
+    tokens = np.asarray(documents[number])
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise DataError(
-            f"{name()}: expected a flat sequence of integers, found {tokens.dtype} of shape {list(tokens.shape)}"
-        )
+        kind = f"{tokens.dtype} of shape {list(tokens.shape)}"
+        raise DataError(f"{_name(documents, number)}: expected a flat sequence of integers, found {kind}")
     return tokens.astype(np.int64)
 
 
-def _name(documents: Documents, number: int) -> str:
-    locate: Callable[[int], str] | None = getattr(documents, "locate", None)
-    return f"document {number}" if locate is None else f"document {number} ({locate(number)})"
+def _name(documents: Any, number: int) -> str:
+    return f"document {number}" + (f" ({documents.locate(number)})" if hasattr(documents, "locate") else "")

@@ -6,9 +6,7 @@ from typing import Any
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
-from runner.shards.scan import scan
-from runner.shards.shard_manifest import Manifest, Shard, load
-from runner.storage import files
+from runner.shards.scan import CHANGED, SHARDS_CHECKED, check_size, open_manifest
 
 _BLOCKS_HELD = 4
 _Block = tuple[int, int, Sequence[Any]]  # number of the first record, number after the last record, raw records
@@ -37,11 +35,13 @@ class Records:
         _refuse_tokens(format)
         self.manifest = open_manifest(path=path, manifest=manifest, kind=format)
         _refuse_tokens(self.manifest.kind)
+        self.counts = self.manifest.counts  # records per shard, in the order of their numbers
+        self.fingerprint = self.manifest.fingerprint  # changes with the data, but not with the folder that holds it
         self.decode = decode
-        self._format = formats.reader(self.manifest.kind)
+        self._format = formats.READERS[self.manifest.kind]
         self._blocks: LRUCache[_Block] = LRUCache(_BLOCKS_HELD)
         self._last: _Block = _NO_BLOCK
-        self._size_check = SizeCheck()
+        self._checked: LRUCache[None] = LRUCache(SHARDS_CHECKED)
 
     def __len__(self) -> int:
         return int(self.manifest.firsts[-1])
@@ -49,25 +49,16 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         first, end, raws = self._last
         if not first <= index < end:  # neighbours are often asked for one after the other
-            first, end, raws = self._last = self._block(index)
+            number, record = self._place(index)
+            block = self.manifest.shards[number].block_of(record)
+            self._last = self._blocks.get((number, block), lambda: self._read(number, block))
+            first, end, raws = self._last
         try:
             record = self._format.decode(raws[index - first])
         except ValueError as error:
-            raise DataError(
-                f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}; correct the shard and scan "
-                "it again"
-            ) from error
+            message = f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}"
+            raise DataError(f"{message}; correct the shard and scan it again") from error
         return record if self.decode is None else self.decode(record)
-
-    @property
-    def counts(self) -> list[int]:
-        """Records per shard, in the order of their numbers."""
-        return self.manifest.counts
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the data, but not with the folder that holds it."""
-        return self.manifest.fingerprint
 
     def locate(self, index: int) -> str:
         """Shard, record and block of a record, for messages."""
@@ -84,11 +75,6 @@ class Records:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": _NO_BLOCK}
 
-    def _block(self, index: int) -> _Block:
-        number, record = self._place(index)
-        block = self.manifest.shards[number].block_of(record)
-        return self._blocks.get((number, block), lambda: self._read(number, block))
-
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the shard, and of the record in it."""
         if not 0 <= index < len(self):
@@ -98,12 +84,12 @@ class Records:
 
     def _read(self, number: int, block: int) -> _Block:
         shard = self.manifest.shards[number]
-        self._size_check.check(shard)
+        check_size(shard, self._checked)
         first, end, start, stop = shard.span(block)
         raws = self._format.read(shard.url, start, stop)
         if len(raws) != end - first:
             raise DataError(
-                f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {_CHANGED}"
+                f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {CHANGED}"
             )
         start_of_shard = int(self.manifest.firsts[number])
         return start_of_shard + first, start_of_shard + end, raws
@@ -112,46 +98,3 @@ class Records:
 def _refuse_tokens(kind: str | None) -> None:
     if kind == "tokens":
         raise ConfigError("Records reads jsonl, text, tar and parquet; for flat arrays of tokens use Tokens")
-
-
-_CHANGED = (
-    "It was changed after it was scanned. Restore it; or scan again into a new manifest for new runs: a run that began "
-    "with the old one must keep it"
-)
-
-
-class SizeCheck:
-    """Compares the size of each shard with its size in the manifest, once per process, when the shard is first read."""
-
-    def __init__(self) -> None:
-        self._checked: set[str] = set()
-
-    def check(self, shard: Shard) -> None:
-        """Raise DataError if the size has changed since the scan."""
-        if shard.url in self._checked:
-            return
-        size = files.stat(shard.url).size
-        if size != shard.size:
-            raise DataError(f"{shard.url}: expected {shard.size} bytes, found {size}. {_CHANGED}")
-        self._checked.add(shard.url)
-
-    def __reduce__(self) -> "tuple[type[SizeCheck], tuple[()]]":
-        return SizeCheck, ()
-
-
-def open_manifest(
-    *, path: str | list[str] | None, manifest: str | None, kind: str | None, dtype: str | None = None
-) -> Manifest:
-    """Scan the shards at ``path``, or load the ``manifest`` of an earlier scan. Raises ConfigError, DataError."""
-    if (path is None) == (manifest is None):
-        raise ConfigError("give either path=... (shards, scanned now) or manifest=... (of python -m runner.shards)")
-    if kind is not None and kind not in formats.KINDS:
-        raise ConfigError(f"format={kind!r} is unknown; known formats: {', '.join(formats.KINDS)}")
-    if manifest is None:
-        assert path is not None
-        return scan(list(path) if not isinstance(path, str) else path, kind=kind, dtype=dtype)
-    loaded = load(manifest)
-    if kind not in (None, loaded.kind) or dtype not in (None, loaded.dtype):
-        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (loaded.kind, loaded.dtype)))
-        raise ConfigError(f"{manifest} lists shards of {listed}, but the configuration says {expected}")
-    return loaded

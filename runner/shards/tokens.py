@@ -10,8 +10,7 @@ from torch import Tensor
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
 from runner.hashing import json_digest
-from runner.shards.records import SizeCheck, open_manifest
-from runner.shards.shard_manifest import Shard
+from runner.shards.scan import SHARDS_CHECKED, check_size, open_manifest
 from runner.storage import files
 
 _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
@@ -46,51 +45,34 @@ class Tokens:
         self.pack = pack
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._widened = np.dtype(_WIDENED.get(self.manifest.dtype, self.manifest.dtype))
-        self._layout = RowLayout(self.manifest.counts, length=length, separator=self._checked_separator(separator))
-        self.counts: list[int] = self._counts()
+        limits = np.iinfo(self._dtype)
+        if separator is not None and (not pack or not limits.min <= separator <= limits.max):
+            raise ConfigError(
+                f"separator={separator} stands between joined shards of {self._dtype.name}: it needs pack=true and "
+                f"a token from {limits.min} to {limits.max}"
+            )
+        self._layout = RowLayout(self.manifest.counts, length=length, separator=separator)
+        whole = [max(0, tokens - 1) // length for tokens in self.manifest.counts]  # rows of each shard
+        self.counts = self._layout.counts(range(len(whole) + 1)) if pack else whole
+        self.fingerprint = json_digest([self.manifest.fingerprint, length, pack, separator])
         self._firsts = np.cumsum([0, *self.counts], dtype=np.int64)
         if not len(self):
-            raise DataError(
-                f"{len(self.manifest.shards)} shards ({self.manifest.shards[0].url} ...) hold {self.tokens} tokens: "
-                f"too few for one sample of {length + 1}; give more, or a smaller length"
-            )
+            size = f"{len(whole)} shards ({self.manifest.shards[0].url} ...) hold {sum(self.manifest.counts)} tokens"
+            raise DataError(f"{size}: too few for one sample of {length + 1}; give more, or a smaller length")
         self._maps: LRUCache[NDArray[np.integer] | None] = LRUCache(_MAPS_HELD)
-        self._size_check = SizeCheck()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all shards."""
-        return int(self.manifest.firsts[-1])
+        self._checked: LRUCache[None] = LRUCache(SHARDS_CHECKED)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.pack:
-            check_index(index, len(self))
-            parts = self._layout.row(index, self._read)
-        else:
-            parts = [self._read(*self._alone(index))]
+        parts = self._layout.row(index, self._read) if self.pack else [self._read(*self._alone(index))]
         return torch.from_numpy(np.concatenate(parts, dtype=self._widened, casting="unsafe"))
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with the samples, but not with the folder that holds them."""
-        facts = [self.manifest.fingerprint, self.length, self.pack, self._layout.separator]
-        return json_digest(facts)
 
     def locate(self, index: int) -> str:
         """Shards and tokens of a sample, for messages."""
-        check_index(index, len(self))
-        spans = self._layout.spans(index) if self.pack else [self._alone(index)]
-        return " and ".join(
-            f"{self.manifest.shards[number].url}, tokens {start} to {stop}" for number, start, stop in spans
-        )
-
-    def _counts(self) -> list[int]:
-        if self.pack:
-            return self._layout.counts(range(len(self.manifest.shards) + 1))
-        return [max(0, tokens - 1) // self.length for tokens in self.manifest.counts]
+        spans, shards = self._layout.spans(index) if self.pack else [self._alone(index)], self.manifest.shards
+        return " and ".join(f"{shards[number].url}, tokens {start} to {stop}" for number, start, stop in spans)
 
     def _alone(self, index: int) -> tuple[int, int, int]:
         """Shard, start and stop of a sample if shards are not joined."""
@@ -101,31 +83,18 @@ class Tokens:
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.integer]:
         shard = self.manifest.shards[number]
-        self._size_check.check(shard)
-        mapped = self._maps.get(number, lambda: self._map(shard))
+        check_size(shard, self._checked)
+        begin, width = int(shard.starts[1, 0]), self._dtype.itemsize
+
+        def memory_map() -> NDArray[np.integer] | None:
+            local = files.local_path(shard.url)
+            shape = (shard.records,)
+            return None if local is None else np.asarray(np.memmap(local, self._dtype, "r", begin, shape))
+
+        mapped = self._maps.get(number, memory_map)
         if mapped is not None:
             return mapped[start:stop]
-        begin, width = int(shard.starts[1, 0]), self._dtype.itemsize
         return np.frombuffer(files.read_range(shard.url, begin + start * width, begin + stop * width), self._dtype)
-
-    def _map(self, shard: Shard) -> NDArray[np.integer] | None:
-        """The memory map of a local shard; None for shards in other stores."""
-        local = files.local_path(shard.url)
-        if local is None:
-            return None
-        return np.asarray(
-            np.memmap(local, self._dtype, mode="r", offset=int(shard.starts[1, 0]), shape=(shard.records,))
-        )
-
-    def _checked_separator(self, separator: int | None) -> int | None:
-        if separator is not None:
-            limits = np.iinfo(self._dtype)
-            if not self.pack or not limits.min <= separator <= limits.max:
-                raise ConfigError(
-                    f"separator={separator} stands between joined shards of {self._dtype.name}: it needs pack=true and "
-                    f"a token from {limits.min} to {limits.max}"
-                )
-        return separator
 
 
 def checked_length(length: int) -> int:
@@ -171,6 +140,7 @@ class RowLayout:
 
     def spans(self, index: int) -> Iterator[tuple[int, int, int]]:
         """The parts of a row as (sequence, start, stop). A separator counts as one more token of its sequence."""
+        check_index(index, self.rows)
         at = index * self.length
         end = at + self.length + 1
         number = int(self.begins.searchsorted(at, side="right")) - 1

@@ -7,9 +7,7 @@ from runner.task import Task
 
 
 class Classification(Task):
-    """Batches are ``(inputs, labels)``, the labels integers of shape [B]; the model returns logits of shape [B,
-    classes].
-    """
+    """Batches are ``(inputs, labels)``, labels integers [B]; the model returns logits [B, classes]."""
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
@@ -21,7 +19,4 @@ class Classification(Task):
     def evaluation_step(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs, labels = batch
         logits = model(inputs)
-        return {
-            "loss": F.cross_entropy(logits, labels),
-            "accuracy": (logits.argmax(-1) == labels).float().mean(),
-        }
+        return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(-1) == labels).float().mean()}
