@@ -18,7 +18,7 @@ checks the code against this map.
        store, structure, tensor_file)
        data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, mixture, order,
        plan, probe, sandbox, stream, training_data, workers)
-       run/ (attempt_records, attempts, directory, drift, opening, parent)
+       run/ (attempts, directory, opening)
        shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
        update     device
     3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)

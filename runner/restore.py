@@ -20,8 +20,7 @@ from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
-from runner.run.drift import compare
-from runner.run.parent import Parent, ParentRecord
+from runner.run.opening import Parent, ParentRecord, compare
 from runner.seeds import derive
 from runner.state import TrainState, retype
 from runner.storage import open_location

@@ -2,7 +2,7 @@
 
     run.json            run id, format version, lineage; marks the directory as a run's
     config.yaml         the resolved identity half; written once, only ever compared
-    attempts/           one claim per process life (run.attempt_records)
+    attempts/           one claim per process life (run.attempts)
     commits/ data/      checkpoints (checkpoint.manifest)
     ledger/             the samples that each step consumed (data.ledger)
     metrics/            scalars as lines (metrics.lines)
@@ -26,7 +26,7 @@ from runner.config.identity import IDENTITY, digest
 from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location
 
@@ -141,9 +141,9 @@ class RunDirectory:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
         a number below ``before``) accepted instead.
         """
-        return self.identity_since(attempt_records.newest(self.location, before=before))
+        return self.identity_since(attempts.newest(self.location, before=before))
 
-    def identity_since(self, newest: attempt_records.AttemptRecord | None) -> dict[str, Any] | None:
+    def identity_since(self, newest: attempts.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()

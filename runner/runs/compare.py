@@ -8,7 +8,7 @@ from typing import Any
 from runner.config.identity import flatten
 from runner.errors import ConfigError
 from runner.metrics import lines
-from runner.run import drift
+from runner.run.opening import compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs, number
 from runner.runs.listing import Selection, format_cell, format_setting, format_table
 
@@ -133,7 +133,7 @@ def _swept(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
     by an interpolation, is left out.
     """
     first, *others = parameters or [{}]
-    differing = {change.key for other in others for change in drift.compare(first, other)}
+    differing = {change.key for other in others for change in compare(first, other)}
     chosen: dict[str, str] = {}
     for key in dict.fromkeys(key for each in parameters for key in each):
         if key in differing:

@@ -8,7 +8,7 @@ from runner.finish import safetensors_file
 from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run.directory import RunDirectory
-from runner.run.parent import CheckpointRef
+from runner.run.opening import CheckpointRef
 from runner.storage import files
 
 

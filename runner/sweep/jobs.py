@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from runner import errors, signals
 from runner.errors import ConfigError, Interrupted, JobDied, RunnerError
-from runner.run import drift
+from runner.run.opening import compare
 from runner.run_spec import RunSpec
 from runner.stop_request import VARIABLE, orphaned
 from runner.sweep.survey import Overrides, Specs
@@ -222,7 +222,7 @@ class RunNames:
 
 
 def _require_same(first: Overrides, first_spec: RunSpec, job: Overrides, spec: RunSpec) -> None:
-    differing = [change.key for change in drift.compare(first_spec.identity, spec.identity)]
+    differing = [change.key for change in compare(first_spec.identity, spec.identity)]
     if first_spec.parent != spec.parent:
         differing.append("run.parent")
     if differing:

@@ -11,8 +11,7 @@ from tabulate import tabulate
 
 from runner.checkpoint.manifest import CommitId
 from runner.errors import ConfigError, DriftRefused, RunnerError, printable
-from runner.run import attempt_records
-from runner.run.attempt_records import AttemptRecord
+from runner.run.attempts import AttemptRecord, cluster_job, requeued
 from runner.run_facts import RunFacts
 from runner.run_spec import RunSpec
 
@@ -142,13 +141,13 @@ def _failures(attempts: Sequence[AttemptRecord], commits: Sequence[CommitId]) ->
     a cluster ended to queue their job again.
     """
     saved = {commit.attempt for commit in commits}
-    failures, later = 0, attempt_records.cluster_job()
+    failures, later = 0, cluster_job()
     for record in reversed(attempts):
         job = record.claim.get("cluster")
         killed = record.end is None and not record.beat.get("committed") and record.number not in saved
         if not killed and record.ending("outcome") != "failed":
             break
-        failures += not (killed and attempt_records.requeued(job, later))
+        failures += not (killed and requeued(job, later))
         later = job
     return failures
 
