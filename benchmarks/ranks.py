@@ -27,10 +27,9 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
-from runner.checkpoint.checkpoint import Checkpoint, parse
+from runner.checkpoint.checkpoint import Checkpoint, Reader, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
-from runner.checkpoint.reading import Reader
 from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, cells, plan
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
 from runner.checkpoint.tensor_file import BLOCK, StoredFile

@@ -18,8 +18,7 @@ import torch
 import yaml
 from faults import save
 
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.data import ledger
 from runner.errors import RunnerError, printable

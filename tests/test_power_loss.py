@@ -12,8 +12,7 @@ from faults import MemoryLocation, is_right, save
 from power import Event, RecordingOs, crash_states
 
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore, Torn
+from runner.checkpoint.store import CheckpointStore, Retention, Torn
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger, LedgerLine, segments
 from runner.finish import export

@@ -17,9 +17,8 @@ from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.guards import FiniteLoss
 from runner.checkpoint.background_writer import PendingSave, Writer
-from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from runner.checkpoint.manifest import CommitId, parse_data
-from runner.checkpoint.retention import CommitInfo, Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, CommitInfo, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
