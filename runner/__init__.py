@@ -23,7 +23,7 @@ checks the code against this map.
        update     device
     3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
-    2  storage/ (backend, files, local, location, remote, stores)
+    2  storage/ (backend, files, local, location, remote)
        config/ (checks, environment, identity, schema, secrets)
     1  signals     average     task
     0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes

@@ -3,8 +3,6 @@
 No file system or open file is kept between calls: instances are not fork-safe, and fsspec caches them for each process.
 """
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from runner.errors import DataError, RunnerError, StorageError
-from runner.storage.local import sync_folder
+from runner.storage.local import replace_file, sync_folder
 
 # Attributes that change with a file, under the names of various stores; the most reliable first.
 _MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -128,23 +126,10 @@ def write(path: str, data: bytes) -> None:
     with _Translated(path, "write", StorageError):
         system, name = fsspec.core.url_to_fs(path)
         if isinstance(system, LocalFileSystem):
-            _replace(Path(name), data)
+            replace_file(Path(name), [data])
+            sync_folder(Path(name).parent, strict=False)
         else:
             system.pipe_file(name, data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent, strict=False)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _find(pattern: str) -> list[tuple[str, dict[str, Any]]]:

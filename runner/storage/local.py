@@ -47,9 +47,7 @@ class LocalLocation:
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         with self._explained("write", name):
             path = self._prepare(name) if durable else self._path(name)
-            temporary = _temporary(path)
-            _write(temporary, chunks, durable=durable)
-            os.replace(temporary, path)
+            replace_file(path, chunks, durable=durable)
             if durable:
                 sync_folder(path.parent)
 
@@ -119,10 +117,8 @@ class LocalLocation:
             except FileNotFoundError:
                 return False
             with file:
-                try:
-                    fcntl.lockf(
-                        file, fcntl.LOCK_SH | fcntl.LOCK_NB
-                    )  # shared: several processes may ask at the same time
+                try:  # shared: several processes may ask at the same time
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
                     return True
         return False
@@ -232,9 +228,7 @@ def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[st
         skipped = own if marker in entries else ()
         if skipped is not None:
             left += [os.path.join(folder, n) for n, is_folder in entries.items() if is_folder and n not in skipped]
-    return {
-        name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in folders)
-    }
+    return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(each, root) for each in folders)}
 
 
 def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
@@ -299,8 +293,16 @@ def _entry(entry: "os.DirEntry[str]") -> Entry | None:
     return None
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
+def replace_file(path: Path, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+    """Write a file under a temporary name and rename it over ``path``. Its folder is still to be synced."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
+    _write(temporary, chunks, durable=durable)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def sync_folder(folder: Path, *, strict: bool = True) -> None:

@@ -14,7 +14,6 @@ from typing import Protocol
 from runner.activity import doing
 from runner.errors import ConfigError, StorageError
 from runner.hashing import Buffer as Buffer
-from runner.storage.stores import LOCAL
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -124,7 +123,7 @@ def protocol(url: str) -> str:
         raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
     match = _URL.match(url)
     kind = match[1].lower() if match else "file"
-    return "file" if kind in LOCAL else kind
+    return "file" if kind == "local" else kind
 
 
 def is_remote(url: str) -> bool:

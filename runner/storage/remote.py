@@ -1,7 +1,7 @@
 """A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
 
 Object stores show an object when its upload is complete. Other stores are written like a disk: under a temporary name,
-then ``mv`` over the final name (``stores`` says which are which).
+then ``mv`` over the final name (``backend.STORES`` says which are which).
 """
 
 import contextlib
