@@ -5,7 +5,7 @@ The copy is the only part of saving for which training waits.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,9 +62,9 @@ class Snapshot:
         write = plan(shards, alone)
         tensors = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
         contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
-        contents["weights"] = _content(
-            _sample([tensor for name, tensor in shared.items() if name.startswith("model/")])
-        )
+        weights = [tensor for name, tensor in shared.items() if name.startswith("model/")]
+        weights = weights[:: max(1, len(weights) // _COMPARED_WEIGHTS)]
+        contents["weights"] = _content(weights, most=_COMPARED_OF_WEIGHT)
         return cls(step, values, tensors, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
 
 
@@ -72,14 +72,9 @@ def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], parts: Collec
     return {name: tensor for part, (_, all_) in encoded.items() if part in parts for name, tensor in all_.items()}
 
 
-def _sample(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors[:: max(1, len(tensors) // _COMPARED_WEIGHTS)]:
-        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_COMPARED_OF_WEIGHT]
-
-
-def _content(tensors: Iterable[Tensor]) -> str:
-    """A digest of the first elements of tensors."""
-    firsts = (tensor.reshape(-1)[:_COMPARED_OF_TENSOR].cpu() for tensor in tensors if not is_distributed(tensor))
+def _content(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
+    """A digest of the first ``most`` elements of each tensor."""
+    firsts = (tensor.reshape(-1)[:most].cpu() for tensor in tensors if not is_distributed(tensor))
     return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
@@ -172,27 +167,23 @@ class Staging:
         From CUDA they are copied into pinned memory in the order of the stream: kernels that are launched later see the
         copy done, and this thread does not wait for it. ``wait`` does.
         """
-        return replace(snapshot, tensors=self._copy(snapshot.tensors))
-
-    def wait(self) -> None:
-        """Return when everything that was staged has arrived."""
-        for event in self._copied:
-            event.synchronize()
-
-    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        first: dict[object, str] = {}
+        tensors, first = snapshot.tensors, dict[object, str]()
         alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
-        buffers = {name: self._buffer(name, tensors[name]) for name in first.values()}
-        self._buffers = buffers  # memory of tensors that left the state is freed
+        buffers = {}
+        for name in first.values():
+            tensor, buffer = tensors[name], self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffers[name] = buffer
+        self._buffers = buffers  # memory of tensors that left the state is freed, before anything is copied
         for name, buffer in buffers.items():
             buffer.copy_(tensors[name], non_blocking=True)
         devices = {tensors[name].device for name in buffers if tensors[name].is_cuda}
         # An event alone would be of the current device, whatever device the copies come from.
         self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return {name: buffers[alias[name]] for name in tensors}
+        return replace(snapshot, tensors={name: buffers[alias[name]] for name in tensors})
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer
+    def wait(self) -> None:
+        """Return when everything that was staged has arrived."""
+        for event in self._copied:
+            event.synchronize()
