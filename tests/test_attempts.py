@@ -519,11 +519,12 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 ELSEWHERE = """
 import sys
 from runner.run import attempts
-from runner.storage.local import LocalLocation, LocalLock
+from runner.storage.local import LocalLocation
+from runner.storage.location import Lock
 import os
 here = sys.argv.pop(1)
 attempts.machine = lambda location: here
-LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
+LocalLocation.lock = lambda self, name: Lock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
 LocalLocation.is_locked = lambda self, name: False
 from runner.__main__ import main
 sys.exit(main())

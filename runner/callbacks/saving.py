@@ -274,7 +274,7 @@ class SaveCheckpoint(Callback):
                     first,
                     loop.step,
                 )
-            self._writer.wait_for_room(_POLL_SECONDS)
+            self._writer.wait(_POLL_SECONDS, begun=True)
             self._handle_failures()
         return self._order(exact=True)
 

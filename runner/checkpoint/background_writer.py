@@ -85,16 +85,12 @@ class Writer:
             return (self._waiting if step in self._waiting else self._kept).pop(step)
 
     @doing("joins")
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until all copies are committed or failed, for so many seconds at most; whether they are."""
+    def wait(self, seconds: float | None = None, *, begun: bool = False) -> bool:
+        """Wait until all copies are committed or failed (or have ``begun`` to be), for so many seconds at most; whether
+        they are.
+        """
         with self._changed:
-            return self._wait_for(lambda: self.idle, seconds)
-
-    @doing("joins")
-    def wait_for_room(self, seconds: float) -> bool:
-        """Wait until no copy waits to begin, for so many seconds at most; whether none does."""
-        with self._changed:
-            return self._wait_for(lambda: not self._waiting, seconds)
+            return self._wait_for(lambda: not self._waiting and (begun or not self._busy), seconds)
 
     @doing("joins")
     def close(self, seconds: float) -> None:

@@ -23,7 +23,6 @@ from runner.distributed.communicator import PerRank
 from runner.errors import StateError
 
 _TAG = "$"
-_ALLOWED = "tensors, str, int, float, bool, None, and dicts, lists and tuples of them"
 
 
 def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -80,9 +79,9 @@ def laid_out(tensor: Tensor, order: Any) -> Tensor:
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        entry, order = {_TAG: "tensor", "name": _add(value, path, tensors)}, _order(value)
-        trained = {"trained": True} if value.requires_grad and value.is_leaf else {}
-        return {**entry, **trained} if order is None else {**entry, **trained, "order": order}
+        _add(value, path, tensors)
+        trained, order = {"trained": True} if value.requires_grad and value.is_leaf else {}, _order(value)
+        return {_TAG: "tensor", "name": path, **trained, **({} if order is None else {"order": order})}
     if isinstance(value, float) and not isinstance(value, Enum):
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if value is None or (isinstance(value, str | int) and not isinstance(value, Enum)):
@@ -103,8 +102,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         encoded = None if versions is None else _encode(dict(versions), path, tensors)
         return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": encoded}
     raise StateError(
-        f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. "
-        f"A state_dict may hold {_ALLOWED}."
+        f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. A state_dict may hold "
+        "tensors, str, int, float, bool, None, and dicts, lists and tuples of them."
     )
 
 
@@ -121,7 +120,7 @@ def _trained(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()  # the same tensor may be part of the state as it is, too
 
 
-def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
     if not _is_dense(tensor):
         kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
         raise StateError(
@@ -130,7 +129,6 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
     if path in tensors:
         raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
     tensors[path] = tensor.detach()
-    return path
 
 
 def _is_dense(tensor: Tensor) -> bool:

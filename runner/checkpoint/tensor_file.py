@@ -22,7 +22,7 @@ from runner.storage.location import Buffer
 
 BLOCK = 1 << 20  # bytes, counted from the end of a file's header; frozen: stored checkpoints depend on it
 
-_DTYPES = {f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)}
+_DTYPES: dict[str, torch.dtype] = {f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)}
 _DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)}
 _DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (64, 32, 16, 8)}
 _DTYPES |= {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runner.errors import StorageError
-from runner.storage.location import Buffer, Entry, check_name
+from runner.storage.location import Buffer, Entry, Lock, check_name
 
 _AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call of readv may fill
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -86,8 +86,12 @@ class LocalLocation:
             except FileNotFoundError:
                 return []
             with scan:
-                entries = [_entry(entry) for entry in scan if TEMPORARY not in entry.name]
-        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+                entries = []
+                for entry in scan:
+                    with contextlib.suppress(FileNotFoundError):  # removed since the scan began
+                        if TEMPORARY not in entry.name and entry.is_file(follow_symlinks=False):
+                            entries.append(Entry(entry.name, entry.stat(follow_symlinks=False).st_size))
+        return sorted(entries, key=lambda entry: entry.name)
 
     def remove(self, name: str) -> None:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
@@ -100,7 +104,7 @@ class LocalLocation:
                 if time.time() - status.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(status.st_mode):
                     os.unlink(path)
 
-    def lock(self, name: str) -> "LocalLock | None":
+    def lock(self, name: str) -> Lock | None:
         with self._explained("lock", name):
             descriptor = os.open(self._prepare(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
@@ -108,7 +112,7 @@ class LocalLocation:
             except (BlockingIOError, PermissionError):
                 os.close(descriptor)
                 return None
-            return LocalLock(descriptor)
+            return Lock(descriptor)
 
     def is_locked(self, name: str) -> bool:
         with self._explained("lock", name):
@@ -198,17 +202,6 @@ class LocalJournal:
             self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
 
-class LocalLock:
-    """A POSIX record lock. Unlike ``flock`` it is not inherited by forked data workers, which may outlive a killed
-    parent by seconds and would keep the run locked."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        os.close(self._descriptor)
-
-
 def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
     """See ``storage.find_folders``."""
     folders, left = [], [root]
@@ -281,16 +274,6 @@ def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
         if count:
             left[first] = left[first][count:]
     return True
-
-
-def _entry(entry: "os.DirEntry[str]") -> Entry | None:
-    """The entry of a file; None for anything else, and for a file that was removed since the scan began."""
-    try:
-        if entry.is_file(follow_symlinks=False):
-            return Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
-    except FileNotFoundError:
-        pass
-    return None
 
 
 def replace_file(path: Path, chunks: Iterable[Buffer], *, durable: bool = True) -> None:

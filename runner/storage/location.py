@@ -28,11 +28,18 @@ class Entry:
     size: int
 
 
-class Lock(Protocol):
-    """Held until released or until the process that took it dies, however it dies."""
+class Lock:
+    """A POSIX record lock, held until released or until the process that took it dies, however it dies. Unlike
+    ``flock`` it is not inherited by forked data workers, which may outlive a killed parent by seconds and would keep
+    the run locked.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def release(self) -> None:
         """Give the lock back."""
+        os.close(self._descriptor)
 
 
 class Journal(Protocol):
@@ -167,12 +174,10 @@ class JournalChain:
     @doing("saves")
     def flush(self) -> None:
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
-        while True:
-            journal, full = self._open[0], len(self._open) > 1
-            journal.sync()
-            if not full:
-                return
+        while len(self._open) > 1:
+            self._open[0].sync()
             self._open.popleft().close()
+        self._open[0].sync()
 
     def close(self) -> None:
         """Close all journals. What was not flushed may be lost."""

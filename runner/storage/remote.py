@@ -22,16 +22,15 @@ from typing import Any
 from runner.errors import StorageError
 from runner.hashing import sha256_digest
 from runner.storage.backend import Backend, limits
-from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
-from runner.storage.location import Buffer, Entry, Location, check_name
+from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation
+from runner.storage.location import Buffer, Entry, Location, Lock, check_name
 
 
 class UploadedJournal:
     """A growing object in memory, uploaded as a whole by each ``sync``. What was not synced dies with the process."""
 
     def __init__(self, location: Location, name: str) -> None:
-        self._location = location
-        self._name = name
+        self._location, self._name = location, name
         self._data = bytearray()
         self._synced = -1
         self._appending = threading.Lock()
@@ -127,7 +126,9 @@ class RemoteLocation:
             for leaf, info in _ls(self._backend, system, path).items():
                 if TEMPORARY in leaf and info["type"] == "file":
                     with contextlib.suppress(FileNotFoundError):
-                        if _age(system.modified(info["name"])) > LEFTOVER_SECONDS:
+                        modified = system.modified(info["name"])
+                        aware = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
+                        if (datetime.now(timezone.utc) - aware).total_seconds() > LEFTOVER_SECONDS:
                             system.rm_file(info["name"])
 
         def abort(system: Any) -> None:
@@ -141,7 +142,7 @@ class RemoteLocation:
         status = _scratch().stat()
         return f"{status.st_dev}:{status.st_ino}"
 
-    def lock(self, name: str) -> LocalLock | None:
+    def lock(self, name: str) -> Lock | None:
         return LocalLocation(_scratch()).lock(self._lock_file(name))
 
     def is_locked(self, name: str) -> bool:
@@ -171,7 +172,7 @@ class RemoteLocation:
             except Exception:
                 if system.info(path)["size"]:  # an empty object has no range, which most stores answer with an error
                     raise
-                data = b""
+                return b""
         except FileNotFoundError:
             self._backend.check_bucket(system)
             return None
@@ -198,10 +199,7 @@ def find_folders(
     backend = root._backend
 
     def listing(folder: str) -> dict[str, dict[str, Any]]:
-        def operation(system: Any) -> dict[str, dict[str, Any]]:
-            return _ls(backend, system, backend.path(folder))
-
-        return backend.run("list", folder, operation)
+        return backend.run("list", folder, lambda system: _ls(backend, system, backend.path(folder)))
 
     matches: list[str] = []
     level = [""]
@@ -297,8 +295,3 @@ def _scratch() -> Path:
     if path.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise StorageError(f"{path} is not this user's alone (owner, mode 0700); remove it or set TMPDIR")
     return path
-
-
-def _age(modified: datetime) -> float:
-    aware = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
-    return (datetime.now(timezone.utc) - aware).total_seconds()
