@@ -16,8 +16,8 @@ from runner.distributed.communicator import Communicator
 
 @dataclass(frozen=True, slots=True)
 class PendingSave:
-    """A copy of the state that is not committed yet, and the buffers that hold its tensors. An ``exact`` copy is needed
-    itself; any other may be replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
+    """A copy of the state to be committed, and its ``buffers``. An ``exact`` copy is needed itself; any other may be
+    replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
     """
 
     snapshot: Snapshot
@@ -86,9 +86,7 @@ class Writer:
 
     @doing("joins")
     def wait(self, seconds: float | None = None, *, begun: bool = False) -> bool:
-        """Wait until all copies are committed or failed (or have ``begun`` to be), for so many seconds at most; whether
-        they are.
-        """
+        """Wait until all copies are committed, failed or (``begun``) begun; whether they are after ``seconds``."""
         with self._changed:
             return self._wait_for(lambda: not self._waiting and (begun or not self._busy), seconds)
 

@@ -84,7 +84,7 @@ class Reader:
 
     def _sources(self, place: TensorBytes, box: Box) -> list[tuple[str, int, Box, Box]]:
         """The cells that overlap a box: file, byte where the tensor begins there, cell, overlap. Raises Damaged unless
-        the files have these bytes: before memory is allocated.
+        the files have these bytes.
         """
         sources = []
         for number, cell, overlap in cells_in(box, place.kind.shape, place.group.cuts):
@@ -131,9 +131,9 @@ def _buffers(pieces: list[tuple[int, memoryview]], size: int) -> list[memoryview
 def _scatter(
     target: Tensor, kind: Kind, box: Box, sources: Iterable[tuple[str, int, Box, Box]], blocks: _Blocks
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Add memory for the bytes of a box to the blocks that they are in: the memory of ``target``, or where the bytes of
-    an overlap are contiguous on one side only, other memory for whole rows of the cell. Yields the (target, source)
-    pairs that are then to be copied.
+    """Add memory for the bytes of a box to the blocks that they are in: the memory of ``target``, or for an overlap
+    that is contiguous on one side only, that of whole rows of the cell. Yields the (target, source) pairs to be copied
+    then.
     """
     view = bytes_of(target)
     for file, offset, cell, overlap in sources:
@@ -215,9 +215,7 @@ class Checkpoint:
 
     @doing("saves")
     def check(self) -> None:
-        """Raise Damaged for a file with another header, or with room for other tensors; each rank looks at its share of
-        the files.
-        """
+        """Raise Damaged for a file of another size or header; each rank looks at its share of the files."""
         names = [*self.files]
         for first, group in {place.first: place.group for place in self.places.values()}.items():
             for number in range(group.cells):

@@ -61,10 +61,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: cell ``cell``.
-
-    ``replicas`` ranks hold the same cell; this rank is number ``replica`` of them. Tensors with an equal ``layout`` are
-    distributed in the same way.
+    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: cell ``cell``, as number
+    ``replica`` of ``replicas`` ranks. Tensors with an equal ``layout`` are distributed in the same way.
     """
 
     local: Tensor
@@ -188,9 +186,7 @@ class FileGroup:
         return prod(count for _, count in self.cuts)
 
     def offsets(self, number: int, size: int) -> dict[str, int]:
-        """Where each tensor begins in the file of a cell. Raises Damaged unless the tensors take exactly the ``size``
-        bytes of the file without its header.
-        """
+        """Where each tensor begins in the file of a cell. Raises Damaged unless they take ``size`` bytes."""
         if number not in self._offsets:
             position, offsets = 0, {}
             for name in self.tensors:
@@ -221,10 +217,8 @@ class FileGroup:
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """Which rank writes what. Every rank computes the same ``groups`` and ``aliases``.
-
-    ``written``: group number -> the cell that this rank writes. ``own``: tensors that only this rank has. ``aliases``:
-    tensors that are stored under another name.
+    """Which rank writes what. Every rank computes the same ``groups`` and ``aliases`` (tensors stored under another
+    name). ``written``: group number -> the cell that this rank writes. ``own``: tensors that only this rank has.
     """
 
     groups: tuple[FileGroup, ...]
@@ -249,9 +243,7 @@ class WritePlan:
 
 
 def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePlan:
-    """A plan that writes each cell of each tensor once. Tensors that several ranks hold are spread over these ranks by
-    bytes.
-    """
+    """A plan that writes each cell of each tensor once. Replicas are spread over their ranks by bytes."""
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     layouts: dict[Any, list[str]] = {}

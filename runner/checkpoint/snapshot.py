@@ -79,8 +79,8 @@ def _content(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> s
 
 
 def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
-    """What this rank wrote: ``files`` are those of the cells of ``plan.written``, and a last one for the tensors that
-    only this rank has. With it go digests of the state that all ranks have alike.
+    """What this rank wrote: ``files`` are those of ``plan.written``, and a last one for the tensors that only it has;
+    and digests of the state that all ranks have alike.
     """
     entries = {
         "files": [[name, file.size, file.header, file.digest, list(file.blocks)] for name, file in files],
@@ -162,10 +162,9 @@ class Staging:
         self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
     def stage(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its tensors as they are at this moment, on the host.
-
-        From CUDA they are copied into pinned memory in the order of the stream: kernels that are launched later see the
-        copy done, and this thread does not wait for it. ``wait`` does.
+        """The snapshot with its tensors as they are at this moment, on the host. From CUDA they are copied into pinned
+        memory in the order of the stream: kernels launched later see the copy done. This thread does not wait for it;
+        ``wait`` does.
         """
         tensors, first = snapshot.tensors, dict[object, str]()
         alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}

@@ -83,7 +83,7 @@ class Retention:
 
 
 def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
-    """The undamaged commits with an objective, the best first; of equal ones the earlier step first. Empty without a
+    """The undamaged commits with an objective, the best first, of equal ones the earlier step. Empty without a
     ``mode``.
 
     Only commits that the newest state descends from, one for each step: where a newer attempt resumed from an earlier
@@ -256,9 +256,7 @@ class CheckpointStore:
         self.remove(listed, retained, attempt=attempt)
 
     def _infos(self, listed: Sequence[CommitId], *, limit: int | None = None) -> list[CommitInfo]:
-        """The listed commits with what their manifests say; only the first of them where more than ``limit`` manifests
-        would have to be read.
-        """
+        """The listed commits; only the first of them where more than ``limit`` manifests would have to be read."""
         # Manifests never change, so each is read once.
         unread = [commit for commit in listed if commit not in self._objectives and commit not in self.damaged]
         if unread:

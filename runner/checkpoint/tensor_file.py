@@ -103,9 +103,7 @@ class Kind:
 
 
 class SafetensorsFile:
-    """Tensors about to be written as one safetensors file, one copy under each name; consume ``chunks``, then ask for
-    ``stored``.
-    """
+    """Tensors as one safetensors file, a copy under each name; consume ``chunks``, then ask for ``stored``."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
         kinds = in_order({name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()})
@@ -130,9 +128,7 @@ class SafetensorsFile:
 
 
 def in_order(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
-    """The same in the order of the file: wide types first, which keeps every tensor aligned, as readers that map the
-    file expect.
-    """
+    """In the order of the file: wide types first, which keeps tensors aligned, as readers that map it expect."""
     return dict(sorted(kinds.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 

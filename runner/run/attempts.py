@@ -95,11 +95,9 @@ class AttemptRecord:
         return _SILENT_BEATS * min(max(interval, _BEAT_SECONDS[0]), _BEAT_SECONDS[1]) + _SLACK_SECONDS
 
     def watched(self, since: float | None = None) -> bool:
-        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes.
-        The beats count from ``since`` (``time.monotonic``), a moment after the record was read.
-
-        Uses only this process's clock, because clocks of two machines need not agree. Raises Interrupted after a stop
-        signal.
+        """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes,
+        from ``since`` (``time.monotonic``, a moment after the record was read) on. Uses only this process's clock,
+        because clocks of two machines need not agree. Raises Interrupted after a stop signal.
         """
         until = (since or time.monotonic()) + self.patience
         now, alive, ended = self, self.alive(), False
@@ -209,10 +207,8 @@ class ClaimGone(StorageError):
 
 
 def machine(location: Location) -> str:
-    """A name of this machine such that processes with the same name see each other's locks, until it is rebooted.
-
-    A container, another user, or a job with its own temporary folder counts as another machine if it cannot see the
-    same locks.
+    """A name of this machine such that processes with the same name see each other's locks, until it is rebooted. A
+    container, another user, or a job with its own temporary folder that cannot see the same locks has another name.
     """
     boot = namespace = "?"  # elsewhere than on Linux
     with suppress(OSError):
@@ -313,9 +309,7 @@ class Attempt:
                 pass  # an outage says nothing of the claim
 
     def raise_if_superseded(self) -> None:
-        """Raise Superseded or RunGone if the heartbeat's thread has found a newer attempt, or has not found this one's
-        claim for long; costs nothing.
-        """
+        """Raise Superseded or RunGone if the thread found a newer attempt, or no claim for long; costs nothing."""
         self._raise_if_gone()
         self._raise_if(self._superseded)
 

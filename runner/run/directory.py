@@ -80,9 +80,8 @@ class RunDirectory:
         return f"{self.experiment}/{self.variant}"
 
     def record(self) -> dict[str, Any] | None:
-        """The content of ``run.json``; None where no run was ever started.
-
-        Raises ConfigError for a directory that holds something else, or a run of a newer format.
+        """The content of ``run.json``; None where no run was ever started. Raises ConfigError for a directory that
+        holds something else, or a run of a newer format.
         """
         record = self._json(_RUN)
         if record is None:
@@ -102,10 +101,7 @@ class RunDirectory:
         return record
 
     def create(self, identity: dict[str, Any], *, parent: dict[str, Any] | None) -> None:
-        """Write the run's record and configuration unless they are there; for the newest attempt only.
-
-        Safe to repeat after a kill in between.
-        """
+        """Write record and configuration unless they are there; only for the newest attempt. Can be repeated."""
         record = {
             "format": FORMAT,
             "id": secrets.token_hex(8),
@@ -248,9 +244,7 @@ for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:flo
 
 
 def _parsed(raw: bytes) -> Any:
-    """A stored configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would
-    crash the C parser.
-    """
+    """A stored configuration. Aliases can expand a few bytes to gigabytes, and deep nesting crashes the C parser."""
     depth = 0
     for event in yaml.parse(raw, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -201,10 +201,7 @@ def open_run(
     parent: Parent | None = None,
     on_conflict: OnConflict = OnConflict.fail,
 ) -> OpenedRun:
-    """Find out in which state the run is; a new one starts from ``parent``. Only reads.
-
-    Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
-    """
+    """The state of the run; a new one starts from ``parent``. Only reads. Raises DriftRefused and ConfigError."""
     refuse_links(directory.root, directory.name)
     saved = None
     if directory.record() is not None:
@@ -249,8 +246,7 @@ def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None
 
 
 def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:
-    """Claim the run, with an attempt number above ``above``, and write its record and configuration unless they are
-    there.
+    """Claim the run, with a number above ``above``, and write its record and configuration unless they are there.
 
     Raises RunInUse while another process works on it, unless ``run.on_conflict=steal``. Raises, and withdraws the
     claim, if the run has changed since it was opened: DriftRefused if another command with the same run.name created

@@ -11,10 +11,7 @@ __all__ = ["LocalLocation", "find_folders", "is_remote", "open_location"]
 
 
 def open_location(url: str, options: Mapping[str, Any] | None = None) -> Location:
-    """The location at a path or URL. Connects to nothing yet. Raises ConfigError for a store that cannot be used.
-
-    ``options`` are fsspec's for a URL: credentials, endpoints.
-    """
+    """The location at a path or URL, with fsspec's ``options``. Connects to nothing yet. Raises ConfigError."""
     if is_remote(url):
         from runner.storage.remote import RemoteLocation
 

@@ -165,9 +165,7 @@ class Backend:
         raise self._explained(verb, name, failure)
 
     def check_bucket(self, system: Any) -> None:
-        """Raise FileNotFoundError if the bucket does not exist. Without this check a misspelt bucket would look like an
-        empty folder. Asks the store once.
-        """
+        """Raise FileNotFoundError if there is no bucket, which would look like an empty folder. Asks once."""
         if self._bucket is not None:
             try:
                 system.info(self._bucket)
@@ -265,9 +263,7 @@ def deadline(size: int) -> float:
 
 
 def limits(system: Any, size: int) -> dict[str, float]:
-    """Keyword arguments that make an asynchronous file system cancel a write at its deadline, so that it does not
-    arrive after a later write.
-    """
+    """Makes an asynchronous file system cancel a write at its deadline, lest it arrive after a later one."""
     return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
 
 

@@ -30,10 +30,7 @@ class Stat:
 
 
 def expand(pattern: str) -> list[str]:
-    """The full URLs of the files that match a glob (``**`` crosses folders), a folder or a single file, sorted.
-
-    Raises DataError if no file matches.
-    """
+    """The sorted URLs of the files of a glob (``**`` crosses folders), a folder or a file. Raises DataError."""
     with _Translated(pattern):
         return [url for url, _ in _find(pattern)]
 

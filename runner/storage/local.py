@@ -137,9 +137,7 @@ class LocalLocation:
         return path
 
     def sync_parents(self) -> None:
-        """Make the directory entries of this folder and of all its parents durable: Hydra makes a run's folder without
-        syncing it.
-        """
+        """Make the entries of this folder and its parents durable: Hydra makes a run's folder without syncing it."""
         with self._explained("sync", ""):
             for folder in (self.path, *self.path.parents):
                 if folder.is_mount():
@@ -225,8 +223,8 @@ def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[st
 
 
 def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
-    """A regular file, open for reading. Raises OSError for a folder, FIFO, socket or device: opening a FIFO would
-    block, and reading a device may have effects.
+    """A regular file, open for reading. Raises OSError for anything else: opening a FIFO would block, and reading a
+    device may have effects.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
