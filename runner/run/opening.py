@@ -20,7 +20,7 @@ from tabulate import tabulate
 from runner.config.identity import digest, flatten
 from runner.config.schema import OnConflict
 from runner.config.secrets import Unresolved
-from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, RunInUse, StorageError, printable
+from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
@@ -185,11 +185,7 @@ def must_wait(directory: RunDirectory, on_conflict: OnConflict) -> bool:
     """Whether ``run.on_conflict=wait`` holds the command back, because a living process works on the run."""
     if on_conflict is not OnConflict.wait:
         return False
-    try:
-        attempts.raise_if_live(directory.location)
-    except RunInUse:
-        return True
-    return False
+    return attempts.live(directory.location, attempts.names(directory.location), dead=set()) is not None
 
 
 def open_run(

@@ -218,8 +218,11 @@ class Backend:
             self._begin()
         try:
             system = self._idle.pop()
-        except IndexError:  # another thread may have taken the last one
-            system = self._make()
+        except IndexError:
+            defaults = {**store_of(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
+            system = self._class(**{**defaults, **self._options}, skip_instance_cache=True)
+            system.dircache.use_listings_cache = False
+            count_requests(system)
         if isinstance(system, AsyncFileSystem):
             self._idle.append(system)
         return system
@@ -228,13 +231,6 @@ class Backend:
         self._pid = os.getpid()
         self._idle: list[Any] = []
         self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
-
-    def _make(self) -> Any:
-        defaults = {**store_of(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
-        system = self._class(**{**defaults, **self._options}, skip_instance_cache=True)
-        system.dircache.use_listings_cache = False
-        count_requests(system)
-        return system
 
     def _discard(self, system: Any) -> None:
         """Stop using a file system that failed. Closing its connection ends the threads that wait on it."""

@@ -5,7 +5,6 @@ then ``mv`` over the final name (``backend.STORES`` says which are which).
 """
 
 import contextlib
-import copy
 import io
 import itertools
 import math
@@ -67,8 +66,8 @@ class RemoteLocation:
     part_bytes = 32 << 20
     parallel_puts = 4
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self._backend = Backend(url, options)
+    def __init__(self, url: str, options: Mapping[str, Any], *, backend: Backend | None = None) -> None:
+        self._backend = backend or Backend(url, options)
         self.url = self._backend.url
         self._memory_bytes = MEMORY_BYTES if self._backend.store.spools else math.inf
 
@@ -148,15 +147,6 @@ class RemoteLocation:
     def is_locked(self, name: str) -> bool:
         return LocalLocation(_scratch()).is_locked(self._lock_file(name))
 
-    def _below(self, folder: str) -> "RemoteLocation":
-        """A folder in this folder that exists, over the same connections."""
-        if folder == ".":
-            return self
-        other = copy.copy(self)
-        other._backend = self._backend.below(folder)
-        other.url = other._backend.url
-        return other
-
     def _lock_file(self, name: str) -> str:
         return sha256_digest(f"{self.url}/{check_name(name)}".encode())[:32]
 
@@ -195,8 +185,7 @@ def find_folders(
     url: str, marker: str, options: Mapping[str, Any], own: Collection[str] | None
 ) -> dict[str, RemoteLocation]:
     """See ``storage.find_folders``. Goes down level by level."""
-    root = RemoteLocation(url, options)
-    backend = root._backend
+    backend = Backend(url, options)
 
     def listing(folder: str) -> dict[str, dict[str, Any]]:
         return backend.run("list", folder, lambda system: _ls(backend, system, backend.path(folder)))
@@ -213,7 +202,8 @@ def find_folders(
                 for leaf, info in names.items()
                 if info["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
             ]
-    return {folder: root._below(folder) for folder in sorted(matches)}
+    own_backends = {folder: backend.below(folder) if folder != "." else backend for folder in sorted(matches)}
+    return {folder: RemoteLocation(url, options, backend=each) for folder, each in own_backends.items()}
 
 
 def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
