@@ -56,8 +56,9 @@ class Reader:
         tensors: dict[str, Tensor] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for name, (place, box) in wanted.items():
-            sources = self._sources(place, box)
-            tensors[name] = place.kind.empty(box.shape)
+            cells = cells_in(box, place.kind.shape, place.group.cuts)
+            sources = [(*self._begin(place, number), cell, overlap) for number, cell, overlap in cells]
+            tensors[name] = place.kind.empty(box.shape)  # only now: the files have its bytes
             copies += _scatter(tensors[name], place.kind, box, sources, blocks)
         self._fill(blocks)
         for target, tensor in copies:
@@ -82,15 +83,10 @@ class Reader:
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None
 
-    def _sources(self, place: TensorBytes, box: Box) -> list[tuple[str, int, Box, Box]]:
-        """The cells that overlap a box: file, byte where the tensor begins there, cell, overlap. Raises Damaged unless
-        the files have these bytes.
-        """
-        sources = []
-        for number, cell, overlap in cells_in(box, place.kind.shape, place.group.cuts):
-            file = self._names[place.first + number]
-            sources.append((file, self.offsets(place.group, number, file)[place.name], cell, overlap))
-        return sources
+    def _begin(self, place: TensorBytes, number: int) -> tuple[str, int]:
+        """The file of a cell of a tensor, and the byte where it begins there. Raises Damaged."""
+        file = self._names[place.first + number]
+        return file, self.offsets(place.group, number, file)[place.name]
 
     def _fill(self, blocks: _Blocks) -> None:
         """Read whole blocks, neighbours at once."""
@@ -250,7 +246,8 @@ class Checkpoint:
 def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
-        files = {name: _file(*fields) for name, fields in manifest["files"].items()}
+        entries = manifest["files"].items()
+        files = {name: StoredFile(size, header, sum_, (*blocks,)) for name, (size, header, sum_, blocks) in entries}
         places = dict(_places(manifest["shelves"], len(files)))
         places |= {name: places[other] for name, other in manifest["same"].items()}
         if len(places) > MAX_TENSORS:
@@ -288,12 +285,6 @@ def _facts(decoded: Any) -> dict[str, Any]:
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
         raise ValueError("facts that cannot be true")
     return facts
-
-
-def _file(size: int, header: int, digest: str, blocks: list[str]) -> StoredFile:
-    if not isinstance(blocks, list):
-        raise ValueError(f"digests {blocks!r}")
-    return StoredFile(size, header, digest, tuple(blocks))
 
 
 def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:

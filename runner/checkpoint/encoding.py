@@ -121,7 +121,12 @@ def _trained(tensor: Tensor) -> Tensor:
 
 
 def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
-    if not _is_dense(tensor):
+    """Add a tensor. Raises StateError unless each element has bytes of its own: a subclass that wraps other tensors
+    (quantised ones, say) would come back as a plain tensor, and no module can load into an expanded tensor.
+    """
+    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
+    dense = tensor.layout == torch.strided and not (wraps or tensor.is_quantized or tensor.is_meta)
+    if not dense or any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
         raise StateError(
             f"cannot save {path}: {kind}; only dense tensors can be saved, with bytes of their own for each element"
@@ -129,16 +134,6 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
     if path in tensors:
         raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
     tensors[path] = tensor.detach()
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether each element has bytes of its own. A subclass that wraps other tensors (quantised ones, say) would come
-    back as a plain tensor, and training go on differently. No module can load into an expanded tensor.
-    """
-    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
-    if tensor.layout != torch.strided or wraps or tensor.is_quantized or tensor.is_meta:
-        return False
-    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _order(tensor: Tensor) -> list[int] | None:

@@ -237,13 +237,6 @@ class CheckpointStore:
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
-    @doing("saves")
-    def survey(self) -> list[CommitInfo]:
-        """Every commit, the one to resume from first. A commit is damaged if its manifest does not unseal, or its files
-        do not have their sizes, by fresh listings; the contents of data files are not read.
-        """
-        return self._infos(self.commits())
-
     def retain(self, retention: Retention, *, attempt: int) -> None:
         """Remove the commits that do not stay, and what attempts before ``attempt`` left half done.
 
@@ -251,12 +244,17 @@ class CheckpointStore:
         until theirs is read: their contents can only be one more reason to remove a newer commit.
         """
         listed = self.commits()
-        infos = self._infos(listed, limit=SURVEYED_MANIFESTS)
+        infos = self.survey(listed, limit=SURVEYED_MANIFESTS)
         retained = {*retention.kept(infos), *listed[len(infos) :]}
         self.remove(listed, retained, attempt=attempt)
 
-    def _infos(self, listed: Sequence[CommitId], *, limit: int | None = None) -> list[CommitInfo]:
-        """The listed commits; only the first of them where more than ``limit`` manifests would have to be read."""
+    @doing("saves")
+    def survey(self, listed: Sequence[CommitId] | None = None, *, limit: int | None = None) -> list[CommitInfo]:
+        """All commits or the ``listed``, the one to resume from first; only the first of them where more than ``limit``
+        manifests would have to be read. A commit is damaged if its manifest does not unseal, or its files do not have
+        their sizes, by fresh listings; the contents of data files are not read.
+        """
+        listed = self.commits() if listed is None else listed
         # Manifests never change, so each is read once.
         unread = [commit for commit in listed if commit not in self._objectives and commit not in self.damaged]
         if unread:

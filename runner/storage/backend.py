@@ -184,7 +184,16 @@ class Backend:
 
         def work() -> T:
             REQUESTS.set(requests)
-            return self._lend(operation, used)
+            system = self._take()
+            used.append(system)
+            try:
+                result = operation(system)
+            except BaseException:
+                self._discard(system)
+                raise
+            if used and not any(other is system for other in self._idle):
+                self._idle.append(system)
+            return result
 
         future, seen = _start(work), 1
         while not wait([future], seconds).done:
@@ -198,18 +207,6 @@ class Backend:
         while used:
             self._discard(used.pop())
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-
-    def _lend(self, operation: Callable[[Any], T], used: list[Any]) -> T:
-        system = self._take()
-        used.append(system)
-        try:
-            result = operation(system)
-        except BaseException:
-            self._discard(system)
-            raise
-        if used and not any(other is system for other in self._idle):
-            self._idle.append(system)
-        return result
 
     def _take(self) -> Any:
         if self._pid != os.getpid():
