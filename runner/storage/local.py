@@ -11,7 +11,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,6 +92,22 @@ class LocalLocation:
                         if TEMPORARY not in entry.name and entry.is_file(follow_symlinks=False):
                             entries.append(Entry(entry.name, entry.stat(follow_symlinks=False).st_size))
         return sorted(entries, key=lambda entry: entry.name)
+
+    def scan(self, folder: str) -> dict[str, bool] | None:
+        """The names in a folder, and which are folders; None for a folder that cannot be read. Raises StorageError if
+        this folder itself cannot.
+        """
+        try:
+            with os.scandir(os.path.join(self.path, folder)) as scan:
+                return {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
+        except OSError as error:
+            if not folder:
+                raise StorageError(f"cannot list {self.url}: {error.strerror}") from error
+            return {} if isinstance(error, FileNotFoundError) else None  # removed since the walk began
+
+    def below(self, folder: str) -> "LocalLocation":
+        """A folder in this folder."""
+        return LocalLocation(self.path / folder)
 
     def remove(self, name: str) -> None:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
@@ -198,28 +214,6 @@ class LocalJournal:
     def _write(self) -> None:
         while self._pending:
             self._pending = self._pending[os.write(self._descriptor, self._pending) :]
-
-
-def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
-    """See ``storage.find_folders``."""
-    folders, left = [], [root]
-    while left:  # no recursion: folders may be nested deeper than Python's limit
-        folder = left.pop()
-        try:
-            with os.scandir(folder) as scan:
-                entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
-        except OSError as error:
-            if folder == root:
-                raise StorageError(f"cannot list {root}: {error.strerror}") from error
-            if not isinstance(error, FileNotFoundError):  # removed since the walk began
-                folders.append(folder)  # unreadable, so maybe a match: reading it will raise the error
-            continue
-        if marker in entries:
-            folders.append(folder)
-        skipped = own if marker in entries else ()
-        if skipped is not None:
-            left += [os.path.join(folder, n) for n, is_folder in entries.items() if is_folder and n not in skipped]
-    return {name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(each, root) for each in folders)}
 
 
 def _open(path: Path, *, buffered: bool = True) -> BinaryIO:

@@ -5,6 +5,7 @@ then ``mv`` over the final name (``backend.STORES`` says which are which).
 """
 
 import contextlib
+import copy
 import io
 import itertools
 import math
@@ -12,8 +13,7 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ class UploadedJournal:
 
 
 MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
-_LISTERS = 8
 
 
 class RemoteLocation:
@@ -66,8 +65,8 @@ class RemoteLocation:
     part_bytes = 32 << 20
     parallel_puts = 4
 
-    def __init__(self, url: str, options: Mapping[str, Any], *, backend: Backend | None = None) -> None:
-        self._backend = backend or Backend(url, options)
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self._backend = Backend(url, options)
         self.url = self._backend.url
         self._memory_bytes = MEMORY_BYTES if self._backend.store.spools else math.inf
 
@@ -108,6 +107,19 @@ class RemoteLocation:
         listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
         entries = [Entry(leaf, int(info["size"])) for leaf, info in listed.items() if info["type"] == "file"]
         return sorted((entry for entry in entries if TEMPORARY not in entry.name), key=lambda entry: entry.name)
+
+    def scan(self, folder: str) -> dict[str, bool]:
+        """The names in a folder, and which are folders."""
+        path = self._backend.path(folder)
+        listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
+        return {leaf: info["type"] == "directory" for leaf, info in listed.items()}
+
+    def below(self, folder: str) -> "RemoteLocation":
+        """A folder in this folder that is known to exist, over the same connections."""
+        other = copy.copy(self)
+        other._backend = self._backend.below(folder) if folder else self._backend
+        other.url = other._backend.url
+        return other
 
     def remove(self, name: str) -> None:
         path = self._path(name)
@@ -179,31 +191,6 @@ class RemoteLocation:
             with contextlib.suppress(Exception):
                 _abort(system, path)
             raise
-
-
-def find_folders(
-    url: str, marker: str, options: Mapping[str, Any], own: Collection[str] | None
-) -> dict[str, RemoteLocation]:
-    """See ``storage.find_folders``. Goes down level by level."""
-    backend = Backend(url, options)
-
-    def listing(folder: str) -> dict[str, dict[str, Any]]:
-        return backend.run("list", folder, lambda system: _ls(backend, system, backend.path(folder)))
-
-    matches: list[str] = []
-    level = [""]
-    with ThreadPoolExecutor(_LISTERS) as pool:
-        while level:
-            listings = list(zip(level, pool.map(listing, level), strict=True))
-            matches += [folder or "." for folder, names in listings if marker in names]
-            level = [
-                f"{folder}/{leaf}" if folder else leaf
-                for folder, names in listings
-                for leaf, info in names.items()
-                if info["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
-            ]
-    own_backends = {folder: backend.below(folder) if folder != "." else backend for folder in sorted(matches)}
-    return {folder: RemoteLocation(url, options, backend=each) for folder, each in own_backends.items()}
 
 
 def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
