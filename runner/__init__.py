@@ -14,8 +14,7 @@ checks the code against this map.
     7  trainer     build     restore
     6  callbacks/ (base, evaluate, guards, progress, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
-    4  checkpoint/ (background_writer, checkpoint, encoding, manifest, sharding, snapshot,
-       store, structure, tensor_file)
+    4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (evaluation_data, exactly_once, fetch, iterable, iterable_stream, ledger, loader, mixture, order,
        plan, probe, sandbox, stream, training_data, workers)
        run/ (attempts, directory, opening)

@@ -91,9 +91,7 @@ class ParentRecord:
         try:
             return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise StorageError(
-                printable(f"{directory.location.url}/run.json has a parent that cannot be used: {record}")
-            ) from error
+            raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
 
     @property
     def start(self) -> int:
