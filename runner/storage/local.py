@@ -98,7 +98,7 @@ class LocalLocation:
         this folder itself cannot.
         """
         try:
-            with os.scandir(os.path.join(self.path, folder)) as scan:
+            with os.scandir(self.path / folder) as scan:
                 return {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
         except OSError as error:
             if not folder:
