@@ -71,20 +71,17 @@ REQUESTS: ContextVar[list[None] | None] = ContextVar("requests", default=None)  
 def count_requests(system: Any) -> None:
     """Make a file system add every request to ``REQUESTS`` of the operation that it belongs to."""
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted_call(*arguments: Any, **keywords: Any) -> Any:
-            requests = REQUESTS.get()
-            if requests is not None:
-                requests.append(None)
-            return call(*arguments, **keywords)
-
-        return counted_call
+    def counted(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        requests = REQUESTS.get()
+        if requests is not None:
+            requests.append(None)
+        return call(*arguments, **keywords)
 
     for path in _REQUEST:
         *owners, name = path.split(".")
         owner = functools.reduce(lambda part, attribute: getattr(part, attribute, None), owners, system)
         if call := getattr(owner, name, None):
-            setattr(owner, name, counted(call))
+            setattr(owner, name, functools.partial(counted, call))
 
 
 T = TypeVar("T")
@@ -119,10 +116,8 @@ class Backend:
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
         if store_of(kind).extra and not url.partition("://")[2].partition("/")[0]:
-            raise ConfigError(
-                f"run.root={kind}://...: the name of a bucket, container or host is missing; "
-                "is the variable for it empty?"
-            )
+            missing = "the name of a bucket, container or host is missing; is the variable for it empty?"
+            raise ConfigError(f"run.root={kind}://...: {missing}")
         self._class = _file_system(kind)
         self._options = dict(options)
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
