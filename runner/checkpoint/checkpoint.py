@@ -246,8 +246,7 @@ class Checkpoint:
 def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
-        entries = manifest["files"].items()
-        files = {name: StoredFile(size, header, sum_, (*blocks,)) for name, (size, header, sum_, blocks) in entries}
+        files = {name: _file(*fields) for name, fields in manifest["files"].items()}
         places = dict(_places(manifest["shelves"], len(files)))
         places |= {name: places[other] for name, other in manifest["same"].items()}
         if len(places) > MAX_TENSORS:
@@ -285,6 +284,12 @@ def _facts(decoded: Any) -> dict[str, Any]:
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
         raise ValueError("facts that cannot be true")
     return facts
+
+
+def _file(size: int, header: int, digest: str, blocks: list[str]) -> StoredFile:
+    if not isinstance(blocks, list):
+        raise ValueError(f"digests {blocks!r}")
+    return StoredFile(size, header, digest, tuple(blocks))
 
 
 def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:
