@@ -1,8 +1,4 @@
-"""A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
-
-Object stores show an object when its upload is complete. Other stores are written like a disk: under a temporary name,
-then ``mv`` over the final name (``backend.STORES`` says which are which).
-"""
+"""A location on any store that fsspec knows; ``backend.STORES`` says how each kind is written."""
 
 import contextlib
 import copy
