@@ -42,9 +42,8 @@ from torch.nn import functional as F
 
 from runner.callbacks.base import Loop
 from runner.callbacks.saving import SaveCheckpoint
-from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import bytes_of
 from runner.interval import Interval
 from runner.storage.local import LocalLocation

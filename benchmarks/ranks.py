@@ -27,11 +27,10 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
-from runner.checkpoint.checkpoint import Checkpoint, parse
+from runner.checkpoint.checkpoint import Checkpoint, Reader, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
-from runner.checkpoint.reading import Reader
-from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, cells, plan
+from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, plan
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
 from runner.checkpoint.tensor_file import BLOCK, StoredFile
 from runner.storage.local import LocalLocation
@@ -151,7 +150,7 @@ def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
     """The reports of all ranks; those of others are like this rank's, of other cells."""
     shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     for number, group in enumerate(how.groups):
-        for cell in range(cells(group.cuts)):
+        for cell in range(group.cells):
             shares[(number + cell) % ranks].append((number, cell))
     for share in shares:
         files = [stored(how, number, cell) for number, cell in share]

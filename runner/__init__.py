@@ -14,15 +14,14 @@ checks the code against this map.
     7  trainer     build     restore
     6  callbacks/ (base, evaluate, guards, progress, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
-    4  checkpoint/ (background_writer, checkpoint, encoding, manifest, reading, retention, sharding, snapshot,
-       store, structure, tensor_file)
+    4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
-       run/ (attempt_records, attempts, directory, drift, opening, parent)
+       run/ (attempts, directory, opening)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
-    2  storage/ (backend, files, local, location, remote, stores)
+    2  storage/ (backend, files, local, location, remote)
        config/ (identity, schema, secrets)
     1  signals     average     task
     0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain

@@ -11,8 +11,7 @@ from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
 from runner.callbacks.saving import SaveCheckpoint
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite
 from runner.data.ledger import Ledger
 from runner.distributed.team import Team

@@ -6,6 +6,7 @@ claim the attempt -> build -> newest good checkpoint -> load, generators last ->
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,9 @@ from runner.errors import (
 from runner.finish import finish
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.run.attempts import Attempt
-from runner.run.opening import OpenedRun, claim_run
-from runner.run.parent import ParentRecord, new_run_hint
+from runner.run.opening import OpenedRun, ParentRecord, claim_run, new_run_hint
 from runner.startup_log import log_start
 from runner.state import Stateful
 from runner.storage.location import Location
@@ -80,7 +80,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         notify(calls, "on_resume", parts.state)
         if records is not None:
             records.open(opening, setup.writers, resumed)
-            before = attempt_records.newest(location, before=number)
+            before = attempts.newest(location, before=number)
             log_start(opening, parts, resumed, before=before, number=number, here=here)
         signals.raise_if_received("during start-up, nothing to commit")
 
@@ -283,7 +283,7 @@ def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointS
 
 def _evidence(location: Location) -> str | None:
     """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
-    for record in attempt_records.history(location):
+    for record in attempts.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):
                 return f"attempt {record.number} noted one at step {printable(source['committed'])}"
@@ -294,4 +294,4 @@ def _origin(opening: OpenedRun) -> dict[str, Any] | None:
     """The parent of a new run, for its record; None for a run that exists, whose record has it already."""
     if opening.parent is None or opening.directory.record() is not None:
         return None
-    return resolve(opening.parent).record()
+    return asdict(resolve(opening.parent))

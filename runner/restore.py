@@ -12,16 +12,14 @@ from torch import Tensor
 from runner import signals
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
-from runner.checkpoint.retention import ranked
 from runner.checkpoint.sharding import local
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, ranked
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
-from runner.run.drift import compare
-from runner.run.parent import Parent, ParentRecord
+from runner.run.opening import Parent, ParentRecord, compare
 from runner.seeds import derive
 from runner.state import TrainState, retype
 from runner.storage import open_location

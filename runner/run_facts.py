@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from runner.checkpoint import manifest
 from runner.checkpoint.manifest import CommitId
 from runner.errors import ConfigError, RunnerError, StorageError, printable
-from runner.run import attempt_records
-from runner.run.attempt_records import AttemptRecord
+from runner.run import attempts
+from runner.run.attempts import AttemptRecord
 from runner.run.directory import FOLDERS, RunDirectory
-from runner.run.parent import ParentRecord
+from runner.run.opening import ParentRecord
 from runner.storage import find_folders
 
 T = TypeVar("T")
@@ -52,12 +52,12 @@ class RunFacts:
     @cached_property
     def newest(self) -> AttemptRecord | None:
         """The newest attempt."""
-        return attempt_records.newest(self._location)
+        return attempts.newest(self._location)
 
     @cached_property
     def attempts(self) -> list[AttemptRecord]:
         """All attempts, oldest first."""
-        return attempt_records.history(self._location)
+        return attempts.history(self._location)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from runner.build import Parts
 from runner.errors import printable
 from runner.restore import Resumed
-from runner.run.attempt_records import AttemptRecord
+from runner.run.attempts import AttemptRecord
 from runner.run.opening import OpenedRun
 
 log = logging.getLogger("runner")

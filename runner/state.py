@@ -105,7 +105,7 @@ class TrainState:
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint can be loaded, judged by its manifest."""
         places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        shapes = {name: place.shape for name, place in places.items()}
+        shapes = {name: place.kind.shape for name, place in places.items()}
         if self.built is None or {*checkpoint.parts} != {*self.parts()}:
             return False
         try:

@@ -17,7 +17,7 @@ import servers
 from crews import Crews, crews
 from lives import Lives, lives
 
-from runner.run.attempts import Heartbeat
+from runner.run.attempts import Attempt
 
 # A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C; nohup has
 # them ignore the end of the session.
@@ -33,18 +33,18 @@ def scratch_of_all(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Heartbeats that a test leaves behind end with it, instead of going on into what the next one looks at."""
-    begun: list[Heartbeat] = []
-    begin = Heartbeat.__init__
+    """Attempts that a test leaves behind end with it, instead of going on into what the next one looks at."""
+    begun: list[Attempt] = []
+    begin = Attempt.__init__
 
-    def remembered(self: Heartbeat, *arguments: Any) -> None:
+    def remembered(self: Attempt, *arguments: Any) -> None:
         begin(self, *arguments)
         begun.append(self)
 
-    monkeypatch.setattr(Heartbeat, "__init__", remembered)
+    monkeypatch.setattr(Attempt, "__init__", remembered)
     yield
-    for heartbeat in begun:
-        heartbeat.stop()
+    for attempt in begun:
+        attempt.stop_beating()
 
 
 @pytest.fixture(scope="session")

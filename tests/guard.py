@@ -18,12 +18,11 @@ import torch
 import yaml
 from faults import save
 
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.data import ledger
 from runner.errors import RunnerError, printable
-from runner.run import attempt_records as attempts
+from runner.run import attempts
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
 from runner.runs.listing import details

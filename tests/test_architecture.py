@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import runner
-from runner.storage.stores import STORES
+from runner.storage.backend import STORES
 
 ROOT = Path(runner.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -23,9 +23,8 @@ from waiting import until
 
 from runner.config.schema import OnConflict
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
-from runner.run import attempt_records, attempts
-from runner.run.attempt_records import ClaimName
-from runner.run.attempts import Attempt, Heartbeat, claim
+from runner.run import attempts
+from runner.run.attempts import Attempt, ClaimName, claim
 from runner.run.directory import RunDirectory
 from runner.run.opening import claim_run, must_wait, open_run
 from runner.storage import open_location
@@ -86,15 +85,6 @@ class _Release:
         self.held.discard(self.name)
 
 
-class Silent:
-    """In place of a heart, where only claims matter."""
-
-    superseded = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-
 class Stage:
     """Claimers that take turns at the storage: ``script`` says who goes on, verb by verb; then each to its end."""
 
@@ -140,7 +130,7 @@ class Stage:
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hearts, and no time passes between tries."""
-    monkeypatch.setattr(attempts, "Heartbeat", Silent)
+    monkeypatch.setattr(Attempt, "keep_beating", lambda self: None)
     monkeypatch.setattr(attempts.time, "sleep", lambda seconds: None)
 
 
@@ -149,7 +139,7 @@ def check(outcomes: list[Any], location: Memory) -> None:
     (owner,) = (outcome for outcome in outcomes if isinstance(outcome, Attempt))
     assert all(isinstance(outcome, Attempt | RunInUse) for outcome in outcomes), outcomes
     location.turn = lambda: None
-    assert attempt_records.names(location) == [owner.name]
+    assert attempts.names(location) == [owner.name]
 
 
 @pytest.mark.usefixtures("still")
@@ -247,7 +237,7 @@ def test_of_processes_started_at_once_only_one_owns_the_run(count: int, location
                 process.stdin.flush()
             said = [process.stdout.readline().split() for process in started]
             assert sorted(word[0] for word in said) == ["in"] * (count - 1) + ["owner"]
-        assert len(attempt_records.history(location)) == lifetime + 1
+        assert len(attempts.history(location)) == lifetime + 1
 
 
 def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation) -> None:
@@ -257,11 +247,11 @@ def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation
         assert process.stdout.readline() == "owner 1\n"
         with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
             attempts.raise_if_live(location)
-        assert attempt_records.newest(location).outcome() == "running"
+        assert attempts.newest(location).outcome() == "running"
     began = time.monotonic()
     attempts.raise_if_live(location)
     assert time.monotonic() - began < 0.1
-    assert attempt_records.newest(location).outcome() == "killed"
+    assert attempts.newest(location).outcome() == "killed"
 
 
 def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> ClaimName:
@@ -296,7 +286,7 @@ def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -
     with beating(location, name):
         with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
             claim(location, {})
-        assert attempt_records.newest(location).outcome() == "unknown (another host)"
+        assert attempts.newest(location).outcome() == "unknown (another host)"
         stolen = claim(location, {}, steal=True)
     assert stolen.number == 2
     stolen.end("finished")
@@ -306,7 +296,7 @@ def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocatio
     name = stranger(location)
     location.replace(f"{name}.beat", [b'{"sequence": 7}'])
     began = time.monotonic()
-    assert attempt_records.newest(location).outcome() == "unknown (another host)"
+    assert attempts.newest(location).outcome() == "unknown (another host)"
     assert time.monotonic() - began < 0.1, "only a starter waits"
     attempt = claim(location, {})
     assert 0.3 < time.monotonic() - began < 3
@@ -319,7 +309,7 @@ def test_another_machine_that_withdraws_is_not_waited_for(location: LocalLocatio
     threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
     with pytest.MonkeyPatch.context() as patch:
         sleep = time.sleep
-        patch.setattr(attempt_records.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
+        patch.setattr(attempts.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
         attempts.raise_if_live(location)
         other = stranger(location, 2, beat=60)
         threading.Timer(0.2, lambda: location.remove(f"{other}.json")).start()
@@ -356,12 +346,12 @@ def test_a_claim_that_says_nonsense_still_counts(
 ) -> None:
     name = ClaimName(41, "0123456789ab")
     location.put(f"{name}.json", [text])
-    (record,) = attempt_records.history(location)
+    (record,) = attempts.history(location)
     assert record.outcome() == "unknown (another host)"
     assert "\x1b" not in record.owner()
     waited: list[float] = []
-    monkeypatch.setattr(attempt_records.time, "sleep", waited.append)
-    monkeypatch.setattr(attempt_records.time, "monotonic", lambda: sum(waited))
+    monkeypatch.setattr(attempts.time, "sleep", waited.append)
+    monkeypatch.setattr(attempts.time, "monotonic", lambda: sum(waited))
     attempts.raise_if_live(location)
     assert 0.3 < sum(waited) < 200
     attempt = claim(location, {}, steal=True)
@@ -372,26 +362,26 @@ def test_a_claim_that_says_nonsense_still_counts(
 def test_names_that_are_no_claims_do_not_count(location: LocalLocation) -> None:
     for name in ("000007.json", "000008-xyz.json", "000009-0123456789ab.end.json", "9" * 30 + "-0123456789ab.json"):
         location.put(f"attempts/{name}", [b"{}"])
-    assert attempt_records.names(location) == []
+    assert attempts.names(location) == []
 
 
 def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocation) -> None:
     attempt = claim(location, {"overrides": ["a=1"]})
     attempt.beat(committed=3)
-    assert attempt_records.newest(location).beat["committed"] == 3
+    assert attempts.newest(location).beat["committed"] == 3
     attempt.note(step=5)
-    first = attempt_records.newest(location).beat["sequence"]
+    first = attempts.newest(location).beat["sequence"]
     until = time.monotonic() + 5
-    while attempt_records.newest(location).beat.get("step") != 5:
+    while attempts.newest(location).beat.get("step") != 5:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert attempt_records.newest(location).beat["sequence"] > first
+    assert attempts.newest(location).beat["sequence"] > first
     attempt.end("finished", reason="")
-    record = attempt_records.newest(location)
+    record = attempts.newest(location)
     assert (record.end["outcome"], record.end["step"], record.end["committed"]) == ("finished", 5, 3)
     assert record.claim["overrides"] == ["a=1"]
     time.sleep(0.3)
-    assert attempt_records.newest(location).beat == record.beat, "the heart stands still"
+    assert attempts.newest(location).beat == record.beat, "the heart stands still"
 
 
 def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
@@ -408,7 +398,7 @@ def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
     time.sleep(0.3)
     monkeypatch.undo()
     attempt.beat(step=2)
-    assert attempt_records.newest(location).beat["step"] == 2
+    assert attempts.newest(location).beat["step"] == 2
     free = threading.Event()
     monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
     time.sleep(0.15)
@@ -456,7 +446,7 @@ def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "
 
 
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
-    stranger(location, machine=attempt_records.machine(location))
+    stranger(location, machine=attempts.machine(location))
     found = opening(location, {"seed": 1})
     attempt = claim_run(found, {}, above=0, parent=None)
     assert attempt.number == 2
@@ -469,11 +459,11 @@ def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation
 
 
 def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -> None:
-    stranger(location, 3, machine=attempt_records.machine(location))
+    stranger(location, 3, machine=attempts.machine(location))
     attempt = claim(location, {}, above=7)
     assert attempt.number == 8
     attempt.end("finished")
-    stranger(location, attempt_records.HIGHEST, machine=attempt_records.machine(location))
+    stranger(location, attempts.HIGHEST, machine=attempts.machine(location))
     with pytest.raises(StorageError, match=r"no attempt can follow number 9{15},"):
         claim(location, {})
 
@@ -528,13 +518,13 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 
 ELSEWHERE = """
 import sys
-from runner.run import attempt_records
-from runner.run import attempt_records as records
-from runner.storage.local import LocalLocation, LocalLock
+from runner.run import attempts
+from runner.storage.local import LocalLocation
+from runner.storage.location import Lock
 import os
 here = sys.argv.pop(1)
-attempt_records.machine = lambda location: here
-LocalLocation.lock = lambda self, name: LocalLock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
+attempts.machine = lambda location: here
+LocalLocation.lock = lambda self, name: Lock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
 LocalLocation.is_locked = lambda self, name: False
 from runner.__main__ import main
 sys.exit(main())
@@ -611,11 +601,11 @@ def test_a_heartbeat_costs_the_same_after_many_attempts(number: int, tmp_path: P
     (tmp_path / "attempts").mkdir()
     for old in range(1, number + 1):
         (tmp_path / f"attempts/{old:06d}-aaaaaaaaaaaa.json").touch()
-    heart = Heartbeat(location, ClaimName(number, "aaaaaaaaaaaa"))
+    heart = Attempt(location, ClaimName(number, "aaaaaaaaaaaa"), location.lock("lock"))
     deadline = time.monotonic() + 60
     while location.beats < 200 and time.monotonic() < deadline:
         time.sleep(0.01)
-    heart.stop()
+    heart.stop_beating()
     assert location.beats >= 200
     assert location.listed / location.beats < 40
 
@@ -626,7 +616,7 @@ def test_a_hundred_thousand_claims_are_looked_at_once() -> None:
     location.objects[f"{found[-1]}.json"] = b"{}"
     location.objects |= {f"{found[-1]}.end.json": b'{"outcome": "failed"}'}
     dead: set[ClaimName] = set()
-    assert attempt_records.live(location, found, dead=dead) is None
+    assert attempts.live(location, found, dead=dead) is None
     assert dead == {found[-1]}
 
 
@@ -634,14 +624,14 @@ def test_claims_of_one_number_are_bounded() -> None:
     location = Memory()
     location.objects = {f"attempts/000007-{nonce:012x}.json": b"{}" for nonce in range(2000)}
     with pytest.raises(StorageError, match="2000 claims of attempt 7, which no run makes"):
-        attempt_records.newest(location)
+        attempts.newest(location)
 
 
 @pytest.mark.parametrize("beat", [60, 1e300, 10**200, float("inf")])
 def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     location = Memory()
     location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
-    record = attempt_records.newest(location)
+    record = attempts.newest(location)
     assert record
     assert record.patience <= 4 * RemoteLocation.beat_seconds
 
@@ -651,7 +641,7 @@ def test_claims_of_one_number_are_watched_at_the_same_time() -> None:
     about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
     location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(100)}
     begun = time.monotonic()
-    assert attempt_records.live(location, attempt_records.names(location), dead=set()) is None
+    assert attempts.live(location, attempts.names(location), dead=set()) is None
     assert time.monotonic() - begun < 60  # one by one it would be 80 s
 
 
@@ -666,6 +656,6 @@ def test_a_live_claim_among_many_watched_is_seen() -> None:
         return json.dumps({"sequence": next(reads)}).encode() if name == f"{living}.beat" else read(name, limit=limit)
 
     location.read = beating  # type: ignore[method-assign]
-    found = attempt_records.live(location, attempt_records.names(location), dead=set())
+    found = attempts.live(location, attempts.names(location), dead=set())
     assert found
     assert str(found.name) == living

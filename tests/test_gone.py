@@ -17,7 +17,7 @@ from waiting import until
 from runner import signals
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
 from runner.finish import Retries
-from runner.run import attempt_records, attempts
+from runner.run import attempts
 from runner.run.attempts import Attempt, claim
 from runner.storage import open_location
 from runner.storage.location import Location
@@ -74,7 +74,7 @@ def removed(location: Location) -> None:
 
 
 def claim_deleted(location: Location) -> None:
-    (name,) = attempt_records.names(location)
+    (name,) = attempts.names(location)
     location.remove(f"{name}.json")
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_is_gone_for_good_ends_with_its_reason(
     attempt.beat(step=1)
     until(lambda: location.read(f"{attempt.name}.beat", limit=9999) is not None)
     goes(location)
-    until(lambda: attempt._heart.gone_since is not None)
+    until(lambda: attempt.gone_since is not None)
     left = objects(location)
     until(lambda: ended(attempt), seconds=20)
     assert "Waiting 0 seconds for it to come back" in caplog.text
@@ -109,15 +109,15 @@ def test_a_directory_that_comes_back_in_time_is_waited_for(tmp_path: Path, monke
     location.beat_seconds = 0.05
     attempt = claim(location, {})
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    until(lambda: attempt._heart.gone_since is not None)
+    until(lambda: attempt.gone_since is not None)
     with pytest.raises(StorageError, match="was there and is gone; it is not made again"):
         location.put("attempts/x", [b""])
     (tmp_path / "elsewhere").rename(tmp_path / "run")
-    until(lambda: attempt._heart.gone_since is None)
+    until(lambda: attempt.gone_since is None)
     monkeypatch.setattr(attempts, "GONE_SECONDS", 0.0)
     attempt.raise_if_superseded()
     attempt.end("finished")
-    assert attempt_records.history(location)[0].outcome() == "finished"
+    assert attempts.history(location)[0].outcome() == "finished"
 
 
 def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +131,9 @@ def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.
         raise StorageError("no answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt_records, "successor", fails)
+        patch.setattr(attempts, "successor", fails)
         until(lambda: len(asked) > 5)
-        assert attempt._heart.gone_since is None
+        assert attempt.gone_since is None
     attempt.end("finished")
 
 

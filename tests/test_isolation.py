@@ -15,8 +15,7 @@ import pytest
 from lives import Lives
 from waiting import until
 
-from runner.run import attempt_records
-from runner.run.attempt_records import AttemptRecord, ClaimName, encode
+from runner.run.attempts import AttemptRecord, ClaimName, encode, history, machine
 from runner.run.directory import RunDirectory
 from runner.run_spec import RunSpec
 from runner.storage.local import LocalLocation
@@ -46,10 +45,7 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
 def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
-    return {
-        path.name.partition("number=")[2].partition(",")[0]: attempt_records.history(LocalLocation(path))
-        for path in runs
-    }
+    return {path.name.partition("number=")[2].partition(",")[0]: history(LocalLocation(path)) for path in runs}
 
 
 def outcomes(root: Path) -> dict[str, list[str]]:
@@ -234,14 +230,14 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
     attempts: list[dict[str, Any]], failures: int, tmp_path: Path
 ) -> None:
     for number, facts in enumerate(attempts, 1):
-        directory = claimed(tmp_path, "run", number, machine=attempt_records.machine(LocalLocation(tmp_path)), **facts)
+        directory = claimed(tmp_path, "run", number, machine=machine(LocalLocation(tmp_path)), **facts)
     (found,) = statuses(directory)
     assert found.failures == failures
     assert found.status == launcher.CUT
 
 
 def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = claimed(tmp_path, "run", 1, machine=attempt_records.machine(LocalLocation(tmp_path)), cluster=["7", "0"])
+    run = claimed(tmp_path, "run", 1, machine=machine(LocalLocation(tmp_path)), cluster=["7", "0"])
     for restarts, failures in ("1", 0), ("0", 1):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)

@@ -15,8 +15,7 @@ from lives import Lives
 from results import results
 from waiting import until
 
-from runner.run import attempt_records
-from runner.run.attempt_records import AttemptRecord
+from runner.run.attempts import AttemptRecord, history
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +95,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
 def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run."""
     folders = (path.parent for path in root.glob("runs/smoke/*/run.json"))
-    return {folder.name: attempt_records.history(LocalLocation(folder)) for folder in folders}
+    return {folder.name: history(LocalLocation(folder)) for folder in folders}
 
 
 def at_work(root: Path, *, above: int = 0) -> list[AttemptRecord]:

@@ -12,8 +12,7 @@ import pytest
 from faults import Fault, MemoryLocation, newest, save
 
 from runner.checkpoint.manifest import parse_commit, parse_data, unseal
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.errors import StorageError
 from runner.storage.location import Buffer

@@ -12,12 +12,11 @@ from faults import MemoryLocation, is_right, save
 from power import Event, RecordingOs, crash_states
 
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore, Torn
+from runner.checkpoint.store import CheckpointStore, Retention, Torn
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger, LedgerLine, segments
 from runner.finish import export
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.run.directory import MODEL, RunDirectory
 from runner.storage import LocalLocation, local
 from runner.storage.location import Buffer
@@ -154,7 +153,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     for files in after:
         there = MemoryLocation({name.removeprefix("outputs/e/v/"): files[name] for name in files})
         reader = RunDirectory("", "e", "v", there)
-        assert [name.number for name in attempt_records.names(there)] == [1]
+        assert [name.number for name in attempts.names(there)] == [1]
         assert (reader.record() or {})["variant"] == "v"
         assert reader.identity() == identity
         assert reader.finished(identity) is not None

@@ -12,7 +12,7 @@ from results import results
 from waiting import until
 
 from runner.distributed.world import Rendezvous, World, first_host, rendezvous, world
-from runner.run import attempt_records
+from runner.run.attempts import AttemptRecord, history
 from runner.storage.local import LocalLocation
 
 ROOT = Path(__file__).parent.parent
@@ -71,10 +71,8 @@ def slurm(cluster: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=allowed, check=True, timeout=300, capture_output=True, text=True).stdout
 
 
-def attempts(root: Path) -> list[attempt_records.AttemptRecord]:
-    return [
-        one for run in root.glob("runs/smoke/*/run.json") for one in attempt_records.history(LocalLocation(run.parent))
-    ]
+def attempts(root: Path) -> list[AttemptRecord]:
+    return [one for run in root.glob("runs/smoke/*/run.json") for one in history(LocalLocation(run.parent))]
 
 
 def committed(root: Path) -> int:

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import CommitInfo, Retention, ranked
+from runner.checkpoint.store import CommitInfo, Retention, ranked
 
 
 def known(attempt: int, step: int, *, objective: float | None = None, state: str = "verified") -> CommitInfo:

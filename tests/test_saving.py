@@ -13,9 +13,8 @@ import torch
 from runner.callbacks.base import Loop
 from runner.callbacks.saving import SaveCheckpoint, _is_spoiled
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.errors import StorageError, Superseded
 from runner.interval import CostBudget, Interval
 from runner.storage import LocalLocation

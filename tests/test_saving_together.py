@@ -13,8 +13,7 @@ from threads import Meeting, ThreadRanks, ends_among
 
 from runner.callbacks.base import Loop
 from runner.callbacks.saving import SaveCheckpoint
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.distributed.communicator import PerRank
 from runner.errors import RunnerError, StorageError, Superseded
 from runner.interval import Interval

@@ -12,7 +12,7 @@ import pytest
 from lives import Lives
 from results import results
 
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.storage.local import LocalLocation
 
 USER = Path(__file__).parent / "user"
@@ -54,7 +54,7 @@ def test_a_closed_terminal_commits_the_step_and_leaves_with_75(tmp_path: Path) -
         shown += os.read(terminal, 1 << 16)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
-    (last,) = attempt_records.history(LocalLocation(tmp_path / "smoke/r"))
+    (last,) = attempts.history(LocalLocation(tmp_path / "smoke/r"))
     assert last.outcome() == "interrupted"
     assert last.end
     assert last.end["reason"].startswith("Interrupted: SIGHUP: stopped after step")
@@ -120,7 +120,7 @@ def test_the_end_of_an_attempt_is_recorded(life: Lives, tmp_path: Path) -> None:
     life(*command, cwd=USER, restored=True)
     broken = ("run.on_drift=accept", "task._target_=mine.tasks.Nothing")
     assert life(*command, *broken, cwd=USER).status == 2
-    records = attempt_records.history(LocalLocation(tmp_path / "smoke/r"))
+    records = attempts.history(LocalLocation(tmp_path / "smoke/r"))
     assert [record.outcome() for record in records] == ["interrupted", "killed", "failed"]
     assert records[0].end is not None
     assert records[0].end["committed"] == 5

@@ -12,9 +12,8 @@ from torch import nn
 
 from runner.checkpoint import store as store_module
 from runner.checkpoint.manifest import CommitId, parse_data, seal, unseal
-from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot
-from runner.checkpoint.store import CheckpointStore, Torn
+from runner.checkpoint.store import CheckpointStore, Retention, Torn
 from runner.checkpoint.tensor_file import Damaged
 from runner.errors import StorageError, Superseded
 from runner.storage import LocalLocation

@@ -14,7 +14,7 @@ from lives import Lives
 from results import results
 from servers import Server
 
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.run.directory import RunDirectory
 from runner.runs.__main__ import main
 from runner.runs.audit import audit
@@ -43,7 +43,7 @@ def runs(root: Path) -> dict[str, Path]:
 
 
 def outcomes(folder: Path) -> list[Any]:
-    return [(record.end or {}).get("outcome") for record in attempt_records.history(LocalLocation(folder))]
+    return [(record.end or {}).get("outcome") for record in attempts.history(LocalLocation(folder))]
 
 
 def options(server: Server, folder: Path) -> tuple[str, dict[str, str]]:
@@ -272,4 +272,4 @@ def test_a_sweep_started_twice_executes_every_run_once(
     for seed in range(6):
         name = f"seed={seed},trainer.evaluate_every_steps=6,trainer.max_steps=12"
         location = RunDirectory.under(root, "smoke", name, stored).location
-        assert [record.outcome() for record in attempt_records.history(location)] == ["finished"]
+        assert [record.outcome() for record in attempts.history(location)] == ["finished"]

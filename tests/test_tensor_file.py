@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from runner.checkpoint.checkpoint import Reader, TensorBytes
 from runner.checkpoint.manifest import digest
-from runner.checkpoint.reading import Reader, TensorBytes
 from runner.checkpoint.sharding import Box, FileGroup
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_order
 from runner.errors import StateError

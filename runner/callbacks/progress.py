@@ -84,7 +84,7 @@ class NoteProgress(Callback):
         self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
-        self._attempt.note(loop.step)
+        self._attempt.note(step=loop.step)
         self._attempt.raise_if_superseded()
 
     def on_end(self, loop: Loop) -> None:

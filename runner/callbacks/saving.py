@@ -1,7 +1,7 @@
 """Saves the state of a run: copies it between two steps, and commits the copy in the background.
 
 The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoint.snapshot``); the thread of
-``checkpoint.background_writer`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
+``checkpoint.snapshot.Writer`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
 files (``checkpoint.tensor_file``) and then the manifest.
 """
 
@@ -16,10 +16,8 @@ from torch import Tensor
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.guards import FiniteLoss
-from runner.checkpoint.background_writer import PendingSave, Writer
-from runner.checkpoint.retention import Retention
-from runner.checkpoint.snapshot import Snapshot, Staging
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.snapshot import PendingSave, Snapshot, Staging, Writer
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
@@ -275,7 +273,7 @@ class SaveCheckpoint(Callback):
                     first,
                     loop.step,
                 )
-            self._writer.wait_for_room(_POLL_SECONDS)
+            self._writer.wait(_POLL_SECONDS, begun=True)
             self._handle_failures()
         return self._order(exact=True)
 

@@ -1,21 +1,152 @@
-"""An opened checkpoint: a manifest that passed all plausibility checks, and the state that it describes."""
+"""An opened checkpoint: a manifest that passed all plausibility checks, and the state that it describes.
 
-from collections.abc import Iterator, Mapping
+Tensors are read in boxes: only the blocks that contain them, in parallel, directly into them. No tensor is returned
+before the digests of all blocks that it came from have matched.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, laid_out, orders
-from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.reading import Reader, TensorBytes
-from runner.checkpoint.sharding import Box, FileGroup, LocalShard, is_distributed, rebuilt, shard
+from runner.checkpoint.manifest import CommitId, digest
+from runner.checkpoint.sharding import Box, FileGroup, LocalShard, cells_in, is_distributed, rebuilt, shard
 from runner.checkpoint.snapshot import MAX_TENSORS
-from runner.checkpoint.tensor_file import Damaged, Kind, StoredFile
+from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks
 from runner.errors import StateError
 from runner.storage.location import Location
+
+_BLOCKS_PER_READ = 8
+_READERS = 8
+
+# (file, number of the block) -> memory for pieces of the block by their offsets. The rest is read, too, for the digest.
+_Blocks = dict[tuple[str, int], list[tuple[int, memoryview]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBytes:
+    """Where the bytes of a tensor are. ``first`` is the number of its group's first file among all files."""
+
+    group: FileGroup
+    name: str
+    first: int
+
+    @property
+    def kind(self) -> Kind:
+        return self.group.tensors[self.name]
+
+
+class Reader:
+    """Reads from the data files of one checkpoint."""
+
+    def __init__(self, location: Location, files: Mapping[str, StoredFile]) -> None:
+        self._location = location
+        self._files = files
+        self._names = [*files]
+
+    def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
+        """The boxes of tensors, by any name. Raises Damaged."""
+        blocks: _Blocks = {}
+        tensors: dict[str, Tensor] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        for name, (place, box) in wanted.items():
+            cells = cells_in(box, place.kind.shape, place.group.cuts)
+            sources = [(*self._begin(place, number), cell, overlap) for number, cell, overlap in cells]
+            tensors[name] = place.kind.empty(box.shape)  # only now: the files have its bytes
+            copies += _scatter(tensors[name], place.kind, box, sources, blocks)
+        self._fill(blocks)
+        for target, tensor in copies:
+            target.copy_(tensor)
+        return tensors
+
+    def verify(self) -> None:
+        """Read every byte of every file. Raises Damaged."""
+        for name, file in self._files.items():
+            self._fill({(name, number): [] for number in range(len(file.blocks))})
+
+    def check_header(self, name: str) -> None:
+        """Raise Damaged unless the header of a data file is as it was written."""
+        header = memoryview(bytearray(self._files[name].header))
+        self._location.read_into(name, 0, [header])
+        _require_digest(name, 0, [header], self._files[name].digest)
+
+    def offsets(self, group: FileGroup, number: int, name: str) -> dict[str, int]:
+        """Where each tensor begins in the file of a cell. Raises Damaged for a file of another size."""
+        try:
+            return group.offsets(number, self._files[name].data)
+        except Damaged as error:
+            raise Damaged(f"{name}: {error}") from None
+
+    def _begin(self, place: TensorBytes, number: int) -> tuple[str, int]:
+        """The file of a cell of a tensor, and the byte where it begins there. Raises Damaged."""
+        file = self._names[place.first + number]
+        return file, self.offsets(place.group, number, file)[place.name]
+
+    def _fill(self, blocks: _Blocks) -> None:
+        """Read whole blocks, neighbours at once."""
+        runs: list[list[tuple[str, int]]] = []
+        for file, number in sorted(blocks):
+            if runs and runs[-1][-1] == (file, number - 1) and len(runs[-1]) < _BLOCKS_PER_READ:
+                runs[-1].append((file, number))
+            else:
+                runs.append([(file, number)])
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(lambda run: self._read(run, blocks), runs))
+
+    def _read(self, run: list[tuple[str, int]], blocks: _Blocks) -> None:
+        name, first = run[0]
+        file = self._files[name]
+        buffers = [_buffers(blocks[key], min(BLOCK, file.data - key[1] * BLOCK)) for key in run]
+        self._location.read_into(name, file.header + first * BLOCK, [part for block in buffers for part in block])
+        for (_, number), block in zip(run, buffers, strict=True):  # while the bytes are in the processor's cache
+            _require_digest(name, file.header + number * BLOCK, block, file.blocks[number])
+
+
+def _require_digest(file: str, begin: int, data: list[memoryview], expected: str) -> None:
+    actual = digest(*data)
+    if actual != expected:
+        raise Damaged(f"{file} bytes {begin} to {begin + sum(map(len, data))}: digest {actual}, expected {expected}")
+
+
+def _buffers(pieces: list[tuple[int, memoryview]], size: int) -> list[memoryview]:
+    """Memory for all ``size`` bytes of a block."""
+    buffers: list[memoryview] = []
+    position = 0
+    for at, piece in sorted(pieces, key=lambda piece: piece[0]):
+        buffers += [memoryview(bytearray(at - position)), piece] if at > position else [piece]
+        position = at + len(piece)
+    return buffers if position == size else [*buffers, memoryview(bytearray(size - position))]
+
+
+def _scatter(
+    target: Tensor, kind: Kind, box: Box, sources: Iterable[tuple[str, int, Box, Box]], blocks: _Blocks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Add memory for the bytes of a box to the blocks that they are in: the memory of ``target``, or for an overlap
+    that is contiguous on one side only, that of whole rows of the cell. Yields the (target, source) pairs to be copied
+    then.
+    """
+    view = bytes_of(target)
+    for file, offset, cell, overlap in sources:
+        to, at = overlap.run(box), overlap.run(cell)
+        if to is None or at is None:
+            rows = Box((*overlap.offset[:1], *cell.offset[1:]), (*overlap.shape[:1], *cell.shape[1:]))
+            buffer, at = kind.empty(rows.shape), rows.run(cell)
+            assert at is not None
+            yield target[overlap.within(box)], buffer[overlap.within(rows)]
+            piece = bytes_of(buffer)
+        else:
+            piece = view[to * kind.itemsize : (to + prod(overlap.shape)) * kind.itemsize]
+        offset += at * kind.itemsize
+        while piece:
+            number, within = divmod(offset, BLOCK)
+            blocks.setdefault((file, number), []).append((within, piece[: BLOCK - within]))
+            offset, piece = offset + BLOCK - within, piece[BLOCK - within :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +201,7 @@ class Checkpoint:
         if missing is not None:
             raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
         boxes = {name: shard.box for name, shard in (shards or {}).items()}
-        wanted = {name: (place := self.places[name], boxes.get(name) or Box.whole(place.shape)) for name in names}
+        wanted = {name: (place := self.places[name], boxes.get(name) or Box.whole(place.kind.shape)) for name in names}
         first: dict[Any, str] = {}
         aliases = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
         read = self.reader.read({name: wanted[name] for name in first.values()})
@@ -80,9 +211,7 @@ class Checkpoint:
 
     @doing("saves")
     def check(self) -> None:
-        """Raise Damaged for a file with another header, or with room for other tensors; each rank looks at its share of
-        the files.
-        """
+        """Raise Damaged for a file of another size or header; each rank looks at its share of the files."""
         names = [*self.files]
         for first, group in {place.first: place.group for place in self.places.values()}.items():
             for number in range(group.cells):
@@ -107,7 +236,7 @@ class Checkpoint:
     def _require_shapes(self, live: Mapping[str, Tensor]) -> None:
         for name, tensor in live.items():
             place = self.places.get(name)
-            if place is not None and (saved := place.shape) != tuple(tensor.shape):
+            if place is not None and (saved := place.kind.shape) != tuple(tensor.shape):
                 raise StateError(
                     f"{name} has shape {tuple(tensor.shape)} in this run, and {saved} in {self.id.commit}",
                     kind="structure",

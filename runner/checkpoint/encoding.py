@@ -23,7 +23,6 @@ from runner.distributed.communicator import PerRank
 from runner.errors import StateError
 
 _TAG = "$"
-_ALLOWED = "tensors, str, int, float, bool, None, and dicts, lists and tuples of them"
 
 
 def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -80,9 +79,9 @@ def laid_out(tensor: Tensor, order: Any) -> Tensor:
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        entry, order = {_TAG: "tensor", "name": _add(value, path, tensors)}, _order(value)
-        trained = {"trained": True} if value.requires_grad and value.is_leaf else {}
-        return {**entry, **trained} if order is None else {**entry, **trained, "order": order}
+        _add(value, path, tensors)
+        trained, order = {"trained": True} if value.requires_grad and value.is_leaf else {}, _order(value)
+        return {_TAG: "tensor", "name": path, **trained, **({} if order is None else {"order": order})}
     if isinstance(value, float) and not isinstance(value, Enum):
         return float(value) if math.isfinite(value) else {_TAG: "float", "value": repr(float(value))}
     if value is None or (isinstance(value, str | int) and not isinstance(value, Enum)):
@@ -103,8 +102,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         encoded = None if versions is None else _encode(dict(versions), path, tensors)
         return {_TAG: "ordered", "items": _encode(dict(value), path, tensors), "versions": encoded}
     raise StateError(
-        f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. "
-        f"A state_dict may hold {_ALLOWED}."
+        f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. A state_dict may hold "
+        "tensors, str, int, float, bool, None, and dicts, lists and tuples of them."
     )
 
 
@@ -121,8 +120,13 @@ def _trained(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()  # the same tensor may be part of the state as it is, too
 
 
-def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
-    if not _is_dense(tensor):
+def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
+    """Add a tensor. Raises StateError unless each element has bytes of its own: a subclass that wraps other tensors
+    (quantised ones, say) would come back as a plain tensor, and no module can load into an expanded tensor.
+    """
+    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
+    dense = tensor.layout == torch.strided and not (wraps or tensor.is_quantized or tensor.is_meta)
+    if not dense or any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
         raise StateError(
             f"cannot save {path}: {kind}; only dense tensors can be saved, with bytes of their own for each element"
@@ -130,17 +134,6 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
     if path in tensors:
         raise StateError(f"cannot save {path}: two tensors of the state have this path; rename one")
     tensors[path] = tensor.detach()
-    return path
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether each element has bytes of its own. A subclass that wraps other tensors (quantised ones, say) would come
-    back as a plain tensor, and training go on differently. No module can load into an expanded tensor.
-    """
-    wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
-    if tensor.layout != torch.strided or wraps or tensor.is_quantized or tensor.is_meta:
-        return False
-    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _order(tensor: Tensor) -> list[int] | None:

@@ -27,33 +27,12 @@ from runner.storage.location import Buffer, Location
 
 VARIABLE = "HYDRA_RUNNER_SEALING_KEY"
 
-_PLAIN, _KEYED = "sha256", "hmac-sha256"
-
 
 def seal_of(body: bytes) -> bytes:
     """The seal of a text, which says how it was made: ``sha256:<hex>``, or ``hmac-sha256:<hex>`` with a key."""
     key = _key()
-    if key is None:
-        return f"{_PLAIN}:{sha256_digest(body)}".encode()
-    return f"{_KEYED}:{hmac.digest(key, body, 'sha256').hex()}".encode()
-
-
-def is_seal_of(body: bytes, seal: bytes) -> bool:
-    """Whether ``seal`` is the seal of ``body`` under the key of this process."""
-    return hmac.compare_digest(seal, seal_of(body))
-
-
-def refusal(seal: bytes) -> str:
-    """Why a text with this seal is refused, in words."""
-    kind, _, rest = seal.partition(b":")
-    keyed = _key() is not None
-    if kind == _KEYED.encode() and not keyed:
-        return f"is sealed with a key, and {VARIABLE} is not set"
-    if kind == _KEYED.encode() and len(rest) == 64:
-        return f"is damaged, or sealed with another key than that in {VARIABLE}"
-    if kind == _PLAIN.encode() and keyed:
-        return f"is sealed without a key, and {VARIABLE} is set"
-    return "does not unseal"
+    seal = f"sha256:{sha256_digest(body)}" if key is None else f"hmac-sha256:{hmac.digest(key, body, 'sha256').hex()}"
+    return seal.encode()
 
 
 def digest(*data: Buffer) -> str:
@@ -140,7 +119,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 def unseal(raw: bytes) -> dict[str, Any] | None:
     """The manifest, or None where the seal is broken or was not made with the key of this process."""
     body, tail = _split(raw)
-    if not (tail.endswith(b"\n") and is_seal_of(body, tail[:-1])) or _values(body) > MAX_VALUES:
+    if not hmac.compare_digest(tail, seal_of(body) + b"\n") or _values(body) > MAX_VALUES:
         return None
     try:
         manifest = json.loads(body, object_pairs_hook=_unambiguous, parse_constant=_refuse)
@@ -151,7 +130,15 @@ def unseal(raw: bytes) -> dict[str, Any] | None:
 
 def why_not(raw: bytes) -> str:
     """Why a manifest does not unseal, in words."""
-    return refusal(_split(raw)[1].rstrip(b"\n"))
+    kind, _, rest = _split(raw)[1].rstrip(b"\n").partition(b":")
+    keyed = _key() is not None
+    if kind == b"hmac-sha256" and not keyed:
+        return f"is sealed with a key, and {VARIABLE} is not set"
+    if kind == b"hmac-sha256" and len(rest) == 64:
+        return f"is damaged, or sealed with another key than that in {VARIABLE}"
+    if kind == b"sha256" and keyed:
+        return f"is sealed without a key, and {VARIABLE} is set"
+    return "does not unseal"
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes]:

@@ -61,10 +61,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class LocalShard:
-    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: cell ``cell``.
-
-    ``replicas`` ranks hold the same cell; this rank is number ``replica`` of them. Tensors with an equal ``layout`` are
-    distributed in the same way.
+    """What this rank holds of a tensor of shape ``shape``, which ``cuts`` divides into cells: cell ``cell``, as number
+    ``replica`` of ``replicas`` ranks. Tensors with an equal ``layout`` are distributed in the same way.
     """
 
     local: Tensor
@@ -82,17 +80,15 @@ class LocalShard:
 
 def shard(tensors: Mapping[str, Any], comm: Communicator) -> dict[str, LocalShard]:
     """How each tensor is distributed; a plain one is replicated. Raises StateError for what cannot be saved."""
-    plain: Any = ((), 0, comm.size, comm.rank, ())
     shards = {}
     for name, tensor in tensors.items():
-        if not is_distributed(tensor):
-            shards[name] = LocalShard(tensor, tuple(tensor.shape), *plain)
-            continue
-        try:
-            cell = _cell(tensor.device_mesh, tensor.placements, comm.size)
-            shards[name] = LocalShard(local(tensor), tuple(tensor.shape), *cell)
-        except ValueError as error:
-            raise StateError(f"cannot save {name}: {error}") from None
+        cell: Any = ((), 0, comm.size, comm.rank, ())
+        if is_distributed(tensor):
+            try:
+                cell = _cell(tensor.device_mesh, tensor.placements, comm.size)
+            except ValueError as error:
+                raise StateError(f"cannot save {name}: {error}") from None
+        shards[name] = LocalShard(local(tensor), tuple(tensor.shape), *cell)
     return shards
 
 
@@ -129,11 +125,6 @@ def cell_of(shape: tuple[int, ...], cuts: Cuts, number: int) -> Box:
     return Box(tuple(offset), tuple(sizes))
 
 
-def cells(cuts: Cuts) -> int:
-    """How many cells there are."""
-    return prod(count for _, count in cuts)
-
-
 def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int, Box, Box]]:
     """The cells of a tensor of this shape that overlap a box of it, as (number, cell, overlap)."""
     if 0 in box.shape:
@@ -151,13 +142,9 @@ def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int
         for index, (_, count) in zip(indices, cuts, strict=True):
             number = number * count + index
         cell = cell_of(shape, cuts, number)
-        yield number, cell, _shared(cell, box)
-
-
-def _shared(a: Box, b: Box) -> Box:
-    begin = tuple(map(max, a.offset, b.offset))
-    ends = zip(a.offset, a.shape, b.offset, b.shape, begin, strict=True)
-    return Box(begin, tuple(min(x + n, y + m) - at for x, n, y, m, at in ends))
+        begin = tuple(map(max, cell.offset, box.offset))
+        ends = zip(cell.offset, cell.shape, box.offset, box.shape, begin, strict=True)
+        yield number, cell, Box(begin, tuple(min(x + n, y + m) - at for x, n, y, m, at in ends))
 
 
 @lru_cache(maxsize=256)
@@ -196,12 +183,10 @@ class FileGroup:
     @property
     def cells(self) -> int:
         """How many files it has."""
-        return cells(self.cuts)
+        return prod(count for _, count in self.cuts)
 
     def offsets(self, number: int, size: int) -> dict[str, int]:
-        """Where each tensor begins in the file of a cell. Raises Damaged unless the tensors take exactly the ``size``
-        bytes of the file without its header.
-        """
+        """Where each tensor begins in the file of a cell. Raises Damaged unless they take ``size`` bytes."""
         if number not in self._offsets:
             position, offsets = 0, {}
             for name in self.tensors:
@@ -214,33 +199,26 @@ class FileGroup:
 
     def split(self, size: int) -> Iterator["FileGroup"]:
         """Groups whose files have about ``size`` bytes at most."""
-        names: list[str] = []
+        tensors: dict[str, Kind] = {}
         filled = 0
-        for name in self.tensors:
+        for name, kind in self.tensors.items():
             more = self._bytes(name, 0)
-            if names and filled + more > size:
-                yield self._of(names)
-                names, filled = [], 0
-            names.append(name)
+            if tensors and filled + more > size:
+                yield FileGroup(self.cuts, in_order(tensors))
+                tensors, filled = {}, 0
+            tensors[name] = kind
             filled += more
-        yield self._of(names)
+        yield FileGroup(self.cuts, in_order(tensors))
 
     def _bytes(self, name: str, number: int) -> int:
         kind = self.tensors[name]
         return prod(cell_of(kind.shape, self.cuts, number).shape) * kind.itemsize
 
-    def _of(self, names: Iterable[str]) -> "FileGroup":
-        return FileGroup(
-            self.cuts, {name: self.tensors[name] for name in in_order({n: self.tensors[n] for n in names})}
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """Which rank writes what. Every rank computes the same ``groups`` and ``aliases``.
-
-    ``written``: group number -> the cell that this rank writes. ``own``: tensors that only this rank has. ``aliases``:
-    tensors that are stored under another name.
+    """Which rank writes what. Every rank computes the same ``groups`` and ``aliases`` (tensors stored under another
+    name). ``written``: group number -> the cell that this rank writes. ``own``: tensors that only this rank has.
     """
 
     groups: tuple[FileGroup, ...]
@@ -265,36 +243,28 @@ class WritePlan:
 
 
 def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePlan:
-    """A plan that writes each cell of each tensor once. Tensors that several ranks hold are spread over these ranks by
-    bytes.
-    """
-    layouts, aliases = _layouts(shards)
-    groups: list[FileGroup] = []
-    written: dict[int, int] = {}
-    for names in layouts.values():
-        first = shards[names[0]]
-        kinds = {name: Kind.of(shards[name].local, shards[name].shape, name) for name in names}
-        for replica, tensors in enumerate(_spread(kinds, first.cuts, first.replicas)):
-            if tensors and replica == first.replica:
-                written[len(groups)] = first.cell
-            if tensors:
-                groups.append(FileGroup(first.cuts, tensors))
-    alone = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in own.items()}
-    return WritePlan(tuple(groups), written, aliases, FileGroup((), {name: alone[name] for name in in_order(alone)}))
-
-
-def _layouts(shards: Mapping[str, LocalShard]) -> tuple[dict[Any, list[str]], dict[str, str]]:
-    """Names of tensors by their layout, and of tensors that are the same as another tensor."""
+    """A plan that writes each cell of each tensor once. Replicas are spread over their ranks by bytes."""
     first: dict[Any, str] = {}
-    layouts: dict[Any, list[str]] = {}
     aliases: dict[str, str] = {}
+    layouts: dict[Any, list[str]] = {}
     for name, part in shards.items():
         original = first.setdefault((memory_key(part.local), part.shape, part.layout), name)
         if original == name:
             layouts.setdefault(part.layout, []).append(name)
         else:
             aliases[name] = original
-    return layouts, aliases
+    groups: list[FileGroup] = []
+    written: dict[int, int] = {}
+    for names in layouts.values():
+        like = shards[names[0]]
+        kinds = {name: Kind.of(shards[name].local, shards[name].shape, name) for name in names}
+        for replica, tensors in enumerate(_spread(kinds, like.cuts, like.replicas)):
+            if tensors and replica == like.replica:
+                written[len(groups)] = like.cell
+            if tensors:
+                groups.append(FileGroup(like.cuts, tensors))
+    alone = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in own.items()}
+    return WritePlan(tuple(groups), written, aliases, FileGroup((), in_order(alone)))
 
 
 def _spread(kinds: Mapping[str, Kind], cuts: Cuts, ways: int) -> Iterable[dict[str, Kind]]:

@@ -1,17 +1,21 @@
-"""The state at a step on its way to the storage: its copy in host memory, what each rank reports of the files that it
-wrote, and the manifest made of all reports.
+"""The state at a step on its way to the storage: its copy in host memory, the thread that commits copies one at a time,
+what each rank reports of the files that it wrote, and the manifest made of all reports.
 
-The copy is the only part of saving for which training waits.
+The copy is the only part of saving for which training waits. Every rank has such a thread. Rank 0 takes the copy that
+waits and announces its step; the threads of the other ranks wait for that and write their copy of the same step.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runner.activity import doing
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import FORMAT, CommitId, digest
 from runner.checkpoint.sharding import FileGroup, WritePlan, is_distributed, local, plan, shard
@@ -62,9 +66,9 @@ class Snapshot:
         write = plan(shards, alone)
         tensors = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
         contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
-        contents["weights"] = _content(
-            _sample([tensor for name, tensor in shared.items() if name.startswith("model/")])
-        )
+        weights = [tensor for name, tensor in shared.items() if name.startswith("model/")]
+        weights = weights[:: max(1, len(weights) // _COMPARED_WEIGHTS)]
+        contents["weights"] = _content(weights, most=_COMPARED_OF_WEIGHT)
         return cls(step, values, tensors, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
 
 
@@ -72,20 +76,15 @@ def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], parts: Collec
     return {name: tensor for part, (_, all_) in encoded.items() if part in parts for name, tensor in all_.items()}
 
 
-def _sample(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors[:: max(1, len(tensors) // _COMPARED_WEIGHTS)]:
-        yield tensor if is_distributed(tensor) else tensor.reshape(-1)[:_COMPARED_OF_WEIGHT]
-
-
-def _content(tensors: Iterable[Tensor]) -> str:
-    """A digest of the first elements of tensors."""
-    firsts = (tensor.reshape(-1)[:_COMPARED_OF_TENSOR].cpu() for tensor in tensors if not is_distributed(tensor))
+def _content(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
+    """A digest of the first ``most`` elements of each tensor."""
+    firsts = (tensor.reshape(-1)[:most].cpu() for tensor in tensors if not is_distributed(tensor))
     return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
 
 
 def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
-    """What this rank wrote: ``files`` are those of the cells of ``plan.written``, and a last one for the tensors that
-    only this rank has. With it go digests of the state that all ranks have alike.
+    """What this rank wrote: ``files`` are those of ``plan.written``, and a last one for the tensors that only it has;
+    and digests of the state that all ranks have alike.
     """
     entries = {
         "files": [[name, file.size, file.header, file.digest, list(file.blocks)] for name, file in files],
@@ -167,32 +166,159 @@ class Staging:
         self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
     def stage(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its tensors as they are at this moment, on the host.
-
-        From CUDA they are copied into pinned memory in the order of the stream: kernels that are launched later see the
-        copy done, and this thread does not wait for it. ``wait`` does.
+        """The snapshot with its tensors as they are at this moment, on the host. From CUDA they are copied into pinned
+        memory in the order of the stream: kernels launched later see the copy done. This thread does not wait for it;
+        ``wait`` does.
         """
-        return replace(snapshot, tensors=self._copy(snapshot.tensors))
+        tensors, first = snapshot.tensors, dict[object, str]()
+        alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
+        buffers = {}
+        for name in first.values():
+            tensor, buffer = tensors[name], self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffers[name] = buffer
+        self._buffers = buffers  # memory of tensors that left the state is freed, before anything is copied
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[name], non_blocking=True)
+        devices = {tensors[name].device for name in buffers if tensors[name].is_cuda}
+        # An event alone would be of the current device, whatever device the copies come from.
+        self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+        return replace(snapshot, tensors={name: buffers[alias[name]] for name in tensors})
 
     def wait(self) -> None:
         """Return when everything that was staged has arrived."""
         for event in self._copied:
             event.synchronize()
 
-    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        first: dict[object, str] = {}
-        alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
-        buffers = {name: self._buffer(name, tensors[name]) for name in first.values()}
-        self._buffers = buffers  # memory of tensors that left the state is freed
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors[name], non_blocking=True)
-        devices = {tensors[name].device for name in buffers if tensors[name].is_cuda}
-        # An event alone would be of the current device, whatever device the copies come from.
-        self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return {name: buffers[alias[name]] for name in tensors}
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A copy of the state to be committed, and its ``buffers``. An ``exact`` copy is needed itself; any other may be
+    replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
+    """
+
+    snapshot: Snapshot
+    buffers: Staging
+    exact: bool
+    weights: Collection[str] = ()
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.step
+
+
+class Writer:
+    """Calls ``commit`` in a background thread for every copy that was ``put``.
+
+    A copy whose commit raised is kept until ``take``. On rank 0 ``failures`` has these copies with their errors, oldest
+    first, for the owner to remove; the other ranks leave the decision to rank 0, which sees the same error. ``commit``
+    of rank 0 has to broadcast the step of its copy over ``comm``, which belongs to this thread.
+    """
+
+    def __init__(self, commit: Callable[[PendingSave], None], comm: Communicator) -> None:
+        self.failures: deque[tuple[PendingSave, Exception]] = deque()
+        self._commit = commit
+        self._comm = comm
+        self._changed = threading.Condition()
+        self._waiting: dict[int, PendingSave] = {}
+        self._kept: dict[int, PendingSave] = {}  # failed or withdrawn
+        self._busy = False
+        self._closed = False
+        self._error: Exception | None = None  # of the wait for rank 0
+        self._thread: threading.Thread | None = None  # started for the first copy: data workers are forked before
+
+    @property
+    def idle(self) -> bool:
+        """Whether a copy that is put now would be committed at once."""
+        return not (self._busy or self._waiting)
+
+    @property
+    def waiting(self) -> PendingSave | None:
+        """The copy that is committed next, on rank 0."""
+        return next(iter([*self._waiting.values()]), None)
+
+    def put(self, copy: PendingSave) -> None:
+        """Commit it after the current copy. On rank 0 no other copy may be waiting."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread.start()
+        with self._changed:
+            self._waiting[copy.step] = copy
+            self._changed.notify_all()
+
+    def withdraw(self) -> list[int]:
+        """Do not commit the copies that wait, and keep them for ``take``; returns their steps."""
+        with self._changed:
+            steps = [*self._waiting]
+            self._kept |= self._waiting
+            self._waiting.clear()
+            return steps
+
+    @doing("joins")
+    def take(self, step: int) -> PendingSave:
+        """Remove and return the copy of a step, which waits or has failed; blocks while it is still failing."""
+        with self._changed:
+            self._wait_for(lambda: step in self._waiting or step in self._kept)
+            return (self._waiting if step in self._waiting else self._kept).pop(step)
+
+    @doing("joins")
+    def wait(self, seconds: float | None = None, *, begun: bool = False) -> bool:
+        """Wait until all copies are committed, failed or (``begun``) begun; whether they are after ``seconds``."""
+        with self._changed:
+            return self._wait_for(lambda: not self._waiting and (begun or not self._busy), seconds)
+
+    @doing("joins")
+    def close(self, seconds: float) -> None:
+        """Finish all commits, for so many seconds at most, and end the thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
+            self._closed = True
+            self._changed.notify_all()
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        done = self._changed.wait_for(lambda: condition() or self._error is not None, seconds)
+        if self._error is not None:
+            raise self._error
+        return done
+
+    def _run(self) -> None:
+        while (copy := self._next()) is not None:
+            error = None
+            try:
+                with doing("saves"):
+                    self._commit(copy)
+            except Exception as raised:  # for the owner: this thread has no caller
+                error = raised
+            with self._changed:
+                if error is not None:
+                    self._kept[copy.step] = copy
+                    if self._comm.rank == 0:
+                        self.failures.append((copy, error))
+                self._busy = False
+                self._changed.notify_all()
+
+    def _next(self) -> PendingSave | None:
+        """The next copy to commit, once there is one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+            if self._comm.rank == 0 or self._closed:
+                return self._begin(next(iter(self._waiting), None) if self._comm.rank == 0 else None)
+        try:
+            step = int(self._comm.broadcast(None))
+        except Exception as error:  # for the owner
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+            return None
+        with self._changed:  # the training thread of this rank may not have come to that step yet
+            self._changed.wait_for(lambda: step in self._waiting or self._closed)
+            return self._begin(None if self._closed else step)
+
+    def _begin(self, step: int | None) -> PendingSave | None:
+        if step is None:
+            return None
+        self._busy = True
+        copy = self._waiting.pop(step)
+        self._changed.notify_all()
+        return copy

@@ -2,27 +2,108 @@
 
 The invariants on which every resume relies: a manifest names only objects whose puts returned before it was written; no
 object is written twice; bytes are used only after their digest matched; removal begins with the manifest.
+
+What ``Retention`` keeps: the newest checkpoints, until ``keep_last`` of them are verified (at least two, whatever the
+configuration says); the ``keep_best`` best by the objective; the newest undamaged one of every step that is a multiple
+of ``keep_every_steps``. It remembers nothing between two calls. ``python -m runner.runs prune`` applies the same rules
+with the numbers of its own options.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 
 from runner.activity import doing
 from runner.checkpoint import manifest as manifests
 from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
 from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.retention import CommitInfo, Retention
 from runner.checkpoint.sharding import FileGroup, WritePlan, plan, shard
 from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile, StoredFile
+from runner.config.schema import LEAST_KEPT
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather, on_all_ranks, on_rank_zero
 from runner.errors import StorageError, Superseded
 from runner.storage.location import Location
 
 SURVEYED_MANIFESTS = 64  # manifests that are read for one retention: the next save waits for it
 _READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CommitInfo:
+    """A commit as the policy sees it. ``verified``: this process wrote its bytes, or read all of them, so a resumed run
+    keeps more for a while. A commit that is neither verified nor ``damaged`` may be good.
+    """
+
+    id: CommitId
+    verified: bool = False
+    damaged: bool = False
+    objective: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The policy with its numbers. ``mode`` is min or max; without it no checkpoint is better than another."""
+
+    last: int = LEAST_KEPT
+    every_steps: int | None = None
+    best: int = 1
+    mode: str | None = None
+
+    def pins(self, step: int) -> bool:
+        """Whether the newest commit of this step is always kept."""
+        return self.every_steps is not None and step % self.every_steps == 0
+
+    def kept(self, commits: Iterable[CommitInfo]) -> set[CommitId]:
+        """The commits to keep: at least two verified ones, and all if there are fewer."""
+        return {*self.reasons(commits)}
+
+    def reasons(self, commits: Iterable[CommitInfo]) -> dict[CommitId, str]:
+        """The commits to keep, the newest first, each with the reason in a few words."""
+        newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
+        best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
+        reasons: dict[CommitId, str] = {}
+        verified, pinned = 0, set[int]()
+        for commit in newest_first:
+            step = commit.id.step
+            first_of_step = self.pins(step) and not commit.damaged and step not in pinned
+            if first_of_step:
+                pinned.add(step)
+            if verified < max(self.last, LEAST_KEPT):
+                reasons[commit.id] = "damaged, too few good ones are newer" if commit.damaged else "newest"
+                verified += commit.verified and not commit.damaged
+            elif commit.id in best:
+                reasons[commit.id] = "best"
+            elif first_of_step:
+                reasons[commit.id] = f"multiple of {self.every_steps}"
+        return reasons
+
+
+def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
+    """The undamaged commits with an objective, the best first, of equal ones the earlier step. Empty without a
+    ``mode``.
+
+    Only commits that the newest state descends from, one for each step: where a newer attempt resumed from an earlier
+    step, the steps after it were done again, or come from a process that went on after it had been superseded.
+    """
+    lineage: list[CommitInfo] = []
+    attempt, limit, lowest = 0, math.inf, math.inf  # of an older attempt only steps below ``limit`` count
+    for commit in sorted(commits, key=lambda commit: commit.id, reverse=True):
+        if commit.damaged:
+            continue
+        if commit.id.attempt != attempt:
+            attempt, limit = commit.id.attempt, lowest
+        below = min(limit, lineage[-1].id.step) if lineage else limit
+        if commit.id.step < below and commit.objective is not None and not math.isnan(commit.objective):
+            lineage.append(commit)
+        lowest = min(lowest, commit.id.step)
+    sign = {"min": 1, "max": -1}.get(mode or "")
+    if sign is None:
+        return []
+    return sorted(lineage, key=lambda commit: (sign * (commit.objective or 0.0), commit.id.step))
 
 
 class CheckpointStore:
@@ -156,13 +237,6 @@ class CheckpointStore:
     def _sizes(self) -> dict[str, int]:
         return {f"data/{entry.name}": entry.size for entry in self.location.list("data")}
 
-    @doing("saves")
-    def survey(self) -> list[CommitInfo]:
-        """Every commit, the one to resume from first. A commit is damaged if its manifest does not unseal, or its files
-        do not have their sizes, by fresh listings; the contents of data files are not read.
-        """
-        return self._infos(self.commits())
-
     def retain(self, retention: Retention, *, attempt: int) -> None:
         """Remove the commits that do not stay, and what attempts before ``attempt`` left half done.
 
@@ -170,21 +244,23 @@ class CheckpointStore:
         until theirs is read: their contents can only be one more reason to remove a newer commit.
         """
         listed = self.commits()
-        infos = self._infos(listed, limit=SURVEYED_MANIFESTS)
+        infos = self.survey(listed, limit=SURVEYED_MANIFESTS)
         retained = {*retention.kept(infos), *listed[len(infos) :]}
         self.remove(listed, retained, attempt=attempt)
 
-    def _infos(self, listed: Sequence[CommitId], *, limit: int | None = None) -> list[CommitInfo]:
-        """The listed commits with what their manifests say; only the first of them where more than ``limit`` manifests
-        would have to be read.
+    @doing("saves")
+    def survey(self, listed: Sequence[CommitId] | None = None, *, limit: int | None = None) -> list[CommitInfo]:
+        """All commits or the ``listed``, the one to resume from first; only the first of them where more than ``limit``
+        manifests would have to be read. A commit is damaged if its manifest does not unseal, or its files do not have
+        their sizes, by fresh listings; the contents of data files are not read.
         """
+        listed = self.commits() if listed is None else listed
         # Manifests never change, so each is read once.
         unread = [commit for commit in listed if commit not in self._objectives and commit not in self.damaged]
         if unread:
             sizes = self._sizes()
             with ThreadPoolExecutor(_READERS) as pool:
-                for _ in pool.map(lambda commit: self._survey(commit, sizes), unread[:limit]):
-                    pass
+                list(pool.map(lambda commit: self._survey(commit, sizes), unread[:limit]))
             if limit is not None and len(unread) > limit:
                 listed = listed[: listed.index(unread[limit])]
         return [

@@ -40,10 +40,8 @@ class Structure:
         self._taken: set[str] = set()  # tensors that the model's own code loads
 
     def changes(self, step: int, parts: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-        """The changes that a restore of this step has to make first, as JSON: the names of ``buffers`` in other sizes,
-        by part, and of the weights in each of the ``groups``.
-
-        Raises StateError for a state that could not be restored.
+        """What a restore of this step has to change first, as JSON: names of ``buffers`` in other sizes by part, and of
+        the weights in each of the ``groups``. Raises StateError for a state that could not be restored.
         """
         for name, part in {**parts, "optimizer of the update": optimizer}.items():
             if self.parts.get(name, part) is not part:
@@ -60,9 +58,7 @@ class Structure:
         return same and (not sizes or [*sizes] == [*map(len, self.groups)])
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
-        """Make buffers again in the sizes and types that they have in ``state``: the ``buffers``, and those that an
-        earlier call changed.
-        """
+        """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
         now = _kinds(self.modules[part])
         changed = {name for name, kind in self.kinds[part].items() if now.get(name) != kind}
         _resize(self.modules[part], {*buffers, *changed}, state)

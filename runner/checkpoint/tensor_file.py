@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,25 +22,12 @@ from runner.storage.location import Buffer
 
 BLOCK = 1 << 20  # bytes, counted from the end of a file's header; frozen: stored checkpoints depend on it
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES: dict[str, torch.dtype] = {f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)}
+_DTYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)}
+_DTYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (64, 32, 16, 8)}
+_DTYPES |= {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_DTYPES |= {"C64": torch.complex64, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_DIMENSIONS = 64  # torch has no tensors with more
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _LONGEST = 500  # characters of a message
@@ -105,7 +91,7 @@ class Kind:
         """
         if tensor.dtype not in _NAMES:
             raise StateError(f"cannot save {name}: {tensor.dtype} has no place in a safetensors file")
-        return _kind(_NAMES[tensor.dtype], shape)
+        return cls(_NAMES[tensor.dtype], shape)
 
     @property
     def itemsize(self) -> int:
@@ -116,21 +102,13 @@ class Kind:
         return torch.empty(shape, dtype=_DTYPES[self.dtype])
 
 
-@lru_cache(maxsize=4096)
-def _kind(dtype: str, shape: tuple[int, ...]) -> Kind:
-    """Cached: a state has many tensors of few kinds."""
-    return Kind(dtype, shape)
-
-
 class SafetensorsFile:
-    """Tensors about to be written as one safetensors file, one copy under each name; consume ``chunks``, then ask for
-    ``stored``.
-    """
+    """Tensors as one safetensors file, a copy under each name; consume ``chunks``, then ask for ``stored``."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-        kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()}
-        self._tensors = {name: tensors[name].resolve_conj().resolve_neg() for name in in_order(kinds)}
-        self._header = _header({name: kinds[name] for name in self._tensors}, metadata)
+        kinds = in_order({name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()})
+        self._tensors = {name: tensors[name].resolve_conj().resolve_neg() for name in kinds}
+        self._header = _header(kinds, metadata)
         self._digests: tuple[str, ...] = ()
 
     def chunks(self) -> Iterator[Buffer]:
@@ -149,11 +127,9 @@ class SafetensorsFile:
         return StoredFile(size, len(self._header), digest(self._header), self._digests)
 
 
-def in_order(kinds: Mapping[str, Kind]) -> list[str]:
-    """The names in the order of the file: wide types first, which keeps every tensor aligned, as readers that map the
-    file expect.
-    """
-    return sorted(kinds, key=lambda name: (-kinds[name].itemsize, name))
+def in_order(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    """In the order of the file: wide types first, which keeps tensors aligned, as readers that map it expect."""
+    return dict(sorted(kinds.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
 def blocks(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:

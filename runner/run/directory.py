@@ -2,7 +2,7 @@
 
     run.json            run id, format version, lineage; marks the directory as a run's
     config.yaml         the resolved identity half; written once, only ever compared
-    attempts/           one claim per process life (run.attempt_records)
+    attempts/           one claim per process life (run.attempts)
     commits/ data/      checkpoints (checkpoint.manifest)
     ledger/             the samples that each step consumed (data.ledger)
     metrics/            scalars as lines (metrics.lines)
@@ -26,7 +26,7 @@ from runner.config.identity import IDENTITY, digest
 from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
-from runner.run import attempt_records
+from runner.run import attempts
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location
 
@@ -80,9 +80,8 @@ class RunDirectory:
         return f"{self.experiment}/{self.variant}"
 
     def record(self) -> dict[str, Any] | None:
-        """The content of ``run.json``; None where no run was ever started.
-
-        Raises ConfigError for a directory that holds something else, or a run of a newer format.
+        """The content of ``run.json``; None where no run was ever started. Raises ConfigError for a directory that
+        holds something else, or a run of a newer format.
         """
         record = self._json(_RUN)
         if record is None:
@@ -102,10 +101,7 @@ class RunDirectory:
         return record
 
     def create(self, identity: dict[str, Any], *, parent: dict[str, Any] | None) -> None:
-        """Write the run's record and configuration unless they are there; for the newest attempt only.
-
-        Safe to repeat after a kill in between.
-        """
+        """Write record and configuration unless they are there; only for the newest attempt. Can be repeated."""
         record = {
             "format": FORMAT,
             "id": secrets.token_hex(8),
@@ -130,20 +126,17 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            saved = _parsed(raw)
+            return self._sections(_parsed(raw), _CONFIG)
         except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-            raise StorageError(
-                f"{self.location.url}/{_CONFIG} cannot be read: {error}. Restore it or use another run.name."
-            ) from error
-        return self._sections(saved, _CONFIG)
+            raise self._unusable(_CONFIG, f"cannot be read: {error}") from error
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
         """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
         a number below ``before``) accepted instead.
         """
-        return self.identity_since(attempt_records.newest(self.location, before=before))
+        return self.identity_since(attempts.newest(self.location, before=before))
 
-    def identity_since(self, newest: attempt_records.AttemptRecord | None) -> dict[str, Any] | None:
+    def identity_since(self, newest: attempts.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
@@ -168,9 +161,7 @@ class RunDirectory:
         usable = isinstance(metrics, dict) and isinstance(objective, dict) and isinstance(result.get("step"), int)
         numbers = [*metrics.values(), objective.get("value")] if usable else []
         if not usable or not all(number is None or isinstance(number, int | float) for number in numbers):
-            raise StorageError(
-                f"{self.location.url}/{_RESULT} is not the result of a run. Remove it to finish it again."
-            )
+            raise StorageError(f"{self.location.url}/{_RESULT} is not a run's result. Remove it to finish it again.")
         return result
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -196,13 +187,15 @@ class RunDirectory:
 
     def _sections(self, config: Any, name: str) -> dict[str, Any]:
         """A stored configuration. Raises StorageError if it, or one of its sections, is not a mapping."""
-        if isinstance(config, dict):
-            wrong = [f"{key} in {name}" for key in IDENTITY[1:] if not isinstance(config.get(key) or {}, dict)]
-        else:
-            wrong = [name]
-        if wrong:
-            raise StorageError(f"{self.location.url}: {wrong[0]} is not a mapping. Restore it or use another run.name.")
+        if not isinstance(config, dict):
+            raise self._unusable(name, "is not a mapping")
+        for key in IDENTITY[1:]:
+            if not isinstance(config.get(key) or {}, dict):
+                raise self._unusable(name, f"is not a configuration: {key} is not a mapping")
         return dict(config)
+
+    def _unusable(self, name: str, why: str) -> StorageError:
+        return StorageError(f"{self.location.url}/{name} {why}. Restore it or use another run.name.")
 
     def _json(self, name: str) -> dict[str, Any] | None:
         raw = self.location.read(name, limit=_LIMIT)
@@ -211,11 +204,9 @@ class RunDirectory:
         try:
             value = parse(raw)
         except ValueError as error:
-            raise StorageError(
-                f"{self.location.url}/{name} is not JSON: {error}. Restore it or use another run.name."
-            ) from error
+            raise self._unusable(name, f"is not JSON: {error}") from error
         if not isinstance(value, dict):
-            raise StorageError(f"{self.location.url}/{name} is not a JSON object. Restore it or use another run.name.")
+            raise self._unusable(name, "is not a JSON object")
         return value
 
 
@@ -224,33 +215,19 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
     or shown like them, and a number in base 60 takes quadratic time.
     """
 
-    yaml_constructors = {  # noqa: RUF012
-        f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
-        for kind in ("null", "bool", "str", "seq", "map")
-    }
-
-
-def _number(loader: Any, node: Any) -> Any:
-    text = loader.construct_scalar(node)
-    if ":" in text or len(text) > MAX_DIGITS:
-        raise yaml.YAMLError(
-            f"a number in base 60, or of more than {MAX_DIGITS} digits, which no stored configuration has"
-        )
-    return yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
-
-
-def _refused(loader: Any, node: Any) -> None:
-    raise yaml.YAMLError(f"a value of the kind {node.tag}, which no stored configuration has")
-
-
-for _kind, _make in (("tag:yaml.org,2002:int", _number), ("tag:yaml.org,2002:float", _number), (None, _refused)):
-    _Loader.add_constructor(_kind, _make)
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in ("null", "bool", "int", "float", "str", "seq", "map"):
+            raise yaml.YAMLError(f"a value of the kind {node.tag}, which no stored configuration has")
+        if kind in ("int", "float") and (":" in node.value or len(node.value) > MAX_DIGITS):
+            raise yaml.YAMLError(
+                f"a number in base 60, or of more than {MAX_DIGITS} digits, which no stored configuration has"
+            )
+        return super().construct_object(node, deep)
 
 
 def _parsed(raw: bytes) -> Any:
-    """A stored configuration. Refuses aliases, which can expand a few bytes to gigabytes, and deep nesting, which would
-    crash the C parser.
-    """
+    """A stored configuration. Aliases can expand a few bytes to gigabytes, and deep nesting crashes the C parser."""
     depth = 0
     for event in yaml.parse(raw, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

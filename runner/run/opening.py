@@ -6,28 +6,158 @@ back before it opens the run (``must_wait``), so that it imports nothing and occ
 """
 
 import logging
+import re
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from runner.config.identity import digest
+from tabulate import tabulate
+
+from runner.config.identity import digest, flatten
 from runner.config.schema import OnConflict
-from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, RunInUse, StorageError, printable
-from runner.run import attempts, drift
+from runner.config.secrets import Unresolved
+from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
+from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.parent import Parent, require_same
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
 
+_REFERENCE = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
 # What Hydra, its launchers and its sweepers write in a run directory, following any link.
-_HYDRA_FILES = (".hydra", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
-_SWEEP_FILES = ("multirun.yaml", "optimization_results.yaml", "optuna.sqlite3", ".submitit")
+_HYDRA_FILES = [".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".submitit"]
+_HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A run (path or URL), and which of its checkpoints: a step, ``best`` by the objective, or None for the newest."""
+
+    run: str
+    checkpoint: int | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CheckpointRef":
+        """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
+        match = _REFERENCE.fullmatch(text)
+        return cls(match[1], match[2] if match[2] == "best" else int(match[2])) if match else cls(text)
+
+    def under(self, root: str) -> "CheckpointRef":
+        """With a path relative to ``root`` if the run is below it, which stays true when the root is moved."""
+        return CheckpointRef(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
+
+    def __str__(self) -> str:
+        return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The checkpoint from which a new run is to start. ``asked`` is the command's ``run.parent``, relative to
+    ``run.root`` if it is below it; None for a fork after drift. ``options`` are those of a remote storage.
+    """
+
+    source: CheckpointRef
+    inherit: str  # model, all
+    asked: str | None = None
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def forked(cls, directory: RunDirectory) -> "Parent":
+        """The parent of a fork of a run."""
+        return cls(CheckpointRef(directory.location.url), inherit="all", options=directory.options)
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRecord:
+    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``."""
+
+    run: str
+    step: int
+    commit: str
+    inherit: str
+    asked: str | None
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> "ParentRecord | None":
+        """The recorded parent; None for a run that started from scratch or does not exist."""
+        record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
+        if record is None:
+            return None
+        try:
+            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
+
+    @property
+    def start(self) -> int:
+        """The step after which the run started."""
+        return 0 if self.inherit == "model" else self.step
+
+
+def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:
+    """The part of a message that offers a step of a run for a new run, with a command to be pasted into a shell."""
+    name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
+    overrides = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
+    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(overrides)}"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+class ChangedKey(NamedTuple):
+    """One key with two values; ``ABSENT`` where a side has no such key."""
+
+    key: str
+    saved: Any
+    now: Any
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``. A value that an older version saved in
+    place of ``${oc.env:NAME}`` equals the interpolation while the variable has that value.
+    """
+    left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
+    changes = []
+    for key in sorted(left | right):
+        old, new = left.get(key, ABSENT), right.get(key, ABSENT)
+        if not _equal(old, new) and not _equal(old, older.get(key, ABSENT)):
+            # A value that an older version saved of the environment may be a secret.
+            secret = resolved(new) != new and old is not ABSENT and "${" not in str(old)
+            changes.append(ChangedKey(key, "***" if secret else old, new))
+    return changes
+
+
+def resolved(value: Any) -> Any:
+    """Plain values with the values of the environment in place of interpolations, as older versions saved them."""
+    if isinstance(value, Mapping):
+        return {key: resolved(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(resolved, value)]
+    return value.value if isinstance(value, Unresolved) else value
+
+
+def drift_table(differences: Sequence[ChangedKey]) -> str:
+    """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
+    rows = [[*map(printable, (key, repr(saved), repr(now)))] for key, saved, now in differences]
+    return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return (bool(a == b) or (a != a and b != b)) and isinstance(a, bool) == isinstance(b, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +173,7 @@ class OpenedRun:
     identity: dict[str, Any]
     command: str
     on_conflict: OnConflict
-    changes: Sequence[drift.ChangedKey] = ()
+    changes: Sequence[ChangedKey] = ()
     accepted: dict[str, Any] | None = None
     parent: Parent | None = None
     result: dict[str, Any] | None = None
@@ -53,11 +183,7 @@ def must_wait(directory: RunDirectory, on_conflict: OnConflict) -> bool:
     """Whether ``run.on_conflict=wait`` holds the command back, because a living process works on the run."""
     if on_conflict is not OnConflict.wait:
         return False
-    try:
-        attempts.raise_if_live(directory.location)
-    except RunInUse:
-        return True
-    return False
+    return attempts.live(directory.location, attempts.names(directory.location), dead=set()) is not None
 
 
 def open_run(
@@ -69,25 +195,22 @@ def open_run(
     parent: Parent | None = None,
     on_conflict: OnConflict = OnConflict.fail,
 ) -> OpenedRun:
-    """Find out in which state the run is; a new one starts from ``parent``. Only reads.
-
-    Raises DriftRefused, ConfigError (not a run directory, a newer format) or StorageError.
-    """
+    """The state of the run; a new one starts from ``parent``. Only reads. Raises DriftRefused and ConfigError."""
     refuse_links(directory.root, directory.name)
     saved = None
     if directory.record() is not None:
-        require_same(directory, parent)
+        _require_same_parent(directory, parent)
         saved = directory.identity()
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
-    differences = drift.compare(saved, identity)
+    differences = compare(saved, identity)
     if differences and on_drift == "fork":
         return _fork(directory, identity, command, on_conflict)
     if differences and on_drift == "refuse":
         raise DriftRefused(_refusal(directory, differences, command))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
-    accepted = identity if drift.compare(directory.configured() or identity, identity) else None
+    accepted = identity if compare(directory.configured() or identity, identity) else None
     result = None if differences else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
         log.warning("finished, but %s: made again from the last checkpoint", missing)
@@ -95,9 +218,29 @@ def open_run(
     return OpenedRun(directory, identity, command, on_conflict, differences, accepted, parent, result)
 
 
+def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None:
+    """Raise DriftRefused if the existing run started from something else than this command asks for."""
+
+    def words(source: CheckpointRef, inherit: str) -> str:
+        return printable(f"with run.parent={shlex.quote(str(source))} run.inherit={inherit}")
+
+    then = now = "without run.parent"
+    origin = ParentRecord.of(directory)
+    if origin and origin.asked:  # the checkpoint that was asked for, with the place that the parent had then
+        then = words(CheckpointRef(origin.run, CheckpointRef.parse(origin.asked).checkpoint), origin.inherit)
+    if parent:
+        now = words(parent.source, parent.inherit)
+    moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
+    if then != now and not moved:
+        raise DriftRefused(
+            f"{directory.location.url} was begun {then}, and this command begins {now}.\n"
+            "The run was left as it is. A run begins once: use the run.parent and run.inherit it was begun with, or "
+            "begin a new run with run.name=..."
+        )
+
+
 def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:
-    """Claim the run, with an attempt number above ``above``, and write its record and configuration unless they are
-    there.
+    """Claim the run, with a number above ``above``, and write its record and configuration unless they are there.
 
     Raises RunInUse while another process works on it, unless ``run.on_conflict=steal``. Raises, and withdraws the
     claim, if the run has changed since it was opened: DriftRefused if another command with the same run.name created
@@ -109,8 +252,8 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
     try:
         directory.create(opening.identity, parent=parent)
         saved = directory.identity(before=attempt.number) or {}
-        differences = drift.compare(saved, opening.identity)
-        if differences and drift.drift_table(differences) != drift.drift_table(opening.changes):
+        differences = compare(saved, opening.identity)
+        if differences and drift_table(differences) != drift_table(opening.changes):
             raise DriftRefused(_refusal(directory, differences, opening.command))
         if not differences and directory.finished(opening.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
@@ -123,7 +266,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:
     """The fork's name is made from its configuration, so that the same command finds it again."""
-    older = drift.resolved(identity)  # an older version named it so
+    older = resolved(identity)  # an older version named it so
     fork, before = (
         RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
         for each in (identity, older)
@@ -135,10 +278,10 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_confl
     return OpenedRun(fork, identity, command, on_conflict, parent=Parent.forked(parent), result=finished)
 
 
-def _refusal(directory: RunDirectory, differences: Sequence[drift.ChangedKey], command: str) -> str:
+def _refusal(directory: RunDirectory, differences: Sequence[ChangedKey], command: str) -> str:
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
-        f"{drift.drift_table(differences)}\n\n"
+        f"{drift_table(differences)}\n\n"
         "The run was left as it is. Either\n"
         f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
         f"  go on with the new ones:        {command} run.on_drift=accept\n"
@@ -153,23 +296,20 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
     """
     if is_remote(root):
         return
-    folder = Path(local_root(root))
+    folder, paths = Path(local_root(root)), []
     for name in filter(None, below.split("/")):
         folder /= name
-        _refuse_link(folder)
-    for name in (log_file, *_HYDRA_FILES, *_SWEEP_FILES):
-        _refuse_link(folder / name)
-
-
-def _refuse_link(path: Path) -> None:
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
-        return
-    kind = "a link" if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode) else "no file"
-    raise ConfigError(
-        f"{printable(path)} is {kind}, and what is written there would end elsewhere. Everything below run.root must "
-        "be there itself: remove it, or choose another run.root or run.name"
-    )
+        paths.append(folder)
+    for path in (*paths, *(folder / name for name in (log_file, *_HYDRA_FILES))):
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        regular = stat.S_ISREG(status.st_mode)
+        if stat.S_ISDIR(status.st_mode) or (regular and status.st_nlink == 1):
+            continue
+        kind = "a link" if regular or stat.S_ISLNK(status.st_mode) else "no file"
+        raise ConfigError(
+            f"{printable(path)} is {kind}, and what is written there would end elsewhere. Everything below run.root "
+            "must be there itself: remove it, or choose another run.root or run.name"
+        )

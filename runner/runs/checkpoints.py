@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from runner.checkpoint.manifest import CommitId, parse_data
-from runner.checkpoint.retention import CommitInfo, Retention
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.store import CheckpointStore, CommitInfo, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
@@ -18,7 +17,7 @@ from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run import attempts
 from runner.run.directory import RunDirectory
-from runner.run.parent import CheckpointRef
+from runner.run.opening import CheckpointRef
 from runner.run_facts import RunFacts
 from runner.runs.listing import format_table
 from runner.storage import files

@@ -18,7 +18,7 @@ from runner.config.identity import flatten
 from runner.errors import ConfigError
 from runner.hashing import sha256_digest
 from runner.metrics import lines
-from runner.run import drift
+from runner.run.opening import compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs, number
 from runner.runs.listing import format_cell, format_setting, format_table
 from runner.storage import files
@@ -108,7 +108,7 @@ def compare_runs(root: str, selects: Callable[[RunSummary], bool]) -> Comparison
         return False, objective.rank(value)
 
     first, *others = parameters = [run.parameters for run in runs if run.parameters] or [{}]
-    differing = {change.key for other in others for change in drift.compare(first, other)}
+    differing = {change.key for other in others for change in compare(first, other)}
     swept: dict[str, str] = {}  # one key of those with the same values, as by interpolation
     for key in dict.fromkeys(key for each in parameters for key in each if key in differing):
         swept.setdefault(repr([each.get(key) for each in parameters]), key)

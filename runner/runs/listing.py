@@ -21,9 +21,9 @@ from tabulate import tabulate
 
 from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, printable
-from runner.run import drift
-from runner.run.attempt_records import AttemptRecord
+from runner.run.attempts import AttemptRecord
 from runner.run.directory import RunDirectory
+from runner.run.opening import ABSENT, compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs
 
 # The statuses of runs, the most interesting first.
@@ -253,8 +253,8 @@ def format_diff(differences: Mapping[str, Any]) -> str:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, right: str) -> list[dict[str, Any]]:
     """The keys that differ, as plain values under ``left`` and ``right``, without absent ones."""
-    rows = ({"key": each.key, left: each.saved, right: each.now} for each in drift.compare(before, after))
-    return [{name: value for name, value in row.items() if value is not drift.ABSENT} for row in rows]
+    rows = ({"key": each.key, left: each.saved, right: each.now} for each in compare(before, after))
+    return [{name: value for name, value in row.items() if value is not ABSENT} for row in rows]
 
 
 def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import fsspec
@@ -24,7 +25,43 @@ from fsspec.asyn import AsyncFileSystem
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import protocol
-from runner.storage.stores import PROTOCOLS, READ_ONLY, store_of
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """How the runner writes to one kind of store. A kind that is not in ``STORES`` is written like a disk: under a
+    temporary name, then ``mv`` over the final name, which its file system must do in one step.
+
+    ``protocols``: the schemes of its URLs. ``extra``: the extra of this package that installs its fsspec backend, if
+    fsspec has none. ``atomic``: an object is seen when its upload is complete, and not before. ``bucket``: a path
+    begins with a bucket or container, which must exist. ``spools``: an upload that does not fit into memory is
+    collected in a temporary file. ``options``: arguments of its file system, before those of the user.
+    """
+
+    protocols: tuple[str, ...]
+    extra: str = ""
+    atomic: bool = False
+    bucket: bool = False
+    spools: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# s3fs would upload ten parts of 50 MB at once; and ``backend`` retries, so botocore need not.
+_S3 = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
+
+STORES = (
+    Store(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3),
+    Store(("gs", "gcs"), "gcs", atomic=True, bucket=True),
+    Store(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True),
+    Store(("sftp", "ssh"), "sftp"),  # posix-rename is atomic; but nothing makes the server sync its disk
+    Store(("memory",), atomic=True, spools=False),
+)
+
+
+def store_of(*protocols: str) -> Store:
+    """The first store that has one of these protocols; for others a store that renames, without an extra."""
+    return next((store for store in STORES if {*protocols} & {*store.protocols}), Store(protocols))
+
 
 # The methods that s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
 _REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
@@ -34,20 +71,17 @@ REQUESTS: ContextVar[list[None] | None] = ContextVar("requests", default=None)  
 def count_requests(system: Any) -> None:
     """Make a file system add every request to ``REQUESTS`` of the operation that it belongs to."""
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted_call(*arguments: Any, **keywords: Any) -> Any:
-            requests = REQUESTS.get()
-            if requests is not None:
-                requests.append(None)
-            return call(*arguments, **keywords)
-
-        return counted_call
+    def counted(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        requests = REQUESTS.get()
+        if requests is not None:
+            requests.append(None)
+        return call(*arguments, **keywords)
 
     for path in _REQUEST:
         *owners, name = path.split(".")
         owner = functools.reduce(lambda part, attribute: getattr(part, attribute, None), owners, system)
         if call := getattr(owner, name, None):
-            setattr(owner, name, counted(call))
+            setattr(owner, name, functools.partial(counted, call))
 
 
 T = TypeVar("T")
@@ -60,14 +94,8 @@ BACKOFF = 0.5  # seconds before the second try, doubled before each further try
 _PASSWORD = re.compile(r"[^:]+://[^/]*:[^/]*@")
 _ENDPOINT = re.compile(r"https?://[^@?]*")  # a URL without credentials
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
-_FINAL_NAMES = {
-    "AuthenticationException",
-    "BadHostKeyException",
-    "ClientAuthenticationError",
-    "DefaultCredentialsError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-}
+_FINAL_NAMES = {"AuthenticationException", "BadHostKeyException", "ClientAuthenticationError"}
+_FINAL_NAMES |= {"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError"}
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
@@ -88,10 +116,8 @@ class Backend:
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
         if store_of(kind).extra and not url.partition("://")[2].partition("/")[0]:
-            raise ConfigError(
-                f"run.root={kind}://...: the name of a bucket, container or host is missing; "
-                "is the variable for it empty?"
-            )
+            missing = "the name of a bucket, container or host is missing; is the variable for it empty?"
+            raise ConfigError(f"run.root={kind}://...: {missing}")
         self._class = _file_system(kind)
         self._options = dict(options)
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
@@ -134,9 +160,7 @@ class Backend:
         raise self._explained(verb, name, failure)
 
     def check_bucket(self, system: Any) -> None:
-        """Raise FileNotFoundError if the bucket does not exist. Without this check a misspelt bucket would look like an
-        empty folder. Asks the store once.
-        """
+        """Raise FileNotFoundError if there is no bucket, which would look like an empty folder. Asks once."""
         if self._bucket is not None:
             try:
                 system.info(self._bucket)
@@ -155,7 +179,16 @@ class Backend:
 
         def work() -> T:
             REQUESTS.set(requests)
-            return self._lend(operation, used)
+            system = self._take()
+            used.append(system)
+            try:
+                result = operation(system)
+            except BaseException:
+                self._discard(system)
+                raise
+            if used and not any(other is system for other in self._idle):
+                self._idle.append(system)
+            return result
 
         future, seen = _start(work), 1
         while not wait([future], seconds).done:
@@ -170,18 +203,6 @@ class Backend:
             self._discard(used.pop())
         raise TimeoutError(f"no answer within {seconds:.0f} s")
 
-    def _lend(self, operation: Callable[[Any], T], used: list[Any]) -> T:
-        system = self._take()
-        used.append(system)
-        try:
-            result = operation(system)
-        except BaseException:
-            self._discard(system)
-            raise
-        if used and not any(other is system for other in self._idle):
-            self._idle.append(system)
-        return result
-
     def _take(self) -> Any:
         if self._pid != os.getpid():
             # After a fork: keep the parent's connections open and unused, because closing them would end them there.
@@ -190,7 +211,10 @@ class Backend:
         try:
             system = self._idle.pop()
         except IndexError:
-            system = self._make()
+            defaults = {**store_of(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
+            system = self._class(**{**defaults, **self._options}, skip_instance_cache=True)
+            system.dircache.use_listings_cache = False
+            count_requests(system)
         if isinstance(system, AsyncFileSystem):
             self._idle.append(system)
         return system
@@ -199,17 +223,6 @@ class Backend:
         self._pid = os.getpid()
         self._idle: list[Any] = []
         self._abandoned: dict[str, Future[Any]] = {}  # object name -> a try to write it that ran out of time
-
-    def _make(self) -> Any:
-        arguments = {
-            **store_of(protocol(self.url)).options,
-            **self._class._get_kwargs_from_urls(self.url),
-            **self._options,
-        }
-        system = self._class(**arguments, skip_instance_cache=True)
-        system.dircache.use_listings_cache = False
-        count_requests(system)
-        return system
 
     def _discard(self, system: Any) -> None:
         """Stop using a file system that failed. Closing its connection ends the threads that wait on it."""
@@ -238,16 +251,14 @@ def deadline(size: int) -> float:
 
 
 def limits(system: Any, size: int) -> dict[str, float]:
-    """Keyword arguments that make an asynchronous file system cancel a write at its deadline, so that it does not
-    arrive after a later write.
-    """
+    """Makes an asynchronous file system cancel a write at its deadline, lest it arrive after a later one."""
     return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
 
 
 def _file_system(kind: str) -> Any:
     """The file system class of a protocol. Raises ConfigError for an unknown one, or if its package is missing."""
     try:
-        if kind in READ_ONLY:
+        if kind in ("http", "https"):  # read-only
             raise ValueError(kind)
         return fsspec.get_filesystem_class(kind)
     except ImportError as error:
@@ -255,7 +266,7 @@ def _file_system(kind: str) -> Any:
         remedy = f": pip install 'hydra-runner[{extra}]'" if extra else ""
         raise ConfigError(f"run.root={kind}://...: its package is not installed{remedy} ({error})") from error
     except ValueError:
-        protocols = ", ".join(f"{name}://" for name in PROTOCOLS)
+        protocols = ", ".join(f"{name}://" for store in STORES for name in store.protocols)
         raise ConfigError(
             f"run.root={kind}://...: no kind of storage for runs; use a path, {protocols}, "
             "or another protocol that an installed fsspec package offers"
@@ -300,11 +311,8 @@ def _status(error: BaseException) -> int | None:
 
 def _strings(value: Any) -> Iterator[str]:
     """All strings in storage options that may be secrets: long enough, and no plain URL."""
-    if isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(inner)
     elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and not _ENDPOINT.fullmatch(value):
         yield value

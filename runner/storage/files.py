@@ -3,8 +3,6 @@
 No file system or open file is kept between calls: instances are not fork-safe, and fsspec caches them for each process.
 """
 
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from runner.errors import DataError, RunnerError, StorageError
-from runner.storage.local import sync_folder
+from runner.storage.local import replace_file, sync_folder
 
 # Attributes that change with a file, under the names of various stores; the most reliable first.
 _MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -32,25 +30,18 @@ class Stat:
 
 
 def expand(pattern: str) -> list[str]:
-    """The full URLs of the files that match a glob (``**`` crosses folders), a folder or a single file, sorted.
-
-    Raises DataError if no file matches.
-    """
-    with _Translated(pattern):
-        return [url for url, _ in _find(pattern)]
+    """The sorted URLs of the files of a glob (``**`` crosses folders), a folder or a file. Raises DataError."""
+    return [url for url, _ in _find(pattern)]
 
 
 def list_files(pattern: str) -> dict[str, Stat]:
     """The files of ``expand`` with size and mark, from the listing if it has the sizes."""
-    with _Translated(pattern):
-        files = _find(pattern)
-    return {url: stat(url) if info.get("size") is None else _stat(info) for url, info in files}
+    return {url: stat(url) if info.get("size") is None else _stat(info) for url, info in _find(pattern)}
 
 
 def stat(path: str) -> Stat:
     """Size and mark of one file. Raises DataError, also for a store that does not know the size."""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
+    with _store(path) as (system, name):
         info = system.info(name)
     if info.get("size") is None:
         raise DataError(f"{path}: its store does not know the size; copy it to another store")
@@ -59,8 +50,7 @@ def stat(path: str) -> Stat:
 
 def exists(path: str) -> bool:
     """Whether the file exists. Raises DataError for a store that cannot be reached."""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
+    with _store(path) as (system, name):
         try:
             system.info(name)
         except FileNotFoundError:
@@ -70,16 +60,14 @@ def exists(path: str) -> bool:
 
 def resolve(path: str) -> str:
     """The full URL of a path, as ``expand`` spells it."""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
+    with _store(path) as (system, name):
         return _url(system, name, path)
 
 
 def local_path(path: str) -> str | None:
     """The path of a file on this machine; None for other stores."""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
-    return name if isinstance(system, LocalFileSystem) else None
+    with _store(path) as (system, name):
+        return name if isinstance(system, LocalFileSystem) else None
 
 
 def is_compressed(path: str) -> bool:
@@ -94,7 +82,7 @@ def read(path: str) -> bytes:
 
 def chunks(path: str, size: int) -> Iterator[bytes]:
     """The bytes of one file, decompressed by its suffix, ``size`` at a time; the last chunk may be shorter."""
-    with _Translated(path), fsspec.open(path, "rb", compression="infer") as file:
+    with _store(path), fsspec.open(path, "rb", compression="infer") as file:
         while chunk := file.read(size):
             yield chunk
 
@@ -103,8 +91,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
     """The bytes [start, stop), not decompressed. Raises DataError if the store returns fewer or more."""
     if start == stop:
         return b""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
+    with _store(path) as (system, name):
         data: bytes = system.cat_file(name, start=start, end=stop)
     if len(data) != stop - start:
         raise DataError(
@@ -117,44 +104,28 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """A file to read and seek in, not decompressed. Errors of reading within the block become DataError."""
-    with _Translated(path):
-        system, name = fsspec.core.url_to_fs(path)
-        with system.open(name, "rb") as file:
-            yield file
+    with _store(path) as (system, name), system.open(name, "rb") as file:
+        yield file
 
 
 def write(path: str, data: bytes) -> None:
     """Write a file atomically: a reader sees either the old or the new one. Raises StorageError."""
-    with _Translated(path, "write", StorageError):
-        system, name = fsspec.core.url_to_fs(path)
+    with _store(path, "write", StorageError) as (system, name):
         if isinstance(system, LocalFileSystem):
-            _replace(Path(name), data)
+            replace_file(Path(name), [data])
+            sync_folder(Path(name).parent, strict=False)
         else:
             system.pipe_file(name, data)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent, strict=False)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _find(pattern: str) -> list[tuple[str, dict[str, Any]]]:
-    system, path = fsspec.core.url_to_fs(pattern)
-    is_glob = any(character in path for character in "*?[")
-    matches = system.glob(path, detail=True) if is_glob else system.find(path, detail=True)
-    files = sorted((str(name), info) for name, info in matches.items() if info["type"] == "file")
-    if not files:
-        raise DataError(f"no file matches {pattern!r}; give a file, a folder or a glob (any fsspec path)")
-    return [(_url(system, name, pattern), info) for name, info in files]
+    with _store(pattern) as (system, path):
+        is_glob = any(character in path for character in "*?[")
+        matches = system.glob(path, detail=True) if is_glob else system.find(path, detail=True)
+        files = sorted((str(name), info) for name, info in matches.items() if info["type"] == "file")
+        if not files:
+            raise DataError(f"no file matches {pattern!r}; give a file, a folder or a glob (any fsspec path)")
+        return [(_url(system, name, pattern), info) for name, info in files]
 
 
 def _url(system: Any, name: str, pattern: str) -> str:
@@ -171,16 +142,12 @@ def _stat(info: dict[str, Any]) -> Stat:
     return Stat(int(info["size"]), str(mark.timestamp() if isinstance(mark, datetime) else mark))
 
 
-class _Translated:
-    """Within the block, errors of fsspec and its backends become an error of the runner that names the path."""
-
-    def __init__(self, path: str, verb: str = "read", kind: type[RunnerError] = DataError) -> None:
-        self.path, self.verb, self.kind = path, verb, kind
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Any Exception: each backend has its own classes, for missing credentials as for an answer in HTML.
-        if isinstance(error, Exception) and not isinstance(error, RunnerError | MemoryError):
-            raise self.kind(f"cannot {self.verb} {self.path}: {type(error).__name__}: {error}") from error
+@contextmanager
+def _store(path: str, verb: str = "read", kind: type[RunnerError] = DataError) -> Iterator[tuple[Any, str]]:
+    """The file system of a path, and the path in it. Within the block, errors of any backend become ``kind``."""
+    try:
+        yield fsspec.core.url_to_fs(path)
+    except (RunnerError, MemoryError):
+        raise
+    except Exception as error:  # each backend has its own classes, for missing credentials as for an answer in HTML
+        raise kind(f"cannot {verb} {path}: {type(error).__name__}: {error}") from error

@@ -11,12 +11,12 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from runner.errors import StorageError
-from runner.storage.location import Buffer, Entry, check_name
+from runner.storage.location import Buffer, Entry, Lock, check_name
 
 _AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call of readv may fill
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -47,9 +47,7 @@ class LocalLocation:
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         with self._explained("write", name):
             path = self._prepare(name) if durable else self._path(name)
-            temporary = _temporary(path)
-            _write(temporary, chunks, durable=durable)
-            os.replace(temporary, path)
+            replace_file(path, chunks, durable=durable)
             if durable:
                 sync_folder(path.parent)
 
@@ -88,8 +86,28 @@ class LocalLocation:
             except FileNotFoundError:
                 return []
             with scan:
-                entries = [_entry(entry) for entry in scan if TEMPORARY not in entry.name]
-        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+                entries = []
+                for entry in scan:
+                    with contextlib.suppress(FileNotFoundError):  # removed since the scan began
+                        if TEMPORARY not in entry.name and entry.is_file(follow_symlinks=False):
+                            entries.append(Entry(entry.name, entry.stat(follow_symlinks=False).st_size))
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def scan(self, folder: str) -> dict[str, bool] | None:
+        """The names in a folder, and which are folders; None for a folder that cannot be read. Raises StorageError if
+        this folder itself cannot.
+        """
+        try:
+            with os.scandir(self.path / folder) as scan:
+                return {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
+        except OSError as error:
+            if not folder:
+                raise StorageError(f"cannot list {self.url}: {error.strerror}") from error
+            return {} if isinstance(error, FileNotFoundError) else None  # removed since the walk began
+
+    def below(self, folder: str) -> "LocalLocation":
+        """A folder in this folder."""
+        return LocalLocation(self.path / folder)
 
     def remove(self, name: str) -> None:
         with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
@@ -102,7 +120,7 @@ class LocalLocation:
                 if time.time() - status.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(status.st_mode):
                     os.unlink(path)
 
-    def lock(self, name: str) -> "LocalLock | None":
+    def lock(self, name: str) -> Lock | None:
         with self._explained("lock", name):
             descriptor = os.open(self._prepare(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
@@ -110,7 +128,7 @@ class LocalLocation:
             except (BlockingIOError, PermissionError):
                 os.close(descriptor)
                 return None
-            return LocalLock(descriptor)
+            return Lock(descriptor)
 
     def is_locked(self, name: str) -> bool:
         with self._explained("lock", name):
@@ -119,10 +137,8 @@ class LocalLocation:
             except FileNotFoundError:
                 return False
             with file:
-                try:
-                    fcntl.lockf(
-                        file, fcntl.LOCK_SH | fcntl.LOCK_NB
-                    )  # shared: several processes may ask at the same time
+                try:  # shared: several processes may ask at the same time
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
                     return True
         return False
@@ -137,9 +153,7 @@ class LocalLocation:
         return path
 
     def sync_parents(self) -> None:
-        """Make the directory entries of this folder and of all its parents durable: Hydra makes a run's folder without
-        syncing it.
-        """
+        """Make the entries of this folder and its parents durable: Hydra makes a run's folder without syncing it."""
         with self._explained("sync", ""):
             for folder in (self.path, *self.path.parents):
                 if folder.is_mount():
@@ -202,44 +216,9 @@ class LocalJournal:
             self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
 
-class LocalLock:
-    """A POSIX record lock. Unlike ``flock`` it is not inherited by forked data workers, which may outlive a killed
-    parent by seconds and would keep the run locked."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        os.close(self._descriptor)
-
-
-def find_folders(root: str, marker: str, own: Collection[str] | None) -> dict[str, LocalLocation]:
-    """See ``storage.find_folders``."""
-    folders, left = [], [root]
-    while left:  # no recursion: folders may be nested deeper than Python's limit
-        folder = left.pop()
-        try:
-            with os.scandir(folder) as scan:
-                entries = {entry.name: entry.is_dir(follow_symlinks=False) for entry in scan}
-        except OSError as error:
-            if folder == root:
-                raise StorageError(f"cannot list {root}: {error.strerror}") from error
-            if not isinstance(error, FileNotFoundError):  # removed since the walk began
-                folders.append(folder)  # unreadable, so maybe a match: reading it will raise the error
-            continue
-        if marker in entries:
-            folders.append(folder)
-        skipped = own if marker in entries else ()
-        if skipped is not None:
-            left += [os.path.join(folder, n) for n, is_folder in entries.items() if is_folder and n not in skipped]
-    return {
-        name: LocalLocation(Path(root, name)) for name in sorted(os.path.relpath(folder, root) for folder in folders)
-    }
-
-
 def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
-    """A regular file, open for reading. Raises OSError for a folder, FIFO, socket or device: opening a FIFO would
-    block, and reading a device may have effects.
+    """A regular file, open for reading. Raises OSError for anything else: opening a FIFO would block, and reading a
+    device may have effects.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
@@ -289,18 +268,16 @@ def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
     return True
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry | None:
-    """The entry of a file; None for anything else, and for a file that was removed since the scan began."""
+def replace_file(path: Path, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
+    """Write a file under a temporary name and rename it over ``path``. Its folder is still to be synced."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
+    _write(temporary, chunks, durable=durable)
     try:
-        if entry.is_file(follow_symlinks=False):
-            return Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
-    except FileNotFoundError:
-        pass
-    return None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def sync_folder(folder: Path, *, strict: bool = True) -> None:

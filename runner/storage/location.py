@@ -14,7 +14,6 @@ from typing import Protocol
 from runner.activity import doing
 from runner.errors import ConfigError, StorageError
 from runner.hashing import Buffer as Buffer
-from runner.storage.stores import LOCAL
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -29,11 +28,18 @@ class Entry:
     size: int
 
 
-class Lock(Protocol):
-    """Held until released or until the process that took it dies, however it dies."""
+class Lock:
+    """A POSIX record lock, held until released or until the process that took it dies, however it dies. Unlike
+    ``flock`` it is not inherited by forked data workers, which may outlive a killed parent by seconds and would keep
+    the run locked.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def release(self) -> None:
         """Give the lock back."""
+        os.close(self._descriptor)
 
 
 class Journal(Protocol):
@@ -124,7 +130,7 @@ def protocol(url: str) -> str:
         raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
     match = _URL.match(url)
     kind = match[1].lower() if match else "file"
-    return "file" if kind in LOCAL else kind
+    return "file" if kind == "local" else kind
 
 
 def is_remote(url: str) -> bool:
@@ -168,12 +174,10 @@ class JournalChain:
     @doing("saves")
     def flush(self) -> None:
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
-        while True:
-            journal, full = self._open[0], len(self._open) > 1
-            journal.sync()
-            if not full:
-                return
+        while len(self._open) > 1:
+            self._open[0].sync()
             self._open.popleft().close()
+        self._open[0].sync()
 
     def close(self) -> None:
         """Close all journals. What was not flushed may be lost."""

@@ -1,8 +1,4 @@
-"""A location on any store that fsspec knows: S3, Google Cloud Storage, Azure, SFTP, memory and others.
-
-Object stores show an object when its upload is complete. Other stores are written like a disk: under a temporary name,
-then ``mv`` over the final name (``stores`` says which are which).
-"""
+"""A location on any store that fsspec knows; ``backend.STORES`` says how each kind is written."""
 
 import contextlib
 import copy
@@ -13,8 +9,7 @@ import os
 import secrets
 import tempfile
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,16 +17,15 @@ from typing import Any
 from runner.errors import StorageError
 from runner.hashing import sha256_digest
 from runner.storage.backend import Backend, limits
-from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation, LocalLock
-from runner.storage.location import Buffer, Entry, Location, check_name
+from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation
+from runner.storage.location import Buffer, Entry, Location, Lock, check_name
 
 
 class UploadedJournal:
     """A growing object in memory, uploaded as a whole by each ``sync``. What was not synced dies with the process."""
 
     def __init__(self, location: Location, name: str) -> None:
-        self._location = location
-        self._name = name
+        self._location, self._name = location, name
         self._data = bytearray()
         self._synced = -1
         self._appending = threading.Lock()
@@ -54,7 +48,6 @@ class UploadedJournal:
 
 
 MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
-_LISTERS = 8
 
 
 class RemoteLocation:
@@ -111,6 +104,19 @@ class RemoteLocation:
         entries = [Entry(leaf, int(info["size"])) for leaf, info in listed.items() if info["type"] == "file"]
         return sorted((entry for entry in entries if TEMPORARY not in entry.name), key=lambda entry: entry.name)
 
+    def scan(self, folder: str) -> dict[str, bool]:
+        """The names in a folder, and which are folders."""
+        path = self._backend.path(folder)
+        listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
+        return {leaf: info["type"] == "directory" for leaf, info in listed.items()}
+
+    def below(self, folder: str) -> "RemoteLocation":
+        """A folder in this folder that is known to exist, over the same connections."""
+        other = copy.copy(self)
+        other._backend = self._backend.below(folder) if folder else self._backend
+        other.url = other._backend.url
+        return other
+
     def remove(self, name: str) -> None:
         path = self._path(name)
 
@@ -127,7 +133,9 @@ class RemoteLocation:
             for leaf, info in _ls(self._backend, system, path).items():
                 if TEMPORARY in leaf and info["type"] == "file":
                     with contextlib.suppress(FileNotFoundError):
-                        if _age(system.modified(info["name"])) > LEFTOVER_SECONDS:
+                        modified = system.modified(info["name"])
+                        aware = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
+                        if (datetime.now(timezone.utc) - aware).total_seconds() > LEFTOVER_SECONDS:
                             system.rm_file(info["name"])
 
         def abort(system: Any) -> None:
@@ -141,20 +149,11 @@ class RemoteLocation:
         status = _scratch().stat()
         return f"{status.st_dev}:{status.st_ino}"
 
-    def lock(self, name: str) -> LocalLock | None:
+    def lock(self, name: str) -> Lock | None:
         return LocalLocation(_scratch()).lock(self._lock_file(name))
 
     def is_locked(self, name: str) -> bool:
         return LocalLocation(_scratch()).is_locked(self._lock_file(name))
-
-    def _below(self, folder: str) -> "RemoteLocation":
-        """A folder in this folder that exists, over the same connections."""
-        if folder == ".":
-            return self
-        other = copy.copy(self)
-        other._backend = self._backend.below(folder)
-        other.url = other._backend.url
-        return other
 
     def _lock_file(self, name: str) -> str:
         return sha256_digest(f"{self.url}/{check_name(name)}".encode())[:32]
@@ -171,7 +170,7 @@ class RemoteLocation:
             except Exception:
                 if system.info(path)["size"]:  # an empty object has no range, which most stores answer with an error
                     raise
-                data = b""
+                return b""
         except FileNotFoundError:
             self._backend.check_bucket(system)
             return None
@@ -188,34 +187,6 @@ class RemoteLocation:
             with contextlib.suppress(Exception):
                 _abort(system, path)
             raise
-
-
-def find_folders(
-    url: str, marker: str, options: Mapping[str, Any], own: Collection[str] | None
-) -> dict[str, RemoteLocation]:
-    """See ``storage.find_folders``. Goes down level by level."""
-    root = RemoteLocation(url, options)
-    backend = root._backend
-
-    def listing(folder: str) -> dict[str, dict[str, Any]]:
-        def operation(system: Any) -> dict[str, dict[str, Any]]:
-            return _ls(backend, system, backend.path(folder))
-
-        return backend.run("list", folder, operation)
-
-    matches: list[str] = []
-    level = [""]
-    with ThreadPoolExecutor(_LISTERS) as pool:
-        while level:
-            listings = list(zip(level, pool.map(listing, level), strict=True))
-            matches += [folder or "." for folder, names in listings if marker in names]
-            level = [
-                f"{folder}/{leaf}" if folder else leaf
-                for folder, names in listings
-                for leaf, info in names.items()
-                if info["type"] == "directory" and (marker not in names or (own is not None and leaf not in own))
-            ]
-    return {folder: root._below(folder) for folder in sorted(matches)}
 
 
 def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
@@ -297,8 +268,3 @@ def _scratch() -> Path:
     if path.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise StorageError(f"{path} is not this user's alone (owner, mode 0700); remove it or set TMPDIR")
     return path
-
-
-def _age(modified: datetime) -> float:
-    aware = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
-    return (datetime.now(timezone.utc) - aware).total_seconds()

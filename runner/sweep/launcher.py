@@ -27,8 +27,8 @@ from runner.checkpoint.manifest import CommitId
 from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
 from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
-from runner.run import attempt_records, drift
-from runner.run.attempt_records import AttemptRecord
+from runner.run.attempts import AttemptRecord, cluster_job, requeued
+from runner.run.opening import compare
 from runner.run_facts import RunFacts
 from runner.run_spec import RunSpec, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest
@@ -171,7 +171,7 @@ class SweepLauncher(Launcher):
                 continue
             url = spec.directory.location.url
             other, other_spec = self._first.setdefault(url, (job, spec))
-            differing = [change.key for change in drift.compare(other_spec.identity, spec.identity)]
+            differing = [change.key for change in compare(other_spec.identity, spec.identity)]
             differing += ["run.parent"] * (other_spec.parent != spec.parent)
             if differing:
                 raise ConfigError(
@@ -360,13 +360,13 @@ def _failures(attempts: Sequence[AttemptRecord], commits: Sequence[CommitId]) ->
     a cluster ended to queue their job again.
     """
     saved = {commit.attempt for commit in commits}
-    failures, later = 0, attempt_records.cluster_job()
+    failures, later = 0, cluster_job()
     for record in reversed(attempts):
         job = record.claim.get("cluster")
         killed = record.end is None and not record.beat.get("committed") and record.number not in saved
         if not killed and record.ending("outcome") != "failed":
             break
-        failures += not (killed and attempt_records.requeued(job, later))
+        failures += not (killed and requeued(job, later))
         later = job
     return failures
 
