@@ -10,9 +10,9 @@ checks the code against this map.
    11  runs/ (__main__, audit, compare, export, html_report, listing, prune, show, watch)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna, survey)
-    8  run_spec     finish     startup_log     assembly
+    8  run_spec     finish
     7  trainer     build     restore
-    6  callbacks/ (base, evaluate, guards, progress, reporting, saving)
+    6  callbacks/ (base, evaluate, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (background_writer, checkpoint, encoding, manifest, reading, retention, sharding, snapshot,
        store, structure, tensor_file)
@@ -21,12 +21,12 @@ checks the code against this map.
        run/ (attempt_records, attempts, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
        update     device
-    3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)
+    3  distributed/ (communicator, joining, outside, parallel, processes, stacks, stall, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
        config/ (checks, environment, identity, schema, secrets)
     1  signals     average     task
-    0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes
+    0  errors     activity     cache     hashing     rng     seeds     schedules     plain
        models/ (convnet, gpt, mlp)
 """
 

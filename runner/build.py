@@ -2,8 +2,8 @@
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import chain
@@ -19,9 +19,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.average import moving_average
 from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation
+from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer
+from runner.checkpoint.retention import Retention
+from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.structure import Structure
-from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
+from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision
 from runner.data.evaluation_data import EvaluationData, require_map_style
+from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.training_data import training_data
@@ -29,9 +35,10 @@ from runner.distributed.team import Parallelism, SingleDevice, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
-from runner.metrics.writer import MetricWriter, WriterContext
-from runner.modes import train_mode
+from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
+from runner.run.attempts import Attempt
+from runner.run.opening import OpenedRun
 from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
@@ -57,9 +64,11 @@ class Parts:
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
-    loading = _loading(config, device)
+    runtime, trainer = config.runtime, config.trainer
+    pinned = device.type == "cuda"
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
     seed_all(derive("data", config.seed))
-    collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
+    collate = None if config.data.collate is None else _instance(config.data.collate, "data.collate", _partial_=True)
     stream, plan = training_data(
         config, _instance(config.data.train, "data.train"), loading, device, collate, team.world
     )
@@ -69,15 +78,25 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
-    average = None if config.trainer.ema_decay is None else moving_average(model, config.trainer.ema_decay)
+    average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
-    if config.runtime.compile:
+    if runtime.compile:
         model.compile()
     optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
     scheduler = _stepping(config.scheduler, optimizer, "scheduler")
-    update = _update(config.trainer, model, optimizer, device, average, parallelism)
+    update = WeightUpdate(
+        model,
+        optimizer,
+        device=device,
+        precision=trainer.precision.name,
+        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
+        clip_norm=trainer.clip_norm,
+        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
+        average=average,
+        parallelism=parallelism,
+    )
     state = TrainState(
         model=model,
         optimizer=parallelism.optimizer_part(optimizer),
@@ -128,25 +147,26 @@ def _model(node: Any) -> nn.Module:
     return model
 
 
-def _update(
-    trainer: TrainerConfig,
-    model: nn.Module,
-    optimizer: Optimizer,
-    device: torch.device,
-    average: AveragedModel | None,
-    parallelism: Parallelism,
-) -> WeightUpdate:
-    return WeightUpdate(
-        model,
-        optimizer,
-        device=device,
-        precision=trainer.precision.name,
-        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
-        clip_norm=trainer.clip_norm,
-        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
-        average=average,
-        parallelism=parallelism,
-    )
+def train_mode(model: nn.Module) -> None:
+    """Call ``model.train()``, because ``from_pretrained`` returns models in evaluation mode; and log what this changed.
+
+    In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
+    frozen ones (weights, none of which is trained), and single layers such as a batch norm.
+    """
+    evaluating: set[nn.Module] = set()
+    for part in model.modules() if model.training else ():
+        for child in part.children():
+            single = part.training and not any(True for _ in child.children())
+            frozen = [weight.requires_grad for weight in child.parameters()]
+            if not child.training and (single or (frozen and not any(frozen))):
+                evaluating |= {inner for inner in child.modules() if not inner.training}
+    switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
+    model.train()
+    for part in evaluating:
+        part.training = False
+    outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]
+    if switched:
+        log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")
 
 
 def _parallelism(
@@ -222,9 +242,70 @@ def _evaluation(
     return report
 
 
-def _loading(config: Config, device: torch.device) -> LoaderOptions:
-    runtime = config.runtime
-    return LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
+def make_callbacks(
+    config: Config,
+    parts: Parts,
+    opening: OpenedRun,
+    store: CheckpointStore,
+    number: int,
+    attempt: Attempt | None,
+    writers: MetricWriters,
+    team: Team,
+) -> dict[str, Callback]:
+    """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
+    state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
+    """
+    guard, evaluation, checkpoint = FiniteLoss(), _evaluation_callbacks(config, parts), config.checkpoint
+    callbacks: dict[str, Callback] = {}
+    if attempt is not None:
+        ledger = Ledger(
+            opening.directory.location,
+            attempt=number,
+            recipe=parts.recipe,
+            grouping=config.data.batch_size,
+            accept=config.run.on_drift is OnDrift.accept,
+        )
+        callbacks["ledger"] = KeepLedger(ledger)
+    if config.trainer.on_nonfinite is OnNonfinite.stop:
+        callbacks["finite_loss"] = guard
+    callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
+    callbacks["last"] = LastEvaluation([*evaluation.values()])
+    best: Any = evaluation.get("best")
+    callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
+    if attempt is not None:
+        callbacks |= {"progress": ShowProgress(), "heartbeat": NoteProgress(attempt)}
+    mode = config.objective.mode.name if config.objective.metric else None
+    callbacks["checkpoint"] = SaveCheckpoint(
+        store,
+        SaveTimer(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds, auto=checkpoint.every is Every.auto),
+        Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
+        attempt=number,
+        identity=opening.identity,
+        owner=attempt,
+        records=[] if attempt is None else [ledger, writers],
+        guard=guard,
+        max_unsaved=checkpoint.max_unsaved,
+        background=checkpoint.background,
+        comm=team.comm,
+    )
+    return callbacks
+
+
+def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
+    """The callback that evaluates, and the callbacks that use its results."""
+    trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
+    if parts.evaluate is None or parts.held_out is None:
+        return {}
+    interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
+    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
+    if metric is not None:
+        callbacks["best"] = Best(metric, mode=mode, keep=config.checkpoint.keep_best)
+        stopping = trainer.early_stopping
+        if stopping.patience is not None:
+            callbacks["early_stopping"] = EarlyStopping(
+                metric, mode=mode, patience=stopping.patience, min_delta=stopping.min_delta
+            )
+    return callbacks
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
@@ -248,14 +329,9 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     return instance
 
 
-def _partial(node: Any, key: str) -> Callable[..., Any]:
-    maker: Callable[..., Any] = _instance(node, key, _partial_=True)
-    return maker
-
-
 def _stepping(node: Any, argument: Any, key: str) -> Any:
     """An optimizer or scheduler. Raises ConfigError if it has no ``step()`` without arguments, as training calls it."""
-    maker = _partial(node, key)
+    maker = _instance(node, key, _partial_=True)
     try:
         instance = maker(argument)
     except (TypeError, ValueError) as error:
@@ -270,20 +346,28 @@ def _stepping(node: Any, argument: Any, key: str) -> Any:
     return instance
 
 
-def metric_writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
-    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be
-    constructed or lacks a method; errors of the runner that its constructor raises pass through.
+def open_writers(
+    writers: MetricWriters, nodes: Mapping[str, Any], context: WriterContext, facts: Mapping[str, Any]
+) -> None:
+    """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
+
+    Raises ConfigError for a writer that cannot be constructed or lacks a method; errors of the runner that its
+    constructor raises pass through.
     """
-    key = f"metrics.writers.{name}"
-    maker = _partial(node, key)
+    writers.resume(facts)
+    for name, node in nodes.items():
+        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+
+
+def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+    maker = _instance(node, key, _partial_=True)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:
         raise
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
-    lacking = [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]
-    if lacking:
+    if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
         raise ConfigError(
             f"{key}: {_path(type(writer))} has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter "
             "describes what a writer needs"

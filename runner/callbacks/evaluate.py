@@ -3,16 +3,32 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
 from runner.data.evaluation_data import EvaluationData
 from runner.errors import ConfigError, printable
 from runner.evaluation import EvaluationInterrupted
-from runner.interval import Interval
 from runner.state import TrainState
 
 log = logging.getLogger("runner")
+
+
+@dataclass(slots=True)
+class Interval:
+    """Due every ``steps`` steps or ``epochs`` epochs, whichever comes first; None: never. Depends on the position alone:
+    an evaluation is due at the same steps in a resumed run as in an uninterrupted one.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def due(self, step: int, *, epochs_before: int = 0, epochs: int = 0) -> bool:
+        """Whether it is due after ``step``, which raised the finished epochs from ``epochs_before`` to ``epochs``."""
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        return self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs
 
 
 class Evaluate(Callback):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.guards import FiniteLoss
+from runner.callbacks.reporting import FiniteLoss
 from runner.checkpoint.background_writer import PendingSave, Writer
 from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
@@ -23,7 +23,6 @@ from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
-from runner.interval import CostBudget, Interval
 from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
@@ -32,6 +31,8 @@ log = logging.getLogger("runner")
 # this very step is needed), or write the copy of the step ``again`` once more. ``more`` orders may follow.
 Order = dict[str, Any]
 
+_SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
+_LEAST_PAUSE, _MOST_PAUSE = 10.0, 3600.0  # seconds between two of them
 _MAX_PAUSE = 60.0  # seconds between two tries
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
 QUIET_SECONDS = 5.0  # that training waits for room before it says so
@@ -69,8 +70,7 @@ class SaveCheckpoint(Callback):
     def __init__(
         self,
         store: CheckpointStore,
-        interval: Interval,
-        budget: CostBudget | None,
+        timer: "SaveTimer",
         retention: Retention,
         *,
         attempt: int,
@@ -81,11 +81,9 @@ class SaveCheckpoint(Callback):
         max_unsaved: float,
         background: bool,
         comm: Communicator = SINGLE_PROCESS,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
-        self.interval = interval
-        self.budget = budget
+        self.timer = timer
         self.retention = retention
         self.pins = retention.pins
         self.attempt = attempt
@@ -100,7 +98,7 @@ class SaveCheckpoint(Callback):
         self.commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
         self._listener_error: Exception | None = None
         self.save_at_start = False  # the state at the start is in no commit of this run yet
-        self._clock = clock
+        self._clock = timer.clock
         self._writer = Writer(self._commit, store.comm)
         self._buffers: list[Staging] = []  # free
         self._failed: list[int] = []  # steps of exact copies that could not be written, to be tried again
@@ -110,14 +108,13 @@ class SaveCheckpoint(Callback):
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
         self._pause = 1.0
         self._retry_at = 0.0
-        self._cost = _Cost(clock)
 
     @doing("saves")
     def on_start(self, loop: Loop) -> None:
         # Raise StateError for a state that cannot be saved now, and not hours later.
         Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
         self._saved = loop.step
-        self._restart()
+        self.timer.restart()
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
         # run begins with may be gone from its parent when it is next started.
         due = loop.evaluation is not None or self.save_at_start
@@ -127,7 +124,7 @@ class SaveCheckpoint(Callback):
 
     def on_step(self, loop: Loop) -> None:
         self._raise_listener_error()
-        self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
+        self.timer.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
             if not order["more"]:
@@ -154,7 +151,7 @@ class SaveCheckpoint(Callback):
         self._handle_failures()
         if loop.improved or loop.save or self.pins(loop.step):
             return self._exact(loop)
-        if self._overdue or self.interval.due(loop.step) or (self.budget is not None and self.budget.due()):
+        if self._overdue or self.timer.due(loop.step):
             self._overdue = True
             self._unsaved_since = self._unsaved_since or self._clock()
             if self._writer.idle and self._clock() >= self._retry_at:
@@ -174,7 +171,7 @@ class SaveCheckpoint(Callback):
         if loop.save or not self.background:
             self._wait()
             on_rank_zero(self.comm, self._handle_failures)
-        self._cost.saved(stall=self._clock() - began)
+        self.timer.saved(stall=self._clock() - began)
 
     def _copy(self, loop: Loop, *, exact: bool) -> PendingSave:
         """Copy the part of the state that this rank writes."""
@@ -294,13 +291,13 @@ class SaveCheckpoint(Callback):
             drop += [*self._failed, *self._writer.withdraw()]
             self._failed = []
         self._overdue = again is not None
-        self._restart()
+        self.timer.restart()
         return {"exact": exact, "again": again, "drop": drop, "more": False}
 
     def _handle_failures(self) -> None:
         """Handle what happened in the writer's thread. Raises errors that must end training."""
-        if self.budget is not None and self._writer.idle and (spent := self._cost.of_last_save()) is not None:
-            self.budget.spent(spent)
+        if self._writer.idle:
+            self.timer.settle()
         while self._writer.failures:
             copy, error = self._writer.failures.popleft()
             if not isinstance(error, StorageError):
@@ -344,11 +341,6 @@ class SaveCheckpoint(Callback):
         again = f"mend the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
         return f"{last}; {again}"
 
-    def _restart(self) -> None:
-        self.interval.restart()
-        if self.budget is not None:
-            self.budget.restart()
-
 
 def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     """Whether training cannot go on with a tensor. Buffers may hold anything, such as masks; of an optimizer's moments
@@ -360,18 +352,44 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     return not moments or bool(tensor.float().isnan().any())
 
 
-class _Cost:
-    """What a save costs training: the stall, and by how much it slows down the steps beside it."""
+class SaveTimer:
+    """When a periodic save is due: every ``steps`` steps, every ``seconds``, and, with ``auto``, as often as saves cost
+    no more than ``_SHARE`` of the time.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._last = clock()
+    The cost of a save is the time that training waits for it, and by how much it slows down the steps beside it.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int | None = None,
+        seconds: float | None = None,
+        auto: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.steps = steps
+        self.seconds = seconds
+        self.auto = auto
+        self.clock = clock
+        self._since = self._last = clock()  # the last save began, the last step ended
+        self._pause = _LEAST_PAUSE  # between two saves by ``auto``
         self._usual: float | None = None  # seconds of a step while nothing is written, averaged over the last ones
-        self._spent: float | None = None
+        self._spent: float | None = None  # seconds that the save now running has cost
+
+    def due(self, step: int) -> bool:
+        """Whether a save is due after ``step``."""
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        elapsed = self.clock() - self._since
+        return (self.seconds is not None and elapsed >= self.seconds) or (self.auto and elapsed >= self._pause)
+
+    def restart(self) -> None:
+        """Count the seconds from now."""
+        self._since = self.clock()
 
     def step(self, *, writing: bool, counts: bool) -> None:
         """A step ended. ``writing``: a save was running; ``counts``: it was an ordinary step, without an evaluation."""
-        now = self._clock()
+        now = self.clock()
         seconds, self._last = now - self._last, now
         if not counts:
             return
@@ -382,10 +400,10 @@ class _Cost:
 
     def saved(self, *, stall: float) -> None:
         """A save began; training waited ``stall`` seconds for it."""
-        self._spent = stall
-        self._last = self._clock()
+        self._spent, self._last = stall, self.clock()
 
-    def of_last_save(self) -> float | None:
-        """The cost in seconds, once; None when asked again."""
-        spent, self._spent = self._spent, None
-        return None if spent is None else max(spent, 0.0)
+    def settle(self) -> None:
+        """No save is running: the cost of the last one is known, and with it the pause before the next one."""
+        if self._spent is not None:
+            self._pause = min(max(self._spent / _SHARE, _LEAST_PAUSE), _MOST_PAUSE)
+            self._spent = None
