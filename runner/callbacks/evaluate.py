@@ -17,7 +17,7 @@ log = logging.getLogger("runner")
 
 @dataclass(slots=True)
 class Interval:
-    """Due every ``steps`` steps or ``epochs`` epochs, whichever comes first; None: never. Depends on the position alone:
+    """Due every ``steps`` steps or ``epochs`` epochs, whichever comes first (None: never). By position alone:
     an evaluation is due at the same steps in a resumed run as in an uninterrupted one.
     """
 
