@@ -25,8 +25,8 @@ checks the code against this map.
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
        config/ (checks, environment, identity, schema, secrets)
-    1  signals     average     task
-    0  errors     activity     cache     hashing     rng     seeds     schedules     plain
+    1  signals     task
+    0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)
 """
 

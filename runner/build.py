@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.average import moving_average
 from runner.callbacks.base import Callback, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
@@ -35,14 +34,14 @@ from runner.distributed.team import Parallelism, SingleDevice, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
+from runner.hashing import derive
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
-from runner.seeds import derive
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
-from runner.update import WeightUpdate
+from runner.update import WeightUpdate, moving_average
 
 log = logging.getLogger("runner")
 

@@ -18,11 +18,11 @@ from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
+from runner.hashing import derive
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
 from runner.run.parent import Parent, ParentRecord
-from runner.seeds import derive
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote

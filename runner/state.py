@@ -13,8 +13,8 @@ from runner.checkpoint.tensor_file import Damaged
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
+from runner.hashing import derive
 from runner.rng import Generators, seed_all
-from runner.seeds import derive
 
 _MEMORY = "callback."
 

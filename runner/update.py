@@ -1,6 +1,6 @@
 """One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.average import update_average
 from runner.distributed.team import Parallelism, SingleDevice
-from runner.errors import NonFiniteError, TaskError
+from runner.errors import ConfigError, NonFiniteError, TaskError
 
 MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
 
@@ -136,18 +135,15 @@ class WeightUpdate:
             )
 
     def _move(self) -> None:
+        infinite: Collection[Tensor] = ()
         if self._scaler is None:
             self.optimizer.step()
         else:
             self._scaler.step(self.optimizer)
-        if self._average is not None and not self._overflowed():
+            infinite = self._scaler._found_inf_per_device(self.optimizer).values()
+        # Where the loss was scaled too far, the optimizer did not step.
+        if self._average is not None and not any(found.item() for found in infinite):
             update_average(self._average, self.model)
-
-    def _overflowed(self) -> bool:
-        """Whether the loss was scaled too far, so that the optimizer was not allowed to step."""
-        if self._scaler is None:
-            return False
-        return any(found.item() for found in self._scaler._found_inf_per_device(self.optimizer).values())
 
     def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
         """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
@@ -160,3 +156,62 @@ class WeightUpdate:
         """Whether loss and gradients are finite. Synchronises with the device, once per step."""
         norms = map(self._parallelism.full_tensor, torch._foreach_norm(gradients) if gradients else ())
         return bool(self._parallelism.all_true(torch.isfinite(torch.stack([loss, *norms])).all()))
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model for its moving average. Raises ConfigError for a model that cannot be copied."""
+    try:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+    except Exception as error:
+        names = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        reason, remedy = f"{type(error).__name__}: {error}", ""
+        if names:
+            reason = f"{', '.join(names)} is computed from other weights"
+            remedy = "; use torch.nn.utils.parametrizations in place of the old weight_norm and its like"
+        raise ConfigError(
+            f"trainer.ema_decay needs a copy of the model, and copy.deepcopy cannot make it: {reason}{remedy}, or set "
+            "trainer.ema_decay=null"
+        ) from error
+
+
+def update_average(average: AveragedModel, model: nn.Module) -> None:
+    """Move the average towards the model. Buffers are copied, also new ones. Raises TaskError if the set or the shapes
+    of the weights have changed.
+    """
+    if _outline(average.module) != _outline(model):
+        _require_same_weights(average.module, model)
+        for old, new in zip(average.module.modules(), model.modules(), strict=True):
+            old._buffers.clear()
+            old._buffers.update({n: b if b is None else b.detach().clone() for n, b in new._buffers.items()})
+            old._non_persistent_buffers_set = {*new._non_persistent_buffers_set}
+    average.update_parameters(model)
+
+
+def _outline(model: nn.Module) -> list[object]:
+    """Modules, weights and buffers in order, for a comparison at each step: equal outlines can be averaged."""
+    first: dict[int, int] = {}  # weight -> number of its first use: tied weights must be tied alike
+    outline: list[object] = []
+    for module in model.modules():
+        outline += module._modules
+        for name, weight in module._parameters.items():
+            outline += [name, None if weight is None else (weight.shape, first.setdefault(id(weight), len(first)))]
+        outline += [(name, b if b is None else (b.shape, b.dtype)) for name, b in module._buffers.items()]
+    return outline
+
+
+def _require_same_weights(copy: nn.Module, model: nn.Module) -> None:
+    before, now = (
+        {**{name: None for name, _ in each.named_modules() if name}, **{n: w.shape for n, w in each.named_parameters()}}
+        for each in (copy, model)
+    )
+    changed = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
+    if changed := changed or [name for name, other in zip(before, now, strict=True) if name != other]:
+        raise TaskError(
+            f"trainer.ema_decay averages the weights that the model had at the start, and {', '.join(changed)} came, "
+            "went or changed its shape since. Give it to the model in its constructor, or set trainer.ema_decay=null"
+        )

@@ -17,7 +17,7 @@ from runner.data.plan import Plan, Slice
 from runner.data.sandbox import next_numbers, sandboxed, seed_host, seed_python_numpy
 from runner.data.workers import remedy_for
 from runner.errors import DataError
-from runner.seeds import derive
+from runner.hashing import derive
 
 Collate = Callable[[list[Any]], Any]
 

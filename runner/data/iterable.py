@@ -25,7 +25,7 @@ from runner.data.order import splitmix64_int
 from runner.data.probe import content_digest
 from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.errors import DataError, RunnerError
-from runner.seeds import derive
+from runner.hashing import derive
 
 _LARGE = 10_000  # items of an attribute; a larger one is data, which copies may share
 _PLAIN_TYPES = (str, int, float, bool, torch.Tensor, type(None))

@@ -31,8 +31,7 @@ from runner.data.plan import Slice
 from runner.data.sandbox import sandboxed
 from runner.data.workers import WorkerContext, start_worker, with_remedy
 from runner.errors import DataError, RunnerError
-from runner.hashing import hex_digest
-from runner.seeds import derive
+from runner.hashing import derive, hex_digest
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 Findings = tuple[Sketch, list[str] | None]

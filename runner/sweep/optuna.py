@@ -45,6 +45,7 @@ from runner.errors import (
     SweepFailed,
     printable,
 )
+from runner.hashing import derive
 from runner.storage import open_location
 from runner.storage.location import is_remote
 
@@ -165,7 +166,6 @@ class _Sampler:
         self._joint.after_trial(study, trial, state, values)
 
     def _seeded(self, number: int, name: str) -> Any:
-        from runner.seeds import derive  # which imports torch: a command of which all is done needs none
 
         return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
 
