@@ -298,12 +298,10 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
     callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
     if metric is not None:
-        callbacks["best"] = Best(metric, mode=mode, keep=config.checkpoint.keep_best)
+        callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         stopping = trainer.early_stopping
         if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(
-                metric, mode=mode, patience=stopping.patience, min_delta=stopping.min_delta
-            )
+            callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
     return callbacks
 
 

@@ -119,16 +119,7 @@ def _train(
     opening: OpenedRun, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
 ) -> Loop:
     """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
-    trainer = Trainer(
-        parts.task,
-        parts.update,
-        calls,
-        max_steps=setup.max_steps,
-        max_epochs=setup.max_epochs,
-        max_seconds=setup.max_seconds,
-        team=team,
-        parallelism=parts.parallelism,
-    )
+    trainer = Trainer(parts.task, parts.update, parts.parallelism, calls, setup, team)
     saver: Any = setup.callbacks["checkpoint"]
     saver.save_at_start = resumed.origin is not None
     elapsed = resumed.facts.get("elapsed", 0.0)

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,13 +61,13 @@ class FiniteLoss(Callback):
                 )
 
 
+@dataclass(eq=False)
 class KeepLedger(Callback):
     """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
     Runs first, so that a step with other samples is not reported, evaluated or committed.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    ledger: Ledger
 
     def on_start(self, loop: Loop) -> None:
         self.ledger.open(loop.step)
@@ -78,6 +79,7 @@ class KeepLedger(Callback):
         self.ledger.close()
 
 
+@dataclass(eq=False)
 class Report(Callback):
     """Gives the writers the mean metrics of every ``every_steps`` steps, the metrics of each evaluation, and the best
     objective so far.
@@ -87,11 +89,12 @@ class Report(Callback):
     the same report and compare it; only rank 0 has writers.
     """
 
-    def __init__(self, *, every_steps: int, writers: MetricWriters, best: Best | None, team: Team) -> None:
-        self.every_steps = every_steps
-        self.writers = writers
-        self._best = best
-        self._team = team
+    every_steps: int
+    writers: MetricWriters
+    best: Best | None
+    team: Team
+
+    def __post_init__(self) -> None:
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
@@ -124,9 +127,9 @@ class Report(Callback):
         if loop.step % self.every_steps == 0 or loop.stop is not None:
             values |= self._training(loop)
         values |= loop.evaluation or {}
-        if loop.evaluation and self._best and self._best.step:
+        if loop.evaluation and self.best and self.best.step:
             # TensorBoard's tables show the last point of a curve; the last point of this curve is the objective.
-            values[f"best/{self._best.metric}"] = self._best.value
+            values[f"best/{self.best.metric}"] = self.best.value
         if values:
             self.writers.add(loop.step, values)
 
@@ -137,7 +140,7 @@ class Report(Callback):
         values: dict[str, float | str] = {
             f"train/{name}": math.fsum(window) / len(window) for name, window in sorted(self._window.items())
         }
-        same_for_all(values, self._team, "the training", _REMEDY)
+        same_for_all(values, self.team, "the training", _REMEDY)
         self._window = {}
         if loop.state.stream.substituted:
             values["data/substituted"] = float(loop.state.stream.substituted)
@@ -212,6 +215,7 @@ class ShowProgress(Callback):
             self._bar.refresh()
 
 
+@dataclass(eq=False)
 class NoteProgress(Callback):
     """Puts the step into the heartbeat, from which other commands show the progress, and the next attempt counts the
     steps that were lost.
@@ -219,15 +223,14 @@ class NoteProgress(Callback):
     Raises Superseded at the first step after the heartbeat noticed that another attempt took the run over.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    attempt: Attempt
 
     def on_start(self, loop: Loop) -> None:
         self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
-        self._attempt.note(loop.step)
-        self._attempt.raise_if_superseded()
+        self.attempt.note(loop.step)
+        self.attempt.raise_if_superseded()
 
     def on_end(self, loop: Loop) -> None:
         self.on_step(loop)

@@ -8,6 +8,7 @@ files (``checkpoint.tensor_file``) and then the manifest.
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ class DurableRecords(Protocol):
         """Make durable what was marked, in the writer's thread."""
 
 
+@dataclass(eq=False)
 class SaveCheckpoint(Callback):
     """Saves checkpoints periodically, when the objective improved, and at the end. Runs last, after the step has been
     evaluated and reported.
@@ -67,39 +69,26 @@ class SaveCheckpoint(Callback):
     Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        timer: "SaveTimer",
-        retention: Retention,
-        *,
-        attempt: int,
-        identity: Mapping[str, Any],
-        owner: Attempt | None = None,
-        records: Sequence[DurableRecords] = (),
-        guard: FiniteLoss | None = None,
-        max_unsaved: float,
-        background: bool,
-        comm: Communicator = SINGLE_PROCESS,
-    ) -> None:
-        self.store = store
-        self.timer = timer
-        self.retention = retention
-        self.pins = retention.pins
-        self.attempt = attempt
-        self.identity = identity
-        self.owner = owner
-        self.records = records
-        self.guard = guard or FiniteLoss()
-        self.max_unsaved = max_unsaved
-        self.background = background
-        self.comm = comm
-        self.save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
-        self.commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
+    store: CheckpointStore
+    timer: "SaveTimer"
+    retention: Retention
+    attempt: int
+    identity: Mapping[str, Any]
+    max_unsaved: float
+    background: bool
+    owner: Attempt | None = None
+    records: Sequence[DurableRecords] = ()
+    guard: FiniteLoss = field(default_factory=FiniteLoss)
+    comm: Communicator = SINGLE_PROCESS
+    save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
+    commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
+    save_at_start: bool = False  # the state at the start is in no commit of this run yet
+
+    def __post_init__(self) -> None:
+        self.pins = self.retention.pins
+        self._clock = self.timer.clock
+        self._writer = Writer(self._commit, self.store.comm)
         self._listener_error: Exception | None = None
-        self.save_at_start = False  # the state at the start is in no commit of this run yet
-        self._clock = timer.clock
-        self._writer = Writer(self._commit, store.comm)
         self._buffers: list[Staging] = []  # free
         self._failed: list[int] = []  # steps of exact copies that could not be written, to be tried again
         self._dropped: list[int] = []  # steps of other copies that could not be written
@@ -214,14 +203,10 @@ class SaveCheckpoint(Callback):
                 self.store.retain(self.retention, attempt=self.attempt)
             except StorageError as error:
                 log.warning("older checkpoints were not removed: %s", printable(error))
-        self._notify(commit.step)
-
-    def _notify(self, step: int) -> None:
-        """Call the listeners; an error of theirs is for the training thread, since the commit itself is whole."""
         try:
             for listener in self.commit_listeners:
-                listener(step)
-        except Exception as error:
+                listener(commit.step)
+        except Exception as error:  # for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
 
     def _raise_listener_error(self) -> None:
@@ -352,6 +337,7 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     return not moments or bool(tensor.float().isnan().any())
 
 
+@dataclass
 class SaveTimer:
     """When a periodic save is due: every ``steps`` steps, every ``seconds``, and, with ``auto``, as often as saves cost
     no more than ``_SHARE`` of the time.
@@ -359,19 +345,13 @@ class SaveTimer:
     The cost of a save is the time that training waits for it, and by how much it slows down the steps beside it.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int | None = None,
-        seconds: float | None = None,
-        auto: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.steps = steps
-        self.seconds = seconds
-        self.auto = auto
-        self.clock = clock
-        self._since = self._last = clock()  # the last save began, the last step ended
+    steps: int | None = None
+    seconds: float | None = None
+    auto: bool = False
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._since = self._last = self.clock()  # the last save began, the last step ended
         self._pause = _LEAST_PAUSE  # between two saves by ``auto``
         self._usual: float | None = None  # seconds of a step while nothing is written, averaged over the last ones
         self._spent: float | None = None  # seconds that the save now running has cost
