@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ _MOST_SKIPPED = 32  # steps in a row; while the scale of an fp16 loss is looked 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(eq=False)
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer.
 
@@ -27,34 +29,23 @@ class WeightUpdate:
     are the last ones without any other.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        device: torch.device,
-        precision: str = "fp32",
-        scaler: torch.amp.GradScaler | None = None,
-        clip_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        average: AveragedModel | None = None,
-        parallelism: Parallelism | None = None,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.skipped = 0
-        self.in_a_row = 0
-        self.gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
-        self._device_type = device.type
-        self._dtype = _AUTOCAST.get(precision)
-        self._scaler = scaler
-        self._clip_norm = clip_norm
-        self._skip_nonfinite = skip_nonfinite
-        self._average = average
-        self._parallelism = parallelism or SingleDevice()
+    model: nn.Module
+    optimizer: Optimizer
+    _: KW_ONLY
+    device: torch.device
+    precision: str = "fp32"
+    scaler: torch.amp.GradScaler | None = None
+    clip_norm: float | None = None
+    skip_nonfinite: bool = False
+    average: AveragedModel | None = None
+    parallelism: Parallelism = field(default_factory=SingleDevice)
+    skipped: int = 0
+    in_a_row: int = 0
+    gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._dtype is None else torch.autocast(self._device_type, self._dtype)
+        dtype = _AUTOCAST.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -62,23 +53,23 @@ class WeightUpdate:
                 "the loss depends on no parameter that is trained: it was detached or computed without gradients, or "
                 "every parameter of the model has requires_grad=False"
             )
-        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
-        self._parallelism.reduce_gradients()
+        self.parallelism.reduce_gradients()
         weights = self._weights()
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
             self._unscale(weights)
         for listener in self.gradient_listeners:
             listener()
         gradients = [one.grad._values() if one.grad.is_sparse else one.grad for one in weights if one.grad is not None]
         measured = {}
-        if self._clip_norm is not None:
-            measured["grad_norm"] = self._clip(gradients, self._clip_norm)
-        scale = self._scaler.get_scale() if self._scaler is not None else 0.0
-        skipped = self._skip_nonfinite and not self._finite(loss, gradients)
+        if self.clip_norm is not None:
+            measured["grad_norm"] = self._clip(gradients, self.clip_norm)
+        scale = self.scaler.get_scale() if self.scaler is not None else 0.0
+        skipped = self.skip_nonfinite and not self._finite(loss, gradients)
         if skipped:
             self.skipped += 1
         else:
@@ -86,24 +77,21 @@ class WeightUpdate:
         self.optimizer.zero_grad(set_to_none=True)
         for weight in weights:  # also those that are not the optimizer's: no state has a gradient
             weight.grad = None
-        self._parallelism.sync_buffers()
-        if self._scaler is not None:
-            self._scaler.update()
-            skipped = skipped or self._scaler.get_scale() < scale
+        self.parallelism.sync_buffers()
+        if self.scaler is not None:
+            self.scaler.update()
+            skipped = skipped or self.scaler.get_scale() < scale
         self._count(skipped)
         return measured
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
-            "scaler": self._scaler.state_dict() if self._scaler else None,
-        }
+        scaler = self.scaler.state_dict() if self.scaler else None
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "scaler": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state.get("in_a_row", 0)
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
     def _weights(self) -> list[Tensor]:
         """The weights that have a gradient; a sparse one has each of its elements once.
@@ -120,11 +108,11 @@ class WeightUpdate:
 
     def _unscale(self, weights: list[Tensor]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
-        assert self._scaler is not None
+        assert self.scaler is not None
         own = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
-                weight.grad.div_(self._scaler.get_scale())
+                weight.grad.div_(self.scaler.get_scale())
 
     def _count(self, skipped: bool) -> None:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -136,26 +124,26 @@ class WeightUpdate:
 
     def _move(self) -> None:
         infinite: Collection[Tensor] = ()
-        if self._scaler is None:
+        if self.scaler is None:
             self.optimizer.step()
         else:
-            self._scaler.step(self.optimizer)
-            infinite = self._scaler._found_inf_per_device(self.optimizer).values()
+            self.scaler.step(self.optimizer)
+            infinite = self.scaler._found_inf_per_device(self.optimizer).values()
         # Where the loss was scaled too far, the optimizer did not step.
-        if self._average is not None and not any(found.item() for found in infinite):
-            update_average(self._average, self.model)
+        if self.average is not None and not any(found.item() for found in infinite):
+            update_average(self.average, self.model)
 
     def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
         """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
-        norm = self._parallelism.full_tensor(nn.utils.get_total_norm(gradients))
+        norm = self.parallelism.full_tensor(nn.utils.get_total_norm(gradients))
         if gradients:
             torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _finite(self, loss: Tensor, gradients: list[Tensor]) -> bool:
         """Whether loss and gradients are finite. Synchronises with the device, once per step."""
-        norms = map(self._parallelism.full_tensor, torch._foreach_norm(gradients) if gradients else ())
-        return bool(self._parallelism.all_true(torch.isfinite(torch.stack([loss, *norms])).all()))
+        norms = map(self.parallelism.full_tensor, torch._foreach_norm(gradients) if gradients else ())
+        return bool(self.parallelism.all_true(torch.isfinite(torch.stack([loss, *norms])).all()))
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

@@ -104,7 +104,6 @@ class MetricWriters:
     marks: dict[str, Any] = field(default_factory=dict)
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Pass the values of a step to every writer."""
         for name, writer in self.by_name.items():
             with _naming(name, "add"):
                 writer.add(step, values)
@@ -134,7 +133,6 @@ class MetricWriters:
                     raise StorageError(f"metrics.writers.{name}: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Close all writers."""
         for name, writer in self.by_name.items():
             with _naming(name, "close"):
                 writer.close()
