@@ -71,7 +71,19 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     stream, plan = training_data(
         config, _instance(config.data.train, "data.train"), loading, device, collate, team.world
     )
-    validation = _validation(config, loading, device, collate, team.world)
+    validation = None
+    if config.data.validation is not None:
+        validation = EvaluationData(
+            require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
+            seed=config.seed,
+            batch_size=config.data.evaluation_batch_size,
+            randomness=config.data.randomness.name,
+            loading=loading,
+            device=device,
+            collate=collate,
+            world=team.world,
+            audit=runtime.audit,
+        )
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
@@ -206,24 +218,6 @@ def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool
         return parallel is Parallel.fsdp
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
-
-
-def _validation(
-    config: Config, loading: LoaderOptions, device: torch.device, collate: Callable[..., Any] | None, world: World
-) -> EvaluationData | None:
-    if config.data.validation is None:
-        return None
-    return EvaluationData(
-        require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
-        seed=config.seed,
-        batch_size=config.data.evaluation_batch_size,
-        randomness=config.data.randomness.name,
-        loading=loading,
-        device=device,
-        collate=collate,
-        world=world,
-        audit=config.runtime.audit,
-    )
 
 
 def _evaluation(

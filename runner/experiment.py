@@ -165,9 +165,8 @@ def _closing() -> Iterator[ExitStack]:
         with ExitStack() as stack:
             yield stack
     except signals.Stopped as stopped:
-        raise Interrupted(
-            f"{stopped} while data was read; run the same command again to go on from what is committed"
-        ) from None
+        how = "run the same command again to go on from what is committed"
+        raise Interrupted(f"{stopped} while data was read; {how}") from None
 
 
 @contextmanager
@@ -196,19 +195,15 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
         return
     (attempt,) = claimed
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
-    outcome, reason = "failed", ""
+    outcome, reason = "finished", ""
     try:
         opening.directory.sweep()
         yield number, attempt
-        outcome = "finished"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Superseded):
-            outcome = "superseded"
-        elif isinstance(error, NonFiniteError):
-            outcome = "diverged"
-        elif isinstance(error, RunnerError):  # also of another process, which was interrupted and ended this one
-            outcome = _outcome(error.status)
+        kinds: dict[type[BaseException], str] = {Superseded: "superseded", NonFiniteError: "diverged"}
+        # A status of 75 may be that of another process, which was interrupted and ended this one.
+        outcome = kinds.get(type(error)) or _outcome(error.status if isinstance(error, RunnerError) else 1)
         raise
     finally:
         with suppress(StorageError):  # the reason of the failure matters more than a record of it
@@ -232,10 +227,8 @@ def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointS
         return None
 
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-        substitutions = on_rank_zero(
-            team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()]
-        )
-        state.stream.repeat_substitutions(dict(substitutions))
+        recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()])
+        state.stream.repeat_substitutions(dict(recorded))
     origin = ParentRecord.of(directory)
     with signals.at_once(team.world.size == 1):
         return restore_newest(

@@ -89,8 +89,12 @@ def ignore() -> None:
     """
     _forget()
     for number in STOP_SIGNALS:
-        signal.signal(number, _pass)
+        signal.signal(number, _ignore)
         signal.siginterrupt(number, False)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def received() -> str | None:
@@ -199,10 +203,6 @@ def _guard(arrivals: int) -> None:
                 os._exit(128 + number)
 
 
-def _pass(number: int, frame: FrameType | None) -> None:
-    pass
-
-
 def _forget() -> None:
     global _received, _late
     _received, _late = None, False
@@ -225,7 +225,7 @@ def _restore_handlers() -> None:
     _forget()
     _check, _at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
-        if signal.getsignal(number) in (_note, _look, _pass):
+        if signal.getsignal(number) in (_note, _look, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)
