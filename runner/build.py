@@ -29,6 +29,7 @@ from runner.data.evaluation_data import EvaluationData, require_map_style
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
+from runner.data.stream import TrainingStream
 from runner.data.training_data import training_data
 from runner.distributed.team import Parallelism, SingleDevice, Team
 from runner.distributed.world import World
@@ -63,27 +64,9 @@ class Parts:
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
-    runtime, trainer = config.runtime, config.trainer
-    pinned = device.type == "cuda"
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    trainer = config.trainer
     seed_all(derive("data", config.seed))
-    collate = None if config.data.collate is None else _instance(config.data.collate, "data.collate", _partial_=True)
-    stream, plan = training_data(
-        config, _instance(config.data.train, "data.train"), loading, device, collate, team.world
-    )
-    validation = None
-    if config.data.validation is not None:
-        validation = EvaluationData(
-            require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
-            seed=config.seed,
-            batch_size=config.data.evaluation_batch_size,
-            randomness=config.data.randomness.name,
-            loading=loading,
-            device=device,
-            collate=collate,
-            world=team.world,
-            audit=runtime.audit,
-        )
+    stream, plan, validation = _data(config, device, team.world)
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
@@ -91,7 +74,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     task = _instance(config.task, "task", kind=Task)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
-    if runtime.compile:
+    if config.runtime.compile:
         model.compile()
     optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
     if isinstance(optimizer, Optimizer):
@@ -127,6 +110,31 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, callbacks)
 
 
+def _data(
+    config: Config, device: torch.device, world: World
+) -> tuple[TrainingStream, Plan | None, EvaluationData | None]:
+    """The training data with its plan, and the validation data."""
+    data, runtime = config.data, config.runtime
+    pinned = device.type == "cuda"
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
+    stream, plan = training_data(config, _instance(data.train, "data.train"), loading, device, collate, world)
+    if data.validation is None:
+        return stream, plan, None
+    validation = EvaluationData(
+        require_map_style(_instance(data.validation, "data.validation"), "data.validation"),
+        seed=config.seed,
+        batch_size=data.evaluation_batch_size,
+        randomness=data.randomness.name,
+        loading=loading,
+        device=device,
+        collate=collate,
+        world=world,
+        audit=runtime.audit,
+    )
+    return stream, plan, validation
+
+
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
     """``Optimizer.add_param_group`` that also takes weights without names: torch refuses them beside weights with
     names, which is how this optimizer was built.
@@ -136,13 +144,11 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
     if isinstance(weights, Sequence | Iterator) and "param_names" in optimizer.param_groups[0]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         first = sum(len(each["params"]) for each in optimizer.param_groups)
-        group = {
-            **group,
-            "params": [
-                (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
-                for number, weight in enumerate(weights, first)
-            ],
-        }
+        named = [
+            (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
+            for number, weight in enumerate(weights, first)
+        ]
+        group = {**group, "params": named}
     type(optimizer).add_param_group(optimizer, group)
 
 
@@ -191,14 +197,18 @@ def _parallelism(
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
         if config.runtime.parallel is not Parallel.auto or config.runtime.shard is not None:
-            log.warning(
-                "alone    runtime.parallel and runtime.shard are for several processes: start them with torchrun"
-            )
+            hint = "start them with torchrun"
+            log.warning("alone    runtime.parallel and runtime.shard are for several processes: %s", hint)
         return SingleDevice()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
     models = [model] if average is None else [model, average.module]
-    if not _sharded(runtime.parallel, model, device):
+    sharded = runtime.parallel is Parallel.fsdp
+    if runtime.parallel is Parallel.auto and device.type == "cuda":
+        # Weights, gradients and two moments would need more than half of the device's memory.
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        sharded = 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
+    if not sharded:
         from runner.distributed.parallel import Replicated
 
         return Replicated(models, micro_batches=plan.micro_batches)
@@ -210,14 +220,6 @@ def _parallelism(
     if config.trainer.precision is Precision.fp16:
         raise ConfigError("trainer.precision=fp16 needs runtime.parallel=ddp: losses are not scaled in slices; or bf16")
     return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
-
-
-def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool:
-    """Whether to shard. ``auto``: if weights, gradients and two moments need more than half of the device's memory."""
-    if parallel is not Parallel.auto or device.type != "cuda":
-        return parallel is Parallel.fsdp
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
 
 
 def _evaluation(
@@ -248,16 +250,12 @@ def make_callbacks(
     """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
     state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
     """
-    guard, evaluation, checkpoint = FiniteLoss(), _evaluation_callbacks(config, parts), config.checkpoint
+    guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        ledger = Ledger(
-            opening.directory.location,
-            attempt=number,
-            recipe=parts.recipe,
-            grouping=config.data.batch_size,
-            accept=config.run.on_drift is OnDrift.accept,
-        )
+        accept = config.run.on_drift is OnDrift.accept
+        location, grouping = opening.directory.location, config.data.batch_size
+        ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=grouping, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
@@ -267,10 +265,12 @@ def make_callbacks(
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
     if attempt is not None:
         callbacks |= {"progress": ShowProgress(), "heartbeat": NoteProgress(attempt)}
-    mode = config.objective.mode.name if config.objective.metric else None
+    checkpoint, goal = config.checkpoint, config.objective
+    every = SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto)
+    mode = goal.mode.name if goal.metric else None
     callbacks["checkpoint"] = SaveCheckpoint(
         store,
-        SaveTimer(steps=checkpoint.every_steps, seconds=checkpoint.every_seconds, auto=checkpoint.every is Every.auto),
+        every,
         Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
         attempt=number,
         identity=opening.identity,
