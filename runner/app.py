@@ -186,6 +186,12 @@ def _directory(*, _root_: DictConfig) -> str:
     return _without_links(_root_, *_local_folder(_root_))
 
 
+def _variant(*, _root_: DictConfig) -> str:
+    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
+    _without_links(_root_, root, f"{experiment}/{name}")
+    return name
+
+
 def _local_folder(config: DictConfig) -> tuple[str, str]:
     """The local root, and the folder of the experiment below it, which is empty for a sweep over experiments."""
     refuse_secrets(config)  # Hydra asks for the folder before it writes anything
@@ -206,12 +212,6 @@ def _hydra_files(*, _root_: DictConfig) -> str | None:
     if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
         _without_links(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
     return None if world().rank else ".hydra"
-
-
-def _variant(*, _root_: DictConfig) -> str:
-    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
-    _without_links(_root_, root, f"{experiment}/{name}")
-    return name
 
 
 register()

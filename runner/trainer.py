@@ -64,9 +64,9 @@ class Trainer:
             with signals.at_once(alone):
                 stream.ready()
         except signals.Stopped:
-            if not alone:
-                raise
-            return self.team.stop
+            if alone:
+                return self.team.stop
+            raise
         return None
 
     def _step(self, loop: Loop, began: float) -> None:
@@ -117,10 +117,8 @@ class Trainer:
         return loop
 
     def _limit(self, loop: Loop) -> str | None:
-        if self.limits.max_steps is not None and loop.step >= self.limits.max_steps:
-            return "max_steps"
-        if self.limits.max_epochs is not None and loop.epochs >= self.limits.max_epochs:
-            return "max_epochs"
-        if self.limits.max_seconds is not None and loop.elapsed >= self.limits.max_seconds:
-            return "max_seconds"
+        for name, value in (("max_steps", loop.step), ("max_epochs", loop.epochs), ("max_seconds", loop.elapsed)):
+            limit = getattr(self.limits, name)
+            if limit is not None and value >= limit:
+                return name
         return None

@@ -217,15 +217,13 @@ class SaveCheckpoint(Callback):
         copy.buffers.wait()
         for name, tensor in copy.snapshot.tensors.items():
             if _is_spoiled(name, tensor, copy.weights):
-                raise NonFiniteError(
-                    f"the state of step {copy.step} is not saved: {name} is NaN or infinite, though no loss was until "
-                    "then. The checkpoints from before are finite and are kept"
-                )
+                why = f"{name} is NaN or infinite, though no loss was until then"
+                kept = "The checkpoints from before are finite and are kept"
+                raise NonFiniteError(f"the state of step {copy.step} is not saved: {why}. {kept}")
         for record in self.records:
             record.flush()
 
     def _successor(self) -> str | None:
-        """The name of a newer attempt, if there is one."""
         newer = None if self.owner is None else self.owner.successor()
         return None if newer is None else newer.owner()
 
@@ -251,12 +249,8 @@ class SaveCheckpoint(Callback):
                 return {**self._order(), "more": True}
             if not warned and time.monotonic() - began > QUIET_SECONDS:
                 warned = True
-                log.warning(
-                    "training waits: the states of steps %d and %d are both to be kept, and the first one is "
-                    "not yet being written",
-                    first,
-                    loop.step,
-                )
+                text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
+                log.warning(f"{text} being written", first, loop.step)
             self._writer.wait_for_room(_POLL_SECONDS)
             self._handle_failures()
         return self._order(exact=True)
@@ -291,21 +285,13 @@ class SaveCheckpoint(Callback):
         self._raise_if_stuck()
 
     def _handle_failure(self, copy: PendingSave, error: StorageError) -> None:
-        left = self.max_unsaved - self._unsaved()
+        left, failed = self.max_unsaved - self._unsaved(), f"the checkpoint of step {copy.step} could not be written"
         if left <= 0:
-            raise StorageError(
-                f"the checkpoint of step {copy.step} could not be written: {error}.\n{self._remedy()}"
-            ) from error
+            raise StorageError(f"{failed}: {error}.\n{self._remedy()}") from error
         (self._failed if copy.exact else self._dropped).append(copy.step)
         self._overdue, self._retry_at = True, self._clock() + self._pause
-        log.warning(
-            "the checkpoint of step %d could not be written: %s. Training goes on and tries again in %.0f seconds; "
-            "it ends when that fails for another %.0f",
-            copy.step,
-            printable(error),
-            self._pause,
-            left,
-        )
+        when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
+        log.warning("%s: %s. Training goes on and %s", failed, printable(error), when)
         self._pause = min(2 * self._pause, _MAX_PAUSE)
 
     def _raise_if_stuck(self) -> None:
@@ -323,8 +309,8 @@ class SaveCheckpoint(Callback):
     def _remedy(self) -> str:
         saved = max([*self.store.verified], default=None)  # of a fork's parent it is none of this run
         last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
-        again = f"mend the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
-        return f"{last}; {again}"
+        how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
+        return f"{last}; mend the storage and {how}"
 
 
 def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
