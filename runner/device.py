@@ -60,9 +60,9 @@ def choose_device(name: str, world: World, visible: int) -> str:
     if device.type != "cuda":
         raise ConfigError(f"runtime.device={name}: exact resuming is built for cpu and cuda; use one of them")
     if device.index is not None and rank > 0:
+        remedy = "with runtime.device=cuda each process has its own"
         raise ConfigError(
-            f"runtime.device={name} is one device, and this is process {rank + 1} of its machine; with "
-            "runtime.device=cuda each process has its own"
+            f"runtime.device={name} is one device, and this is process {rank + 1} of its machine; {remedy}"
         )
     index = device.index if device.index is not None else rank if visible > 1 else 0
     if index >= visible:

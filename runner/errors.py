@@ -5,8 +5,6 @@ Programs tell causes apart by the ``kind`` of an error, a short word given where
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _secrets: set[str] = set()  # values that this process read from its environment
 _USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # user and password, not host and port
@@ -138,12 +136,3 @@ def redacted(text: str) -> str:
 def has_credentials(text: str) -> bool:
     """Whether a text is a URL with a password, signature or token in it, and not an interpolation of one."""
     return any("${" not in match[0] for pattern in (_USER, _QUERY) for match in pattern.finditer(text))
-
-
-@contextmanager
-def exit_is_an_error() -> Iterator[None]:
-    """Within the block, a user's sys.exit becomes a RuntimeError: it would end a whole sweep, or claim success."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error

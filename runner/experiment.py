@@ -22,15 +22,7 @@ from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
 from runner.distributed.communicator import on_rank_zero
 from runner.distributed.team import Team
-from runner.errors import (
-    Interrupted,
-    NonFiniteError,
-    RunnerError,
-    StorageError,
-    Superseded,
-    exit_is_an_error,
-    printable,
-)
+from runner.errors import Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.finish import finish
 from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed, resolve, restore_newest
@@ -60,7 +52,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
     reporting = _reporting_errors(callbacks)
-    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack, exit_is_an_error():
+    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack:
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
@@ -75,9 +67,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            context = WriterContext(
-                directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step
-            )
+            place = (directory.location, directory.experiment, directory.name)
+            context = WriterContext(*place, opening.identity, number, resumed.step)
             open_writers(writers, setup.writers, context, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(opening, parts, resumed, number, here)
@@ -159,7 +150,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
 @contextmanager
 def _closing() -> Iterator[ExitStack]:
     """Within the block, data is opened, which is closed at the end. A signal that breaks off reading it, where no step
-    is whole, interrupts the attempt.
+    is whole, interrupts the attempt. A user's sys.exit becomes an error: it would end a whole sweep, or claim success.
     """
     try:
         with ExitStack() as stack:
@@ -167,6 +158,8 @@ def _closing() -> Iterator[ExitStack]:
     except signals.Stopped as stopped:
         how = "run the same command again to go on from what is committed"
         raise Interrupted(f"{stopped} while data was read; {how}") from None
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
 
 
 @contextmanager

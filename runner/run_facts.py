@@ -160,9 +160,8 @@ def map_runs(root: str, read: Callable[[str, RunFacts], T], unreadable: Callable
 
 def number(value: Any) -> float | None:
     """``value`` if it is a finite number that a float can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if -_LARGEST <= value <= _LARGEST else None
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    return value if usable else None
 
 
 def integer(value: Any) -> int | None:

@@ -69,8 +69,7 @@ def call_previous_handlers() -> None:
     arrived = [*_arrived]
     _forget()
     for name in arrived:
-        handler = _previous.get(name)
-        if callable(handler) and handler is not signal.default_int_handler:
+        if callable(handler := _previous.get(name)) and handler is not signal.default_int_handler:
             handler(signal.Signals[name], None)
 
 
@@ -183,15 +182,15 @@ def _is_second(number: int, witness: str) -> bool:
 
 def _lose_patience_later() -> None:
     """After some seconds, break off a step that waits for data."""
-
-    def lose() -> None:
-        global _late
-        _late = _received is not None
-        wake()
-
-    timer = threading.Timer(_PATIENCE_SECONDS, lose)
+    timer = threading.Timer(_PATIENCE_SECONDS, _lose_patience)
     timer.daemon = True
     timer.start()
+
+
+def _lose_patience() -> None:
+    global _late
+    _late = _received is not None
+    wake()
 
 
 def _guard(arrivals: int) -> None:

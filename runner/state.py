@@ -178,9 +178,8 @@ class TrainState:
         except (RunnerError, Damaged):
             raise
         except Exception as error:
-            raise StateError(
-                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}", kind="restore"
-            ) from error
+            message = f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+            raise StateError(message, kind="restore") from error
         return state
 
 

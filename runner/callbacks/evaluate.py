@@ -69,12 +69,11 @@ class Evaluate(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scalars = state["step"], state["scalars"]
-        changed = self.data.changes(state["data"]) if "data" in state else []
-        if changed:
-            log.warning(
-                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s",
-                printable("; ".join(changed)),
+        if changed := self.data.changes(state["data"]) if "data" in state else []:
+            text = (
+                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s"
             )
+            log.warning(text, printable("; ".join(changed)))
 
 
 @dataclass(eq=False)
