@@ -104,10 +104,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
-    callbacks: dict[str, Callback] = {
-        str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
-    }
-    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, callbacks)
+    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
 
 
 def _data(
@@ -155,8 +153,7 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
 def _model(node: Any) -> nn.Module:
     model: nn.Module = _instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
-    shapeless = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
-    if shapeless:
+    if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
             f"model: {', '.join(shapeless)} of lazy modules have no shape yet, and without one no checkpoint can be "
             "loaded: give the sizes, or call the model on zeros at the end of its constructor"
@@ -304,9 +301,9 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
+        example = f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(
-            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in "
-            f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
+            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in {example}"
         )
     try:
         instance = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
@@ -331,8 +328,9 @@ def _stepping(node: Any, argument: Any, key: str) -> Any:
     try:
         signature(type(instance).step).bind(instance)
     except (AttributeError, TypeError) as error:
+        path = _path(type(instance))
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {_path(type(instance))} does not take: {error}"
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}"
         ) from error
     return instance
 
@@ -359,10 +357,8 @@ def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
     if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
-        raise ConfigError(
-            f"{key}: {_path(type(writer))} has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter "
-            "describes what a writer needs"
-        )
+        why = f"has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter describes what a writer needs"
+        raise ConfigError(f"{key}: {_path(type(writer))} {why}")
     return writer
 
 
@@ -385,9 +381,8 @@ def _frames(error: BaseException) -> str:
 
 def _hint(message: str, key: str) -> str:
     """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
-    if "unexpected keyword argument" not in message:
-        return ""
-    return f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    advice = f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    return advice if "unexpected keyword argument" in message else ""
 
 
 def _path(thing: Any) -> str:

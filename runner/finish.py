@@ -167,11 +167,10 @@ def _number(value: float) -> float | None:
 def _weights_at(store: CheckpointStore, step: int) -> dict[str, Tensor] | None:
     """The evaluated weights of the kept commit at ``step``; None, with a warning, if they are damaged."""
     reasons = ["its checkpoint is gone"]
-    for commit in store.commits():
-        if commit.step == step:
-            try:
-                return evaluated_weights(store.open(commit))
-            except Damaged as error:
-                reasons.append(str(error))
+    for commit in (each for each in store.commits() if each.step == step):
+        try:
+            return evaluated_weights(store.open(commit))
+        except Damaged as error:
+            reasons.append(str(error))
     log.warning("%s is not written: step %d was the best, but %s", BEST, step, reasons[-1])
     return None

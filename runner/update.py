@@ -117,10 +117,9 @@ class WeightUpdate:
     def _count(self, skipped: bool) -> None:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= _MOST_SKIPPED:
-            raise NonFiniteError(
-                f"{self.in_a_row} steps in a row were skipped, because their loss or gradients were NaN or infinite: "
-                "nothing is learned any more. Look at their samples and at the loss, or lower the learning rate"
-            )
+            why = "because their loss or gradients were NaN or infinite: nothing is learned any more"
+            remedy = "Look at their samples and at the loss, or lower the learning rate"
+            raise NonFiniteError(f"{self.in_a_row} steps in a row were skipped, {why}. {remedy}")
 
     def _move(self) -> None:
         infinite: Collection[Tensor] = ()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -22,8 +22,10 @@ from runner.checkpoint.retention import Retention
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import is_finite
+from runner.data.ledger import Ledger
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
+from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
@@ -39,16 +41,6 @@ _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does
 QUIET_SECONDS = 5.0  # that training waits for room before it says so
 _ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsaved is
 _LAST_SECONDS = 5.0  # for the commit in flight when training ends with an error
-
-
-class DurableRecords(Protocol):
-    """Lines that are written beside the checkpoints, and must be durable before the commit of their step."""
-
-    def mark(self, step: int) -> Mapping[str, Any]:
-        """End a portion at this step, in the training thread. The commit stores the result as facts about the run."""
-
-    def flush(self) -> None:
-        """Make durable what was marked, in the writer's thread."""
 
 
 @dataclass(eq=False)
@@ -77,7 +69,7 @@ class SaveCheckpoint(Callback):
     max_unsaved: float
     background: bool
     owner: Attempt | None = None
-    records: Sequence[DurableRecords] = ()
+    records: Sequence[Ledger | MetricWriters] = ()  # durable before the commit of the step that they ``mark``
     guard: FiniteLoss = field(default_factory=FiniteLoss)
     comm: Communicator = SINGLE_PROCESS
     save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
@@ -107,12 +99,14 @@ class SaveCheckpoint(Callback):
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
         # run begins with may be gone from its parent when it is next started.
         due = loop.evaluation is not None or self.save_at_start
-        self.act(loop, on_rank_zero(self.comm, lambda: self._order(exact=True) if due else None))
+        if order := on_rank_zero(self.comm, lambda: self._order(exact=True) if due else None):
+            self.act(loop, order)
         if self.save_at_start:
             self._wait()
 
     def on_step(self, loop: Loop) -> None:
-        self._raise_listener_error()
+        if self._listener_error is not None:
+            raise self._listener_error
         self.timer.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
@@ -127,7 +121,8 @@ class SaveCheckpoint(Callback):
             self.act(loop, order)
             self._wait()
             order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
-        self._raise_listener_error()
+        if self._listener_error is not None:
+            raise self._listener_error
 
     @doing("saves")
     def close(self) -> None:
@@ -148,10 +143,8 @@ class SaveCheckpoint(Callback):
         return None
 
     @doing("saves")
-    def act(self, loop: Loop, order: Order | None) -> None:
+    def act(self, loop: Loop, order: Order) -> None:
         """Carry out the order of rank 0: here a save begins."""
-        if order is None:
-            return
         began = self._clock()
         for step in order["drop"]:
             self._buffers.append(self._writer.take(step).buffers)
@@ -176,14 +169,10 @@ class SaveCheckpoint(Callback):
         self.guard.check()
         marks = [record.mark(loop.step).items() for record in self.records]
         changes = loop.state.changes()
-        return {
-            "identity": self.identity,
-            **dict(chain.from_iterable(marks)),
-            **({"structure": changes} if changes else {}),
-            **({} if loop.objective is None else {"objective": loop.objective}),
-            "elapsed": loop.elapsed,
-            "stop": loop.stop,
-        }
+        facts = {"identity": self.identity, **dict(chain.from_iterable(marks))}
+        facts |= {"structure": changes} if changes else {}
+        facts |= {} if loop.objective is None else {"objective": loop.objective}
+        return facts | {"elapsed": loop.elapsed, "stop": loop.stop}
 
     def _commit(self, copy: PendingSave) -> None:
         """Commit a copy; in the writer's thread, on all ranks together."""
@@ -208,10 +197,6 @@ class SaveCheckpoint(Callback):
                 listener(commit.step)
         except Exception as error:  # for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
-
-    def _raise_listener_error(self) -> None:
-        if self._listener_error is not None:
-            raise self._listener_error
 
     def _prepare(self, copy: PendingSave) -> None:
         copy.buffers.wait()
