@@ -108,9 +108,6 @@ class Best(Callback):
     step: int = 0
     values: list[float] = field(default_factory=list)  # the ``keep`` best, the best first
 
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
-
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
             loop.objective = value = objective(loop.evaluation, self.metric)
@@ -120,6 +117,8 @@ class Best(Callback):
             if better(value, worst, self.mode):
                 self.values = sorted([*self.values, value], reverse=self.mode == "max")[: self.keep]
                 loop.improved = True
+
+    on_start = on_step  # for an evaluation that the previous attempt could not end
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "step": self.step, "values": self.values}
@@ -139,9 +138,6 @@ class EarlyStopping(Callback):
     value: float = math.nan
     waited: int = 0  # evaluations since the last improvement
 
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
-
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
             value = objective(loop.evaluation, self.metric)
@@ -151,6 +147,8 @@ class EarlyStopping(Callback):
                 self.waited += 1
         if self.waited >= self.patience and loop.stop is None:
             loop.stop = "early_stopping"
+
+    on_start = on_step
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "waited": self.waited}

@@ -225,12 +225,8 @@ class NoteProgress(Callback):
 
     attempt: Attempt
 
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
-
     def on_step(self, loop: Loop) -> None:
         self.attempt.note(loop.step)
         self.attempt.raise_if_superseded()
 
-    def on_end(self, loop: Loop) -> None:
-        self.on_step(loop)
+    on_start = on_end = on_step

@@ -104,8 +104,8 @@ def declare_finished(location: Location, experiment: str, hyperparameters: Mappi
 
 def write_hparams(location: Location, experiment: str, hyperparameters: Mapping[str, Any], *, finished: bool) -> None:
     """Write the run's row. Raises StorageError."""
-    values = {"experiment": experiment, **flatten(hyperparameters)}
-    _, start, end = hparams({printable(key): _cell(value) for key, value in values.items()}, {})  # type: ignore[no-untyped-call]
+    cells = {printable(key): _cell(value) for key, value in flatten(hyperparameters).items()}
+    _, start, end = hparams({"experiment": _cell(experiment), **cells}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
     location.replace(_HPARAMS, [encoded(events)])
 
