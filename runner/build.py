@@ -250,9 +250,8 @@ def make_callbacks(
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        accept = config.run.on_drift is OnDrift.accept
-        location, grouping = opening.directory.location, config.data.batch_size
-        ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=grouping, accept=accept)
+        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept
+        ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
