@@ -41,11 +41,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.nn import functional as F
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import bytes_of
-from runner.interval import Interval
 from runner.storage.local import LocalLocation
 
 LAYERS = 50
@@ -251,7 +250,7 @@ def saver(state: State, folder: Path, steps: int) -> tuple[SaveCheckpoint, Loop]
     """What saves a state in the background every so many steps, as in an experiment."""
     store = CheckpointStore(LocalLocation(folder))
     callback = SaveCheckpoint(
-        store, Interval(steps), None, Retention(), attempt=1, identity={}, max_unsaved=60.0, background=True
+        store, SaveTimer(steps=steps), Retention(), attempt=1, identity={}, max_unsaved=60.0, background=True
     )
     loop = Loop(state, max_steps=None)  # type: ignore[arg-type]
     callback.on_start(loop)

@@ -10,9 +10,9 @@ checks the code against this map.
    11  runs/ (__main__, audit, checkpoints, compare, listing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
-    8  run_spec     finish     startup_log     assembly
+    8  run_spec     finish
     7  trainer     build     restore
-    6  callbacks/ (base, evaluate, guards, progress, reporting, saving)
+    6  callbacks/ (base, evaluate, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
@@ -23,9 +23,8 @@ checks the code against this map.
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
        config/ (identity, schema, secrets)
-    1  signals     average     task
-    0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain
-       modes
+    1  signals     task
+    0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)
 """
 

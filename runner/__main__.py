@@ -71,8 +71,7 @@ def report_error(error: Exception) -> int:
     """Print an error before the job began, and return the status; raise one of the job, for Python to print it."""
     from runner import app
 
-    job = _from_module(app.__name__, error.__traceback__)
-    if job is not None:
+    if (job := _from_module(app.__name__, error.__traceback__)) is not None:
         # Above the frames of the attempt stand forty of Hydra's, which do not help to find the cause.
         raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
     status = 2
@@ -98,10 +97,9 @@ def report_error(error: Exception) -> int:
 
 def _prints() -> bool:
     """Whether this process prints errors that all processes of the run find alike, before they have met."""
-    try:
+    with suppress(RunnerError):
         return world().rank == 0
-    except RunnerError:
-        return True
+    return True
 
 
 def _runner_error(error: BaseException | None) -> RunnerError | None:
@@ -121,25 +119,20 @@ def _from_module(name: str, trace: TracebackType | None) -> TracebackType | None
 def _explain(error: BaseException) -> str:
     """The message of Hydra or OmegaConf without the names of their types, and with a remedy where they give none."""
     if override := getattr(error, "override", None):  # which Hydra does not always name
-        return f"the override {shlex.quote(override)} cannot be read: {_explain_grammar(override, str(error))}"
+        (key, _, value), text = override.partition("="), str(error)
+        # Hydra says where its grammar ended, which is mostly for want of quotes around a value or a part of it.
+        if _GRAMMAR.search(text) and not {*value} & {*"'\""}:
+            quoted = shlex.quote(f"{key}={(_PART if _NESTED.match(value) else _WHOLE).sub(_QUOTED, value)}")
+            why = f"a value with characters besides {_PLAIN} needs quotes: {quoted}"
+        else:
+            why = re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", text).strip()
+        return f"the override {shlex.quote(override)} cannot be read: {why}"
     message = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
     lines = [line for line in message.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
     if remedy := _unknown_key(error):
         # Hydra advises to append the key with +, which is refused as well.
-        lines = [line for line in lines if not line.startswith("To append to your config use")]
-        lines.append(remedy)
+        lines = [*(line for line in lines if not line.startswith("To append to your config use")), remedy]
     return "\n".join(lines)
-
-
-def _explain_grammar(override: str, message: str) -> str:
-    """The mistake in an override, in a line. Hydra says where its grammar ended, which is mostly for want of quotes
-    around a value or, in a list or mapping, around a part of it.
-    """
-    key, _, value = override.partition("=")
-    if not _GRAMMAR.search(message) or {*value} & {*"'\""}:
-        return re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", message).strip()
-    parts = _PART if _NESTED.match(value) else _WHOLE
-    return f"a value with characters besides {_PLAIN} needs quotes: {shlex.quote(f'{key}={parts.sub(_QUOTED, value)}')}"
 
 
 def _unknown_key(error: BaseException | None) -> str:

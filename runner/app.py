@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
 from runner.distributed.world import world
 from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
-from runner.run.opening import OpenedRun, refuse_links
+from runner.run.opening import OpenedRun, must_wait, refuse_links
 from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
 from runner.storage.location import is_remote, local_root
@@ -69,12 +70,16 @@ def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
     log.addFilter(_escaped)
-    # Hydra's own files go into the run directory, for a single run as for a job of a sweep.
-    OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
-    OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
-    OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
-    OmegaConf.register_new_resolver("runner.rank", lambda: world().rank, replace=True)
-    OmegaConf.register_new_resolver("runner.log_handlers", _log_handlers, replace=True)
+    resolvers: dict[str, Callable[..., Any]] = {
+        "directory": _directory,  # for Hydra's own files, in a single run as in a job of a sweep
+        "variant": _variant,
+        "hydra_files": _hydra_files,
+        "rank": lambda: world().rank,
+        # Rank 0 prints and writes the log; other ranks print only warnings and errors.
+        "log_handlers": lambda: ["others"] if world().rank else ["console", "file"],
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"runner.{name}", resolver, replace=True)
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
@@ -94,7 +99,10 @@ def main(config: DictConfig) -> float | None:
                     print(error, file=sys.stderr)
             sys.exit(error.status)
         if isinstance(error, Interrupted) and VARIABLE in os.environ:
-            _hand_over()
+            try:
+                signals.call_previous_handlers()
+            except Exception as cause:  # not queued again by the cluster; the sweep starts the job again
+                log.warning("not queued again: %s: %s", type(cause).__name__, cause)
         failure = error
     except Exception as error:
         if HydraConfig.get().mode is RunMode.RUN:
@@ -110,13 +118,6 @@ def _escaped(record: logging.LogRecord) -> bool:
     """Escape our own lines, which may quote a run directory; lines of a user's code may have colours."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
-
-
-def _hand_over() -> None:
-    try:
-        signals.call_previous_handlers()
-    except Exception as error:  # not queued again by the cluster; the sweep starts the job again
-        log.warning("not queued again: %s: %s", type(error).__name__, error)
 
 
 def _run(config: DictConfig) -> float | None:
@@ -155,7 +156,7 @@ def _opened(spec: RunSpec, comm: Communicator) -> OpenedRun:
     openings: list[OpenedRun] = []
 
     def open_run() -> dict[str, Any] | None:
-        if spec.must_wait():
+        if must_wait(spec.directory, spec.on_conflict):
             signals.raise_if_received("while waiting for the run")
             return None
         openings.append(spec.open())
@@ -167,13 +168,8 @@ def _opened(spec: RunSpec, comm: Communicator) -> OpenedRun:
 
 
 def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> None:
-    metrics = {name: value for name, value in result["metrics"].items() if value is not None}
-    log.info(
-        "finished step %d (%s)%s",
-        result["step"],
-        result.get("reason"),
-        "".join(f", {n} {v:.4g}" for n, v in metrics.items()),
-    )
+    metrics = "".join(f", {name} {value:.4g}" for name, value in result["metrics"].items() if value is not None)
+    log.info("finished step %d (%s)%s", result["step"], result.get("reason"), metrics)
     objective = result.get("objective")
     if objective and objective.get("value") is not None:
         log.info("best     %s %.4g at step %s", objective.get("metric"), objective["value"], objective.get("step"))
@@ -188,6 +184,12 @@ def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> 
 def _directory(*, _root_: DictConfig) -> str:
     """The folder of Hydra's own files: the run directory, or, for a remote one, a local folder named after it."""
     return _without_links(_root_, *_local_folder(_root_))
+
+
+def _variant(*, _root_: DictConfig) -> str:
+    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
+    _without_links(_root_, root, f"{experiment}/{name}")
+    return name
 
 
 def _local_folder(config: DictConfig) -> tuple[str, str]:
@@ -210,17 +212,6 @@ def _hydra_files(*, _root_: DictConfig) -> str | None:
     if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
         _without_links(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
     return None if world().rank else ".hydra"
-
-
-def _log_handlers() -> list[str]:
-    """Rank 0 prints and writes the log; other ranks print only warnings and errors."""
-    return ["others"] if world().rank else ["console", "file"]
-
-
-def _variant(*, _root_: DictConfig) -> str:
-    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
-    _without_links(_root_, root, f"{experiment}/{name}")
-    return name
 
 
 register()

@@ -2,8 +2,8 @@
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import chain
@@ -17,25 +17,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.average import moving_average
 from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation
+from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer
+from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.schema import Config, OnNonfinite, Parallel, Precision, TrainerConfig
+from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision
+from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.stream import EvaluationData
+from runner.data.stream import EvaluationData, TrainingStream
 from runner.data.training_data import require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
-from runner.metrics.writer import MetricWriter, WriterContext
-from runner.modes import train_mode
+from runner.hashing import derive
+from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
-from runner.seeds import derive
+from runner.run.attempts import Attempt
+from runner.run.opening import OpenedRun
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
-from runner.update import WeightUpdate
+from runner.update import WeightUpdate, moving_average
 
 log = logging.getLogger("runner")
 
@@ -57,19 +62,15 @@ class Parts:
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
-    loading = _loading(config, device)
+    trainer = config.trainer
     seed_all(derive("data", config.seed))
-    collate = _partial(config.data.collate, "data.collate") if config.data.collate is not None else None
-    stream, plan = training_data(
-        config, _instance(config.data.train, "data.train"), loading, device, collate, team.world
-    )
-    validation = _validation(config, loading, device, collate, team.world)
+    stream, plan, validation = _data(config, device, team.world)
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
-    average = None if config.trainer.ema_decay is None else moving_average(model, config.trainer.ema_decay)
+    average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
@@ -77,7 +78,17 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
     scheduler = _stepping(config.scheduler, optimizer, "scheduler")
-    update = _update(config.trainer, model, optimizer, device, average, parallelism)
+    update = WeightUpdate(
+        model,
+        optimizer,
+        device=device,
+        precision=trainer.precision.name,
+        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
+        clip_norm=trainer.clip_norm,
+        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
+        average=average,
+        parallelism=parallelism,
+    )
     state = TrainState(
         model=model,
         optimizer=parallelism.optimizer_part(optimizer),
@@ -91,10 +102,33 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
-    callbacks: dict[str, Callback] = {
-        str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()
-    }
-    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, callbacks)
+    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
+
+
+def _data(
+    config: Config, device: torch.device, world: World
+) -> tuple[TrainingStream, Plan | None, EvaluationData | None]:
+    """The training data with its plan, and the validation data."""
+    data, runtime = config.data, config.runtime
+    pinned = device.type == "cuda"
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
+    stream, plan = training_data(config, _instance(data.train, "data.train"), loading, device, collate, world)
+    if data.validation is None:
+        return stream, plan, None
+    validation = EvaluationData(
+        require_map_style(_instance(data.validation, "data.validation"), "data.validation"),
+        seed=config.seed,
+        batch_size=data.evaluation_batch_size,
+        randomness=data.randomness.name,
+        loading=loading,
+        device=device,
+        collate=collate,
+        world=world,
+        audit=runtime.audit,
+    )
+    return stream, plan, validation
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
@@ -106,21 +140,18 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
     if isinstance(weights, Sequence | Iterator) and "param_names" in optimizer.param_groups[0]:
         names = {id(weight): name for name, weight in model.named_parameters()}
         first = sum(len(each["params"]) for each in optimizer.param_groups)
-        group = {
-            **group,
-            "params": [
-                (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
-                for number, weight in enumerate(weights, first)
-            ],
-        }
+        named = [
+            (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
+            for number, weight in enumerate(weights, first)
+        ]
+        group = {**group, "params": named}
     type(optimizer).add_param_group(optimizer, group)
 
 
 def _model(node: Any) -> nn.Module:
     model: nn.Module = _instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
-    shapeless = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
-    if shapeless:
+    if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
             f"model: {', '.join(shapeless)} of lazy modules have no shape yet, and without one no checkpoint can be "
             "loaded: give the sizes, or call the model on zeros at the end of its constructor"
@@ -128,25 +159,26 @@ def _model(node: Any) -> nn.Module:
     return model
 
 
-def _update(
-    trainer: TrainerConfig,
-    model: nn.Module,
-    optimizer: Optimizer,
-    device: torch.device,
-    average: AveragedModel | None,
-    parallelism: Parallelism,
-) -> WeightUpdate:
-    return WeightUpdate(
-        model,
-        optimizer,
-        device=device,
-        precision=trainer.precision.name,
-        scaler=torch.amp.GradScaler(device.type) if trainer.precision is Precision.fp16 else None,
-        clip_norm=trainer.clip_norm,
-        skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
-        average=average,
-        parallelism=parallelism,
-    )
+def train_mode(model: nn.Module) -> None:
+    """Call ``model.train()``, because ``from_pretrained`` returns models in evaluation mode; and log what this changed.
+
+    In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
+    frozen ones (weights, none of which is trained), and single layers such as a batch norm.
+    """
+    evaluating: set[nn.Module] = set()
+    for part in model.modules() if model.training else ():
+        for child in part.children():
+            single = part.training and not any(True for _ in child.children())
+            frozen = [weight.requires_grad for weight in child.parameters()]
+            if not child.training and (single or (frozen and not any(frozen))):
+                evaluating |= {inner for inner in child.modules() if not inner.training}
+    switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
+    model.train()
+    for part in evaluating:
+        part.training = False
+    outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]
+    if switched:
+        log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")
 
 
 def _parallelism(
@@ -160,14 +192,18 @@ def _parallelism(
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
         if config.runtime.parallel is not Parallel.auto or config.runtime.shard is not None:
-            log.warning(
-                "alone    runtime.parallel and runtime.shard are for several processes: start them with torchrun"
-            )
+            hint = "start them with torchrun"
+            log.warning("alone    runtime.parallel and runtime.shard are for several processes: %s", hint)
         return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
     models = [model] if average is None else [model, average.module]
-    if not _sharded(runtime.parallel, model, device):
+    sharded = runtime.parallel is Parallel.fsdp
+    if runtime.parallel is Parallel.auto and device.type == "cuda":
+        # Weights, gradients and two moments would need more than half of the device's memory.
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        sharded = 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
+    if not sharded:
         from runner.distributed.parallel import Replicated
 
         return Replicated(models, micro_batches=plan.micro_batches)
@@ -179,32 +215,6 @@ def _parallelism(
     if config.trainer.precision is Precision.fp16:
         raise ConfigError("trainer.precision=fp16 needs runtime.parallel=ddp: losses are not scaled in slices; or bf16")
     return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
-
-
-def _sharded(parallel: Parallel, model: nn.Module, device: torch.device) -> bool:
-    """Whether to shard. ``auto``: if weights, gradients and two moments need more than half of the device's memory."""
-    if parallel is not Parallel.auto or device.type != "cuda":
-        return parallel is Parallel.fsdp
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
-
-
-def _validation(
-    config: Config, loading: LoaderOptions, device: torch.device, collate: Callable[..., Any] | None, world: World
-) -> EvaluationData | None:
-    if config.data.validation is None:
-        return None
-    return EvaluationData(
-        require_map_style(_instance(config.data.validation, "data.validation"), "data.validation"),
-        seed=config.seed,
-        batch_size=config.data.evaluation_batch_size,
-        randomness=config.data.randomness.name,
-        loading=loading,
-        device=device,
-        collate=collate,
-        world=world,
-        audit=config.runtime.audit,
-    )
 
 
 def _evaluation(
@@ -222,9 +232,65 @@ def _evaluation(
     return report
 
 
-def _loading(config: Config, device: torch.device) -> LoaderOptions:
-    runtime = config.runtime
-    return LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=device.type == "cuda")
+def make_callbacks(
+    config: Config,
+    parts: Parts,
+    opening: OpenedRun,
+    store: CheckpointStore,
+    number: int,
+    attempt: Attempt | None,
+    writers: MetricWriters,
+    team: Team,
+) -> dict[str, Callback]:
+    """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
+    state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
+    """
+    guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
+    callbacks: dict[str, Callback] = {}
+    if attempt is not None:
+        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept
+        ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
+        callbacks["ledger"] = KeepLedger(ledger)
+    if config.trainer.on_nonfinite is OnNonfinite.stop:
+        callbacks["finite_loss"] = guard
+    callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
+    callbacks["last"] = LastEvaluation([*evaluation.values()])
+    best: Any = evaluation.get("best")
+    callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
+    if attempt is not None:
+        callbacks |= {"progress": ShowProgress(), "heartbeat": NoteProgress(attempt)}
+    checkpoint, goal = config.checkpoint, config.objective
+    every = SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto)
+    mode = goal.mode.name if goal.metric else None
+    callbacks["checkpoint"] = SaveCheckpoint(
+        store,
+        every,
+        Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
+        attempt=number,
+        identity=opening.identity,
+        owner=attempt,
+        records=[] if attempt is None else [ledger, writers],
+        guard=guard,
+        max_unsaved=checkpoint.max_unsaved,
+        background=checkpoint.background,
+        comm=team.comm,
+    )
+    return callbacks
+
+
+def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
+    """The callback that evaluates, and the callbacks that use its results."""
+    trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
+    if parts.evaluate is None or parts.held_out is None:
+        return {}
+    interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
+    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
+    if metric is not None:
+        callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
+        stopping = trainer.early_stopping
+        if stopping.patience is not None:
+            callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
+    return callbacks
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
@@ -232,9 +298,9 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
+        example = f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(
-            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in "
-            f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
+            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in {example}"
         )
     try:
         instance = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
@@ -248,14 +314,9 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     return instance
 
 
-def _partial(node: Any, key: str) -> Callable[..., Any]:
-    maker: Callable[..., Any] = _instance(node, key, _partial_=True)
-    return maker
-
-
 def _stepping(node: Any, argument: Any, key: str) -> Any:
     """An optimizer or scheduler. Raises ConfigError if it has no ``step()`` without arguments, as training calls it."""
-    maker = _partial(node, key)
+    maker = _instance(node, key, _partial_=True)
     try:
         instance = maker(argument)
     except (TypeError, ValueError) as error:
@@ -264,30 +325,37 @@ def _stepping(node: Any, argument: Any, key: str) -> Any:
     try:
         signature(type(instance).step).bind(instance)
     except (AttributeError, TypeError) as error:
+        path = _path(type(instance))
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {_path(type(instance))} does not take: {error}"
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}"
         ) from error
     return instance
 
 
-def metric_writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
-    """The writer that the configuration names under ``metrics.writers``. Raises ConfigError if it cannot be
-    constructed or lacks a method; errors of the runner that its constructor raises pass through.
+def open_writers(
+    writers: MetricWriters, nodes: Mapping[str, Any], context: WriterContext, facts: Mapping[str, Any]
+) -> None:
+    """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
+
+    Raises ConfigError for a writer that cannot be constructed or lacks a method; errors of the runner that its
+    constructor raises pass through.
     """
-    key = f"metrics.writers.{name}"
-    maker = _partial(node, key)
+    writers.resume(facts)
+    for name, node in nodes.items():
+        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+
+
+def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+    maker = _instance(node, key, _partial_=True)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:
         raise
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
-    lacking = [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]
-    if lacking:
-        raise ConfigError(
-            f"{key}: {_path(type(writer))} has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter "
-            "describes what a writer needs"
-        )
+    if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
+        why = f"has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter describes what a writer needs"
+        raise ConfigError(f"{key}: {_path(type(writer))} {why}")
     return writer
 
 
@@ -310,9 +378,8 @@ def _frames(error: BaseException) -> str:
 
 def _hint(message: str, key: str) -> str:
     """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
-    if "unexpected keyword argument" not in message:
-        return ""
-    return f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    advice = f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    return advice if "unexpected keyword argument" in message else ""
 
 
 def _path(thing: Any) -> str:

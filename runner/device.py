@@ -1,7 +1,16 @@
-"""The device, the number of threads and the determinism of this process."""
+"""The device, the number of threads and the determinism of this process.
+
+And its topology: hardware, library versions and threads, on which exact results depend besides the configuration. It is
+recorded with every attempt, so that a resume under other conditions can say what changed.
+"""
 
 import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
 from runner.config.schema import Config
@@ -51,9 +60,9 @@ def choose_device(name: str, world: World, visible: int) -> str:
     if device.type != "cuda":
         raise ConfigError(f"runtime.device={name}: exact resuming is built for cpu and cuda; use one of them")
     if device.index is not None and rank > 0:
+        remedy = "with runtime.device=cuda each process has its own"
         raise ConfigError(
-            f"runtime.device={name} is one device, and this is process {rank + 1} of its machine; with "
-            "runtime.device=cuda each process has its own"
+            f"runtime.device={name} is one device, and this is process {rank + 1} of its machine; {remedy}"
         )
     index = device.index if device.index is not None else rank if visible > 1 else 0
     if index >= visible:
@@ -62,3 +71,44 @@ def choose_device(name: str, world: World, visible: int) -> str:
             f"process needs cuda:{index}; start one process for each device, or use runtime.device=auto or cpu"
         )
     return f"cuda:{index}"
+
+
+_FOR_PEOPLE = {"cpus", "git"}  # facts that do not change float results
+
+
+def topology(device: torch.device, processes: int, parallel: str, *, compiled: bool) -> dict[str, Any]:
+    """The topology of a run's processes, as plain JSON values. Call it after threads and device were set."""
+    on_cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "processes": processes,
+        "parallel": parallel if processes > 1 else None,
+        "compiled": compiled,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_cuda else [],
+        "cuda": torch.version.cuda if on_cuda else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "git": _git_revision(),
+    }
+
+
+def topology_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The changes since another attempt on which float results may depend, as ``name before -> now``."""
+    before = {"processes": 1, "compiled": False, **before}
+    keys = [key for key in now if key not in _FOR_PEOPLE and before.get(key) != now[key]]
+    return [f"{key} {before.get(key)} -> {now[key]}" for key in keys]
+
+
+def _git_revision() -> str | None:
+    """The revision of the working directory's repository, ``-dirty`` with uncommitted changes; None outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

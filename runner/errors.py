@@ -1,30 +1,10 @@
-"""Every error a user may meet, named by what the user must do about it.
+"""Every error a user may meet, named by what the user must do about it; ``status`` is the exit status of the command.
 
-A message says what, where, what was expected and found, and the remedy. The number is the exit status.
-
-    RunnerError                  1   anything else
-    ├── ConfigError              2   mend the configuration or the command
-    ├── DriftRefused             3   decide what the changed configuration means
-    ├── RunInUse                 4   another live process owns the run
-    │   └── Superseded           4   a newer attempt took this run over
-    ├── FinishedMeanwhile        1   nothing: the command takes the result that another process has stored meanwhile
-    ├── NoLoadableCheckpoint     5   a checkpoint was committed, none can be loaded
-    ├── Interrupted             75   run the same command again to go on
-    ├── StorageError             1   mend the disk, its permissions or the network
-    ├── RunGone                  1   find out who moved or removed the directory of the running run
-    ├── StateError               1   mend the part of the state that cannot be saved or restored
-    ├── DataError                1   mend the data set
-    ├── TaskError                1   mend what the task returns
-    ├── NonFiniteError           1   find out why the loss is NaN or infinite
-    ├── JobDied                  1   mend what killed the process of a job of a sweep
-    └── SweepFailed              1   mend what made every job of a sweep fail
-
+A message says what, where, what was expected and found, and the remedy.
 Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _secrets: set[str] = set()  # values that this process read from its environment
 _USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # user and password, not host and port
@@ -51,13 +31,13 @@ class RunnerError(Exception):
 
 
 class ConfigError(RunnerError):
-    """The configuration or the command line cannot be used."""
+    """The configuration or the command line cannot be used: mend it."""
 
     status = 2
 
 
 class DriftRefused(RunnerError):
-    """The configuration of this command differs from that of the run directory."""
+    """The configuration of this command differs from that of the run directory: decide what the change means."""
 
     status = 3
 
@@ -73,7 +53,7 @@ class Superseded(RunInUse):
 
 
 class FinishedMeanwhile(RunnerError):
-    """Another process finished the run after this process had opened it and before it could claim it."""
+    """Another process finished the run between its opening and its claim by this process, which takes the result."""
 
 
 class NoLoadableCheckpoint(RunnerError):
@@ -83,17 +63,19 @@ class NoLoadableCheckpoint(RunnerError):
 
 
 class Interrupted(RunnerError):
-    """The attempt stopped on request, with its last step committed, unless it had waited for data for too long."""
+    """The attempt stopped on request, with its last step committed, unless it had waited for data for too long. The
+    same command goes on.
+    """
 
     status = 75
 
 
 class StorageError(RunnerError):
-    """The storage refused to read or write."""
+    """The storage refused to read or write: mend the disk, its permissions or the network."""
 
 
 class RunGone(RunnerError):
-    """The directory of the run is gone, or is no longer the directory that this process claimed."""
+    """The directory of the running run was moved, removed or replaced: find out by whom."""
 
 
 class StateError(RunnerError):
@@ -154,12 +136,3 @@ def redacted(text: str) -> str:
 def has_credentials(text: str) -> bool:
     """Whether a text is a URL with a password, signature or token in it, and not an interpolation of one."""
     return any("${" not in match[0] for pattern in (_USER, _QUERY) for match in pattern.finditer(text))
-
-
-@contextmanager
-def exit_is_an_error() -> Iterator[None]:
-    """Within the block, a user's sys.exit becomes a RuntimeError: it would end a whole sweep, or claim success."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error

@@ -1,8 +1,8 @@
 """One pass over the validation data: exact means, and no change of the training state."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from itertools import zip_longest
 from typing import Any
@@ -17,7 +17,6 @@ from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
 from runner.distributed.team import Team
 from runner.errors import TaskError
-from runner.modes import evaluation_mode
 from runner.rng import seed_all, temporary_seed
 from runner.task import Task, check_metrics
 
@@ -171,6 +170,18 @@ def _sums(weights: Sequence[Tensor]) -> list[Tensor]:
     tensors = (local(weight.detach()) for weight in weights)
     reals = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
     return [tensor.view(_INTEGERS[tensor.element_size()]).sum() for tensor in reals]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is in evaluation mode; afterwards each module has its earlier mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _checked(report: Any, task: str) -> Mapping[str, float | str]:

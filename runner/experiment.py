@@ -10,41 +10,28 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-
 import runner
-from runner import signals, startup_log
-from runner.assembly import RunRecords, Wiring
-from runner.build import Parts, build
+from runner import signals
+from runner.build import Parts, build, make_callbacks, open_writers
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
-from runner.callbacks.saving import SaveCheckpoint
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.config.schema import Config, OnBadRecord
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
-from runner.device import set_up_device
+from runner.device import set_up_device, topology, topology_changes
 from runner.distributed.communicator import on_rank_zero
 from runner.distributed.team import Team
-from runner.errors import (
-    Interrupted,
-    NonFiniteError,
-    RunnerError,
-    StorageError,
-    Superseded,
-    exit_is_an_error,
-    printable,
-)
+from runner.errors import Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.finish import finish
+from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts
-from runner.run.attempts import Attempt
+from runner.run.attempts import Attempt, AttemptRecord
 from runner.run.opening import OpenedRun, ParentRecord, claim_run, new_run_hint
-from runner.startup_log import log_start
 from runner.state import Stateful
-from runner.storage.location import Location
 from runner.trainer import Trainer
 
 log = logging.getLogger("runner")
@@ -58,48 +45,46 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     """
     device = set_up_device(config, team.world)
     team.begin(device)
-    location = opening.directory.location
-    here = _topology(config, device, team)
+    directory, runtime = opening.directory, config.runtime
+    parallel = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
+    here = topology(device, team.world.size, parallel, compiled=runtime.compile)
     claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
     reporting = _reporting_errors(callbacks)
-    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack, exit_is_an_error():
+    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack:
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         if parts.held_out is not None:
             stack.callback(parts.held_out.close)
-        store = CheckpointStore(location, team.channel("writer"))
-        records = None if attempt is None else RunRecords.of(attempt, opening, config, parts)
-        callbacks |= Wiring(config, opening, parts, store, number, records, team).callbacks()
+        store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
+        callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
         setup = _set_up(config, parts, callbacks, store)
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
         resumed = _resume(opening, config, parts, store, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
-        if records is not None:
-            records.open(opening, setup.writers, resumed)
-            before = attempts.newest(location, before=number)
-            log_start(opening, parts, resumed, before=before, number=number, here=here)
+        if attempt is not None:
+            place = (directory.location, directory.experiment, directory.name)
+            context = WriterContext(*place, opening.identity, number, resumed.step)
+            open_writers(writers, setup.writers, context, resumed.facts)
+            attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
+            _log_start(opening, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
         loop = _train(opening, parts, setup, calls, resumed, team)
         patience = config.checkpoint.max_unsaved
         result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
-        notify(callbacks.values(), "on_finish", opening.directory, result)
+        notify(callbacks.values(), "on_finish", directory, result)
         return result
-
-
-def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any]:
-    runtime = config.runtime
-    spread = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
-    return startup_log.topology(device, team.world.size, spread, compiled=runtime.compile)
 
 
 def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
-    trainer, steps = config.trainer, _max_steps(config, parts)
+    trainer = config.trainer
+    epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
+    steps = min((limit for limit in (trainer.max_steps, epochs) if limit is not None), default=None)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
     setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds, writers)
     notify([*observers, *callbacks.values()], "on_build", setup)
@@ -110,52 +95,38 @@ def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
     """Register ``on_save``, ``on_commit``, ``on_evaluation`` and ``on_gradients`` with the objects that call them;
     returns all callbacks and observers in order.
     """
-    saver, evaluate = _saver(callbacks), callbacks.get("evaluate")
+    saver: Any = callbacks["checkpoint"]
     calls = [*(each for each in callbacks.values() if each is not saver), *observers, saver]
     saver.save_listeners = overriding(calls, "on_save")
     saver.commit_listeners = overriding(calls, "on_commit")
-    if isinstance(evaluate, Evaluate):
+    if isinstance(evaluate := callbacks.get("evaluate"), Evaluate):
         evaluate.listeners = overriding(calls, "on_evaluation")
     parts.update.gradient_listeners = [partial(call, parts.state) for call in overriding(calls, "on_gradients")]
     return calls
 
 
-def _saver(callbacks: Mapping[str, Callback]) -> SaveCheckpoint:
-    saver = callbacks["checkpoint"]
-    assert isinstance(saver, SaveCheckpoint)
-    return saver
-
-
 def _train(
-    opening: OpenedRun,
-    parts: Parts,
-    setup: TrainingSetup,
-    calls: list[Callback],
-    resumed: Resumed,
-    team: Team,
+    opening: OpenedRun, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
 ) -> Loop:
     """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
-    trainer = Trainer(
-        parts.task,
-        parts.update,
-        calls,
-        max_steps=setup.max_steps,
-        max_epochs=setup.max_epochs,
-        max_seconds=setup.max_seconds,
-        team=team,
-        parallelism=parts.parallelism,
-    )
-    saver = _saver(setup.callbacks)
+    trainer = Trainer(parts.task, parts.update, parts.parallelism, calls, setup, team)
+    saver: Any = setup.callbacks["checkpoint"]
     saver.save_at_start = resumed.origin is not None
     elapsed = resumed.facts.get("elapsed", 0.0)
-    with closing(saver), _advising(opening):
-        loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
+    try:
+        with closing(saver):
+            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
+    except NonFiniteError as error:
+        if opening.identity["trainer"]["on_nonfinite"] == "stop":
+            how = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
+            error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {how}",)
+        raise
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
-        error = Interrupted(
+        interruption = Interrupted(
             f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
         )
-        error.agreed = True
-        raise error
+        interruption.agreed = True
+        raise interruption
     if 0 < loop.step <= parts.update.in_a_row:
         raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
     return loop
@@ -178,29 +149,16 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
 @contextmanager
 def _closing() -> Iterator[ExitStack]:
     """Within the block, data is opened, which is closed at the end. A signal that breaks off reading it, where no step
-    is whole, interrupts the attempt.
+    is whole, interrupts the attempt. A user's sys.exit becomes an error: it would end a whole sweep, or claim success.
     """
     try:
         with ExitStack() as stack:
             yield stack
     except signals.Stopped as stopped:
-        raise Interrupted(
-            f"{stopped} while data was read; run the same command again to go on from what is committed"
-        ) from None
-
-
-@contextmanager
-def _advising(opening: OpenedRun) -> Iterator[None]:
-    """Say how to go on from the last checkpoint, where training ends because it did not stay finite."""
-    try:
-        yield
-    except NonFiniteError as error:
-        if opening.identity["trainer"]["on_nonfinite"] == "stop":
-            how = "trainer.on_nonfinite=skip run.on_drift=accept"
-            error.args = (
-                f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {opening.command} {how}",
-            )
-        raise
+        how = "run the same command again to go on from what is committed"
+        raise Interrupted(f"{stopped} while data was read; {how}") from None
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
 
 
 @contextmanager
@@ -213,8 +171,15 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
     claimed: list[Attempt] = []
 
     def claim() -> int:
-        claimed.append(_claim(opening, facts))
-        return claimed[0].number
+        # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
+        opening.directory.settle()
+        above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
+        parent = None  # an existing run has its parent in its record already
+        if opening.parent is not None and opening.directory.record() is None:
+            parent = asdict(resolve(opening.parent))
+        attempt = claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=parent)
+        claimed.append(attempt)
+        return attempt.number
 
     number = on_rank_zero(team.comm, claim)
     if not claimed:
@@ -222,19 +187,15 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
         return
     (attempt,) = claimed
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
-    outcome, reason = "failed", ""
+    outcome, reason = "finished", ""
     try:
         opening.directory.sweep()
         yield number, attempt
-        outcome = "finished"
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, Superseded):
-            outcome = "superseded"
-        elif isinstance(error, NonFiniteError):
-            outcome = "diverged"
-        elif isinstance(error, RunnerError):  # also of another process, which was interrupted and ended this one
-            outcome = _outcome(error.status)
+        kinds: dict[type[BaseException], str] = {Superseded: "superseded", NonFiniteError: "diverged"}
+        # A status of 75 may be that of another process, which was interrupted and ended this one.
+        outcome = kinds.get(type(error)) or _outcome(error.status if isinstance(error, RunnerError) else 1)
         raise
     finally:
         with suppress(StorageError):  # the reason of the failure matters more than a record of it
@@ -245,53 +206,71 @@ def _outcome(status: int) -> str:
     return "interrupted" if status == Interrupted.status else "failed"
 
 
-def _claim(opening: OpenedRun, facts: dict[str, Any]) -> Attempt:
-    # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
-    opening.directory.settle()
-    above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
-    return claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=_origin(opening))
-
-
-def _max_steps(config: Config, parts: Parts) -> int | None:
-    """The smaller of ``max_steps`` and the steps in ``max_epochs``; the latter are unknown for some data."""
-    trainer = config.trainer
-    epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
-    limits = [trainer.max_steps, epochs]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:
     """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
     directory, state = opening.directory, parts.state
+
+    def evidence() -> str | None:
+        """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
+        for record in attempts.history(directory.location):
+            for source in (record.beat, record.end or {}):
+                if source.get("committed"):
+                    return f"attempt {record.number} noted one at step {printable(source['committed'])}"
+        return None
+
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-        substitutions = on_rank_zero(
-            team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()]
-        )
-        state.stream.repeat_substitutions(dict(substitutions))
+        recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()])
+        state.stream.repeat_substitutions(dict(recorded))
     origin = ParentRecord.of(directory)
     with signals.at_once(team.world.size == 1):
         return restore_newest(
             state,
             store,
             opening.identity,
-            evidence=partial(_evidence, directory.location),
+            evidence=evidence,
             fresh=partial(begin_state, state, opening.identity, origin, opening.parent, directory, team.comm),
             anew=partial(new_run_hint, opening.command, directory),
             comm=team.comm,
         )
 
 
-def _evidence(location: Location) -> str | None:
-    """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
-    for record in attempts.history(location):
-        for source in (record.beat, record.end or {}):
-            if source.get("committed"):
-                return f"attempt {record.number} noted one at step {printable(source['committed'])}"
-    return None
+def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, here: dict[str, Any]) -> None:
+    """Print the first lines, once per attempt. ``here`` is the topology of this process."""
+    before = attempts.newest(opening.directory.location, before=number)
+    stream = parts.state.stream
+    count = sum(parameter.numel() for parameter in parts.state.model.parameters())
+    log.info("run      %s", opening.directory.location.url)
+    log.info("attempt  %d, %s", number, _from_where(resumed, before))
+    for line in resumed.unusable:
+        log.warning("unused   %s", line)
+    if opening.changes:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
+    then = before.claim.get("topology") if before is not None else None
+    moved = topology_changes(then, here) if isinstance(then, dict) else []
+    if moved:
+        log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
+    log.info("data     %s", stream.guarantee)
+    if parts.parallelism.description:
+        plan = parts.plan
+        assert plan is not None, "iterable data was refused"
+        each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
+        share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
+        log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
+    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
+    log.info("model    %s parameters", f"{count:,}")
 
 
-def _origin(opening: OpenedRun) -> dict[str, Any] | None:
-    """The parent of a new run, for its record; None for a run that exists, whose record has it already."""
-    if opening.parent is None or opening.directory.record() is not None:
-        return None
-    return asdict(resolve(opening.parent))
+def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
+    origin = resumed.origin
+    if origin is not None:
+        return printable(f"{'forked' if origin.start else 'weights'} from step {origin.step} of {origin.run}")
+    if resumed.commit is None:
+        if before is None:
+            return "from scratch"
+        return f"from scratch (attempt {before.number} was {before.outcome()} before its first checkpoint)"
+    text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
+    reached = before.beat.get("step") if before is not None else None
+    if before is not None and isinstance(reached, int) and reached > resumed.step:
+        text += f"; attempt {before.number} was {before.outcome()} at step {reached} or later, "
+        text += f"{reached - resumed.step} steps are done again"
+    return text

@@ -4,6 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +29,8 @@ from runner.storage.location import Buffer, Location
 
 log = logging.getLogger("runner")
 
+Weights = Mapping[str, Tensor]
+
 _LONGEST_PAUSE = 30.0  # seconds between two tries to export
 _POLL_SECONDS = 0.5  # while waiting for the next try
 
@@ -46,55 +50,49 @@ def finish(
 
     A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
     """
-    state = parts.state
-    weights = {
-        name: parts.parallelism.full_tensor(tensor) for name, tensor in state.evaluated_model.state_dict().items()
-    }
-    tries = Retries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
+    live = parts.state.evaluated_model.state_dict()
+    weights = {name: parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
+    work = partial(_finish, opening, parts, store, callbacks, loop, weights)
+    tries = Retries(attempt, patience, work)  # type: ignore[arg-type]  # rank 0 alone tries, and has an attempt
     result: dict[str, Any] | None = None
     while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
         result = on_rank_zero(comm, tries.next)
     return result
 
 
+@dataclass
 class Retries:
     """Tries to export, with growing pauses between them."""
 
-    def __init__(self, attempt: Attempt | None, patience: float, work: Callable[[], dict[str, Any]]) -> None:
-        self._attempt = attempt
-        self._patience = patience
-        self._work = work
-        self._failed_since: float | None = None
-        self._pause = 1.0
-        self._next_try = 0.0
+    attempt: Attempt
+    patience: float
+    work: Callable[[], dict[str, Any]]
+    _failed_since: float | None = None
+    _pause: float = 1.0
+    _next_try: float = 0.0
 
     def next(self) -> dict[str, Any] | None:
         """The result of a try; None if the try failed, or before it is time for the next.
 
         Raises StorageError, Superseded, RunGone, and Interrupted.
         """
-        assert self._attempt is not None
         if time.monotonic() < self._next_try:
             signals.raise_if_received("while the weights could not be exported; every step is committed")
             time.sleep(_POLL_SECONDS)
             return None
         try:
-            self._attempt.require_newest()
-            return self._work()
+            self.attempt.require_newest()
+            return self.work()
         except StorageError as error:
             self._failed_since = self._failed_since or time.monotonic()
-            left = self._failed_since + self._patience - time.monotonic()
+            left = self._failed_since + self.patience - time.monotonic()
             if left <= 0:
                 raise StorageError(
                     f"the weights could not be exported: {error}.\nEvery step is committed; mend the storage and run "
-                    f"the same command again (checkpoint.max_unsaved={self._patience:g})."
+                    f"the same command again (checkpoint.max_unsaved={self.patience:g})."
                 ) from error
-            log.warning(
-                "the weights could not be exported: %s. Trying again in %.0f seconds, for another %.0f",
-                printable(error),
-                self._pause,
-                left,
-            )
+            text = "the weights could not be exported: %s. Trying again in %.0f seconds, for another %.0f"
+            log.warning(text, printable(error), self._pause, left)
             self._next_try = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             return None
@@ -106,7 +104,7 @@ def _finish(
     store: CheckpointStore,
     callbacks: Mapping[str, Callback],
     loop: Loop,
-    final: Mapping[str, Tensor],
+    final: Weights,
 ) -> dict[str, Any]:
     location = opening.directory.location
     weights = {MODEL: final}
@@ -136,7 +134,7 @@ def _finish(
     return result
 
 
-def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tuple[str, int]:
+def export(location: Location, name: str, weights: Weights) -> tuple[str, int]:
     """Write weights as a plain safetensors file; returns its sha256 and its size."""
     hasher, size = sha256_hasher(), 0
 
@@ -151,7 +149,7 @@ def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tupl
     return hasher.hexdigest(), size
 
 
-def safetensors_file(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
+def safetensors_file(weights: Weights) -> Iterator[Buffer]:
     """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
     loading. Warns of a module's extra state, which has no place in the file.
     """
@@ -169,11 +167,10 @@ def _number(value: float) -> float | None:
 def _weights_at(store: CheckpointStore, step: int) -> dict[str, Tensor] | None:
     """The evaluated weights of the kept commit at ``step``; None, with a warning, if they are damaged."""
     reasons = ["its checkpoint is gone"]
-    for commit in store.commits():
-        if commit.step == step:
-            try:
-                return evaluated_weights(store.open(commit))
-            except Damaged as error:
-                reasons.append(str(error))
+    for commit in (each for each in store.commits() if each.step == step):
+        try:
+            return evaluated_weights(store.open(commit))
+        except Damaged as error:
+            reasons.append(str(error))
     log.warning("%s is not written: step %d was the best, but %s", BEST, step, reasons[-1])
     return None

@@ -1,6 +1,5 @@
-"""Hashes of content. Their digests are on disk and in names of files, so no function here may change its result.
-
-Every hash that says "the same bytes as before" is made here. Seeds are hashes too, and are derived in ``rng``.
+"""Hashes of content, and seeds, which are hashes too. Digests are on disk and in names of files: no function here may
+change its result.
 """
 
 import hashlib
@@ -10,6 +9,13 @@ from typing import Any
 import xxhash
 
 Buffer = bytes | bytearray | memoryview
+
+
+def derive(label: str, *parts: int | str) -> int:
+    """A 64-bit seed for the purpose ``label``: a hash and no sum, because ``seed + epoch`` of one run is that of its
+    neighbour.
+    """
+    return int_digest(json.dumps([label, *parts]).encode())
 
 
 def hex_digest(*pieces: Buffer, size: int = 8) -> str:

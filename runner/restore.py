@@ -15,12 +15,12 @@ from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import local
 from runner.checkpoint.store import CheckpointStore, ranked
 from runner.checkpoint.tensor_file import Damaged, is_finite
-from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
+from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
+from runner.hashing import derive
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.opening import Parent, ParentRecord, compare
-from runner.seeds import derive
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
@@ -59,8 +59,8 @@ def restore_newest(
     *,
     evidence: Callable[[], str | None],
     fresh: Callable[[], Resumed],
-    anew: Callable[[int], str] = str,
-    comm: Communicator = SINGLE_PROCESS,
+    anew: Callable[[int], str],
+    comm: Communicator,
 ) -> Resumed:
     """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
 
@@ -87,9 +87,8 @@ def restore_newest(
             tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
             rest = [other for other in commits[number + 1 :] if other.step not in tried]
             older = _older(state, store, rest, identity, comm)
-            error.args = (
-                f"{error}\n{anew(older) if older else 'No older checkpoint is kept that fits and is finite.'}",
-            )
+            hint = anew(older) if older else "No older checkpoint is kept that fits and is finite."
+            error.args = (f"{error}\n{hint}",)
             raise
     trace = on_rank_zero(comm, evidence)
     if trace is not None:
@@ -103,14 +102,16 @@ def begin(
     origin: ParentRecord | None,
     asked: Parent | None,
     directory: RunDirectory,
-    comm: Communicator = SINGLE_PROCESS,
+    comm: Communicator,
 ) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent. ``asked`` is the parent in this command.
 
     Raises NoLoadableCheckpoint, StateError, ConfigError for a parent in a store that the command does not name.
     """
+    seed = derive("train", identity["seed"], *([comm.rank] if comm.rank else []))  # another one on each rank
     if origin is None:
-        _start(state, identity["seed"], comm.rank)
+        state.stream.open()  # draws random numbers: the generators are seeded afterwards
+        seed_all(seed)
         return Resumed()
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
@@ -119,9 +120,15 @@ def begin(
     try:
         if origin.inherit == "model":
             state.inherit(parent.open(commit, comm))
-            _start(state, identity["seed"], comm.rank)
+            state.stream.open()
+            seed_all(seed)
             return Resumed(origin=origin)
-        _fork(state, parent.open(commit, comm), identity)
+        checkpoint = parent.open(commit, comm)
+        # The data position only if it means the same samples; the parent's callbacks are not this run's.
+        same_data = not state.stream.changes(checkpoint.load("data"))
+        if not same_data:
+            state.stream.open()
+        _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
         return Resumed(commit, origin=origin)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
@@ -158,9 +165,8 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights that were evaluated: the averaged ones if there are any. Raises Damaged."""
     if "average" not in checkpoint.parts:
         return dict(checkpoint.load("model"))
-    prefix = "module."
     average = checkpoint.load("average").items()
-    return {name.removeprefix(prefix): tensor for name, tensor in average if name.startswith(prefix)}
+    return {name.removeprefix("module."): tensor for name, tensor in average if name.startswith("module.")}
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
@@ -169,17 +175,16 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
     if which is None:
         return commits
     if which == "best":
-        goal = (directory.identity() or {}).get("objective") or {}
-        infos = store.survey()
-        best = ranked(infos, goal.get("mode") if goal.get("metric") else None)
-        if not best and all(info.damaged for info in infos):
+        goal, infos = (directory.identity() or {}).get("objective") or {}, store.survey()
+        if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
+            which = best[0].id.step
+        elif all(info.damaged for info in infos):
             return commits  # opening them will say what is wrong with each
-        if not best:
+        else:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
-        which = best[0].id.step
     chosen = [commit for commit in commits if commit.step == which]
     if commits and not chosen:
-        steps = ", ".join(str(step) for step in sorted({commit.step for commit in commits}))
+        steps = ", ".join(map(str, sorted({commit.step for commit in commits})))
         raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
     return chosen
 
@@ -198,20 +203,6 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
             "(run.on_drift=fork, for a fork), or begin a new one: run.parent=... run.name=..."
         )
     return open_location(origin.run, directory.options if is_remote(origin.run) else None)
-
-
-def _start(state: TrainState, seed: int, rank: int) -> None:
-    """Open the data, which draws random numbers; then seed the generators, differently on each rank."""
-    state.stream.open()
-    seed_all(derive("train", seed, *([rank] if rank else [])))
-
-
-def _fork(state: TrainState, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Load another run's state without its callbacks', and its data position only if it means the same samples."""
-    same_data = not state.stream.changes(checkpoint.load("data"))
-    if not same_data:
-        state.stream.open()
-    _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
 
 
 def _restore(

@@ -32,7 +32,9 @@ _UNUSABLE = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError
 
 
 class RunFacts:
-    """The recorded facts of one run. Each is read when it is first used, and then kept.
+    """The recorded facts of one run. Each is read when it is first used, and then kept; lists are newest first, but
+    ``attempts`` oldest first. ``result`` is None while the run is not finished, ``committed`` and ``start`` are 0
+    without a checkpoint and a fork.
 
     Reading raises ConfigError where there is no run, StorageError for damaged records.
     """
@@ -43,7 +45,6 @@ class RunFacts:
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """The content of ``run.json``."""
         record = self.directory.record()
         if record is None:
             raise ConfigError(f"{self._location.url} is not a run directory: it has no {_MARKER}")
@@ -51,38 +52,31 @@ class RunFacts:
 
     @cached_property
     def newest(self) -> AttemptRecord | None:
-        """The newest attempt."""
         return attempts.newest(self._location)
 
     @cached_property
     def attempts(self) -> list[AttemptRecord]:
-        """All attempts, oldest first."""
         return attempts.history(self._location)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The configuration that the run has now."""
         return self.directory.identity_since(self.newest) or {}
 
     @cached_property
     def result(self) -> dict[str, Any] | None:
-        """The result; None while the run is not finished."""
         return self.directory.result(self.identity)
 
     @cached_property
     def commits(self) -> list[CommitId]:
-        """The committed checkpoints, newest first."""
         return manifest.commits(self._location)
 
     @cached_property
     def start(self) -> int:
-        """The step after which the run started; 0 unless it is a fork."""
         origin = ParentRecord.of(self.directory)
         return origin.start if origin else 0
 
     @property
     def committed(self) -> int:
-        """The step of the newest checkpoint; 0 without one."""
         return self.commits[0].step if self.commits else 0
 
     @property
@@ -166,9 +160,8 @@ def map_runs(root: str, read: Callable[[str, RunFacts], T], unreadable: Callable
 
 def number(value: Any) -> float | None:
     """``value`` if it is a finite number that a float can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if -_LARGEST <= value <= _LARGEST else None
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+    return value if usable else None
 
 
 def integer(value: Any) -> int | None:

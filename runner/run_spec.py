@@ -19,7 +19,7 @@ from runner.config.identity import identity, is_name, variant
 from runner.config.schema import OnConflict, check
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
-from runner.run.opening import CheckpointRef, OpenedRun, Parent, must_wait, open_run
+from runner.run.opening import CheckpointRef, OpenedRun, Parent, open_run
 from runner.storage.location import is_remote, local_root, protocol
 
 
@@ -44,21 +44,10 @@ class RunSpec:
         check(config)
         hydra = HydraConfig.get()
         overrides = _unresolved(hydra.overrides.task)
-        experiment, name = hydra.runtime.choices["experiment"], run_name(config, hydra)
+        experiment, name, run = hydra.runtime.choices["experiment"], run_name(config, hydra), config.run
         directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
-        return cls(
-            directory,
-            identity(config),
-            overrides,
-            _parent(config),
-            config.run.on_drift.name,
-            _command(hydra, overrides),
-            config.run.on_conflict,
-        )
-
-    def must_wait(self) -> bool:
-        """Whether another process works on the run, and this command is to wait for it."""
-        return must_wait(self.directory, self.on_conflict)
+        parent, command = _parent(config), _command(hydra, overrides)
+        return cls(directory, identity(config), overrides, parent, run.on_drift.name, command, run.on_conflict)
 
     def open(self) -> OpenedRun:
         """Look at the run directory; see ``open_run``."""
@@ -93,25 +82,20 @@ def storage_options(config: DictConfig) -> dict[str, Any]:
 
 def run_name(config: DictConfig, hydra: HydraConf) -> str:
     """The name of the run's directory: ``run.name``, or one made from the overrides as given. Raises ConfigError."""
-    name = config.run.name
-    if name is None:
-        return _older_name(config, hydra) or variant(_unresolved(hydra.overrides.task))
-    if not is_name(name):
-        raise ConfigError(f"run.name={name}: use letters, digits and . _ = , + ~ - only; it becomes a directory")
-    return str(name)
-
-
-def _older_name(config: DictConfig, hydra: HydraConf) -> str | None:
-    """The name with the values of ``${oc.env:NAME}`` in it, if an older version made a run of that name."""
+    if config.run.name is not None:
+        if not is_name(config.run.name):
+            message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
+            raise ConfigError(f"run.name={config.run.name}: {message}")
+        return str(config.run.name)
     names = [variant(_unresolved(hydra.overrides.task))]
     with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
         names.append(variant([*hydra.overrides.task]))
-    root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
-    if len({*names}) == 2:
+    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
+        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
         for name in names:
             if RunDirectory.under(root, experiment, name, options).record() is not None:
                 return name
-    return None
+    return names[0]
 
 
 def _command(hydra: HydraConf, overrides: list[str]) -> str:

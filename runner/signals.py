@@ -69,8 +69,7 @@ def call_previous_handlers() -> None:
     arrived = [*_arrived]
     _forget()
     for name in arrived:
-        handler = _previous.get(name)
-        if callable(handler) and handler is not signal.default_int_handler:
+        if callable(handler := _previous.get(name)) and handler is not signal.default_int_handler:
             handler(signal.Signals[name], None)
 
 
@@ -89,8 +88,12 @@ def ignore() -> None:
     """
     _forget()
     for number in STOP_SIGNALS:
-        signal.signal(number, _pass)
+        signal.signal(number, _ignore)
         signal.siginterrupt(number, False)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def received() -> str | None:
@@ -179,15 +182,15 @@ def _is_second(number: int, witness: str) -> bool:
 
 def _lose_patience_later() -> None:
     """After some seconds, break off a step that waits for data."""
-
-    def lose() -> None:
-        global _late
-        _late = _received is not None
-        wake()
-
-    timer = threading.Timer(_PATIENCE_SECONDS, lose)
+    timer = threading.Timer(_PATIENCE_SECONDS, _lose_patience)
     timer.daemon = True
     timer.start()
+
+
+def _lose_patience() -> None:
+    global _late
+    _late = _received is not None
+    wake()
 
 
 def _guard(arrivals: int) -> None:
@@ -197,10 +200,6 @@ def _guard(arrivals: int) -> None:
             if _is_second(number, "guard"):
                 time.sleep(1.0)  # for the handler, which ends the process by the signal itself
                 os._exit(128 + number)
-
-
-def _pass(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 def _forget() -> None:
@@ -225,7 +224,7 @@ def _restore_handlers() -> None:
     _forget()
     _check, _at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
-        if signal.getsignal(number) in (_note, _look, _pass):
+        if signal.getsignal(number) in (_note, _look, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)

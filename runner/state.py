@@ -13,8 +13,8 @@ from runner.checkpoint.tensor_file import Damaged
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
+from runner.hashing import derive
 from runner.rng import Generators, seed_all
-from runner.seeds import derive
 
 _MEMORY = "callback."
 
@@ -90,7 +90,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
-        return {name: _state_of(part) for name, part in self.parts().items()}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        # Each rank draws random numbers for itself.
+        return {name: PerRank(state) if name == "generators" else state for name, state in states.items()}
 
     def changes(self) -> dict[str, Any]:
         """How the structure differs from the built one, for the facts of a commit: a restore makes these changes first.
@@ -104,8 +106,7 @@ class TrainState:
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint can be loaded, judged by its manifest."""
-        places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        shapes = {name: place.kind.shape for name, place in places.items()}
+        shapes = {name[6:]: place.kind.shape for name, place in checkpoint.places.items() if name.startswith("model/")}
         if self.built is None or {*checkpoint.parts} != {*self.parts()}:
             return False
         try:
@@ -129,12 +130,14 @@ class TrainState:
 
         Raises StateError for parts that do not fit, Damaged for bad bytes.
         """
-        parts = {name: part for name, part in self.parts().items() if memories or not name.startswith(_MEMORY)}
-        saved = [name for name in checkpoint.parts if memories or not name.startswith(_MEMORY)]
+        parts, saved = (
+            [name for name in names if memories or not name.startswith(_MEMORY)]
+            for names in (self.parts(), checkpoint.parts)
+        )
         _require_same(parts, saved, checkpoint)
         same_types = True
-        for name, part in parts.items():
-            if name in without:
+        for name, part in self.parts().items():
+            if name in without or name not in parts:
                 continue
             state = self._load(name, part, checkpoint)
             if part is self.model:
@@ -175,15 +178,9 @@ class TrainState:
         except (RunnerError, Damaged):
             raise
         except Exception as error:
-            raise StateError(
-                f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}", kind="restore"
-            ) from error
+            message = f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
+            raise StateError(message, kind="restore") from error
         return state
-
-
-def _state_of(part: Stateful) -> dict[str, Any]:
-    state = part.state_dict()
-    return PerRank(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
 def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:
@@ -223,8 +220,8 @@ def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Chec
     missing, unknown = sorted({*now} - {*saved}), sorted({*saved} - {*now})
     if missing or unknown:
         raise StateError(
-            f"{checkpoint.id.commit} does not hold the parts of this run: "
-            f"missing {', '.join(missing) or 'none'}, left over {', '.join(unknown) or 'none'}. "
-            "Code or settings changed since. Restore them, or begin a new run from this state with run.on_drift=fork.",
+            f"{checkpoint.id.commit} does not hold the parts of this run: missing {', '.join(missing) or 'none'}, left "
+            f"over {', '.join(unknown) or 'none'}. Code or settings changed since. Restore them, or begin a new run "
+            "from this state with run.on_drift=fork.",
             kind="structure",
         )

@@ -45,7 +45,13 @@ class StopRequest:
     @contextmanager
     def forward_signals(self) -> Iterator[None]:
         """Within the block, write the request once this process has received a stop signal."""
-        with _repeating(self._forward, _LISTEN_SECONDS):
+
+        def forward() -> bool:
+            if name := signals.received():
+                self.location.replace(self._object, [name.encode()])
+            return name is not None
+
+        with _repeating(forward, _LISTEN_SECONDS):
             yield
 
     def withdraw(self) -> None:
@@ -68,12 +74,6 @@ class StopRequest:
     def _object(self) -> str:
         return f"sweeps/{self.name}.stop"
 
-    def _forward(self) -> bool:
-        name = signals.received()
-        if name:
-            self.location.replace(self._object, [name.encode()])
-        return name is not None
-
     def _check(self) -> bool:
         stop = orphaned() or self.location.read(self._object, limit=_LIMIT) is not None
         if stop:
@@ -92,10 +92,10 @@ def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
-        done = False
-        while not done and not ended.wait(seconds):
+        while not ended.wait(seconds):
             with suppress(StorageError):
-                done = action()
+                if action():
+                    return
 
     thread = threading.Thread(target=work, name="stop", daemon=True)
     thread.start()

@@ -85,15 +85,11 @@ def check_metrics(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
         raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():
         if not isinstance(value, Tensor) or value.dim():
-            raise TaskError(
-                f"{step} returned {name!r} as a {_kind(value)}; expected a tensor of shape []: a mean over the samples "
-                f"of the batch, as in {_EXAMPLE}"
-            )
+            expected = f"a tensor of shape []: a mean over the samples of the batch, as in {_EXAMPLE}"
+            raise TaskError(f"{step} returned {name!r} as a {_kind(value)}; expected {expected}")
     if loss and "loss" not in metrics:
-        raise TaskError(
-            f"{step} returned {', '.join(map(repr, metrics)) or 'nothing'} and no 'loss', which is what is minimised; "
-            f"expected a dict as in {_EXAMPLE}"
-        )
+        names = ", ".join(map(repr, metrics)) or "nothing"
+        raise TaskError(f"{step} returned {names} and no 'loss', which is minimised; expected a dict as in {_EXAMPLE}")
     return metrics
 
 

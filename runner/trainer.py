@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from runner import signals
-from runner.callbacks.base import Callback, Loop, overriding
+from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.team import Parallelism, StepReport, Team
 from runner.state import TrainState
@@ -13,34 +14,23 @@ from runner.task import Metrics, Task, Update, check_metrics
 from runner.update import MEASURED
 
 
+@dataclass
 class Trainer:
     """Runs optimizer steps until a limit, a callback or a signal ends training, after the same step in all processes of
     the ``team``. Callbacks do everything else, such as saving.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        update: Update,
-        callbacks: Sequence[Callback],
-        *,
-        max_steps: int | None,
-        max_epochs: int | None = None,
-        max_seconds: float | None = None,
-        team: Team | None = None,
-        parallelism: Parallelism | None = None,
-    ) -> None:
-        self.task = task
-        self.update = update
-        self.callbacks = callbacks
-        self.max_steps = max_steps
-        self.max_epochs = max_epochs
-        self.max_seconds = max_seconds
-        self.team = team or Team()
-        self.parallelism = parallelism or Parallelism()
-        self._on_step_start = overriding(callbacks, "on_step_start")
-        self._on_batch = overriding(callbacks, "on_batch")
-        self._on_update = overriding(callbacks, "on_update")
+    task: Task
+    update: Update
+    parallelism: Parallelism
+    callbacks: Sequence[Callback]
+    limits: TrainingSetup
+    team: Team
+
+    def __post_init__(self) -> None:
+        self._on_step_start = overriding(self.callbacks, "on_step_start")
+        self._on_batch = overriding(self.callbacks, "on_batch")
+        self._on_update = overriding(self.callbacks, "on_update")
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
         """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
@@ -74,9 +64,9 @@ class Trainer:
             with signals.at_once(alone):
                 stream.ready()
         except signals.Stopped:
-            if not alone:
-                raise
-            return self.team.stop
+            if alone:
+                return self.team.stop
+            raise
         return None
 
     def _step(self, loop: Loop, began: float) -> None:
@@ -118,7 +108,7 @@ class Trainer:
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
-        loop = Loop(state, self.max_steps, state.progress.step, elapsed=elapsed)
+        loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         loop.stop = (self._limit(loop) if loop.step else None) or stopped
         for callback in self.callbacks:
@@ -127,10 +117,8 @@ class Trainer:
         return loop
 
     def _limit(self, loop: Loop) -> str | None:
-        if self.max_steps is not None and loop.step >= self.max_steps:
-            return "max_steps"
-        if self.max_epochs is not None and loop.epochs >= self.max_epochs:
-            return "max_epochs"
-        if self.max_seconds is not None and loop.elapsed >= self.max_seconds:
-            return "max_seconds"
+        for name, value in (("max_steps", loop.step), ("max_epochs", loop.epochs), ("max_seconds", loop.elapsed)):
+            limit = getattr(self.limits, name)
+            if limit is not None and value >= limit:
+                return name
         return None

@@ -26,7 +26,7 @@ DOORS = {
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "xxhash": {"hashing"},
-    "hashlib": {"hashing", "seeds"},  # seeds are hashes, too
+    "hashlib": {"hashing"},
     "yaml": {"run"},
     "tabulate": {"run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},

@@ -7,7 +7,7 @@ import pytest
 from lives import Lives
 from results import metric_lines, results
 
-from runner.callbacks.progress import ShowProgress
+from runner.callbacks.reporting import ShowProgress
 
 USER = Path(__file__).parent / "user"
 COMMAND = (

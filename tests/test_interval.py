@@ -1,6 +1,6 @@
-"""When a periodic action is due."""
+"""When an evaluation is due."""
 
-from runner.interval import Interval
+from runner.callbacks.evaluate import Interval
 
 
 def test_steps_are_due_at_every_multiple_and_nowhere_else() -> None:
@@ -19,22 +19,8 @@ def test_a_step_longer_than_many_epochs_is_due_once() -> None:
     assert Interval(epochs=2).due(1, epochs_before=0, epochs=9)
 
 
-def test_seconds_count_on_the_given_clock_from_the_last_restart() -> None:
-    now = 100.0
-    interval = Interval(seconds=5, clock=lambda: now)
-    now = 104.9
-    assert not interval.due(1)
-    now = 105.0
-    assert interval.due(2)
-    assert interval.due(3)
-    interval.restart()
-    assert not interval.due(4)
-    now = 110.0
-    assert interval.due(5)
-
-
 def test_whichever_comes_first_is_due() -> None:
-    interval = Interval(steps=10, epochs=1, seconds=60, clock=lambda: 0.0)
+    interval = Interval(steps=10, epochs=1)
     assert interval.due(10)
     assert interval.due(7, epochs_before=0, epochs=1)
     assert not interval.due(7, epochs_before=1, epochs=1)

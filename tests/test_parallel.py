@@ -10,9 +10,8 @@ import torch
 import torch.multiprocessing as processes
 from torch import nn
 
-from runner.average import moving_average, update_average
 from runner.errors import ConfigError, TaskError
-from runner.update import WeightUpdate
+from runner.update import WeightUpdate, moving_average, update_average
 
 CPU = torch.device("cpu")
 BATCH = torch.linspace(-1, 1, 32).view(8, 4)

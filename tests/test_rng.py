@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from runner.checkpoint.encoding import decode, encode
-from runner.hashing import checksum, hex_digest, int_digest, json_digest, sha256_digest
+from runner.hashing import checksum, derive, hex_digest, int_digest, json_digest, sha256_digest
 from runner.rng import Generators, seed_all, temporary_seed
-from runner.seeds import derive
 
 
 def draw() -> list[Any]:

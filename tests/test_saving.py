@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import SaveCheckpoint, _is_spoiled
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer, _is_spoiled
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.errors import StorageError, Superseded
-from runner.interval import CostBudget, Interval
 from runner.storage import LocalLocation
 
 
@@ -49,14 +48,12 @@ class Run:
         self.loop = Loop(state, None)
         self.saver = SaveCheckpoint(
             self.store,
-            Interval(steps=1),
-            None,
+            SaveTimer(steps=1, clock=lambda: self.now),
             Retention(best=best),
             attempt=1,
             identity={},
             max_unsaved=100.0,
             background=background,
-            clock=lambda: self.now,
         )
         self.saver.pins = pinned.__contains__
         self.saver.on_start(self.loop)
@@ -309,21 +306,50 @@ def test_a_staged_copy_keeps_ties_and_reuses_its_memory() -> None:
     assert not again["a"].any()
 
 
-def test_the_affordable_interval_keeps_the_cost_at_its_share() -> None:
-    now = [0.0]
-    affordable = CostBudget(share=0.01, least=10, most=1000, clock=lambda: now[0])
-    assert not affordable.due()
-    now[0] = 10
-    assert affordable.due()
-    affordable.restart()
-    affordable.spent(0.5)
-    now[0] = 59
-    assert not affordable.due()
-    now[0] = 60
-    assert affordable.due()
-    affordable.restart()
-    affordable.spent(1e6)
-    now[0] = 1059
-    assert not affordable.due()
-    now[0] = 1060
-    assert affordable.due()
+def test_saves_cost_no_more_than_their_share() -> None:
+    now = 0.0
+    timer = SaveTimer(auto=True, clock=lambda: now)
+    assert not timer.due(1)
+    now = 10.0  # the shortest pause
+    assert timer.due(1)
+    for cost, pause in ((0.5, 50.0), (1e6, 3600.0)):
+        timer.restart()
+        timer.saved(stall=cost)
+        timer.settle()
+        since = now
+        now = since + pause - 1
+        assert not timer.due(1)
+        now = since + pause
+        assert timer.due(1)
+
+
+def test_steps_beside_a_save_add_to_its_cost() -> None:
+    now = 0.0
+    timer = SaveTimer(auto=True, clock=lambda: now)
+    for seconds, writing in ((1.0, False), (1.5, True), (9.0, True)):
+        if writing and seconds == 1.5:
+            timer.saved(stall=0.0)
+        now += seconds
+        timer.step(writing=writing, counts=seconds < 9)  # the last one evaluated, too
+    timer.settle()
+    timer.restart()
+    now += 49.0
+    assert not timer.due(1)
+    now += 1.0
+    assert timer.due(1)
+
+
+def test_seconds_count_from_the_last_restart() -> None:
+    now = 100.0
+    timer = SaveTimer(steps=10, seconds=5, clock=lambda: now)
+    now = 104.9
+    assert not timer.due(1)
+    assert timer.due(10)
+    now = 105.0
+    assert timer.due(2)
+    assert timer.due(3)
+    timer.restart()
+    assert not timer.due(4)
+    now = 110.0
+    assert timer.due(5)
+    assert not SaveTimer(clock=lambda: now).due(1)

@@ -12,11 +12,10 @@ from faults import MemoryLocation
 from threads import Meeting, ThreadRanks, ends_among
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import SaveCheckpoint
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.distributed.communicator import PerRank
 from runner.errors import RunnerError, StorageError, Superseded
-from runner.interval import Interval
 
 SIZE = 3
 
@@ -43,8 +42,7 @@ class Seat:
         owner: Any = SimpleNamespace(successor=self._successor, beat=lambda **facts: None)
         self.saver = SaveCheckpoint(
             store,
-            Interval(steps=1),
-            None,
+            SaveTimer(steps=1, clock=lambda: self.now),
             Retention(last=99, every_steps=every_steps),
             attempt=1,
             identity={},
@@ -52,7 +50,6 @@ class Seat:
             max_unsaved=100.0,
             background=background,
             comm=comm,
-            clock=lambda: self.now,
         )
         self.saver.on_start(self.loop)
 

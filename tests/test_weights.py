@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.average import moving_average, update_average
+from runner.build import train_mode
 from runner.errors import ConfigError, TaskError
-from runner.modes import evaluation_mode, train_mode
-from runner.update import WeightUpdate
+from runner.evaluation import evaluation_mode
+from runner.update import WeightUpdate, moving_average, update_average
 
 CPU = torch.device("cpu")
 

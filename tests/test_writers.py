@@ -127,4 +127,4 @@ def test_the_mlflow_writer_of_the_documentation_works(
 
 def test_the_group_keeps_marks_of_absent_writers() -> None:
     group = MetricWriters(marks={"gone": {"at": 3}, "empty": {}})
-    assert group.mark(7) == {"gone": {"at": 3}}
+    assert group.mark(7) == {"metrics": {}, "writers": {"gone": {"at": 3}}}

@@ -3,18 +3,35 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from runner.callbacks.base import Callback, Loop
 from runner.data.stream import EvaluationData
 from runner.errors import ConfigError, printable
 from runner.evaluation import EvaluationInterrupted
-from runner.interval import Interval
 from runner.state import TrainState
 
 log = logging.getLogger("runner")
 
 
+@dataclass(slots=True)
+class Interval:
+    """Due every ``steps`` steps or ``epochs`` epochs, whichever comes first (None: never). By position alone:
+    an evaluation is due at the same steps in a resumed run as in an uninterrupted one.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def due(self, step: int, *, epochs_before: int = 0, epochs: int = 0) -> bool:
+        """Whether it is due after ``step``, which raised the finished epochs from ``epochs_before`` to ``epochs``."""
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        return self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs
+
+
+@dataclass(eq=False)
 class Evaluate(Callback):
     """Evaluates when due and at the last step.
 
@@ -22,29 +39,26 @@ class Evaluate(Callback):
     fingerprint of the data: results on changed data cannot be compared with earlier ones.
     """
 
-    def __init__(
-        self, interval: Interval, evaluate: Callable[[TrainState], Mapping[str, float | str]], data: EvaluationData
-    ) -> None:
-        self.interval = interval
-        self.evaluate = evaluate
-        self.data = data
-        self.step = 0
-        self.scalars: dict[str, float] = {}
-        self.listeners: Sequence[Callable[[Loop], None]] = ()  # called after an evaluation, before it is noted
+    interval: Interval
+    evaluate: Callable[[TrainState], Mapping[str, float | str]]
+    data: EvaluationData
+    step: int = 0
+    scalars: dict[str, float] = field(default_factory=dict)
+    listeners: Sequence[Callable[[Loop], None]] = ()  # called after an evaluation, before it is noted
 
     def on_start(self, loop: Loop) -> None:
         if loop.step > 0:
             self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
-        if loop.step == self.step or not self._due(loop):
+        due = self.interval.due(loop.step, epochs_before=loop.epochs_before, epochs=loop.epochs)
+        if loop.step == self.step or not (due or loop.stop is not None):
             return
         try:
-            report = self.evaluate(loop.state)
+            loop.evaluation = report = self.evaluate(loop.state)
         except EvaluationInterrupted:
             loop.evaluation_due = True
             return
-        loop.evaluation = report
         for listener in self.listeners:
             listener(loop)
         self.step = loop.step
@@ -55,25 +69,20 @@ class Evaluate(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scalars = state["step"], state["scalars"]
-        changed = self.data.changes(state["data"]) if "data" in state else []
-        if changed:
-            log.warning(
-                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s",
-                printable("; ".join(changed)),
+        if changed := self.data.changes(state["data"]) if "data" in state else []:
+            text = (
+                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s"
             )
-
-    def _due(self, loop: Loop) -> bool:
-        last = loop.stop is not None
-        return last or self.interval.due(loop.step, epochs_before=loop.epochs_before, epochs=loop.epochs)
+            log.warning(text, printable("; ".join(changed)))
 
 
+@dataclass(eq=False)
 class LastEvaluation(Callback):
     """Evaluates after a step that a user's callback made the last one, which happens after ``Evaluate`` had its turn.
     ``callbacks`` are the callback that evaluates, and those that use its results.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
+    callbacks: Sequence[Callback]
 
     def on_start(self, loop: Loop) -> None:
         if loop.step > 0:
@@ -85,22 +94,19 @@ class LastEvaluation(Callback):
                 callback.on_step(loop)
 
 
+@dataclass(eq=False)
 class Best(Callback):
     """Remembers the best value of the objective and its step, whose checkpoint holds the best weights.
 
     An evaluation among the ``keep`` best sets ``loop.improved``, which saves a checkpoint.
     """
 
-    def __init__(self, metric: str, *, mode: str, keep: int = 1) -> None:
-        self.metric = metric
-        self.mode = mode
-        self.keep = keep
-        self.value = math.nan
-        self.step = 0
-        self.values: list[float] = []  # the ``keep`` best, the best first
-
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
+    metric: str
+    mode: str
+    keep: int
+    value: float = math.nan
+    step: int = 0
+    values: list[float] = field(default_factory=list)  # the ``keep`` best, the best first
 
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
@@ -112,6 +118,8 @@ class Best(Callback):
                 self.values = sorted([*self.values, value], reverse=self.mode == "max")[: self.keep]
                 loop.improved = True
 
+    on_start = on_step  # for an evaluation that the previous attempt could not end
+
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "step": self.step, "values": self.values}
 
@@ -119,19 +127,16 @@ class Best(Callback):
         self.value, self.step, self.values = state["value"], state["step"], state["values"]
 
 
+@dataclass(eq=False)
 class EarlyStopping(Callback):
     """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``."""
 
-    def __init__(self, metric: str, *, mode: str, patience: int, min_delta: float) -> None:
-        self.metric = metric
-        self.mode = mode
-        self.patience = patience
-        self.min_delta = min_delta
-        self.value = math.nan
-        self.waited = 0  # evaluations since the last improvement
-
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
+    metric: str
+    mode: str
+    patience: int
+    min_delta: float
+    value: float = math.nan
+    waited: int = 0  # evaluations since the last improvement
 
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
@@ -142,6 +147,8 @@ class EarlyStopping(Callback):
                 self.waited += 1
         if self.waited >= self.patience and loop.stop is None:
             loop.stop = "early_stopping"
+
+    on_start = on_step
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "waited": self.waited}

@@ -1,43 +1,100 @@
-"""Reports metrics to the writers: training metrics as means over a window of steps, evaluations, and the best
-objective so far. Records the samples of every step in the ledger.
-"""
+"""Checks, records and reports each step: the finite loss, the ledger, the metric writers, the screen, the heartbeat."""
 
+import logging
 import math
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger
 from runner.distributed.team import Team
+from runner.errors import NonFiniteError
 from runner.evaluation import same_for_all
 from runner.metrics.writer import MetricWriters
+from runner.run.attempts import Attempt
 
+log = logging.getLogger("runner")
+
+_WINDOW = 32  # steps between two checks of the loss: each check waits for the device
+_BAR_SECONDS = 0.1  # between two updates of the bar
+_LINE_SECONDS = 15.0  # between two lines, where there is no terminal
 _REMEDY = (
     "What a callback adds to loop.metrics must be the same in all processes. Return the value from training_step "
     "instead, whose metrics are averaged over the samples of all processes"
 )
 
 
+class FiniteLoss(Callback):
+    """Stops a run whose loss is NaN or infinite, before a checkpoint or a curve contains it. Checks the losses of many
+    steps at once, and names the first step whose loss was not finite.
+    """
+
+    def __init__(self) -> None:
+        self._unchecked: list[tuple[int, int, int, Tensor]] = []  # step, first and last position, loss
+
+    def on_step(self, loop: Loop) -> None:
+        self._unchecked.append((loop.step, loop.position, loop.consumed - 1, loop.metrics["loss"]))
+        if len(self._unchecked) >= _WINDOW:
+            self.check()
+
+    def on_end(self, loop: Loop) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteError if a loss since the last check was not finite."""
+        unchecked, self._unchecked = self._unchecked, []
+        losses: list[Any] = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
+        for (step, first, last, _), loss in zip(unchecked, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "
+                    "The last checkpoint is older. Lower the learning rate, set trainer.clip_norm, or skip "
+                    "such steps with trainer.on_nonfinite=skip."
+                )
+
+
+@dataclass(eq=False)
+class KeepLedger(Callback):
+    """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
+    Runs first, so that a step with other samples is not reported, evaluated or committed.
+    """
+
+    ledger: Ledger
+
+    def on_start(self, loop: Loop) -> None:
+        self.ledger.open(loop.step)
+
+    def on_step(self, loop: Loop) -> None:
+        self.ledger.add(loop.state.stream.ledger_line(loop.step))
+
+    def on_end(self, loop: Loop) -> None:
+        self.ledger.close()
+
+
+@dataclass(eq=False)
 class Report(Callback):
-    """Gives the writers the mean metrics of every ``every_steps`` steps, and the metrics of each evaluation.
+    """Gives the writers the mean metrics of every ``every_steps`` steps, the metrics of each evaluation, and the best
+    objective so far.
 
     The window is part of the state, so a mean over steps of two attempts equals that of the uninterrupted run. Metrics
     stay on their device until their window is full. Means leave out values that are not finite. All processes compute
     the same report and compare it; only rank 0 has writers.
     """
 
-    def __init__(
-        self, *, every_steps: int, writers: MetricWriters, best: Best | None, team: Team | None = None
-    ) -> None:
-        self.every_steps = every_steps
-        self.writers = writers
-        self._best = best
-        self._team = team or Team()
+    every_steps: int
+    writers: MetricWriters
+    best: Best | None
+    team: Team
+
+    def __post_init__(self) -> None:
         self._unread: list[Mapping[str, Tensor]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
@@ -51,8 +108,7 @@ class Report(Callback):
         # Copies, because a metric may be a weight or a running mean that the next step changes in place.
         self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
         self._rate = loop.rate
-        if loop.step % self.every_steps == 0 or loop.evaluation is not None or loop.stop is not None:
-            self._report(loop)
+        self._report(loop)
 
     def on_end(self, loop: Loop) -> None:
         self.writers.close()
@@ -71,9 +127,9 @@ class Report(Callback):
         if loop.step % self.every_steps == 0 or loop.stop is not None:
             values |= self._training(loop)
         values |= loop.evaluation or {}
-        if loop.evaluation and self._best and self._best.step:
+        if loop.evaluation and self.best and self.best.step:
             # TensorBoard's tables show the last point of a curve; the last point of this curve is the objective.
-            values[f"best/{self._best.metric}"] = self._best.value
+            values[f"best/{self.best.metric}"] = self.best.value
         if values:
             self.writers.add(loop.step, values)
 
@@ -84,23 +140,18 @@ class Report(Callback):
         values: dict[str, float | str] = {
             f"train/{name}": math.fsum(window) / len(window) for name, window in sorted(self._window.items())
         }
-        same_for_all(values, self._team, "the training", _REMEDY)
+        same_for_all(values, self.team, "the training", _REMEDY)
         self._window = {}
         if loop.state.stream.substituted:
             values["data/substituted"] = float(loop.state.stream.substituted)
-        return values | {"train/lr": self._rate} | self._timing(loop)
-
-    def _timing(self, loop: Loop) -> dict[str, float | str]:
+        values["train/lr"] = self._rate
         (step, samples, since, waited), now = self._clock, time.monotonic()
         self._clock = (loop.step, loop.consumed, now, loop.waited)
-        steps, seconds = loop.step - step, now - since
-        if not steps:
-            return {}
-        return {
-            "time/step": seconds / steps,
-            "time/data_wait": (loop.waited - waited) / steps,
-            "time/samples_per_second": (loop.consumed - samples) / seconds,
-        }
+        if steps := loop.step - step:
+            values["time/step"] = (now - since) / steps
+            values["time/data_wait"] = (loop.waited - waited) / steps
+            values["time/samples_per_second"] = (loop.consumed - samples) / (now - since)
+        return values
 
     def _read(self) -> None:
         """Copy the metrics of all unread steps from their device, with one transfer for each name."""
@@ -111,19 +162,71 @@ class Report(Callback):
         self._window = {name: values for name, values in self._window.items() if values}
 
 
-class KeepLedger(Callback):
-    """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
-    Runs first, so that a step with other samples is not reported, evaluated or committed.
+class ShowProgress(Callback):
+    """Shows step, loss, rate and time left: a bar on a terminal, lines elsewhere. Reads the loss from its device only
+    when it draws, because that waits for the device.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self) -> None:
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed before the start
+        self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
+        self._bar: tqdm[Any] | None = None
+        self._drawn = (0, 0.0)  # step and time of the last update
 
     def on_start(self, loop: Loop) -> None:
-        self.ledger.open(loop.step)
+        self._drawn = (loop.step, time.monotonic())
+        if self._terminal:
+            self._bar = tqdm(
+                total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, mininterval=0, miniters=1
+            )
+        self._log_evaluation(loop)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.ledger_line(loop.step))
+        now = time.monotonic()
+        if now - self._drawn[1] >= self._every:
+            self._draw(loop, now)
+        self._log_evaluation(loop)
 
     def on_end(self, loop: Loop) -> None:
-        self.ledger.close()
+        if self._bar is not None:
+            self._bar.update(loop.step - self._bar.n)
+            self._bar.close()
+
+    def _draw(self, loop: Loop, now: float) -> None:
+        (step, since), self._drawn = self._drawn, (loop.step, now)
+        loss = f"{loop.metrics['loss'].item():.4g}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}", refresh=False)
+            self._bar.update(loop.step - self._bar.n)
+            return
+        rate, total, left = (loop.step - step) / (now - since), "", ""
+        if loop.max_steps:
+            total, left = f"/{loop.max_steps}", f", {(loop.max_steps - loop.step) / rate:.0f} s left"
+        log.info("step %d%s: loss %s, %.1f steps/s%s", loop.step, total, loss, rate, left)
+
+    def _log_evaluation(self, loop: Loop) -> None:
+        if loop.evaluation is None:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if isinstance(n, float))
+        log.info("step %d: %s", loop.step, numbers)
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+@dataclass(eq=False)
+class NoteProgress(Callback):
+    """Puts the step into the heartbeat, from which other commands show the progress, and the next attempt counts the
+    steps that were lost.
+
+    Raises Superseded at the first step after the heartbeat noticed that another attempt took the run over.
+    """
+
+    attempt: Attempt
+
+    def on_step(self, loop: Loop) -> None:
+        self.attempt.note(step=loop.step)
+        self.attempt.raise_if_superseded()
+
+    on_start = on_end = on_step

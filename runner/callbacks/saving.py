@@ -8,20 +8,22 @@ files (``checkpoint.tensor_file``) and then the manifest.
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
-from runner.callbacks.guards import FiniteLoss
+from runner.callbacks.reporting import FiniteLoss
 from runner.checkpoint.snapshot import PendingSave, Snapshot, Staging, Writer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
+from runner.data.ledger import Ledger
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import NonFiniteError, StorageError, printable
-from runner.interval import CostBudget, Interval
+from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
@@ -30,6 +32,8 @@ log = logging.getLogger("runner")
 # this very step is needed), or write the copy of the step ``again`` once more. ``more`` orders may follow.
 Order = dict[str, Any]
 
+_SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
+_LEAST_PAUSE, _MOST_PAUSE = 10.0, 3600.0  # seconds between two of them
 _MAX_PAUSE = 60.0  # seconds between two tries
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
 QUIET_SECONDS = 5.0  # that training waits for room before it says so
@@ -37,16 +41,7 @@ _ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsave
 _LAST_SECONDS = 5.0  # for the commit in flight when training ends with an error
 
 
-class DurableRecords(Protocol):
-    """Lines that are written beside the checkpoints, and must be durable before the commit of their step."""
-
-    def mark(self, step: int) -> Mapping[str, Any]:
-        """End a portion at this step, in the training thread. The commit stores the result as facts about the run."""
-
-    def flush(self) -> None:
-        """Make durable what was marked, in the writer's thread."""
-
-
+@dataclass(eq=False)
 class SaveCheckpoint(Callback):
     """Saves checkpoints periodically, when the objective improved, and at the end. Runs last, after the step has been
     evaluated and reported.
@@ -64,42 +59,26 @@ class SaveCheckpoint(Callback):
     Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        interval: Interval,
-        budget: CostBudget | None,
-        retention: Retention,
-        *,
-        attempt: int,
-        identity: Mapping[str, Any],
-        owner: Attempt | None = None,
-        records: Sequence[DurableRecords] = (),
-        guard: FiniteLoss | None = None,
-        max_unsaved: float,
-        background: bool,
-        comm: Communicator = SINGLE_PROCESS,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.store = store
-        self.interval = interval
-        self.budget = budget
-        self.retention = retention
-        self.pins = retention.pins
-        self.attempt = attempt
-        self.identity = identity
-        self.owner = owner
-        self.records = records
-        self.guard = guard or FiniteLoss()
-        self.max_unsaved = max_unsaved
-        self.background = background
-        self.comm = comm
-        self.save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
-        self.commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
+    store: CheckpointStore
+    timer: "SaveTimer"
+    retention: Retention
+    attempt: int
+    identity: Mapping[str, Any]
+    max_unsaved: float
+    background: bool
+    owner: Attempt | None = None
+    records: Sequence[Ledger | MetricWriters] = ()  # durable before the commit of the step that they ``mark``
+    guard: FiniteLoss = field(default_factory=FiniteLoss)
+    comm: Communicator = SINGLE_PROCESS
+    save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
+    commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
+    save_at_start: bool = False  # the state at the start is in no commit of this run yet
+
+    def __post_init__(self) -> None:
+        self.pins = self.retention.pins
+        self._clock = self.timer.clock
+        self._writer = Writer(self._commit, self.store.comm)
         self._listener_error: Exception | None = None
-        self.save_at_start = False  # the state at the start is in no commit of this run yet
-        self._clock = clock
-        self._writer = Writer(self._commit, store.comm)
         self._buffers: list[Staging] = []  # free
         self._failed: list[int] = []  # steps of exact copies that could not be written, to be tried again
         self._dropped: list[int] = []  # steps of other copies that could not be written
@@ -108,24 +87,25 @@ class SaveCheckpoint(Callback):
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
         self._pause = 1.0
         self._retry_at = 0.0
-        self._cost = _Cost(clock)
 
     @doing("saves")
     def on_start(self, loop: Loop) -> None:
         # Raise StateError for a state that cannot be saved now, and not hours later.
         Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
         self._saved = loop.step
-        self._restart()
+        self.timer.restart()
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
         # run begins with may be gone from its parent when it is next started.
         due = loop.evaluation is not None or self.save_at_start
-        self.act(loop, on_rank_zero(self.comm, lambda: self._order(exact=True) if due else None))
+        if order := on_rank_zero(self.comm, lambda: self._order(exact=True) if due else None):
+            self.act(loop, order)
         if self.save_at_start:
             self._wait()
 
     def on_step(self, loop: Loop) -> None:
-        self._raise_listener_error()
-        self._cost.step(writing=not self._writer.idle, counts=loop.evaluation is None)
+        if self._listener_error is not None:
+            raise self._listener_error
+        self.timer.step(writing=not self._writer.idle, counts=loop.evaluation is None)
         while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
             if not order["more"]:
@@ -139,7 +119,8 @@ class SaveCheckpoint(Callback):
             self.act(loop, order)
             self._wait()
             order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
-        self._raise_listener_error()
+        if self._listener_error is not None:
+            raise self._listener_error
 
     @doing("saves")
     def close(self) -> None:
@@ -152,7 +133,7 @@ class SaveCheckpoint(Callback):
         self._handle_failures()
         if loop.improved or loop.save or self.pins(loop.step):
             return self._exact(loop)
-        if self._overdue or self.interval.due(loop.step) or (self.budget is not None and self.budget.due()):
+        if self._overdue or self.timer.due(loop.step):
             self._overdue = True
             self._unsaved_since = self._unsaved_since or self._clock()
             if self._writer.idle and self._clock() >= self._retry_at:
@@ -160,10 +141,8 @@ class SaveCheckpoint(Callback):
         return None
 
     @doing("saves")
-    def act(self, loop: Loop, order: Order | None) -> None:
+    def act(self, loop: Loop, order: Order) -> None:
         """Carry out the order of rank 0: here a save begins."""
-        if order is None:
-            return
         began = self._clock()
         for step in order["drop"]:
             self._buffers.append(self._writer.take(step).buffers)
@@ -172,7 +151,7 @@ class SaveCheckpoint(Callback):
         if loop.save or not self.background:
             self._wait()
             on_rank_zero(self.comm, self._handle_failures)
-        self._cost.saved(stall=self._clock() - began)
+        self.timer.saved(stall=self._clock() - began)
 
     def _copy(self, loop: Loop, *, exact: bool) -> PendingSave:
         """Copy the part of the state that this rank writes."""
@@ -188,14 +167,10 @@ class SaveCheckpoint(Callback):
         self.guard.check()
         marks = [record.mark(loop.step).items() for record in self.records]
         changes = loop.state.changes()
-        return {
-            "identity": self.identity,
-            **dict(chain.from_iterable(marks)),
-            **({"structure": changes} if changes else {}),
-            **({} if loop.objective is None else {"objective": loop.objective}),
-            "elapsed": loop.elapsed,
-            "stop": loop.stop,
-        }
+        facts = {"identity": self.identity, **dict(chain.from_iterable(marks))}
+        facts |= {"structure": changes} if changes else {}
+        facts |= {} if loop.objective is None else {"objective": loop.objective}
+        return facts | {"elapsed": loop.elapsed, "stop": loop.stop}
 
     def _commit(self, copy: PendingSave) -> None:
         """Commit a copy; in the writer's thread, on all ranks together."""
@@ -215,33 +190,23 @@ class SaveCheckpoint(Callback):
                 self.store.retain(self.retention, attempt=self.attempt)
             except StorageError as error:
                 log.warning("older checkpoints were not removed: %s", printable(error))
-        self._notify(commit.step)
-
-    def _notify(self, step: int) -> None:
-        """Call the listeners; an error of theirs is for the training thread, since the commit itself is whole."""
         try:
             for listener in self.commit_listeners:
-                listener(step)
-        except Exception as error:
+                listener(commit.step)
+        except Exception as error:  # for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
-
-    def _raise_listener_error(self) -> None:
-        if self._listener_error is not None:
-            raise self._listener_error
 
     def _prepare(self, copy: PendingSave) -> None:
         copy.buffers.wait()
         for name, tensor in copy.snapshot.tensors.items():
             if _is_spoiled(name, tensor, copy.weights):
-                raise NonFiniteError(
-                    f"the state of step {copy.step} is not saved: {name} is NaN or infinite, though no loss was until "
-                    "then. The checkpoints from before are finite and are kept"
-                )
+                why = f"{name} is NaN or infinite, though no loss was until then"
+                kept = "The checkpoints from before are finite and are kept"
+                raise NonFiniteError(f"the state of step {copy.step} is not saved: {why}. {kept}")
         for record in self.records:
             record.flush()
 
     def _successor(self) -> str | None:
-        """The name of a newer attempt, if there is one."""
         newer = None if self.owner is None else self.owner.successor()
         return None if newer is None else newer.owner()
 
@@ -267,12 +232,8 @@ class SaveCheckpoint(Callback):
                 return {**self._order(), "more": True}
             if not warned and time.monotonic() - began > QUIET_SECONDS:
                 warned = True
-                log.warning(
-                    "training waits: the states of steps %d and %d are both to be kept, and the first one is "
-                    "not yet being written",
-                    first,
-                    loop.step,
-                )
+                text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
+                log.warning(f"{text} being written", first, loop.step)
             self._writer.wait(_POLL_SECONDS, begun=True)
             self._handle_failures()
         return self._order(exact=True)
@@ -292,13 +253,13 @@ class SaveCheckpoint(Callback):
             drop += [*self._failed, *self._writer.withdraw()]
             self._failed = []
         self._overdue = again is not None
-        self._restart()
+        self.timer.restart()
         return {"exact": exact, "again": again, "drop": drop, "more": False}
 
     def _handle_failures(self) -> None:
         """Handle what happened in the writer's thread. Raises errors that must end training."""
-        if self.budget is not None and self._writer.idle and (spent := self._cost.of_last_save()) is not None:
-            self.budget.spent(spent)
+        if self._writer.idle:
+            self.timer.settle()
         while self._writer.failures:
             copy, error = self._writer.failures.popleft()
             if not isinstance(error, StorageError):
@@ -307,21 +268,13 @@ class SaveCheckpoint(Callback):
         self._raise_if_stuck()
 
     def _handle_failure(self, copy: PendingSave, error: StorageError) -> None:
-        left = self.max_unsaved - self._unsaved()
+        left, failed = self.max_unsaved - self._unsaved(), f"the checkpoint of step {copy.step} could not be written"
         if left <= 0:
-            raise StorageError(
-                f"the checkpoint of step {copy.step} could not be written: {error}.\n{self._remedy()}"
-            ) from error
+            raise StorageError(f"{failed}: {error}.\n{self._remedy()}") from error
         (self._failed if copy.exact else self._dropped).append(copy.step)
         self._overdue, self._retry_at = True, self._clock() + self._pause
-        log.warning(
-            "the checkpoint of step %d could not be written: %s. Training goes on and tries again in %.0f seconds; "
-            "it ends when that fails for another %.0f",
-            copy.step,
-            printable(error),
-            self._pause,
-            left,
-        )
+        when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
+        log.warning("%s: %s. Training goes on and %s", failed, printable(error), when)
         self._pause = min(2 * self._pause, _MAX_PAUSE)
 
     def _raise_if_stuck(self) -> None:
@@ -339,13 +292,8 @@ class SaveCheckpoint(Callback):
     def _remedy(self) -> str:
         saved = max([*self.store.verified], default=None)  # of a fork's parent it is none of this run
         last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
-        again = f"mend the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
-        return f"{last}; {again}"
-
-    def _restart(self) -> None:
-        self.interval.restart()
-        if self.budget is not None:
-            self.budget.restart()
+        how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
+        return f"{last}; mend the storage and {how}"
 
 
 def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
@@ -358,18 +306,39 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     return not moments or bool(tensor.float().isnan().any())
 
 
-class _Cost:
-    """What a save costs training: the stall, and by how much it slows down the steps beside it."""
+@dataclass
+class SaveTimer:
+    """When a periodic save is due: every ``steps`` steps, every ``seconds``, and, with ``auto``, as often as saves cost
+    no more than ``_SHARE`` of the time.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._last = clock()
+    The cost of a save is the time that training waits for it, and by how much it slows down the steps beside it.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    auto: bool = False
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._since = self._last = self.clock()  # the last save began, the last step ended
+        self._pause = _LEAST_PAUSE  # between two saves by ``auto``
         self._usual: float | None = None  # seconds of a step while nothing is written, averaged over the last ones
-        self._spent: float | None = None
+        self._spent: float | None = None  # seconds that the save now running has cost
+
+    def due(self, step: int) -> bool:
+        """Whether a save is due after ``step``."""
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        elapsed = self.clock() - self._since
+        return (self.seconds is not None and elapsed >= self.seconds) or (self.auto and elapsed >= self._pause)
+
+    def restart(self) -> None:
+        """Count the seconds from now."""
+        self._since = self.clock()
 
     def step(self, *, writing: bool, counts: bool) -> None:
         """A step ended. ``writing``: a save was running; ``counts``: it was an ordinary step, without an evaluation."""
-        now = self._clock()
+        now = self.clock()
         seconds, self._last = now - self._last, now
         if not counts:
             return
@@ -380,10 +349,10 @@ class _Cost:
 
     def saved(self, *, stall: float) -> None:
         """A save began; training waited ``stall`` seconds for it."""
-        self._spent = stall
-        self._last = self._clock()
+        self._spent, self._last = stall, self.clock()
 
-    def of_last_save(self) -> float | None:
-        """The cost in seconds, once; None when asked again."""
-        spent, self._spent = self._spent, None
-        return None if spent is None else max(spent, 0.0)
+    def settle(self) -> None:
+        """No save is running: the cost of the last one is known, and with it the pause before the next one."""
+        if self._spent is not None:
+            self._pause = min(max(self._spent / _SHARE, _LEAST_PAUSE), _MOST_PAUSE)
+            self._spent = None

@@ -22,7 +22,7 @@ from runner.data.loader import remedy_for
 from runner.data.order import Indices, Words, digest_words, splitmix64
 from runner.data.plan import Plan, Slice
 from runner.errors import DataError
-from runner.seeds import derive
+from runner.hashing import derive
 
 Collate = Callable[[list[Any]], Any]
 

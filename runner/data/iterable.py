@@ -35,8 +35,7 @@ from runner.data.order import splitmix64
 from runner.data.probe import content_digest, hash_content
 from runner.data.stream import StepSamples, TrainingStream, stateful, to_device
 from runner.errors import DataError, RunnerError
-from runner.hashing import content_hasher
-from runner.seeds import derive
+from runner.hashing import content_hasher, derive
 
 _log = logging.getLogger("runner")
 

@@ -122,11 +122,12 @@ class Ledger:
         if self._journals.size > MAX_SEGMENT_BYTES:
             self.mark(line.step)
 
-    def mark(self, step: int) -> None:
+    def mark(self, step: int) -> dict[str, Any]:
         """All lines so far belong to the commit at ``step``; ``flush``, in any thread, makes them durable."""
         if self._journals.size > SEGMENT_BYTES:
             with suppress(StorageError):  # without room for another file, this one goes on growing
                 self._begin(step)
+        return {}
 
     def flush(self) -> None:
         """Make all marked lines durable. May run in parallel with ``add``, in one thread at a time."""

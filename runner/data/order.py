@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from runner.cache import LRUCache
 from runner.errors import DataError
-from runner.seeds import derive
+from runner.hashing import derive
 
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]

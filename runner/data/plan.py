@@ -12,8 +12,7 @@ import numpy as np
 from runner.data.order import BudgetOrder, Interleaving, MixtureOrder, Order, PermutationOrder, WindowOrder
 from runner.distributed.world import World
 from runner.errors import DataError
-from runner.hashing import hex_digest
-from runner.seeds import derive
+from runner.hashing import derive, hex_digest
 
 _MAX_UNPACKED = 1 << 29  # bytes: a stored plan may be hostile, and a few compressed bytes can expand to many
 

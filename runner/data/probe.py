@@ -27,8 +27,7 @@ from runner import signals
 from runner.data.fetch import Fetcher, sample_name, sandboxed
 from runner.data.loader import Loader, LoaderOptions
 from runner.errors import DataError, RunnerError
-from runner.hashing import hex_digest
-from runner.seeds import derive
+from runner.hashing import derive, hex_digest
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
 Findings = tuple[Sketch, list[str] | None]

@@ -60,7 +60,6 @@ class LinesWriter:
         return end
 
     def flush(self) -> None:
-        """Write each segment that has new lines, as a whole."""
         while True:
             segment, full = self._segments[0], len(self._segments) > 1
             lines = segment.lines[:]
@@ -75,7 +74,6 @@ class LinesWriter:
         """Nothing is open: the last checkpoint flushed all lines."""
 
     def _cut(self, name: str, keep: int) -> None:
-        """Keep the first ``keep`` lines of a segment."""
         lines = _read(self._location, name) if keep else []
         if not keep:
             self._location.remove(name)

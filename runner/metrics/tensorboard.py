@@ -34,17 +34,18 @@ class TensorBoardWriter:
 
     def __init__(self, context: WriterContext) -> None:
         write_hparams(context.location, context.experiment, context.hyperparameters, finished=False)
-        self._location = context.location
         self._attempt = context.attempt
         self._step = context.step
         self._journals = JournalChain(context.location)
         self._files = 0
         self._hidden = False  # whether the event that hides older points is written
-        self._time = self._now()
+        # TensorBoard reads files in the order of their names, and an older attempt must not hide what this one writes:
+        # the time in these names is later than that in all present names, whatever the clock says.
+        matches = (_NAME.match(entry.name) for entry in context.location.list(_FOLDER))
+        self._time = max([int(time.time()), *(int(match[1]) + 1 for match in matches if match)])
         self._begin()
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Numbers become curves, strings become texts."""
         self._hide_from(min(step, self._step + 1))
         summaries = (
             text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
@@ -61,11 +62,9 @@ class TensorBoardWriter:
         return {}
 
     def flush(self) -> None:
-        """Make everything so far durable."""
         self._journals.flush()
 
     def close(self) -> None:
-        """Flush and close the file."""
         self._hide_from(self._step + 1)
         self.flush()
         self._journals.close()
@@ -82,13 +81,6 @@ class TensorBoardWriter:
         head = encoded([Event(wall_time=time.time(), file_version="brain.Event:2")])
         self._journals.begin(f"{_FOLDER}/{name}", head)
         self._files += 1
-
-    def _now(self) -> int:
-        """The time for the names of the files, later than that of all present files, whatever the clock says:
-        TensorBoard reads files in the order of their names, and an older attempt must not hide what this one writes.
-        """
-        matches = (_NAME.match(entry.name) for entry in self._location.list(_FOLDER))
-        return max([int(time.time()), *(int(match[1]) + 1 for match in matches if match)])
 
 
 def encoded(events: Iterable[Event]) -> bytes:
@@ -112,8 +104,8 @@ def declare_finished(location: Location, experiment: str, hyperparameters: Mappi
 
 def write_hparams(location: Location, experiment: str, hyperparameters: Mapping[str, Any], *, finished: bool) -> None:
     """Write the run's row. Raises StorageError."""
-    values = {"experiment": experiment, **flatten(hyperparameters)}
-    _, start, end = hparams({printable(key): _cell(value) for key, value in values.items()}, {})  # type: ignore[no-untyped-call]
+    cells = {printable(key): _cell(value) for key, value in flatten(hyperparameters).items()}
+    _, start, end = hparams({"experiment": _cell(experiment), **cells}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
     location.replace(_HPARAMS, [encoded(events)])
 

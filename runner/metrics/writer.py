@@ -49,6 +49,8 @@ from typing import Any, Protocol
 from runner.errors import RunnerError, StorageError
 from runner.storage.location import Location
 
+_LINES = "lines"  # its mark is the fact "metrics" of a commit, from before there were other writers
+
 
 class MetricWriter(Protocol):
     """Receives the metrics of a run. Only rank 0 has writers. An attempt constructs each writer once, after the
@@ -102,17 +104,24 @@ class MetricWriters:
     marks: dict[str, Any] = field(default_factory=dict)
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Pass the values of a step to every writer."""
         for name, writer in self.by_name.items():
             with _naming(name, "add"):
                 writer.add(step, values)
 
+    def resume(self, facts: Mapping[str, Any]) -> None:
+        """Take over the marks from the facts of the commit that was resumed."""
+        self.marks.update(facts.get("writers", {}))
+        if "metrics" in facts:
+            self.marks[_LINES] = facts["metrics"]
+
     def mark(self, step: int) -> dict[str, Any]:
-        """The marks of all writers by name, without empty ones."""
+        """The positions of all writers at ``step``, as facts for its commit, without empty ones."""
         for name, writer in self.by_name.items():
             with _naming(name, "mark"):
                 self.marks[name] = json.loads(json.dumps(dict(writer.mark(step))))
-        return {name: mark for name, mark in self.marks.items() if mark}
+        marks = {name: mark for name, mark in self.marks.items() if mark}
+        facts = {"metrics": marks.pop(_LINES, {})}
+        return facts | {"writers": marks} if marks else facts
 
     def flush(self) -> None:
         """Make durable what was added before the last mark. Raises StorageError."""
@@ -124,7 +133,6 @@ class MetricWriters:
                     raise StorageError(f"metrics.writers.{name}: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Close all writers."""
         for name, writer in self.by_name.items():
             with _naming(name, "close"):
                 writer.close()

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner import errors
 from runner.config.identity import digest, variant
 from runner.errors import ConfigError, NonFiniteError, RunInUse, SweepFailed
+from runner.hashing import derive
 from runner.storage import open_location
 from runner.storage.location import is_remote
 
@@ -153,7 +154,6 @@ class _Sampler:
         self._joint.after_trial(study, trial, state, values)
 
     def _seeded(self, number: int, name: str) -> Any:
-        from runner.seeds import derive  # which imports torch: a command of which all is done needs none
 
         return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
 

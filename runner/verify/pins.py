@@ -18,9 +18,8 @@ from types import FrameType
 from typing import Any
 
 from runner.callbacks.base import Loop, Observer, TrainingSetup, observers
-from runner.callbacks.evaluate import Evaluate
+from runner.callbacks.evaluate import Evaluate, Interval
 from runner.data.stream import MapStyleStream
-from runner.interval import Interval
 
 _PID = 4242
 _NOW = 1_700_000_000.0
