@@ -73,6 +73,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("runner.directory", _directory, replace=True)
     OmegaConf.register_new_resolver("runner.variant", _variant, replace=True)
     OmegaConf.register_new_resolver("runner.hydra_files", _hydra_files, replace=True)
+    OmegaConf.register_new_resolver("runner.total_steps", _total_steps, replace=True)
     OmegaConf.register_new_resolver("runner.rank", lambda: world().rank, replace=True)
     OmegaConf.register_new_resolver("runner.log_handlers", _log_handlers, replace=True)
 
@@ -203,6 +204,11 @@ def _without_links(config: DictConfig, root: str, below: str) -> str:
     """The folder, in which Hydra is about to write; raises ConfigError for a link, because Hydra would follow it."""
     refuse_links(root, below, log_file=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
     return f"{root}/{below}" if below else root
+
+
+def _total_steps(*, _root_: DictConfig) -> int | None:
+    """``trainer.max_steps``; None if ``trainer.max_epochs`` may end the run earlier, which depends on the data."""
+    return None if _root_.trainer.max_epochs is not None else _root_.trainer.max_steps
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from runner.build import Parts, metric_writer
 from runner.callbacks.base import Callback
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, LastEvaluation, StepSchedule
 from runner.callbacks.guards import FiniteLoss
 from runner.callbacks.progress import NoteProgress, ShowProgress
 from runner.callbacks.reporting import KeepLedger, Report
@@ -41,7 +41,7 @@ class RunRecords:
             attempt=attempt.number,
             recipe=parts.recipe,
             grouping=config.data.batch_size,
-            accept=config.run.on_drift is OnDrift.accept,
+            accept=config.run.on_drift is OnDrift.accept or bool(opening.changes),
         )
         return cls(attempt, MetricWriters(), ledger)
 
@@ -125,6 +125,8 @@ class Wiring:
         if goal.metric is None:
             return callbacks
         callbacks["best"] = Best(goal.metric, mode=goal.mode.name, keep=self.config.checkpoint.keep_best)
+        if self.parts.state.schedule == "evaluation":
+            callbacks["schedule"] = StepSchedule(goal.metric)
         stopping = trainer.early_stopping
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(

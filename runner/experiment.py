@@ -14,7 +14,7 @@ import torch
 import runner
 from runner import signals, startup_log
 from runner.assembly import RunRecords, Wiring
-from runner.build import Parts, build
+from runner.build import Parts, build, training_steps
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
 from runner.callbacks.saving import SaveCheckpoint
@@ -99,7 +99,7 @@ def _topology(config: Config, device: torch.device, team: Team) -> dict[str, Any
 
 def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
-    trainer, steps = config.trainer, _max_steps(config, parts)
+    trainer, steps = config.trainer, training_steps(config.trainer, parts.plan)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
     setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds, writers)
     notify([*observers, *callbacks.values()], "on_build", setup)
@@ -250,14 +250,6 @@ def _claim(opening: OpenedRun, facts: dict[str, Any]) -> Attempt:
     opening.directory.settle()
     above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
     return claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=_origin(opening))
-
-
-def _max_steps(config: Config, parts: Parts) -> int | None:
-    """The smaller of ``max_steps`` and the steps in ``max_epochs``; the latter are unknown for some data."""
-    trainer = config.trainer
-    epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
-    limits = [trainer.max_steps, epochs]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:

@@ -14,6 +14,7 @@ from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.structure import saved_name
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
@@ -48,7 +49,8 @@ def finish(
     """
     state = parts.state
     weights = {
-        name: parts.parallelism.full_tensor(tensor) for name, tensor in state.evaluated_model.state_dict().items()
+        saved_name(name): parts.parallelism.full_tensor(tensor)
+        for name, tensor in state.evaluated_model.state_dict().items()
     }
     tries = Retries(attempt, patience, lambda: _finish(opening, parts, store, callbacks, loop, weights))
     result: dict[str, Any] | None = None

@@ -139,4 +139,4 @@ def _parent(config: DictConfig) -> Parent | None:
     source = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
     same_store = protocol(run.root) in ("file", protocol(run.parent))
     options = storage_options(config) if same_store else None
-    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), options)
+    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), run.load.name, options)

@@ -92,6 +92,8 @@ def log_start(
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
+    for line in resumed.unmatched:
+        log.warning("weights  %s", printable(line))
     if opening.changes:
         log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
     then = before.claim.get("topology") if before is not None else None

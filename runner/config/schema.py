@@ -65,6 +65,11 @@ class Inherit(Enum):
     all = "all"
 
 
+class Load(Enum):
+    matching = "matching"
+    strict = "strict"
+
+
 class OnConflict(Enum):
     fail = "fail"
     wait = "wait"
@@ -161,6 +166,7 @@ class RunConfig:
     name: str | None
     parent: str | None
     inherit: Inherit
+    load: Load
     on_drift: OnDrift
     on_conflict: OnConflict
 
@@ -177,6 +183,7 @@ class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
     seed: int
+    params: dict[str, Any]
     model: Any
     data: DataConfig
     task: Any

@@ -17,7 +17,7 @@ from typing import Any
 from runner.config.identity import digest
 from runner.config.schema import OnConflict
 from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, RunInUse, StorageError, printable
-from runner.run import attempts, drift
+from runner.run import attempt_records, attempts, drift
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
 from runner.run.parent import Parent, require_same
@@ -34,7 +34,8 @@ _SWEEP_FILES = ("multirun.yaml", "optimization_results.yaml", "optuna.sqlite3", 
 class OpenedRun:
     """A run directory as this command finds it, before it claims the run.
 
-    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted.
+    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted, or all
+    changes if the run has not trained yet.
     ``accepted``: the configuration from now on, if it is not the one that the run was created with. ``parent``: what a
     new run starts from. ``result``: that of a finished run.
     """
@@ -81,9 +82,9 @@ def open_run(
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
     differences = drift.compare(saved, identity)
-    if differences and on_drift == "fork":
-        return _fork(directory, identity, command, on_conflict)
-    if differences and on_drift == "refuse":
+    if differences and on_drift != "accept" and _trained(directory):
+        if on_drift == "fork":
+            return _fork(directory, identity, command, on_conflict)
         raise DriftRefused(_refusal(directory, differences, command))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
@@ -119,6 +120,14 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
             attempt.withdraw()
         raise
     return attempt
+
+
+def _trained(directory: RunDirectory) -> bool:
+    """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
+    if directory.location.list("commits"):
+        return True
+    history = attempt_records.history(directory.location)
+    return any(facts.get("step") or facts.get("committed") for each in history for facts in (each.beat, each.end or {}))
 
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:

@@ -44,6 +44,7 @@ class Parent:
     source: CheckpointRef
     inherit: str  # model, all
     asked: str | None = None
+    load: str = "strict"  # matching, strict
     options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
@@ -61,6 +62,7 @@ class ParentRecord:
     commit: str
     inherit: str
     asked: str | None
+    load: str = "strict"  # runs of earlier versions do not say
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "ParentRecord | None":
@@ -69,7 +71,8 @@ class ParentRecord:
         if record is None:
             return None
         try:
-            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
+            load = str(record.get("load", "strict"))
+            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"], load)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StorageError(
                 printable(f"{directory.location.url}/run.json has a parent that cannot be used: {record}")
