@@ -25,7 +25,7 @@ checks the code against this map.
        watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
-       config/ (checks, environment, identity, schema, secrets)
+       config/ (checks, environment, help, identity, schema, secrets)
     1  signals     average     task
     0  errors     activity     cache     hashing     interval     rng     seeds     schedules     plain     modes
        models/ (convnet, gpt, mlp)

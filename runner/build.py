@@ -2,12 +2,15 @@
 
 import copy
 import logging
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -357,9 +360,21 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}"
+        return f"{key}._target_: {cause}{_searched(cause)}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
+
+
+def _searched(cause: BaseException) -> str:
+    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if not isinstance(cause, ModuleNotFoundError):
+        return ""
+    folders = [
+        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
+    ]
+    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def _frames(error: BaseException) -> str:

@@ -1,13 +1,23 @@
 """Training programs beyond one optimizer with a schedule of steps, and the first minutes of an experiment."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lives import Lives
+from omegaconf import OmegaConf
 from results import metric_lines, results
 from safetensors.torch import load_file
 
+from runner.app import CONFIGS
+from runner.config.help import explain
+from runner.config.schema import Config
 from runner.runs.__main__ import main
 
 USER = Path(__file__).parent / "user"
@@ -151,3 +161,64 @@ def test_weights_that_fit_are_taken_from_a_parent(life: Lives, tmp_path: Path) -
     assert (ended.status, "Missing key(s) in state_dict" in ended.output) == (1, True), ended.output
     ended = life(*child, "run.name=n", "model.hidden=[7]", "model.outputs=11", cwd=USER)
     assert (ended.status, "no weight of step 10 of the parent" in ended.output) == (1, True), ended.output
+
+
+def test_help_explains_a_key(life: Lives) -> None:
+    ended = life("--help", "data.tail")
+    assert ended.output == (
+        "data.tail (carry | drop, default carry)\n"
+        "  an epoch's last, short batch: carry fills it from the next epoch, drop leaves it out\n"
+    )
+    section = life("--help", "trainer.early_stopping").output
+    assert "trainer.early_stopping.patience (default null)\n  stop after so many evaluations in a row" in section
+    assert "optimizer._target_ names" in life("--help", "optimizer.lr").output
+    ended = life("--help", "trainer.max_step")
+    assert (ended.status, ended.output) == (2, "there is no key trainer.max_step. Did you mean trainer.max_steps?\n")
+
+
+def test_every_key_is_explained() -> None:
+    keys = [*_keys(OmegaConf.structured(Config))]
+    assert len(keys) > 60
+    texts = {key: explain(key, CONFIGS / "config.yaml") for key in keys}
+    assert [key for key, text in texts.items() if not text.startswith(key)] == []
+
+
+def _keys(node: Any, path: str = "") -> Iterator[str]:
+    for name in node:
+        yield f"{path}{name}"
+        if is_dataclass(OmegaConf.get_type(node, name)):
+            yield from _keys(node[name], f"{path}{name}.")
+
+
+def test_a_sweep_may_be_asked_for_after_the_overrides(life: Lives, tmp_path: Path) -> None:
+    ended = life("experiment=smoke", "-m", "seed=1,2", "trainer.max_steps=1", f"run.root={tmp_path}")
+    assert ended.status == 0, ended.output
+    assert len([*tmp_path.glob("smoke/*/result.json")]) == 2
+
+
+def test_a_missing_module_is_searched_in_named_folders(life: Lives, tmp_path: Path) -> None:
+    ended = life("experiment=smoke", "model._target_=nowhere.Net", f"run.root={tmp_path}", cwd=tmp_path)
+    assert ended.status == 2
+    assert "No module named 'nowhere'" in ended.output
+    assert f"Python looked in {tmp_path}, " in ended.output
+
+
+def test_the_console_command_beside_a_users_own_runner(tmp_path: Path) -> None:
+    """Modules of the folder are imported, also in spawned workers, and a ``runner.py`` there shadows nothing."""
+    (tmp_path / "runner.py").write_text("raise SystemExit('not this')\n")
+    (tmp_path / "own.py").write_text("from runner.models.mlp import MLP\n\n\nclass Net(MLP):\n    pass\n")
+    script = tmp_path / "hydra-runner"  # as pip writes it
+    script.write_text(
+        "import sys\nfrom runner.__main__ import console\nif __name__ == '__main__':\n    sys.exit(console())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONSAFEPATH": "1"}
+
+    def command(*words: str) -> str:
+        run = [sys.executable, str(script), *words]
+        ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    workers = ("runtime.num_workers=1", "runtime.start_method=spawn")
+    command("experiment=smoke", "trainer.max_steps=2", "model._target_=own.Net", "run.name=r", *workers)
+    assert "smoke/r  complete" in command("runs", "list", "outputs")
