@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import is_dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from runner.distributed.world import world
 from runner.errors import RunnerError, printable
 
 _GRAMMAR = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
+_COMMANDS = ("runs", "verify", "shards")
 _EXIT_SECONDS = 60.0  # for what a user's code does at the exit; none once a stop is asked for
 _POLL_SECONDS = 0.5
 _PLAIN = "letters, digits and -./:%+@"
@@ -36,10 +38,18 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
+    from runner.config.help import explain
     from runner.config.identity import quote_run_names
     from runner.sweep import launcher, optuna
 
-    sys.argv[1:] = quote_run_names(sys.argv[1:])
+    sys.argv[1:] = _flags_first(quote_run_names(sys.argv[1:]))
+    if (key := _key_to_explain(sys.argv[1:])) is not None:
+        try:
+            print(explain(key, app.CONFIGS / "config.yaml"))
+        except RunnerError as error:
+            print(error, file=sys.stderr)
+            return error.status
+        return 0
     if {"--help", "-h"} & {*sys.argv} and not any(word.startswith("experiment=") for word in sys.argv):
         sys.argv.append("experiment=digits")  # help shows a composed configuration, and that needs an experiment
     report = launcher.install()
@@ -56,6 +66,31 @@ def main() -> int:
     if summary := report.summary():
         print(f"\n{summary}")
     return report.exit_status
+
+
+def console() -> int:
+    """The command ``hydra-runner``: a run, or one of ``runs``, ``verify`` and ``shards``, as with ``python -m``.
+
+    Modules of the working directory are imported last, so that a ``runner.py`` of the user's shadows nothing.
+    """
+    sys.path.append(os.getcwd())
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
+        module = import_module(f"runner.{sys.argv.pop(1)}.__main__")
+        return int(module.main())
+    return run_main()
+
+
+def _flags_first(words: list[str]) -> list[str]:
+    """The words of a command with ``-m`` before the overrides: Hydra's parser takes no override behind a flag."""
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    return [*flags[:1], *(word for word in words if word not in flags)]
+
+
+def _key_to_explain(words: list[str]) -> str | None:
+    """The word after ``--help`` if it is the name of a key."""
+    place = next((n for n, word in enumerate(words) if word in ("--help", "-h")), None)
+    after = words[place + 1 :] if place is not None else []
+    return after[0] if len(after) == 1 and re.fullmatch(r"[\w.]+", after[0]) else None
 
 
 def _print_escaped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -167,7 +202,8 @@ def _leave(status: int) -> None:
     threading.Thread(target=end, name="exit", daemon=True).start()
 
 
-if __name__ == "__main__":
+def run_main() -> int:
+    """``main``, and an exit that waits for no thread that never ends."""
     status = 1  # of what is raised
     try:
         status = main()
@@ -176,4 +212,8 @@ if __name__ == "__main__":
         raise
     finally:
         _leave(status)
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_main())

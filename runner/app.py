@@ -74,6 +74,7 @@ def register() -> None:
         "directory": _directory,  # for Hydra's own files, in a single run as in a job of a sweep
         "variant": _variant,
         "hydra_files": _hydra_files,
+        "total_steps": _total_steps,
         "rank": lambda: world().rank,
         # Rank 0 prints and writes the log; other ranks print only warnings and errors.
         "log_handlers": lambda: ["others"] if world().rank else ["console", "file"],
@@ -205,6 +206,11 @@ def _without_links(config: DictConfig, root: str, below: str) -> str:
     """The folder, in which Hydra is about to write; raises ConfigError for a link, because Hydra would follow it."""
     refuse_links(root, below, log_file=f"{OmegaConf.select(config, 'hydra.job.name') or 'runner'}.log")
     return f"{root}/{below}" if below else root
+
+
+def _total_steps(*, _root_: DictConfig) -> int | None:
+    """``trainer.max_steps``; None if ``trainer.max_epochs`` may end the run earlier, which depends on the data."""
+    return None if _root_.trainer.max_epochs is not None else _root_.trainer.max_steps
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:

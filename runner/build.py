@@ -1,29 +1,33 @@
 """From a configuration to live objects: the one place that instantiates what a configuration names."""
 
+import copy
 import logging
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.callbacks.base import Callback, notify, observers
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision
+from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
@@ -75,9 +79,11 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     if config.runtime.compile:
         model.compile()
     optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
+    if type(task).optimization_step is Task.optimization_step:
+        _require_plain_step(optimizer, "optimizer")
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
-    scheduler = _stepping(config.scheduler, optimizer, "scheduler")
+    scheduler, interval = _scheduler(config, optimizer, plan)
     update = WeightUpdate(
         model,
         optimizer,
@@ -98,6 +104,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         task=task if isinstance(task, Stateful) else None,
         stream=stream,
         progress=Progress(),
+        schedule=interval,
     )
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
@@ -248,7 +255,7 @@ def make_callbacks(
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept
+        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept or bool(opening.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
@@ -287,6 +294,8 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
+        if parts.state.schedule == "evaluation":
+            callbacks["schedule"] = StepSchedule(metric)
         stopping = trainer.early_stopping
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
@@ -314,22 +323,77 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     return instance
 
 
-def _stepping(node: Any, argument: Any, key: str) -> Any:
-    """An optimizer or scheduler. Raises ConfigError if it has no ``step()`` without arguments, as training calls it."""
-    maker = _instance(node, key, _partial_=True)
+def _stepping(node: Any, argument: Any, key: str, **options: Any) -> Any:
+    """An optimizer or scheduler: the object that the configuration names, called with ``argument``."""
+    maker = _instance(node, key, _partial_=True, **options)
     try:
-        instance = maker(argument)
+        return maker(argument)
     except (TypeError, ValueError) as error:
         path = _path(maker.func if isinstance(maker, partial) else maker)
         raise ConfigError(f"{key}: {path}: {error}{_hint(str(error), key)}") from error
+
+
+def _require_plain_step(instance: Any, key: str) -> None:
+    """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
     try:
         signature(type(instance).step).bind(instance)
     except (AttributeError, TypeError) as error:
         path = _path(type(instance))
+        remedy = "" if key == "scheduler" else ". A task with an optimization_step of its own may call step(closure)"
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {path} does not take: {error}"
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
         ) from error
-    return instance
+
+
+def training_steps(trainer: TrainerConfig, plan: Plan | None) -> int | None:
+    """The smaller of ``max_steps`` and the steps in ``max_epochs``; the latter are unknown for some data."""
+    epochs = None if trainer.max_epochs is None or plan is None else plan.steps_of(trainer.max_epochs)
+    return min((limit for limit in (trainer.max_steps, epochs) if limit is not None), default=None)
+
+
+def _scheduler(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
+    """The scheduler, and when it steps: after each ``step`` or ``epoch`` (``scheduler.interval``), or after each
+    ``evaluation``, if its ``step`` takes a metric, as that of ReduceLROnPlateau does.
+
+    ``total_steps`` that is null becomes the number of steps of the run. Raises ConfigError.
+    """
+    node, steps, filled = config.scheduler, training_steps(config.trainer, plan), {}
+    interval = "step"
+    if isinstance(node, DictConfig) and "interval" in node:
+        node = copy.copy(node)
+        with open_dict(node):
+            interval = node.pop("interval")
+        if interval not in ("step", "epoch"):
+            raise ConfigError(f"scheduler.interval={interval} is not one of step, epoch")
+    if isinstance(node, DictConfig) and "total_steps" in node:
+        if node.total_steps is None:
+            filled["total_steps"] = steps
+        elif steps is not None and interval == "step" and node.total_steps > steps:
+            log.warning("schedule scheduler.total_steps=%d, but the run ends at step %d", node.total_steps, steps)
+    scheduler = _stepping(node, optimizer, "scheduler", **filled)
+    try:
+        signature(type(scheduler).step).bind(scheduler)
+    except (AttributeError, TypeError):
+        if not _takes_metric(scheduler):
+            _require_plain_step(scheduler, "scheduler")
+        goal, mode = config.objective, getattr(scheduler, "mode", config.objective.mode.name)
+        if goal.metric is None or config.data.validation is None:
+            raise ConfigError(
+                f"scheduler: {_path(type(scheduler))} steps by the objective: set data.validation and "
+                "objective.metric, for example val/loss"
+            ) from None
+        if mode != goal.mode.name:
+            raise ConfigError(f"scheduler.mode={mode} contradicts objective.mode={goal.mode.name}") from None
+        return scheduler, "evaluation"
+    return scheduler, interval
+
+
+def _takes_metric(scheduler: Any) -> bool:
+    try:
+        signature(type(scheduler).step).bind(scheduler, 0.0)
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 def open_writers(
@@ -365,9 +429,21 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}"
+        return f"{key}._target_: {cause}{_searched(cause)}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
+
+
+def _searched(cause: BaseException) -> str:
+    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if not isinstance(cause, ModuleNotFoundError):
+        return ""
+    folders = [
+        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
+    ]
+    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def _frames(error: BaseException) -> str:

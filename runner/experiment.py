@@ -12,7 +12,7 @@ from typing import Any
 
 import runner
 from runner import signals
-from runner.build import Parts, build, make_callbacks, open_writers
+from runner.build import Parts, build, make_callbacks, open_writers, training_steps
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
 from runner.checkpoint.manifest import commits
@@ -82,9 +82,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
 
 def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
-    trainer = config.trainer
-    epochs = None if trainer.max_epochs is None or parts.plan is None else parts.plan.steps_of(trainer.max_epochs)
-    steps = min((limit for limit in (trainer.max_steps, epochs) if limit is not None), default=None)
+    trainer, steps = config.trainer, training_steps(config.trainer, parts.plan)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
     setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds, writers)
     notify([*observers, *callbacks.values()], "on_build", setup)
@@ -243,6 +241,8 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
+    for line in resumed.unmatched:
+        log.warning("weights  %s", printable(line))
     if opening.changes:
         log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
     then = before.claim.get("topology") if before is not None else None

@@ -16,6 +16,7 @@ from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.structure import saved_name
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
@@ -51,7 +52,7 @@ def finish(
     A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
     """
     live = parts.state.evaluated_model.state_dict()
-    weights = {name: parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
+    weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
     work = partial(_finish, opening, parts, store, callbacks, loop, weights)
     tries = Retries(attempt, patience, work)  # type: ignore[arg-type]  # rank 0 alone tries, and has an attempt
     result: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import local
 from runner.checkpoint.store import CheckpointStore, ranked
+from runner.checkpoint.structure import saved_name
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
@@ -32,13 +33,15 @@ T = TypeVar("T")
 class Resumed:
     """Where an attempt continues: after ``commit``, or at step 0.
 
-    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from there.
+    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from there;
+    ``unmatched`` describes the weights that it and this run do not share.
     """
 
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     unusable: tuple[str, ...] = ()
     origin: ParentRecord | None = None
+    unmatched: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -119,10 +122,10 @@ def begin(
     origin = replace(origin, run=parent.location.url)
     try:
         if origin.inherit == "model":
-            state.inherit(parent.open(commit, comm))
+            unmatched = state.inherit(parent.open(commit, comm), strict=origin.load == "strict")
             state.stream.open()
             seed_all(seed)
-            return Resumed(origin=origin)
+            return Resumed(origin=origin, unmatched=tuple(unmatched))
         checkpoint = parent.open(commit, comm)
         # The data position only if it means the same samples; the parent's callbacks are not this run's.
         same_data = not state.stream.changes(checkpoint.load("data"))
@@ -142,7 +145,8 @@ def resolve(parent: Parent) -> ParentRecord:
     """
     directory = RunDirectory.at(parent.source.run, parent.options)
     checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
-    return ParentRecord(directory.location.url, checkpoint.step, str(checkpoint.id), parent.inherit, parent.asked)
+    commit, url = str(checkpoint.id), directory.location.url
+    return ParentRecord(url, checkpoint.step, commit, parent.inherit, parent.asked, parent.load)
 
 
 def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
@@ -164,9 +168,9 @@ def read(directory: RunDirectory, which: int | str | None, take: Callable[[Check
 def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights that were evaluated: the averaged ones if there are any. Raises Damaged."""
     if "average" not in checkpoint.parts:
-        return dict(checkpoint.load("model"))
+        return {saved_name(name): tensor for name, tensor in checkpoint.load("model").items()}
     average = checkpoint.load("average").items()
-    return {name.removeprefix("module."): tensor for name, tensor in average if name.startswith("module.")}
+    return {saved_name(name.removeprefix("module.")): tensor for name, tensor in average if name.startswith("module.")}
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
@@ -218,18 +222,26 @@ def _restore(
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
         state.restore(checkpoint, without=without, memories=memories)
         return
-    built = state.optimizer.state_dict()["param_groups"]
+    built, schedule = state.optimizer.state_dict()["param_groups"], dict(state.scheduler.state_dict())
     state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
     saved = state.optimizer.state_dict()
     # Groups that training added keep their settings, and so do keys that it added to a group.
-    new = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in built]
+    old = {"params", "param_names"}
+    if state.schedule == "evaluation" and all(difference.key != "optimizer.lr" for difference in changed):
+        old.add("lr")  # no other scheduler would compute it again
+    new = [{k: v for k, v in group.items() if k not in old} for group in built]
     new += [{}] * (len(saved["param_groups"]) - len(new))
     groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], new, strict=False)]
     state.optimizer.load_state_dict({**saved, "param_groups": groups})
     retype(state.optimizer.state_dict().get("state"), saved.get("state"))
+    if state.schedule == "evaluation":  # what it has seen cannot be repeated
+        keys = {difference.key.partition(".")[2] for difference in changed}
+        settings = {key: value for key, value in schedule.items() if key in keys}
+        state.scheduler.load_state_dict({**checkpoint.load("scheduler"), **settings})
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        for _ in range(state.progress.step):
+        for _ in range(state.progress.step if state.schedule == "step" else state.stream.epochs):
             state.scheduler.step()
 
 

@@ -104,9 +104,12 @@ def _command(hydra: HydraConf, overrides: list[str]) -> str:
     here = to_absolute_path(".")
     folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), here)}" for path in sources]
     search = [word for word in _unresolved(hydra.overrides.hydra) if word.startswith("hydra.searchpath=")]
-    name = Path(sys.executable).name
+    name, console = Path(sys.executable).name, Path(sys.argv[0])
     python = name if shutil.which(name) == sys.executable else sys.executable
-    return shlex.join([python, "-m", "runner", *folders, *search, *overrides])
+    program = [python, "-m", "runner"]
+    if console.name == "hydra-runner":
+        program = [console.name if shutil.which(console.name) == str(console) else str(console)]
+    return shlex.join([*program, *folders, *search, *overrides])
 
 
 def _unresolved(overrides: Any) -> list[str]:
@@ -121,4 +124,4 @@ def _parent(config: DictConfig) -> Parent | None:
     source = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
     same_store = protocol(run.root) in ("file", protocol(run.parent))
     options = storage_options(config) if same_store else None
-    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), options)
+    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), run.load.name, options)

@@ -11,8 +11,10 @@ def warmup_cosine(
     optimizer: Optimizer, *, total_steps: int | None, warmup_steps: int = 0, final_ratio: float = 0.0
 ) -> LambdaLR:
     """Linear warm-up to the optimizer's rate, then half a cosine down to ``final_ratio`` of it at ``total_steps``."""
-    if total_steps is None:  # conf/scheduler/warmup_cosine.yaml takes it from trainer.max_steps
-        raise ValueError("total_steps is null; set trainer.max_steps, or scheduler.total_steps to the steps of the run")
+    if total_steps is None:
+        raise ValueError(
+            "the steps of the run are unknown; set trainer.max_steps, or scheduler.total_steps to the steps of the run"
+        )
     return LambdaLR(optimizer, partial(_ratio, total=total_steps, warmup=warmup_steps, final=final_ratio))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.checkpoint.checkpoint import Checkpoint
-from runner.checkpoint.structure import Structure
+from runner.checkpoint.structure import Structure, saved_name
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
@@ -49,7 +49,8 @@ class TrainState:
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
     ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``. ``built`` is
-    the structure that the configuration builds, into which a resume loads.
+    the structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
+    steps: ``step``, ``epoch`` or ``evaluation``.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class TrainState:
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
     built: Structure | None = None
+    schedule: str = "step"
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -90,9 +92,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
-        states = {name: part.state_dict() for name, part in self.parts().items()}
-        # Each rank draws random numbers for itself.
-        return {name: PerRank(state) if name == "generators" else state for name, state in states.items()}
+        return {name: _state_of(part) for name, part in self.parts().items()}
 
     def changes(self) -> dict[str, Any]:
         """How the structure differs from the built one, for the facts of a commit: a restore makes these changes first.
@@ -118,7 +118,7 @@ class TrainState:
 
     def weights(self) -> list[str]:
         """The names, in a checkpoint, of the tensors that have to be finite."""
-        return [f"{part}{name}" for part in ("model/", "average/module.") for name in self.trained()]
+        return [f"{part}{saved_name(name)}" for part in ("model/", "average/module.") for name in self.trained()]
 
     def trained(self) -> list[str]:
         """The names of the weights that have to be finite: those that are trained, and were finite when built."""
@@ -147,23 +147,44 @@ class TrainState:
         if checkpoint.comm.rank >= checkpoint.world_size:  # a new rank, which has loaded rank 0's generators
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.comm.rank))
 
-    def inherit(self, checkpoint: Checkpoint) -> None:
-        """Load the weights only, and the averaged weights if both the checkpoint and this run have them.
+    def inherit(self, checkpoint: Checkpoint, *, strict: bool) -> list[str]:
+        """Load the weights only, and the averaged weights if both the checkpoint and this run have them. Unless
+        ``strict``, tensors without a counterpart of their name and shape stay as they are, and are described in the
+        lines that are returned.
 
         Raises StateError for weights that do not fit, Damaged for bad bytes.
         """
-        self._load("model", self.model, checkpoint)
-        if self.average is not None and "average" in checkpoint.parts:
-            self._load("average", self.average, checkpoint)
-        elif self.average is not None:
+        places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
+        saved = {saved_name(name): [*place.kind.shape] for name, place in places.items()}
+        live = {saved_name(name): value for name, value in self.model.state_dict().items()}
+        built = {name: [*value.shape] for name, value in live.items() if isinstance(value, Tensor)}
+        left = [f"{name} {shape}" for name, shape in saved.items() if built.get(name) != shape]
+        new = [f"{name} {shape}" for name, shape in built.items() if saved.get(name) != shape]
+        if strict or not (left or new):
+            self._load("model", self.model, checkpoint)
+            if self.average is not None and "average" in checkpoint.parts:
+                self._load("average", self.average, checkpoint)
+                return []
+        elif len(left) == len(saved):
+            raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
+        else:
+            self._load("model", self.model, checkpoint, only={name for name in built if saved.get(name) == built[name]})
+        if self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
+        lines = {"not used, of the parent": left, "not in the parent, as they were built": new}
+        return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names and not strict]
 
-    def _load(self, name: str, part: Stateful, checkpoint: Checkpoint) -> Any:
+    def _load(self, name: str, part: Stateful, checkpoint: Checkpoint, *, only: Collection[str] | None = None) -> Any:
         """Load a part, and return its state. A sharded part is loaded in the layout of its live state, or of the state
-        that its method ``like`` returns.
+        that its method ``like`` returns. Of a module, ``only`` the tensors of these saved names, if they are given.
         """
 
         def load() -> None:
+            if only is not None:
+                part.load_state_dict(
+                    {**part.state_dict(), **{key: state[key] for key in state if saved_name(key) in only}}
+                )
+                return
             if self.built is not None and name in self.built.modules:
                 buffers = checkpoint.facts.get("structure", {}).get("buffers", {})
                 self.built.resize(name, buffers.get(name, ()), state)
@@ -172,8 +193,15 @@ class TrainState:
         try:
             if self.built is not None and name == "optimizer":
                 self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
-            live = getattr(part, "like", part.state_dict) if checkpoint.comm.size > 1 else None
-            state = checkpoint.load(name, like=live and live())
+            live = getattr(part, "like", part.state_dict)() if checkpoint.comm.size > 1 else None
+            if live is not None and isinstance(part, nn.Module):
+                names = {
+                    key: saved_name(key) if f"{name}/{saved_name(key)}" in checkpoint.places else key for key in live
+                }
+                live = {names[key]: value for key, value in live.items() if only is None or saved_name(key) in only}
+            state = checkpoint.load(name, like=live)
+            if isinstance(part, nn.Module):
+                state = _live_names(part, state)
             on_all_ranks(checkpoint.comm, load, kinds=(Damaged,))
         except (RunnerError, Damaged):
             raise
@@ -181,6 +209,21 @@ class TrainState:
             message = f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"
             raise StateError(message, kind="restore") from error
         return state
+
+
+def _live_names(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved state under the names that the module's tensors have now."""
+    live = {saved_name(name): name for name in module.state_dict()}
+    if all(saved == name for saved, name in live.items()) and all(name == saved_name(name) for name in state):
+        return state
+    return {live.get(saved_name(name), name): value for name, value in state.items()}
+
+
+def _state_of(part: Stateful) -> dict[str, Any]:
+    state = part.state_dict()
+    if isinstance(part, nn.Module) and any(name != saved_name(name) for name in state):
+        return {saved_name(name): value for name, value in state.items()}
+    return PerRank(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
 def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:

@@ -73,18 +73,22 @@ class Trainer:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.objective, loop.improved, loop.save = None, None, False, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
-        loop.rate = float(state.scheduler.get_last_lr()[0])  # it may be a tensor
+        loop.rate = self._rate(state.scheduler)
         for call in self._on_step_start:
             call(loop)
 
         micro_batches = self._seen(loop, stream.step()) if self._on_batch else stream.step()
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
         metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
-        state.scheduler.step()
+        if state.schedule == "step":
+            state.scheduler.step()
         news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
         stream.advance(StepSamples(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
+        if state.schedule == "epoch":
+            for _ in range(loop.epochs_before, stream.epochs):
+                state.scheduler.step()
 
         loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
         loop.waited = stream.waited
@@ -115,6 +119,11 @@ class Trainer:
             callback.on_start(loop)
         loop.stop = loop.stop or self.team.poll()
         return loop
+
+    def _rate(self, scheduler: Any) -> float:
+        """The learning rate of the coming step: of the scheduler, or of the optimizer's first group."""
+        last = getattr(scheduler, "get_last_lr", None)
+        return float(last()[0] if last else self.update.optimizer.param_groups[0]["lr"])  # it may be a tensor
 
     def _limit(self, loop: Loop) -> str | None:
         for name, value in (("max_steps", loop.step), ("max_epochs", loop.epochs), ("max_seconds", loop.elapsed)):

@@ -178,7 +178,7 @@ def test_an_unsafe_text_cannot(text: str) -> None:
 
 def test_the_identity_is_resolved_plain_and_in_order() -> None:
     parts = identity(configured(data={"tail": "drop"}, runtime={"num_workers": 3}))
-    assert tuple(parts) == IDENTITY
+    assert [*parts] == [key for key in IDENTITY if key != "params"]
     assert parts["model"] == {"_target_": "m", "width": 8}
     assert parts["data"]["tail"] == "drop"
     assert parts["trainer"]["precision"] == "fp32"

@@ -143,7 +143,7 @@ def test_averaged_weights_are_taken_over_where_both_have_them(then: bool, now: b
     checkpoint = store.open(store.commit(Snapshot.of(5, parts), attempt=1, successor=lambda: None))
     model = nn.Linear(2, 2)
     state = TrainState(model, None, None, None, AveragedModel(model) if now else None, None, None, Progress())
-    state.inherit(checkpoint)
+    state.inherit(checkpoint, strict=True)
     assert state.model.weight.equal(parts["model"]["weight"])
     if now:
         assert state.average.module.weight.equal(parts["average"]["module.weight"] if then else model.weight)
@@ -154,7 +154,7 @@ def refusals(parent: Path, root: Path) -> dict[str, tuple[tuple[str, ...], int, 
     return {
         "missing": ((f"run.parent={root}/nowhere",), 2, "is not a run directory: it has no run.json"),
         "no such step": ((f"run.parent={parent}@21",), 2, "no checkpoint of step 21; there are those of steps 20, 30"),
-        "shapes": ((f"run.parent={parent}", "model.hidden=[7]"), 1, "size mismatch for "),
+        "shapes": ((f"run.parent={parent}", "model.hidden=[7]", "run.load=strict"), 1, "size mismatch for "),
         "inherit alone": (("run.inherit=all",), 2, "run.inherit=all needs run.parent"),
     }
 

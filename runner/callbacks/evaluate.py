@@ -157,6 +157,20 @@ class EarlyStopping(Callback):
         self.value, self.waited = state["value"], state["waited"]
 
 
+class StepSchedule(Callback):
+    """Steps a scheduler that takes the objective (ReduceLROnPlateau) after each evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def on_start(self, loop: Loop) -> None:
+        self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        if loop.evaluation is not None:
+            loop.state.scheduler.step(objective(loop.evaluation, self.metric))
+
+
 def objective(report: Mapping[str, float | str], metric: str) -> float:
     """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
     value = report.get(metric)

@@ -20,6 +20,13 @@ from runner.rng import temporary_seed
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
 
 
+def saved_name(name: str) -> str:
+    """The name under which a tensor is saved: without the prefix of modules that torch.compile has wrapped, so that the
+    weights fit a model that is not compiled.
+    """
+    return name.replace("_orig_mod.", "")
+
+
 class Structure:
     """The ``parts`` of a state as they are built: names, shapes and types of the model and of its average, and the
     groups of the ``optimizer`` that updates the weights.
@@ -53,8 +60,9 @@ class Structure:
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Sequence[int]) -> bool:
         """Whether a model of these shapes, but for some ``buffers``, and groups of these ``sizes`` can be loaded."""
-        built = {name: kind[0] for name, kind in self.kinds["model"].items() if kind and name not in buffers}
-        same = built == {name: shape for name, shape in shapes.items() if name not in buffers}
+        kinds = self.kinds["model"].items()
+        built = {saved_name(name): kind[0] for name, kind in kinds if kind and name not in buffers}
+        same = built == {saved_name(name): shape for name, shape in shapes.items() if name not in buffers}
         return same and (not sizes or [*sizes] == [*map(len, self.groups)])
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
@@ -68,7 +76,7 @@ class Structure:
         Added groups have the settings of the first group until they are loaded. Raises KeyError for an unknown name.
         """
         by_name, groups = _weights(parts) if names else {}, getattr(optimizer, "param_groups", [])
-        wanted = [[by_name[name] for name in group] for group in names] if names else self.groups
+        wanted = [[by_name[saved_name(name)] for name in group] for group in names] if names else self.groups
         settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
         del groups[len(wanted) :]
         groups += [dict(settings) for _ in wanted[len(groups) :]]
@@ -104,7 +112,7 @@ class Structure:
         """The names of the weights in each group; None where they are in the groups that were built."""
         names = {id(weight): name for name, weight in _weights(parts).items()}
         if sharded := any(map(is_distributed, self._weights.values())):  # gathered, they are other tensors
-            names |= {id(weight): f"model/{name}" for name, weight in self._weights.items()}
+            names |= {id(weight): f"model/{saved_name(name)}" for name, weight in self._weights.items()}
         trained = {id(weight) for group in groups for weight in group}
         now = dict(self.modules["model"].named_parameters(remove_duplicate=False))
         for name, weight in self._weights.items():
@@ -146,7 +154,7 @@ def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
             named = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
             for name, weight in named:
                 if isinstance(weight, Tensor):
-                    named_by_id.setdefault(id(weight), (f"{part}/{path}{name}".rstrip("."), weight))
+                    named_by_id.setdefault(id(weight), (saved_name(f"{part}/{path}{name}").rstrip("."), weight))
     return dict(named_by_id.values())
 
 

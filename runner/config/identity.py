@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
-IDENTITY = ("seed", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
+IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
@@ -31,7 +31,8 @@ def identity(config: "DictConfig") -> dict[str, Any]:
     """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
     from runner.config.schema import plain_value
 
-    return {key: plain_value(config, key) for key in IDENTITY}
+    values = {key: plain_value(config, key) for key in IDENTITY}
+    return {key: value for key, value in values.items() if key != "params" or value}  # runs before it have none
 
 
 def variant(overrides: Sequence[str]) -> str:

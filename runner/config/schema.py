@@ -39,6 +39,7 @@ Mode = Enum("Mode", {"min": "min", "max": "max"})
 Every = Enum("Every", {"auto": "auto"})
 OnDrift = Enum("OnDrift", {"refuse": "refuse", "accept": "accept", "fork": "fork"})
 Inherit = Enum("Inherit", {"model": "model", "all": "all"})
+Load = Enum("Load", {"matching": "matching", "strict": "strict"})
 OnConflict = Enum("OnConflict", {"fail": "fail", "wait": "wait", "steal": "steal"})
 
 
@@ -132,6 +133,7 @@ class RunConfig:
     name: str | None
     parent: str | None
     inherit: Inherit
+    load: Load
     on_drift: OnDrift
     on_conflict: OnConflict
 
@@ -148,6 +150,7 @@ class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
     seed: int
+    params: dict[str, Any]
     model: Any
     data: DataConfig
     task: Any

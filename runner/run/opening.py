@@ -64,6 +64,7 @@ class Parent:
     source: CheckpointRef
     inherit: str  # model, all
     asked: str | None = None
+    load: str = "strict"  # matching, strict
     options: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
@@ -81,6 +82,7 @@ class ParentRecord:
     commit: str
     inherit: str
     asked: str | None
+    load: str = "strict"  # runs of earlier versions do not say
 
     @classmethod
     def of(cls, directory: RunDirectory) -> "ParentRecord | None":
@@ -89,8 +91,9 @@ class ParentRecord:
         if record is None:
             return None
         try:
-            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            load = str(record.get("load", "strict"))
+            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"], load)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
 
     @property
@@ -164,7 +167,8 @@ def _equal(a: Any, b: Any) -> bool:
 class OpenedRun:
     """A run directory as this command finds it, before it claims the run.
 
-    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted.
+    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted, or all
+    changes if the run has not trained yet.
     ``accepted``: the configuration from now on, if it is not the one that the run was created with. ``parent``: what a
     new run starts from. ``result``: that of a finished run.
     """
@@ -204,9 +208,9 @@ def open_run(
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
     differences = compare(saved, identity)
-    if differences and on_drift == "fork":
-        return _fork(directory, identity, command, on_conflict)
-    if differences and on_drift == "refuse":
+    if differences and on_drift != "accept" and _trained(directory):
+        if on_drift == "fork":
+            return _fork(directory, identity, command, on_conflict)
         raise DriftRefused(_refusal(directory, differences, command))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
@@ -262,6 +266,14 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
             attempt.withdraw()
         raise
     return attempt
+
+
+def _trained(directory: RunDirectory) -> bool:
+    """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
+    if directory.location.list("commits"):
+        return True
+    history = attempts.history(directory.location)
+    return any(facts.get("step") or facts.get("committed") for each in history for facts in (each.beat, each.end or {}))
 
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:

@@ -1,0 +1,83 @@
+"""What ``--help KEY`` prints: the meaning of a key from the comments of ``conf/config.yaml``, its type and default."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from textwrap import fill
+from typing import Any, get_type_hints
+
+from runner.config.schema import Config
+from runner.errors import ConfigError
+
+_KEY = re.compile(r"( *)(\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key of a configuration file with its default, which is empty for a section, and its comment."""
+
+    key: str
+    default: str
+    comment: str
+
+
+def explain(key: str, file: Path) -> str:
+    """The meaning of a key, and of those below it. Raises ConfigError for a key that does not exist."""
+    entries = {entry.key: entry for entry in _entries(file.read_text())}
+    free = next((part for part in _parts(key) if _type(part) is Any), None)
+    if key not in entries and free is not None:
+        return (
+            f"{key}\n  {'an argument' if key != free else 'the choice'} of what {free}._target_ names; see conf/{free}/"
+        )
+    if key not in entries or _type(key) is None:
+        near = get_close_matches(key, entries, 3)
+        raise ConfigError(f"there is no key {key}. {f'Did you mean {chr(44).join(near)}?' if near else ''}".rstrip())
+    below = [entry for name, entry in entries.items() if name == key or name.startswith(f"{key}.")]
+    return "\n".join(map(_text, below))
+
+
+def _text(entry: Entry) -> str:
+    kind = _type(entry.key)
+    choices = " | ".join(kind.__members__) if isinstance(kind, type) and issubclass(kind, Enum) else ""
+    default = f"default {entry.default}" if entry.default not in ("", "???") else ""
+    default = "required" if entry.default == "???" else default
+    facts = ", ".join(filter(None, (choices, default)))
+    comment = fill(entry.comment, 100, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(filter(None, (f"{entry.key}{f' ({facts})' if facts else ''}", comment)))
+
+
+def _entries(text: str) -> Iterator[Entry]:
+    """The keys of a YAML file of plain mappings, with the comments before and behind them."""
+    path: list[tuple[int, str]] = []
+    before: list[str] = []
+    for line in text.splitlines():
+        stripped = line.strip()
+        match = _KEY.fullmatch(line)
+        if stripped.startswith("#"):
+            before.append(stripped[1:].strip())
+        elif match is None:
+            before = []
+        else:
+            indent = len(match[1])
+            path = [(depth, name) for depth, name in path if depth < indent] + [(indent, match[2])]
+            comment = " ".join([*before, *filter(None, [match["comment"]])])
+            yield Entry(".".join(name for _, name in path), (match["value"] or "").strip(), comment)
+            before = []
+
+
+def _parts(key: str) -> list[str]:
+    names = key.split(".")
+    return [".".join(names[:end]) for end in range(1, len(names) + 1)]
+
+
+def _type(key: str) -> Any:
+    """The type of a key by the schema; None if the schema does not have it."""
+    kind: Any = Config
+    for name in key.split("."):
+        if not is_dataclass(kind) or name not in {field.name for field in fields(kind)}:
+            return None
+        kind = get_type_hints(kind)[name]
+    return kind
