@@ -8,6 +8,10 @@ from runner.verify.difference import FirstDifference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
 _SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
+_REPLACE = (
+    "let load_state_dict replace what the object has: the runner also calls it to take back what an interrupted "
+    "evaluation changed"
+)
 _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
 
 
@@ -70,6 +74,10 @@ _TEXTS = {
     "evaluation": (
         "evaluation leaves a trace in training: without it a resumed run is equal",
         "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
+    ),
+    "stopping": (
+        "a stop by SIGTERM leaves a trace: after SIGKILL a resumed run is equal",
+        f"{_REPLACE}; and act on no signal yourself",
     ),
     "incomplete": (
         "nothing differs, but not enough was done to prove anything",

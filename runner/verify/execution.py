@@ -15,16 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.errors import RunnerError
+from runner.errors import Interrupted, RunnerError
 from runner.storage.location import is_remote, local_root
 
 _HASH_SEEDS = ("1", "2")
 _LAST_LINES = 12  # of an error or a log, for the verdict
+STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
+_STOPPED = Interrupted.status
 
 
 class Kill(NamedTuple):
     """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
-    too: the next attempt begins with the state of that step, and without anything that is in no state.
+    too: the next attempt begins with the state of that step, and without anything that is in no state. After a stop by
+    SIGTERM it does so anyway.
     """
 
     moment: str
@@ -145,7 +148,7 @@ def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
 
 Event = dict[str, Any]
 
-_COMPARED = ("step", "resumed")
+_COMPARED = ("step", "resumed", "evaluated")
 # Fields that every rank has for itself, and where they are merged to; only ``state`` is compared with a checkpoint.
 _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
 
@@ -184,18 +187,26 @@ class AttemptTrace:
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it, or one of its processes, was killed. "?": by somebody else. None: it was not."""
-        return next((event["moment"] for event in self.select("killed")), "?") if self.status is None else None
+        """The moment at which it, or one of its processes, was killed or stopped. "?": by somebody else. None: it was
+        not.
+        """
+        moment = next((event["moment"] for event in self.select("killed")), "?")
+        return moment if self.status is None or self.stopped else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended after SIGTERM, as promised: with its last step committed."""
+        return self.status == _STOPPED and any(event["moment"] in STOPS for event in self.select("killed"))
 
     @property
     def victim(self) -> int | None:
         """The rank that was killed alone, if one was."""
-        return self.request.victim if self.status is None and self.select("killed") else None
+        return self.request.victim if self.killed and self.select("killed") else None
 
     @property
     def failure(self) -> AttemptFailure | None:
         """Why it ended with an error; None if it did not. A process that a watchdog ended has only its output."""
-        if self.status in (0, None):
+        if self.status in (0, None) or self.stopped:
             return None
         event = next((event for event in self.select("failed") if event["message"]), None)
         text = event["message"] if event else self.request.log.read_text(errors="replace")
@@ -214,9 +225,21 @@ class RunTrace:
     request: AttemptRequest | None = None  # the last one
 
     def compared(self) -> Iterator[tuple[int, Event]]:
-        """All events of steps and of states after loading, with the number of the attempt (from 0)."""
+        """All events of steps and of states after loading, with the number of the attempt (from 0). A step whose
+        evaluation was interrupted is an event of the attempt that repeats the evaluation.
+        """
+        due: Event = {}
         for number, attempt in enumerate(self.attempts):
-            yield from ((number, event) for event in attempt.events if event["event"] in _COMPARED)
+            for event in (event for event in attempt.events if event["event"] in _COMPARED):
+                if event.get("due"):
+                    due = event
+                elif event["step"] != due.get("step") or event["event"] == "step":
+                    if event["event"] != "evaluated":
+                        yield number, event
+                elif event["event"] == "evaluated":
+                    yield number, {**due, **event, "event": "step"}
+                else:  # the state before the evaluation, with which no state of the undisturbed run can be compared
+                    yield number, {key: value for key, value in event.items() if key not in ("state", "others")}
 
     def steps(self) -> Iterator[tuple[int, Event]]:
         """The same for steps alone."""
@@ -305,7 +328,8 @@ def _merge(event: Event, rank: int, other: Event | None) -> None:
         event["cut"] = True
         return
     for name, target in _PER_RANK.items():
-        event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other.get(name, {}).items()}
+        if name in other:
+            event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other[name].items()}
 
 
 def _read(record: Path) -> tuple[Event, ...]:

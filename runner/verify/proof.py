@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from runner.errors import ConfigError, StorageError
@@ -108,6 +109,9 @@ def _incomplete(base: RunTrace, run: RunTrace) -> str:
     """Why nothing is proven although nothing differs; empty if the runs did all that was planned."""
     if base.evidence is None or run.evidence is None:
         return _KILLED
+    for before, after in pairwise(run.attempts):
+        if before.stopped and after.select("resumed") and after.first != before.last:
+            return f"stopped by SIGTERM after step {before.last}, the run went on from step {after.first}"
     missed = base.by_step().keys() ^ run.by_step().keys()
     if missed or not base.by_step():
         return f"steps were not compared: {sorted(missed)[:10]}"
