@@ -104,6 +104,12 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         ["callbacks.weight.seen was "],
     ),
     "the time": (node("task", "Noisy", source="time"), "time", ["the time is used"]),
+    "an hour of the day": (node("task", "Dated", clock="hour"), "time", ["an hour, a date", "count steps"]),
+    "a date in a data set": (
+        ("data.train._target_=mine.broken.Daily", "+data.train.clock=date"),
+        "time",
+        ["the time is used", "from the configuration"],
+    ),
     "the pid": (node("task", "Noisy", source="pid"), "pid", ["os.getpid"]),
     "hash()": (node("task", "Noisy", source="hash"), "hash", ["hash() of a text or the order of a set"]),
     "the order of a set": (node("task", "Noisy", source="set"), "hash", ["the order of a set"]),
@@ -136,6 +142,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
 QUICK = (
+    "a date in a data set",
     "a curriculum in the data set",
     "a hidden generator, refused",
     "hash()",
@@ -147,6 +154,7 @@ def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The same experiment with the cause mended."""
     good = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
     good = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in good]
+    good = [re.sub(r"clock([:=])\w+", r"clock\1none", each) for each in good]
     return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
 
 
@@ -344,6 +352,36 @@ def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> N
     assert outputs[0] == outputs[1]
     first, second = outputs[0].split(b" ", 1)
     assert first != second.strip()
+
+
+def test_shifted_clocks_are_those_of_the_users_code() -> None:
+    code = f"""if True:
+        import datetime, pickle, time
+        from datetime import date, datetime as early
+        from runner.verify import clocks
+        read = '''if True:
+            import datetime, time
+            ahead = [time.time() - now(), time.time_ns() / 1e9 - now(), early.now().timestamp() - now()]
+            ahead += [time.mktime(time.localtime()) - now(), time.mktime(time.strptime(time.ctime())) - now()]
+            ahead += [datetime.datetime.utcnow().replace(tzinfo=datetime.timezone.utc).timestamp() - now()]
+            ahead += [time.mktime(time.strptime(time.strftime("%c"))) - now(), time.time() - now()]
+            ahead += [24 * 3600 * (early.today().date() - today()).days, datetime.datetime.today().timestamp() - now()]
+            print([round(each / 1e6, 2) for each in ahead])
+        '''
+        now, today = time.time, date.today
+        clocks.shift({10**7})
+        shifted = time.time
+        assert now is not shifted and time.gmtime(0).tm_year == 1970 and time.strftime("%Y", time.gmtime(0)) == "1970"
+        names = {{"now": now, "early": early, "today": lambda: date.fromtimestamp(now())}}
+        exec(compile(read, "user.py", "exec"), names | {{"__name__": "mine"}})
+        exec(compile(read, "/lib/site-packages/signs.py", "exec"), names | {{"__name__": "signs"}})
+        exec(compile(read, "user.py", "exec"), names | {{"__name__": "runner.run"}})
+        assert pickle.loads(pickle.dumps(early(2020, 1, 1))) == early(2020, 1, 1)
+    """
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=300, text=True)
+    users, library, runners = map(json.loads, output.stdout.splitlines())
+    assert all(abs(each - 10) < 0.1 for each in users), users
+    assert [*library, *runners] == [0] * 20
 
 
 def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:

@@ -16,6 +16,8 @@ _SAVES = 8  # checkpoints in a run, about, besides those before a kill
 _SMALL = 64 << 20  # bytes of a state; of such runs all checkpoints are kept, to be compared
 _PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as accumulated gradients
 _AT_ANY_STEP = ("committed", "save", "step", "stop")
+# The user's clocks go ahead by so much from attempt to attempt, so that no hour, date or month stays the same.
+SHIFT_SECONDS = ((37 * 24 + 5) * 60 + 17) * 60 + 13
 _CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
 
 Progress = Callable[[str], None]
@@ -103,7 +105,9 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
 
 
 def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTrace:
-    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers."""
+    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers,
+    and each of which begins at a later time of the user's clocks.
+    """
     run = RunTrace("killed")
     for number, (kill, victim) in enumerate([*zip(plan.kills, plan.victims, strict=True), (None, None)]):
         attempt = executor.attempt(
@@ -115,6 +119,7 @@ def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTra
             steps=plan.limit,
             kill=kill,
             victim=victim,
+            shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:

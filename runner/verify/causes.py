@@ -40,8 +40,8 @@ _TEXTS = {
         "use the configuration's seed instead of the pid",
     ),
     "time": (
-        "the time is used in training",
-        "count steps instead of seconds; the runner has metrics of time",
+        "the time is used in training: seconds, an hour, a date",
+        "count steps instead of seconds; take a date from the configuration; the runner has metrics of time",
     ),
     "entropy": (
         "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner.verify.campaign import ENDS, KillPlan, Progress, save_every
+from runner.verify.campaign import ENDS, SHIFT_SECONDS, KillPlan, Progress, save_every
 from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_workers, unexplained
 from runner.verify.difference import FirstDifference, first_difference
 from runner.verify.execution import Executor, Kill, RunTrace
@@ -71,6 +71,9 @@ class Investigation:
             if self._difference("the same again", self._run(server=1), other):
                 return self._hold(other)
             return CAUSES["hash"].seen_in(difference.part)
+        later = self._run(shift=SHIFT_SECONDS)
+        if difference := self._difference("undisturbed, at another time of another day", later):
+            return CAUSES["time"].seen_in(difference.part, difference.path)
         for workers in {*self._plan.workers} - {self._base.attempts[0].workers}:
             again = self._run(workers=workers)
             if difference := self._difference(f"undisturbed, {workers} data workers", again):

@@ -42,7 +42,8 @@ class AttemptRequest:
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
     state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
-    neither states nor memory, because a user's ``state_dict`` may change something. ``does``: "train" or "remove".
+    neither states nor memory, because a user's ``state_dict`` may change something. ``shift`` is by how many seconds
+    the user's clocks are ahead. ``does``: "train" or "remove".
     """
 
     name: str
@@ -57,6 +58,7 @@ class AttemptRequest:
     dump: int | None = None
     evaluations: int | None = None
     silent: bool = False
+    shift: int = 0
     does: str = "train"
 
     def json(self) -> str:

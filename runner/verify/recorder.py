@@ -35,7 +35,7 @@ from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
-from runner.verify import pins
+from runner.verify import clocks, pins
 from runner.verify.execution import STOPS, Kill
 from runner.verify.fingerprint import fingerprint, of_value
 from runner.verify.memory import memory, settings
@@ -45,6 +45,8 @@ _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "
 
 def install(request: Mapping[str, Any]) -> None:
     """Observe this process as the request asks."""
+    if request["shift"]:
+        clocks.shift(request["shift"])
     for pin in request["pins"]:
         pins.hold(pin)  # before the recorder, which notes the batches that the pins leave
     observers.append(Remover() if request["does"] == "remove" else Recorder(request))

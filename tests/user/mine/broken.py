@@ -6,6 +6,7 @@ import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -503,3 +504,30 @@ class Adds(Counts):
 
     def load_state_dict(self, state):
         self.done = state["done"] + (0 if self.mended else self.done)
+
+
+class Daily(Rows):
+    """Shows other samples every day: read in data workers, too."""
+
+    def __init__(self, size, clock):
+        super().__init__(size)
+        self.clock = clock
+
+    def __getitem__(self, index):
+        return row(index) * (1 + self.day() / 1e4), index % 3
+
+    def day(self):
+        return date.today().toordinal() % 1000 if self.clock == "date" else 1
+
+
+class Dated(Classification):
+    """Smooths labels by the hour of the day."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def training_step(self, model, batch):
+        now = datetime.now()
+        self.label_smoothing = (now.hour + now.minute / 60) / 100 if self.clock == "hour" else 0.1
+        return super().training_step(model, batch)
