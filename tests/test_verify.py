@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -43,11 +44,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the temporary folders of this test are."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for processes
-    return tmp_path
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the temporary folders of this test are. Data workers have sockets there, whose paths must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)  # for processes
+        yield Path(folder)
 
 
 def judged(servers: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
@@ -428,6 +430,40 @@ def test_nothing_is_proven_by_a_run_that_somebody_else_killed(servers: Servers, 
     assert "a run did not come to its end" in verdict.text()
     assert verdict.cause
     assert verdict.cause.kind == "incomplete"
+
+
+def test_a_process_that_ends_itself_was_killed_by_nobody(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, "~task", "+task={_target_:mine.tasks.Leaves,status:0}", kills=1)
+    assert not verdict.holds
+    assert "attempt undisturbed-1 ended with exit status 0 after step 0" in verdict.text()
+
+
+@pytest.mark.campaign
+def test_an_attempt_that_hangs_is_ended_and_named(
+    servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.verify.proof.LEAST_SECONDS", 5)
+    monkeypatch.setattr("runner.verify.proof.TIMES", 3)
+    overrides = node("task", "Locks", mended=False)
+    verdict = judged(servers, *overrides, kills=1, moments=("step",), workers=(2,))
+    text = verdict.text()
+    assert not verdict.holds
+    assert re.search(r"attempt killed-2 did not end within \d+ s", text), text
+    assert re.search(r"the main thread is at \S*mine/broken.py:\d+ in training_step", text), text
+    assert re.search(r"process \d+, the main thread is at ", text), text
+    assert verdict.cause
+    assert verdict.cause.kind == "hang"
+    verdict = judged(servers, *mended(overrides), kills=1, moments=("step",), workers=(0,))
+    assert verdict.holds, verdict.text()
+
+
+def test_it_leaves_nothing_that_the_experiment_leaves(servers: Servers, scratch: Path) -> None:
+    """Neither temporary files, nor processes in sessions of their own, nor folders for the root."""
+    verdict = judged(servers, "~task", "+task={_target_:mine.broken.Litters}", kills=1, root=f"{scratch}/new/root")
+    assert verdict.holds, verdict.text()
+    assert [*scratch.iterdir()] == []
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(scratch) not in running
 
 
 def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:

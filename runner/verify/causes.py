@@ -276,6 +276,12 @@ def of_error(kind: str, changes: str) -> Cause:
 
 
 _OF_ERRORS = {
+    "time-limit": Cause(
+        "hang",
+        "an attempt does not come to its end, which may be of your code or of a machine that was busy",
+        "look at the places above: at locks and waits without a limit, at files and processes of an earlier attempt",
+        sure=False,
+    ),
     "kernel": Cause("kernel", CAUSES["kernel"].what, "use another kernel"),
     "sample-changed": Cause("data memory", "a sample changes every time it is drawn", _SEEDED),
     "sample-per-process": Cause(

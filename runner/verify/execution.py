@@ -43,7 +43,8 @@ class AttemptRequest:
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
     state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
     neither states nor memory, because a user's ``state_dict`` may change something. ``shift`` is by how many seconds
-    the user's clocks are ahead. ``does``: "train" or "remove".
+    the user's clocks are ahead. After ``limit`` seconds the attempt is ended, as a failure. ``does``: "train" or
+    "remove".
     """
 
     name: str
@@ -59,12 +60,14 @@ class AttemptRequest:
     evaluations: int | None = None
     silent: bool = False
     shift: int = 0
+    limit: float | None = None
     does: str = "train"
 
     def json(self) -> str:
         """The request as the server reads it."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)], "log": str(self.log)})
+        paths = {"log": str(self.log), "temporary": str(self.temporary), "title": f"attempt {self.record.stem}"}
+        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)]} | paths)
 
     @property
     def records(self) -> list[Path]:
@@ -76,6 +79,11 @@ class AttemptRequest:
     def log(self) -> Path:
         """The output of all ranks."""
         return self.record.with_suffix(".log")
+
+    @property
+    def temporary(self) -> Path:
+        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name."""
+        return self.record.with_name("tmp")
 
     @property
     def dumped(self) -> Path:
@@ -172,6 +180,7 @@ class AttemptTrace:
     status: int | None
     workers: int
     events: tuple[Event, ...]
+    seconds: float = 0.0
 
     def select(self, name: str) -> list[Event]:
         """The events of one name."""
@@ -273,6 +282,7 @@ class Executor:
     """Makes runs of the user's ``command``, with records in ``scratch`` and run directories below ``root``.
 
     ``runs`` collects all runs. Each has ``processes`` processes, and ``evaluations`` steps at most between evaluations.
+    ``limit`` is the most seconds of an attempt.
     """
 
     command: tuple[str, ...]
@@ -282,6 +292,7 @@ class Executor:
     runs: list[RunTrace]
     evaluations: int
     processes: int
+    limit: float | None = None
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
         """Make the next attempt at a run; ``fields`` are those of an AttemptRequest."""
@@ -297,9 +308,18 @@ class Executor:
             self.runs.append(run)
         record = self.scratch / f"{run.name}-{len(run.attempts) + 1}.jsonl"
         run.request = request = AttemptRequest(
-            run.name, arguments, record, evaluations=self.evaluations, processes=self.processes, **fields
+            run.name,
+            arguments,
+            record,
+            evaluations=self.evaluations,
+            processes=self.processes,
+            limit=self.limit,
+            **fields,
         )
-        trace = AttemptTrace(request, self.servers[server](request), workers, _merged(request.records))
+        began = time.monotonic()
+        status = self.servers[server](request)
+        shutil.rmtree(request.temporary, ignore_errors=True)
+        trace = AttemptTrace(request, status, workers, _merged(request.records), time.monotonic() - began)
         run.attempts.append(trace)
         return trace
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,8 @@ from runner.verify.execution import Executor, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
 from runner.verify.verdict import Verdict, cost
 
-_KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
+TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
 _STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
 
 
@@ -37,6 +38,7 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{folder}"
     runs: list[RunTrace] = []
     keep = False
+    new = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
     try:
         with nullcontext(servers) if servers else fork_servers() as both:
             interval = evaluation_interval(options)
@@ -48,6 +50,9 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     finally:
         if not keep:
             _remove(root, scratch, runs, servers)
+            for made in new:
+                with suppress(OSError):  # others use it
+                    made.rmdir()
 
 
 def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
@@ -61,7 +66,8 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     if failure:
         return replace(verdict, refusal=failure.message, cause=of_error(failure.kind, _changes_while_probed(base)))
     if base.evidence is None:
-        return replace(verdict, refusal=_KILLED, cause=CAUSES["incomplete"])
+        return replace(verdict, refusal=_unfinished(base), cause=CAUSES["incomplete"])
+    executor = replace(executor, limit=max(LEAST_SECONDS, TIMES * attempt.seconds))
     for server in executor.servers:
         server.import_modules(attempt.select("imported")[0]["modules"])
     kills = plan(base, options)
@@ -69,7 +75,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
     run = run_killed(executor, kills, progress)
     verdict = _compare(executor, kills, base, run, progress)
-    return replace(verdict, notes=[*_notes(kills, base), *(_lost_memory(base, run) if verdict.holds else ())])
+    return replace(verdict, notes=[*_notes(kills, base, run), *(_lost_memory(base, run) if verdict.holds else ())])
 
 
 def _require_room(root: str, size: int) -> None:
@@ -107,8 +113,8 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
 
 def _incomplete(base: RunTrace, run: RunTrace) -> str:
     """Why nothing is proven although nothing differs; empty if the runs did all that was planned."""
-    if base.evidence is None or run.evidence is None:
-        return _KILLED
+    if run.evidence is None:
+        return _unfinished(run)
     for before, after in pairwise(run.attempts):
         if before.stopped and after.select("resumed") and after.first != before.last:
             return f"stopped by SIGTERM after step {before.last}, the run went on from step {after.first}"
@@ -117,6 +123,17 @@ def _incomplete(base: RunTrace, run: RunTrace) -> str:
         return f"steps were not compared: {sorted(missed)[:10]}"
     return (
         "" if any(attempt.killed for attempt in run.attempts) else "no kill came before the end; try more verify.steps"
+    )
+
+
+def _unfinished(run: RunTrace) -> str:
+    """Why a run has no result although no attempt failed with an error."""
+    last = run.attempts[-1]
+    if last.status is None:
+        return "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+    return (
+        f"attempt {last.request.record.stem} ended with exit status {last.status} after step {last.last}, before the "
+        "run was finished: something in your code ends the process, as os._exit does"
     )
 
 
@@ -141,7 +158,7 @@ def _problems(run: RunTrace) -> list[str]:
     return [f"{run.name}: {problem}" for problem in evidence["audit"]["problems"]] if evidence else []
 
 
-def _notes(kills: KillPlan, base: RunTrace) -> list[str]:
+def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
     notes = []
     if kills.epoch is not None and kills.steps <= kills.epoch:
         notes.append(
@@ -154,6 +171,8 @@ def _notes(kills: KillPlan, base: RunTrace) -> list[str]:
         notes.append("trainer.max_seconds was left out: a run that ends by the clock ends at another step every time")
     if oftener := base.attempts[0].select("oftener"):
         notes.append(f"evaluated every {oftener[0]['every']} steps, besides what is configured")
+    if missing := len(kills.kills) - sum(attempt.killed is not None for attempt in run.attempts):
+        notes.append(f"{missing} of {len(kills.kills)} kills did not come, because the run ended before")
     if not any(event["evaluation"] for _, event in base.steps() if event["step"] < kills.steps):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
@@ -167,6 +186,11 @@ def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
     )
     more = f"; and {len(entries) - 3} more" if len(entries) > 3 else ""
     return [f"not in the state, and without effect within these steps: {text}{more}"] if entries else []
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """The folders of a path that do not exist, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _remove(root: str, scratch: Path, runs: Sequence[RunTrace], servers: Servers | None) -> None:

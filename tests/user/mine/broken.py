@@ -4,6 +4,9 @@ import copy
 import functools
 import os
 import random
+import subprocess
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date, datetime
@@ -531,3 +534,30 @@ class Dated(Classification):
         now = datetime.now()
         self.label_smoothing = (now.hour + now.minute / 60) / 100 if self.clock == "hour" else 0.1
         return super().training_step(model, batch)
+
+
+class Locks(Classification):
+    """Waits for a file to go away, which it makes, and would remove at the end."""
+
+    def __init__(self, mended):
+        super().__init__()
+        from hydra.core.hydra_config import HydraConfig
+
+        file = Path(HydraConfig.get().runtime.output_dir) / "lock"
+        self.locked = file.exists() and not mended
+        file.touch()
+
+    def training_step(self, model, batch):
+        if self.locked:
+            threading.Event().wait()
+        return super().training_step(model, batch)
+
+
+class Litters(Classification):
+    """Leaves a temporary file, and a process in a session of its own, whose argument is the folder of the file."""
+
+    def __init__(self):
+        super().__init__()
+        folder = tempfile.mkdtemp()
+        program = "import sys, time; time.sleep(1000)"
+        subprocess.Popen(["python3", "-S", "-c", program, folder], start_new_session=True)
