@@ -1,6 +1,7 @@
 """``python -m runner.verify`` on real processes: exact resumes pass, and what users really get wrong is named."""
 
 import json
+import math
 import pickle
 import re
 import signal
@@ -11,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +24,10 @@ from waiting import until
 
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
-from runner.verify.campaign import plan
+from runner.verify.campaign import plan, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference
-from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove
@@ -466,6 +468,95 @@ def test_it_leaves_nothing_that_the_experiment_leaves(servers: Servers, scratch:
     assert str(scratch) not in running
 
 
+def test_kills_for_which_no_time_is_left_are_left_out() -> None:
+    """Of 60 seconds, where the undisturbed run and each attempt take ten."""
+    undisturbed = replace(trained([set()] * 30).attempts[0], seconds=10)
+    planned = plan(RunTrace("undisturbed", [undisturbed]), Options(steps=30))
+    left = iter(range(50, -1, -10))
+
+    def attempt(run: RunTrace, *overrides: str, kill: object, **fields: object) -> AttemptTrace:
+        ended = {"event": "killed", "moment": "step"} if kill else {"event": "finished"}
+        run.attempts.append(replace(undisturbed, status=None if kill else 0, events=(ended,)))
+        return run.attempts[-1]
+
+    executor = SimpleNamespace(attempt=attempt, left=lambda: next(left))
+    run = run_killed(executor, planned, undisturbed, print)  # type: ignore[arg-type]
+    assert [each.killed for each in run.attempts] == ["step"] * 4 + [None]
+
+
+@pytest.mark.parametrize("ended", ["killed", "undisturbed"])
+def test_the_proof_ends_when_its_time_is_over(
+    ended: str, servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after a run of that name: before the search for the cause, or before the first kill."""
+
+    def left(executor: Executor) -> float:
+        return 0 if any(run.evidence for run in executor.runs if run.name == ended) else math.inf
+
+    monkeypatch.setattr(Executor, "left", left)
+    verdict = judged(servers, *data("Harder"), kills=1)
+    assert not verdict.holds
+    assert verdict.cause
+    if ended == "killed":
+        assert (verdict.cause.kind, verdict.cause.sure) == ("data memory", False)
+        assert "the search for the cause was cut short by verify.minutes" in verdict.text()
+    else:
+        assert verdict.cause.kind == "incomplete"
+        assert "verify.minutes was over before the killed run was finished" in verdict.text()
+
+
+def test_a_configuration_error_comes_before_anything_heavy(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(USER)
+    code = """if True:
+        import sys
+        from runner.errors import ConfigError
+        from runner.verify import assert_resumes
+        try:
+            assert_resumes("--config-dir", "conf", "experiment=broken", sys.argv[1])
+        except ConfigError as error:
+            print("torch" in sys.modules, error)
+    """
+    for wrong, message in (
+        ("trainer.max_step=3", "Could not override 'trainer.max_step'"),
+        ("run.name=a/b", "run.name"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, wrong], check=True, stdout=subprocess.PIPE, text=True)
+        assert done.stdout.startswith("False "), done.stdout
+        assert message in done.stdout
+    assert [*scratch.iterdir()] == []
+
+
+@pytest.mark.campaign
+def test_the_fixture_shares_its_servers(scratch: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test_mine.py"
+    test.write_text(
+        """
+import os
+import pytest
+
+seen = set()
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_resumes(number, assert_resumes):
+    assert_resumes("--config-dir", "conf", "experiment=broken", steps=4, kills=1, workers=[0])
+    seen.add(open(f"/proc/self/task/{os.getpid()}/children").read())
+    assert [len(each.split()) for each in seen] == [2]
+
+def test_fails(assert_resumes):
+    with pytest.raises(AssertionError, match="(?s)does not resume exactly.*os.getpid"):
+        assert_resumes("--config-dir", "conf", "experiment=broken", "~task",
+                       "+task={_target_:mine.broken.Noisy,source:pid}", steps=4, kills=1, workers=[0])
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    plugins = {entry.value for entry in entry_points(group="pytest11")}
+    command += [] if "runner.verify.fixtures" in plugins else ["-p", "runner.verify.fixtures"]  # installed before
+    done = subprocess.run(command, cwd=USER, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
+    (kept,) = scratch.iterdir()  # of the proof that failed
+    assert [*kept.glob("*.jsonl")]
+
+
 def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
@@ -483,6 +574,8 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
         ("verify.steps=1", "at least 2"),
         ("verify.workers=[0,-1]", "numbers of data workers"),
         ("verify.kills", "verify.kills needs a value"),
+        ("verify.minutes=0", "verify.minutes=2 (more than 0)"),
+        ("verify.moments=[step,stops]", "verify.moments=[step,stop]; there are committed, save"),
         ("verify.processes=0", "verify.processes=2 (at least 1)"),
         ("run.root=here", "verify.root"),
         ("runtime.num_workers=2", "verify.workers"),

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 
 from runner.errors import RunnerError
-from runner.verify.options import parse
+from runner.verify.options import check, parse
 
 _USAGE = """\
 python -m runner.verify experiment=NAME [KEY=VALUE ...] [verify.KEY=VALUE ...] [--json]
 
 Runs the experiment once undisturbed and once with SIGKILLs and SIGTERMs, and compares the two bit for bit.
   verify.steps=N          optimizer steps (default: 100, or fewer if these take more than 20 seconds of training)
+  verify.minutes=N        end within so many minutes, with fewer steps and kills if necessary
   verify.kills=N          number of kills and stops (default: 9, one of each kind)
   verify.moments=[A,B]    kinds of kills, taken in turn; committed, save, loaded, border (of an epoch),
                           evaluation, step, clock (at any time); by SIGTERM: stop (in a step), evaluating
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
         options, command, as_json = parse(words)
+        check(command)
         from runner.verify import proof_report
         from runner.verify.proof import prove
 

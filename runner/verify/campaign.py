@@ -1,5 +1,6 @@
 """The two runs of a proof: one that is not disturbed, and one that is killed again and again."""
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ _PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as
 _AT_ANY_STEP = ("committed", "save", "step", "stop")
 # The user's clocks go ahead by so much from attempt to attempt, so that no hour, date or month stays the same.
 SHIFT_SECONDS = ((37 * 24 + 5) * 60 + 17) * 60 + 13
+_TRAINING_SHARE = 0.15  # of verify.minutes, for the steps of the undisturbed run
+_SPARE = 1.5  # times the time of the undisturbed run, for the killed one without its kills
 _CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
 
 Progress = Callable[[str], None]
@@ -62,6 +65,8 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     steps = options.steps or _STEPS
     overrides = ("checkpoint.background=false", *save_every(_save_interval(steps)))
     seconds = None if options.steps else _SECONDS
+    if options.minutes is not None:
+        seconds = min(seconds or math.inf, _TRAINING_SHARE * 60 * options.minutes)
     executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
     return run
 
@@ -104,12 +109,15 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
     )
 
 
-def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTrace:
+def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
     """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers,
-    and each of which begins at a later time of the user's clocks.
+    and each of which begins at a later time of the user's clocks. Kills for which no time is left, by the seconds of
+    the ``undisturbed`` run, are left out. Raises OutOfTime.
     """
     run = RunTrace("killed")
-    for number, (kill, victim) in enumerate([*zip(plan.kills, plan.victims, strict=True), (None, None)]):
+    waiting = deque(zip(plan.kills, plan.victims, strict=True))
+    for number in count():
+        kill, victim = waiting.popleft() if waiting else (None, None)
         attempt = executor.attempt(
             run,
             *save_every(plan.every, keep=plan.size <= _SMALL),
@@ -124,6 +132,8 @@ def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTra
         )
         if attempt.failure:
             break
+        if kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
+            waiting.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
             break

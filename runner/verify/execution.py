@@ -4,10 +4,12 @@ Two servers with different hash seeds stand ready, like two processes that a use
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,10 @@ _HASH_SEEDS = ("1", "2")
 _LAST_LINES = 12  # of an error or a log, for the verdict
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 _STOPPED = Interrupted.status
+
+
+class OutOfTime(Exception):
+    """The proof may not take the time of another attempt."""
 
 
 class Kill(NamedTuple):
@@ -92,10 +98,11 @@ class AttemptRequest:
 
 
 class ForkServer:
-    """One process to fork attempts from."""
+    """One process to fork attempts from. Libraries write caches into the ``temporary`` folder while it imports them."""
 
-    def __init__(self, hash_seed: str, cwd: Path | None) -> None:
+    def __init__(self, hash_seed: str, cwd: Path | None, temporary: str) -> None:
         environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # a seed of the user is meant for every attempt
+        environment["TMPDIR"] = temporary
         self.import_seconds = 0.0
         self._began = time.monotonic()
         self._process = subprocess.Popen(
@@ -148,12 +155,13 @@ Servers = tuple[ForkServer, ForkServer]
 @contextmanager
 def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
     """Two servers for the length of a block; they import at the same time."""
-    first, second = (ForkServer(seed, cwd) for seed in _HASH_SEEDS)
-    try:
-        yield first, second
-    finally:
-        for server in (first, second):
-            server.close()
+    with tempfile.TemporaryDirectory(prefix="runner-verify-", ignore_cleanup_errors=True) as temporary:
+        first, second = (ForkServer(seed, cwd, temporary) for seed in _HASH_SEEDS)
+        try:
+            yield first, second
+        finally:
+            for server in (first, second):
+                server.close()
 
 
 Event = dict[str, Any]
@@ -282,7 +290,7 @@ class Executor:
     """Makes runs of the user's ``command``, with records in ``scratch`` and run directories below ``root``.
 
     ``runs`` collects all runs. Each has ``processes`` processes, and ``evaluations`` steps at most between evaluations.
-    ``limit`` is the most seconds of an attempt.
+    ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by ``time.monotonic``.
     """
 
     command: tuple[str, ...]
@@ -293,9 +301,17 @@ class Executor:
     evaluations: int
     processes: int
     limit: float | None = None
+    deadline: float = math.inf
+
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self.deadline - time.monotonic()
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
-        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest."""
+        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest. Raises OutOfTime."""
+        limits = [limit for limit in (self.limit, self.left()) if limit is not None and limit < math.inf]
+        if self.left() <= 0:
+            raise OutOfTime
         arguments = (
             *self.command,
             f"run.root={self.root}",
@@ -313,7 +329,7 @@ class Executor:
             record,
             evaluations=self.evaluations,
             processes=self.processes,
-            limit=self.limit,
+            limit=min(limits, default=None),
             **fields,
         )
         began = time.monotonic()

@@ -212,8 +212,8 @@ def _run(request: Mapping[str, Any], group: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGQUIT, open(f"{request['record']}.stacks", "w"))
     os.makedirs(request["temporary"], exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torch")  # shared by all attempts
     os.environ |= {"TMPDIR": request["temporary"]}
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{request['temporary']}-of-torch")  # shared by all attempts
     tempfile.tempdir = None
     sys.argv = ["runner", *request["arguments"]]
 

@@ -1,5 +1,6 @@
 """From a command to a verdict: run undisturbed, run killed, compare, and diagnose a difference."""
 
+import math
 import secrets
 import shutil
 import tempfile
@@ -13,13 +14,14 @@ from pathlib import Path
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
-from runner.verify.causes import CAUSES, of_error
+from runner.verify.causes import CAUSES, of_error, of_part
 from runner.verify.diagnosis import Investigation
 from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory
-from runner.verify.execution import Executor, RunTrace, Servers, fork_servers
+from runner.verify.execution import Executor, OutOfTime, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
 from runner.verify.verdict import Verdict, cost
 
+_OUT_OF_TIME = "verify.minutes was over before the killed run was finished; allow more"
 LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
 TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
 _STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
@@ -42,7 +44,10 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     try:
         with nullcontext(servers) if servers else fork_servers() as both:
             interval = evaluation_interval(options)
-            executor = Executor(tuple(command), scratch, root, both, runs, interval, options.processes)
+            deadline = math.inf if options.minutes is None else began + 60 * options.minutes
+            executor = Executor(
+                tuple(command), scratch, root, both, runs, interval, options.processes, deadline=deadline
+            )
             verdict = replace(_judge(executor, options, progress), seconds=time.monotonic() - began)
         keep = options.keep or not verdict.holds
         places = str(scratch) if options.root is None else f"{scratch} and {root}"
@@ -73,9 +78,14 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     kills = plan(base, options)
     _require_room(executor.root, kills.size)
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
-    run = run_killed(executor, kills, progress)
+    try:
+        run = run_killed(executor, kills, attempt, progress)
+    except OutOfTime:
+        return replace(verdict, refusal=_OUT_OF_TIME, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
-    return replace(verdict, notes=[*_notes(kills, base, run), *(_lost_memory(base, run) if verdict.holds else ())])
+    return replace(
+        verdict, notes=[*verdict.notes, *_notes(kills, base, run), *(_lost_memory(base, run) if verdict.holds else ())]
+    )
 
 
 def _require_room(root: str, size: int) -> None:
@@ -104,7 +114,11 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
     )
     if difference is not None:
         progress(f"differs at step {difference.step}: {difference.part} ({difference.path}); looking for the cause")
-        diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
+        try:
+            diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
+        except OutOfTime:
+            cut = "the search for the cause was cut short by verify.minutes"
+            return replace(verdict, cause=replace(of_part(difference), sure=False), notes=[cut])
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
         return replace(verdict, cause=of_error(failure.kind, _changes_while_probed(run) or _changes_in_training(base)))
@@ -172,7 +186,9 @@ def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
     if oftener := base.attempts[0].select("oftener"):
         notes.append(f"evaluated every {oftener[0]['every']} steps, besides what is configured")
     if missing := len(kills.kills) - sum(attempt.killed is not None for attempt in run.attempts):
-        notes.append(f"{missing} of {len(kills.kills)} kills did not come, because the run ended before")
+        notes.append(
+            f"{missing} of {len(kills.kills)} kills did not come: the run ended before, or verify.minutes was over"
+        )
     if not any(event["evaluation"] for _, event in base.steps() if event["step"] < kills.steps):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
