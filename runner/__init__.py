@@ -4,8 +4,8 @@ All modules by layer, the highest first. A module imports only from lower layers
 layer, there are no import cycles. Few modules import any given third-party package. ``tests/test_architecture.py``
 checks the code against this map.
 
-   13  verify/ (__main__, campaign, causes, diagnosis, difference, execution, fingerprint, fork_server, memory,
-       options, pins, proof, proof_report, recorder, verdict)
+   13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
+       fork_server, memory, options, pins, proof, proof_report, recorder, verdict)
    12  __main__
    11  runs/ (__main__, audit, checkpoints, compare, listing)
    10  app

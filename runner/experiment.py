@@ -107,7 +107,8 @@ def _train(
     opening: OpenedRun, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
 ) -> Loop:
     """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
-    trainer = Trainer(parts.task, parts.update, parts.parallelism, calls, setup, team)
+    users = [callback for name, callback in setup.callbacks.items() if name.startswith("own.")]
+    trainer = Trainer(parts.task, parts.update, parts.parallelism, calls, setup, team, users)
     saver: Any = setup.callbacks["checkpoint"]
     saver.save_at_start = resumed.origin is not None
     elapsed = resumed.facts.get("elapsed", 0.0)

@@ -1,15 +1,18 @@
 """``python -m runner.verify`` on real processes: exact resumes pass, and what users really get wrong is named."""
 
 import json
+import math
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +24,10 @@ from waiting import until
 
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
-from runner.verify.campaign import plan
+from runner.verify.campaign import plan, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference
-from runner.verify.execution import AttemptRequest, AttemptTrace, RunTrace, Servers, fork_servers
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.proof import prove
@@ -43,17 +46,20 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the temporary folders of this test are."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for processes
-    return tmp_path
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the temporary folders of this test are. Data workers have sockets there, whose paths must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)  # for processes
+        yield Path(folder)
 
 
 def judged(servers: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
     """The verdict on the small experiment, with overrides."""
     command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=4", *more)
-    return prove(command, Options(steps=steps, kills=kills, **options), progress=print, servers=servers)  # type: ignore[arg-type]
+    parsed, command, _ = parse(command)
+    options = {"steps": steps, "kills": kills, **options}
+    return prove(command, replace(parsed, **options), progress=print, servers=servers)  # type: ignore[arg-type]
 
 
 def node(key: str, target: str, **values: object) -> tuple[str, ...]:
@@ -102,6 +108,12 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         ["callbacks.weight.seen was "],
     ),
     "the time": (node("task", "Noisy", source="time"), "time", ["the time is used"]),
+    "an hour of the day": (node("task", "Dated", clock="hour"), "time", ["an hour, a date", "count steps"]),
+    "a date in a data set": (
+        ("data.train._target_=mine.broken.Daily", "+data.train.clock=date"),
+        "time",
+        ["the time is used", "from the configuration"],
+    ),
     "the pid": (node("task", "Noisy", source="pid"), "pid", ["os.getpid"]),
     "hash()": (node("task", "Noisy", source="hash"), "hash", ["hash() of a text or the order of a set"]),
     "the order of a set": (node("task", "Noisy", source="set"), "hash", ["the order of a set"]),
@@ -126,9 +138,15 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         "callback memory",
         ["part     end: the last step", "callbacks.ends.seen"],
     ),
+    "a load that adds": (
+        (*node("task", "Adds", mended=False), "verify.moments=[evaluating]"),
+        "stopping",
+        ["a stop by SIGTERM leaves a trace", "let load_state_dict replace"],
+    ),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
 QUICK = (
+    "a date in a data set",
     "a curriculum in the data set",
     "a hidden generator, refused",
     "hash()",
@@ -140,6 +158,7 @@ def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
     """The same experiment with the cause mended."""
     good = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
     good = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in good]
+    good = [re.sub(r"clock([:=])\w+", r"clock\1none", each) for each in good]
     return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
 
 
@@ -169,17 +188,29 @@ def test_a_mended_experiment_passes(name: str, servers: Servers, scratch: Path) 
 
 
 def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, steps=16, kills=6)
+    verdict = judged(servers, steps=16, kills=8)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
-    assert {"step", "committed", "save", "loaded", "evaluation"} <= proven["moments"].keys()
-    assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (6, 7, 16, 256)
+    assert {"step", "committed", "save", "loaded", "evaluation", "stop", "evaluating"} == proven["moments"].keys()
+    assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (8, 9, 16, 256)
     assert proven["workers"] == [0, 2]
     assert proven["checkpoints"] > 3
     assert proven["steps_done_again"] > 0
     assert verdict.cost
     assert "checkpoint.every_steps=" in verdict.text()
     assert [*scratch.iterdir()] == []
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stops_by_sigterm_pass(processes: int, servers: Servers, scratch: Path) -> None:
+    """Also of an evaluation that moves the model, and of callbacks that look at evaluations."""
+    odd = ("task._target_=mine.tasks.Wakes", "+task.call=-1", "model._target_=mine.odd.Normed")
+    odd = (*odd, "+callbacks.weight._target_=mine.broken.WeighsWell", "data.evaluation_batch_size=8")
+    options = {"moments": ("stop", "evaluating"), "workers": (0,), "processes": processes}
+    verdict = judged(servers, *(odd if processes == 1 else ()), kills=4, **options)
+    assert verdict.holds, verdict.text()
+    assert verdict.proven["moments"] == {"stop": 2, "evaluating": 2}
 
 
 def test_forgotten_state_without_effect_is_noted(servers: Servers, scratch: Path) -> None:
@@ -327,6 +358,36 @@ def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> N
     assert first != second.strip()
 
 
+def test_shifted_clocks_are_those_of_the_users_code() -> None:
+    code = f"""if True:
+        import datetime, pickle, time
+        from datetime import date, datetime as early
+        from runner.verify import clocks
+        read = '''if True:
+            import datetime, time
+            ahead = [time.time() - now(), time.time_ns() / 1e9 - now(), early.now().timestamp() - now()]
+            ahead += [time.mktime(time.localtime()) - now(), time.mktime(time.strptime(time.ctime())) - now()]
+            ahead += [datetime.datetime.utcnow().replace(tzinfo=datetime.timezone.utc).timestamp() - now()]
+            ahead += [time.mktime(time.strptime(time.strftime("%c"))) - now(), time.time() - now()]
+            ahead += [24 * 3600 * (early.today().date() - today()).days, datetime.datetime.today().timestamp() - now()]
+            print([round(each / 1e6, 2) for each in ahead])
+        '''
+        now, today = time.time, date.today
+        clocks.shift({10**7})
+        shifted = time.time
+        assert now is not shifted and time.gmtime(0).tm_year == 1970 and time.strftime("%Y", time.gmtime(0)) == "1970"
+        names = {{"now": now, "early": early, "today": lambda: date.fromtimestamp(now())}}
+        exec(compile(read, "user.py", "exec"), names | {{"__name__": "mine"}})
+        exec(compile(read, "/lib/site-packages/signs.py", "exec"), names | {{"__name__": "signs"}})
+        exec(compile(read, "user.py", "exec"), names | {{"__name__": "runner.run"}})
+        assert pickle.loads(pickle.dumps(early(2020, 1, 1))) == early(2020, 1, 1)
+    """
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=300, text=True)
+    users, library, runners = map(json.loads, output.stdout.splitlines())
+    assert all(abs(each - 10) < 0.1 for each in users), users
+    assert [*library, *runners] == [0] * 20
+
+
 def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, steps=12, kills=3, processes=2, workers=(0,))
     proven = verdict.proven
@@ -373,6 +434,129 @@ def test_nothing_is_proven_by_a_run_that_somebody_else_killed(servers: Servers, 
     assert verdict.cause.kind == "incomplete"
 
 
+def test_a_process_that_ends_itself_was_killed_by_nobody(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, "~task", "+task={_target_:mine.tasks.Leaves,status:0}", kills=1)
+    assert not verdict.holds
+    assert "attempt undisturbed-1 ended with exit status 0 after step 0" in verdict.text()
+
+
+@pytest.mark.campaign
+def test_an_attempt_that_hangs_is_ended_and_named(
+    servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.verify.proof.LEAST_SECONDS", 5)
+    monkeypatch.setattr("runner.verify.proof.TIMES", 3)
+    overrides = node("task", "Locks", mended=False)
+    verdict = judged(servers, *overrides, kills=1, moments=("step",), workers=(2,))
+    text = verdict.text()
+    assert not verdict.holds
+    assert re.search(r"attempt killed-2 did not end within \d+ s", text), text
+    assert re.search(r"the main thread is at \S*mine/broken.py:\d+ in training_step", text), text
+    assert re.search(r"process \d+, the main thread is at ", text), text
+    assert verdict.cause
+    assert verdict.cause.kind == "hang"
+    verdict = judged(servers, *mended(overrides), kills=1, moments=("step",), workers=(0,))
+    assert verdict.holds, verdict.text()
+
+
+def test_it_leaves_nothing_that_the_experiment_leaves(servers: Servers, scratch: Path) -> None:
+    """Neither temporary files, nor processes in sessions of their own, nor folders for the root."""
+    verdict = judged(servers, "~task", "+task={_target_:mine.broken.Litters}", kills=1, root=f"{scratch}/new/root")
+    assert verdict.holds, verdict.text()
+    assert [*scratch.iterdir()] == []
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(scratch) not in running
+
+
+def test_kills_for_which_no_time_is_left_are_left_out() -> None:
+    """Of 60 seconds, where the undisturbed run and each attempt take ten."""
+    undisturbed = replace(trained([set()] * 30).attempts[0], seconds=10)
+    planned = plan(RunTrace("undisturbed", [undisturbed]), Options(steps=30))
+    left = iter(range(50, -1, -10))
+
+    def attempt(run: RunTrace, *overrides: str, kill: object, **fields: object) -> AttemptTrace:
+        ended = {"event": "killed", "moment": "step"} if kill else {"event": "finished"}
+        run.attempts.append(replace(undisturbed, status=None if kill else 0, events=(ended,)))
+        return run.attempts[-1]
+
+    executor = SimpleNamespace(attempt=attempt, left=lambda: next(left))
+    run = run_killed(executor, planned, undisturbed, print)  # type: ignore[arg-type]
+    assert [each.killed for each in run.attempts] == ["step"] * 4 + [None]
+
+
+@pytest.mark.parametrize("ended", ["killed", "undisturbed"])
+def test_the_proof_ends_when_its_time_is_over(
+    ended: str, servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after a run of that name: before the search for the cause, or before the first kill."""
+
+    def left(executor: Executor) -> float:
+        return 0 if any(run.evidence for run in executor.runs if run.name == ended) else math.inf
+
+    monkeypatch.setattr(Executor, "left", left)
+    verdict = judged(servers, *data("Harder"), kills=1)
+    assert not verdict.holds
+    assert verdict.cause
+    if ended == "killed":
+        assert (verdict.cause.kind, verdict.cause.sure) == ("data memory", False)
+        assert "the search for the cause was cut short by verify.minutes" in verdict.text()
+    else:
+        assert verdict.cause.kind == "incomplete"
+        assert "verify.minutes was over before the killed run was finished" in verdict.text()
+
+
+def test_a_configuration_error_comes_before_anything_heavy(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(USER)
+    code = """if True:
+        import sys
+        from runner.errors import ConfigError
+        from runner.verify import assert_resumes
+        try:
+            assert_resumes("--config-dir", "conf", "experiment=broken", sys.argv[1])
+        except ConfigError as error:
+            print("torch" in sys.modules, error)
+    """
+    for wrong, message in (
+        ("trainer.max_step=3", "Could not override 'trainer.max_step'"),
+        ("run.name=a/b", "run.name"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, wrong], check=True, stdout=subprocess.PIPE, text=True)
+        assert done.stdout.startswith("False "), done.stdout
+        assert message in done.stdout
+    assert [*scratch.iterdir()] == []
+
+
+@pytest.mark.campaign
+def test_the_fixture_shares_its_servers(scratch: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test_mine.py"
+    test.write_text(
+        """
+import os
+import pytest
+
+seen = set()
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_resumes(number, assert_resumes):
+    assert_resumes("--config-dir", "conf", "experiment=broken", steps=4, kills=1, workers=[0])
+    seen.add(open(f"/proc/self/task/{os.getpid()}/children").read())
+    assert [len(each.split()) for each in seen] == [2]
+
+def test_fails(assert_resumes):
+    with pytest.raises(AssertionError, match="(?s)does not resume exactly.*os.getpid"):
+        assert_resumes("--config-dir", "conf", "experiment=broken", "~task",
+                       "+task={_target_:mine.broken.Noisy,source:pid}", steps=4, kills=1, workers=[0])
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    plugins = {entry.value for entry in entry_points(group="pytest11")}
+    command += [] if "runner.verify.fixtures" in plugins else ["-p", "runner.verify.fixtures"]  # installed before
+    done = subprocess.run(command, cwd=USER, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
+    (kept,) = scratch.iterdir()  # of the proof that failed
+    assert [*kept.glob("*.jsonl")]
+
+
 def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
@@ -390,6 +574,8 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
         ("verify.steps=1", "at least 2"),
         ("verify.workers=[0,-1]", "numbers of data workers"),
         ("verify.kills", "verify.kills needs a value"),
+        ("verify.minutes=0", "verify.minutes=2 (more than 0)"),
+        ("verify.moments=[step,stops]", "verify.moments=[step,stop]; there are committed, save"),
         ("verify.processes=0", "verify.processes=2 (at least 1)"),
         ("run.root=here", "verify.root"),
         ("runtime.num_workers=2", "verify.workers"),

@@ -5,7 +5,7 @@ which change neither this position nor the global generators.
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -287,6 +287,7 @@ class EvaluationData:
             self._weights.append(0)
         self._samples = samples
         self.device = device
+        self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called with a batch's number, from 0, before it
         fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
         sketch, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
         self._loader = Loader(fetcher, slices, loading, key="data.validation")
@@ -304,7 +305,9 @@ class EvaluationData:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
-        for weight, fetched in zip(self._weights, self._loader, strict=True):
+        for number, (weight, fetched) in enumerate(zip(self._weights, self._loader, strict=True)):
+            for listener in self.batch_listeners:
+                listener(number)
             if fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
                 raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)

@@ -202,13 +202,17 @@ class Stall:
 def _children() -> Iterator[str]:
     """Lines on the living child processes. Prints the stacks of data workers, each as a whole."""
     children = multiprocessing.active_children()
-    written = _stacks_of(child.pid for child in children if child.pid)
+    written = worker_stacks(child.pid for child in children if child.pid)
     for child in children:
         text = written.get(child.pid or 0, "")
-        frames = _DUMPED.findall(text.rpartition("Current thread")[2])  # of the main thread
         with suppress(Exception):  # stderr may be anything
             print(f"{child.name} (pid {child.pid}):\n{text}" if text else "", end="", file=sys.stderr, flush=True)
-        yield f"  process {child.name} (pid {child.pid}) {f'is at {_line(frames)}' if text else 'lives'}"
+        yield f"  process {child.name} (pid {child.pid}) {f'is at {dumped_line(text)}' if text else 'lives'}"
+
+
+def dumped_line(text: str) -> str:
+    """The code line of the main thread, or of the only one, in the output of ``faulthandler``."""
+    return _line(_DUMPED.findall(text.rpartition("Current thread")[2]))
 
 
 def write_stacks_on_request() -> None:
@@ -219,7 +223,7 @@ def write_stacks_on_request() -> None:
         _dumps.append(file)
 
 
-def _stacks_of(pids: Iterable[int]) -> dict[int, str]:
+def worker_stacks(pids: Iterable[int]) -> dict[int, str]:
     """The stacks of those processes that write them in time: pid -> text, innermost frames first."""
     files: dict[int, Path] = {}
     for pid in pids:

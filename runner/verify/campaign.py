@@ -1,5 +1,6 @@
 """The two runs of a proof: one that is not disturbed, and one that is killed again and again."""
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ _SECONDS = 20.0  # of training, in which as many of these steps are done as poss
 _SAVES = 8  # checkpoints in a run, about, besides those before a kill
 _SMALL = 64 << 20  # bytes of a state; of such runs all checkpoints are kept, to be compared
 _PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as accumulated gradients
-# Seven moments, so that with kills of all processes and of a single one in turn every moment gets both.
-_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
-_AT_ANY_STEP = ("committed", "save", "step")
+_AT_ANY_STEP = ("committed", "save", "step", "stop")
+# The user's clocks go ahead by so much from attempt to attempt, so that no hour, date or month stays the same.
+SHIFT_SECONDS = ((37 * 24 + 5) * 60 + 17) * 60 + 13
+_TRAINING_SHARE = 0.15  # of verify.minutes, for the steps of the undisturbed run
+_SPARE = 1.5  # times the time of the undisturbed run, for the killed one without its kills
 _CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
 
 Progress = Callable[[str], None]
@@ -62,6 +65,8 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     steps = options.steps or _STEPS
     overrides = ("checkpoint.background=false", *save_every(_save_interval(steps)))
     seconds = None if options.steps else _SECONDS
+    if options.minutes is not None:
+        seconds = min(seconds or math.inf, _TRAINING_SHARE * 60 * options.minutes)
     executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
     return run
 
@@ -90,7 +95,7 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         losable=_losable(run, steps),
         seconds=sum(event["took"] for event in events),
     )
-    kills = tuple(_kills(options.kills, observed, chance))
+    kills = tuple(_kills(options, observed, chance))
     ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
     return KillPlan(
         steps,
@@ -104,10 +109,15 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
     )
 
 
-def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTrace:
-    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers."""
+def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
+    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers,
+    and each of which begins at a later time of the user's clocks. Kills for which no time is left, by the seconds of
+    the ``undisturbed`` run, are left out. Raises OutOfTime.
+    """
     run = RunTrace("killed")
-    for number, (kill, victim) in enumerate([*zip(plan.kills, plan.victims, strict=True), (None, None)]):
+    waiting = deque(zip(plan.kills, plan.victims, strict=True))
+    for number in count():
+        kill, victim = waiting.popleft() if waiting else (None, None)
         attempt = executor.attempt(
             run,
             *save_every(plan.every, keep=plan.size <= _SMALL),
@@ -117,23 +127,28 @@ def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTra
             steps=plan.limit,
             kill=kill,
             victim=victim,
+            shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:
             break
+        if kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
+            waiting.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
             break
     return run
 
 
-_ENDS = {
+ENDS = {
     None: "to the end",
     "step": "killed after a step",
     "committed": "killed right after a save",
     "save": "killed in a save",
     "loaded": "killed right after loading",
     "evaluation": "killed in an evaluation",
+    "stop": "stopped in a step by SIGTERM",
+    "evaluating": "stopped in an evaluation by SIGTERM",
     "start": "killed before the first step",
     "clock": "killed by the clock",
 }
@@ -141,7 +156,7 @@ _ENDS = {
 
 def summary(attempt: AttemptTrace) -> str:
     """One line on an attempt."""
-    end = _ENDS.get(attempt.killed, "killed")
+    end = ENDS.get(attempt.killed, "killed")
     alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
@@ -188,10 +203,11 @@ class _Observed:
         return best
 
 
-def _kills(number: int, observed: _Observed, chance: random.Random) -> list[Kill]:
+def _kills(options: Options, observed: _Observed, chance: random.Random) -> list[Kill]:
     """Kills of all kinds, in an order in which the run gets on between them."""
-    lacking = [name for name, steps in (("border", observed.borders), ("evaluation", observed.evaluated)) if not steps]
-    wanted = [_MOMENTS[place % len(_MOMENTS)] for place in range(number)]
+    needed = {"border": observed.borders, "evaluation": observed.evaluated, "evaluating": observed.evaluated}
+    lacking = [name for name, steps in needed.items() if not steps]
+    wanted = [options.moments[place % len(options.moments)] for place in range(options.kills)]
     moments = ["step" if moment in lacking else moment for moment in wanted]
     in_order = deque(sorted(_at_steps(moments, observed, chance), key=lambda kill: kill.step))
     kills = []
@@ -213,7 +229,7 @@ def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random
     for place, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
         low, high = (observed.steps * part // len(free) for part in (place, place + 1))
         after = observed.choose(range(max(1, low), max(2, low + 1, high)), chance)
-        yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: in the next save
+        yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # ``save``: in the next save
     for moment in moments:
         if moment == "border":  # when an epoch has just ended
             after = observed.choose([chance.choice(observed.borders)], chance)
@@ -222,6 +238,8 @@ def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random
             step = chance.choice(observed.evaluated)
             before = range(max(1, (step - 1) // observed.every * observed.every), step)
             yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
+        elif moment == "evaluating":
+            yield Kill("evaluating", observed.choose([chance.choice(observed.evaluated)], chance))
 
 
 def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:

@@ -8,6 +8,10 @@ from runner.verify.difference import FirstDifference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
 _SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
+_REPLACE = (
+    "let load_state_dict replace what the object has: the runner also calls it to take back what an interrupted "
+    "evaluation changed"
+)
 _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
 
 
@@ -36,8 +40,8 @@ _TEXTS = {
         "use the configuration's seed instead of the pid",
     ),
     "time": (
-        "the time is used in training",
-        "count steps instead of seconds; the runner has metrics of time",
+        "the time is used in training: seconds, an hour, a date",
+        "count steps instead of seconds; take a date from the configuration; the runner has metrics of time",
     ),
     "entropy": (
         "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
@@ -70,6 +74,10 @@ _TEXTS = {
     "evaluation": (
         "evaluation leaves a trace in training: without it a resumed run is equal",
         "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
+    ),
+    "stopping": (
+        "a stop by SIGTERM leaves a trace: after SIGKILL a resumed run is equal",
+        f"{_REPLACE}; and act on no signal yourself",
     ),
     "incomplete": (
         "nothing differs, but not enough was done to prove anything",
@@ -268,6 +276,12 @@ def of_error(kind: str, changes: str) -> Cause:
 
 
 _OF_ERRORS = {
+    "time-limit": Cause(
+        "hang",
+        "an attempt does not come to its end, which may be of your code or of a machine that was busy",
+        "look at the places above: at locks and waits without a limit, at files and processes of an earlier attempt",
+        sure=False,
+    ),
     "kernel": Cause("kernel", CAUSES["kernel"].what, "use another kernel"),
     "sample-changed": Cause("data memory", "a sample changes every time it is drawn", _SEEDED),
     "sample-per-process": Cause(

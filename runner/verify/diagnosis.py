@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner.verify.campaign import KillPlan, Progress, save_every
+from runner.verify.campaign import ENDS, SHIFT_SECONDS, KillPlan, Progress, save_every
 from runner.verify.causes import CAUSES, Cause, has_callbacks, of_callbacks, of_part, of_workers, unexplained
 from runner.verify.difference import FirstDifference, first_difference
 from runner.verify.execution import Executor, Kill, RunTrace
@@ -71,6 +71,9 @@ class Investigation:
             if self._difference("the same again", self._run(server=1), other):
                 return self._hold(other)
             return CAUSES["hash"].seen_in(difference.part)
+        later = self._run(shift=SHIFT_SECONDS)
+        if difference := self._difference("undisturbed, at another time of another day", later):
+            return CAUSES["time"].seen_in(difference.part, difference.path)
         for workers in {*self._plan.workers} - {self._base.attempts[0].workers}:
             again = self._run(workers=workers)
             if difference := self._difference(f"undisturbed, {workers} data workers", again):
@@ -108,7 +111,7 @@ class Investigation:
         step = run.attempts[difference.attempt].first or max(1, self._until // 2)
         reproduced, magnitude = self._kill("killed once and resumed", step)
         if reproduced is None:
-            return replace(of_part(difference), sure=False), ""
+            return self._with_stop(run, difference)
         if has_callbacks(reproduced):
             without, _ = self._kill("the same without your callbacks", step, pins=("callbacks",))
             if without is None:
@@ -122,11 +125,23 @@ class Investigation:
             self._kill("the same with one batch for all steps", step, pins=("batches",))
         return of_part(reproduced), magnitude
 
-    def _kill(self, trial: str, step: int, *, pins: tuple[str, ...] = ()) -> tuple[FirstDifference | None, str]:
+    def _with_stop(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
+        """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or an unsure one."""
+        stopped = [attempt for attempt in run.attempts[: difference.attempt] if attempt.stopped]
+        if stopped:
+            kill = Kill(str(stopped[-1].killed), stopped[-1].last)
+            again, magnitude = self._kill(f"{ENDS[kill.moment]} once and resumed", kill.step, kill=kill)
+            if again is not None:
+                return CAUSES["stopping"].seen_in(again.part, again.path), magnitude
+        return replace(of_part(difference), sure=False), ""
+
+    def _kill(
+        self, trial: str, step: int, *, pins: tuple[str, ...] = (), kill: Kill | None = None
+    ) -> tuple[FirstDifference | None, str]:
         """Kill after ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
         base, run = self._new(), self._new()
         self._attempt(base, pins=pins, dump=self._until)
-        self._attempt(run, pins=pins, kill=Kill("step", step + 1), every=step)
+        self._attempt(run, pins=pins, kill=kill or Kill("step", step + 1), every=step)
         self._attempt(run, pins=pins, dump=self._until, every=step)
         difference = self._difference(trial, run, base)
         magnitude = _magnitude(run, base) if difference else ""

@@ -4,10 +4,12 @@ Two servers with different hash seeds stand ready, like two processes that a use
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +17,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.errors import RunnerError
+from runner.errors import Interrupted, RunnerError
 from runner.storage.location import is_remote, local_root
 
 _HASH_SEEDS = ("1", "2")
 _LAST_LINES = 12  # of an error or a log, for the verdict
+STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
+_STOPPED = Interrupted.status
+
+
+class OutOfTime(Exception):
+    """The proof may not take the time of another attempt."""
 
 
 class Kill(NamedTuple):
     """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
-    too: the next attempt begins with the state of that step, and without anything that is in no state.
+    too: the next attempt begins with the state of that step, and without anything that is in no state. After a stop by
+    SIGTERM it does so anyway.
     """
 
     moment: str
@@ -39,7 +48,9 @@ class AttemptRequest:
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
     state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
-    neither states nor memory, because a user's ``state_dict`` may change something. ``does``: "train" or "remove".
+    neither states nor memory, because a user's ``state_dict`` may change something. ``shift`` is by how many seconds
+    the user's clocks are ahead. After ``limit`` seconds the attempt is ended, as a failure. ``does``: "train" or
+    "remove".
     """
 
     name: str
@@ -54,12 +65,15 @@ class AttemptRequest:
     dump: int | None = None
     evaluations: int | None = None
     silent: bool = False
+    shift: int = 0
+    limit: float | None = None
     does: str = "train"
 
     def json(self) -> str:
         """The request as the server reads it."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)], "log": str(self.log)})
+        paths = {"log": str(self.log), "temporary": str(self.temporary), "title": f"attempt {self.record.stem}"}
+        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)]} | paths)
 
     @property
     def records(self) -> list[Path]:
@@ -73,16 +87,22 @@ class AttemptRequest:
         return self.record.with_suffix(".log")
 
     @property
+    def temporary(self) -> Path:
+        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name."""
+        return self.record.with_name("tmp")
+
+    @property
     def dumped(self) -> Path:
         """The tensors of the state after the step ``dump``."""
         return self.record.with_name(f"{self.record.name}.pt")
 
 
 class ForkServer:
-    """One process to fork attempts from."""
+    """One process to fork attempts from. Libraries write caches into the ``temporary`` folder while it imports them."""
 
-    def __init__(self, hash_seed: str, cwd: Path | None) -> None:
+    def __init__(self, hash_seed: str, cwd: Path | None, temporary: str) -> None:
         environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # a seed of the user is meant for every attempt
+        environment["TMPDIR"] = temporary
         self.import_seconds = 0.0
         self._began = time.monotonic()
         self._process = subprocess.Popen(
@@ -135,17 +155,18 @@ Servers = tuple[ForkServer, ForkServer]
 @contextmanager
 def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
     """Two servers for the length of a block; they import at the same time."""
-    first, second = (ForkServer(seed, cwd) for seed in _HASH_SEEDS)
-    try:
-        yield first, second
-    finally:
-        for server in (first, second):
-            server.close()
+    with tempfile.TemporaryDirectory(prefix="runner-verify-", ignore_cleanup_errors=True) as temporary:
+        first, second = (ForkServer(seed, cwd, temporary) for seed in _HASH_SEEDS)
+        try:
+            yield first, second
+        finally:
+            for server in (first, second):
+                server.close()
 
 
 Event = dict[str, Any]
 
-_COMPARED = ("step", "resumed")
+_COMPARED = ("step", "resumed", "evaluated")
 # Fields that every rank has for itself, and where they are merged to; only ``state`` is compared with a checkpoint.
 _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
 
@@ -167,6 +188,7 @@ class AttemptTrace:
     status: int | None
     workers: int
     events: tuple[Event, ...]
+    seconds: float = 0.0
 
     def select(self, name: str) -> list[Event]:
         """The events of one name."""
@@ -184,18 +206,26 @@ class AttemptTrace:
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it, or one of its processes, was killed. "?": by somebody else. None: it was not."""
-        return next((event["moment"] for event in self.select("killed")), "?") if self.status is None else None
+        """The moment at which it, or one of its processes, was killed or stopped. "?": by somebody else. None: it was
+        not.
+        """
+        moment = next((event["moment"] for event in self.select("killed")), "?")
+        return moment if self.status is None or self.stopped else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended after SIGTERM, as promised: with its last step committed."""
+        return self.status == _STOPPED and any(event["moment"] in STOPS for event in self.select("killed"))
 
     @property
     def victim(self) -> int | None:
         """The rank that was killed alone, if one was."""
-        return self.request.victim if self.status is None and self.select("killed") else None
+        return self.request.victim if self.killed and self.select("killed") else None
 
     @property
     def failure(self) -> AttemptFailure | None:
         """Why it ended with an error; None if it did not. A process that a watchdog ended has only its output."""
-        if self.status in (0, None):
+        if self.status in (0, None) or self.stopped:
             return None
         event = next((event for event in self.select("failed") if event["message"]), None)
         text = event["message"] if event else self.request.log.read_text(errors="replace")
@@ -214,9 +244,21 @@ class RunTrace:
     request: AttemptRequest | None = None  # the last one
 
     def compared(self) -> Iterator[tuple[int, Event]]:
-        """All events of steps and of states after loading, with the number of the attempt (from 0)."""
+        """All events of steps and of states after loading, with the number of the attempt (from 0). A step whose
+        evaluation was interrupted is an event of the attempt that repeats the evaluation.
+        """
+        due: Event = {}
         for number, attempt in enumerate(self.attempts):
-            yield from ((number, event) for event in attempt.events if event["event"] in _COMPARED)
+            for event in (event for event in attempt.events if event["event"] in _COMPARED):
+                if event.get("due"):
+                    due = event
+                elif event["step"] != due.get("step") or event["event"] == "step":
+                    if event["event"] != "evaluated":
+                        yield number, event
+                elif event["event"] == "evaluated":
+                    yield number, {**due, **event, "event": "step"}
+                else:  # the state before the evaluation, with which no state of the undisturbed run can be compared
+                    yield number, {key: value for key, value in event.items() if key not in ("state", "others")}
 
     def steps(self) -> Iterator[tuple[int, Event]]:
         """The same for steps alone."""
@@ -248,6 +290,7 @@ class Executor:
     """Makes runs of the user's ``command``, with records in ``scratch`` and run directories below ``root``.
 
     ``runs`` collects all runs. Each has ``processes`` processes, and ``evaluations`` steps at most between evaluations.
+    ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by ``time.monotonic``.
     """
 
     command: tuple[str, ...]
@@ -257,9 +300,18 @@ class Executor:
     runs: list[RunTrace]
     evaluations: int
     processes: int
+    limit: float | None = None
+    deadline: float = math.inf
+
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self.deadline - time.monotonic()
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
-        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest."""
+        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest. Raises OutOfTime."""
+        limits = [limit for limit in (self.limit, self.left()) if limit is not None and limit < math.inf]
+        if self.left() <= 0:
+            raise OutOfTime
         arguments = (
             *self.command,
             f"run.root={self.root}",
@@ -272,9 +324,18 @@ class Executor:
             self.runs.append(run)
         record = self.scratch / f"{run.name}-{len(run.attempts) + 1}.jsonl"
         run.request = request = AttemptRequest(
-            run.name, arguments, record, evaluations=self.evaluations, processes=self.processes, **fields
+            run.name,
+            arguments,
+            record,
+            evaluations=self.evaluations,
+            processes=self.processes,
+            limit=min(limits, default=None),
+            **fields,
         )
-        trace = AttemptTrace(request, self.servers[server](request), workers, _merged(request.records))
+        began = time.monotonic()
+        status = self.servers[server](request)
+        shutil.rmtree(request.temporary, ignore_errors=True)
+        trace = AttemptTrace(request, status, workers, _merged(request.records), time.monotonic() - began)
         run.attempts.append(trace)
         return trace
 
@@ -305,7 +366,8 @@ def _merge(event: Event, rank: int, other: Event | None) -> None:
         event["cut"] = True
         return
     for name, target in _PER_RANK.items():
-        event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other.get(name, {}).items()}
+        if name in other:
+            event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other[name].items()}
 
 
 def _read(record: Path) -> tuple[Event, ...]:

@@ -3,18 +3,22 @@
 An attempt is ``python -m runner`` to the last system call, in a process group of its own; only imports are inherited.
 An attempt of several processes is started as by a launcher: all are in one group, and know the address of rank 0.
 Requests are lines of JSON on standard input. When it ends, the client may have been killed, and the running attempt and
-this process end, too.
+this process end, too. An attempt leaves no process behind, not even in a session of its own.
 """
 
 import contextlib
+import ctypes
+import faulthandler
 import gc
 import importlib
+import itertools
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +27,17 @@ from typing import Any
 
 _TICK_SECONDS = 0.005
 _PATIENCE_SECONDS = 60.0  # in which all processes end once one of them has failed or was killed
+_STACKS_SECONDS = 3.0  # for the processes of an attempt to write where their threads are
+_PLACES = 10  # of threads, for the verdict
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <sys/prctl.h>: processes without a parent become children of this one
 _OF_SEVERAL = ("runner.distributed.processes", "runner.distributed.parallel")
 
 
 def serve() -> None:
     """Answer requests until the client goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the client
+    with contextlib.suppress(Exception):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     for module in ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder"):
         importlib.import_module(module)
     gc.freeze()  # else the first collection in each attempt copies every page
@@ -40,7 +49,10 @@ def serve() -> None:
             continue
         if len(request["records"]) > 1:
             _import(_OF_SEVERAL)
-        status = _wait(_fork(request), Path(request["log"]))
+        try:
+            status = _wait(_fork(request), request)
+        finally:
+            _end_all()
         print(json.dumps({"status": status}), flush=True)
 
 
@@ -90,9 +102,10 @@ def _environments(size: int) -> Iterator[dict[str, str]]:
         yield {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **address}
 
 
-def _wait(pids: Sequence[int], log: Path) -> int | None:
+def _wait(pids: Sequence[int], request: Mapping[str, Any]) -> int | None:
     """Wait for all processes of an attempt; returns its exit status, None after SIGKILL of one or all."""
     codes: dict[int, int] = {}
+    began = time.monotonic()
     failed = 0.0  # when the first process failed
     while len(codes) < len(pids):
         for pid in pids:
@@ -103,8 +116,10 @@ def _wait(pids: Sequence[int], log: Path) -> int | None:
         if select.select([0], [], [], _TICK_SECONDS)[0]:  # no request comes now: the client is gone
             _kill(pids[0])
             sys.exit(0)
+        if request["limit"] and time.monotonic() - began > request["limit"]:
+            return _end_overdue(pids, codes, request)
         if failed and len(codes) < len(pids) and time.monotonic() - failed > _PATIENCE_SECONDS:
-            return _end_hanging(pids, codes, log)
+            return _end_hanging(pids, codes, Path(request["log"]))
     _kill(pids[0])  # data workers may have survived
     if -signal.SIGKILL in codes.values():
         return None
@@ -123,6 +138,65 @@ def _end_hanging(pids: Sequence[int], codes: Mapping[int, int], log: Path) -> in
     return 1
 
 
+def _end_overdue(pids: Sequence[int], codes: Mapping[int, int], request: Mapping[str, Any]) -> int:
+    """End an attempt that takes too long, and record where each of its threads was; returns the exit status."""
+    from runner.distributed.watchdog import worker_stacks
+    from runner.errors import RunnerError
+
+    places = []
+    for rank, pid in enumerate(pids):
+        who = f"rank {rank}, " if len(pids) > 1 else ""
+        places += [] if pid in codes else [f"  {who}{place}" for place in _threads(pid, request["records"][rank])]
+    workers = [child for pid in pids for child in _children(pid)]
+    for pid, text in worker_stacks(workers).items():
+        places += [f"  process {pid}, {place}" for place in _places(text)]
+    _kill(pids[0])
+    for pid in pids:
+        if pid not in codes:
+            os.waitpid(pid, 0)
+    message = f"{request['title']} did not end within {request['limit']:.0f} s. Where its threads were:"
+    _record_failure(request["records"][0], RunnerError("\n".join([message, *places[:_PLACES]]), kind="time-limit"))
+    return 1
+
+
+def _threads(pid: int, record: str) -> list[str]:
+    """Where the threads of a process are, which writes their stacks into a file on SIGQUIT."""
+    file = Path(f"{record}.stacks")
+    os.kill(pid, signal.SIGQUIT)
+    sizes = [-1, 0]
+    until = time.monotonic() + _STACKS_SECONDS
+    while (not sizes[-1] or sizes[-1] != sizes[-2]) and time.monotonic() < until:
+        time.sleep(0.1)
+        sizes.append(file.stat().st_size)
+    return [*_places(file.read_text(errors="replace"))]
+
+
+def _places(stacks: str) -> Iterator[str]:
+    """A line for each thread in the output of ``faulthandler``, which has the main thread last."""
+    from runner.distributed.watchdog import dumped_line
+
+    for number, thread in enumerate(reversed(stacks.split("hread 0x")[1:])):
+        yield f"{'another' if number else 'the main'} thread is at {dumped_line(thread)}"
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have started."""
+    lists = []
+    with contextlib.suppress(OSError):
+        lists = [tasks.read_text().split() for tasks in Path(f"/proc/{pid}/task").glob("*/children")]
+    children = [*map(int, itertools.chain.from_iterable(lists))]
+    return [*children, *(each for child in children for each in _children(child))]
+
+
+def _end_all() -> None:
+    """End what an attempt has left behind: data workers, and processes in sessions of their own."""
+    while left := _children(os.getpid()):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
 def _kill(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
@@ -136,6 +210,11 @@ def _run(request: Mapping[str, Any], group: int) -> None:
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.register(signal.SIGQUIT, open(f"{request['record']}.stacks", "w"))
+    os.makedirs(request["temporary"], exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torch")  # shared by all attempts
+    os.environ |= {"TMPDIR": request["temporary"]}
+    tempfile.tempdir = None
     sys.argv = ["runner", *request["arguments"]]
 
     from runner.__main__ import main

@@ -1,6 +1,9 @@
 """The options of a proof: ``verify.*`` among the overrides of an ordinary command."""
 
 import difflib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +11,8 @@ from typing import Any
 from runner.errors import ConfigError
 
 _PREFIX = "verify."
+# Nine moments, so that with kills of all processes and of a single one in turn every moment gets both.
+MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "stop", "evaluating", "clock")
 # Keys that the proof decides, and what to give instead.
 _RESERVED = {
     "run.root": "the runs of a proof are under verify.root",
@@ -22,13 +27,16 @@ class Options:
     """How much is tried, and where.
 
     ``steps`` None: up to 100, within about 20 seconds of training. ``workers`` are numbers of data workers that
-    attempts take in turn; the first is that of the undisturbed run. ``processes`` is the number of processes of each
-    attempt. ``root`` None: a temporary folder. ``html`` names a file for the report. ``seed`` decides the moments of
-    the kills.
+    attempts take in turn; the first is that of the undisturbed run. ``moments`` of kills are taken in turn, too.
+    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``html`` names a file
+    for the report. ``seed`` decides the steps of the kills. ``minutes`` is how long the proof may take: steps and
+    kills are left out to keep that.
     """
 
     steps: int | None = None
-    kills: int = 8
+    minutes: float | None = None
+    kills: int = 9
+    moments: tuple[str, ...] = MOMENTS
     workers: tuple[int, ...] = (0, 2)
     processes: int = 1
     root: str | None = None
@@ -49,6 +57,31 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str], bool]:
         if argument in ("-m", "--multirun"):
             raise ConfigError("a proof is of one run: leave out -m, and give one value for each key")
     return Options(**values), rest, "--json" in arguments
+
+
+# The runner until it has composed and checked the configuration: without torch, in a fraction of a second.
+_CHECK = """
+import sys
+from runner.__main__ import main
+from runner.callbacks.base import Observer, observers
+
+class Checked(Observer):
+    def on_command(self, directory):
+        raise SystemExit(0)
+
+observers.append(Checked())
+sys.exit(main())
+"""
+
+
+def check(command: Sequence[str]) -> None:
+    """Raise ConfigError for a command whose configuration cannot be used, before anything else is started."""
+    with tempfile.TemporaryDirectory(prefix="runner-verify-") as folder:
+        where = (f"run.root={folder}", "run.name=check", f"hydra.run.dir={folder}")
+        program = [sys.executable, "-c", _CHECK, *command, *where]
+        done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == ConfigError.status:
+        raise ConfigError(done.stderr.strip())
 
 
 def _option(argument: str) -> tuple[str, Any]:
@@ -81,6 +114,19 @@ def _workers(text: str) -> tuple[int, ...]:
     return tuple(_at_least(0)(each) for each in text.removeprefix("[").removesuffix("]").split(","))
 
 
+def _minutes(text: str) -> float:
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
+
+
+def _moments(text: str) -> tuple[str, ...]:
+    names = (*text.removeprefix("[").removesuffix("]").split(","),)
+    if {*names} - {*MOMENTS}:
+        raise ValueError
+    return names
+
+
 def _text(text: str) -> str:
     if not text:
         raise ValueError
@@ -94,7 +140,9 @@ def _flag(text: str) -> bool:
 # Name -> how to read it, an example. The names are the fields of Options.
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (_at_least(2), "verify.steps=200 (at least 2)"),
+    "minutes": (_minutes, "verify.minutes=2 (more than 0)"),
     "kills": (_at_least(1), "verify.kills=20 (at least 1)"),
+    "moments": (_moments, f"verify.moments=[step,stop]; there are {', '.join(MOMENTS)}"),
     "workers": (_workers, "verify.workers=[0,2] (numbers of data workers)"),
     "processes": (_at_least(1), "verify.processes=2 (at least 1)"),
     "root": (_text, "verify.root=s3://bucket/scratch, or a folder"),

@@ -1,25 +1,29 @@
 """From a command to a verdict: run undisturbed, run killed, compare, and diagnose a difference."""
 
+import math
 import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
-from runner.verify.causes import CAUSES, of_error
+from runner.verify.causes import CAUSES, of_error, of_part
 from runner.verify.diagnosis import Investigation
 from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory
-from runner.verify.execution import Executor, RunTrace, Servers, fork_servers
+from runner.verify.execution import Executor, OutOfTime, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
 from runner.verify.verdict import Verdict, cost
 
-_KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+_OUT_OF_TIME = "verify.minutes was over before the killed run was finished; allow more"
+LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
+TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
 _STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
 
 
@@ -36,10 +40,14 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{folder}"
     runs: list[RunTrace] = []
     keep = False
+    new = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
     try:
         with nullcontext(servers) if servers else fork_servers() as both:
             interval = evaluation_interval(options)
-            executor = Executor(tuple(command), scratch, root, both, runs, interval, options.processes)
+            deadline = math.inf if options.minutes is None else began + 60 * options.minutes
+            executor = Executor(
+                tuple(command), scratch, root, both, runs, interval, options.processes, deadline=deadline
+            )
             verdict = replace(_judge(executor, options, progress), seconds=time.monotonic() - began)
         keep = options.keep or not verdict.holds
         places = str(scratch) if options.root is None else f"{scratch} and {root}"
@@ -47,6 +55,9 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     finally:
         if not keep:
             _remove(root, scratch, runs, servers)
+            for made in new:
+                with suppress(OSError):  # others use it
+                    made.rmdir()
 
 
 def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
@@ -60,15 +71,21 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     if failure:
         return replace(verdict, refusal=failure.message, cause=of_error(failure.kind, _changes_while_probed(base)))
     if base.evidence is None:
-        return replace(verdict, refusal=_KILLED, cause=CAUSES["incomplete"])
+        return replace(verdict, refusal=_unfinished(base), cause=CAUSES["incomplete"])
+    executor = replace(executor, limit=max(LEAST_SECONDS, TIMES * attempt.seconds))
     for server in executor.servers:
         server.import_modules(attempt.select("imported")[0]["modules"])
     kills = plan(base, options)
     _require_room(executor.root, kills.size)
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
-    run = run_killed(executor, kills, progress)
+    try:
+        run = run_killed(executor, kills, attempt, progress)
+    except OutOfTime:
+        return replace(verdict, refusal=_OUT_OF_TIME, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
-    return replace(verdict, notes=[*_notes(kills, base), *(_lost_memory(base, run) if verdict.holds else ())])
+    return replace(
+        verdict, notes=[*verdict.notes, *_notes(kills, base, run), *(_lost_memory(base, run) if verdict.holds else ())]
+    )
 
 
 def _require_room(root: str, size: int) -> None:
@@ -97,7 +114,11 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
     )
     if difference is not None:
         progress(f"differs at step {difference.step}: {difference.part} ({difference.path}); looking for the cause")
-        diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
+        try:
+            diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
+        except OutOfTime:
+            cut = "the search for the cause was cut short by verify.minutes"
+            return replace(verdict, cause=replace(of_part(difference), sure=False), notes=[cut])
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
         return replace(verdict, cause=of_error(failure.kind, _changes_while_probed(run) or _changes_in_training(base)))
@@ -106,13 +127,27 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
 
 def _incomplete(base: RunTrace, run: RunTrace) -> str:
     """Why nothing is proven although nothing differs; empty if the runs did all that was planned."""
-    if base.evidence is None or run.evidence is None:
-        return _KILLED
+    if run.evidence is None:
+        return _unfinished(run)
+    for before, after in pairwise(run.attempts):
+        if before.stopped and after.select("resumed") and after.first != before.last:
+            return f"stopped by SIGTERM after step {before.last}, the run went on from step {after.first}"
     missed = base.by_step().keys() ^ run.by_step().keys()
     if missed or not base.by_step():
         return f"steps were not compared: {sorted(missed)[:10]}"
     return (
         "" if any(attempt.killed for attempt in run.attempts) else "no kill came before the end; try more verify.steps"
+    )
+
+
+def _unfinished(run: RunTrace) -> str:
+    """Why a run has no result although no attempt failed with an error."""
+    last = run.attempts[-1]
+    if last.status is None:
+        return "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+    return (
+        f"attempt {last.request.record.stem} ended with exit status {last.status} after step {last.last}, before the "
+        "run was finished: something in your code ends the process, as os._exit does"
     )
 
 
@@ -137,7 +172,7 @@ def _problems(run: RunTrace) -> list[str]:
     return [f"{run.name}: {problem}" for problem in evidence["audit"]["problems"]] if evidence else []
 
 
-def _notes(kills: KillPlan, base: RunTrace) -> list[str]:
+def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
     notes = []
     if kills.epoch is not None and kills.steps <= kills.epoch:
         notes.append(
@@ -150,6 +185,10 @@ def _notes(kills: KillPlan, base: RunTrace) -> list[str]:
         notes.append("trainer.max_seconds was left out: a run that ends by the clock ends at another step every time")
     if oftener := base.attempts[0].select("oftener"):
         notes.append(f"evaluated every {oftener[0]['every']} steps, besides what is configured")
+    if missing := len(kills.kills) - sum(attempt.killed is not None for attempt in run.attempts):
+        notes.append(
+            f"{missing} of {len(kills.kills)} kills did not come: the run ended before, or verify.minutes was over"
+        )
     if not any(event["evaluation"] for _, event in base.steps() if event["step"] < kills.steps):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
@@ -163,6 +202,11 @@ def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
     )
     more = f"; and {len(entries) - 3} more" if len(entries) > 3 else ""
     return [f"not in the state, and without effect within these steps: {text}{more}"] if entries else []
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """The folders of a path that do not exist, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _remove(root: str, scratch: Path, runs: Sequence[RunTrace], servers: Servers | None) -> None:

@@ -4,8 +4,12 @@ import copy
 import functools
 import os
 import random
+import subprocess
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -493,3 +497,67 @@ class Waits(Counts):
     def before(self, model, done):
         self.seen += 1
         self.label_smoothing = 0.1 if self.seen > 1000 else 0.0
+
+
+class Adds(Counts):
+    """Adds what it loads to what it has counted, which is nothing in a new process."""
+
+    def before(self, model, done):
+        self.label_smoothing = min(0.5, done / 100)
+
+    def load_state_dict(self, state):
+        self.done = state["done"] + (0 if self.mended else self.done)
+
+
+class Daily(Rows):
+    """Shows other samples every day: read in data workers, too."""
+
+    def __init__(self, size, clock):
+        super().__init__(size)
+        self.clock = clock
+
+    def __getitem__(self, index):
+        return row(index) * (1 + self.day() / 1e4), index % 3
+
+    def day(self):
+        return date.today().toordinal() % 1000 if self.clock == "date" else 1
+
+
+class Dated(Classification):
+    """Smooths labels by the hour of the day."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def training_step(self, model, batch):
+        now = datetime.now()
+        self.label_smoothing = (now.hour + now.minute / 60) / 100 if self.clock == "hour" else 0.1
+        return super().training_step(model, batch)
+
+
+class Locks(Classification):
+    """Waits for a file to go away, which it makes, and would remove at the end."""
+
+    def __init__(self, mended):
+        super().__init__()
+        from hydra.core.hydra_config import HydraConfig
+
+        file = Path(HydraConfig.get().runtime.output_dir) / "lock"
+        self.locked = file.exists() and not mended
+        file.touch()
+
+    def training_step(self, model, batch):
+        if self.locked:
+            threading.Event().wait()
+        return super().training_step(model, batch)
+
+
+class Litters(Classification):
+    """Leaves a temporary file, and a process in a session of its own, whose argument is the folder of the file."""
+
+    def __init__(self):
+        super().__init__()
+        folder = tempfile.mkdtemp()
+        program = "import sys, time; time.sleep(1000)"
+        subprocess.Popen(["python3", "-S", "-c", program, folder], start_new_session=True)

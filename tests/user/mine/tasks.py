@@ -95,10 +95,14 @@ class Exits(Classification):
 class Leaves(Classification):
     """Ends its process with ``os._exit``."""
 
+    def __init__(self, status: int = 3) -> None:
+        super().__init__()
+        self.status = status
+
     def training_step(self, model, batch):
         import os
 
-        os._exit(3)
+        os._exit(self.status)
 
 
 class Counted(Classification):
