@@ -38,7 +38,8 @@ class AttemptRequest:
 
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
-    state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
+    state is written beside the record, ``take`` a step after which the memory at the paths ``suspects`` is, and ``put``
+    the record of another attempt whose memory there is taken over. ``evaluations`` is the most steps between two of them. A ``silent`` attempt records
     neither states nor memory, because a user's ``state_dict`` may change something. ``does``: "train" or "remove".
     """
 
@@ -52,6 +53,9 @@ class AttemptRequest:
     processes: int = 1
     pins: tuple[str, ...] = ()
     dump: int | None = None
+    take: int | None = None
+    put: str | None = None
+    suspects: tuple[str, ...] = ()
     evaluations: int | None = None
     silent: bool = False
     does: str = "train"

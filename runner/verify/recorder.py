@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,10 +35,10 @@ from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
-from runner.verify import pins
+from runner.verify import pins, suspects
 from runner.verify.execution import Kill
-from runner.verify.fingerprint import fingerprint, of_value
-from runner.verify.memory import memory, settings
+from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
+from runner.verify.memory import memory
 
 _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "")
 
@@ -69,6 +70,7 @@ class Recorder(Observer):
         self._objects: dict[str, Any] = {}  # whose memory is compared, by the keys of the configuration
         self._line: dict[str, Any] = {}  # of the current step
         self._writes: _WatchedLocation | None = None
+        names_of_runs[:] = [f"/{request['name']}"]
         self._record = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         kill = Kill(*(request["kill"] or ("",)))
         kills = self._rank == (request["victim"] or 0)  # rank 0 kills where all are killed
@@ -133,12 +135,14 @@ class Recorder(Observer):
     def on_resume(self, state: TrainState) -> None:
         step = state.progress.step
         self.write("resumed", step=step, **self._fingerprints(state))
+        self._try(state, of_data=True)
         self.die("loaded", 0)
         self.die("start", step)
         if self._moment == "clock":
             threading.Timer(self._step / 1000, self.die, ("clock", self._step)).start()
 
     def on_start(self, loop: Loop) -> None:
+        self._try(loop.state, of_data=False)
         self._since = time.monotonic()
 
     def on_step_start(self, loop: Loop) -> None:
@@ -171,6 +175,9 @@ class Recorder(Observer):
 
     def on_step(self, loop: Loop) -> None:
         self.write("step", **self._line, evaluation=loop.evaluation or {}, **self._fingerprints(loop.state))
+        if loop.step == self._request["take"]:
+            file, saved = Path(f"{self._request['record']}.taken"), loop.state.state_dict()["model"]
+            suspects.take(self._request["suspects"], self._objects, saved, file)
         if loop.step == self._request["dump"]:
             tensors = Snapshot.of(loop.step, loop.state.state_dict()).tensors
             torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, f"{self._request['record']}.pt")
@@ -199,7 +206,16 @@ class Recorder(Observer):
         """The state, and what the objects remember beside it."""
         if self._request["silent"]:
             return {}
-        return {"state": fingerprint(state.state_dict()), "memory": memory(self._objects) | settings()}
+        saved = state.state_dict()
+        return {"state": fingerprint(saved), "memory": memory(self._objects, saved["model"]) | suspects.settings()}
+
+    def _try(self, state: TrainState, *, of_data: bool) -> None:
+        """Put memory of an undisturbed process into this one: that of data sets before their first sample."""
+        paths = [path for path in self._request["suspects"] if path.startswith("data.") == of_data]
+        if self._request["put"] and paths:
+            file = Path(f"{self._request['put']}{f'.rank{self._rank}' if self._rank else ''}.taken")
+            put = suspects.put(paths, self._objects, state.state_dict()["model"], file)
+            self.write("put", paths=put)
 
 
 class _WatchedLocation:
