@@ -213,9 +213,11 @@ def _evaluation(
     if data is None:
         return None
 
+    changed: set[str] = set()
+
     def report(state: TrainState) -> dict[str, float | str]:
-        key, model = derive("evaluation", seed, state.progress.step), state.evaluated_model
-        metrics = evaluate(task, model, data, key=key, autocast=update.autocast, team=team, trained=state.model)
+        key, model, how = derive("evaluation", seed, state.progress.step), state.evaluated_model, update.autocast
+        metrics = evaluate(task, model, data, key=key, autocast=how, team=team, trained=state.model, changed=changed)
         parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
         return {f"val/{name}": value for name, value in metrics.items()}
 

@@ -1,10 +1,12 @@
 """One pass over the validation data: exact means, and no change of the training state."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from itertools import zip_longest
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.evaluation_data import EvaluationData
 from runner.distributed.team import Team
-from runner.errors import TaskError
+from runner.errors import TaskError, printable
 from runner.modes import evaluation_mode
 from runner.rng import seed_all, temporary_seed
 from runner.task import Task, check_metrics
@@ -28,6 +30,12 @@ _REMEDY = (
     "that can be averaged over samples (such as the share of correct answers), and compute the rest from these means "
     "in evaluation_end"
 )
+_SIDE_EFFECT = (
+    "the evaluation changes %s of the model in training, so that training depends on how often it is evaluated: let "
+    "%s.evaluation_step neither call model.train() nor write to the model"
+)
+
+log = logging.getLogger("runner")
 
 
 class EvaluationInterrupted(Exception):
@@ -44,13 +52,15 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]],
     team: Team,
     trained: nn.Module | None = None,
+    changed: set[str] | None = None,
 ) -> Mapping[str, float | str]:
     """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The processes
     of the team divide the batches among themselves.
 
     Runs without gradients, in evaluation mode and with the random seed ``key``. ``trained`` is the model in training,
     where its average is evaluated. Raises EvaluationInterrupted after a stop signal, with the buffers of both models
-    and the task's state as they were before.
+    and the task's state as they were before. Warns of weights and buffers that the evaluation changed, unless their
+    names are among those already ``changed``, to which they are added.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     try:
@@ -63,6 +73,9 @@ def evaluate(
         if team.world.size > 1 or not before.restore(team):
             raise
         raise EvaluationInterrupted from None
+    if changed is not None and (names := before.changes() - changed):
+        changed |= names
+        log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
     return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _REMEDY)
 
 
@@ -147,6 +160,22 @@ class _StateBefore:
         if self._task is not None:
             self._task.load_state_dict(decode(self._memory, lambda name: self._tensors[name].cpu()))
         return True
+
+    def changes(self) -> set[str]:
+        """The names of weights and saved buffers of the model in training, the last, that have changed since. Weights
+        of FSDP are left out.
+        """
+        model = self._models[-1]
+        before = {id(weight): total for weight, total in zip(self._weights, self._sums, strict=True)}
+        pairs: dict[str, tuple[Tensor | None, Tensor]] = {}
+        if not any(map(is_distributed, self._weights)):
+            pairs = {name: (before.get(id(weight)), weight) for name, weight in model.named_parameters()}
+        names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+        for module, saved in self._buffers:
+            for name, (_, copy) in saved.items() if module in names else ():
+                if copy is not None and (now := module._buffers.get(name)) is not None:
+                    pairs[names[module] + name] = _sums([copy])[0], now
+        return {name for name, (was, now) in pairs.items() if was is None or _sums([now]) != [was]}
 
     def _weights_changed(self) -> bool:
         """Whether a weight has another value or was replaced. FSDP replaces a sharded weight by the whole weight while

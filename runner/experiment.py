@@ -139,6 +139,7 @@ def _train(
         parts.task,
         parts.update,
         calls,
+        users=[callback for name, callback in setup.callbacks.items() if name.startswith("own.")],
         max_steps=setup.max_steps,
         max_epochs=setup.max_epochs,
         max_seconds=setup.max_seconds,

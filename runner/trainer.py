@@ -16,6 +16,9 @@ from runner.update import MEASURED
 class Trainer:
     """Runs optimizer steps until a limit, a callback or a signal ends training, after the same step in all processes of
     the ``team``. Callbacks do everything else, such as saving.
+
+    ``users`` are those callbacks that the runner did not write. Where the evaluation after a step is interrupted, their
+    ``on_step`` is called by the attempt that repeats it, so that each step and its evaluation are one moment for them.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class Trainer:
         update: Update,
         callbacks: Sequence[Callback],
         *,
+        users: Sequence[Callback] = (),
         max_steps: int | None,
         max_epochs: int | None = None,
         max_seconds: float | None = None,
@@ -33,6 +37,7 @@ class Trainer:
         self.task = task
         self.update = update
         self.callbacks = callbacks
+        self.users = users
         self.max_steps = max_steps
         self.max_epochs = max_epochs
         self.max_seconds = max_seconds
@@ -50,7 +55,7 @@ class Trainer:
         """
         began = time.monotonic() - elapsed
         loop = self._start(state, elapsed, stopped)
-        on_step = overriding(self.callbacks, "on_step")
+        on_step, of_users = (overriding(each, "on_step") for each in (self.callbacks, self.users))
         while loop.stop is None:
             loop.stop = self._stopped(loop.state.stream)
             if loop.stop is not None:
@@ -58,7 +63,8 @@ class Trainer:
             self._step(loop, began)
             loop.stop = loop.stop or self._limit(loop)
             for call in on_step:
-                call(loop)
+                if not (loop.evaluation_due and call in of_users):
+                    call(loop)
             loop.stop = loop.stop or self.team.stop
         self.team.rest()
         for callback in reversed(self.callbacks):  # the checkpoint first, while the others are still open
@@ -123,6 +129,9 @@ class Trainer:
         loop.stop = (self._limit(loop) if loop.step else None) or stopped
         for callback in self.callbacks:
             callback.on_start(loop)
+            # A user's callback that ended training has had this step, and was followed by the evaluation.
+            if loop.evaluation is not None and callback in self.users and stopped is None:
+                callback.on_step(loop)
         loop.stop = loop.stop or self.team.poll()
         return loop
 

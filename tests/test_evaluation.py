@@ -39,6 +39,27 @@ def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], 
     require_same(tmp_path / "rows")
 
 
+def test_an_evaluation_that_moves_the_model_is_warned_of(life: Lives, tmp_path: Path) -> None:
+    """Once, by the names of what it moves. Not one that leaves the model alone."""
+    command = (*ROWS, "model._target_=mine.odd.Normed", f"run.root={tmp_path}")
+    wakes = life(
+        *command, "task._target_=mine.tasks.Wakes", "+task.call=-1", "+task.pushes=true", "run.name=a", cwd=USER
+    )
+    warned = "changes layers.1.weight, norm.num_batches_tracked, norm.running_mean, norm.running_var of the model"
+    assert wakes.output.count(warned) == wakes.output.count("the evaluation changes") == 1, wakes.output
+    assert "let Wakes.evaluation_step neither call model.train() nor write to the model" in wakes.output
+    assert "the evaluation changes" not in life(*command, "run.name=b", cwd=USER).output
+
+
+def test_callbacks_see_a_step_with_its_evaluation(life: Lives, tmp_path: Path) -> None:
+    """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""
+    command = (*WAKES, "+callbacks.weighs._target_=mine.broken.WeighsWell", f"run.root={tmp_path}")
+    assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
+    assert life(*command, "+task.call=6", "run.name=cut", cwd=USER).status == 75
+    assert life(*command, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER).status == 0
+    require_same(tmp_path / "rows")
+
+
 @pytest.mark.parametrize("cut", [None, 6, 7])
 def test_the_step_where_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
     """Killed after that step was evaluated, before, and not at all. Beside it, a model that has to be woken."""

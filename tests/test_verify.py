@@ -53,7 +53,9 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def judged(servers: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
     """The verdict on the small experiment, with overrides."""
     command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=4", *more)
-    return prove(command, Options(steps=steps, kills=kills, **options), progress=print, servers=servers)  # type: ignore[arg-type]
+    parsed, command, _ = parse(command)
+    options = {"steps": steps, "kills": kills, **options}
+    return prove(command, replace(parsed, **options), progress=print, servers=servers)  # type: ignore[arg-type]
 
 
 def node(key: str, target: str, **values: object) -> tuple[str, ...]:
@@ -126,6 +128,11 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
         "callback memory",
         ["part     end: the last step", "callbacks.ends.seen"],
     ),
+    "a load that adds": (
+        (*node("task", "Adds", mended=False), "verify.moments=[evaluating]"),
+        "stopping",
+        ["a stop by SIGTERM leaves a trace", "let load_state_dict replace"],
+    ),
     "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
 }
 QUICK = (
@@ -169,17 +176,29 @@ def test_a_mended_experiment_passes(name: str, servers: Servers, scratch: Path) 
 
 
 def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, steps=16, kills=6)
+    verdict = judged(servers, steps=16, kills=8)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
-    assert {"step", "committed", "save", "loaded", "evaluation"} <= proven["moments"].keys()
-    assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (6, 7, 16, 256)
+    assert {"step", "committed", "save", "loaded", "evaluation", "stop", "evaluating"} == proven["moments"].keys()
+    assert (proven["kills"], proven["attempts"], proven["steps"], proven["samples"]) == (8, 9, 16, 256)
     assert proven["workers"] == [0, 2]
     assert proven["checkpoints"] > 3
     assert proven["steps_done_again"] > 0
     assert verdict.cost
     assert "checkpoint.every_steps=" in verdict.text()
     assert [*scratch.iterdir()] == []
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stops_by_sigterm_pass(processes: int, servers: Servers, scratch: Path) -> None:
+    """Also of an evaluation that moves the model, and of callbacks that look at evaluations."""
+    odd = ("task._target_=mine.tasks.Wakes", "+task.call=-1", "model._target_=mine.odd.Normed")
+    odd = (*odd, "+callbacks.weight._target_=mine.broken.WeighsWell", "data.evaluation_batch_size=8")
+    options = {"moments": ("stop", "evaluating"), "workers": (0,), "processes": processes}
+    verdict = judged(servers, *(odd if processes == 1 else ()), kills=4, **options)
+    assert verdict.holds, verdict.text()
+    assert verdict.proven["moments"] == {"stop": 2, "evaluating": 2}
 
 
 def test_forgotten_state_without_effect_is_noted(servers: Servers, scratch: Path) -> None:

@@ -82,7 +82,7 @@ class Callback:
 
     def on_start(self, loop: Loop) -> None:
         """Before the first step of this attempt: at step 0, or right after a restore. ``loop.evaluation`` is set if the
-        previous attempt was interrupted before or during it.
+        previous attempt was interrupted before or during it; ``on_step`` then follows for the step restored.
         """
 
     def on_step_start(self, loop: Loop) -> None:

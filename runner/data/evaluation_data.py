@@ -1,7 +1,7 @@
 """Passes over evaluation data, which change neither the training position nor the global generators."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class EvaluationData:
             self._weights.append(0)
         self._samples = samples
         self.device = device
+        self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called with a batch's number, from 0, before it
         fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
         sketch, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
         self._loader = Loader(fetcher, slices, loading, key="data.validation")
@@ -66,12 +67,14 @@ class EvaluationData:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
-        for weight, fetched in zip(self._weights, self._loader, strict=True):
+        for number, (weight, fetched) in enumerate(zip(self._weights, self._loader, strict=True)):
             if fetched.bad:
                 remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
                 raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)
             if fetched.failure:
                 raise DataError(f"data.validation: {fetched.failure}")
+            for listener in self.batch_listeners:
+                listener(number)
             yield weight, to_device(fetched.batch, self.device)
 
 

@@ -10,9 +10,11 @@ from runner.verify.options import parse
 _USAGE = """\
 python -m runner.verify experiment=NAME [KEY=VALUE ...] [verify.KEY=VALUE ...] [--json]
 
-Runs the experiment once undisturbed and once with SIGKILLs, and compares the two bit for bit.
+Runs the experiment once undisturbed and once with SIGKILLs and SIGTERMs, and compares the two bit for bit.
   verify.steps=N          optimizer steps (default: 100, or fewer if these take more than 20 seconds of training)
-  verify.kills=N          number of kills (default: 8)
+  verify.kills=N          number of kills and stops (default: 9, one of each kind)
+  verify.moments=[A,B]    kinds of kills, taken in turn; committed, save, loaded, border (of an epoch),
+                          evaluation, step, clock (at any time); by SIGTERM: stop (in a step), evaluating
   verify.workers=[0,2]    numbers of data workers; the attempts alternate between them
   verify.processes=N      run every attempt in N processes, as torchrun does; some kills hit only one of them
   verify.root=PATH|URL    where to make the runs (default: a temporary folder); they are removed afterwards

@@ -15,9 +15,7 @@ _SECONDS = 20.0  # of training, in which as many of these steps are done as poss
 _SAVES = 8  # checkpoints in a run, about, besides those before a kill
 _SMALL = 64 << 20  # bytes of a state; of such runs all checkpoints are kept, to be compared
 _PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as accumulated gradients
-# Seven moments, so that with kills of all processes and of a single one in turn every moment gets both.
-_MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "clock")
-_AT_ANY_STEP = ("committed", "save", "step")
+_AT_ANY_STEP = ("committed", "save", "step", "stop")
 _CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
 
 Progress = Callable[[str], None]
@@ -62,7 +60,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     steps = options.steps or _STEPS
     overrides = ("checkpoint.background=false", *save_every(_save_interval(steps)))
     seconds = None if options.steps else _SECONDS
-    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
+    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds, watch=True)
     return run
 
 
@@ -90,7 +88,7 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         losable=_losable(run, steps),
         seconds=sum(event["took"] for event in events),
     )
-    kills = tuple(_kills(options.kills, observed, chance))
+    kills = tuple(_kills(options, observed, chance))
     ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
     return KillPlan(
         steps,
@@ -127,13 +125,15 @@ def run_killed(executor: Executor, plan: KillPlan, progress: Progress) -> RunTra
     return run
 
 
-_ENDS = {
+ENDS = {
     None: "to the end",
     "step": "killed after a step",
     "committed": "killed right after a save",
     "save": "killed in a save",
     "loaded": "killed right after loading",
     "evaluation": "killed in an evaluation",
+    "stop": "stopped in a step by SIGTERM",
+    "evaluating": "stopped in an evaluation by SIGTERM",
     "start": "killed before the first step",
     "clock": "killed by the clock",
 }
@@ -141,7 +141,7 @@ _ENDS = {
 
 def summary(attempt: AttemptTrace) -> str:
     """One line on an attempt."""
-    end = _ENDS.get(attempt.killed, "killed")
+    end = ENDS.get(attempt.killed, "killed")
     alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
@@ -188,10 +188,11 @@ class _Observed:
         return best
 
 
-def _kills(number: int, observed: _Observed, chance: random.Random) -> list[Kill]:
+def _kills(options: Options, observed: _Observed, chance: random.Random) -> list[Kill]:
     """Kills of all kinds, in an order in which the run gets on between them."""
-    lacking = [name for name, steps in (("border", observed.borders), ("evaluation", observed.evaluated)) if not steps]
-    wanted = [_MOMENTS[place % len(_MOMENTS)] for place in range(number)]
+    needed = {"border": observed.borders, "evaluation": observed.evaluated, "evaluating": observed.evaluated}
+    lacking = [name for name, steps in needed.items() if not steps]
+    wanted = [options.moments[place % len(options.moments)] for place in range(options.kills)]
     moments = ["step" if moment in lacking else moment for moment in wanted]
     in_order = deque(sorted(_at_steps(moments, observed, chance), key=lambda kill: kill.step))
     kills = []
@@ -213,7 +214,7 @@ def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random
     for place, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
         low, high = (observed.steps * part // len(free) for part in (place, place + 1))
         after = observed.choose(range(max(1, low), max(2, low + 1, high)), chance)
-        yield Kill(moment, after if moment == "committed" else after + 1, after)  # ``save``: in the next save
+        yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # ``save``: in the next save
     for moment in moments:
         if moment == "border":  # when an epoch has just ended
             after = observed.choose([chance.choice(observed.borders)], chance)
@@ -222,6 +223,8 @@ def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random
             step = chance.choice(observed.evaluated)
             before = range(max(1, (step - 1) // observed.every * observed.every), step)
             yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
+        elif moment == "evaluating":
+            yield Kill("evaluating", observed.choose([chance.choice(observed.evaluated)], chance))
 
 
 def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:

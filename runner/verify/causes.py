@@ -8,13 +8,17 @@ from runner.verify.difference import FirstDifference, Remembered
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
 _SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
+_REPLACE = (
+    "let load_state_dict replace what the object has: the runner also calls it to take back what an interrupted "
+    "evaluation changed"
+)
 _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A ``kind`` for programs; ``what`` and ``remedy`` for people; whether repetitions made it ``sure``; and the line of
-    the user's where it is, as ``file:line``, if there is one.
+    """A ``kind`` for programs; ``what`` and ``remedy`` for people; whether repetitions made it ``sure``; and ``where``
+    it is in the user's code, as ``file:line``, if anywhere.
     """
 
     kind: str
@@ -26,6 +30,14 @@ class Cause:
     def seen_in(self, part: str, names: str = "") -> "Cause":
         """The same cause, with the part in which it shows first."""
         return replace(self, what=f"{self.what}. It shows in: {part}{f' ({names})' if names else ''}")
+
+    def reaching(self, reached: Mapping[str, str]) -> "Cause":
+        """The same cause, with what the user's code reaches outside of the process: ``what -> file:line``."""
+        if not reached:
+            return self
+        named = "; ".join(f"{thing} ({place})" for thing, place in [*reached.items()][:3])
+        more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
+        return replace(self, what=f"{self.what}. Your code reaches {named}{more}", where=next(iter(reached.values())))
 
 
 # Causes that repetitions of the run establish: kind -> what, remedy.
@@ -63,8 +75,7 @@ _TEXTS = {
         "look for other inputs of this part: files, network, other processes, id() of an object, your own kernels",
     ),
     "length": (
-        "training depends on the number of steps of the whole run: two runs of one length are equal, and a longer one "
-        "differs in the same steps",
+        "training depends on the number of steps of the whole run: a longer run differs in the same steps",
         "do not read the limit of steps in training, or let the configuration fix it",
     ),
     "attempts": (
@@ -78,6 +89,10 @@ _TEXTS = {
     "evaluation": (
         "evaluation leaves a trace in training: without it a resumed run is equal",
         "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
+    ),
+    "stopping": (
+        "a stop by SIGTERM leaves a trace: after SIGKILL a resumed run is equal",
+        f"{_REPLACE}; and act on no signal yourself",
     ),
     "incomplete": (
         "nothing differs, but not enough was done to prove anything",
@@ -137,7 +152,7 @@ def of_part(difference: FirstDifference) -> Cause:
 
 
 def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
-    """The cause that memory is which a resumed process lacks. ``sure``: putting it there made the difference go away."""
+    """The cause that lost memory is. ``sure``: putting it into a resumed process made the difference go away."""
     path, was, _ = entries[0]
     cause = next((cause for mark, cause in _MARKED.items() if mark in path), None)
     if cause is None:
@@ -154,10 +169,14 @@ def _more_exact(cause: Cause, path: str, was: str) -> Cause:
         return replace(cause, kind="hidden generator", what=_HIDDEN, remedy=_SEEDED) if _is_generator(was) else cause
     if was.startswith("the function ") and " (its " not in path:
         return replace(
-            cause, what=f"{cause.what}; it is a function that training exchanges", remedy="exchange it where it is built"
+            cause,
+            what=f"{cause.what}; it is a function that training exchanges",
+            remedy="exchange it where it is built",
         )
     if module and not inside.startswith("its "):
-        return replace(cause, remedy=f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}")
+        return replace(
+            cause, remedy=f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}"
+        )
     if cause is not _ATTRIBUTE:
         return cause
     if _is_generator(was):
@@ -210,7 +229,9 @@ _ROOTS = {
     "optimizer": _OPTIMIZER,
     "scheduler": _SCHEDULER,
     "model": _ATTRIBUTE,
-    "callbacks.": Cause("callback memory", "a callback has a memory that is not saved", f"for the callback: {_STATEFUL}"),
+    "callbacks.": Cause(
+        "callback memory", "a callback has a memory that is not saved", f"for the callback: {_STATEFUL}"
+    ),
     memory.PROCESS: Cause(
         "process", "training changes a setting of the whole process, and a new one begins without", _EVERY_STEP
     ),
@@ -263,8 +284,8 @@ def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
     return Cause(
         "structure",
         f"training changes the structure of the state, into which a new process cannot load it: {text}",
-        "build all layers and param groups at the start, and let a buffer, a rate of 0 or requires_grad decide when each "
-        "is used",
+        "build all layers and param groups at the start, and let a buffer, a rate of 0 or requires_grad decide when "
+        "each is used",
     )
 
 

@@ -15,16 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.errors import RunnerError
+from runner.errors import Interrupted, RunnerError
 from runner.storage.location import is_remote, local_root
 
 _HASH_SEEDS = ("1", "2")
-_LAST_LINES = 12  # of an error or a log, for the verdict
+_LAST_LINES = 12  # of a log, for the verdict
+STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
+_STOPPED = Interrupted.status
 
 
 class Kill(NamedTuple):
     """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
-    too: the next attempt begins with the state of that step, and without anything that is in no state.
+    too: the next attempt begins with the state of that step, and without anything that is in no state. After a stop by
+    SIGTERM it does so anyway.
     """
 
     moment: str
@@ -39,7 +42,8 @@ class AttemptRequest:
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
     state is written beside the record, ``take`` a step after which the memory at the paths ``suspects`` is, and ``put``
-    the record of another attempt whose memory there is taken over. ``evaluations`` is the most steps between two of them. A ``silent`` attempt records
+    the record of another attempt whose memory there is taken over. ``watch`` notes what the user's code reaches outside
+    of the process. ``evaluations`` is the most steps between two of them. A ``silent`` attempt records
     neither states nor memory, because a user's ``state_dict`` may change something. ``does``: "train" or "remove".
     """
 
@@ -56,6 +60,7 @@ class AttemptRequest:
     take: int | None = None
     put: str | None = None
     suspects: tuple[str, ...] = ()
+    watch: bool = False
     evaluations: int | None = None
     silent: bool = False
     does: str = "train"
@@ -149,18 +154,21 @@ def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
 
 Event = dict[str, Any]
 
-_COMPARED = ("step", "resumed")
+_COMPARED = ("step", "resumed", "evaluated")
 # Fields that every rank has for itself, and where they are merged to; only ``state`` is compared with a checkpoint.
 _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailure:
-    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, the end of its message."""
+    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, its message (or the end of
+    the output), and the line of the user's code that it came through.
+    """
 
     status: int
     kind: str
     message: str
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,25 +196,32 @@ class AttemptTrace:
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it, or one of its processes, was killed. "?": by somebody else. None: it was not."""
-        return next((event["moment"] for event in self.select("killed")), "?") if self.status is None else None
+        """The moment at which it, or one of its processes, was killed or stopped. "?": by somebody else. None: it was
+        not.
+        """
+        moment = next((event["moment"] for event in self.select("killed")), "?")
+        return moment if self.status is None or self.stopped else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended after SIGTERM, as promised: with its last step committed."""
+        return self.status == _STOPPED and any(event["moment"] in STOPS for event in self.select("killed"))
 
     @property
     def victim(self) -> int | None:
         """The rank that was killed alone, if one was."""
-        return self.request.victim if self.status is None and self.select("killed") else None
+        return self.request.victim if self.killed and self.select("killed") else None
 
     @property
     def failure(self) -> AttemptFailure | None:
         """Why it ended with an error; None if it did not. A process that a watchdog ended has only its output."""
-        if self.status in (0, None):
+        if self.status in (0, None) or self.stopped:
             return None
         event = next((event for event in self.select("failed") if event["message"]), None)
-        text = event["message"] if event else self.request.log.read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        return AttemptFailure(
-            self.status, event["kind"] if event else RunnerError.kind, "\n".join(lines[-_LAST_LINES:])
-        )
+        if event:
+            return AttemptFailure(self.status, event["kind"], event["message"].strip(), event.get("where", ""))
+        lines = [line for line in self.request.log.read_text(errors="replace").splitlines() if line.strip()]
+        return AttemptFailure(self.status, RunnerError.kind, "\n".join(lines[-_LAST_LINES:]))
 
 
 @dataclass(slots=True)
@@ -218,9 +233,21 @@ class RunTrace:
     request: AttemptRequest | None = None  # the last one
 
     def compared(self) -> Iterator[tuple[int, Event]]:
-        """All events of steps and of states after loading, with the number of the attempt (from 0)."""
+        """All events of steps and of states after loading, with the number of the attempt (from 0). A step whose
+        evaluation was interrupted is an event of the attempt that repeats the evaluation.
+        """
+        due: Event = {}
         for number, attempt in enumerate(self.attempts):
-            yield from ((number, event) for event in attempt.events if event["event"] in _COMPARED)
+            for event in (event for event in attempt.events if event["event"] in _COMPARED):
+                if event.get("due"):
+                    due = event
+                elif event["step"] != due.get("step") or event["event"] == "step":
+                    if event["event"] != "evaluated":
+                        yield number, event
+                elif event["event"] == "evaluated":
+                    yield number, {**due, **event, "event": "step"}
+                else:  # the state before the evaluation, with which no state of the undisturbed run can be compared
+                    yield number, {key: value for key, value in event.items() if key not in ("state", "others")}
 
     def steps(self) -> Iterator[tuple[int, Event]]:
         """The same for steps alone."""
@@ -286,7 +313,8 @@ class Executor:
         """Remove dumped states, and run directories on a disk, of runs that are compared already."""
         for run in runs:
             for attempt in run.attempts:
-                attempt.request.dumped.unlink(missing_ok=True)
+                for copy in (attempt.request.dumped, *self.scratch.glob(f"{attempt.request.record.name}*.taken")):
+                    copy.unlink(missing_ok=True)
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -309,7 +337,8 @@ def _merge(event: Event, rank: int, other: Event | None) -> None:
         event["cut"] = True
         return
     for name, target in _PER_RANK.items():
-        event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other.get(name, {}).items()}
+        if name in other:
+            event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other[name].items()}
 
 
 def _read(record: Path) -> tuple[Event, ...]:

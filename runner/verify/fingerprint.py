@@ -13,7 +13,7 @@ import re
 import warnings
 import weakref
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from enum import EnumMeta
@@ -105,7 +105,7 @@ _LOOKS_BACK = (MethodType, BuiltinFunctionType, MethodWrapperType, GeneratorType
 _NO_VALUE = (ModuleType, property, staticmethod, classmethod, CodeType, FrameType, TracebackType, logging.Logger)
 _CONSTANT = (torch.dtype, torch.device, torch.layout, re.Pattern, slice, range, type(Ellipsis), GenericAlias, Thread)
 _LOCKS = (type(Lock()), type(RLock()), Condition, Event)
-_BYTES = (bytearray, array, mmap, ctypes._SimpleCData, ctypes.Structure, ctypes.Array)  # type: ignore[attr-defined]
+_BYTES = (bytearray, array, mmap, ctypes._SimpleCData, ctypes.Structure, ctypes.Array)
 # Objects of the runner that a callback may hold, whose memory is the state or none.
 _RUNNERS = ("runner.state", "runner.callbacks.", "runner.update", "runner.storage", "runner.run.", "runner.verify")
 
@@ -148,6 +148,8 @@ def describe(value: Any) -> str | None:
         return f"the class {module_name(value)}.{type_name(value)}"
     if kind is FunctionType:
         return f"the function {value.__qualname__} of line {value.__code__.co_firstlineno}"
+    if kind is BuiltinFunctionType and is_a(value.__self__, ModuleType, type, type(None)):
+        return f"the function {value.__qualname__}"
     if is_a(value, *_NO_VALUE, *_CONSTANT, *_LOCKS) or module_name(kind).startswith(_RUNNERS):
         return f"a {type_name(kind)}"
     if is_a(value, set, frozenset):
@@ -158,7 +160,8 @@ def describe(value: Any) -> str | None:
 def _text(value: Any) -> str:
     if is_a(value, PurePath):
         value = PurePath.__str__(value)
-    text = next((base.__repr__(value) for base in PLAIN if is_a(value, base)), "")
+    base: Any = next((kind for kind in PLAIN if is_a(value, kind)), None)
+    text = str(base.__repr__(value)) if base else ""
     for name in names_of_runs if is_a(value, str) else ():
         text = text.replace(name, "(run)")
     return text
@@ -187,7 +190,8 @@ def _iterator(value: Any) -> str:
             inner = waiting.pop()
             seen[id(inner)] = inner
             if "__next__" in vars(type(inner)) and type(inner) is not GeneratorType:
-                parts = type(inner).__reduce__(inner)
+                kind: Any = type(inner)
+                parts = kind.__reduce__(inner)
             else:
                 parts = inner if type(inner) is tuple else ()
                 pieces.append((parts and "(") or describe(inner) or str(plain_bytes(inner)))
@@ -200,7 +204,9 @@ _ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, 
 
 
 def is_opaque(kind: type) -> bool:
-    """Whether objects of a class may hold what no attribute shows: whether it, or one of its bases, has methods in C, and is none that is entered."""
+    """Whether objects of a class may hold what no attribute shows: it, or one of its bases, has methods in C, and is
+    not entered.
+    """
     if id(kind) not in _OPAQUE:
         methods = (MethodDescriptorType, ClassMethodDescriptorType)
         bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]
@@ -216,6 +222,8 @@ def plain_bytes(value: Any) -> bytes | None:
     if base is None:
         return None
     content = [*dict.items(value)] if base is dict else [*base.__iter__(value)]
+    if is_a(value, OrderedDict):
+        content += OrderedDict.__iter__(value)
     try:
         return marshal.dumps(content, 2)  # this version depends on values alone
     except ValueError:

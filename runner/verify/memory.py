@@ -1,7 +1,8 @@
 """The memory of live objects: every value in words, so that memory outside a ``state_dict`` has a name.
 
-Looks at objects past all that their classes override (no ``__getattr__``, ``__iter__``, property or ``__eq__`` of a user
-or a library is called), and never changes them. What lies in site-packages or the standard library is not the user's.
+Looks at objects past all that their classes override (no ``__getattr__``, ``__iter__``, property or ``__eq__`` of a
+user or a library is called), and never changes them. What lies in site-packages or the standard library is not the
+user's.
 """
 
 import functools
@@ -52,7 +53,7 @@ _FEW = 16  # items up to which a container is entered item by item
 _BUDGET = 300_000  # values that are looked at in one moment
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
-_CLASS_DICT = type.__dict__["__dict__"].__get__
+_CLASS_DICT: Any = type.__dict__["__dict__"].__get__
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _FIRST = ("model", "optimizer", "scheduler")  # the runner's own, which are skipped where others hold them
 # Attributes of torch's optimizers and schedulers that are in every state_dict, or have no effect.
@@ -304,7 +305,7 @@ def _has_more(value: Any, words: str) -> bool:
     """Whether a value that has words may have attributes or variables, too."""
     if type(value) is FunctionType:
         return is_users(value.__globals__.get("__name__"))
-    bound = type(value) is BuiltinFunctionType and type(value.__self__) is not ModuleType
+    bound = type(value) is BuiltinFunctionType and not is_a(value.__self__, ModuleType, type, type(None))
     return bound or is_a(value, MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
 
 
@@ -323,7 +324,19 @@ def _inside(value: Any) -> Iterator[_Child]:
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (_Child(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
-    elif type(value) is FunctionType:
+    elif is_a(value, torch.Tensor):
+        descriptor: Any = torch._C.TensorBase._backward_hooks
+        hooks = [*dict.values(descriptor.__get__(value) or {})]
+        yield from (_Child(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
+    else:
+        yield from _inside_code(value)
+    if type(value) is not FunctionType:
+        yield from (_Child(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
+
+
+def _inside_code(value: Any) -> Iterator[_Child]:
+    """The values that functions, generators and references keep."""
+    if type(value) is FunctionType:
         yield from variables(value)
     elif type(value) is GeneratorType:
         frame = value.gi_frame
@@ -335,14 +348,6 @@ def _inside(value: Any) -> Iterator[_Child]:
         yield _Child(" (its value)", value.get(None), "context", None)
     elif is_a(value, weakref.ref):
         yield _Child(" (its object)", weakref.ref.__call__(value), "", None)
-    if is_a(value, torch.Tensor):
-        hooks = torch._C.TensorBase._backward_hooks.__get__(value)  # type: ignore[attr-defined]
-        for place, hook in enumerate([*dict.values(hooks or {})]):
-            yield _Child(f"._backward_hooks[{place}]", hook, "hook", place)
-    if type(value) is not FunctionType:
-        held = attributes(value)
-        for key, inner in held.items():
-            yield _Child(f".{key}", inner, "attribute", key)
 
 
 def items(value: Any) -> list[tuple[Any, Any]]:
@@ -452,7 +457,7 @@ def is_users(name: Any) -> bool:
     """Whether a module is the user's own: neither installed, nor of the standard library, nor of the runner."""
     if type(name) is not str or name not in sys.modules or name.partition(".")[0] in ("runner", "torch", "numpy"):
         return False
-    file = ModuleType.__dict__["__dict__"].__get__(sys.modules[name]).get("__file__")
+    file = dict_of(sys.modules[name]).get("__file__")
     return type(file) is str and not _is_installed(file)
 
 

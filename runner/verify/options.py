@@ -8,6 +8,8 @@ from typing import Any
 from runner.errors import ConfigError
 
 _PREFIX = "verify."
+# Nine moments, so that with kills of all processes and of a single one in turn every moment gets both.
+MOMENTS = ("committed", "save", "loaded", "border", "evaluation", "step", "stop", "evaluating", "clock")
 # Keys that the proof decides, and what to give instead.
 _RESERVED = {
     "run.root": "the runs of a proof are under verify.root",
@@ -22,13 +24,14 @@ class Options:
     """How much is tried, and where.
 
     ``steps`` None: up to 100, within about 20 seconds of training. ``workers`` are numbers of data workers that
-    attempts take in turn; the first is that of the undisturbed run. ``processes`` is the number of processes of each
-    attempt. ``root`` None: a temporary folder. ``html`` names a file for the report. ``seed`` decides the moments of
-    the kills.
+    attempts take in turn; the first is that of the undisturbed run. ``moments`` of kills are taken in turn, too.
+    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``html`` names a file
+    for the report. ``seed`` decides the steps of the kills.
     """
 
     steps: int | None = None
-    kills: int = 8
+    kills: int = 9
+    moments: tuple[str, ...] = MOMENTS
     workers: tuple[int, ...] = (0, 2)
     processes: int = 1
     root: str | None = None
@@ -81,6 +84,13 @@ def _workers(text: str) -> tuple[int, ...]:
     return tuple(_at_least(0)(each) for each in text.removeprefix("[").removesuffix("]").split(","))
 
 
+def _moments(text: str) -> tuple[str, ...]:
+    names = (*text.removeprefix("[").removesuffix("]").split(","),)
+    if {*names} - {*MOMENTS}:
+        raise ValueError
+    return names
+
+
 def _text(text: str) -> str:
     if not text:
         raise ValueError
@@ -95,6 +105,7 @@ def _flag(text: str) -> bool:
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (_at_least(2), "verify.steps=200 (at least 2)"),
     "kills": (_at_least(1), "verify.kills=20 (at least 1)"),
+    "moments": (_moments, f"verify.moments=[step,stop]; there are {', '.join(MOMENTS)}"),
     "workers": (_workers, "verify.workers=[0,2] (numbers of data workers)"),
     "processes": (_at_least(1), "verify.processes=2 (at least 1)"),
     "root": (_text, "verify.root=s3://bucket/scratch, or a folder"),

@@ -1,5 +1,6 @@
 """From a command to a verdict: run undisturbed, run killed, compare, and diagnose a difference."""
 
+import re
 import secrets
 import shutil
 import tempfile
@@ -7,16 +8,24 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
-from runner.verify.causes import CAUSES, of_error
+from runner.verify.causes import CAUSES, Cause, of_error, of_structure
 from runner.verify.diagnosis import Investigation
-from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory
-from runner.verify.execution import Executor, RunTrace, Servers, fork_servers
+from runner.verify.difference import (
+    changes,
+    difference_of_results,
+    first_difference,
+    lost_memory,
+    structural_changes,
+)
+from runner.verify.execution import AttemptFailure, Executor, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
+from runner.verify.source import line_of
 from runner.verify.verdict import Verdict, cost
 
 _KILLED = "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
@@ -58,7 +67,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
         raise StorageError(failure.message)
     verdict = Verdict(executor.command, base, RunTrace("killed"))
     if failure:
-        return replace(verdict, refusal=failure.message, cause=of_error(failure.kind, _changes_while_probed(base)))
+        return replace(verdict, refusal=failure.message, cause=_of_failure(failure, _changes_while_probed(base)))
     if base.evidence is None:
         return replace(verdict, refusal=_KILLED, cause=CAUSES["incomplete"])
     for server in executor.servers:
@@ -100,14 +109,31 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
         diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
-        return replace(verdict, cause=of_error(failure.kind, _changes_while_probed(run) or _changes_in_training(base)))
+        structure = structural_changes(base) if failure.kind in ("restore", "state") else []
+        changed = _changes_while_probed(run) or _changes_in_training(base)
+        cause = replace(of_structure(structure), where=_line(base, structure[0][1])) if structure else None
+        return replace(verdict, cause=cause or _of_failure(failure, changed))
     return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
+
+
+def _of_failure(failure: AttemptFailure, changes: str) -> Cause:
+    return replace(of_error(failure.kind, changes), where=failure.where)
+
+
+def _line(base: RunTrace, path: str) -> str:
+    """The line of the user's class whose object is part of the state at a path."""
+    made = {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
+    names = ("add_param_group",) if path.startswith("optimizer") else reversed(re.findall(r"\w+", path)[1:-1])
+    return line_of(names, made.get("task") or made.get("model") or [])
 
 
 def _incomplete(base: RunTrace, run: RunTrace) -> str:
     """Why nothing is proven although nothing differs; empty if the runs did all that was planned."""
     if base.evidence is None or run.evidence is None:
         return _KILLED
+    for before, after in pairwise(run.attempts):
+        if before.stopped and after.select("resumed") and after.first != before.last:
+            return f"stopped by SIGTERM after step {before.last}, the run went on from step {after.first}"
     missed = base.by_step().keys() ^ run.by_step().keys()
     if missed or not base.by_step():
         return f"steps were not compared: {sorted(missed)[:10]}"

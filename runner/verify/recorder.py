@@ -4,7 +4,8 @@ After every step it writes a line of JSON: the batch, gradients, generators and 
 attempt is ``silent``, a digest of every tensor and value of the state and of the memory beside it. A written line
 survives the kill. Moments of a kill: ``step``, ``save`` (half of an object's first piece is written), ``committed``,
 ``loaded``, ``evaluation`` (before it is noted), ``start`` (before the first step), ``clock`` (so many milliseconds
-after the restore, at the latest when step ``after`` ends).
+after the restore, at the latest when step ``after`` ends). Moments of SIGTERM, after which the runner ends by itself:
+``stop`` (in a step) and ``evaluating`` (in an evaluation, once a batch of it was computed).
 """
 
 import json
@@ -35,8 +36,8 @@ from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
-from runner.verify import pins, suspects
-from runner.verify.execution import Kill
+from runner.verify import pins, source, suspects
+from runner.verify.execution import STOPS, Kill
 from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
 from runner.verify.memory import memory
 
@@ -77,6 +78,7 @@ class Recorder(Observer):
         self._moment, self._step = (kill.moment, kill.step) if kills else ("", 0)
         self._saved = kill.after
         self._built = False
+        self._watch = source.Watch() if request["watch"] else None
         self._modules = {*sys.modules}
         self._created = self._since = time.monotonic()
 
@@ -86,12 +88,15 @@ class Recorder(Observer):
         os.write(self._record, text.encode() + b"\n")
 
     def die(self, moment: str, step: int) -> None:
-        """Kill the whole process group, or this process alone, if this is the moment."""
+        """Kill or stop the whole process group, or this process alone, if this is the moment."""
         if moment == self._moment and step >= self._step:
+            self._moment = ""
             self.write("killed", moment=moment, step=step)
+            number = signal.SIGTERM if moment in STOPS else signal.SIGKILL
             if self._request["victim"] is not None:
-                signal.raise_signal(signal.SIGKILL)
-            os.killpg(0, signal.SIGKILL)
+                signal.raise_signal(number)
+            else:
+                os.killpg(0, number)
 
     def kills_save(self, step: int) -> bool:
         """Whether the process is to die while this step is written."""
@@ -100,7 +105,7 @@ class Recorder(Observer):
     def on_instance(self, key: str, instance: Any) -> None:
         if key in ("data.train", "data.validation", "data.collate", "model", "task") or key.startswith("callbacks."):
             self._objects[key] = instance
-            self.write("made", memory=memory({key: instance}))
+            self.write("made", memory=memory({key: instance}), sources={key: source.sources(instance)})
 
     def on_error(self, error: Exception) -> None:
         if not self._built:
@@ -109,6 +114,8 @@ class Recorder(Observer):
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
         self._objects |= {"optimizer": setup.state.optimizer, "scheduler": setup.state.scheduler}
+        parts = ("optimizer", "scheduler")
+        self.write("made", memory={}, sources={name: source.sources(self._objects[name]) for name in parts})
         stream = setup.state.stream
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
         self.write("built", indexed=plan is not None, epoch=None if plan is None else plan.steps_of(1))
@@ -122,13 +129,16 @@ class Recorder(Observer):
         setup.writers = {
             name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(own)
         }
-        self._evaluate_often(setup.callbacks.get("evaluate"))
+        evaluate = setup.callbacks.get("evaluate")
+        if isinstance(evaluate, Evaluate):
+            self._evaluate_often(evaluate)
+            evaluate.data.batch_listeners = [*evaluate.data.batch_listeners, self._on_evaluation_batch]
         self._writes = _WatchedLocation(setup.store.location, self)
         setup.store.location = cast("Location", self._writes)
 
-    def _evaluate_often(self, evaluate: Any) -> None:
+    def _evaluate_often(self, evaluate: Evaluate) -> None:
         every = None if "evaluation" in self._request["pins"] else self._request["evaluations"]
-        if every is not None and isinstance(evaluate, Evaluate) and (evaluate.interval.steps or every + 1) > every:
+        if every is not None and (evaluate.interval.steps or every + 1) > every:
             evaluate.interval.steps = every
             self.write("oftener", every=every)
 
@@ -143,13 +153,19 @@ class Recorder(Observer):
 
     def on_start(self, loop: Loop) -> None:
         self._try(loop.state, of_data=False)
+        if loop.evaluation is not None:
+            self.write("evaluated", step=loop.step, evaluation=loop.evaluation, **self._fingerprints(loop.state))
         self._since = time.monotonic()
 
     def on_step_start(self, loop: Loop) -> None:
         self._line = {"generators": fingerprint({"generators": Generators().state_dict()})}
         self._since = time.monotonic()
 
+    def _on_evaluation_batch(self, number: int) -> None:
+        self.die("evaluating", self._line.get("step", 0))
+
     def on_batch(self, loop: Loop, number: int, batch: Any) -> None:
+        self.die("stop", loop.step + 1)
         digests = {f"{number}{path}": of_value(value) for path, value in leaves(batch)}
         self._line["batch"] = self._line.get("batch", {}) | digests
 
@@ -174,7 +190,8 @@ class Recorder(Observer):
         self.die("evaluation", self._line.get("step", 0))
 
     def on_step(self, loop: Loop) -> None:
-        self.write("step", **self._line, evaluation=loop.evaluation or {}, **self._fingerprints(loop.state))
+        state = {"due": True} if loop.evaluation_due else self._fingerprints(loop.state)
+        self.write("step", **self._line, evaluation=loop.evaluation or {}, **state)
         if loop.step == self._request["take"]:
             file, saved = Path(f"{self._request['record']}.taken"), loop.state.state_dict()["model"]
             suspects.take(self._request["suspects"], self._objects, saved, file)
@@ -199,6 +216,7 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             self.write("finished", **collect(directory))
+            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked)
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
             self.write("imported", modules=libraries)
 

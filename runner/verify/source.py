@@ -1,14 +1,14 @@
 """Lines of the user's own code: of what an object does, of what a stack comes from, and of what reaches outside.
 
-Files that outlive a run, other processes, sockets and listings of folders are no memory of any object. An audit hook sees
-them in the undisturbed run, and notes the line of the user's that asked.
+Files that outlive a run, other processes, sockets and listings of folders are no memory of any object. An audit hook
+sees them in the undisturbed run, and notes the line of the user's that asked.
 """
 
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from runner.verify.memory import is_users, modules_of, mro
 Sources = list[tuple[str, int, int]]  # file, first and last line of a class or a function
 
 _ASSIGNED = r"(?:\[[^]]*\])?\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=)|\.\w+\("
+_WHOLE = 10**6  # lines of a file
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
 _WATCHED = _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
@@ -32,7 +33,8 @@ def sources(value: Any) -> Sources:
     function = value.func if is_a(value, functools.partial) else value
     things = [*kinds.values(), function]
     places = [_place(thing) for thing in things if is_users(getattr(thing, "__module__", None))]
-    return [place for place in places if place]
+    files = {place[0]: (place[0], 1, _WHOLE) for place in places if place}
+    return [*filter(None, places), *files.values()]
 
 
 def _place(thing: Any) -> tuple[str, int, int] | None:
@@ -109,9 +111,3 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
     if not is_a(thing, str, bytes, tuple):
         thing = type_name(type(thing))
     return f"{_WATCHED[event]} {thing if type(thing) is str else repr(thing)}"
-
-
-def accesses(event: Mapping[str, Any]) -> str:
-    """What the user's code reached, in words."""
-    reached = [f"{what} ({place})" for what, place in event.get("reached", {}).items()]
-    return "; ".join(reached[:3]) + (f"; and {len(reached) - 3} more" if len(reached) > 3 else "")

@@ -1,5 +1,5 @@
-"""Memory on trial: values are taken from an undisturbed process and put into a resumed one. A value that makes both go on
-alike is the cause of their difference; any other is not.
+"""Memory on trial: values are taken from an undisturbed process and put into a resumed one. A value that makes both go
+on alike is the cause of their difference; any other is not.
 """
 
 import io
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from runner.verify import fingerprint, memory
 from runner.verify.fingerprint import is_a
@@ -77,7 +76,7 @@ def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Pat
 
 
 def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> list[str]:
-    """Give the objects of this process the values that ``take`` wrote; returns the paths for which that was possible."""
+    """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
     taken, done = pickle.loads(file.read_bytes()), []
     for path in [path for path in paths if path in taken]:
         found = memory.places(objects, saved)  # anew: the values before may have made other places
@@ -97,13 +96,9 @@ class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, found: Mapping[str, Place], path: str) -> None:
         super().__init__(stream)
         inside = tuple(f"{path}{mark}" for mark in (".", "[", " ("))
-        self._paths = {
-            id(place.value): name
-            for name, place in found.items()
-            if name != path
-            and not name.startswith(inside)
-            and (place.words is None or is_a(place.value, torch.Tensor, nn.Module))
-        }
+        objects = [each for each in found.values() if each.words is None or is_a(each.value, torch.Tensor)]
+        first = {id(place.value): place.path for place in reversed(objects)}
+        self._paths = {key: name for key, name in first.items() if name != path and not name.startswith(inside)}
 
     def persistent_id(self, value: Any) -> str | None:
         return self._paths.get(id(value))
@@ -193,7 +188,7 @@ def _transfer(old: Any, new: Any) -> bool:
         same = old.shape == new.shape and old.dtype == new.dtype
         if same:
             old.data.copy_(new.data)
-        return same
+        return bool(same)
     if is_a(old, np.ndarray):
         same = old.shape == new.shape and old.dtype == new.dtype and old.flags.writeable
         if same:
@@ -207,14 +202,14 @@ def _transfer(old: Any, new: Any) -> bool:
 
 def _transfer_items(old: Any, new: Any) -> bool:
     if is_a(old, dict):
-        pairs = memory.items(new)
-        before = {id(key): dict.get(old, key) for key, _ in pairs}
+        content = memory.items(new)
+        before = {id(key): dict.get(old, key) for key, _ in content}
         dict.clear(old)
-        for key, value in pairs:
+        for key, value in content:
             old_value = before[id(key)]
             dict.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
     elif is_a(old, list, deque, bytearray, set):
-        base = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
+        base: Any = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
         values: Any = new
         if is_a(old, list) and len(old) == len(new):
             pairs = zip(list.__iter__(old), list.__iter__(new), strict=True)

@@ -53,6 +53,17 @@ class Centres(MLP):
         return super().forward(x - self.mean)
 
 
+class Normed(MLP):
+    """Takes running averages of what it sees from it, as a batch norm does."""
+
+    def __init__(self, inputs, **how):
+        super().__init__(inputs=inputs, **how)
+        self.norm = torch.nn.BatchNorm1d(inputs)
+
+    def forward(self, x):
+        return super().forward(self.norm(x.flatten(1)))
+
+
 class Wide(torch.optim.Optimizer):
     """Keeps its moments in double precision, and its rate in a tensor."""
 
