@@ -32,9 +32,9 @@ _NEAREST = {
     "end": ("callbacks.",),
 }
 _METHODS = {
-    "saving": ("def state_dict",),
-    "restoring": ("def load_state_dict",),
-    "evaluation": ("def evaluation_step",),
+    "saving": "state_dict",
+    "restoring": "load_state_dict",
+    "evaluation": "evaluation_step",
 }
 _MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
@@ -90,7 +90,8 @@ class Investigation:
         """The line of the user's object in which a part is made."""
         data = ("data order", "augmentation", "data")
         key = "data.train" if part in data else part.replace("callback.own.", "callbacks.")
-        return source.line_of(_METHODS.get(kind, ()), self._sources.get(key) or self._sources.get("task", []))
+        names = [_METHODS[kind]] if kind in _METHODS else []
+        return source.line_of(names, self._sources.get(key) or self._sources.get("task", []))
 
     def _without_kills(self) -> Cause | None:
         """The cause if runs differ although none is killed. Makes a run of the same length the one to compare with."""

@@ -399,10 +399,12 @@ def dict_of(value: Any) -> Any:
 
 
 def mro(kind: type) -> tuple[type, ...]:
+    """The classes of a class, whatever its metaclass does."""
     return type.__dict__["__mro__"].__get__(kind)  # type: ignore[no-any-return]
 
 
 def class_dict(kind: type) -> Mapping[str, Any]:
+    """The attributes of a class itself, whatever its metaclass does."""
     return _CLASS_DICT(kind)  # type: ignore[no-any-return]
 
 

@@ -20,6 +20,7 @@ Sources = list[tuple[str, int, int]]  # file, first and last line of a class or 
 
 _ASSIGNED = r"(?:\[[^]]*\])?\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=)|\.\w+\("
 _WHOLE = 10**6  # lines of a file
+_MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
 _WATCHED = _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
@@ -46,18 +47,34 @@ def _place(thing: Any) -> tuple[str, int, int] | None:
 
 
 def line_of(names: Iterable[str], places: Sources) -> str:
-    """``file:line`` of the last line that changes the first of these names that any does, else that of the class."""
+    """``file:line`` of the last line that changes the first of these names that any does, or else has it; of methods
+    that make or load an object only if no other has the name. Else the line of the class.
+    """
     for name in names:
-        pattern = re.compile(rf"\b{re.escape(name)}\b(?:{_ASSIGNED})" if name.isidentifier() else re.escape(name))
         for file, first, last in places:
-            try:
-                lines = Path(file).read_text().splitlines()[first - 1 : last]
-            except OSError:
-                continue
-            hits = [number for number, line in enumerate(lines, first) if pattern.search(line)]
+            hits = _hits(name, file, first, last)
             if hits:
-                return f"{file}:{hits[-1]}"
+                return f"{file}:{max(hits)[-1]}"
     return f"{places[0][0]}:{places[0][1]}" if places else ""
+
+
+def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, int]]:
+    """Lines with a name: whether they are in a method that neither makes nor loads an object, whether they change it,
+    and their number.
+    """
+    word = re.compile(rf"\b{re.escape(name)}\b")
+    change = re.compile(rf"\b{re.escape(name)}\b(?:{_ASSIGNED})")
+    try:
+        lines = Path(file).read_text().splitlines()[first - 1 : last]
+    except OSError:
+        return []
+    hits, method = [], ""
+    for number, line in enumerate(lines, first):
+        head = re.match(r"\s*(?:async )?def (\w+)", line)
+        method = head[1] if head else method
+        if word.search(line):
+            hits.append((method not in _MAKING, bool(change.search(line)), number))
+    return hits
 
 
 def of_stack(frame: FrameType | None) -> str:
