@@ -11,6 +11,7 @@ from runner.verify.proof import prove
 from runner.verify.verdict import Verdict
 
 USER = Path(__file__).parent / "user"
+MORE: dict[str, tuple[str, ...]] = {"Ties": ("model.hidden=[16,16]",)}  # overrides
 LINES = (USER / "mine" / "culprits.py").read_text().splitlines()
 
 
@@ -23,6 +24,7 @@ def servers() -> Iterator[Servers]:
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    MORE["Leaves"] = (f"+task.folder={tmp_path}",)
 
 
 def judged(servers: Servers, *overrides: str) -> Verdict:
@@ -46,8 +48,8 @@ CULPRITS = {
     "Listed": (model, "model memory", ["model.extra[0].weight was ", "ModuleList"], "self.extra[0].weight.mul_"),
     "Rustles": (model, "model memory", ["model.source was torch.Generator", "get_extra_state"], "self.source"),
     "Exchanges": (task, "task memory", ["the function doubled", "exchange it where"], "Ops.scale = "),
-    "Precise": (task, "process", ["torch.get_default_dtype() was torch.float64"], ""),
-    "Ties": (task, "tying", ["layers.1.bias = layers.3.bias"], ""),
+    "Quiets": (task, "process", ["numpy.geterr() was {'divide': 'ignore'"], ""),
+    "Ties": (task, "structure", ["same object) changed from none to layers.1.bias = layers.4.bias"], ""),
     "Grows": (task, "structure", ["model/late.weight came in step 4"], "model.late = "),
     "Leaves": (task, "chance", ["leaves.txt", "culprits.py:"], 'open(self.file, "a")'),
     "Pids": (task, "pid", ["os.getpid"], "os.getpid()"),
@@ -61,7 +63,7 @@ FIRST, *OTHERS = CULPRITS
 @pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.campaign) for name in OTHERS)])
 def test_the_culprit_is_named_and_no_decoy(name: str, servers: Servers) -> None:
     where, kind, words, line = CULPRITS[name]
-    verdict = judged(servers, *where(name))
+    verdict = judged(servers, *where(name), *MORE.get(name, ()))
     text = verdict.text()
     report = "\n".join([text, *verdict.tried])
     assert verdict.cause, report
@@ -76,5 +78,5 @@ def test_the_culprit_is_named_and_no_decoy(name: str, servers: Servers) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", CULPRITS)
 def test_the_remedy_mends_it(name: str, servers: Servers) -> None:
-    verdict = judged(servers, *CULPRITS[name][0](name, mended=True))
+    verdict = judged(servers, *CULPRITS[name][0](name, mended=True), *MORE.get(name, ()))
     assert verdict.holds, "\n".join([verdict.text(), *verdict.tried])

@@ -197,7 +197,7 @@ def _data(difference: FirstDifference) -> Cause:
     entries = [entry for entry in difference.changing if entry[0].startswith("data.")]
     entries.sort(key=lambda entry: not _is_generator(entry[1] or ""))
     text = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in entries[:3])
-    cause = _more_exact(_DATA, *entries[0][:2]) if entries else _DATA  # type: ignore[arg-type]
+    cause = _more_exact(_DATA, entries[0][0], entries[0][1] or "") if entries else _DATA
     return replace(cause, what=f"{cause.what}: {text}" if text else cause.what)
 
 
@@ -284,8 +284,8 @@ def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
     return Cause(
         "structure",
         f"training changes the structure of the state, into which a new process cannot load it: {text}",
-        "build all layers and param groups at the start, and let a buffer, a rate of 0 or requires_grad decide when "
-        "each is used",
+        "build all layers and param groups, and tie weights, where the model is built; let a buffer, a rate of 0 or "
+        "requires_grad decide when each is used",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.verify.execution import Event, RunTrace
-from runner.verify.memory import PROCESS
+from runner.verify.memory import PROCESS, TIED
 
 # Fields of a record in the order of a step, and the parts they stand for.
 _PARTS = {
@@ -160,18 +160,20 @@ def _prefixes(path: str) -> list[str]:
 
 
 def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
-    """Parameters, buffers and param groups of the model and the optimizer that come, go or change their shape while a
-    run trains, as (step, path, how).
+    """Parameters, buffers and param groups of the model and the optimizer that come, go, change their shape or become
+    one object while a run trains, as (step, path, how).
     """
     found: list[tuple[int, str, str]] = []
     before: dict[str, str] = {}
     for _, event in run.compared():
         shapes = {path: words.partition(" ")[0] for path, words in event.get("state", {}).items() if _is_shape(path)}
+        tied = f"model{TIED}"
+        shapes |= {path: words for path, words in event.get("memory", {}).items() if path == tied}
         for path in {**before, **shapes} if before else ():
             was, now = before.get(path), shapes.get(path)
             if was is None or now is None:
                 found.append((event["step"], path, "came" if was is None else "went"))
-            elif was != now and "[" in was:
+            elif was != now and ("[" in was or path == tied):
                 found.append((event["step"], path, f"changed from {was} to {now}"))
         before = shapes
     return found

@@ -102,7 +102,7 @@ UNSEEN = "cannot be looked into"
 names_of_runs: list[str] = []  # of this process: folders that are named after the run, which memory may have in texts
 
 _LOOKS_BACK = (MethodType, BuiltinFunctionType, MethodWrapperType, GeneratorType, ContextVar, weakref.ref)
-_NO_VALUE = (ModuleType, property, staticmethod, classmethod, CodeType, FrameType, TracebackType, logging.Logger)
+_NO_VALUE = (ModuleType, CodeType, FrameType, TracebackType, logging.Logger)
 _CONSTANT = (torch.dtype, torch.device, torch.layout, re.Pattern, slice, range, type(Ellipsis), GenericAlias, Thread)
 _LOCKS = (type(Lock()), type(RLock()), Condition, Event)
 _BYTES = (bytearray, array, mmap, ctypes._SimpleCData, ctypes.Structure, ctypes.Array)
@@ -144,17 +144,26 @@ def describe(value: Any) -> str | None:
         return f"{type_name(kind)} {short_digest(memoryview(value).tobytes())}"
     if is_a(kind, EnumMeta):
         return f"{type_name(kind)}.{object.__getattribute__(value, '_name_')}"
-    if is_a(value, type):
-        return f"the class {module_name(value)}.{type_name(value)}"
-    if kind is FunctionType:
-        return f"the function {value.__qualname__} of line {value.__code__.co_firstlineno}"
-    if kind is BuiltinFunctionType and is_a(value.__self__, ModuleType, type, type(None)):
-        return f"the function {value.__qualname__}"
     if is_a(value, *_NO_VALUE, *_CONSTANT, *_LOCKS) or module_name(kind).startswith(_RUNNERS):
         return f"a {type_name(kind)}"
     if is_a(value, set, frozenset):
         return f"a {type_name(kind)} of {length(value)} {_unordered(value)}"
-    return _generator(value) or _opaque(value)
+    return _code(value) or _generator(value) or _opaque(value)
+
+
+def _code(value: Any) -> str | None:
+    """A class or a function in words."""
+    if is_a(value, type):
+        return f"the class {module_name(value)}.{type_name(value)}"
+    if is_a(value, staticmethod, classmethod):
+        return describe(value.__func__)
+    if is_a(value, property):
+        return describe(value.fget)
+    if type(value) is FunctionType:
+        return f"the function {value.__qualname__} of line {value.__code__.co_firstlineno}"
+    if type(value) is BuiltinFunctionType and is_a(value.__self__, ModuleType, type, type(None)):
+        return f"the function {value.__qualname__}"
+    return None
 
 
 def _text(value: Any) -> str:

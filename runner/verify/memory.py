@@ -251,10 +251,9 @@ class _Walk:
             if id(inner) not in self._of_model:  # these are entered by themselves
                 yield _Child(f".{name}", inner, "module", name)
         for name, inner in held.items():
-            if name.endswith("_hooks") and is_a(inner, dict):
-                hooks = enumerate(items(inner))
-                yield from (_Child(f".{name}[{place}]", hook, "item", key) for place, (key, hook) in hooks)
-            elif name not in _INTERNAL and not (name == "training" and (of_model or inner is True)):
+            hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
+            counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
+            if hooks or counts:
                 yield _Child(f".{name}", inner, "attribute", name)
 
     def _digested(self, root: str, value: Any) -> str:
@@ -469,7 +468,8 @@ def _is_installed(file: str) -> bool:
     folder = Path(file).resolve().parent
     if {"site-packages", "dist-packages"} & {*folder.parts}:
         return True
-    if folder.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve()):
+    libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
+    if any(folder.is_relative_to(library.resolve()) for library in libraries):
         return True
     return any(_has_distributions(each) for each in (folder, *folder.parents))
 

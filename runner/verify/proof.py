@@ -67,7 +67,8 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
         raise StorageError(failure.message)
     verdict = Verdict(executor.command, base, RunTrace("killed"))
     if failure:
-        return replace(verdict, refusal=failure.message, cause=_of_failure(failure, _changes_while_probed(base)))
+        cause = _of_failure(failure, base, _changes_while_probed(base))
+        return replace(verdict, refusal=failure.message, cause=cause)
     if base.evidence is None:
         return replace(verdict, refusal=_KILLED, cause=CAUSES["incomplete"])
     for server in executor.servers:
@@ -109,21 +110,22 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
         diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
-        structure = structural_changes(base) if failure.kind in ("restore", "state") else []
         changed = _changes_while_probed(run) or _changes_in_training(base)
-        cause = replace(of_structure(structure), where=_line(base, structure[0][1])) if structure else None
-        return replace(verdict, cause=cause or _of_failure(failure, changed))
+        return replace(verdict, cause=_of_failure(failure, base, changed))
     return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
 
 
-def _of_failure(failure: AttemptFailure, changes: str) -> Cause:
+def _of_failure(failure: AttemptFailure, base: RunTrace, changes: str) -> Cause:
+    structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
+    if structure:
+        return replace(of_structure(structure), where=_line(base, structure[0][1]))
     return replace(of_error(failure.kind, changes), where=failure.where)
 
 
 def _line(base: RunTrace, path: str) -> str:
     """The line of the user's class whose object is part of the state at a path."""
     made = {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
-    names = ("add_param_group",) if path.startswith("optimizer") else reversed(re.findall(r"\w+", path)[1:-1])
+    names = ["add_param_group"] if path.startswith("optimizer") else re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
     return line_of(names, made.get("task") or made.get("model") or [])
 
 

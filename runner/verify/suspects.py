@@ -103,6 +103,11 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> str | None:
         return self._paths.get(id(value))
 
+    def reducer_override(self, value: Any) -> Any:
+        if is_a(value, staticmethod, classmethod):
+            return type(value), (value.__func__,)
+        return (property, (value.fget, value.fset, value.fdel)) if is_a(value, property) else NotImplemented
+
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO, found: Mapping[str, Place]) -> None:

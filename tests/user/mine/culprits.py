@@ -2,9 +2,9 @@
 
 import itertools
 import os
-import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -148,17 +148,16 @@ class Exchanges(Counts):
         return super().training_step(model, (Ops.scale(x), y))
 
 
-class Precise(Counts):
-    """Reads the default dtype, which it changes once."""
+class Quiets(Counts):
+    """Reads what numpy does with errors, which it changes once."""
 
     def before(self, model, done):
         if done == 0 or self.mended:
-            torch.set_default_dtype(torch.float64)
+            np.seterr(divide="ignore")
 
     def training_step(self, model, batch):
         x, y = batch
-        noise = torch.linspace(0, 1, 8).float() if torch.get_default_dtype() == torch.float64 else 0
-        return super().training_step(model, (x + noise, y))
+        return super().training_step(model, (x * (2 if np.geterr()["divide"] == "ignore" else 1), y))
 
 
 class Ties(Counts):
@@ -166,7 +165,7 @@ class Ties(Counts):
 
     def before(self, model, done):
         if done == 0 or self.mended:
-            model.layers[3].bias = model.layers[1].bias
+            model.layers[4].bias = model.layers[1].bias
 
 
 class Grows(Counts):
@@ -180,10 +179,10 @@ class Grows(Counts):
 class Leaves(Classification):
     """Adds up in a file that outlives every run."""
 
-    def __init__(self, mended):
+    def __init__(self, mended, folder):
         super().__init__()
         self.mended = mended
-        self.file = Path(tempfile.gettempdir()) / "leaves.txt"
+        self.file = Path(folder) / "leaves.txt"
 
     def training_step(self, model, batch):
         x, y = batch
