@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from runner.verify.execution import Servers, fork_servers
+from runner.verify import source
+from runner.verify.campaign import KillPlan
+from runner.verify.diagnosis import Investigation
+from runner.verify.difference import FirstDifference
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
 from runner.verify.proof import prove
 from runner.verify.verdict import Verdict
@@ -80,3 +85,49 @@ def test_the_culprit_is_named_and_no_decoy(name: str, servers: Servers) -> None:
 def test_the_remedy_mends_it(name: str, servers: Servers) -> None:
     verdict = judged(servers, *CULPRITS[name][0](name, mended=True), *MORE.get(name, ()))
     assert verdict.holds, "\n".join([verdict.text(), *verdict.tried])
+
+
+class Scripted(Investigation):
+    """Undisturbed runs that are equal while the pid is held constant, and without only if they ``settle``."""
+
+    def __init__(self, *, settles: bool) -> None:
+        super().__init__(cast("Executor", None), cast("KillPlan", None), RunTrace("undisturbed", [ATTEMPT]), print)
+        self.settles = settles
+
+    def run(self, *overrides: str, **fields: object) -> RunTrace:
+        return RunTrace("again", [ATTEMPT])
+
+    def differs(self, trial: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
+        equal = "pid held" in trial or "once more" in trial or (self.settles and "nothing held" in trial)
+        return None if equal else DIFFERENCE
+
+
+ATTEMPT = AttemptTrace(AttemptRequest("undisturbed", (), Path("record")), 0, 0, ())
+DIFFERENCE = FirstDifference(1, 0, "loss", "loss", 1.0, 2.0)
+
+
+@pytest.mark.parametrize(("settles", "kind"), [(False, "pid"), (True, "chance")])
+def test_no_pin_is_blamed_without_a_control(settles: bool, kind: str) -> None:
+    cause = Scripted(settles=settles).hold(DIFFERENCE)
+    assert (cause.kind, cause.sure) == (kind, not settles)
+
+
+def test_a_refused_attempt_is_a_difference() -> None:
+    events = ({"event": "failed", "kind": "ledger", "message": "\n".join(f"line {n}" for n in range(40))},)
+    attempt = AttemptTrace(AttemptRequest("again", (), Path("record")), 1, 0, events)
+    lives = Scripted(settles=True)
+    difference = Investigation.differs(lives, "again", RunTrace("again", [attempt]))
+    assert difference
+    assert difference.path.splitlines()[0] == "line 0"
+
+
+def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path) -> None:
+    watch = source.Watch()
+    try:
+        (tmp_path / "written").write_text("x")
+        (tmp_path / "written").read_text()
+        [*tmp_path.iterdir()]
+    finally:
+        watch.close()
+    assert [*watch.reached] == [f"the file {tmp_path / 'written'}", f"the folder {tmp_path}"]
+    assert all(place.startswith(f"{__file__}:") for place in watch.reached.values())

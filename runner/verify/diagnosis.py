@@ -102,7 +102,7 @@ class Investigation:
                 if self.differs("undisturbed, with as many steps as the killed run", whole):
                     return CAUSES["length"].seen_in(difference.part, difference.path)
             else:
-                return self._hold(difference)
+                return self.hold(difference)
         self._base = again
         silent = self.run(silent=True)
         if difference := self.differs("undisturbed, its state taken for checkpoints alone", silent):
@@ -111,20 +111,20 @@ class Investigation:
         if difference := self.differs("undisturbed, in a process with another hash seed", other):
             if self._equal("the same again", 1, other, server=1) and self._equal("with the first hash seed again", 1):
                 return CAUSES["hash"].seen_in(difference.part)
-            return self._hold(difference)
+            return self.hold(difference)
         for workers in {*self._plan.workers} - {self._plan.workers[0]}:
             again = self.run(workers=workers)
             if difference := self.differs(f"undisturbed, {workers} data workers", again):
                 # With equal data it is something else, which happens to differ now.
                 same = difference.part in _OF_WORKERS and self._equal("the same again", 1, again, workers=workers)
-                return of_workers(difference) if same else self._hold(difference)
+                return of_workers(difference) if same else self.hold(difference)
         return None
 
     def _equal(self, trial: str, times: int, base: RunTrace | None = None, **fields: Any) -> bool:
         """Whether so many more runs are equal."""
         return not any(self.differs(trial, self.run(**fields), base) for _ in range(times))
 
-    def _hold(self, difference: FirstDifference) -> Cause:
+    def hold(self, difference: FirstDifference) -> Cause:
         """The cause whose pin makes undisturbed runs equal, which are not so without: neither before nor after."""
         varies = True
         for name, pins, overrides in _PINS:

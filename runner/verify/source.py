@@ -97,12 +97,16 @@ def of_traceback(traceback: TracebackType | None) -> str:
 
 
 class Watch:
-    """What the user's code reaches outside of the process, as ``what -> file:line``. There is no end to watching."""
+    """What the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
 
     def __init__(self) -> None:
         self.reached: dict[str, str] = {}
         self._busy = False
         sys.addaudithook(self._hook)
+
+    def close(self) -> None:
+        """See no more; python has no way to take a hook away."""
+        self._busy = True
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _WATCHED or self._busy:
