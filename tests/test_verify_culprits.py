@@ -1,5 +1,6 @@
 """``python -m runner.verify`` names the culprit and no decoy beside it, says where it is, and how to mend it."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -121,13 +122,20 @@ def test_a_refused_attempt_is_a_difference() -> None:
     assert difference.path.splitlines()[0] == "line 0"
 
 
-def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path) -> None:
+def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = source.Watch()
     try:
         (tmp_path / "written").write_text("x")
         (tmp_path / "written").read_text()
         [*tmp_path.iterdir()]
+        monkeypatch.syspath_prepend(tmp_path)  # whose import lists the folder
+        (tmp_path / "imported.py").write_text("")
+        importlib.import_module("imported")
     finally:
         watch.close()
-    assert [*watch.reached] == [f"the file {tmp_path / 'written'}", f"the folder {tmp_path}"]
+    assert [*watch.reached] == [
+        f"the file {tmp_path / 'written'}",
+        f"the folder {tmp_path}",
+        f"the file {tmp_path / 'imported.py'}",
+    ]
     assert all(place.startswith(f"{__file__}:") for place in watch.reached.values())

@@ -78,8 +78,8 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
 
 
 def of_stack(frame: FrameType | None) -> str:
-    """``file:line`` of the innermost frame of the user's; empty if there is none."""
-    while frame is not None:
+    """``file:line`` of the innermost frame of the user's; empty if there is none, or if it only imports a module."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         if is_users(frame.f_globals.get("__name__")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back

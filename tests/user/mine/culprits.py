@@ -144,6 +144,8 @@ class Exchanges(Counts):
             Ops.scale = staticmethod(doubled)
 
     def training_step(self, model, batch):
+        if self.mended:
+            self.before(model, self.done)
         x, y = batch
         return super().training_step(model, (Ops.scale(x), y))
 
@@ -156,6 +158,8 @@ class Quiets(Counts):
             np.seterr(divide="ignore")
 
     def training_step(self, model, batch):
+        if self.mended:
+            self.before(model, self.done)
         x, y = batch
         return super().training_step(model, (x * (2 if np.geterr()["divide"] == "ignore" else 1), y))
 
