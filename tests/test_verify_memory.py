@@ -225,6 +225,7 @@ class Task:
     def __init__(self, seen: int) -> None:
         self.seen = seen
         self.rows = [seen, {"a": seen}]
+        self.order = OrderedDict.fromkeys(range(seen))
         self.alias = self.rows
         self.random = torch.Generator().manual_seed(seen)
         self.net = nn.Linear(2, 2)
@@ -241,11 +242,21 @@ class Task:
 def test_memory_of_one_task_is_put_into_another(tmp_path: Path) -> None:
     first, second = Task(3), Task(1)
     alias, file = second.rows, tmp_path / "taken"
-    paths = ["task.seen", "task.rows", "task.random", "task.net", "task.optimizer.state", "task.turns", "task.late"]
+    paths = [
+        "task.seen",
+        "task.rows",
+        "task.order",
+        "task.random",
+        "task.net",
+        "task.optimizer.state",
+        "task.turns",
+        "task.late",
+    ]
     suspects.take([*paths, "task.lacking"], {"task": first}, None, file)
     assert suspects.put([*paths, "task.lacking"], {"task": second}, None, file) == paths
     assert memory.memory({"task": second}) == memory.memory({"task": first})
     assert second.rows is alias
+    assert [*second.order] == [*first.order]
     assert [*second.optimizer.state] == [*second.net.parameters()][: len(second.optimizer.state)]
 
 

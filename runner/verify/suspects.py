@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -177,8 +177,8 @@ def _table(holder: Any, kind: str) -> Any:
 
 
 def _store(table: Any, key: Any, value: Any) -> None:
-    base = dict if is_a(table, dict) else list
-    old = dict.get(table, key) if base is dict else list.__getitem__(table, key)
+    base = next(kind for kind in (OrderedDict, dict, list) if is_a(table, kind))
+    old = list.__getitem__(table, key) if base is list else dict.get(table, key)
     if not _transfer(old, value):
         base.__setitem__(table, key, value)
 
@@ -209,10 +209,11 @@ def _transfer_items(old: Any, new: Any) -> bool:
     if is_a(old, dict):
         content = memory.items(new)
         before = {id(key): dict.get(old, key) for key, _ in content}
-        dict.clear(old)
+        kind = OrderedDict if is_a(old, OrderedDict) else dict  # the order of the former is outside of the dict
+        kind.clear(old)
         for key, value in content:
             old_value = before[id(key)]
-            dict.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
+            kind.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
     elif is_a(old, list, deque, bytearray, set):
         base: Any = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
         values: Any = new
