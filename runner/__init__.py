@@ -5,7 +5,7 @@ layer, there are no import cycles. Few modules import any given third-party pack
 checks the code against this map.
 
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
-       fork_server, memory, options, pins, proof, proof_report, recorder, verdict)
+       fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
    11  runs/ (__main__, audit, checkpoints, compare, listing)
    10  app

@@ -323,7 +323,7 @@ def test_memory_is_seen_wherever_it_is() -> None:
     moved = {path for path in after if after[path] != before.get(path)}
     assert moved == {
         "task.slots.inside",
-        "task.context",
+        "task.context (its value)",
         "task.table[Slotted 0][0]",
         "task.calls (its calls)",
         "task.bytes",

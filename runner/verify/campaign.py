@@ -67,7 +67,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     seconds = None if options.steps else _SECONDS
     if options.minutes is not None:
         seconds = min(seconds or math.inf, _TRAINING_SHARE * 60 * options.minutes)
-    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
+    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds, watch=True)
     return run
 
 

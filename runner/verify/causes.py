@@ -17,16 +17,27 @@ _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A ``kind`` for programs; ``what`` and ``remedy`` for people; whether repetitions made it ``sure``."""
+    """A ``kind`` for programs; ``what`` and ``remedy`` for people; whether repetitions made it ``sure``; and ``where``
+    it is in the user's code, as ``file:line``, if anywhere.
+    """
 
     kind: str
     what: str
     remedy: str
     sure: bool = True
+    where: str = ""
 
     def seen_in(self, part: str, names: str = "") -> "Cause":
         """The same cause, with the part in which it shows first."""
         return replace(self, what=f"{self.what}. It shows in: {part}{f' ({names})' if names else ''}")
+
+    def reaching(self, reached: Mapping[str, str]) -> "Cause":
+        """The same cause, with what the user's code reaches outside of the process: ``what -> file:line``."""
+        if not reached:
+            return self
+        named = "; ".join(f"{thing} ({place})" for thing, place in [*reached.items()][:3])
+        more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
+        return replace(self, what=f"{self.what}. Your code reaches {named}{more}", where=next(iter(reached.values())))
 
 
 # Causes that repetitions of the run establish: kind -> what, remedy.
@@ -63,6 +74,10 @@ _TEXTS = {
         "two undisturbed runs differ, for another reason than the pid, time, seeds, threads or torch's kernels",
         "look for other inputs of this part: files, network, other processes, id() of an object, your own kernels",
     ),
+    "length": (
+        "training depends on the number of steps of the whole run: a longer run differs in the same steps",
+        "do not read the limit of steps in training, or let the configuration fix it",
+    ),
     "attempts": (
         "training depends on how often the run was started: nothing was resumed, and still it differs",
         "do not count starts, and do not read the run's own directory, in training",
@@ -89,12 +104,12 @@ CAUSES: Mapping[str, Cause] = {kind: Cause(kind, what, remedy) for kind, (what, 
 
 def unexplained(difference: FirstDifference) -> Cause:
     """The cause of a difference between undisturbed runs that no pin takes away."""
-    return CAUSES["entropy" if any(map(_is_generator, difference.remembered)) else "chance"]
+    return CAUSES["entropy" if any(_is_generator(was or "") for _, was, _ in difference.remembered) else "chance"]
 
 
 def of_workers(difference: FirstDifference) -> Cause:
     """The cause of a difference between undisturbed runs with different numbers of data workers."""
-    if _of_data(difference.changing):  # each worker has a memory of its own
+    if any(path.startswith("data.") for path, _, _ in difference.changing):  # each worker has a memory of its own
         return _data(difference)
     return Cause(
         "workers",
@@ -104,8 +119,8 @@ def of_workers(difference: FirstDifference) -> Cause:
 
 
 def of_part(difference: FirstDifference) -> Cause:
-    """The likely cause of a difference after a resume, by the part that differs first."""
-    part = difference.part
+    """The cause of a difference after a resume by the part that differs first, where no memory could be convicted."""
+    part, sure = difference.part, False
     if difference.restored:
         return Cause(
             "restoring",
@@ -116,11 +131,9 @@ def of_part(difference: FirstDifference) -> Cause:
         case "data order":
             return Cause(
                 "data order",
-                f"the samples come in another order after a resume{_entries(difference, 'data.train')}",
+                "the samples come in another order after a resume",
                 "an iterable must have its whole position in its state_dict; a map-style data set needs none",
             )
-        case "augmentation":
-            return _data(difference)
         case "generators":
             return Cause(
                 "generators",
@@ -128,89 +141,104 @@ def of_part(difference: FirstDifference) -> Cause:
                 "them after they were restored",
                 "do not seed or draw in code that is called first after a resume (dropout and noise use them)",
             )
-        case "scheduler" if _suspects(difference, "scheduler") or not _culprits(difference):
-            return Cause(
-                "scheduler memory",
-                "the scheduler goes on with another rate: it remembers something that its state_dict lacks"
-                f"{_entries(difference, 'scheduler')}",
-                f"for the scheduler: {_STATEFUL}",
-            )
-        case "model" | "optimizer" if _suspects(difference, "optimizer") or not _culprits(difference):
-            return Cause(
-                "optimizer memory",
-                "the same gradients change the weights differently: the optimizer remembers something that its "
-                f"state_dict lacks{_entries(difference, 'optimizer')}",
-                "keep it in optimizer.state or param_groups, or add it in state_dict and load_state_dict",
-            )
-        case "scheduler" | "model" | "optimizer" | "loss" | "metrics" | "task" | "gradients" | "evaluation":
-            return _memory(difference)
-    return _any_memory(difference)
+        case "augmentation":
+            return replace(_DATA, sure=sure)
+        case "scheduler":
+            return replace(_SCHEDULER, sure=sure)
+        case "model" | "optimizer":
+            return replace(_OPTIMIZER, sure=sure)
+    what = f"{part} differs although all before it is equal: something remembers outside the state"
+    return Cause("memory", what, f"for the object that remembers: {_STATEFUL}", sure=sure)
 
 
-def has_callbacks(difference: FirstDifference) -> bool:
-    """Whether a callback of the user remembers something that was gone after loading."""
-    return bool(_suspects(difference, "callbacks."))
+def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
+    """The cause that lost memory is. ``sure``: putting it into a resumed process made the difference go away."""
+    path, was, _ = entries[0]
+    cause = next((cause for mark, cause in _MARKED.items() if mark in path), None)
+    if cause is None:
+        cause = next((cause for root, cause in _ROOTS.items() if path.startswith(root)), _TASK)
+        cause = _more_exact(cause, path, was or "")
+    described = "; ".join(map(_described, entries[:3]))
+    return replace(cause, what=f"{cause.what}: {described}", sure=sure)
 
 
-def of_callbacks(difference: FirstDifference) -> Cause:
-    """The cause where a resumed run is equal without the user's callbacks."""
-    what = f"a callback has a memory that is not saved{_entries(difference, 'callbacks.')}"
-    return Cause("callback memory", what, f"for the callback: {_STATEFUL}")
+def _more_exact(cause: Cause, path: str, was: str) -> Cause:
+    """The same cause with a remedy for what the memory is."""
+    root, module, inside = path.partition(" (")
+    if path.startswith("data."):
+        return replace(cause, kind="hidden generator", what=_HIDDEN, remedy=_SEEDED) if _is_generator(was) else cause
+    if was.startswith("the function ") and " (its " not in path:
+        return replace(
+            cause,
+            what=f"{cause.what}; it is a function that training exchanges",
+            remedy="exchange it where it is built",
+        )
+    if module and not inside.startswith("its "):
+        return replace(
+            cause, remedy=f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}"
+        )
+    if cause is not _ATTRIBUTE:
+        return cause
+    if _is_generator(was):
+        return replace(
+            cause, remedy="save its get_state() in the module's get_extra_state, and restore it in set_extra_state"
+        )
+    if "]." in path and was.startswith("torch."):
+        return replace(cause, remedy="put modules into a ModuleList or a ModuleDict, not into a plain list or dict")
+    return cause
+
+
+def _is_generator(words: str) -> bool:
+    return fingerprint.IN_STATE in words
 
 
 def _data(difference: FirstDifference) -> Cause:
-    entries = _of_data(difference.changing) or _of_data(difference.remembered)
+    """Memory of data sets that training changes; generators first."""
+    entries = [entry for entry in difference.changing if entry[0].startswith("data.")]
+    entries.sort(key=lambda entry: not _is_generator(entry[1] or ""))
     text = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in entries[:3])
-    if any(map(_is_generator, entries)):
-        return Cause("hidden generator", f"the data set draws from a generator of its own: {text}", _SEEDED)
-    return Cause(
-        "data memory",
-        f"the data set changes while training, and a new process begins without it{f': {text}' if text else ''}",
-        "make a sample depend on its index and on the global generators alone; a curriculum belongs into the task, "
-        "whose state is saved",
-    )
+    cause = _more_exact(_DATA, entries[0][0], entries[0][1] or "") if entries else _DATA
+    return replace(cause, what=f"{cause.what}: {text}" if text else cause.what)
 
 
-def _of_data(entries: Sequence[Remembered]) -> list[Remembered]:
-    """The memory of data sets; generators first."""
-    return sorted((entry for entry in entries if entry[0].startswith("data.")), key=lambda e: not _is_generator(e))
-
-
-def _is_generator(entry: Remembered) -> bool:
-    return fingerprint.IN_STATE in (entry[1] or "")
-
-
-def _memory(difference: FirstDifference) -> Cause:
-    """The likeliest of the memories outside the state, and the others as a second guess."""
-    culprits = _culprits(difference)
-    if not culprits:
-        return _any_memory(difference)
-    (cause, entries), *others = culprits
-    what = f"{cause.what}: {'; '.join(map(_described, entries[:3]))}"
-    other = "; ".join(_described(entry) for _, more in others for entry in more[:1])
-    return replace(cause, what=f"{what}. Or it is this: {other}" if other else what)
-
-
-def _any_memory(difference: FirstDifference) -> Cause:
-    what = f"{difference.part} differs although all before it is equal: something remembers outside the state"
-    return Cause("memory", f"{what}{_entries(difference, '')}", f"for the object that remembers: {_STATEFUL}")
-
-
-def _culprits(difference: FirstDifference) -> list[tuple[Cause, list[Remembered]]]:
-    """Memory outside the state that may change a step, by cause, the likeliest first."""
-    of_model = _suspects(difference, "model")
-    named = [(cause, [entry for entry in of_model if mark in entry[0]]) for mark, cause in _OF_MODEL.items()]
-    marked = {entry for _, entries in named for entry in entries}
-    attributes = [entry for entry in of_model if entry not in marked]
-    changed = {path for path, _, _ in difference.changing}
-    process = [entry for entry in _suspects(difference, memory.PROCESS) if entry[0] in changed]
-    task = _suspects(difference, "task")
-    culprits = [*named[:3], (_ATTRIBUTE, attributes), (_TASK, task), *named[3:], (_PROCESS, process)]
-    return [(cause, entries) for cause, entries in culprits if entries]
-
-
-# How ``memory`` marks what a model has beside its state, and the cause that it is; the first three are the likeliest.
-_OF_MODEL = {
+_HIDDEN = "the data set draws from a generator of its own"
+_DATA = Cause(
+    "data memory",
+    "the data set changes while training, and a new process begins without it",
+    "make a sample depend on its index and on the global generators alone; a curriculum belongs into the task, whose "
+    "state is saved",
+)
+_OPTIMIZER = Cause(
+    "optimizer memory",
+    "the same gradients change the weights differently: the optimizer remembers something that its state_dict lacks",
+    "keep it in optimizer.state or param_groups, or add it in state_dict and load_state_dict",
+)
+_SCHEDULER = Cause(
+    "scheduler memory",
+    "the scheduler goes on with another rate: it remembers something that its state_dict lacks",
+    f"for the scheduler: {_STATEFUL}",
+)
+_ATTRIBUTE = Cause(
+    "model memory",
+    "an attribute of the model matters and is not saved",
+    "register_buffer it, so that it is in the model's state_dict",
+)
+_TASK = Cause("task memory", "the task has a memory that is not saved", f"for the task: {_STATEFUL}")
+_ROOTS = {
+    "data.": _DATA,
+    "optimizer": _OPTIMIZER,
+    "scheduler": _SCHEDULER,
+    "model": _ATTRIBUTE,
+    "callbacks.": Cause(
+        "callback memory", "a callback has a memory that is not saved", f"for the callback: {_STATEFUL}"
+    ),
+    memory.PROCESS: Cause(
+        "process", "training changes a setting of the whole process, and a new one begins without", _EVERY_STEP
+    ),
+    "task": _TASK,
+}
+# How ``memory`` marks what a model has beside its attributes, and the cause that it is.
+_MARKED = {
     memory.LEFT_OUT: Cause(
         "model memory",
         "a parameter of the model is not in its state_dict",
@@ -232,37 +260,33 @@ _OF_MODEL = {
     memory.EVALUATING: Cause(
         "freezing", "training changes which modules are in eval mode, and no state_dict has that", _EVERY_STEP
     ),
+    memory.TIED: Cause(
+        "tying",
+        "training makes one parameter of several, or several of one, and no state_dict has that",
+        "tie weights where the model is built",
+    ),
     memory.GRADIENTS: Cause(
         "gradients",
         "gradients are kept from one step to the next, and are in no state_dict",
         "accumulate them within one step: trainer.accumulate, or several backward() before each update.step",
     ),
 }
-_ATTRIBUTE = Cause(
-    "model memory",
-    "an attribute of the model matters and is not saved",
-    "register_buffer it, so that it is in the model's state_dict",
-)
-_TASK = Cause("task memory", "the task has a memory that is not saved", f"for the task: {_STATEFUL}")
-_PROCESS = Cause(
-    "process", "training changes a setting of the whole process, and a new one begins without", _EVERY_STEP
-)
-
-
-def _suspects(difference: FirstDifference, prefix: str) -> list[Remembered]:
-    """Memory that was gone after loading; first the memory that training changes."""
-    entries = [entry for entry in difference.remembered if entry[0].startswith(prefix)]
-    return sorted(entries, key=lambda entry: entry[0] not in {path for path, _, _ in difference.changing})
-
-
-def _entries(difference: FirstDifference, prefix: str) -> str:
-    text = "; ".join(map(_described, _suspects(difference, prefix)[:3]))
-    return f": {text}" if text else ""
 
 
 def _described(entry: Remembered) -> str:
     path, was, now = entry
     return f"{path} was {was or 'absent'} and is {now or 'absent'} after loading"
+
+
+def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
+    """The cause that training changes which parameters or groups there are: step, path, and how, of each."""
+    text = "; ".join(f"{path} {how} in step {step}" for step, path, how in changes[:3])
+    return Cause(
+        "structure",
+        f"training changes the structure of the state, into which a new process cannot load it: {text}",
+        "build all layers and param groups, and tie weights, where the model is built; let a buffer, a rate of 0 or "
+        "requires_grad decide when each is used",
+    )
 
 
 def of_error(kind: str, changes: str) -> Cause:

@@ -5,11 +5,13 @@ loss, the gradients, then the state part by part. So the first difference is the
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from runner.verify.execution import Event, RunTrace
+from runner.verify.memory import PROCESS, TIED
 
 # Fields of a record in the order of a step, and the parts they stand for.
 _PARTS = {
@@ -123,6 +125,62 @@ def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
         if entry[0] in changing
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
+
+
+def suspects(difference: FirstDifference, resumed: Mapping[str, str]) -> dict[str, list[Remembered]]:
+    """The values that a process lacked after loading, by the path at which they can be put into it: whole containers,
+    and the first object on the way that the process (with the memory ``resumed``) has not at all.
+    """
+    changed = {path for path, _, _ in difference.changing}
+    present = {prefix for path in resumed for prefix in _prefixes(path)}
+    entries = [entry for entry in difference.remembered if entry[0] in changed or not entry[0].startswith(PROCESS)]
+    groups: dict[str, list[Remembered]] = {}
+    for entry in sorted(entries, key=lambda entry: entry[0] not in changed):
+        prefixes = _prefixes(entry[0])
+        path = next((prefix for prefix in prefixes[1:] if prefix not in present), prefixes[-1])
+        groups.setdefault(path, []).append(entry)
+    inner = [path for path in groups if any(each != path and each in groups for each in _prefixes(path))]
+    for path in inner:
+        outer = next(each for each in _prefixes(path) if each in groups)
+        groups[outer] += groups.pop(path)
+    return groups
+
+
+_ROOT = re.compile(r"process: .*|[\w.]+ \((?!its )[^)]*\)|(?:data|callbacks)\.\w+|\w+", re.DOTALL)
+_PART = re.compile(r"\.\w+(?: \(a [^)]*\))?| \(its \w+\)")
+
+
+def _prefixes(path: str) -> list[str]:
+    """A path and the paths of what holds it, the outermost first; a container is not entered."""
+    root = _ROOT.match(path)
+    prefixes = [root[0] if root else path]
+    while part := _PART.match(path, len(prefixes[-1])):
+        prefixes.append(prefixes[-1] + part[0])
+    return prefixes
+
+
+def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
+    """Parameters, buffers and param groups of the model and the optimizer that come, go, change their shape or become
+    one object while a run trains, as (step, path, how).
+    """
+    found: list[tuple[int, str, str]] = []
+    before: dict[str, str] = {}
+    for _, event in run.compared():
+        shapes = {path: words.partition(" ")[0] for path, words in event.get("state", {}).items() if _is_shape(path)}
+        tied = f"model{TIED}"
+        shapes |= {path: words for path, words in event.get("memory", {}).items() if path == tied}
+        for path in {**before, **shapes} if before else ():
+            was, now = before.get(path), shapes.get(path)
+            if was is None or now is None:
+                found.append((event["step"], path, "came" if was is None else "went"))
+            elif was != now and ("[" in was or path == tied):
+                found.append((event["step"], path, f"changed from {was} to {now}"))
+        before = shapes
+    return found
+
+
+def _is_shape(path: str) -> bool:
+    return path.startswith(("model/", "optimizer/param_groups/"))
 
 
 def changes(run: RunTrace) -> tuple[Remembered, ...]:

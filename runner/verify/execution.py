@@ -21,7 +21,7 @@ from runner.errors import Interrupted, RunnerError
 from runner.storage.location import is_remote, local_root
 
 _HASH_SEEDS = ("1", "2")
-_LAST_LINES = 12  # of an error or a log, for the verdict
+_LAST_LINES = 12  # of a log, for the verdict
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 _STOPPED = Interrupted.status
 
@@ -47,7 +47,9 @@ class AttemptRequest:
 
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
     which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
-    state is written beside the record, ``evaluations`` the most steps between two of them. A ``silent`` attempt records
+    state is written beside the record, ``take`` a step after which the memory at the paths ``suspects`` is, and ``put``
+    the record of another attempt whose memory there is taken over. ``watch`` notes what the user's code reaches outside
+    of the process. ``evaluations`` is the most steps between two of them. A ``silent`` attempt records
     neither states nor memory, because a user's ``state_dict`` may change something. ``shift`` is by how many seconds
     the user's clocks are ahead. After ``limit`` seconds the attempt is ended, as a failure. ``does``: "train" or
     "remove".
@@ -63,6 +65,10 @@ class AttemptRequest:
     processes: int = 1
     pins: tuple[str, ...] = ()
     dump: int | None = None
+    take: int | None = None
+    put: str | None = None
+    suspects: tuple[str, ...] = ()
+    watch: bool = False
     evaluations: int | None = None
     silent: bool = False
     shift: int = 0
@@ -173,11 +179,14 @@ _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradien
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailure:
-    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, the end of its message."""
+    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, its message (or the end of
+    the output), and the line of the user's code that it came through.
+    """
 
     status: int
     kind: str
     message: str
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +237,10 @@ class AttemptTrace:
         if self.status in (0, None) or self.stopped:
             return None
         event = next((event for event in self.select("failed") if event["message"]), None)
-        text = event["message"] if event else self.request.log.read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        return AttemptFailure(
-            self.status, event["kind"] if event else RunnerError.kind, "\n".join(lines[-_LAST_LINES:])
-        )
+        if event:
+            return AttemptFailure(self.status, event["kind"], event["message"].strip(), event.get("where", ""))
+        lines = [line for line in self.request.log.read_text(errors="replace").splitlines() if line.strip()]
+        return AttemptFailure(self.status, RunnerError.kind, "\n".join(lines[-_LAST_LINES:]))
 
 
 @dataclass(slots=True)
@@ -343,7 +351,8 @@ class Executor:
         """Remove dumped states, and run directories on a disk, of runs that are compared already."""
         for run in runs:
             for attempt in run.attempts:
-                attempt.request.dumped.unlink(missing_ok=True)
+                for copy in (attempt.request.dumped, *self.scratch.glob(f"{attempt.request.record.name}*.taken")):
+                    copy.unlink(missing_ok=True)
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
                     shutil.rmtree(folder, ignore_errors=True)

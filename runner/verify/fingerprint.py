@@ -1,18 +1,46 @@
 """States as digests, which are compared leaf by leaf without keeping the states; and values of objects in words, to be
-compared and shown. Of large arrays in objects only a sample is read.
+compared and shown.
 """
 
-import itertools
+import ctypes
+import functools
+import io
 import json
-import operator
+import logging
+import marshal
 import random
+import re
+import warnings
+import weakref
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from enum import EnumMeta
+from functools import partial
+from mmap import mmap
+from pathlib import PurePath
+from threading import Condition, Event, Lock, RLock, Thread, local
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    GenericAlias,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    SimpleNamespace,
+    TracebackType,
+)
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import digest
@@ -66,81 +94,186 @@ def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
         yield path, text if len(text) <= _SHORT else digest(text.encode())
 
 
-PLAIN = (str, bytes, int, float, complex, bool, type(None))
+PLAIN = (str, bytes, bool, int, float, complex, type(None))
 
-_COUNTED = (itertools.count, itertools.repeat)
-_FEW = 16  # items up to which a container is entered item by item
-_MANY = 1000  # items up to which the values of a container are digested
-_LARGE = 1 << 20  # bytes of an array of which only a sample is read
-_SAMPLE = 4096  # values
 _WIDE = 40  # characters up to which a value is shown whole
 IN_STATE = " in state "  # stands in the description of every generator of random numbers
+UNSEEN = "cannot be looked into"
+names_of_runs: list[str] = []  # of this process: folders that are named after the run, which memory may have in texts
+
+_LOOKS_BACK = (MethodType, BuiltinFunctionType, MethodWrapperType, GeneratorType, ContextVar, weakref.ref)
+_NO_VALUE = (ModuleType, CodeType, FrameType, TracebackType, logging.Logger)
+_CONSTANT = (torch.dtype, torch.device, torch.layout, re.Pattern, slice, range, type(Ellipsis), GenericAlias, Thread)
+_LOCKS = (type(Lock()), type(RLock()), Condition, Event)
+_BYTES = (bytearray, array, mmap, ctypes._SimpleCData, ctypes.Structure, ctypes.Array)
+# Objects of the runner that a callback may hold, whose memory is the state or none.
+_RUNNERS = ("runner.state", "runner.callbacks.", "runner.update", "runner.storage", "runner.run.", "runner.verify")
+
+
+def is_a(value: Any, *kinds: type) -> bool:
+    """``isinstance``, without asking the object, which may say anything of its ``__class__``."""
+    return issubclass(type(value), kinds)
+
+
+def type_name(kind: type) -> str:
+    """The name of a class, whatever its metaclass does."""
+    return str(type.__dict__["__name__"].__get__(kind))
+
+
+def module_name(kind: type) -> str:
+    """The name of the module of a class."""
+    name = type.__dict__["__module__"].__get__(kind)
+    return name if type(name) is str else ""
+
+
+def length(value: Any) -> int:
+    """The length of a container of a builtin kind."""
+    return next(kind for kind in (dict, list, tuple, deque, set, frozenset) if is_a(value, kind)).__len__(value)
 
 
 def describe(value: Any) -> str | None:
-    """A value in words; None for a value that has to be entered."""
-    if isinstance(value, PLAIN):
-        return _short(repr(value))
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        return describe_array(value)
-    if isinstance(value, bytearray | array):
-        return f"{type(value).__name__} of {len(value)} {short_digest(bytes(value))}"
-    if isinstance(value, _COUNTED):
-        return repr(value)
-    if isinstance(value, Iterator) and hasattr(value, "__length_hint__"):
-        return f"an iterator with {operator.length_hint(value)} items left"
-    if hasattr(value, "cache_info") and callable(value):
+    """A value in words, without a call of a method that its class overrides; None for a value that has to be entered
+    alone.
+    """
+    kind = type(value)
+    if value is None or is_a(value, *PLAIN[:-1], PurePath):
+        return _short(_text(value))
+    if is_a(value, torch.Tensor, np.ndarray, np.generic):
+        return None if is_a(value, np.ndarray) and value.dtype.hasobject else describe_array(value)
+    if is_a(value, *_BYTES):
+        return f"{type_name(kind)} {short_digest(memoryview(value).tobytes())}"
+    if is_a(kind, EnumMeta):
+        return f"{type_name(kind)}.{object.__getattribute__(value, '_name_')}"
+    if is_a(value, *_NO_VALUE, *_CONSTANT, *_LOCKS) or module_name(kind).startswith(_RUNNERS):
+        return f"a {type_name(kind)}"
+    if is_a(value, set, frozenset):
+        return f"a {type_name(kind)} of {length(value)} {_unordered(value)}"
+    return _code(value) or _generator(value) or _opaque(value)
+
+
+def _code(value: Any) -> str | None:
+    """A class or a function in words."""
+    if is_a(value, type):
+        return f"the class {module_name(value)}.{type_name(value)}"
+    if is_a(value, staticmethod, classmethod):
+        return describe(value.__func__)
+    if is_a(value, property):
+        return describe(value.fget)
+    if type(value) is FunctionType:
+        return f"the function {value.__qualname__} of line {value.__code__.co_firstlineno}"
+    if type(value) is BuiltinFunctionType and is_a(value.__self__, ModuleType, type, type(None)):
+        return f"the function {value.__qualname__}"
+    return None
+
+
+def _text(value: Any) -> str:
+    if is_a(value, PurePath):
+        value = PurePath.__str__(value)
+    base: Any = next((kind for kind in PLAIN if is_a(value, kind)), None)
+    text = str(base.__repr__(value)) if base else ""
+    for name in names_of_runs if is_a(value, str) else ():
+        text = text.replace(name, "(run)")
+    return text
+
+
+def _opaque(value: Any) -> str | None:
+    """Words for an object of a class that is written in C, which no attribute shows; None for any other."""
+    kind = type(value)
+    if kind is functools._lru_cache_wrapper:
         info = value.cache_info()
         return f"a cache of {info.currsize} results, {info.misses} misses"
-    if isinstance(value, set | frozenset) or (isinstance(value, dict | list | tuple | deque) and len(value) > _FEW):
-        return _many(value)
-    return _generator(value)
+    if is_a(value, io.BytesIO, io.StringIO):
+        content = io.BytesIO.getvalue(value) if is_a(value, io.BytesIO) else io.StringIO.getvalue(value).encode()
+        return f"a {type_name(kind)} at {value.tell()} {short_digest(content)}"
+    if module_name(kind) in ("itertools", "builtins", "collections") and "__next__" in vars(kind):
+        return None if kind is GeneratorType else _iterator(value)
+    return f"{UNSEEN} ({module_name(kind)}.{type_name(kind)})" if is_opaque(kind) else None
+
+
+def _iterator(value: Any) -> str:
+    """The position of an iterator of python's own, which says how it would be copied."""
+    pieces, waiting, seen = [], [value], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        while waiting:
+            inner = waiting.pop()
+            seen[id(inner)] = inner
+            if "__next__" in vars(type(inner)) and type(inner) is not GeneratorType:
+                kind: Any = type(inner)
+                parts = kind.__reduce__(inner)
+            else:
+                parts = inner if type(inner) is tuple else ()
+                pieces.append((parts and "(") or describe(inner) or str(plain_bytes(inner)))
+            waiting += [each for each in parts if id(each) not in seen]
+    return f"a {type_name(type(value))} at {short_digest(repr(pieces).encode())}"
+
+
+_OPAQUE: dict[int, tuple[type, bool]] = {}
+_ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, SimpleNamespace)
+
+
+def is_opaque(kind: type) -> bool:
+    """Whether objects of a class may hold what no attribute shows: it, or one of its bases, has methods in C, and is
+    not entered.
+    """
+    if id(kind) not in _OPAQUE:
+        methods = (MethodDescriptorType, ClassMethodDescriptorType)
+        bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]
+        in_c = any(type(each) in methods for base in bases for each in type.__dict__["__dict__"].__get__(base).values())
+        _OPAQUE[id(kind)] = kind, in_c
+    return _OPAQUE[id(kind)][1]
+
+
+def plain_bytes(value: Any) -> bytes | None:
+    """A container of plain values in bytes; None if it holds any object."""
+    kinds = (dict, list, tuple, deque)
+    base = next((kind for kind in kinds if is_a(value, kind)), None)
+    if base is None:
+        return None
+    content = [*dict.items(value)] if base is dict else [*base.__iter__(value)]
+    if is_a(value, OrderedDict):
+        content += OrderedDict.__iter__(value)
+    try:
+        return marshal.dumps(content, 2)  # this version depends on values alone
+    except ValueError:
+        return None
+
+
+def _unordered(value: Any) -> str:
+    kind = set if is_a(value, set) else frozenset
+    words = [_text(each) or type_name(type(each)) for each in kind.__iter__(value)]
+    return short_digest(repr(sorted(words)).encode())
 
 
 def _generator(value: Any) -> str | None:
-    if isinstance(value, torch.Generator):
-        return f"torch.Generator{IN_STATE}{short_digest(value.get_state().numpy().tobytes())}"
-    if isinstance(value, np.random.Generator | np.random.BitGenerator):
-        bits = value.bit_generator if isinstance(value, np.random.Generator) else value
-        return f"numpy.random.{type(value).__name__}{IN_STATE}{short_digest(repr(bits.state).encode())}"
-    if isinstance(value, np.random.RandomState):
+    if is_a(value, torch.Generator):
+        return f"torch.Generator{IN_STATE}{short_digest(torch.Generator.get_state(value).numpy().tobytes())}"
+    if is_a(value, np.random.Generator, np.random.BitGenerator):
+        bits = value.bit_generator if is_a(value, np.random.Generator) else value
+        return f"numpy.random.{type_name(type(value))}{IN_STATE}{short_digest(repr(bits.state).encode())}"
+    if is_a(value, np.random.RandomState):
         return f"numpy.random.RandomState{IN_STATE}{short_digest(repr(value.get_state()).encode())}"
-    if isinstance(value, random.Random):
-        return f"random.Random{IN_STATE}{short_digest(repr(value.getstate()).encode())}"
+    if is_a(value, random.Random):
+        return f"random.Random{IN_STATE}{short_digest(repr(random.Random.getstate(value)).encode())}"
     return None
 
 
 def describe_array(value: Any) -> str:
-    """A tensor or an array in words; of a large one a sample is read."""
-    if isinstance(value, torch.Tensor):
-        tensor: Any = value.detach()
-        tensor = tensor.to_local() if is_distributed(tensor) else tensor
-        large = tensor.layout is torch.strided and tensor.numel() * tensor.itemsize > _LARGE
-        value_digest = of_value(tensor.reshape(-1)[:: tensor.numel() // _SAMPLE] if large else tensor)
-        single = tensor.numel() == 1
-    else:
-        array = np.asarray(value)
-        value_digest = of_value(array.reshape(-1)[:: array.size // _SAMPLE] if array.nbytes > _LARGE else array)
-        single = array.size == 1
-    return (
-        _short(repr(value.item())) if single else f"{value.dtype}{[*value.shape]} {short_digest(value_digest.encode())}"
-    )
+    """A tensor or an array in words, from all its bytes."""
+    if is_a(value, torch.Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor: Any = value.detach()
+            tensor = tensor.to_local() if is_distributed(tensor) else tensor
+            if tensor.device.type == "meta":
+                return f"{tensor.dtype}{[*tensor.shape]} without values"
+            single, text = tensor.numel() == 1, of_value(tensor)
+            return _short(repr(tensor.item())) if single else _of_array(tensor, text)
+    plain: Any = np.ndarray.view(value, np.ndarray) if is_a(value, np.ndarray) else value
+    return _short(repr(plain.item())) if plain.size == 1 else _of_array(plain, of_value(plain))
 
 
-def _many(value: Any) -> str:
-    """A container in words: its length, and a digest if it has only plain values and arrays."""
-    length = f"a {type(value).__name__} of {len(value)}"
-    items = [*value.items()] if isinstance(value, dict) else [*value]
-    if len(items) > _MANY or not all(map(_is_plain, items)):
-        return length
-    words = [describe_array(item) if isinstance(item, torch.Tensor | np.ndarray) else repr(item) for item in items]
-    return f"{length} {short_digest(repr(sorted(words) if isinstance(value, set | frozenset) else words).encode())}"
-
-
-def _is_plain(item: Any) -> bool:
-    if isinstance(item, tuple):
-        return all(_is_plain(inner) and not isinstance(inner, torch.Tensor | np.ndarray) for inner in item)
-    return isinstance(item, (*PLAIN, torch.Tensor, np.ndarray))
+def _of_array(value: Any, text: str) -> str:
+    return f"{value.dtype}{[*value.shape]} {short_digest(text.encode())}"
 
 
 def _short(text: str) -> str:

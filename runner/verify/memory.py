@@ -1,227 +1,479 @@
-"""The memory of live objects: every attribute in words, so that memory outside a ``state_dict`` has a name.
+"""The memory of live objects: every value in words, so that memory outside a ``state_dict`` has a name.
 
-Reads objects, and never changes them.
+Looks at objects past all that their classes override (no ``__getattr__``, ``__iter__``, property or ``__eq__`` of a
+user or a library is called), and never changes them. What lies in site-packages or the standard library is not the
+user's.
 """
 
-import os
+import functools
 import sys
+import sysconfig
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass
+from enum import EnumMeta
 from inspect import getgeneratorlocals
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
-from typing import Any
+from pathlib import Path
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    GeneratorType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from runner.hashing import checksum
 from runner.verify import fingerprint
-from runner.verify.fingerprint import of_value
+from runner.verify.fingerprint import UNSEEN, describe, is_a, module_name, type_name
 
 # Marks in paths, by which ``causes`` tells kinds of memory apart; those of a model are no attributes of it.
 FROZEN = " (parameters with requires_grad=False)"
 EVALUATING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
+TIED = " (parameters that are the same object)"
 LEFT_OUT = " (a parameter, not in its state_dict)"
 NOT_PERSISTENT = " (a buffer, persistent=False)"
 HOOKS = "_hooks["
 PROCESS = "process: "
 
-_DEPTH = 6
-_INTERNAL = frozenset(vars(nn.Module()))
-_CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
-_LIBRARIES = (
-    "torch",
-    "numpy",
-    "builtins",
-    "collections",
-    "runner.data",
-    "runner.models",
-    "runner.task",
-    "runner.callbacks",
-)
+
+_DEPTH = 8  # attributes and items from an object of the experiment; deeper ones are digested together
+_FEW = 16  # items up to which a container is entered item by item
+_BUDGET = 300_000  # values that are looked at in one moment
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
+_CLASS_DICT: Any = type.__dict__["__dict__"].__get__
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-_OWN = ("optimizer", "scheduler")
+_FIRST = ("model", "optimizer", "scheduler")  # the runner's own, which are skipped where others hold them
 # Attributes of torch's optimizers and schedulers that are in every state_dict, or have no effect.
 _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "step", "_opt_called", "_get_lr_called_within_step"}
+_PATCHED = ("torch", "torch.nn.functional", "torch.nn.init", "numpy", "numpy.random", "random", "math", "time")
 
 
-def memory(objects: Mapping[str, Any]) -> dict[str, str]:
-    """``path -> value in words`` for all that the objects, their classes and the user's modules hold."""
-    values: dict[str, str] = {}
-    model = objects.get("model")
-    # Keeps the objects alive, so that no other object gets the same id. A task may hold the model.
-    seen: dict[int, Any] = {id(part): part for part in model.modules()} if isinstance(model, nn.Module) else {}
-    # The runner's own first: they are skipped where others hold them, and not the other way round.
-    for name, thing in sorted(objects.items(), key=lambda item: item[0] not in _OWN):
-        for path, value in _around(name, thing):
-            values |= dict(_walk(path, value, 0, seen))
-    return values
-
-
-def settings() -> dict[str, str]:
-    """Settings of the whole process that training may change; of environment variables their digests."""
-    torch_settings = {
-        "torch.backends.mkldnn.enabled": torch.backends.mkldnn.enabled,
-        "torch.backends.cudnn.enabled": torch.backends.cudnn.enabled,
-        "torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "torch.backends.cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "torch.backends.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
-        "torch.get_default_dtype()": torch.get_default_dtype(),
-        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
-        "torch.get_num_threads()": torch.get_num_threads(),
-        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-    }
-    environment = {
-        f"os.environ[{key!r}]": fingerprint.short_digest(value.encode()) for key, value in [*os.environ.items()]
-    }
-    return {f"{PROCESS}{name}": str(value) for name, value in (torch_settings | environment).items()}
-
-
-def _around(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    """The object, and the values that its classes and their modules hold for all objects."""
-    if isinstance(thing, nn.Module):
-        yield from (
-            (f"{name}.{path}" if path else name, _ModuleAttributes(module)) for path, module in thing.named_modules()
-        )
-        yield from ((f"{name}{mark}", value) for mark, value in _outside_state(thing))
-    else:
-        yield name, thing
-    kind = thing.func if isinstance(thing, partial) else type(thing)
-    for each in getattr(kind, "__mro__", (kind,)):
-        home = getattr(each, "__module__", None) or "builtins"
-        if isinstance(each, type | FunctionType) and not home.startswith(_LIBRARIES):
-            yield from ((f"{name} ({home}.{each.__name__}.{key})", value) for key, value in _values(vars(each)))
-            for module in _modules(home):
-                yield from ((f"{name} ({module.__name__}.{key})", value) for key, value in _values(vars(module)))
-
-
-def _values(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The values that a class or a module holds, and its functions that hold values."""
-    for key, value in [*attributes.items()]:
-        if isinstance(value, FunctionType):
-            if value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value):
-                yield key, value
-        elif not key.startswith("__") and not isinstance(value, (*_CODE, property, staticmethod, classmethod)):
-            yield key, value
-
-
-def _modules(name: str) -> list[ModuleType]:
-    """A module, and the user's modules that it imports, or imports functions or classes from."""
-    modules = {name: sys.modules[name]}
-    waiting = [name]
-    while waiting:
-        for value in [*vars(modules[waiting.pop()]).values()]:
-            home = sys.modules.get(value.__module__ or "") if isinstance(value, FunctionType | type) else value
-            if isinstance(home, ModuleType) and home.__name__ not in modules and _is_users(home, name):
-                modules[home.__name__] = home
-                waiting.append(home.__name__)
-    return [*modules.values()]
-
-
-def _is_users(module: ModuleType, importer: str) -> bool:
-    top, _, _ = module.__name__.partition(".")
-    if top == importer.partition(".")[0]:
-        return True
-    library = top in sys.stdlib_module_names or top == "runner"
-    return not library and "site-packages" not in (getattr(module, "__file__", None) or "site-packages")
-
-
-class _ModuleAttributes:
-    """The attributes of a torch module other than parameters, buffers of its state and modules."""
-
-    def __init__(self, module: nn.Module) -> None:
-        own = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
-        hooks = {key: value for key, value in vars(module).items() if key.endswith("_hooks") and value}
-        names = sorted(module._non_persistent_buffers_set)
-        vars(self).update(own | hooks | {f"{key}{NOT_PERSISTENT}": module._buffers[key] for key in names})
-
-
-def _outside_state(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Mark and value of what a model has in no ``state_dict`` and in no attribute."""
-    named = [*model.named_parameters()]
-    state = model.state_dict()
-    lacking = {name: parameter for name, parameter in named if name not in state}
-    pointers = {value.data_ptr() for value in state.values()} if lacking else set()
-    for name, parameter in lacking.items():
-        if parameter.data_ptr() not in pointers:  # else the state has it by another name
-            yield f".{name}{LEFT_OUT}", of_value(parameter)
-    yield FROZEN, _names(name for name, parameter in named if not parameter.requires_grad)
-    yield EVALUATING, _names(name for name, module in model.named_modules() if not module.training)
-    yield GRADIENTS, _names(f"{name} {fingerprint.describe_array(p.grad)}" for name, p in named if p.grad is not None)
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _walk(path: str, value: Any, depth: int, seen: dict[int, Any]) -> Iterator[tuple[str, str]]:
-    description = fingerprint.describe(value)
-    if description is not None:
-        yield path, description
-    elif depth < _DEPTH and id(value) not in seen and _may_hold(value):
-        seen[id(value)] = value
-        if isinstance(value, FunctionType | MethodType):
-            yield path, f"the function {value.__qualname__}"
-        for key, inner in _inside(value, own=path in _OWN):
-            yield from _walk(f"{path}{key}", inner, depth + 1, seen)
-
-
-def _may_hold(value: Any) -> bool:
-    users = isinstance(value, FunctionType | MethodType) and not (value.__module__ or "").startswith(_LIBRARIES)
-    return users or not isinstance(value, _CODE)
-
-
-def _inside(value: Any, *, own: bool = False) -> Iterator[tuple[str, Any]]:
-    """The values inside a value, with their relative paths. ``own``: without those in the state of optimizer and
-    scheduler.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value is: ``holder`` (a path) has it under ``key``, in the way that ``kind`` names. ``words`` describe
+    it; None: it has its own places inside.
     """
-    if isinstance(value, dict):
-        yield from ((f"[{_key(key, place)}]", inner) for place, (key, inner) in enumerate([*value.items()]))
-    elif isinstance(value, list | tuple | deque):
-        yield from ((f"[{place}]", inner) for place, inner in enumerate(value))
-    elif isinstance(value, nn.Module):  # such as a second model of the task
-        yield from ((f".{name}", tensor) for name, tensor in (*value.named_parameters(), *value.named_buffers()))
-        yield from ((f".{name}" if name else "", _ModuleAttributes(module)) for name, module in value.named_modules())
-    elif isinstance(value, partial):
-        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
-    elif isinstance(value, FunctionType | GeneratorType):
-        yield from ((f" (its {key})", inner) for key, inner in _variables(value).items())
-    elif isinstance(value, MethodType):
-        yield ".__self__", value.__self__
-    elif isinstance(value, ContextVar):
-        yield "", value.get(None)
-    elif isinstance(value, weakref.ref):
-        yield "", value()
+
+    path: str
+    value: Any
+    words: str | None
+    holder: str = ""
+    kind: str = ""
+    key: Any = None
+
+
+class _Child(NamedTuple):
+    suffix: str
+    value: Any
+    kind: str
+    key: Any
+
+
+def memory(objects: Mapping[str, Any], saved: Any = None) -> dict[str, str]:
+    """``path -> value in words`` for all that the objects, their classes and the user's modules hold. ``saved`` is the
+    model's state_dict, whose parameters are not memory.
+    """
+    return {path: place.words for path, place in places(objects, saved).items() if place.words is not None}
+
+
+def places(objects: Mapping[str, Any], saved: Any = None) -> dict[str, Place]:
+    """The same with every value that is entered, and where it is."""
+    return _Walk(objects.get("model"), saved).all(objects)
+
+
+def modules_of(model: Any) -> dict[str, nn.Module]:
+    """Each module of a model once, by its path from the model."""
+    modules, waiting = {"": model}, [""]
+    seen = {id(model)}
+    while waiting:
+        path = waiting.pop()
+        for name, inner in dict.items(attributes(modules[path]).get("_modules", {})):
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                modules[f"{path}.{name}"] = inner
+                waiting.append(f"{path}.{name}")
+    return modules
+
+
+def parameters_of(model: Any) -> list[tuple[str, Any]]:
+    """Name and parameter, also where one parameter has several names."""
+    return [
+        (f"{path}.{name}".removeprefix("."), parameter)
+        for path, module in modules_of(model).items()
+        for name, parameter in dict.items(attributes(module).get("_parameters", {}))
+        if parameter is not None
+    ]
+
+
+class _Walk:
+    """One look at all objects. Keeps them alive meanwhile, so that no other object gets the same id."""
+
+    def __init__(self, model: Any, saved: Any) -> None:
+        self._places: dict[str, Place] = {}
+        self._seen: dict[int, Any] = {}
+        self._kinds: dict[int, tuple[str, type]] = {}  # the classes that were met, and under which object
+        self._left = _BUDGET
+        self._model = model if is_a(model, nn.Module) else None
+        modules = [] if self._model is None else [*modules_of(model).values()]
+        self._of_model = {id(module) for module in modules}
+        self._saved = _pointers(model, saved) if modules else None
+
+    def all(self, objects: Mapping[str, Any]) -> dict[str, Place]:
+        for name, thing in sorted(objects.items(), key=lambda item: _FIRST.index(item[0]) if item[0] in _FIRST else 9):
+            if thing is self._model:
+                for path, module in modules_of(thing).items():
+                    self._enter(name, _Child(f"{name}{path}", module, "root", name), "")
+                for mark, words in _marks(thing):
+                    self._add(f"{name}{mark}", thing, words or "none", name, mark, "")
+            else:
+                self._enter(name, _Child(name, thing, "root", name), "")
+        self._shared()
+        if self._left <= 0:
+            self._add("memory", None, f"{UNSEEN} as a whole: it has more than {_BUDGET} values", "", "", "")
+        return self._places
+
+    def _add(self, path: str, value: Any, words: str | None, holder: str, kind: str, key: Any) -> None:
+        self._places.setdefault(path, Place(path, value, words, holder, kind, key))
+
+    def _shared(self) -> None:
+        """What classes and modules of the user hold, and functions that the user exchanged in a library."""
+        done: set[str] = set()
+        while self._kinds:
+            _, (root, kind) = self._kinds.popitem()
+            modules = []
+            for each in mro(kind):
+                home = module_name(each)
+                if is_users(home):
+                    self._class(root, each)
+                    modules += _modules(home)
+                elif each is not object:
+                    self._exchanged(each, class_dict(each), home, type_name(each))
+            for module in modules:
+                if module.__name__ not in done:
+                    done.add(module.__name__)
+                    self._namespace(root, module)
+        for name in _PATCHED:
+            if name in sys.modules:
+                self._exchanged(sys.modules[name], vars(sys.modules[name]), name, "")
+
+    def _namespace(self, root: str, module: ModuleType) -> None:
+        holder = f"{root} ({module.__name__})"
+        self._add(holder, module, None, "", "module", module.__name__)
+        for key, value in [*vars(module).items()]:
+            if type(value) is type or is_a(value, type):
+                if module_name(value) == module.__name__:
+                    self._class(root, value)
+            elif _is_value(key, value):
+                self._enter(root, _Child(f"{root} ({module.__name__}.{key})", value, "global", key), holder)
+
+    def _class(self, root: str, kind: type) -> None:
+        if id(kind) in self._seen or is_a(kind, EnumMeta):
+            return
+        self._seen[id(kind)] = kind
+        holder = f"{root} ({module_name(kind)}.{type_name(kind)})"
+        self._add(holder, kind, None, "", "type", (module_name(kind), type_name(kind)))
+        for key, value in [*class_dict(kind).items()]:
+            if _is_value(key, value):
+                self._enter(root, _Child(f"{holder[:-1]}.{key})", value, "class", key), holder)
+
+    def _exchanged(self, holder: Any, values: Mapping[str, Any], module: str, name: str) -> None:
+        if id(holder) in self._seen:
+            return
+        self._seen[id(holder)] = holder
+        for key, value in [*values.items()]:
+            if type(value) is FunctionType and is_users(value.__globals__.get("__name__")):
+                path = ".".join(filter(None, (module, name, key)))
+                self._add(f"{PROCESS}{path}", value, describe(value), "", "exchanged", (module, name, key))
+
+    def _enter(self, root: str, first: _Child, holder: str) -> None:
+        stack = [(first.suffix, first, holder, 0)]
+        while stack and self._left > 0:
+            path, child, holder, depth = stack.pop()
+            self._left -= 1
+            inside: list[_Child] = []
+            try:
+                words, inside = self._look(root, path, child.value, depth)
+            except Exception as error:
+                words = f"{UNSEEN} ({type_name(type(error))})"
+            if child.kind == "saved":
+                words = None
+            self._add(path, child.value, words, holder, child.kind, child.key)
+            stack += [(f"{path}{each.suffix}", each, path, depth + 1) for each in reversed(inside)]
+
+    def _look(self, root: str, path: str, value: Any, depth: int) -> tuple[str | None, list[_Child]]:
+        """The words for a value, and the values inside it."""
+        if id(value) in self._seen:
+            return None, []
+        words = describe(value)
+        if words is not None and not _has_more(value, words):
+            return words, []
+        if depth >= _DEPTH or _is_large(value):
+            return self._digested(root, value), []
+        self._seen[id(value)] = value
+        self._kinds.setdefault(id(type(value)), (root, type(value)))
+        return words, self._inside(path, value)
+
+    def _inside(self, path: str, value: Any) -> list[_Child]:
+        if is_a(value, nn.Module):
+            return [*self._in_module(value)]
+        inside = [*_inside(value)]
+        if path in _FIRST and is_a(value, *_OPTIM):
+            return [each for each in inside if each.key not in _SKIPPED]
+        return inside
+
+    def _in_module(self, module: Any) -> Iterator[_Child]:
+        held, of_model = attributes(module), id(module) in self._of_model
+        lacking = held.get("_non_persistent_buffers_set", ())
+        for name, inner in dict.items(held.get("_parameters", {})):
+            if inner is not None:
+                saved = of_model and (self._saved is None or id(inner) in self._saved)
+                mark = LEFT_OUT if of_model and not saved else ""
+                yield _Child(f".{name}{mark}", inner, "saved" if saved else "parameter", name)
+        for name, inner in dict.items(held.get("_buffers", {})):
+            if inner is not None:
+                saved = of_model and name not in lacking
+                mark = NOT_PERSISTENT if of_model and not saved else ""
+                yield _Child(f".{name}{mark}", inner, "saved" if saved else "buffer", name)
+        for name, inner in dict.items(held.get("_modules", {})):
+            if id(inner) not in self._of_model:  # these are entered by themselves
+                yield _Child(f".{name}", inner, "module", name)
+        for name, inner in held.items():
+            hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
+            counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
+            if hooks or counts:
+                yield _Child(f".{name}", inner, "attribute", name)
+
+    def _digested(self, root: str, value: Any) -> str:
+        """A value with all that is inside it in one line."""
+        plain = fingerprint.plain_bytes(value)
+        if plain is None:
+            pieces, waiting = [], [("", value)]
+            while waiting and self._left > 0:
+                key, inner = waiting.pop()
+                self._left -= 1
+                words = describe(inner)
+                pieces.append(f"{key} {words or type_name(type(inner))}".encode())
+                if (words is None or _has_more(inner, words)) and id(inner) not in self._seen:
+                    self._seen[id(inner)] = inner
+                    self._kinds.setdefault(id(type(inner)), (root, type(inner)))
+                    waiting += [(each.suffix, each.value) for each in self._inside("", inner)]
+            plain = b"\n".join(pieces)
+        size = f" of {fingerprint.length(value)}" if is_a(value, dict, list, tuple, deque) else ""
+        return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}"
+
+
+def _marks(model: Any) -> Iterator[tuple[str, str]]:
+    """What a model has in no ``state_dict`` and in no attribute, by its mark."""
+    named = parameters_of(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in named:
+        names.setdefault(id(parameter), []).append(name)
+    yield FROZEN, ", ".join(name for name, parameter in named if not parameter.requires_grad)
+    off = [path for path, module in modules_of(model).items() if not attributes(module).get("training", True)]
+    yield EVALUATING, ", ".join(path.removeprefix(".") for path in off)
+    gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    yield GRADIENTS, ", ".join(f"{name} {fingerprint.describe_array(gradient)}" for name, gradient in gradients)
+    yield TIED, ", ".join(" = ".join(each) for each in names.values() if len(each) > 1)
+
+
+def _pointers(model: Any, saved: Any) -> set[int] | None:
+    """The ids of the parameters that a state_dict has, by their name or by their memory; None without a state_dict."""
+    if saved is None:
+        return None
+    named = parameters_of(model)
+    lacking = [(name, parameter) for name, parameter in named if name not in saved]
+    pointers = {value.data_ptr() for value in saved.values() if is_a(value, torch.Tensor)} if lacking else set()
+    lost = {id(parameter) for _, parameter in lacking if parameter.data_ptr() not in pointers}
+    return {id(parameter) for _, parameter in named} - lost
+
+
+def _has_more(value: Any, words: str) -> bool:
+    """Whether a value that has words may have attributes or variables, too."""
+    if type(value) is FunctionType:
+        return is_users(value.__globals__.get("__name__"))
+    bound = type(value) is BuiltinFunctionType and not is_a(value.__self__, ModuleType, type, type(None))
+    return bound or is_a(value, MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
+
+
+def _is_large(value: Any) -> bool:
+    return is_a(value, dict, list, tuple, deque) and fingerprint.length(value) > _FEW
+
+
+def _inside(value: Any) -> Iterator[_Child]:
+    """The values inside a value, with their relative paths."""
+    if is_a(value, dict):
+        for place, (key, inner) in enumerate(items(value)):
+            yield _Child(f"[{_key(key, place)}]", inner, "item", key)
+    elif is_a(value, list, tuple, deque):
+        kind = next(kind for kind in (list, tuple, deque) if is_a(value, kind))
+        yield from (_Child(f"[{place}]", inner, "item", place) for place, inner in enumerate(kind.__iter__(value)))
+    elif is_a(value, np.ndarray):
+        flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
+        yield from (_Child(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
+    elif is_a(value, torch.Tensor):
+        descriptor: Any = torch._C.TensorBase._backward_hooks
+        hooks = [*dict.values(descriptor.__get__(value) or {})]
+        yield from (_Child(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
     else:
-        skipped = _SKIPPED if own and isinstance(value, _OPTIM) else ()
-        yield from ((f".{key}", inner) for key, inner in _attributes(value).items() if key not in skipped)
+        yield from _inside_code(value)
+    if type(value) is not FunctionType:
+        yield from (_Child(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
+
+
+def _inside_code(value: Any) -> Iterator[_Child]:
+    """The values that functions, generators and references keep."""
+    if type(value) is FunctionType:
+        yield from variables(value)
+    elif type(value) is GeneratorType:
+        frame = value.gi_frame
+        yield _Child(" (its position)", frame and frame.f_lasti, "", None)
+        yield from (_Child(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
+    elif is_a(value, MethodType, BuiltinFunctionType):
+        yield _Child(".__self__", value.__self__, "", "__self__")
+    elif type(value) is ContextVar:
+        yield _Child(" (its value)", value.get(None), "context", None)
+    elif is_a(value, weakref.ref):
+        yield _Child(" (its object)", weakref.ref.__call__(value), "", None)
+
+
+def items(value: Any) -> list[tuple[Any, Any]]:
+    """The items of a dict in their order, without a method that its class overrides."""
+    pairs = [*dict.items(value)]
+    if not is_a(value, OrderedDict):
+        return pairs
+    by_id = {id(key): (key, inner) for key, inner in pairs}
+    return [by_id[id(key)] for key in OrderedDict.__iter__(value)]
 
 
 def _key(key: Any, place: int) -> str:
     """A key in words. For an object its type and position: its text may contain an address."""
-    return repr(key) if isinstance(key, (*fingerprint.PLAIN, tuple)) else f"{type(key).__name__} {place}"
+    plain = type(key) is tuple and all(map(_is_plain, key))
+    return repr(key) if plain or _is_plain(key) else f"{type_name(type(key))} {place}"
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object, also those in slots."""
-    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
-    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
-    in_slots = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
-    return in_slots | dict(getattr(value, "__dict__", {}))
+def _is_plain(value: Any) -> bool:
+    return any(type(value) is kind for kind in fingerprint.PLAIN)
 
 
-def _variables(function: Any) -> dict[str, Any]:
-    """The values that a function keeps from call to call: defaults, closure, attributes. Of a generator its locals."""
-    if isinstance(function, GeneratorType):
-        return getgeneratorlocals(function)
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, also those in slots, without its properties."""
+    held: dict[str, Any] = {}
+    for name, slot in _layout(type(value))[0]:
+        with suppress(AttributeError):  # an empty slot
+            held.setdefault(name, slot.__get__(value))
+    in_dict = dict_of(value)
+    return held | (dict(dict.items(in_dict)) if in_dict else {})
+
+
+_LAYOUTS: dict[int, tuple[type, list[tuple[str, Any]], Any]] = {}  # by id: a metaclass may override __hash__
+
+
+def _layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
+    """The slots of a class, and the descriptor of ``__dict__``."""
+    if id(kind) not in _LAYOUTS:
+        named = [each for base in mro(kind) for each in class_dict(base).items()]
+        slots = [(n, slot) for n, slot in named if type(slot) is MemberDescriptorType and not n.startswith("__")]
+        dicts = [slot for name, slot in named if name == "__dict__" and is_a(slot, *_DESCRIPTORS)]
+        _LAYOUTS[id(kind)] = kind, slots, dicts[0] if dicts else None
+    return _LAYOUTS[id(kind)][1:]
+
+
+def dict_of(value: Any) -> Any:
+    """The ``__dict__`` of an object itself; None if it has none."""
+    descriptor = _layout(type(value))[1]
+    return descriptor.__get__(value) if descriptor else None
+
+
+def mro(kind: type) -> tuple[type, ...]:
+    """The classes of a class, whatever its metaclass does."""
+    return type.__dict__["__mro__"].__get__(kind)  # type: ignore[no-any-return]
+
+
+def class_dict(kind: type) -> Mapping[str, Any]:
+    """The attributes of a class itself, whatever its metaclass does."""
+    return _CLASS_DICT(kind)  # type: ignore[no-any-return]
+
+
+def variables(function: Any) -> Iterator[_Child]:
+    """The values that a function keeps from call to call: defaults, closure, attributes."""
     code, defaults = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    values: dict[str, Any] = dict(zip(names, defaults, strict=True))
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+    kept = [(name, value, "default", place) for place, (name, value) in enumerate(zip(names, defaults, strict=True))]
+    kept += [(name, value, "keyword", name) for name, value in (function.__kwdefaults__ or {}).items()]
+    for place, (name, cell) in enumerate(zip(code.co_freevars, function.__closure__ or (), strict=True)):
         with suppress(ValueError):  # an empty cell
-            values[name] = cell.cell_contents
-    return {**values, **(function.__kwdefaults__ or {}), **vars(function)}
+            kept.append((name, cell.cell_contents, "cell", place))
+    kept += [(name, value, "attribute", name) for name, value in vars(function).items()]
+    return (_Child(f" (its {name})", value, kind, key) for name, value, kind, key in kept)
+
+
+def _is_value(key: str, value: Any) -> bool:
+    """Whether a name of a class or a module stands for a value, or for a function that keeps values or that was put in
+    another's place.
+    """
+    if is_a(value, staticmethod, classmethod):
+        value = value.__func__
+    elif type(value) is property:
+        value = value.fget
+    if type(value) is FunctionType:
+        kept = value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
+        return value.__code__.co_name != key or (bool(kept) and is_users(value.__globals__.get("__name__")))
+    no_value = (ModuleType, type, BuiltinFunctionType, MemberDescriptorType, GetSetDescriptorType, MethodDescriptorType)
+    return value is not None and not key.startswith(("__", "_abc_")) and not is_a(value, *no_value)
+
+
+def _modules(name: str) -> list[ModuleType]:
+    """A module, and the user's modules that it imports, or imports functions, classes or objects from."""
+    modules = {name: sys.modules[name]} if name in sys.modules else {}
+    waiting = [*modules]
+    while waiting:
+        for value in [*vars(modules[waiting.pop()]).values()]:
+            home = value.__name__ if type(value) is ModuleType else _home(value)
+            if home in sys.modules and home not in modules and is_users(home):
+                modules[home] = sys.modules[home]
+                waiting.append(home)
+    return [*modules.values()]
+
+
+def _home(value: Any) -> str:
+    if type(value) is FunctionType:
+        return value.__globals__.get("__name__") or ""
+    return module_name(value if is_a(value, type) else type(value))
+
+
+def is_users(name: Any) -> bool:
+    """Whether a module is the user's own: neither installed, nor of the standard library, nor of the runner."""
+    if type(name) is not str or name not in sys.modules or name.partition(".")[0] in ("runner", "torch", "numpy"):
+        return False
+    file = dict_of(sys.modules[name]).get("__file__")
+    return type(file) is str and not _is_installed(file)
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    """Whether a file lies in the standard library, or in a folder into which packages are installed."""
+    folder = Path(file).resolve().parent
+    if {"site-packages", "dist-packages"} & {*folder.parts}:
+        return True
+    libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
+    if any(folder.is_relative_to(library.resolve()) for library in libraries):
+        return True
+    return any(_has_distributions(each) for each in (folder, *folder.parents))
+
+
+@functools.cache
+def _has_distributions(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))

@@ -17,13 +17,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
-from runner.callbacks.base import Loop, Observer, TrainingSetup, observers
+from runner.callbacks.base import Observer, TrainingSetup, observers
 from runner.callbacks.evaluate import Evaluate, Interval
-from runner.data.stream import MapStyleStream
+from runner.verify import source
 
 _PID = 4242
 _NOW = 1_700_000_000.0
 _PATIENCE_SECONDS = 1.0  # for a thread that waits for others
+
+asked: list[str] = []  # lines of the user's code that asked for what is held fast in this process
 
 
 def hold(name: str) -> None:
@@ -40,28 +42,12 @@ class _NoEvaluation(Observer):
             evaluate.interval = Interval()
 
 
-class _NoCallbacks(Observer):
-    """None of the configuration's callbacks."""
-
-    def on_build(self, setup: TrainingSetup) -> None:
-        for name in [name for name in setup.callbacks if name.startswith("own.")]:
-            del setup.callbacks[name]
-
-
-class _OneBatch(Observer):
-    """The micro-batches of the run's first step in every step, also after a resume; not for iterable data."""
-
-    def __init__(self) -> None:
-        self._batches: list[Any] = []
-
-    def on_batch(self, loop: Loop, number: int, batch: Any) -> Any:
-        if not self._batches and isinstance(loop.state.stream, MapStyleStream):
-            self._batches = loop.state.stream.first_batches()
-        return self._batches[number % len(self._batches)] if self._batches else None
-
-
 def _pid() -> None:
-    os.getpid = lambda: _PID
+    def getpid() -> int:
+        _note()
+        return _PID
+
+    os.getpid = getpid
 
 
 def _time() -> None:
@@ -91,6 +77,7 @@ def _ticking(
 ) -> Callable[[], Any]:
     def read() -> Any:
         who = _asking()
+        _note()
         return clock() if who.startswith("runner.") else shown(next(ticks[who]))
 
     return read
@@ -120,6 +107,13 @@ def _turns() -> None:
     futures.as_completed = in_turn  # type: ignore[assignment]
 
 
+def _note() -> None:
+    """Note the line of the user's that asks for what is held fast."""
+    place = source.of_stack(sys._getframe(2))
+    if place and place not in asked:
+        asked.append(place)
+
+
 def _asking() -> str:
     """Who asks: module and file of the first caller beyond python's own library."""
     frame: FrameType | None = sys._getframe(2)
@@ -140,6 +134,7 @@ def _entropy() -> None:
 
     def urandom(size: int) -> bytes:
         who = _asking()
+        _note()
         return random.Random(f"{rank} {who} {next(draws[who])}").randbytes(size)
 
     def seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
@@ -153,8 +148,6 @@ def _entropy() -> None:
 
 _HOLD: dict[str, Callable[[], None]] = {
     "evaluation": lambda: observers.append(_NoEvaluation()),
-    "callbacks": lambda: observers.append(_NoCallbacks()),
-    "batches": lambda: observers.append(_OneBatch()),
     "pid": _pid,
     "time": _time,
     "entropy": _entropy,

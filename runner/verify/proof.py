@@ -1,6 +1,7 @@
 """From a command to a verdict: run undisturbed, run killed, compare, and diagnose a difference."""
 
 import math
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,11 +15,12 @@ from pathlib import Path
 from runner.errors import ConfigError, StorageError
 from runner.storage.location import is_remote, local_root
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
-from runner.verify.causes import CAUSES, of_error, of_part
+from runner.verify.causes import CAUSES, Cause, of_error, of_part, of_structure
 from runner.verify.diagnosis import Investigation
-from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory
-from runner.verify.execution import Executor, OutOfTime, RunTrace, Servers, fork_servers
+from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory, structural_changes
+from runner.verify.execution import AttemptFailure, Executor, OutOfTime, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
+from runner.verify.source import line_of
 from runner.verify.verdict import Verdict, cost
 
 _OUT_OF_TIME = "verify.minutes was over before the killed run was finished; allow more"
@@ -69,7 +71,8 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
         raise StorageError(failure.message)
     verdict = Verdict(executor.command, base, RunTrace("killed"))
     if failure:
-        return replace(verdict, refusal=failure.message, cause=of_error(failure.kind, _changes_while_probed(base)))
+        cause = _of_failure(failure, base, _changes_while_probed(base))
+        return replace(verdict, refusal=failure.message, cause=cause)
     if base.evidence is None:
         return replace(verdict, refusal=_unfinished(base), cause=CAUSES["incomplete"])
     executor = replace(executor, limit=max(LEAST_SECONDS, TIMES * attempt.seconds))
@@ -121,8 +124,23 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
             return replace(verdict, cause=replace(of_part(difference), sure=False), notes=[cut])
         return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
-        return replace(verdict, cause=of_error(failure.kind, _changes_while_probed(run) or _changes_in_training(base)))
+        changed = _changes_while_probed(run) or _changes_in_training(base)
+        return replace(verdict, cause=_of_failure(failure, base, changed))
     return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
+
+
+def _of_failure(failure: AttemptFailure, base: RunTrace, changes: str) -> Cause:
+    structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
+    if structure:
+        return replace(of_structure(structure), where=_line(base, structure[0][1]))
+    return replace(of_error(failure.kind, changes), where=failure.where)
+
+
+def _line(base: RunTrace, path: str) -> str:
+    """The line of the user's class whose object is part of the state at a path."""
+    made = {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
+    names = ["add_param_group"] if path.startswith("optimizer") else re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
+    return line_of(names, made.get("task") or made.get("model") or [])
 
 
 def _incomplete(base: RunTrace, run: RunTrace) -> str:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,10 +36,10 @@ from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
-from runner.verify import clocks, pins
+from runner.verify import clocks, pins, source, suspects
 from runner.verify.execution import STOPS, Kill
-from runner.verify.fingerprint import fingerprint, of_value
-from runner.verify.memory import memory, settings
+from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
+from runner.verify.memory import memory
 
 _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "")
 
@@ -72,12 +73,14 @@ class Recorder(Observer):
         self._objects: dict[str, Any] = {}  # whose memory is compared, by the keys of the configuration
         self._line: dict[str, Any] = {}  # of the current step
         self._writes: _WatchedLocation | None = None
+        names_of_runs[:] = [f"/{request['name']}"]
         self._record = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         kill = Kill(*(request["kill"] or ("",)))
         kills = self._rank == (request["victim"] or 0)  # rank 0 kills where all are killed
         self._moment, self._step = (kill.moment, kill.step) if kills else ("", 0)
         self._saved = kill.after
         self._built = False
+        self._watch = source.Watch() if request["watch"] else None
         self._modules = {*sys.modules}
         self._created = self._since = time.monotonic()
 
@@ -104,7 +107,7 @@ class Recorder(Observer):
     def on_instance(self, key: str, instance: Any) -> None:
         if key in ("data.train", "data.validation", "data.collate", "model", "task") or key.startswith("callbacks."):
             self._objects[key] = instance
-            self.write("made", memory=memory({key: instance}))
+            self.write("made", memory=memory({key: instance}), sources={key: source.sources(instance)})
 
     def on_error(self, error: Exception) -> None:
         if not self._built:
@@ -113,6 +116,8 @@ class Recorder(Observer):
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
         self._objects |= {"optimizer": setup.state.optimizer, "scheduler": setup.state.scheduler}
+        parts = ("optimizer", "scheduler")
+        self.write("made", memory={}, sources={name: source.sources(self._objects[name]) for name in parts})
         stream = setup.state.stream
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
         self.write("built", indexed=plan is not None, epoch=None if plan is None else plan.steps_of(1))
@@ -142,12 +147,14 @@ class Recorder(Observer):
     def on_resume(self, state: TrainState) -> None:
         step = state.progress.step
         self.write("resumed", step=step, **self._fingerprints(state))
+        self._try(state, of_data=True)
         self.die("loaded", 0)
         self.die("start", step)
         if self._moment == "clock":
             threading.Timer(self._step / 1000, self.die, ("clock", self._step)).start()
 
     def on_start(self, loop: Loop) -> None:
+        self._try(loop.state, of_data=False)
         if loop.evaluation is not None:
             self.write("evaluated", step=loop.step, evaluation=loop.evaluation, **self._fingerprints(loop.state))
         self._since = time.monotonic()
@@ -187,6 +194,9 @@ class Recorder(Observer):
     def on_step(self, loop: Loop) -> None:
         state = {"due": True} if loop.evaluation_due else self._fingerprints(loop.state)
         self.write("step", **self._line, evaluation=loop.evaluation or {}, **state)
+        if loop.step == self._request["take"]:
+            file, saved = Path(f"{self._request['record']}.taken"), loop.state.state_dict()["model"]
+            suspects.take(self._request["suspects"], self._objects, saved, file)
         if loop.step == self._request["dump"]:
             tensors = Snapshot.of(loop.step, loop.state.state_dict()).tensors
             torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, f"{self._request['record']}.pt")
@@ -208,6 +218,7 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             self.write("finished", **collect(directory))
+            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked)
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
             self.write("imported", modules=libraries)
 
@@ -215,7 +226,16 @@ class Recorder(Observer):
         """The state, and what the objects remember beside it."""
         if self._request["silent"]:
             return {}
-        return {"state": fingerprint(state.state_dict()), "memory": memory(self._objects) | settings()}
+        saved = state.state_dict()
+        return {"state": fingerprint(saved), "memory": memory(self._objects, saved["model"]) | suspects.settings()}
+
+    def _try(self, state: TrainState, *, of_data: bool) -> None:
+        """Put memory of an undisturbed process into this one: that of data sets before their first sample."""
+        paths = [path for path in self._request["suspects"] if path.startswith("data.") == of_data]
+        if self._request["put"] and paths:
+            file = Path(f"{self._request['put']}{f'.rank{self._rank}' if self._rank else ''}.taken")
+            put = suspects.put(paths, self._objects, state.state_dict()["model"], file)
+            self.write("put", paths=put)
 
 
 class _WatchedLocation:

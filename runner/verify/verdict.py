@@ -194,6 +194,7 @@ class Verdict:
         if self.cause is not None:
             lines.append(_indented("cause    " if self.cause.sure else "perhaps  ", self.cause.what))
             lines.append(_indented("remedy   ", self.cause.remedy))
+            lines += [f"where    {self.cause.where}"] if self.cause.where else []
         return lines
 
     def _sizes(self, difference: FirstDifference) -> list[str]:

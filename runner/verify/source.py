@@ -1,0 +1,134 @@
+"""Lines of the user's own code: of what an object does, of what a stack comes from, and of what reaches outside.
+
+Files that outlive a run, other processes, sockets and listings of folders are no memory of any object. An audit hook
+sees them in the undisturbed run, and notes the line of the user's that asked.
+"""
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+from types import FrameType, TracebackType
+from typing import Any
+
+from runner.verify.fingerprint import is_a, type_name
+from runner.verify.memory import is_users, modules_of, mro
+
+Sources = list[tuple[str, int, int]]  # file, first and last line of a class or a function
+
+_ASSIGNED = r"(?:\[[^]]*\])?\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=)|\.\w+\("
+_WHOLE = 10**6  # lines of a file
+_MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
+_STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
+_OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
+_WATCHED = _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
+
+
+def sources(value: Any) -> Sources:
+    """Where the user's classes of an object are, and for a model those of its modules."""
+    torch = sys.modules["torch"]
+    values = modules_of(value).values() if is_a(value, torch.nn.Module) else [value]
+    kinds = {id(kind): kind for each in values for kind in mro(type(each))}
+    function = value.func if is_a(value, functools.partial) else value
+    things = [*kinds.values(), function]
+    places = [_place(thing) for thing in things if is_users(getattr(thing, "__module__", None))]
+    files = {place[0]: (place[0], 1, _WHOLE) for place in places if place}
+    return [*filter(None, places), *files.values()]
+
+
+def _place(thing: Any) -> tuple[str, int, int] | None:
+    try:
+        lines, first = inspect.getsourcelines(thing)
+        return str(inspect.getsourcefile(thing)), first, first + len(lines) - 1
+    except (OSError, TypeError):  # no source, or no code
+        return None
+
+
+def line_of(names: Iterable[str], places: Sources) -> str:
+    """``file:line`` of the last line that changes the first of these names that any does, or else has it; of methods
+    that make or load an object only if no other has the name. Else the line of the class.
+    """
+    for name in names:
+        for file, first, last in places:
+            hits = _hits(name, file, first, last)
+            if hits:
+                return f"{file}:{max(hits)[-1]}"
+    return f"{places[0][0]}:{places[0][1]}" if places else ""
+
+
+def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, int]]:
+    """Lines with a name: whether they are in a method that neither makes nor loads an object, whether they change it,
+    and their number.
+    """
+    word = re.compile(rf"\b{re.escape(name)}\b")
+    change = re.compile(rf"\b{re.escape(name)}\b(?:{_ASSIGNED})")
+    try:
+        lines = Path(file).read_text().splitlines()[first - 1 : last]
+    except OSError:
+        return []
+    hits, method = [], ""
+    for number, line in enumerate(lines, first):
+        head = re.match(r"\s*(?:async )?def (\w+)", line)
+        method = head[1] if head else method
+        if word.search(line):
+            hits.append((method not in _MAKING, bool(change.search(line)), number))
+    return hits
+
+
+def of_stack(frame: FrameType | None) -> str:
+    """``file:line`` of the innermost frame of the user's; empty if there is none, or if it only imports a module."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        if is_users(frame.f_globals.get("__name__")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def of_traceback(traceback: TracebackType | None) -> str:
+    """The same for the frames that an error came through."""
+    place = ""
+    while traceback is not None:
+        if is_users(traceback.tb_frame.f_globals.get("__name__")):
+            place = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+class Watch:
+    """What the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
+
+    def __init__(self) -> None:
+        self.reached: dict[str, str] = {}
+        self._busy = False
+        sys.addaudithook(self._hook)
+
+    def close(self) -> None:
+        """See no more; python has no way to take a hook away."""
+        self._busy = True
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _WATCHED or self._busy:
+            return
+        self._busy = True
+        try:
+            what = _reached(event, arguments)
+            place = what and of_stack(sys._getframe(1))
+            if place:
+                self.reached.setdefault(what, place)
+        finally:
+            self._busy = False
+
+
+def _reached(event: str, arguments: tuple[Any, ...]) -> str:
+    thing = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
+    if event == "open":
+        mode = arguments[1] if type(arguments[1]) is str else ""
+        if type(thing) is int or not {*mode} & {*"wax+"}:
+            return ""  # what is only read is the same for every run
+    if is_a(thing, PurePath):
+        thing = PurePath.__str__(thing)
+    if not is_a(thing, str, bytes, tuple):
+        thing = type_name(type(thing))
+    return f"{_WATCHED[event]} {thing if type(thing) is str else repr(thing)}"

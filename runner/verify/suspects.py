@@ -1,0 +1,257 @@
+"""Memory on trial: values are taken from an undisturbed process and put into a resumed one. A value that makes both go
+on alike is the cause of their difference; any other is not.
+"""
+
+import io
+import os
+import pickle
+import sys
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.verify import fingerprint, memory
+from runner.verify.fingerprint import is_a
+from runner.verify.memory import EVALUATING, FROZEN, GRADIENTS, PROCESS, TIED, Place
+
+# Settings of the process that training may change: how each is read and set.
+_FLAGS = ("mkldnn.enabled", "cudnn.enabled", "cudnn.benchmark", "cudnn.deterministic", "cudnn.allow_tf32")
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch.get_default_dtype()": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.get_default_device()": (torch.get_default_device, torch.set_default_device),
+    "torch.get_float32_matmul_precision()": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "torch.get_num_threads()": (torch.get_num_threads, torch.set_num_threads),
+    "torch.get_deterministic_debug_mode()": (
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    "torch.is_grad_enabled()": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch.is_anomaly_enabled()": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch.is_autocast_enabled('cpu')": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda value: torch.set_autocast_enabled("cpu", value),
+    ),
+    "torch.get_autocast_dtype('cpu')": (
+        lambda: torch.get_autocast_dtype("cpu"),
+        lambda value: torch.set_autocast_dtype("cpu", value),
+    ),
+    "numpy.geterr()": (np.geterr, lambda value: np.seterr(**value)),
+    "numpy.get_printoptions()": (np.get_printoptions, lambda value: np.set_printoptions(**value)),
+    "os.getcwd()": (os.getcwd, os.chdir),
+    "sys.getrecursionlimit()": (sys.getrecursionlimit, sys.setrecursionlimit),
+}
+
+
+def settings() -> dict[str, str]:
+    """Settings of the whole process in words; of environment variables their digests."""
+    values = {name: str(read()) for name, (read, _) in _SETTINGS.items()}
+    flags = {f"torch.backends.{name}": str(attrgetter(name)(torch.backends)) for name in _FLAGS}
+    environment = {f"os.environ[{key!r}]": fingerprint.describe(value) for key, value in [*os.environ.items()]}
+    digests = {name: fingerprint.short_digest(str(words).encode()) for name, words in environment.items()}
+    return {f"{PROCESS}{name}": words for name, words in (values | flags | digests).items()}
+
+
+def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> None:
+    """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
+    found = memory.places(objects, saved)
+    taken: dict[str, Any] = {}
+    for path in paths:
+        place = found.get(path, Place(path, None, None, kind="setting", key=path.removeprefix(PROCESS)))
+        stream = io.BytesIO()
+        try:
+            _Pickler(stream, found, path).dump(_value(place))
+        except Exception:  # a lambda, a lock, a connection
+            continue
+        taken[path] = place.holder, place.kind, place.key, stream.getvalue()
+    file.write_bytes(pickle.dumps(taken))
+
+
+def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> list[str]:
+    """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
+    taken, done = pickle.loads(file.read_bytes()), []
+    for path in [path for path in paths if path in taken]:
+        found = memory.places(objects, saved)  # anew: the values before may have made other places
+        holder, kind, key, data = taken[path]
+        try:
+            _assign(found[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), found).load())
+        except Exception as error:
+            warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
+            continue
+        done.append(path)
+    return done
+
+
+class _Pickler(pickle.Pickler):
+    """Copies what is at a path; objects elsewhere, such as parameters of the model, are named by their paths."""
+
+    def __init__(self, stream: io.BytesIO, found: Mapping[str, Place], path: str) -> None:
+        super().__init__(stream)
+        inside = tuple(f"{path}{mark}" for mark in (".", "[", " ("))
+        objects = [each for each in found.values() if each.words is None or is_a(each.value, torch.Tensor)]
+        first = {id(place.value): place.path for place in reversed(objects)}
+        self._paths = {key: name for key, name in first.items() if name != path and not name.startswith(inside)}
+
+    def persistent_id(self, value: Any) -> str | None:
+        return self._paths.get(id(value))
+
+    def reducer_override(self, value: Any) -> Any:
+        if is_a(value, staticmethod, classmethod):
+            return type(value), (value.__func__,)
+        return (property, (value.fget, value.fset, value.fdel)) if is_a(value, property) else NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, found: Mapping[str, Place]) -> None:
+        super().__init__(stream)
+        self._found = found
+
+    def persistent_load(self, path: Any) -> Any:
+        return self._found[path].value
+
+
+def _value(place: Place) -> Any:
+    named = memory.parameters_of(place.value) if place.kind in (FROZEN, GRADIENTS, TIED) else []
+    match place.kind:
+        case "setting":
+            return _read(place.key)
+        case memory.FROZEN:
+            return [name for name, parameter in named if not parameter.requires_grad]
+        case memory.EVALUATING:
+            return [path for path, module in memory.modules_of(place.value).items() if not module.training]
+        case memory.GRADIENTS:
+            return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+        case memory.TIED:
+            return {name: next(n for n, other in named if other is parameter) for name, parameter in named}
+    return place.value
+
+
+def _read(name: str) -> Any:
+    if name.startswith("os.environ"):
+        return os.environ.get(name[len("os.environ['") : -2])
+    return _SETTINGS[name][0]() if name in _SETTINGS else attrgetter(name)(sys.modules["torch"])
+
+
+def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
+    """Give a holder a value, into the object that it has if that is possible, because others may hold it, too."""
+    if kind == "setting":
+        _set(key, value)
+    elif kind in (FROZEN, EVALUATING, GRADIENTS, TIED):
+        _set_marks(holder, kind, value)
+    elif kind == "exchanged":
+        module, name, attribute = key
+        owner = vars(sys.modules[module])[name] if name else sys.modules[module]
+        setattr(owner, attribute, value)
+    elif kind == "context":
+        holder.set(value)
+    elif kind == "default":
+        holder.__defaults__ = (*holder.__defaults__[:key], value, *holder.__defaults__[key + 1 :])
+    elif kind == "cell":
+        holder.__closure__[key].cell_contents = value
+    elif kind == "class":
+        if not _transfer(memory.class_dict(holder).get(key), value):
+            type.__setattr__(holder, key, value)
+    else:
+        _store(_table(holder, kind), key, value)
+
+
+def _table(holder: Any, kind: str) -> Any:
+    """The dict or list of a holder in which a value is."""
+    if kind in ("item", "root"):
+        return holder
+    if kind == "global":
+        return vars(holder)
+    if kind == "keyword":
+        return holder.__kwdefaults__
+    held = memory.dict_of(holder)
+    names = {"parameter": "_parameters", "buffer": "_buffers", "module": "_modules"}
+    return held[names[kind]] if kind in names else held
+
+
+def _store(table: Any, key: Any, value: Any) -> None:
+    base = next(kind for kind in (OrderedDict, dict, list) if is_a(table, kind))
+    old = list.__getitem__(table, key) if base is list else dict.get(table, key)
+    if not _transfer(old, value):
+        base.__setitem__(table, key, value)
+
+
+def _transfer(old: Any, new: Any) -> bool:
+    """Make an object equal to a copy of another; False if it cannot be changed in place."""
+    if old is new:
+        return True
+    if type(old) is not type(new):
+        return False
+    if is_a(old, torch.Tensor):
+        same = old.shape == new.shape and old.dtype == new.dtype
+        if same:
+            old.data.copy_(new.data)
+        return bool(same)
+    if is_a(old, np.ndarray):
+        same = old.shape == new.shape and old.dtype == new.dtype and old.flags.writeable
+        if same:
+            np.copyto(old, new)
+        return bool(same)
+    if is_a(old, torch.Generator):
+        old.set_state(new.get_state())
+        return True
+    return _transfer_items(old, new)
+
+
+def _transfer_items(old: Any, new: Any) -> bool:
+    if is_a(old, dict):
+        content = memory.items(new)
+        before = {id(key): dict.get(old, key) for key, _ in content}
+        kind = OrderedDict if is_a(old, OrderedDict) else dict  # the order of the former is outside of the dict
+        kind.clear(old)
+        for key, value in content:
+            old_value = before[id(key)]
+            kind.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
+    elif is_a(old, list, deque, bytearray, set):
+        base: Any = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
+        values: Any = new
+        if is_a(old, list) and len(old) == len(new):
+            pairs = zip(list.__iter__(old), list.__iter__(new), strict=True)
+            values = [mine if _transfer(mine, value) else value for mine, value in pairs]
+        values = base(values)
+        base.clear(old)
+        (base.update if base is set else base.extend)(old, values)
+    elif memory.dict_of(old) is not None and not fingerprint.describe(old):
+        return _transfer_items(memory.dict_of(old), memory.dict_of(new))
+    else:
+        return False
+    return True
+
+
+def _set(name: str, value: Any) -> None:
+    if name.startswith("os.environ"):
+        key = name[len("os.environ['") : -2]
+        os.environ.pop(key, None)
+        os.environ.update({} if value is None else {key: value})
+    elif name in _SETTINGS:
+        _SETTINGS[name][1](value)
+    else:
+        folder, _, flag = name.rpartition(".")
+        setattr(attrgetter(folder.removeprefix("torch."))(torch), flag, value)
+
+
+def _set_marks(model: Any, mark: str, values: Any) -> None:
+    if mark == EVALUATING:
+        for path, module in memory.modules_of(model).items():
+            module.training = path not in values
+    named = dict(memory.parameters_of(model)) if mark != EVALUATING else {}
+    for name, parameter in named.items():
+        if mark == FROZEN:
+            parameter.requires_grad_(name not in values)
+        elif mark == GRADIENTS:
+            parameter.grad = values.get(name)
+        else:
+            path, _, key = name.rpartition(".")
+            memory.dict_of(model.get_submodule(path))["_parameters"][key] = named[values[name]]

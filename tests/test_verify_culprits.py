@@ -1,0 +1,141 @@
+"""``python -m runner.verify`` names the culprit and no decoy beside it, says where it is, and how to mend it."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from runner.verify import source
+from runner.verify.campaign import KillPlan
+from runner.verify.diagnosis import Investigation
+from runner.verify.difference import FirstDifference
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
+from runner.verify.options import Options
+from runner.verify.proof import prove
+from runner.verify.verdict import Verdict
+
+USER = Path(__file__).parent / "user"
+MORE: dict[str, tuple[str, ...]] = {"Ties": ("model.hidden=[16,16]",)}  # overrides
+LINES = (USER / "mine" / "culprits.py").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    with fork_servers(USER) as both:
+        yield both
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    MORE["Leaves"] = (f"+task.folder={tmp_path}",)
+
+
+def judged(servers: Servers, *overrides: str) -> Verdict:
+    command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=100", *overrides)
+    return prove(command, Options(steps=6, kills=1, workers=(0,)), progress=print, servers=servers)
+
+
+def task(name: str, *, mended: bool = False) -> tuple[str, ...]:
+    return "~task", f"+task={{_target_:mine.culprits.{name},mended:{str(mended).lower()}}}"
+
+
+def model(name: str, *, mended: bool = False) -> tuple[str, ...]:
+    return f"model._target_=mine.culprits.{name}", f"+model.mended={str(mended).lower()}"
+
+
+# What is broken -> where, the kind of cause, words of the report, and the source line that it points to.
+CULPRITS = {
+    "Decoys": (task, "task memory", ["cause    ", "task.total was "], "self.total += 0.01"),
+    "Turns": (task, "task memory", ["cause    ", "task.scales was a cycle"], "next(self.scales)"),
+    "Sharpens": (model, "model memory", ["(mine.culprits.Sharpen.strength) was "], "Sharpen.strength = "),
+    "Listed": (model, "model memory", ["model.extra[0].weight was ", "ModuleList"], "self.extra[0].weight.mul_"),
+    "Rustles": (model, "model memory", ["model.source was torch.Generator", "get_extra_state"], "self.source"),
+    "Exchanges": (task, "task memory", ["the function doubled", "exchange it where"], "Ops.scale = "),
+    "Quiets": (task, "process", ["numpy.geterr() was {'divide': 'ignore'"], ""),
+    "Ties": (task, "structure", ["same object) changed from none to layers.1.bias = layers.4.bias"], ""),
+    "Grows": (task, "structure", ["model/late.weight came in step 4"], "model.late = "),
+    "Leaves": (task, "chance", ["leaves.txt", "culprits.py:"], 'open(self.file, "a")'),
+    "Pids": (task, "pid", ["os.getpid"], "os.getpid()"),
+}
+DECOYS = ("task.calls", "task.history", "task.zones", "task.taken", "task.done")
+
+
+FIRST, *OTHERS = CULPRITS
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.campaign) for name in OTHERS)])
+def test_the_culprit_is_named_and_no_decoy(name: str, servers: Servers) -> None:
+    where, kind, words, line = CULPRITS[name]
+    verdict = judged(servers, *where(name), *MORE.get(name, ()))
+    text = verdict.text()
+    report = "\n".join([text, *verdict.tried])
+    assert verdict.cause, report
+    assert verdict.cause.kind == kind, report
+    assert [word for word in words if word not in text] == [], report
+    assert [decoy for decoy in DECOYS if decoy in text] == [], report
+    if line:
+        place = verdict.cause.where.partition(",")[0]
+        assert line in LINES[int(place.rpartition(":")[2]) - 1], report
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", CULPRITS)
+def test_the_remedy_mends_it(name: str, servers: Servers) -> None:
+    verdict = judged(servers, *CULPRITS[name][0](name, mended=True), *MORE.get(name, ()))
+    assert verdict.holds, "\n".join([verdict.text(), *verdict.tried])
+
+
+class Scripted(Investigation):
+    """Undisturbed runs that are equal while the pid is held constant, and without only if they ``settle``."""
+
+    def __init__(self, *, settles: bool) -> None:
+        super().__init__(cast("Executor", None), cast("KillPlan", None), RunTrace("undisturbed", [ATTEMPT]), print)
+        self.settles = settles
+
+    def run(self, *overrides: str, **fields: object) -> RunTrace:
+        return RunTrace("again", [ATTEMPT])
+
+    def differs(self, trial: str, run: RunTrace, base: RunTrace | None = None) -> FirstDifference | None:
+        equal = "pid held" in trial or "once more" in trial or (self.settles and "nothing held" in trial)
+        return None if equal else DIFFERENCE
+
+
+ATTEMPT = AttemptTrace(AttemptRequest("undisturbed", (), Path("record")), 0, 0, ())
+DIFFERENCE = FirstDifference(1, 0, "loss", "loss", 1.0, 2.0)
+
+
+@pytest.mark.parametrize(("settles", "kind"), [(False, "pid"), (True, "chance")])
+def test_no_pin_is_blamed_without_a_control(settles: bool, kind: str) -> None:
+    cause = Scripted(settles=settles).hold(DIFFERENCE)
+    assert (cause.kind, cause.sure) == (kind, not settles)
+
+
+def test_a_refused_attempt_is_a_difference() -> None:
+    events = ({"event": "failed", "kind": "ledger", "message": "\n".join(f"line {n}" for n in range(40))},)
+    attempt = AttemptTrace(AttemptRequest("again", (), Path("record")), 1, 0, events)
+    lives = Scripted(settles=True)
+    difference = Investigation.differs(lives, "again", RunTrace("again", [attempt]))
+    assert difference
+    assert difference.path.splitlines()[0] == "line 0"
+
+
+def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = source.Watch()
+    try:
+        (tmp_path / "written").write_text("x")
+        (tmp_path / "written").read_text()
+        [*tmp_path.iterdir()]
+        monkeypatch.syspath_prepend(tmp_path)  # whose import lists the folder
+        (tmp_path / "imported.py").write_text("")
+        importlib.import_module("imported")
+    finally:
+        watch.close()
+    assert [*watch.reached] == [
+        f"the file {tmp_path / 'written'}",
+        f"the folder {tmp_path}",
+        f"the file {tmp_path / 'imported.py'}",
+    ]
+    assert all(place.startswith(f"{__file__}:") for place in watch.reached.values())
