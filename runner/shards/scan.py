@@ -7,10 +7,9 @@ to another store as a whole. Anyone may have written the file, so every key is c
 import json
 import threading
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from posixpath import commonprefix
 from queue import SimpleQueue
 from typing import Any
@@ -259,11 +258,11 @@ class Scan:
         """Scan the missing shards. ``progress`` is called with numbers of scanned bytes, ``save`` after each shard. An
         error or Ctrl-C stops all threads.
         """
-        todo = deque(url for url in self._stats if url not in self._done)
+        todo = [url for url in self._stats if url not in self._done]
+        urls = iter(todo)
         results: SimpleQueue[int | Shard | BaseException] = SimpleQueue()
-        threads = [
-            threading.Thread(target=self._work, args=(todo, results), daemon=True) for _ in range(min(jobs, len(todo)))
-        ]
+        make = partial(threading.Thread, target=self._work, args=(urls, results), daemon=True)
+        threads = [make() for _ in range(min(jobs, len(todo)))]
         try:
             for thread in threads:
                 thread.start()
@@ -281,19 +280,15 @@ class Scan:
         for thread in threads:  # a process that forks later must have no other threads
             thread.join()
 
-    def _work(self, todo: "deque[str]", results: "SimpleQueue[int | Shard | BaseException]") -> None:
-        while not self._stop.is_set():
-            try:
-                url = todo.popleft()
-            except IndexError:
-                return
-            try:
+    def _work(self, todo: Iterator[str], results: "SimpleQueue[int | Shard | BaseException]") -> None:
+        try:
+            for url in todo:  # which all threads share
                 shard = self._scanned(url, results.put)
-            except BaseException as error:
-                results.put(error)
-                return
-            if shard is not None:
+                if shard is None or self._stop.is_set():
+                    return
                 results.put(shard)
+        except BaseException as error:
+            results.put(error)
 
     def _scanned(self, url: str, progress: Callable[[int], None]) -> Shard | None:
         """Scan one shard; None if the scan was stopped. ``progress`` is called with numbers of scanned bytes."""
