@@ -21,7 +21,8 @@ checks the code against this map.
        run/ (attempt_records, attempts, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, shard_manifest, tokens)
        update     device
-    3  distributed/ (communicator, joining, outside, parallel, processes, stall, team, watchdog, world)
+    3  distributed/ (communicator, joining, outside, parallel, processes, stacks, stall, team,
+       watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote, stores)
        config/ (checks, environment, identity, schema, secrets)
