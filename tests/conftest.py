@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "user"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import servers
-from crews import Crews, crews
+from crews import Crews
 from lives import Lives, lives
 
 from runner.run.attempts import Attempt
@@ -54,11 +54,10 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
+@pytest.fixture(scope="session")
+def crew(life: Lives) -> Crews:
     """Call it to live one life of a run of several processes, and to end some of them as you please."""
-    with crews(tmp_path_factory.mktemp("crews")) as server:
-        yield server
+    return Crews(life)
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,15 @@
-"""Runs of several real processes to kill, started in a fraction of a second: what ``lives`` is for one process.
-
-Run as a program it is a server: for each request it forks as many ranks as were asked for, each in a process group of
-its own, as a launcher would start them, and kills or stops those it is told to.
+"""Runs of several real processes to kill: what ``lives`` is for one process. Each rank is a life in a process group of
+its own, as a launcher would start it.
 """
 
-import contextlib
-import importlib
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from counts import count
-from lives import WAITED, become, preload
+from lives import Life, Lives, Mines
+from servers import free_ports
 
 
 @dataclass(frozen=True)
@@ -37,161 +27,63 @@ class Ended:
 
 
 class Crews:
-    """The client's side: one crew after the other."""
+    """Starts crews with a server of lives."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        )
+    def __init__(self, life: Lives) -> None:
+        self._life = life
 
     def __call__(
         self,
         size: int,
         *arguments: str,
         cwd: Path | None = None,
-        send: int | None = None,
+        send: int = signal.SIGKILL,
         to: Sequence[int] | None = None,
         after: float | None = None,
         when: str | None = None,
         step: int | None = None,
         hang: int | None = None,
     ) -> Ended:
-        """One life of ``size`` ranks. The signal ``send`` (default SIGKILL) goes to the ranks ``to`` (default all)
-        ``after`` so many seconds, or once there is a file that matches ``when``. ``step`` kills rank ``to[0]`` after
-        that step, ``hang`` has its n-th put never return. A stopped rank is killed when the others have ended.
+        """One life of ``size`` ranks. The signal ``send`` goes to the ranks ``to`` (default all) ``after`` so many
+        seconds, or once there is a file that matches ``when``. ``step`` kills rank ``to[0]`` after that step, ``hang``
+        has its n-th put never return. A stopped rank is killed when the others have ended.
         """
-        options = {"send": send, "to": to, "after": after, "when": when, "step": step, "hang": hang}
-        chosen = {name: value for name, value in options.items() if value is not None}
-        return self._live([(size, *arguments)], cwd, chosen)[0]
+        ranks = range(size) if to is None else to
+        sent = Mines(send=send, after=after, when=when)
+        mines = dict.fromkeys(ranks, sent)
+        if step is not None or hang is not None:
+            mines[ranks[0]] = Mines(step=step, hang=hang)
+        lives = self._started(size, arguments, cwd, mines)
+        stopped = [lives[rank] for rank in ranks] if send == signal.SIGSTOP else []
+        return _ended(lives, stopped)
 
     def side_by_side(self, *crews: Sequence[Any]) -> list[Ended]:
         """Several crews at the same time, each with a port of its own; nobody is killed."""
-        return self._live(crews, None, {})
+        started = [self._started(size, arguments, None, {}) for size, *arguments in crews]
+        return [_ended(lives, []) for lives in started]
 
-    def _live(self, crews: Sequence[Sequence[Any]], cwd: Path | None, options: dict[str, Any]) -> list[Ended]:
-        assert self._server.stdin
-        assert self._server.stdout
-        requests = []
-        for number, (size, *arguments) in enumerate(crews):
-            keys = {argument.partition("=")[0] for argument in arguments}
-            waited = [f"{key}={value}" for key, value in WAITED.items() if key not in keys]
-            place = next(n for n, argument in enumerate(arguments) if argument.startswith("experiment="))
-            argv = ["runner", *arguments[:place], *waited, *arguments[place:]]
-            logs = [str(self._folder / f"crew{number}.rank{rank}.log") for rank in range(size)]
-            requests.append({"argv": argv, "cwd": str(cwd or self._folder), "logs": logs, **options})
-        self._server.stdin.write(json.dumps(requests) + "\n")
-        self._server.stdin.flush()
-        answers = json.loads(self._server.stdout.readline())
+    def _started(self, size: int, arguments: Sequence[str], cwd: Path | None, mines: dict[int, Mines]) -> list[Life]:
+        team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
         return [
-            Ended(outputs=[Path(log).read_text(errors="replace") for log in request["logs"]], **answer)
-            for request, answer in zip(requests, answers, strict=True)
+            self._life.start(
+                *arguments,
+                cwd=cwd,
+                environment=team | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                mines=mines.get(rank, Mines()),
+            )
+            for rank in range(size)
         ]
 
-    def close(self) -> None:
-        """End the server."""
-        assert self._server.stdin
-        assert self._server.stdout
-        self._server.stdin.close()
-        self._server.wait(10)
-        self._server.stdout.close()
 
-
-def serve() -> None:
-    """Answer requests until the client goes away."""
-    preload()
-    for module in ("processes", "parallel"):
-        importlib.import_module(f"runner.distributed.{module}")
-    for line in sys.stdin:
-        requests = json.loads(line)
-        began = time.monotonic()
-        crews = [_Crew(request) for request in requests]
-        while sum(crew.look(time.monotonic() - began) for crew in crews) < len(crews):
-            time.sleep(0.002)
-        print(
-            json.dumps([{"statuses": crew.statuses, "seconds": time.monotonic() - began} for crew in crews]), flush=True
-        )
-
-
-class _Crew:
-    """The ranks of one request."""
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        self.request = request
-        self.size = len(request["logs"])
-        self.statuses: list[int | None] = [0] * self.size
-        port = _free_port()
-        self.alive = {_started(request, rank, self.size, port): rank for rank in range(self.size)}
-        self.sent = False
-        self.to = request.get("to", [*range(self.size)])
-
-    def look(self, seconds: float) -> bool:
-        """Do what is due; whether all have ended."""
-        if not self.sent and self._due(seconds):
-            self.sent = True
-            self._send(self.to)
-        for pid in [*self.alive]:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self._ended(self.alive.pop(pid), pid, os.waitstatus_to_exitcode(status))
-        stopped = self.request.get("send") == signal.SIGSTOP and self.sent
-        if stopped and self.alive and {*self.alive.values()} <= {*self.to}:
-            for pid in self.alive:
-                os.killpg(pid, signal.SIGKILL)
-        return not self.alive
-
-    def _due(self, seconds: float) -> bool:
-        if "when" in self.request:
-            return any(Path("/").glob(self.request["when"].lstrip("/")))
-        return "after" in self.request and seconds >= self.request["after"]
-
-    def _send(self, ranks: Sequence[int]) -> None:
-        number = self.request.get("send", signal.SIGKILL)
-        for pid, rank in self.alive.items():
-            if rank in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, number)
-
-    def _ended(self, rank: int, pid: int, code: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # data workers that outlived it
-        self.statuses[rank] = None if code == -signal.SIGKILL else code
-        if code == -signal.SIGKILL:
-            count("kills")
-
-
-def _started(request: dict[str, Any], rank: int, size: int, port: int) -> int:
-    pid = os.fork()
-    if pid == 0:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        own = {"argv": request["argv"], "cwd": request["cwd"], "log": request["logs"][rank]}
-        if rank == request.get("to", [0])[0]:
-            own |= {name: request[name] for name in ("step", "hang") if name in request}
-        become(own)
-    return pid
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def crews(folder: Path) -> Iterator[Crews]:
-    """A server for the length of a block."""
-    server = Crews(folder)
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-if __name__ == "__main__":
-    serve()
+def _ended(lives: Sequence[Life], stopped: Sequence[Life]) -> Ended:
+    for life in lives:
+        if life not in stopped:
+            life.wait()
+    for life in stopped:
+        life.send(signal.SIGKILL)
+    ends = [life.wait() for life in lives]
+    return Ended(
+        statuses=[end.status for end in ends],
+        outputs=[end.output for end in ends],
+        seconds=max(end.seconds for end in ends),
+    )

@@ -2,7 +2,7 @@
 
 Run as a program it is a server: it imports everything once, then forks one life of the runner for each request, in a
 process group of its own, and kills it as asked. A life is ``python -m runner`` to the last system call; only its
-imports are inherited.
+imports and the caches of Hydra's parser are inherited.
 """
 
 import contextlib
@@ -11,18 +11,20 @@ import importlib.util
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from counts import count
 
+USER = Path(__file__).parent / "user"
 WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
 
 
@@ -35,43 +37,163 @@ class Ended:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mines:
+    """What ends or troubles a life; see ``Lives.__call__``."""
+
+    after: float | None = None
+    when: str | None = None
+    send: int = signal.SIGKILL
+    step: int | None = None
+    restored: bool = False
+    written: bool = False
+    operation: int | None = None
+    fail: int | None = None
+    put: int | None = None
+    commit: int | None = None
+    hang: int | None = None
+    hang_seconds: float | None = None
+    without: str | None = None
+    machine: str | None = None
+
+
+class Life:
+    """A process of the runner that goes on. As a context it is killed at the end."""
+
+    def __init__(self, server: "Lives", number: int, pid: int, log: Path) -> None:
+        self._server, self._number, self._log = server, number, log
+        self.pid = pid
+        self._ended: Ended | None = None
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def send(self, number: int) -> None:
+        """Send a signal to its process group; does nothing if it has ended."""
+        self._server.request({"to": self._number, "send": number})
+
+    def is_stopped(self) -> bool:
+        """Whether SIGSTOP holds it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    def wait(self) -> Ended:
+        """Wait until it has ended."""
+        if self._ended is None:
+            answer = self._server.answer(self._number)
+            self._ended = Ended(output=self.output, **answer)
+        return self._ended
+
+    def __enter__(self) -> "Life":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ended is None:
+            self.send(signal.SIGKILL)
+            self.wait()
+
+
 class Lives:
-    """The client's side: one life after the other."""
+    """The client's side. Lives may go on side by side."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._log = folder / "life.log"
+        self._numbers = itertools.count()
+        self._answers: dict[int, list[dict[str, Any]]] = {}
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+            env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         )
 
-    def __call__(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
-        """One life. How it ends: ``after`` seconds by a signal (``send``, default SIGKILL); at the n-th storage
-        ``operation``, which fails with the errno ``fail`` if one is given; in the n-th remote ``put``; at
-        the n-th ``commit`` of a database; after a ``step``; once it ``restored``; when all but the result is
-        ``written``. ``without`` drops a part from the state, ``environment`` adds to the environment. Checkpoints are
-        waited for unless the arguments say otherwise, so that it is known what is committed after a step.
+    def __call__(
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        after: float | None = None,
+        when: str | None = None,
+        send: int = signal.SIGKILL,
+        step: int | None = None,
+        restored: bool = False,
+        written: bool = False,
+        operation: int | None = None,
+        fail: int | None = None,
+        put: int | None = None,
+        commit: int | None = None,
+        hang: int | None = None,
+        hang_seconds: float | None = None,
+        without: str | None = None,
+        machine: str | None = None,
+    ) -> Ended:
+        """One life from its start to its end.
+
+        ``send`` is the signal that ends it: ``after`` so many seconds, or ``when`` a file matches a pattern; after an
+        optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; when all but the
+        result is ``written``; at the n-th storage ``operation``, which fails with the errno ``fail`` if that is set;
+        in the n-th remote ``put``. The n-th local put does ``hang`` for ``hang_seconds``, by default for ever.
+        ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks no other
+        sees. Checkpoints are waited for unless the arguments say otherwise, so that
+        it is certain what is committed after a step.
         """
-        given = {argument.partition("=")[0] for argument in arguments}
-        waited = [f"{key}={value}" for key, value in WAITED.items() if key not in given]
+        mines = Mines(
+            after=after,
+            when=when,
+            send=send,
+            step=step,
+            restored=restored,
+            written=written,
+            operation=operation,
+            fail=fail,
+            put=put,
+            commit=commit,
+            hang=hang,
+            hang_seconds=hang_seconds,
+            without=without,
+            machine=machine,
+        )
+        return self.start(*arguments, cwd=cwd, environment=environment, mines=mines).wait()
+
+    def start(
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        mines: Mines = Mines(),
+    ) -> Life:
+        """Begin a life without waiting for its end."""
+        keys = {argument.partition("=")[0] for argument in arguments}
+        waited = [f"{key}={value}" for key, value in WAITED.items() if key not in keys]
         place = next((n for n, argument in enumerate(arguments) if argument.startswith("experiment=")), None)
         if place is not None:
             arguments = (*arguments[:place], *waited, *arguments[place:])
+        number = next(self._numbers)
+        log = self._folder / f"life{number}.log"
+        log.touch()
+        request = {"number": number, "argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(log)}
+        self.request(request | {"environment": dict(environment or {}), "mines": asdict(mines)})
+        return Life(self, number, self.answer(number)["pid"], log)
+
+    def request(self, request: dict[str, Any]) -> None:
+        """Send a request to the server."""
         assert self._server.stdin
-        assert self._server.stdout
-        request = {"argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(self._log), **how}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        answer = json.loads(self._server.stdout.readline())
-        return Ended(output=self._log.read_text(errors="replace"), **answer)
+
+    def answer(self, number: int) -> dict[str, Any]:
+        """The next answer about one life. Answers about others are kept."""
+        assert self._server.stdout
+        while not self._answers.get(number):
+            about, answer = json.loads(self._server.stdout.readline())
+            self._answers.setdefault(about, []).append(answer)
+        return self._answers[number].pop(0)
 
     def close(self) -> None:
-        """End the server."""
+        """End the server, and with it what still lives."""
         assert self._server.stdin
         assert self._server.stdout
         self._server.stdin.close()
@@ -80,48 +202,93 @@ class Lives:
 
 
 def preload() -> None:
-    """Import all that a life will import."""
+    """Import all that a life will import, and have Hydra compose a configuration: it keeps what its parser learns."""
     optional = [name for name in ("optuna",) if importlib.util.find_spec(name)]
-    for module in ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment", *optional):
+    modules = ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment", "runner.datasets.digits")
+    modules += ("runner.models.mlp", "runner.tasks.classification", "runner.metrics.tensorboard")
+    modules += ("runner.distributed.processes", "runner.distributed.parallel")
+    for module in (*modules, *optional):
         importlib.import_module(module)
+
+    from hydra import compose, initialize_config_dir
+
+    from runner.app import CONFIGS
+    from runner.sweep import optuna
+
+    sys.path.insert(0, str(USER))  # Hydra looks for plugins once
+    optuna.register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        compose("config", overrides=["experiment=smoke", "seed=1", "+data.train.x={a:[1,b]}"])
+    sys.path.remove(str(USER))
     gc.freeze()  # else the first collection in each life copies every page
 
 
-def serve() -> None:
-    """Answer requests until the client goes away."""
-    preload()
-    for line in sys.stdin:
-        request = json.loads(line)
-        began = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
+class _Child:
+    """The server's side of one life."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.number, self._mines = request["number"], request["mines"]
+        self._began, self._sent = time.monotonic(), False
+        self.pid = os.fork()
+        if self.pid == 0:
             become(request)
-        status = _wait(pid, request)
-        if status is None:
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # it does the same, and may be first
+            os.setpgid(self.pid, self.pid)
+        _answer(self.number, {"pid": self.pid})
+
+    def send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, which is answered then; sends the signal if that is due."""
+        done, status = os.waitpid(self.pid, os.WNOHANG)
+        if not done:
+            if not self._sent and self._due():
+                self._sent = True
+                self.send(self._mines["send"])
+            return False
+        self.send(signal.SIGKILL)  # data workers that outlived it
+        code = os.waitstatus_to_exitcode(status)
+        ended = None if code == -signal.SIGKILL else code
+        if ended is None:
             count("kills")
-            if "operation" in request:
+            if self._mines["operation"] is not None:
                 count("kill points")
-        if "fail" in request:
+        if self._mines["fail"] is not None:
             count("faults")
-        print(json.dumps({"status": status, "seconds": time.monotonic() - began}), flush=True)
+        _answer(self.number, {"status": ended, "seconds": time.monotonic() - self._began})
+        return True
+
+    def _due(self) -> bool:
+        after, when = self._mines["after"], self._mines["when"]
+        if when is not None and any(Path("/").glob(when.lstrip("/"))):
+            return True
+        return after is not None and time.monotonic() - self._began >= after
 
 
-def _wait(pid: int, request: dict[str, Any]) -> int | None:
-    """The exit status of a life, None after SIGKILL; kills or signals it when its time has come."""
-    due = time.monotonic() + request["after"] if "after" in request else None
+def _answer(number: int, answer: dict[str, Any]) -> None:
+    print(json.dumps([number, answer]), flush=True)
+
+
+def serve() -> None:
+    """Answer requests until the client goes away; then end all lives."""
+    preload()
+    children: dict[int, _Child] = {}
+    buffer = b""
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if due is not None and time.monotonic() >= due:
-            due = None
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, request.get("send", signal.SIGKILL))
-        time.sleep(0.001)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # data workers that outlived it
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code
+        if select.select([0], [], [], 0.002 if children else None)[0]:
+            if not (received := os.read(0, 1 << 16)):
+                break
+            *lines, buffer = (buffer + received).split(b"\n")
+            for request in map(json.loads, lines):
+                if "argv" in request:
+                    children[request["number"]] = _Child(request)
+                elif request["to"] in children:
+                    children[request["to"]].send(request["send"])
+        children = {number: child for number, child in children.items() if not child.has_ended()}
+    for child in children.values():
+        child.send(signal.SIGKILL)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -132,10 +299,10 @@ def become(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
-    os.environ.update(request.get("environment", {}))
+    os.environ.update(request["environment"])
     sys.path.insert(0, request["cwd"])
     sys.argv = request["argv"]
-    _arm(request)
+    _arm(Mines(**request["mines"]))
 
     from runner.__main__ import main
 
@@ -151,32 +318,45 @@ def become(request: dict[str, Any]) -> None:
     os._exit(status)
 
 
-def _arm(request: dict[str, Any]) -> None:
+def _arm(mines: Mines) -> None:
     """Lay the mines that a request asks for."""
     from runner import experiment
     from runner.callbacks.base import observers
     from runner.state import TrainState
     from runner.storage import local
 
-    if "operation" in request:
-        local.os = _MortalOs(request["operation"], request.get("fail"))  # type: ignore[attr-defined]
-    if "put" in request:
-        _die_at_put(request["put"])
-    if "commit" in request:
-        _die_at_commit(request["commit"], request.get("send", signal.SIGKILL))
-    if "hang" in request:
-        _hang_at_put(request["hang"], request.get("seconds"))
-    if request.get("written"):
+    if mines.operation is not None:
+        local.os = _MortalOs(mines.operation, mines.fail)  # type: ignore[attr-defined]
+    if mines.put is not None:
+        _die_at_put(mines.put)
+    if mines.commit is not None:
+        _die_at_commit(mines.commit, mines.send)
+    if mines.hang is not None:
+        _hang_at_put(mines.hang, mines.hang_seconds)
+    if mines.written:
         experiment.finish = lambda *_: _die()  # type: ignore[assignment]
-    if "step" in request or request.get("restored"):
-        observers.append(_mortal(request))
-    if "without" in request:
+    if mines.step is not None or mines.restored:
+        observers.append(_mortal(mines))
+    if mines.machine is not None:
+        _move_to(mines.machine)
+    if mines.without is not None:
         parts = TrainState.parts
 
         def fewer(self: TrainState) -> Any:
-            return {name: part for name, part in parts(self).items() if name != request["without"]}
+            return {name: part for name, part in parts(self).items() if name != mines.without}
 
         TrainState.parts = fewer  # type: ignore[method-assign]
+
+
+def _move_to(machine: str) -> None:
+    """Another machine: no lock holds between the two."""
+    from runner.run import attempts
+    from runner.storage.local import LocalLocation
+    from runner.storage.location import Lock
+
+    attempts.machine = lambda location: machine
+    LocalLocation.lock = lambda self, name: Lock(os.open(os.devnull, os.O_RDONLY))  # type: ignore[method-assign]
+    LocalLocation.is_locked = lambda self, name: False  # type: ignore[method-assign]
 
 
 def _die_at_put(last: int) -> None:
@@ -209,18 +389,18 @@ def _hang_at_put(last: int, seconds: float | None) -> None:
     LocalLocation.put = stuck_put  # type: ignore[method-assign]
 
 
-def _mortal(request: dict[str, Any]) -> Any:
-    """An observer that kills after an optimizer step, or once the state is restored."""
+def _mortal(mines: Mines) -> Any:
+    """An observer that sends the signal after an optimizer step, or kills once the state is restored."""
     from runner.callbacks.base import Observer
 
     class Mortal(Observer):
         def on_resume(self, state: Any) -> None:
-            if request.get("restored"):
+            if mines.restored:
                 _die()
 
         def on_update(self, loop: Any) -> None:
-            if loop.step == request.get("step"):
-                _die()
+            if loop.step == mines.step:
+                _die() if mines.send == signal.SIGKILL else os.killpg(0, mines.send)
 
     return Mortal()
 

@@ -15,6 +15,9 @@ import traceback
 import types
 from typing import Any
 
+from waiting import Clock
+
+from runner.run import attempts
 from runner.runs import listing
 from runner.runs.__main__ import main
 
@@ -30,6 +33,9 @@ def late(number: int, frame: Any) -> None:
     raise Late("".join(traceback.format_stack(frame)[-3:]))
 
 
+CLOCK = Clock(seconds=SECONDS, late=Late)
+
+
 def once(seconds: float) -> None:
     """Replaces the pause between two updates of ``watch``, and ends it."""
     raise KeyboardInterrupt
@@ -37,7 +43,8 @@ def once(seconds: float) -> None:
 
 def ended(*words: str) -> dict[str, Any]:
     """How a command ended: its status and what it printed, or the error that nobody handled."""
-    out, begun = io.StringIO(), time.monotonic()
+    out = io.StringIO()
+    CLOCK.paused = 0.0
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -46,7 +53,7 @@ def ended(*words: str) -> dict[str, Any]:
         status = f"{error!r:.500}\n{''.join(traceback.format_exc().splitlines(keepends=True)[-12:])}"
     finally:
         signal.alarm(0)
-    return {"command": words, "status": status, "out": out.getvalue(), "seconds": time.monotonic() - begun}
+    return {"command": words, "status": status, "out": out.getvalue()}
 
 
 def looks(root: str, runs: list[str], good: str) -> list[dict[str, Any]]:
@@ -71,6 +78,7 @@ def bound() -> None:
 if __name__ == "__main__":
     request = json.load(sys.stdin)
     listing.time = types.SimpleNamespace(sleep=once, monotonic=time.monotonic, strftime=time.strftime)
+    attempts.time = CLOCK  # type: ignore[attr-defined]
     signal.signal(signal.SIGALRM, late)
     looks(request["ordinary"], [request["good"]], request["good"])  # before the limit on memory: imports everything
     bound()

@@ -32,6 +32,21 @@ class Server:
     url: str
     options: dict[str, Any]
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which a process may use it without options; none where there is no such way."""
+        if "connection_string" in self.options:
+            return {"AZURE_STORAGE_CONNECTION_STRING": self.options["connection_string"]}
+        if "secret" not in self.options:
+            return {}
+        address = self.options["client_kwargs"]
+        return {
+            "AWS_ACCESS_KEY_ID": self.options["key"],
+            "AWS_SECRET_ACCESS_KEY": self.options["secret"],
+            "AWS_DEFAULT_REGION": address["region_name"],
+            "AWS_ENDPOINT_URL": address["endpoint_url"],
+        }
+
 
 @contextlib.contextmanager
 def s3(folder: Path) -> Iterator[Server]:
@@ -39,7 +54,7 @@ def s3(folder: Path) -> Iterator[Server]:
     weed = _program("weed", str(Path(sys.executable).parent / "weed"))
     import s3fs
 
-    base = _free_ports(4, and_above=10_000)  # each has a second one for gRPC
+    base = free_ports(4, and_above=10_000)  # each has a second one for gRPC
     api, master, volume, filer = range(base, base + 4)
     command = [weed, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-s3.port={api}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
@@ -72,7 +87,7 @@ def gcs(folder: Path) -> Iterator[Server]:
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     import gcsfs
 
-    port = _free_ports(1)
+    port = free_ports(1)
     address = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={address}"]
     command += [f"-public-host=127.0.0.1:{port}", f"-filesystem-root={folder}", "-log-level=warn"]
@@ -88,7 +103,7 @@ def azure(folder: Path) -> Iterator[Server]:
     azurite = _program("azurite-blob", os.environ.get("AZURITE", ""))
     import adlfs
 
-    port = _free_ports(1)
+    port = free_ports(1)
     command = [azurite, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
     command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     account = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={_AZURE_KEY};"
@@ -102,7 +117,7 @@ def azure(folder: Path) -> Iterator[Server]:
 def sftp(folder: Path) -> Iterator[Server]:
     """OpenSSH for this user, by key."""
     sshd, keygen = _program("/usr/sbin/sshd"), _program("ssh-keygen")
-    port = _free_ports(1)
+    port = free_ports(1)
     for key in ("host", "id"):
         subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
     shutil.copy(folder / "id.pub", folder / "authorized_keys")
@@ -128,7 +143,7 @@ def slurm(folder: Path, *, cpus: int) -> Iterator[dict[str, str]]:
         pytest.skip("Slurm's daemons need root")
     daemons = ["munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"]
     munged, mariadbd, slurmdbd, slurmctld, slurmd = (_program(f"/usr/sbin/{name}") for name in daemons)
-    control, node, accounting = (_free_ports(3) + offset for offset in range(3))
+    control, node, accounting = (free_ports(3) + offset for offset in range(3))
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o700)
     (folder / "munge/key").write_bytes(os.urandom(1024))
@@ -189,14 +204,7 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-def _program(*candidates: str) -> str:
-    for candidate in candidates:
-        if path := shutil.which(candidate):
-            return path
-    pytest.skip(f"{candidates[0]} is not installed, which .ci/run does")
-
-
-def _free_ports(count: int, *, and_above: int = 0) -> int:
+def free_ports(count: int, *, and_above: int = 0) -> int:
     """The first of some consecutive free ports, below the range of ephemeral ports."""
     while True:
         first = random.SystemRandom().randrange(20_000, 22_000)
@@ -205,6 +213,13 @@ def _free_ports(count: int, *, and_above: int = 0) -> int:
                 for wanted in {port, port + and_above}:
                     stack.enter_context(socket.create_server(("127.0.0.1", wanted)))
             return first
+
+
+def _program(*candidates: str) -> str:
+    for candidate in candidates:
+        if path := shutil.which(candidate):
+            return path
+    pytest.skip(f"{candidates[0]} is not installed, which .ci/run does")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import lives
+from lives import Lives, Mines
 from results import results
-from waiting import until
+from waiting import Clock, until
 
 from runner.config.schema import OnConflict
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
@@ -240,7 +239,9 @@ def test_of_processes_started_at_once_only_one_owns_the_run(count: int, location
         assert len(attempts.history(location)) == lifetime + 1
 
 
-def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation) -> None:
+def test_a_claim_of_a_dead_local_process_is_dead_at_once(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with starters(location, 1) as (process,):
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -248,82 +249,71 @@ def test_a_claim_of_a_dead_local_process_is_dead_at_once(location: LocalLocation
         with pytest.raises(RunInUse, match=rf"is in use by attempt 1 \(pid {process.pid} on "):
             attempts.raise_if_live(location)
         assert attempts.newest(location).outcome() == "running"
-    began = time.monotonic()
+    monkeypatch.setattr(attempts, "time", Clock(seconds=0))
     attempts.raise_if_live(location)
-    assert time.monotonic() - began < 0.1
     assert attempts.newest(location).outcome() == "killed"
 
 
-def stranger(location: LocalLocation, number: int = 1, **facts: Any) -> ClaimName:
+def stranger(location: LocalLocation, number: int = 1, *, machine: str = "far", beat: float = 0.1) -> ClaimName:
     """A claim by another machine."""
     name = ClaimName(number, "0123456789ab")
-    claimed = {"host": "far", "machine": "far", "pid": 7, "beat": 0.1, "started": "then"}
-    location.put(f"{name}.json", [json.dumps(claimed | facts).encode()])
+    claimed = {"host": "far", "machine": machine, "pid": 7, "beat": beat, "started": "then"}
+    location.put(f"{name}.json", [json.dumps(claimed).encode()])
     return name
 
 
-@contextlib.contextmanager
-def beating(location: LocalLocation, name: ClaimName, *, seconds: float = 0.1) -> Iterator[None]:
-    done = threading.Event()
-
-    def beat() -> None:
-        for sequence in itertools.count():
-            location.replace(f"{name}.beat", [json.dumps({"sequence": sequence}).encode()])
-            if done.wait(seconds):
-                return
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def beating(location: LocalLocation, name: ClaimName) -> Clock:
+    """A clock by which an attempt beats in each pause of whoever watches it."""
+    numbers = itertools.count()
+    return Clock(lambda: location.replace(f"{name}.beat", [json.dumps({"sequence": next(numbers)}).encode()]))
 
 
-def test_another_machine_lives_while_its_beat_changes(location: LocalLocation) -> None:
-    name = stranger(location)
-    with beating(location, name):
-        with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
-            claim(location, {})
-        assert attempts.newest(location).outcome() == "unknown (another host)"
-        stolen = claim(location, {}, steal=True)
+def test_another_machine_lives_while_its_beat_changes(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "time", beating(location, stranger(location)))
+    with pytest.raises(RunInUse, match=r"attempt 1 \(pid 7 on far\)"):
+        claim(location, {})
+    assert attempts.newest(location).outcome() == "unknown (another host)"
+    stolen = claim(location, {}, steal=True)
     assert stolen.number == 2
     stolen.end("finished")
 
 
-def test_another_machine_is_dead_after_three_silent_beats(location: LocalLocation) -> None:
-    name = stranger(location)
+def test_another_machine_is_dead_after_three_silent_beats(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, clock = stranger(location), Clock()
     location.replace(f"{name}.beat", [b'{"sequence": 7}'])
-    began = time.monotonic()
+    monkeypatch.setattr(attempts, "time", clock)
     assert attempts.newest(location).outcome() == "unknown (another host)"
-    assert time.monotonic() - began < 0.1, "only a starter waits"
+    assert clock.paused == 0, "only a starter waits"
+    began = clock.monotonic()
     attempt = claim(location, {})
-    assert 0.3 < time.monotonic() - began < 3
+    assert clock.monotonic() - began > 0.3
+    assert clock.paused < 3
     assert attempt.number == 2
     attempt.end("finished")
 
 
-def test_another_machine_that_withdraws_is_not_waited_for(location: LocalLocation) -> None:
+def test_another_machine_that_withdraws_is_not_waited_for(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = stranger(location, beat=60)
-    threading.Timer(0.2, lambda: location.replace(f"{name}.end.json", [b"{}"])).start()
-    with pytest.MonkeyPatch.context() as patch:
-        sleep = time.sleep
-        patch.setattr(attempts.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
-        attempts.raise_if_live(location)
-        other = stranger(location, 2, beat=60)
-        threading.Timer(0.2, lambda: location.remove(f"{other}.json")).start()
-        attempts.raise_if_live(location)
+    clock = Clock(lambda: location.replace(f"{name}.end.json", [b"{}"]), seconds=5)
+    monkeypatch.setattr(attempts, "time", clock)
+    attempts.raise_if_live(location)
+    other = stranger(location, 2, beat=60)
+    clock.pause = lambda: location.remove(f"{other}.json")
+    attempts.raise_if_live(location)
 
 
-def test_waiting_is_for_the_living(location: LocalLocation) -> None:
+def test_waiting_is_for_the_living(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory("", "a", "b", location)
     name = stranger(location)
-    with beating(location, name):
-        assert must_wait(directory, OnConflict.wait)
-        assert not must_wait(directory, OnConflict.steal)
-        location.replace(f"{name}.end.json", [b"{}"])
-        assert not must_wait(directory, OnConflict.wait)
+    monkeypatch.setattr(attempts, "time", beating(location, name))
+    assert must_wait(directory, OnConflict.wait)
+    assert not must_wait(directory, OnConflict.steal)
+    location.replace(f"{name}.end.json", [b"{}"])
+    assert not must_wait(directory, OnConflict.wait)
 
 
 @pytest.mark.parametrize(
@@ -349,11 +339,10 @@ def test_a_claim_that_says_nonsense_still_counts(
     (record,) = attempts.history(location)
     assert record.outcome() == "unknown (another host)"
     assert "\x1b" not in record.owner()
-    waited: list[float] = []
-    monkeypatch.setattr(attempts.time, "sleep", waited.append)
-    monkeypatch.setattr(attempts.time, "monotonic", lambda: sum(waited))
+    clock = Clock()
+    monkeypatch.setattr(attempts, "time", clock)
     attempts.raise_if_live(location)
-    assert 0.3 < sum(waited) < 200
+    assert clock.paused > 0
     attempt = claim(location, {}, steal=True)
     assert attempt.number == 42
     attempt.end("finished")
@@ -371,10 +360,7 @@ def test_beats_tell_where_an_attempt_is_without_being_asked(location: LocalLocat
     assert attempts.newest(location).beat["committed"] == 3
     attempt.note(step=5)
     first = attempts.newest(location).beat["sequence"]
-    until = time.monotonic() + 5
-    while attempts.newest(location).beat.get("step") != 5:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: attempts.newest(location).beat.get("step") == 5)
     assert attempts.newest(location).beat["sequence"] > first
     attempt.end("finished", reason="")
     record = attempts.newest(location)
@@ -390,21 +376,22 @@ def test_a_storage_that_refuses_or_hangs_does_not_stop_a_beat(
     attempt = claim(location, {})
 
     def refuse(*_: Any, **__: Any) -> None:
+        refused.append(1)
         raise StorageError("no")
 
+    refused = []
     for verb in ("replace", "list"):
         monkeypatch.setattr(location, verb, refuse)
     attempt.beat(step=1)
-    time.sleep(0.3)
+    until(lambda: len(refused) > 3)
     monkeypatch.undo()
     attempt.beat(step=2)
     assert attempts.newest(location).beat["step"] == 2
     free = threading.Event()
-    monkeypatch.setattr(location, "replace", lambda *_, **__: free.wait(30))
-    time.sleep(0.15)
-    began = time.monotonic()
-    attempt.beat(step=3)
-    assert time.monotonic() - began < 1
+    asked = threading.Event()
+    monkeypatch.setattr(location, "replace", lambda *_, **__: asked.set() or free.wait(240))
+    assert asked.wait(60)
+    attempt.beat(step=3)  # would else hang
     free.set()
     monkeypatch.undo()
     attempt.end("finished")
@@ -414,19 +401,30 @@ def test_an_owner_learns_of_its_successor_between_commits(location: LocalLocatio
     attempt = claim(location, {})
     attempt.raise_if_superseded()
     stranger(location, 2)
-    time.sleep(1.0)
+
+    def superseded() -> bool:
+        try:
+            attempt.raise_if_superseded()
+        except Superseded:
+            return True
+        return False
+
+    until(superseded)
     with pytest.raises(Superseded, match=r"attempt 2 \(pid 7 on far\) took over"):
         attempt.raise_if_superseded()
     assert attempt.successor().number == 2
     attempt.end("superseded")
 
 
-def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(location: LocalLocation) -> None:
-    location.beat_seconds = 1.0
+def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(
+    location: LocalLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = claim(location, {})
-    name = stranger(location, 2)
-    threading.Timer(0.2, lambda: location.remove(f"{name}.json")).start()
+    clock = Clock(lambda: location.remove(f"{ClaimName(2, '0123456789ab')}.json"))
+    monkeypatch.setattr(attempts, "time", clock)
+    stranger(location, 2)
     assert attempt.successor() is None
+    assert clock.paused > 0, "it looks twice"
     attempt.end("finished")
 
 
@@ -516,70 +514,32 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
     claim(location, {}).end("finished")
 
 
-ELSEWHERE = """
-import sys
-from runner.run import attempts
-from runner.storage.local import LocalLocation
-from runner.storage.location import Lock
-import os
-here = sys.argv.pop(1)
-attempts.machine = lambda location: here
-LocalLocation.lock = lambda self, name: Lock(os.open(os.devnull, os.O_RDONLY))  # no lock holds between machines
-LocalLocation.is_locked = lambda self, name: False
-from runner.__main__ import main
-sys.exit(main())
-"""
-
-
-def test_an_owner_paused_past_its_beats_is_superseded(tmp_path: Path) -> None:
+def test_an_owner_paused_past_its_beats_is_superseded(life: Lives, tmp_path: Path) -> None:
     """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
-    command = (*COMMAND[2:], "experiment=smoke", "trainer.max_steps=300", f"run.root={tmp_path}", "run.name=r")
-    log = tmp_path / "log"
-
-    def start(machine: str) -> "subprocess.Popen[bytes]":
-        with log.open("a") as out:
-            started = [sys.executable, "-c", ELSEWHERE, machine, *command]
-            return subprocess.Popen(started, stdout=out, stderr=out, cwd=tmp_path, env=environment)
-
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with start("one") as first:
-        until(lambda: [*tmp_path.glob("smoke/r/commits/*")])
-        first.send_signal(signal.SIGSTOP)
-        committed = max(int(path.name[9:18]) for path in tmp_path.glob("smoke/r/commits/a000001-*"))
-        with start("two") as second:
-            until(lambda: [*tmp_path.glob("smoke/r/commits/a000002-*")], process=second, log=log)
-            first.send_signal(signal.SIGCONT)
-            assert first.wait(300) == 4
-            assert second.wait(120) == 0
-    text = log.read_text()
-    assert "attempt 2 (pid" in text
-    assert "took over" in text
-    resumed = int(text.split("attempt  2, resumed from step ")[1].split()[0])
-    assert resumed >= committed
-    with lives(tmp_path) as life:
-        assert life(*command[:-1], "run.name=whole").status == 0
+    command = (*COMMAND, "trainer.max_steps=40", f"run.root={tmp_path}")
+    with life.start(*command, "run.name=r", mines=Mines(machine="one", step=15, send=signal.SIGSTOP)) as first:
+        until(first.is_stopped)
+        with life.start(*command, "run.name=r", mines=Mines(machine="two")) as second:
+            until(lambda: [*tmp_path.glob("smoke/r/commits/a000002-*")])
+            first.send(signal.SIGCONT)
+            assert first.wait().status == 4, first.output
+            assert second.wait().status == 0, second.output
+    assert "attempt 2 (pid" in first.output
+    assert "took over" in first.output
+    assert "attempt  2, resumed from step 10" in second.output
+    assert life(*command, "run.name=whole").status == 0
     differing = results(tmp_path / "smoke/r").differences(results(tmp_path / "smoke/whole"))
     assert set(differing) <= {"lines"}  # the first one may have written lines of its own after the takeover
 
 
-def test_a_stolen_run_stops_though_no_checkpoint_is_due(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "runner", "experiment=smoke", "trainer.max_steps=1000000"]
-    command += [
-        "checkpoint.every_steps=null",
-        "checkpoint.every_seconds=null",
-        f"run.root={tmp_path}",
-        "run.name=r",
-        "objective.metric=null",
-    ]
-    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **how))
-        stack.callback(first.kill)
+def test_a_stolen_run_stops_though_no_checkpoint_is_due(life: Lives, tmp_path: Path) -> None:
+    command = ("experiment=smoke", "trainer.max_steps=1000000", "checkpoint.every_steps=null", "objective.metric=null")
+    command = (*command, f"run.root={tmp_path}", "run.name=r")
+    with life.start(*command) as first:
         until(lambda: [*tmp_path.glob("smoke/r/attempts/*.beat")])
-        thief = stack.enter_context(subprocess.Popen([*command, "run.on_conflict=steal"], cwd=tmp_path, **how))
-        stack.callback(thief.kill)
-        assert first.wait(300) == 4
-        assert not list(tmp_path.glob("smoke/r/commits/*"))
+        with life.start(*command, "run.on_conflict=steal"):
+            assert first.wait().status == 4, first.output
+            assert not list(tmp_path.glob("smoke/r/commits/*"))
 
 
 @pytest.mark.parametrize("number", [10, 1000])
@@ -636,13 +596,13 @@ def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     assert record.patience <= 4 * RemoteLocation.beat_seconds
 
 
-def test_claims_of_one_number_are_watched_at_the_same_time() -> None:
+def test_claims_of_one_number_are_watched_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     location = Memory()
     about = json.dumps({"beat": 0.1, "machine": "other"}).encode()
     location.objects = {f"attempts/000007-{nonce:012x}.json": about for nonce in range(100)}
-    begun = time.monotonic()
+    monkeypatch.setattr(attempts, "time", clock := Clock())
     assert attempts.live(location, attempts.names(location), dead=set()) is None
-    assert time.monotonic() - begun < 60  # one by one it would be 80 s
+    assert clock.paused < 2, "one by one it would be 80 s"
 
 
 def test_a_live_claim_among_many_watched_is_seen() -> None:

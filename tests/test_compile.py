@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crews import Crews, crews
+from crews import Crews
+from lives import lives
 from results import results
 
 pytestmark = [
@@ -27,8 +28,8 @@ COMMAND = (
 @pytest.fixture
 def crew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crews]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    with crews(tmp_path) as server:
-        yield server
+    with lives(tmp_path) as life:
+        yield Crews(life)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lives import Ended, Lives
@@ -21,9 +20,9 @@ Live = Callable[..., Ended]
 def live(life: Lives, tmp_path: Path) -> Live:
     """One life of a user's experiment, in a root of this test."""
 
-    def one(*more: str, experiment: str = "rows", **how: Any) -> Ended:
+    def one(*more: str, experiment: str = "rows", step: int | None = None) -> Ended:
         common = (f"experiment={experiment}", f"run.root={tmp_path}", "run.name=r", "trainer.max_steps=8")
-        return life("--config-dir", "conf", *common, *more, cwd=USER, **how)
+        return life("--config-dir", "conf", *common, *more, cwd=USER, step=step)
 
     return one
 

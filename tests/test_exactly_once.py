@@ -38,8 +38,9 @@ Live = Callable[..., Ended]
 def live(life: Lives, tmp_path: Path) -> Live:
     """One life of a user's experiment, in a root of this test."""
 
-    def one(experiment: str, *more: str, **how: Any) -> Ended:
-        return life("--config-dir", "conf", f"experiment={experiment}", f"run.root={tmp_path}", *more, cwd=USER, **how)
+    def one(experiment: str, *more: str, step: int | None = None) -> Ended:
+        command = ("--config-dir", "conf", f"experiment={experiment}", f"run.root={tmp_path}", *more)
+        return life(*command, cwd=USER, step=step)
 
     return one
 

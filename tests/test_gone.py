@@ -4,14 +4,13 @@ that is not, and nothing is written where nothing belongs.
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
-import servers
-from lives import Ended, Lives, lives
+from lives import Lives
+from servers import Server
 from waiting import until
 
 from runner import signals
@@ -24,24 +23,6 @@ from runner.storage.location import Location
 from runner.storage.remote import RemoteLocation
 
 COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=10", "trainer.evaluate_every_steps=10")
-
-
-class Living:
-    """A life in a thread, and what it has printed so far."""
-
-    def __init__(self, life: Lives, *arguments: str) -> None:
-        self._ended: list[Ended] = []
-        self._log = life._folder / "life.log"
-        self._log.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=lambda: self._ended.append(life(*arguments)))
-        self._thread.start()
-
-    def says(self, what: str) -> bool:
-        return self._log.exists() and what in self._log.read_text(errors="replace")
-
-    def end(self) -> Ended:
-        self._thread.join(240)
-        return self._ended[0]
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -138,10 +119,10 @@ def test_an_outage_is_not_taken_for_absence(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_removed_run_ends_and_leaves_no_folder(life: Lives, tmp_path: Path) -> None:
-    living = Living(life, *COMMAND, "trainer.max_steps=10000000", f"run.root={tmp_path}", "run.name=r")
-    until(lambda: len([*tmp_path.glob("smoke/r/commits/*")]) > 1)
-    (tmp_path / "smoke/r").rename(tmp_path / "elsewhere")
-    end = living.end()
+    with life.start(*COMMAND, "trainer.max_steps=10000000", f"run.root={tmp_path}", "run.name=r") as living:
+        until(lambda: len([*tmp_path.glob("smoke/r/commits/*")]) > 1)
+        (tmp_path / "smoke/r").rename(tmp_path / "elsewhere")
+        end = living.wait()
     assert end.status == 1
     assert "was moved, removed or replaced" in end.output
     assert "Traceback" not in end.output
@@ -150,10 +131,10 @@ def test_a_removed_run_ends_and_leaves_no_folder(life: Lives, tmp_path: Path) ->
 
 def test_an_export_waits_for_a_storage_that_comes_back(life: Lives, tmp_path: Path) -> None:
     (tmp_path / "smoke/r/model.safetensors").mkdir(parents=True)
-    living = Living(life, *COMMAND, f"run.root={tmp_path}", "run.name=r")
-    until(lambda: living.says("the weights could not be exported"))
-    (tmp_path / "smoke/r/model.safetensors").rmdir()
-    assert living.end().status == 0
+    with life.start(*COMMAND, f"run.root={tmp_path}", "run.name=r") as living:
+        until(lambda: "the weights could not be exported" in living.output)
+        (tmp_path / "smoke/r/model.safetensors").rmdir()
+        assert living.wait().status == 0
     assert (tmp_path / "smoke/r/result.json").exists()
     life(*COMMAND, "checkpoint.max_unsaved=0.1", f"run.root={tmp_path}", "run.name=s", written=True)
     (tmp_path / "smoke/s/model.safetensors").mkdir()
@@ -182,44 +163,32 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
         one.end("finished")
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Lives, str]]:
-    """Lives, and a root that they have the credentials for."""
-    if request.param == "local":
-        yield request.getfixturevalue("life"), str(tmp_path)
-        return
-    server: servers.Server = request.getfixturevalue("s3")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", server.options["key"])
-        patch.setenv("AWS_SECRET_ACCESS_KEY", server.options["secret"])
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", server.options["client_kwargs"]["endpoint_url"])
-        with lives(tmp_path_factory.mktemp("own")) as life:
-            yield life, f"{server.url}/{tmp_path.name}"
-
-
-def test_a_finished_run_without_its_weights_makes_them_again(place: tuple[Lives, str]) -> None:
-    life, root = place
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_finished_run_without_its_weights_makes_them_again(
+    kind: str, life: Lives, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    root, environment, options = str(tmp_path), {}, {}
+    if kind == "s3":
+        server: Server = request.getfixturevalue("s3")
+        root, environment, options = f"{server.url}/{tmp_path.name}", server.environment, server.options
     command = (*COMMAND, f"run.root={root}", "run.name=r")
-    assert life(*command).status == 0
-    system, run = fsspec.url_to_fs(f"{root}/smoke/r")
+    assert life(*command, environment=environment).status == 0
+    system, run = fsspec.url_to_fs(f"{root}/smoke/r", **options)
     first, best = "model.safetensors", "best.safetensors"
     whole = {name: system.cat_file(f"{run}/{name}") for name in (first, best)}
     result = json.loads(system.cat_file(f"{run}/result.json"))
-    assert "attempt" not in life(*command).output
+    assert "attempt" not in life(*command, environment=environment).output
     for name, damaged in [(best, None), (first, whole[first][:-1])]:
         system.rm_file(f"{run}/{name}")
         if damaged is not None:
             system.pipe_file(f"{run}/{name}", damaged)
-        end = life(*command)
+        end = life(*command, environment=environment)
         told = f"finished, but {name} has {len(damaged or b'')} bytes, expected {len(whole[name])}: made again"
         assert (end.status, told in end.output) == (0, True), end.output
         assert {name: system.cat_file(f"{run}/{name}") for name in (first, best)} == whole
         again = json.loads(system.cat_file(f"{run}/result.json"))
         assert again | {"seconds": 0} == result | {"seconds": 0}
-    if root.startswith("/"):
+    if kind == "local":
         system.rm_file(f"{run}/{first}")
         assert not life(*command, "-m").output.startswith("1 done")
         assert system.cat_file(f"{run}/{first}") == whole[first]

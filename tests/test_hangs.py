@@ -21,7 +21,7 @@ HANGS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.campaign) if n in ("restore", "end") else n for n in HANGS]
+    "name", [pytest.param(n, marks=pytest.mark.campaign) if n in ("evaluation", "restore", "end") else n for n in HANGS]
 )
 def test_a_rank_that_hangs_is_named_with_its_line(name: str, crew: Crews, tmp_path: Path) -> None:
     rank, more, place = HANGS[name]
@@ -38,7 +38,7 @@ def test_a_rank_that_hangs_is_named_with_its_line(name: str, crew: Crews, tmp_pa
     if name == "restore":
         crew(2, *command, cwd=USER, step=3)
     to, hang = ([1], 1) if name == "writer" else (None, None)
-    ended = crew(2, *command, "runtime.timeout=4", cwd=USER, to=to, hang=hang)
+    ended = crew(2, *command, "runtime.timeout=3", cwd=USER, to=to, hang=hang)
     assert ended.statuses == [1, 1], ended.output
     assert f"rank {rank} (pid" in ended.output
     assert f"rank {1 - rank} (pid" not in ended.output, "it only waits"

@@ -18,10 +18,10 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(life: Lives, tmp_path: Path) -> Run:
-    def run(*words: str, name: str = "run", **how: object) -> Ended:
+    def run(*words: str, name: str = "run", step: int | None = None) -> Ended:
         fixed = ("trainer.max_steps=4", "trainer.evaluate_every_steps=2", "checkpoint.every_steps=2")
         command = ("experiment=smoke", *fixed, f"run.root={tmp_path}", f"run.name={name}", "runtime.num_threads=1")
-        return life(*command, *words, cwd=USER, **how)
+        return life(*command, *words, cwd=USER, step=step)
 
     return run
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from crews import crews
+from crews import Crews
 from results import results
 from waiting import until
 
@@ -31,7 +31,7 @@ COMMAND = (
 
 @pytest.mark.campaign
 @pytest.mark.skipif(find_spec("hydra_plugins.hydra_submitit_launcher") is None, reason="needs the extra slurm")
-def test_a_job_of_two_tasks_is_preempted_and_goes_on(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_of_two_tasks_is_preempted_and_goes_on(cluster: dict[str, str], crew: Crews, tmp_path: Path) -> None:
     """The signal of a preemption stops both tasks after the same step; the job is queued again by itself."""
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     environment = {"PATH": path, "PYTHONPATH": f"{ROOT}:{USER}", "HOME": str(tmp_path), "USER": "root"}
@@ -59,8 +59,7 @@ def test_a_job_of_two_tasks_is_preempted_and_goes_on(cluster: dict[str, str], tm
     assert [attempt.outcome() for attempt in attempts(tmp_path)] == ["interrupted", "finished"]
     assert [attempt.claim["topology"]["processes"] for attempt in attempts(tmp_path)] == [2, 2]
     (run,) = (tmp_path / "runs/smoke").glob("*/result.json")
-    with crews(tmp_path) as crew:
-        whole = crew(2, "--config-dir", f"{USER}/conf", *COMMAND, f"run.root={tmp_path}/whole", cwd=USER)
+    whole = crew(2, "--config-dir", f"{USER}/conf", *COMMAND, f"run.root={tmp_path}/whole", cwd=USER)
     assert whole.statuses == [0, 0], whole.output
     (expected,) = (tmp_path / "whole/smoke").iterdir()
     assert not results(run.parent).differences(results(expected))

@@ -1,10 +1,7 @@
 """``python -m runner.runs prune`` and ``export``: checkpoints thinned out, weights taken, by real runs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -87,21 +84,16 @@ def test_prune_with_one_good_checkpoint_left_removes_nothing(run: Path) -> None:
 
 
 def test_prune_refuses_a_run_that_lives_and_fewer_than_two(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prune", str(run), "--last", "1"]) == 2
     assert "--last 1 is too small: at least 2" in capsys.readouterr().err
-    command = [sys.executable, "-m", "runner", *COMMAND, "trainer.max_steps=100000", f"run.root={tmp_path}"]
-    live = subprocess.Popen([*command, "run.name=live"], stdout=subprocess.DEVNULL, process_group=0)
-    try:
+    with life.start(*COMMAND, "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=live") as live:
         until(lambda: [*tmp_path.glob("smoke/live/commits/*")])
         assert main(["prune", str(tmp_path / "smoke/live"), "--yes"]) == 4
         told = capsys.readouterr().err
         assert f"is in use by attempt 1 (pid {live.pid}" in told
         assert "run.on_conflict" not in told, "which this command does not have"
-    finally:
-        os.killpg(live.pid, 9)
-        live.wait()
 
 
 def test_export_writes_the_same_file_as_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import servers
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from servers import Server
+from waiting import until
 
 from runner.errors import ConfigError, StorageError
 from runner.run.directory import RunDirectory
@@ -425,13 +426,12 @@ def test_a_listing_may_take_long_while_its_pages_arrive(s3: Server, monkeypatch:
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", slow)
     location = open_location(url, s3.options)
-    monkeypatch.setattr(backend, "DEADLINE", 2.0)
+    monkeypatch.setattr(backend, "DEADLINE", 3.0)
     assert len(location.list("a")) == 8
     monkeypatch.setattr(backend, "TRIES", 1)
-    monkeypatch.setattr(backend, "DEADLINE", 1.0)
     answered = threading.Thread(target=lambda: location.list("a"))
     answered.start()
-    with pytest.raises(StorageError, match="no answer within 1 s"):
+    with pytest.raises(StorageError, match="no answer within 3 s"):
         location.list("hangs")
     answered.join()
 
@@ -478,7 +478,4 @@ def test_an_upload_that_takes_too_long_leaves_no_parts(s3: Server, monkeypatch: 
     url = f"{s3.url}/{os.urandom(4).hex()}"
     with pytest.raises(StorageError, match=r"cannot write .*/a"):
         open_location(url, s3.options).put("a", [bytes(11 << 20)])
-    deadline = time.monotonic() + 60
-    while uploads(s3, url):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not uploads(s3, url))

@@ -3,19 +3,16 @@ a disk that nobody disturbed.
 """
 
 import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
 import servers
-from lives import Lives, lives
+from lives import Ended, Lives
 from results import results
+
+from runner.runs.__main__ import main
 
 COMMAND = ("experiment=digits", "trainer.max_steps=60", "trainer.evaluate_every_steps=20", "checkpoint.every_steps=10")
 NAME = "digits/trainer.evaluate_every_steps=20,trainer.max_steps=60"
@@ -23,18 +20,26 @@ NAME = "digits/trainer.evaluate_every_steps=20,trainer.max_steps=60"
 
 @dataclass(frozen=True)
 class Store:
-    """A server, processes that have its credentials in their environment, and what they must be told besides."""
+    """A server, and lives that have its credentials in their environment, or what they must be told besides."""
 
     server: servers.Server
-    life: Lives
-    arguments: tuple[str, ...]
+    lives: Lives
     folder: Path
 
     def root(self, name: str) -> str:
         return f"{self.server.url}/{name}"
 
+    @property
+    def arguments(self) -> list[str]:
+        options = {} if self.server.environment else self.server.options
+        return [f"+run.storage_options.{key}={value}" for key, value in options.items()]
+
     def command(self, name: str) -> tuple[str, ...]:
         return (*COMMAND, f"run.root={self.root(name)}", *self.arguments)
+
+    def life(self, *arguments: str, step: int | None = None, put: int | None = None) -> Ended:
+        environment = self.server.environment
+        return self.lives(*arguments, cwd=self.folder, environment=environment, step=step, put=put)
 
     def copy(self, name: str) -> Path:
         """The run directory as a synced copy on this machine."""
@@ -47,27 +52,9 @@ class Store:
         return target
 
 
-Serve = Callable[[Path], AbstractContextManager[servers.Server]]
-
-
-@pytest.fixture(scope="module", params=[servers.s3, servers.azure, servers.sftp], ids=["s3", "azure", "sftp"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    serve: Serve = request.param
-    folder = tmp_path_factory.mktemp("store")
-    with serve(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
-        arguments = []
-        options = dict(server.options)
-        if "connection_string" in options:
-            patch.setenv("AZURE_STORAGE_CONNECTION_STRING", options["connection_string"])
-        elif "secret" in options:
-            patch.setenv("AWS_ACCESS_KEY_ID", options["key"])
-            patch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            patch.setenv("AWS_ENDPOINT_URL", options["client_kwargs"]["endpoint_url"])
-        else:
-            arguments = [f"+run.storage_options.{key}={value}" for key, value in options.items()]
-        with lives(folder) as life:
-            yield Store(server, life, tuple(arguments), folder)
+@pytest.fixture(scope="module", params=["s3", "azure", "sftp"])
+def store(request: pytest.FixtureRequest, life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(request.getfixturevalue(request.param), life, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +64,9 @@ def undisturbed(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / NAME
 
 
-def test_killed_in_a_save_and_resumed_is_the_undisturbed_run(store: Store, undisturbed: Path) -> None:
+def test_killed_in_a_save_and_resumed_is_the_undisturbed_run(
+    store: Store, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Killed at puts of all kinds, in the background and not; the curves and the ledger are there as well."""
     command = store.command("killed")
     for put, background in [(12, "false"), (9, "true"), (13, "true")]:
@@ -88,10 +77,8 @@ def test_killed_in_a_save_and_resumed_is_the_undisturbed_run(store: Store, undis
     copy = store.copy("killed")
     assert not results(copy).differences(results(undisturbed))
     assert list((copy / "tensorboard").iterdir())
-    audit = subprocess.run(
-        [sys.executable, "-m", "runner.runs", "audit", str(copy)], capture_output=True, text=True, check=False
-    )
-    assert (audit.returncode, "0 differing" in audit.stdout) == (0, True), audit.stdout + audit.stderr
+    assert main(["audit", str(copy)]) == 0
+    assert "0 differing" in capsys.readouterr().out
     again = store.life(*command)
     assert (again.status, "attempt" in again.output) == (0, False)
 
@@ -111,18 +98,10 @@ def test_a_damaged_checkpoint_costs_steps_and_says_so(store: Store, undisturbed:
     assert not results(store.copy("damaged")).differences(results(undisturbed))
 
 
-def test_of_two_runs_started_at_once_only_one_trains(store: Store, tmp_path: Path) -> None:
-    command = store.command("twice")
-    ended = []
-    with lives(tmp_path) as other:
-        other("--version")  # its server is up
-        threads = [
-            threading.Thread(target=lambda life=life: ended.append(life(*command))) for life in (store.life, other)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+def test_of_two_runs_started_at_once_only_one_trains(store: Store) -> None:
+    command, environment = store.command("twice"), store.server.environment
+    started = [store.lives.start(*command, cwd=store.folder, environment=environment) for _ in range(2)]
+    ended = [life.wait() for life in started]
     assert sorted(process.status for process in ended) == [0, 4], [process.output for process in ended]
     assert any("is in use by" in process.output for process in ended)
 

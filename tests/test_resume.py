@@ -256,7 +256,7 @@ def test_tensorboard_shows_one_curve_with_no_point_twice(
 
 def test_garbage_is_bounded(life: Lives, tmp_path: Path) -> None:
     """After many kills there are the checkpoints that retention keeps, their data, and nothing else."""
-    command = ("experiment=smoke", "checkpoint.every_steps=2", *COMMON, f"run.root={tmp_path}")
+    command = ("experiment=smoke", "trainer.max_steps=20", "checkpoint.every_steps=2", *COMMON, f"run.root={tmp_path}")
     for operation in range(20, 120, 9):
         life(*command, operation=operation)
     assert life(*command).status == 0

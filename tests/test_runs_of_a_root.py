@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lives import Lives, lives
+from lives import Lives
 from servers import Server
 
 from runner.run_facts import RunSummary
@@ -265,16 +265,14 @@ def test_the_needs_of_a_picture_are_reported(
 
 
 def test_runs_on_s3_are_listed_compared_and_drawn(
-    s3: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3: Server, life: Lives, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
     root = f"{s3.url}/compared"
-    with lives(tmp_path) as life:
-        for rate in (0.001, 0.03):
-            assert life(*COMMAND, f"run.root={root}", f"optimizer.lr={rate}", f"run.name=lr{rate}").status == 0
+    for rate in (0.001, 0.03):
+        command = (*COMMAND, f"run.root={root}", f"optimizer.lr={rate}", f"run.name=lr{rate}")
+        assert life(*command, environment=s3.environment).status == 0
     import s3fs
 
     s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).pipe_file("bucket/compared/smoke/broken/run.json", b"{")

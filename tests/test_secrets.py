@@ -159,12 +159,12 @@ class Nest:
         *arguments: str,
         canary: str = CANARY,
         environment: Mapping[str, str] = MappingProxyType({}),
-        **options: Any,
+        step: int | None = None,
     ) -> Ended:
         sweep = arguments[:1] if arguments[0] == "-m" else ()
         command = (*sweep, "--config-dir", str(USER / "conf"), "experiment=secret", f"run.root={self.root}")
         own = {"CANARY": canary, "OTHER": canary, "API_KEY": CANARY, "TMPDIR": str(self.folder), **environment}
-        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=own, **options)
+        return self._life(*command, *arguments[len(sweep) :], cwd=self.folder, environment=own, step=step)
 
     def leaks(self) -> list[str]:
         """The files with the canary in name or content."""

@@ -1,7 +1,6 @@
 """A run of one process that hangs ends and says why; a run that only looks so goes on."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,10 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lives import Lives
+from lives import Ended, Lives, Mines
+from waiting import until
 
 from runner.activity import activities, doing
 
@@ -24,8 +23,9 @@ SLOW = ("task._target_=mine.stalls.Slow", "~task.label_smoothing")
 ARGUMENTS = ("experiment=smoke", "trainer.max_steps=60", "runtime.audit=false", "run.name=r")
 
 
-def run(life: Lives, root: Path, *more: str, **how: Any) -> Any:
-    return life(*ARGUMENTS, *more, f"run.root={root}", cwd=USER, after=LIMIT, **how)
+def run(life: Lives, root: Path, *more: str, hang: int | None = None, hang_seconds: float | None = None) -> Ended:
+    command = (*ARGUMENTS, *more, f"run.root={root}")
+    return life(*command, cwd=USER, after=LIMIT, hang=hang, hang_seconds=hang_seconds)
 
 
 def stuck(how: str, root: Path, split: str = "train") -> tuple[str, ...]:
@@ -40,12 +40,12 @@ def reason(root: Path) -> str:
     return str(record["reason"])
 
 
-@pytest.mark.parametrize("how", ["lock", "python", "c"])
+@pytest.mark.parametrize("how", ["python", *(pytest.param(n, marks=pytest.mark.campaign) for n in ("lock", "c"))])
 def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_path: Path) -> None:
-    ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=4")
+    ended = run(life, tmp_path, *stuck(how, tmp_path), "runtime.timeout=3")
     assert ended.status == 1, ended.output
     for text in (ended.output, reason(tmp_path)):
-        assert "no step for 4 s (runtime.timeout)" in text
+        assert "no step for 3 s (runtime.timeout)" in text
         assert "mine/stalls.py" in text
         assert "thread heartbeat" in text
     if how == "python":
@@ -55,7 +55,7 @@ def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_p
 
 
 def test_c_code_that_keeps_the_lock_is_ended_from_outside(life: Lives, tmp_path: Path) -> None:
-    ended = run(life, tmp_path, *stuck("gil", tmp_path), "runtime.timeout=4")
+    ended = run(life, tmp_path, *stuck("gil", tmp_path), "runtime.timeout=3")
     assert ended.status == -signal.SIGABRT, ended.output
     assert "(runtime.timeout), and C code keeps all threads but its own from running" in ended.output
     assert 'stalls.py", line' in ended.output
@@ -71,10 +71,7 @@ def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Pat
     assert len(re.findall(r"process .* is at .*mine/stalls.py:\d+ in stuck", reason(tmp_path))) == 1, ended.output
     assert 'stalls.py", line' in ended.output
     pids = [line.partition("(pid ")[2].partition(")")[0] for line in reason(tmp_path).splitlines() if "(pid " in line]
-    until = time.monotonic() + LIMIT
-    while any(map(lives, pids)):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: not any(map(lives, pids)))
 
 
 def test_activities_nest_and_belong_to_a_thread() -> None:
@@ -94,9 +91,9 @@ def lives(pid: str) -> bool:
 
 
 def test_a_stuck_evaluation_is_distinguished_from_a_step(life: Lives, tmp_path: Path) -> None:
-    ended = run(life, tmp_path, *stuck("lock", tmp_path, "validation"), "runtime.timeout=4")
+    ended = run(life, tmp_path, *stuck("lock", tmp_path, "validation"), "runtime.timeout=3")
     assert ended.status == 1, ended.output
-    assert "no batch of an evaluation for 4 s" in reason(tmp_path)
+    assert "no batch of an evaluation for 3 s" in reason(tmp_path)
 
 
 def test_a_stuck_save_has_longer(life: Lives, tmp_path: Path) -> None:
@@ -108,11 +105,11 @@ def test_a_stuck_save_has_longer(life: Lives, tmp_path: Path) -> None:
 
 def test_work_that_may_take_long_is_no_stall(life: Lives, tmp_path: Path) -> None:
     """Building, a long evaluation of short batches, its end, and a slow storage."""
-    slow = (*SLOW, "+task.build=7", "+task.batch=1", "+task.end=7", "data.evaluation_batch_size=45")
-    more = ("trainer.max_steps=20", "runtime.timeout=5", "checkpoint.background=false")
-    ended = run(life, tmp_path, *slow, *more, hang=2, seconds=8)
+    slow = (*SLOW, "+task.build=4", "+task.batch=1", "+task.end=4", "data.evaluation_batch_size=90")
+    more = ("trainer.max_steps=20", "runtime.timeout=3", "checkpoint.background=false")
+    ended = run(life, tmp_path, *slow, *more, hang=2, hang_seconds=5)
     assert ended.status == 0, ended.output
-    assert ended.seconds > 7 + 8 + 7 + 8
+    assert ended.seconds > 4 + 4 + 4 + 5, "each is longer than the timeout"
 
 
 def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
@@ -125,20 +122,22 @@ def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
 
 def test_a_run_with_workers_ends_and_leaves_no_process(tmp_path: Path) -> None:
     """The process that watches from outside ends with the run, though workers hold its input open."""
-    more = ("runtime.num_workers=2", "runtime.start_method=fork", "runtime.timeout=20", *SLOW, "+task.step=0.05")
+    more = (
+        "runtime.num_workers=2",
+        "runtime.start_method=fork",
+        "runtime.timeout=20",
+        *SLOW,
+        "+task.step=0.05",
+        "trainer.max_steps=20",
+    )
     command = [sys.executable, "-m", "runner", *ARGUMENTS, *more, f"run.root={tmp_path}"]
     process = subprocess.Popen(command, cwd=USER, start_new_session=True)
     try:
         seen: set[str] = set()
-        until = time.monotonic() + LIMIT
-        while process.poll() is None and time.monotonic() < until:
-            seen |= below(process.pid)
-            time.sleep(0.05)
-        assert process.wait(1) == 0
+        until(lambda: seen.update(below(process.pid)) or process.poll() is not None)
+        assert process.returncode == 0
         assert len(seen) >= 3
-        while any(map(lives, seen)):
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        until(lambda: not any(map(lives, seen)))
     finally:
         process.kill()
         process.wait()
@@ -153,7 +152,7 @@ def below(pid: int) -> set[str]:
 
 
 def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path: Path) -> None:
-    more = (*SLOW, "+task.step=6", "trainer.max_steps=2", "trainer.evaluate_every_steps=2")
+    more = (*SLOW, "+task.step=5", "trainer.max_steps=1", "trainer.evaluate_every_steps=1")
     ended = run(life, tmp_path, *more, "runtime.timeout=3")
     assert ended.status == 1
     assert "set a longer runtime.timeout" in reason(tmp_path)
@@ -161,20 +160,11 @@ def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path
     assert ended.status == 0, ended.output
 
 
-def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    """Also in the middle of a step."""
-    more = (*SLOW, "+task.step=2", "trainer.max_steps=4", "checkpoint.every_steps=1", "runtime.timeout=5")
-    command = [sys.executable, "-m", "runner", *ARGUMENTS, *more]
-    process = subprocess.Popen([*command, f"run.root={tmp_path}"], cwd=USER, start_new_session=True)
-    try:
-        until = time.monotonic() + LIMIT
-        while not [*tmp_path.glob("*/r/commits/*")] and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(1)  # into the step
-        os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(9)
-        os.killpg(process.pid, signal.SIGCONT)
-        assert process.wait(LIMIT) == 0
-    finally:
-        process.kill()
-        process.wait()
+def test_a_process_that_was_stopped_goes_on(life: Lives, tmp_path: Path) -> None:
+    """Also in the middle of a step, for longer than a step may take."""
+    command = (*ARGUMENTS, "trainer.max_steps=3", "runtime.timeout=3", f"run.root={tmp_path}")
+    with life.start(*command, cwd=USER, mines=Mines(step=1, send=signal.SIGSTOP)) as process:
+        until(process.is_stopped)
+        time.sleep(5)
+        process.send(signal.SIGCONT)
+        assert process.wait().status == 0, process.output

@@ -109,9 +109,10 @@ def test_a_second_interrupt_leaves_at_once() -> None:
 def test_workers_ignore_a_signal_to_the_whole_group(life: Lives, tmp_path: Path) -> None:
     """Ctrl-C and Slurm reach every process; a worker that died would fail the step that is to be finished."""
     command = (*COMMAND, "trainer.max_steps=100000", "runtime.num_workers=2", f"run.root={tmp_path}", "run.name=r")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        ended = life(*command, after=1.5, send=number)
+    for step, number in ((3, signal.SIGINT), (6, signal.SIGTERM)):
+        ended = life(*command, step=step, send=number)
         assert ended.status == 75, ended.output
+        assert f"stopped after step {step}" in ended.output
 
 
 def test_the_end_of_an_attempt_is_recorded(life: Lives, tmp_path: Path) -> None:

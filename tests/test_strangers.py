@@ -107,7 +107,7 @@ def jsons(folder: Path, pattern: str, chance: random.Random) -> dict[str, str]:
 
 LEDGERS = {
     "a billion samples": b"1 0 999999999 0123456789abcdef\n",
-    "many of a million": b"".join(b"%d 0 3999999 0123456789abcdef\n" % step for step in range(1, 20_000)),
+    "many of a million": b"".join(b"%d 0 3999999 0123456789abcdef\n" % step for step in range(1, 5_000)),
     "far away": b"1 999999999999999990 999999999999999999 0123456789abcdef\n",
     "beyond 64 bits": b"1 9999999999999999990 9999999999999999999 0123456789abcdef\n",
     "long numbers": b"1 0 " + b"9" * 5000 + b" 0123456789abcdef\n",
@@ -166,8 +166,8 @@ def all_of(ordinary: Path, root: Path, *, unfinished: Path) -> Mutants:
     for pattern in (*FILES, *FOLDERS):
         for kind in KINDS if pattern in READ else SOME:
             mutants.replace(pattern, kind)
-    claim = min(mutants.copy("100,000 claims of one number").glob("attempts/*.lock"))
-    for number in range(20_000):  # as many as a test may take the time to make; each is a name and no more
+    claim = min(mutants.copy("thousands of claims of one number").glob("attempts/*.lock"))
+    for number in range(3_000):  # three times as many as are read; each is a name and no more
         os.link(claim, claim.with_name(f"{7:06d}-{number:012x}.json"))
     return mutants
 
@@ -177,7 +177,7 @@ def runs(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a finished run and an unfinished one."""
     root = tmp_path_factory.mktemp("strangers")
     for name, step in (("done", None), ("cut", 12)):
-        life(*COMMAND, f"run.root={root}/runs", f"run.name={name}", **({"step": step} if step else {}))
+        life(*COMMAND, f"run.root={root}/runs", f"run.name={name}", step=step)
     return root / "runs"
 
 

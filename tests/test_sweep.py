@@ -1,6 +1,5 @@
 """The same sweep again does what is missing: killed, stopped, failing, started twice."""
 
-import contextlib
 import os
 import random
 import signal
@@ -44,23 +43,6 @@ def runs(root: Path) -> dict[str, Path]:
 
 def outcomes(folder: Path) -> list[Any]:
     return [(record.end or {}).get("outcome") for record in attempts.history(LocalLocation(folder))]
-
-
-def options(server: Server, folder: Path) -> tuple[str, dict[str, str]]:
-    """The override that names a store, and the environment of a process that may use it."""
-    keys = {"AWS_ACCESS_KEY_ID": server.options["key"], "AWS_SECRET_ACCESS_KEY": server.options["secret"]}
-    endpoint = server.options["client_kwargs"]["endpoint_url"]
-    return f"+run.storage_options.client_kwargs={{endpoint_url:'{endpoint}'}}", environment(folder) | keys
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(ROOT),
-        "HOME": str(folder),
-        "TMPDIR": str(folder),
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 @pytest.mark.campaign
@@ -215,8 +197,8 @@ def test_a_signal_commits_starts_no_more_and_leaves_with_75(
     assert [outcomes(folder) for folder in runs(tmp_path).values()] == [["interrupted", "finished"]] * 3
 
 
-def test_finished_runs_cost_a_read_and_a_listing_each(s3: Server, tmp_path: Path) -> None:
-    """On a store, where every operation is a round trip."""
+def test_finished_runs_cost_a_read_and_a_listing_each(s3: Server, life: Lives, tmp_path: Path) -> None:
+    """On a store, where every operation is a round trip. Without torch, which a process of its own shows."""
     code = """
 import collections, sys
 from runner.__main__ import main
@@ -229,47 +211,35 @@ Backend.run = counted
 status = main()
 print("counted", status, dict(verbs), "torch" in sys.modules)
 """
-    store, allowed = options(s3, tmp_path)
-    command = [sys.executable, "-c", code, *COMMAND, "seed=1,2,3", f"run.root={s3.url}/{tmp_path.name}", store]
-    outputs = [
-        subprocess.run(command, cwd=tmp_path, env=allowed, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert "3 new" in outputs[0]
-    assert "3 done" in outputs[1]
-    assert outputs[1].endswith("counted 0 {'read': 3, 'list': 3} False\n")
+    command, environment = (*COMMAND, "seed=1,2,3", f"run.root={s3.url}/{tmp_path.name}"), s3.environment
+    first = life(*command, cwd=tmp_path, environment=environment)
+    assert "3 new" in first.output
+    environment |= {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = (sys.executable, "-c", code, *command)
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "3 done" in again
+    assert again.endswith("counted 0 {'read': 3, 'list': 3} False\n")
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])
 def test_a_sweep_started_twice_executes_every_run_once(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, life: Lives, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    root, stored = f"{tmp_path}/runs", None
-    command, allowed = [sys.executable, "-m", "runner", *COMMAND, "seed=range(0,6)"], environment(tmp_path)
+    root, options, environment = f"{tmp_path}/runs", None, {"HOME": str(tmp_path)}
     if kind == "s3":
         server: Server = request.getfixturevalue("s3")
-        root, stored = f"{server.url}/{tmp_path.name}", server.options
-        store, allowed = options(server, tmp_path)
-        command.append(store)
-    command.append(f"run.root={root}")
-    logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    with contextlib.ExitStack() as stack:
-        starters = []
-        for log in logs:
-            out = stack.enter_context(log.open("wb"))
-            settings: dict[str, Any] = {"cwd": tmp_path, "env": allowed, "stdin": subprocess.DEVNULL}
-            starters.append(subprocess.Popen(command, stdout=out, stderr=out, **settings))
-            stack.callback(starters[-1].kill)
-        for starter in starters:
-            starter.wait(150)
-    outputs = [log.read_text() for log in logs]
-    assert [starter.returncode for starter in starters] == [0, 0], outputs
-    assert sum(output.count("from scratch") for output in outputs) == 6
+        root, options, environment = f"{server.url}/{tmp_path.name}", server.options, environment | server.environment
+    command = (*COMMAND, "seed=range(0,4)", f"run.root={root}")
+    started = [life.start(*command, cwd=tmp_path, environment=environment) for _ in range(2)]
+    ended = [sweep.wait() for sweep in started]
+    outputs = [sweep.output for sweep in ended]
+    assert [sweep.status for sweep in ended] == [0, 0], outputs
+    assert sum(output.count("from scratch") for output in outputs) == 4
     assert ["resumed from" in output for output in outputs] == [False, False]
     for output in outputs:
-        assert "6 done" in output
+        assert "4 done" in output
         assert "credentials" not in output, "which a library of the store talks of"
-    for seed in range(6):
+    for seed in range(4):
         name = f"seed={seed},trainer.evaluate_every_steps=6,trainer.max_steps=12"
-        location = RunDirectory.under(root, "smoke", name, stored).location
+        location = RunDirectory.under(root, "smoke", name, options).location
         assert [record.outcome() for record in attempts.history(location)] == ["finished"]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from runner.verify import fingerprint, memory, source, suspects
-from runner.verify.memory import UNSEEN
+from runner.verify.fingerprint import UNSEEN
 
 
 class Untouchable:

@@ -17,6 +17,7 @@ from lives import Lives
 from omegaconf import OmegaConf
 from results import results
 from torch.utils.data import IterableDataset, get_worker_info
+from waiting import until
 
 from runner import signals
 from runner.data.fetch import Fetcher
@@ -227,14 +228,14 @@ def test_closing_ends_workers_that_wait_for_ever(method: str) -> None:
     assert not multiprocessing.active_children()
 
 
-def python(code: str, *arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5 * LIMIT, env=environment, **how)
+    return subprocess.run(command, capture_output=True, text=True, timeout=5 * LIMIT, env=environment)
 
 
 FEW = """
@@ -287,10 +288,7 @@ def test_workers_end_with_a_killed_training_process(method: str) -> None:
     """Also those that are busy for ever."""
     ended = python(ORPHANS, method)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    until = time.monotonic() + LIMIT
-    while any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()):
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()))
 
 
 FORKS = """

@@ -45,6 +45,8 @@ class Slow(Classification):
     def __init__(self, *, build=0.0, step=0.0, compiling=0.0, batch=0.0, end=0.0):
         super().__init__()
         time.sleep(build)
+        if compiling:
+            torch.compile(torch.cos, backend="eager")(torch.ones(1))  # imports the compiler, which takes seconds
         self.step, self.compiling, self.batch, self.end = step, compiling, batch, end
 
     def training_step(self, model, batch):
