@@ -48,6 +48,10 @@ class Clock:
         """Real time and all pauses."""
         return time.monotonic() + self.paused
 
+    def time(self) -> float:
+        """The time of day."""
+        return time.time()
+
     def sleep(self, seconds: float) -> None:
         """A pause."""
         with self._lock:

@@ -16,7 +16,7 @@ _KEY = re.compile(r"( *)(\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KeyHelp:
     """A key of a configuration file with its default, which is empty for a section, and its comment."""
 
     key: str
@@ -39,7 +39,7 @@ def explain(key: str, file: Path) -> str:
     return "\n".join(map(_text, below))
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: KeyHelp) -> str:
     kind = _type(entry.key)
     choices = " | ".join(kind.__members__) if isinstance(kind, type) and issubclass(kind, Enum) else ""
     default = f"default {entry.default}" if entry.default not in ("", "???") else ""
@@ -49,7 +49,7 @@ def _text(entry: Entry) -> str:
     return "\n".join(filter(None, (f"{entry.key}{f' ({facts})' if facts else ''}", comment)))
 
 
-def _entries(text: str) -> Iterator[Entry]:
+def _entries(text: str) -> Iterator[KeyHelp]:
     """The keys of a YAML file of plain mappings, with the comments before and behind them."""
     path: list[tuple[int, str]] = []
     before: list[str] = []
@@ -64,7 +64,7 @@ def _entries(text: str) -> Iterator[Entry]:
             indent = len(match[1])
             path = [(depth, name) for depth, name in path if depth < indent] + [(indent, match[2])]
             comment = " ".join([*before, *filter(None, [match["comment"]])])
-            yield Entry(".".join(name for _, name in path), (match["value"] or "").strip(), comment)
+            yield KeyHelp(".".join(name for _, name in path), (match["value"] or "").strip(), comment)
             before = []
 
 
