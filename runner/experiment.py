@@ -30,7 +30,8 @@ from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts
 from runner.run.attempts import Attempt, AttemptRecord
-from runner.run.opening import OpenedRun, ParentRecord, claim_run, new_run_hint
+from runner.run.opening import OpenedRun, claim_run
+from runner.run.parent import ParentRecord, new_run_hint
 from runner.state import Stateful
 from runner.trainer import Trainer
 

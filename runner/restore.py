@@ -21,7 +21,8 @@ from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, Sta
 from runner.hashing import derive
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
-from runner.run.opening import Parent, ParentRecord, compare
+from runner.run.drift import compare
+from runner.run.parent import Parent, ParentRecord
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote

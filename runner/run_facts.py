@@ -19,7 +19,7 @@ from runner.errors import ConfigError, RunnerError, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import AttemptRecord
 from runner.run.directory import FOLDERS, RunDirectory
-from runner.run.opening import ParentRecord
+from runner.run.parent import ParentRecord
 from runner.storage import find_folders
 
 T = TypeVar("T")

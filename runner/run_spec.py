@@ -19,7 +19,8 @@ from runner.config.identity import identity, is_name, variant
 from runner.config.schema import OnConflict, check
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
-from runner.run.opening import CheckpointRef, OpenedRun, Parent, open_run
+from runner.run.opening import OpenedRun, open_run
+from runner.run.parent import CheckpointRef, Parent
 from runner.storage.location import is_remote, local_root, protocol
 
 

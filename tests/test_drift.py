@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from runner.run.opening import ABSENT, ChangedKey, compare, drift_table
+from runner.run.drift import ABSENT, ChangedKey, compare, drift_table
 
 
 def test_equal_configurations_have_no_differences() -> None:

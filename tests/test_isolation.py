@@ -14,6 +14,7 @@ import pytest
 from lives import Lives
 from waiting import Clock, until
 
+from runner.run import attempts
 from runner.run.attempts import AttemptRecord, ClaimName, encode, history, machine
 from runner.run.directory import RunDirectory
 from runner.run_spec import RunSpec
@@ -41,14 +42,14 @@ def stops(number: str, *, call: int = 3) -> tuple[str, ...]:
     return ("~task", *(f"+task.{key}={value}" for key, value in task.items()))
 
 
-def attempts(root: Path) -> dict[str, list[AttemptRecord]]:
+def attempts_of(root: Path) -> dict[str, list[AttemptRecord]]:
     """The attempts at each run, by what its name says of ``number``."""
     runs = [path.parent for path in root.glob("smoke/*/run.json")]
     return {path.name.partition("number=")[2].partition(",")[0]: history(LocalLocation(path)) for path in runs}
 
 
 def outcomes(root: Path) -> dict[str, list[str]]:
-    return {number: [record.outcome() for record in history] for number, history in attempts(root).items()}
+    return {number: [record.outcome() for record in history] for number, history in attempts_of(root).items()}
 
 
 def test_a_job_that_is_killed_ends_no_sweep_and_is_last(life: Lives, tmp_path: Path) -> None:
@@ -57,13 +58,13 @@ def test_a_job_that_is_killed_ends_no_sweep_and_is_last(life: Lives, tmp_path: P
     assert ended.status == 1, ended.output
     assert outcomes(tmp_path) == {"9": ["killed"] * 2, "0": ["finished"]}
     assert "its process was killed by SIGKILL: the system does so when memory runs out" in ended.output
-    second = attempts(tmp_path)["9"][1].claim["started"]
-    assert second > (attempts(tmp_path)["0"][0].end or {})["time"], "what is new comes before what died"
+    second = attempts_of(tmp_path)["9"][1].claim["started"]
+    assert second > (attempts_of(tmp_path)["0"][0].end or {})["time"], "what is new comes before what died"
 
     ended = life(*command, cwd=USER)
     assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
     assert "killed before a new checkpoint, 2 times in a row. Run it alone to see why, or try it again" in ended.output
-    assert len(attempts(tmp_path)["9"]) == 2
+    assert len(attempts_of(tmp_path)["9"]) == 2
     life(*command, "sweep.max_retries=2", cwd=USER)
     assert outcomes(tmp_path)["9"] == ["killed"] * 3
 
@@ -75,7 +76,7 @@ def test_a_job_that_takes_the_sweep_with_it_blocks_no_other(life: Lives, tmp_pat
     assert outcomes(tmp_path) == {"9": ["killed"] * 2, "0": ["finished"]}
     ended = life(*command, cwd=USER)
     assert (ended.status, "1 done, 1 failed" in ended.output) == (1, True), ended.output
-    assert len(attempts(tmp_path)["9"]) == 2
+    assert len(attempts_of(tmp_path)["9"]) == 2
 
 
 def test_a_job_that_dies_between_checkpoints_goes_on(life: Lives, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def slow(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 def at_work(root: Path) -> int | None:
     """The process that has made a step of a run."""
-    last = [history[-1] for history in attempts(root).values() if history]
+    last = [history[-1] for history in attempts_of(root).values() if history]
     return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
 
 

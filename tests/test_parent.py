@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
-from runner.run.opening import CheckpointRef
+from runner.run.parent import CheckpointRef
 from runner.runs.__main__ import main
 from runner.state import Progress, TrainState
 from runner.storage import LocalLocation

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from lives import Lives
-from omegaconf import OmegaConf
 from results import metric_lines, results
 from safetensors.torch import load_file
 
@@ -177,17 +176,17 @@ def test_help_explains_a_key(life: Lives) -> None:
 
 
 def test_every_key_is_explained() -> None:
-    keys = [*_keys(OmegaConf.structured(Config))]
+    keys = [*_keys(Config)]
     assert len(keys) > 60
     texts = {key: explain(key, CONFIGS / "config.yaml") for key in keys}
     assert [key for key, text in texts.items() if not text.startswith(key)] == []
 
 
-def _keys(node: Any, path: str = "") -> Iterator[str]:
-    for name in node:
+def _keys(schema: Any, path: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(schema).items():
         yield f"{path}{name}"
-        if is_dataclass(OmegaConf.get_type(node, name)):
-            yield from _keys(node[name], f"{path}{name}.")
+        if is_dataclass(kind):
+            yield from _keys(kind, f"{path}{name}.")
 
 
 def test_a_sweep_may_be_asked_for_after_the_overrides(life: Lives, tmp_path: Path) -> None:

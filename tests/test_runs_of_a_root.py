@@ -101,7 +101,7 @@ def test_a_listing_reads_each_object_once_and_imports_no_torch(root: Path) -> No
         ("config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
         ("config.yaml", "a: &a [1]\nb: *a", "an alias, which no stored configuration has"),
         ("config.yaml", "[" * 100_000, "more than 100 levels, which no stored configuration has"),
-        ("config.yaml", "trainer: [1]", "trainer in config.yaml is not a mapping"),
+        ("config.yaml", "trainer: [1]", "config.yaml is not a configuration: trainer is not a mapping"),
         ("config.yaml", "seed: 2001-01-01", "timestamp, which no stored configuration has"),
         ("result.json", "[]", "result.json is not a JSON object"),
     ],

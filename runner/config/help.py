@@ -33,8 +33,8 @@ def explain(key: str, file: Path) -> str:
             f"{key}\n  {'an argument' if key != free else 'the choice'} of what {free}._target_ names; see conf/{free}/"
         )
     if key not in entries or _type(key) is None:
-        near = get_close_matches(key, entries, 3)
-        raise ConfigError(f"there is no key {key}. {f'Did you mean {chr(44).join(near)}?' if near else ''}".rstrip())
+        near = get_close_matches(key, entries, 1)
+        raise ConfigError(f"there is no key {key}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
     below = [entry for name, entry in entries.items() if name == key or name.startswith(f"{key}.")]
     return "\n".join(map(_text, below))
 

@@ -6,161 +6,29 @@ back before it opens the run (``must_wait``), so that it imports nothing and occ
 """
 
 import logging
-import re
 import shlex
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tabulate import tabulate
-
-from runner.config.identity import digest, flatten
+from runner.config.identity import digest
 from runner.config.schema import OnConflict
-from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
+from runner.run.drift import ChangedKey, compare, drift_table, resolved
+from runner.run.parent import CheckpointRef, Parent, ParentRecord
 from runner.storage.location import is_remote, local_root
 
 log = logging.getLogger("runner")
 
-_REFERENCE = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
 # What Hydra, its launchers and its sweepers write in a run directory, following any link.
 _HYDRA_FILES = [".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".submitit"]
 _HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointRef:
-    """A run (path or URL), and which of its checkpoints: a step, ``best`` by the objective, or None for the newest."""
-
-    run: str
-    checkpoint: int | str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "CheckpointRef":
-        """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
-        match = _REFERENCE.fullmatch(text)
-        return cls(match[1], match[2] if match[2] == "best" else int(match[2])) if match else cls(text)
-
-    def under(self, root: str) -> "CheckpointRef":
-        """With a path relative to ``root`` if the run is below it, which stays true when the root is moved."""
-        return CheckpointRef(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
-
-    def __str__(self) -> str:
-        return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The checkpoint from which a new run is to start. ``asked`` is the command's ``run.parent``, relative to
-    ``run.root`` if it is below it; None for a fork after drift. ``options`` are those of a remote storage.
-    """
-
-    source: CheckpointRef
-    inherit: str  # model, all
-    asked: str | None = None
-    load: str = "strict"  # matching, strict
-    options: Mapping[str, Any] | None = field(default=None, repr=False)
-
-    @classmethod
-    def forked(cls, directory: RunDirectory) -> "Parent":
-        """The parent of a fork of a run."""
-        return cls(CheckpointRef(directory.location.url), inherit="all", options=directory.options)
-
-
-@dataclass(frozen=True, slots=True)
-class ParentRecord:
-    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``."""
-
-    run: str
-    step: int
-    commit: str
-    inherit: str
-    asked: str | None
-    load: str = "strict"  # runs of earlier versions do not say
-
-    @classmethod
-    def of(cls, directory: RunDirectory) -> "ParentRecord | None":
-        """The recorded parent; None for a run that started from scratch or does not exist."""
-        record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
-        if record is None:
-            return None
-        try:
-            load = str(record.get("load", "strict"))
-            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"], load)
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
-
-    @property
-    def start(self) -> int:
-        """The step after which the run started."""
-        return 0 if self.inherit == "model" else self.step
-
-
-def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:
-    """The part of a message that offers a step of a run for a new run, with a command to be pasted into a shell."""
-    name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
-    overrides = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
-    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(overrides)}"
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "(absent)"
-
-
-ABSENT = _Absent()
-
-
-class ChangedKey(NamedTuple):
-    """One key with two values; ``ABSENT`` where a side has no such key."""
-
-    key: str
-    saved: Any
-    now: Any
-
-
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
-    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``. A value that an older version saved in
-    place of ``${oc.env:NAME}`` equals the interpolation while the variable has that value.
-    """
-    left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
-    changes = []
-    for key in sorted(left | right):
-        old, new = left.get(key, ABSENT), right.get(key, ABSENT)
-        if not _equal(old, new) and not _equal(old, older.get(key, ABSENT)):
-            # A value that an older version saved of the environment may be a secret.
-            secret = resolved(new) != new and old is not ABSENT and "${" not in str(old)
-            changes.append(ChangedKey(key, "***" if secret else old, new))
-    return changes
-
-
-def resolved(value: Any) -> Any:
-    """Plain values with the values of the environment in place of interpolations, as older versions saved them."""
-    if isinstance(value, Mapping):
-        return {key: resolved(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [*map(resolved, value)]
-    return value.value if isinstance(value, Unresolved) else value
-
-
-def drift_table(differences: Sequence[ChangedKey]) -> str:
-    """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
-    rows = [[*map(printable, (key, repr(saved), repr(now)))] for key, saved, now in differences]
-    return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return (bool(a == b) or (a != a and b != b)) and isinstance(a, bool) == isinstance(b, bool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run import attempts
 from runner.run.directory import RunDirectory
-from runner.run.opening import CheckpointRef
+from runner.run.parent import CheckpointRef
 from runner.run_facts import RunFacts
 from runner.runs.listing import format_table
 from runner.storage import files

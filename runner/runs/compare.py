@@ -18,7 +18,7 @@ from runner.config.identity import flatten
 from runner.errors import ConfigError
 from runner.hashing import sha256_digest
 from runner.metrics import lines
-from runner.run.opening import compare
+from runner.run.drift import compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs, number
 from runner.runs.listing import format_cell, format_setting, format_table
 from runner.storage import files

@@ -23,7 +23,7 @@ from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, printable
 from runner.run.attempts import AttemptRecord
 from runner.run.directory import RunDirectory
-from runner.run.opening import ABSENT, compare
+from runner.run.drift import ABSENT, compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs
 
 # The statuses of runs, the most interesting first.

@@ -28,7 +28,7 @@ from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
 from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
 from runner.run.attempts import AttemptRecord, cluster_job, requeued
-from runner.run.opening import compare
+from runner.run.drift import compare
 from runner.run_facts import RunFacts
 from runner.run_spec import RunSpec, absolute_root, storage_options
 from runner.stop_request import VARIABLE, StopRequest

@@ -95,8 +95,8 @@ class Exits(Classification):
 class Leaves(Classification):
     """Ends its process with ``os._exit``."""
 
-    def __init__(self, status: int = 3) -> None:
-        super().__init__()
+    def __init__(self, status=3, **options):
+        super().__init__(**options)
         self.status = status
 
     def training_step(self, model, batch):

@@ -1,0 +1,87 @@
+"""The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.errors import StorageError
+from runner.run.directory import RunDirectory
+
+_REFERENCE = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A run (path or URL), and which of its checkpoints: a step, ``best`` by the objective, or None for the newest."""
+
+    run: str
+    checkpoint: int | str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CheckpointRef":
+        """``<run>``, ``<run>@<step>`` or ``<run>@best``."""
+        match = _REFERENCE.fullmatch(text)
+        return cls(match[1], match[2] if match[2] == "best" else int(match[2])) if match else cls(text)
+
+    def under(self, root: str) -> "CheckpointRef":
+        """With a path relative to ``root`` if the run is below it, which stays true when the root is moved."""
+        return CheckpointRef(self.run.removeprefix(f"{root.rstrip('/')}/"), self.checkpoint)
+
+    def __str__(self) -> str:
+        return self.run if self.checkpoint is None else f"{self.run}@{self.checkpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The checkpoint from which a new run is to start. ``asked`` is the command's ``run.parent``, relative to
+    ``run.root`` if it is below it; None for a fork after drift. ``options`` are those of a remote storage.
+    """
+
+    source: CheckpointRef
+    inherit: str  # model, all
+    asked: str | None = None
+    load: str = "strict"  # matching, strict
+    options: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @classmethod
+    def forked(cls, directory: RunDirectory) -> "Parent":
+        """The parent of a fork of a run."""
+        return cls(CheckpointRef(directory.location.url), inherit="all", options=directory.options)
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRecord:
+    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``."""
+
+    run: str
+    step: int
+    commit: str
+    inherit: str
+    asked: str | None
+    load: str = "strict"  # runs of earlier versions do not say
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> "ParentRecord | None":
+        """The recorded parent; None for a run that started from scratch or does not exist."""
+        record: Mapping[str, Any] | None = (directory.record() or {}).get("parent")
+        if record is None:
+            return None
+        try:
+            load = str(record.get("load", "strict"))
+            return cls(record["run"], int(record["step"]), record["commit"], record["inherit"], record["asked"], load)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
+
+    @property
+    def start(self) -> int:
+        """The step after which the run started."""
+        return 0 if self.inherit == "model" else self.step
+
+
+def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:
+    """The part of a message that offers a step of a run for a new run, with a command to be pasted into a shell."""
+    name, run = f"{directory.variant[:140]}-{step}", directory.location.url.replace("\\", r"\\").replace('"', r"\"")
+    overrides = [f'run.name="{name}"', f'run.parent="{run}@{step}"', "run.inherit=all"]
+    return f"A new run can begin from its step {step}:\n  {command} {shlex.join(overrides)}"
