@@ -45,7 +45,6 @@ from torch import nn
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import digest
 from runner.checkpoint.sharding import is_distributed
-from runner.checkpoint.tensor_file import bytes_of
 from runner.hashing import hex_digest
 
 _FEW_KEYS = 64
@@ -73,7 +72,8 @@ def of_value(value: Any) -> str:
         whole: torch.Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
         tensor = whole.detach().cpu()
         tensor = (tensor if tensor.layout is torch.strided else tensor.to_dense()).resolve_conj().resolve_neg()
-        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(bytes_of(tensor.contiguous()))}"
+        tensor = tensor.contiguous()  # kept while its memory is read
+        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(_memory(tensor))}"
     if not isinstance(value, str | bytes | int | float | bool | None):
         return type(value).__qualname__
     text = repr(value)
@@ -258,13 +258,20 @@ def _generator(value: Any) -> str | None:
     return None
 
 
+def _memory(tensor: torch.Tensor) -> Any:
+    """The memory of a contiguous CPU tensor. Not by numpy, after which FSDP could not resize the storage any more."""
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_ubyte * size).from_address(tensor.data_ptr()) if size else b""
+
+
 def describe_array(value: Any) -> str:
     """A tensor or an array in words, from all its bytes."""
     if is_a(value, torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             tensor: Any = value.detach()
             tensor = tensor.to_local() if is_distributed(tensor) else tensor
-            if tensor.device.type == "meta":
+            freed = tensor.layout is torch.strided and tensor.numel() and not tensor.untyped_storage().nbytes()
+            if tensor.device.type == "meta" or freed:
                 return f"{tensor.dtype}{[*tensor.shape]} without values"
             single, text = tensor.numel() == 1, of_value(tensor)
             return _short(repr(tensor.item())) if single else _of_array(tensor, text)

@@ -18,7 +18,8 @@ from runner.verify.memory import is_users, modules_of, mro
 
 Sources = list[tuple[str, int, int]]  # file, first and last line of a class or a function
 
-_ASSIGNED = r"(?:\[[^]]*\])?\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=)|\.\w+\("
+# Behind a name and its items and attributes: an assignment, or a method.
+_ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}

@@ -168,7 +168,7 @@ class Ties(Counts):
     """Makes one parameter of two while it trains."""
 
     def before(self, model, done):
-        if done == 0 or self.mended:
+        if done == 0 and not self.mended:
             model.layers[4].bias = model.layers[1].bias
 
 
