@@ -366,6 +366,7 @@ _REMEDIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str], ...] = (
     (("shared memory", "(shm)"), (errno.ENOSPC,), _SHARED),
     (("can't start new thread", "resource temporarily unavailable"), (errno.EAGAIN,), _THREADS),
     (("requires_grad",), (), "Call detach() on tensors of a batch, or set runtime.num_workers=0."),
+    (("af_unix path too long",), (), "Set TMPDIR to a folder with a path of at most 70 characters."),
     (("pickl", "local object"), (), _PICKLED),  # "local object" from Python 3.12 on
 )
 _open_contexts: set[WorkerContext] = set()
