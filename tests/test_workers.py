@@ -270,6 +270,30 @@ def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
     assert "0 left" in ended.stdout
 
 
+DEEP = """
+from test_workers import Numbers, training
+from runner.data.loader import LoaderOptions
+from runner.errors import DataError
+
+stream = training(Numbers(), LoaderOptions(1, start_method="fork"))
+try:
+    stream.open()
+    list(stream.step())
+except DataError as error:
+    print(error)
+stream.close()
+"""
+
+
+def test_a_long_temporary_folder_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches travel through sockets below it, whose paths have at most 107 bytes."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    ended = python(DEEP)
+    assert "Set TMPDIR to a folder with a path of at most 70 characters" in ended.stdout, ended.stdout + ended.stderr
+
+
 ORPHANS = """
 import multiprocessing, os, signal, sys
 from test_workers import Blocks, training
