@@ -532,6 +532,8 @@ def test_the_fixture_shares_its_servers(scratch: Path, tmp_path: Path) -> None:
     test.write_text(
         """
 import os
+from pathlib import Path
+
 import pytest
 
 seen = set()
@@ -539,7 +541,7 @@ seen = set()
 @pytest.mark.parametrize("number", [1, 2])
 def test_resumes(number, assert_resumes):
     assert_resumes("--config-dir", "conf", "experiment=broken", steps=4, kills=1, workers=[0])
-    seen.add(open(f"/proc/self/task/{os.getpid()}/children").read())
+    seen.add(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
     assert [len(each.split()) for each in seen] == [2]
 
 def test_fails(assert_resumes):
@@ -548,7 +550,9 @@ def test_fails(assert_resumes):
                        "+task={_target_:mine.broken.Noisy,source:pid}", steps=4, kills=1, workers=[0])
 """
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # in place of the options of this repository
+    options = ("-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"))
+    command = [sys.executable, "-m", "pytest", *options, str(test)]
     plugins = {entry.value for entry in entry_points(group="pytest11")}
     command += [] if "runner.verify.fixtures" in plugins else ["-p", "runner.verify.fixtures"]  # installed before
     done = subprocess.run(command, cwd=USER, stdout=subprocess.PIPE, text=True)
