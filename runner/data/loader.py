@@ -228,7 +228,9 @@ class WorkerContext(BaseContext):
 
     def death(self, seconds: float = 0.0) -> str | None:
         """How a worker died, with the remedy; None if all are alive for ``seconds``."""
-        wait([process.sentinel for process in self._started], seconds)
+        closed = wait([process.sentinel for process in self._started], seconds)
+        # The system closes the sentinel of a process a moment before the process has a status.
+        _await_exit([process for process in self._started if process.sentinel in closed])
         for number, process in enumerate(self._started):
             if not process.is_alive():
                 return f"data worker {number} (pid {process.pid}) {_exit_message(process.exitcode)}"
