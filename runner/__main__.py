@@ -38,12 +38,13 @@ def main() -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from runner import app
-    from runner.config.help import explain
     from runner.config.identity import quote_run_names
     from runner.sweep import launcher, optuna
 
     sys.argv[1:] = _flags_first(quote_run_names(sys.argv[1:]))
     if (key := _key_to_explain(sys.argv[1:])) is not None:
+        from runner.config.help import explain
+
         try:
             print(explain(key, app.CONFIGS / "config.yaml"))
         except RunnerError as error:

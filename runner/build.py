@@ -233,8 +233,16 @@ def _evaluation(
     changed: set[str] = set()
 
     def report(state: TrainState) -> dict[str, float | str]:
-        key, model, how = derive("evaluation", seed, state.progress.step), state.evaluated_model, update.autocast
-        metrics = evaluate(task, model, data, key=key, autocast=how, team=team, trained=state.model, changed=changed)
+        metrics = evaluate(
+            task,
+            state.evaluated_model,
+            data,
+            key=derive("evaluation", seed, state.progress.step),
+            autocast=update.autocast,
+            team=team,
+            trained=state.model,
+            changed=changed,
+        )
         parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
         return {f"val/{name}": value for name, value in metrics.items()}
 
@@ -357,45 +365,50 @@ def _scheduler(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any, 
     """The scheduler, and when it steps: after each ``step`` or ``epoch`` (``scheduler.interval``), or after each
     ``evaluation``, if its ``step`` takes a metric, as that of ReduceLROnPlateau does.
 
-    ``total_steps`` that is null becomes the number of steps of the run. Raises ConfigError.
+    ``total_steps`` that is null becomes the number of intervals of the run. Raises ConfigError.
     """
-    node, steps, filled = config.scheduler, training_steps(config.trainer, plan), {}
-    interval = "step"
+    node, interval, options = config.scheduler, None, {}
     if isinstance(node, DictConfig) and "interval" in node:
         node = copy.copy(node)
         with open_dict(node):
             interval = node.pop("interval")
         if interval not in ("step", "epoch"):
             raise ConfigError(f"scheduler.interval={interval} is not one of step, epoch")
+    last = config.trainer.max_epochs if interval == "epoch" else training_steps(config.trainer, plan)
     if isinstance(node, DictConfig) and "total_steps" in node:
         if node.total_steps is None:
-            filled["total_steps"] = steps
-        elif steps is not None and interval == "step" and node.total_steps > steps:
-            log.warning("schedule scheduler.total_steps=%d, but the run ends at step %d", node.total_steps, steps)
-    scheduler = _stepping(node, optimizer, "scheduler", **filled)
-    try:
-        signature(type(scheduler).step).bind(scheduler)
-    except (AttributeError, TypeError):
-        if not _takes_metric(scheduler):
-            _require_plain_step(scheduler, "scheduler")
-        goal, mode = config.objective, getattr(scheduler, "mode", config.objective.mode.name)
-        if goal.metric is None or config.data.validation is None:
-            raise ConfigError(
-                f"scheduler: {_path(type(scheduler))} steps by the objective: set data.validation and "
-                "objective.metric, for example val/loss"
-            ) from None
-        if mode != goal.mode.name:
-            raise ConfigError(f"scheduler.mode={mode} contradicts objective.mode={goal.mode.name}") from None
-        return scheduler, "evaluation"
-    return scheduler, interval
+            options["total_steps"] = last
+        elif last is not None and node.total_steps > last:
+            unit = interval or "step"
+            log.warning("schedule scheduler.total_steps=%d, but the run ends at %s %d", node.total_steps, unit, last)
+    scheduler = _stepping(node, optimizer, "scheduler", **options)
+    if _takes(scheduler) or not _takes(scheduler, 0.0):
+        _require_plain_step(scheduler, "scheduler")
+        return scheduler, interval or "step"
+    _require_objective(config, scheduler, interval)
+    return scheduler, "evaluation"
 
 
-def _takes_metric(scheduler: Any) -> bool:
+def _takes(scheduler: Any, *arguments: Any) -> bool:
+    """Whether ``scheduler.step`` takes these arguments."""
     try:
-        signature(type(scheduler).step).bind(scheduler, 0.0)
+        signature(type(scheduler).step).bind(scheduler, *arguments)
     except (AttributeError, TypeError):
         return False
     return True
+
+
+def _require_objective(config: Config, scheduler: Any, interval: str | None) -> None:
+    """Raise ConfigError if there is no objective for a scheduler that steps by it, or it is of the other mode."""
+    goal, path = config.objective, _path(type(scheduler))
+    if goal.metric is None or config.data.validation is None:
+        raise ConfigError(
+            f"scheduler: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
+        )
+    if (mode := getattr(scheduler, "mode", goal.mode.name)) != goal.mode.name:
+        raise ConfigError(f"scheduler.mode={mode} contradicts objective.mode={goal.mode.name}")
+    if interval is not None:
+        raise ConfigError(f"scheduler.interval={interval}: {path} steps after evaluations; leave the interval out")
 
 
 def open_writers(

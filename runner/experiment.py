@@ -118,8 +118,8 @@ def _train(
             loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
     except NonFiniteError as error:
         if opening.identity["trainer"]["on_nonfinite"] == "stop":
-            how = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
-            error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {how}",)
+            command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
+            error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
         interruption = Interrupted(
@@ -155,8 +155,8 @@ def _closing() -> Iterator[ExitStack]:
         with ExitStack() as stack:
             yield stack
     except signals.Stopped as stopped:
-        how = "run the same command again to go on from what is committed"
-        raise Interrupted(f"{stopped} while data was read; {how}") from None
+        remedy = "run the same command again to go on from the last checkpoint"
+        raise Interrupted(f"{stopped} while data was read; {remedy}") from None
     except SystemExit as error:
         raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
 

@@ -104,6 +104,11 @@ MISTAKES = {
         "~scheduler",
         "+scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}",
     ),
+    "a plateau with an interval": smoke(
+        "scheduler.interval=epoch: torch.optim.lr_scheduler.ReduceLROnPlateau steps after evaluations",
+        "~scheduler",
+        "+scheduler={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau,mode:max,interval:epoch}",
+    ),
     "unknown interval": smoke("scheduler.interval=day is not one of step, epoch", "+scheduler.interval=day"),
     "an optimizer that wants a closure": smoke(
         "torch.optim.lbfgs.LBFGS does not take: missing a required argument: 'closure'",

@@ -90,7 +90,7 @@ def test_a_mistake_is_reported(more: tuple[str, ...], told: list[str], live: Liv
         (("data.randomness=batch",), ["randomness: sample then, batch now"]),
         (("seed=2",), ["seed: 0 then, 2 now"]),
         ((using("Hidden"), "runtime.audit=false"), ["sample 0[0]: float32[8] of magnitude"]),
-        ((using("Iterable"),), ["data.train is a Iterable, an iterable, but was map-style"]),
+        ((using("Iterable"),), ["data.train is an iterable now (Iterable) and was map-style"]),
     ],
     ids=lambda value: " ".join(value)[:60],
 )

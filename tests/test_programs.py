@@ -1,6 +1,5 @@
 """Training programs beyond one optimizer with a schedule of steps, and the first minutes of an experiment."""
 
-import json
 import os
 import subprocess
 import sys
@@ -87,6 +86,14 @@ def test_a_schedule_ends_with_the_last_epoch(steps: str, life: Lives, tmp_path: 
     assert "but the run ends at step" not in ended.output
 
 
+def test_a_schedule_of_epochs_ends_with_the_last_epoch(life: Lives, tmp_path: Path) -> None:
+    options = ("scheduler=warmup_cosine", "scheduler.warmup_steps=0", "+scheduler.interval=epoch")
+    command = ("experiment=smoke", *options, "trainer.max_steps=null", "trainer.max_epochs=2", "metrics.every_steps=1")
+    ended = life(*command, f"run.root={tmp_path}", "run.name=r")
+    assert ended.status == 0, ended.output
+    assert rates(tmp_path / "smoke/r") == [1e-3] * 23 + [pytest.approx(0.5e-3, rel=1e-12)] * 22
+
+
 def test_a_schedule_longer_than_the_run_is_reported(life: Lives, tmp_path: Path) -> None:
     command = (
         "experiment=smoke",
@@ -132,14 +139,15 @@ def test_a_run_that_has_not_trained_takes_a_correction(life: Lives, tmp_path: Pa
     assert main(["audit", str(tmp_path / "smoke/r")]) == 0
 
 
-def test_steps_without_a_commit_are_no_correction(life: Lives, tmp_path: Path) -> None:
-    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", "checkpoint.every_steps=30")
-    ended = life(*command, "+model.x=1", "run.on_drift=fork")
-    assert ended.status == 2
-    ended = life(*command, operation=60, fail=5)  # EIO
-    steps = [json.loads(path.read_text()).get("step") for path in (tmp_path / "smoke/r/attempts").glob("*.beat")]
-    trained = any(steps) or any((tmp_path / "smoke/r/commits").glob("*"))
-    assert life(*command, "optimizer.lr=0.5").status == (3 if trained else 0)
+def test_a_run_that_has_trained_refuses_a_change(life: Lives, tmp_path: Path) -> None:
+    """Also where no step of it is committed."""
+    failing = ("task._target_=mine.tasks.Fails", "~task.label_smoothing", "+task.step=7", "checkpoint.every_steps=30")
+    command = (*COMMAND, *failing, "trainer.evaluate_every_steps=null", f"run.root={tmp_path}", "run.name=r")
+    ended = life(*command, cwd=USER)
+    assert (ended.status, "ZeroDivisionError" in ended.output) == (1, True), ended.output
+    assert not [*(tmp_path / "smoke/r/commits").glob("*")]
+    ended = life(*command, "optimizer.lr=0.5", cwd=USER)
+    assert (ended.status, "optimizer.lr" in ended.output) == (3, True), ended.output
 
 
 def test_weights_that_fit_are_taken_from_a_parent(life: Lives, tmp_path: Path) -> None:
@@ -170,7 +178,8 @@ def test_help_explains_a_key(life: Lives) -> None:
     )
     section = life("--help", "trainer.early_stopping").output
     assert "trainer.early_stopping.patience (default null)\n  stop after so many evaluations in a row" in section
-    assert "optimizer._target_ names" in life("--help", "optimizer.lr").output
+    assert "an argument of the object that optimizer._target_ names" in life("--help", "optimizer.lr").output
+    assert "TensorBoardWriter" in life("--help", "metrics.writers.tensorboard").output
     ended = life("--help", "trainer.max_step")
     assert (ended.status, ended.output) == (2, "there is no key trainer.max_step. Did you mean trainer.max_steps?\n")
 

@@ -201,8 +201,9 @@ class SaveCheckpoint(Callback):
         for name, tensor in copy.snapshot.tensors.items():
             if _is_spoiled(name, tensor, copy.weights):
                 why = f"{name} is NaN or infinite, though no loss was until then"
-                kept = "The checkpoints from before are finite and are kept"
-                raise NonFiniteError(f"the state of step {copy.step} is not saved: {why}. {kept}")
+                raise NonFiniteError(
+                    f"the state of step {copy.step} is not saved: {why}. Earlier checkpoints are finite and are kept"
+                )
         for record in self.records:
             record.flush()
 

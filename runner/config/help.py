@@ -29,10 +29,9 @@ def explain(key: str, file: Path) -> str:
     entries = {entry.key: entry for entry in _entries(file.read_text())}
     free = next((part for part in _parts(key) if _type(part) is Any), None)
     if key not in entries and free is not None:
-        return (
-            f"{key}\n  {'an argument' if key != free else 'the choice'} of what {free}._target_ names; see conf/{free}/"
-        )
-    if key not in entries or _type(key) is None:
+        what = "an argument of the object" if key != free else "the object"
+        return f"{key}\n  {what} that {free}._target_ names; choices are in conf/{free}/"
+    if key not in entries or _type(key.partition(".")[0]) is None:
         near = get_close_matches(key, entries, 1)
         raise ConfigError(f"there is no key {key}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
     below = [entry for name, entry in entries.items() if name == key or name.startswith(f"{key}.")]

@@ -186,9 +186,9 @@ class Fetcher(Dataset[Any]):
         recorded = self.substitutions.get(position)
         cause = "" if recorded is None else "replaced when this step was done before"
         attempts = range(MAX_SUBSTITUTES if self.substitute else 0)
-        others = (derive("substitute", key, attempt) % self.plan.samples for attempt in attempts)
+        substitutes = (derive("substitute", key, attempt) % self.plan.samples for attempt in attempts)
         failed = False
-        for chosen in chain([index if recorded is None else recorded], others):
+        for chosen in chain([index if recorded is None else recorded], substitutes):
             try:
                 row = self.sample(chosen, key, seed)
                 if row is None:

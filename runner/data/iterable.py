@@ -400,7 +400,9 @@ class IterableStream(TrainingStream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         name, workers = type(self._samples).__qualname__, self.workers
         if state.get("kind") != "opaque":
-            raise DataError(f"data.train is a {name}, an iterable, but was map-style; restore it, or set run.name=...")
+            raise DataError(
+                f"data.train is an iterable now ({name}) and was map-style; restore it, or set run.name=..."
+            )
         if state["workers"] != workers:
             raise DataError(
                 f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "

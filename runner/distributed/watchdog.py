@@ -190,8 +190,8 @@ class Stall:
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        others = sys._current_frames().keys() - {threading.get_ident()}
-        threads = [f"  thread {names.get(each, each)} is at {thread_status(each)[1]}" for each in others]
+        idents = sys._current_frames().keys() - {threading.get_ident()}
+        threads = [f"  thread {names.get(ident, ident)} is at {thread_status(ident)[1]}" for ident in idents]
         training = f"the training thread is at {thread_status(self._training)[1]}."
         remedy = "If the work there needs that long, set a longer runtime.timeout."
         again = "The same command goes on from the last checkpoint."

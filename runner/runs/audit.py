@@ -42,8 +42,9 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
         rows = []  # one for each range of epochs that differ in nothing but their number
         for _, alike in groupby(audit["epochs"], key=lambda row: {**row, "epoch": None}):
-            first, *others = alike
-            rows.append({**first, "epoch": f"{first['epoch']} to {others[-1]['epoch']}"} if others else first)
+            epochs = [*alike]
+            first, last = epochs[0], epochs[-1]
+            rows.append({**first, "epoch": f"{first['epoch']} to {last['epoch']}"} if len(epochs) > 1 else first)
         text.append(format_table(rows, columns))
     else:
         text.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")

@@ -107,8 +107,8 @@ def compare_runs(root: str, selects: Callable[[RunSummary], bool]) -> Comparison
             return True, 0.0
         return False, objective.rank(value)
 
-    first, *others = parameters = [run.parameters for run in runs if run.parameters] or [{}]
-    differing = {change.key for other in others for change in compare(first, other)}
+    parameters = [run.parameters for run in runs if run.parameters] or [{}]
+    differing = {change.key for each in parameters[1:] for change in compare(parameters[0], each)}
     swept: dict[str, str] = {}  # one key of those with the same values, as by interpolation
     for key in dict.fromkeys(key for each in parameters for key in each if key in differing):
         swept.setdefault(repr([each.get(key) for each in parameters]), key)
@@ -203,8 +203,8 @@ def _curves(axes: "Axes", objective: Objective, runs: Sequence[Candidate], swept
         axes.plot([step for step, _ in run.curve], curves[place], marker=dots, markersize=4, **look)
     for place, run in enumerate(runs[: len(_COLOURS)]):
         axes.plot([], [], color=_colour(place), linewidth=1.8, label=legend(run, swept))
-    if others := len(runs[len(_COLOURS) :]):
-        axes.plot([], [], color=_REST, linewidth=0.9, label=f"{others} others")
+    if len(runs) > len(_COLOURS):
+        axes.plot([], [], color=_REST, linewidth=0.9, label=f"{len(runs) - len(_COLOURS)} others")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False, title="best first", alignment="left")
     axes.set_xlabel("step")
     axes.set_ylabel(format_cell(objective.metric))

@@ -411,13 +411,13 @@ def variables(function: Any) -> Iterator[_Child]:
     """The values that a function keeps from call to call: defaults, closure, attributes."""
     code, defaults = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    kept = [(name, value, "default", place) for place, (name, value) in enumerate(zip(names, defaults, strict=True))]
-    kept += [(name, value, "keyword", name) for name, value in (function.__kwdefaults__ or {}).items()]
+    values = [(name, value, "default", place) for place, (name, value) in enumerate(zip(names, defaults, strict=True))]
+    values += [(name, value, "keyword", name) for name, value in (function.__kwdefaults__ or {}).items()]
     for place, (name, cell) in enumerate(zip(code.co_freevars, function.__closure__ or (), strict=True)):
         with suppress(ValueError):  # an empty cell
-            kept.append((name, cell.cell_contents, "cell", place))
-    kept += [(name, value, "attribute", name) for name, value in vars(function).items()]
-    return (_Child(f" (its {name})", value, kind, key) for name, value, kind, key in kept)
+            values.append((name, cell.cell_contents, "cell", place))
+    values += [(name, value, "attribute", name) for name, value in vars(function).items()]
+    return (_Child(f" (its {name})", value, kind, key) for name, value, kind, key in values)
 
 
 def _is_value(key: str, value: Any) -> bool:
@@ -429,8 +429,8 @@ def _is_value(key: str, value: Any) -> bool:
     elif type(value) is property:
         value = value.fget
     if type(value) is FunctionType:
-        kept = value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
-        return value.__code__.co_name != key or (bool(kept) and is_users(value.__globals__.get("__name__")))
+        state = value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
+        return value.__code__.co_name != key or (bool(state) and is_users(value.__globals__.get("__name__")))
     no_value = (ModuleType, type, BuiltinFunctionType, MemberDescriptorType, GetSetDescriptorType, MethodDescriptorType)
     return value is not None and not key.startswith(("__", "_abc_")) and not is_a(value, *no_value)
 

@@ -1,5 +1,8 @@
 """Memory on trial: values are taken from an undisturbed process and put into a resumed one. A value that makes both go
 on alike is the cause of their difference; any other is not.
+
+The values are pickled: into a file in the temporary folder of the proof, which belongs to this user alone, and never
+into a run directory.
 """
 
 import io
@@ -62,13 +65,13 @@ def settings() -> dict[str, str]:
 
 def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> None:
     """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
-    found = memory.places(objects, saved)
+    places = memory.places(objects, saved)
     taken: dict[str, Any] = {}
     for path in paths:
-        place = found.get(path, Place(path, None, None, kind="setting", key=path.removeprefix(PROCESS)))
+        place = places.get(path, Place(path, None, None, kind="setting", key=path.removeprefix(PROCESS)))
         stream = io.BytesIO()
         try:
-            _Pickler(stream, found, path).dump(_value(place))
+            _Pickler(stream, places, path).dump(_value(place))
         except Exception:  # a lambda, a lock, a connection
             continue
         taken[path] = place.holder, place.kind, place.key, stream.getvalue()
@@ -79,10 +82,10 @@ def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
     taken, done = pickle.loads(file.read_bytes()), []
     for path in [path for path in paths if path in taken]:
-        found = memory.places(objects, saved)  # anew: the values before may have made other places
+        places = memory.places(objects, saved)  # anew: the values before may have made other places
         holder, kind, key, data = taken[path]
         try:
-            _assign(found[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), found).load())
+            _assign(places[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), places).load())
         except Exception as error:
             warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
             continue
@@ -93,10 +96,10 @@ def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path
 class _Pickler(pickle.Pickler):
     """Copies what is at a path; objects elsewhere, such as parameters of the model, are named by their paths."""
 
-    def __init__(self, stream: io.BytesIO, found: Mapping[str, Place], path: str) -> None:
+    def __init__(self, stream: io.BytesIO, places: Mapping[str, Place], path: str) -> None:
         super().__init__(stream)
         inside = tuple(f"{path}{mark}" for mark in (".", "[", " ("))
-        objects = [each for each in found.values() if each.words is None or is_a(each.value, torch.Tensor)]
+        objects = [each for each in places.values() if each.words is None or is_a(each.value, torch.Tensor)]
         first = {id(place.value): place.path for place in reversed(objects)}
         self._paths = {key: name for key, name in first.items() if name != path and not name.startswith(inside)}
 
@@ -110,12 +113,12 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, found: Mapping[str, Place]) -> None:
+    def __init__(self, stream: io.BytesIO, places: Mapping[str, Place]) -> None:
         super().__init__(stream)
-        self._found = found
+        self._places = places
 
     def persistent_load(self, path: Any) -> Any:
-        return self._found[path].value
+        return self._places[path].value
 
 
 def _value(place: Place) -> Any:
