@@ -34,13 +34,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_two_files_of_a_user_run_and_resume_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
-    files = [text for _, text in BLOCKS if text.startswith(("# mine.py", "# my_conf/"))]
-    assert len(files) == 2
-    for text in files:
-        first, rest = text.split("\n", 1)
-        path = tmp_path / first.removeprefix("# ")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(rest)
+    """Pasted as they stand, with the comments that name them."""
+    named = ((re.search(r"^# (mine\.py|my_conf/\S+)$", text, re.MULTILINE), text) for _, text in BLOCKS)
+    files = {match[1]: text for match, text in named if match}
+    assert [*files] == ["mine.py", "my_conf/experiment/mine.yaml"]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     (command,) = (text for _, text in BLOCKS if "--config-dir my_conf" in text)
     arguments = command.strip().removeprefix("python ")
     first = python(arguments, tmp_path, wheel)
