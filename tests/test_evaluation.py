@@ -53,7 +53,8 @@ def test_an_evaluation_that_moves_the_model_is_warned_of(life: Lives, tmp_path: 
 
 def test_callbacks_see_a_step_with_its_evaluation(life: Lives, tmp_path: Path) -> None:
     """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""
-    command = (*WAKES, "+callbacks.weighs._target_=mine.broken.WeighsWell", f"run.root={tmp_path}")
+    own = ("+callbacks.weighs._target_=mine.broken.WeighsWell", "+callbacks.count._target_=mine.callbacks.StepCount")
+    command = (*WAKES, *own, f"run.root={tmp_path}")
     assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
     assert life(*command, "+task.call=6", "run.name=cut", cwd=USER).status == 75
     assert life(*command, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER).status == 0

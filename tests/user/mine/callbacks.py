@@ -145,6 +145,21 @@ class Nothing(Callback):
             parameter.grad.zero_()
 
 
+class StepCount(Callback):
+    """Its state is how often ``on_step`` was called."""
+
+    calls = 0
+
+    def on_step(self, loop):
+        self.calls += 1
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
 class Saves(Callback):
     """Has step 3 committed before training goes on."""
 
