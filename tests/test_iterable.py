@@ -300,7 +300,7 @@ def test_another_number_of_workers_is_refused_with_remedy() -> None:
 
 
 def test_a_position_in_map_style_data_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.train is a OnDataset, an iterable, but.*run\.name"):
+    with pytest.raises(DataError, match=r"data\.train is an iterable now \(OnDataset\) and was map-style.*run\.name"):
         resumed(OnDataset, {"consumed": 4, "plan": {}}, 0)
 
 
