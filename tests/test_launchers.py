@@ -244,3 +244,43 @@ def test_a_job_loses_nothing_whatever_slurm_does(
     assert third[0].startswith("Interrupted: SIGUSR2: stopped")
     assert {lives[-1] for lives in outcomes(tmp_path)} == {"finished"}
     assert_equal(tmp_path, whole)
+
+
+@pytest.mark.campaign
+def test_the_recipe_of_an_array_is_queued_again(cluster: dict[str, str], whole: Path, tmp_path: Path) -> None:
+    """Both runs of an array get the signal that Slurm sends near their time limit; nobody starts them again."""
+    (tmp_path / "pace").write_text("0.5")
+    (log := tmp_path / "log").touch()
+    environment = {
+        **os.environ,
+        **cluster,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{USER}",
+        "OMP_NUM_THREADS": "1",
+        "PACE": f"{tmp_path}/pace",
+    }
+
+    def slurm(*command: str) -> str:
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True
+        )
+        return done.stdout
+
+    overrides = [word for word in SWEEP if word != "-m"]
+    recipe = str(ROOT / "docs/recipes/slurm_array.sh")
+    options = ("--parsable", "--array=1-3", f"--output={log}")
+    job = slurm("sbatch", *options, recipe, *overrides, f"run.root={tmp_path}/runs").strip()
+
+    def finished() -> bool:
+        return len([*tmp_path.glob("runs/smoke/*/result.json")]) == len(SEEDS)
+
+    try:
+        until(lambda: at_work(tmp_path, above=1), log=log)
+        slurm("scancel", "--signal=USR1", job)
+        until(lambda: any(len(lives) > 1 for lives in outcomes(tmp_path)), log=log)
+        (tmp_path / "pace").write_text("0")
+        until(finished, log=log)
+    finally:
+        slurm("scancel", job)
+    assert any(reason.startswith("Interrupted: SIGUSR1: stopped") for each in reasons(tmp_path) for reason in each)
+    assert_equal(tmp_path, whole)

@@ -26,21 +26,26 @@ class KeyHelp:
 
 def explain(key: str, file: Path) -> str:
     """The meaning of a key, and of those below it. Raises ConfigError for a key that does not exist."""
-    entries = {entry.key: entry for entry in _entries(file.read_text())}
+    keys = {entry.key: entry for entry in entries(file.read_text())}
     free = next((part for part in _parts(key) if _type(part) is Any), None)
-    if key not in entries and free is not None:
+    if key not in keys and free is not None:
         what = "an argument of the object" if key != free else "the object"
         return f"{key}\n  {what} that {free}._target_ names; choices are in conf/{free}/"
-    if key not in entries or _type(key.partition(".")[0]) is None:
-        near = get_close_matches(key, entries, 1)
+    if key not in keys or _type(key.partition(".")[0]) is None:
+        near = get_close_matches(key, keys, 1)
         raise ConfigError(f"there is no key {key}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
-    below = [entry for name, entry in entries.items() if name == key or name.startswith(f"{key}.")]
+    below = [entry for name, entry in keys.items() if name == key or name.startswith(f"{key}.")]
     return "\n".join(map(_text, below))
 
 
+def values(key: str) -> list[str]:
+    """The values that a key may have, where these are a few words; empty for other keys."""
+    kind = _type(key)
+    return [*kind.__members__] if isinstance(kind, type) and issubclass(kind, Enum) else []
+
+
 def _text(entry: KeyHelp) -> str:
-    kind = _type(entry.key)
-    choices = " | ".join(kind.__members__) if isinstance(kind, type) and issubclass(kind, Enum) else ""
+    choices = " | ".join(values(entry.key))
     default = f"default {entry.default}" if entry.default not in ("", "???") else ""
     default = "required" if entry.default == "???" else default
     facts = ", ".join(filter(None, (choices, default)))
@@ -48,7 +53,7 @@ def _text(entry: KeyHelp) -> str:
     return "\n".join(filter(None, (f"{entry.key}{f' ({facts})' if facts else ''}", comment)))
 
 
-def _entries(text: str) -> Iterator[KeyHelp]:
+def entries(text: str) -> Iterator[KeyHelp]:
     """The keys of a YAML file of plain mappings, with the comments before and behind them."""
     path: list[tuple[int, str]] = []
     before: list[str] = []

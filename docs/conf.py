@@ -1,0 +1,13 @@
+"""Sphinx settings: ``sphinx-build -W docs FOLDER``."""
+
+from runner import __version__
+
+project = "hydra-runner"
+copyright = "the authors of hydra-runner"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+html_theme = "furo"
+exclude_patterns = ["recipes/*.md"]
+myst_heading_anchors = 3

@@ -1,0 +1,68 @@
+"""The pages in docs/: the site builds without a warning, and every command and file in them works as printed."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+DOCS = REPOSITORY / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NAME = re.compile(r"^# (\S+\.(?:py|yaml))$", re.MULTILINE)
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text())
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("furo")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tutorial.html").is_file()
+
+
+def test_the_page_of_keys_is_that_of_the_schema() -> None:
+    made = runpy.run_path(str(DOCS / "configuration.py"))["page"]()
+    assert made == (DOCS / "reference/configuration.md").read_text(), "run python docs/configuration.py"
+
+
+def test_every_block_with_code_is_run() -> None:
+    """Blocks of python and yaml are files with a name, so that the commands of their page use them."""
+    for page in DOCS.rglob("*.md"):
+        for kind, text in BLOCK.findall(page.read_text()):
+            assert kind in ("sh", "text") or NAME.search(text), (page, text)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
+    """In one empty folder, in the order of the page: files are written, commands are run and succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for kind, text in BLOCK.findall(page.read_text()):
+        if kind in ("python", "yaml"):
+            file = tmp_path / NAME.search(text)[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        elif kind == "sh":
+            done = subprocess.run(
+                ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_job_for_kubernetes_fits_its_schema() -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    job = yaml.safe_load((DOCS / "recipes/kubernetes.yaml").read_text())
+    validate(job, "1.31", strict=True)
+
+
+def test_the_image_copies_what_the_package_is_built_from() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (DOCS / "recipes/Dockerfile").read_text(), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "runner", "conf"} == names
+    assert all((REPOSITORY / name).exists() for name in names)
