@@ -3,7 +3,6 @@
 from runner import __version__
 
 project = "hydra-runner"
-copyright = "the authors of hydra-runner"
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 autodoc_typehints = "description"

@@ -1,6 +1,5 @@
 """Write ``reference/configuration.md`` from the comments of ``conf/config.yaml``: ``python docs/configuration.py``."""
 
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -14,8 +13,8 @@ All keys, with their defaults. `python -m runner --help KEY` prints the same for
 `python -m runner experiment=NAME --cfg job` the composed configuration of an experiment. This page is made from
 `conf/config.yaml` by `docs/configuration.py`.
 
-`model`, `task`, `optimizer`, `scheduler` and the data sets are objects: `_target_` names a class or function, and the other
-keys are its arguments.
+`model`, `task`, `optimizer`, `scheduler` and the data sets are objects: `_target_` names a class or function, and the
+other keys are its arguments.
 """
 NOT_OURS = ("defaults", "hydra")
 
