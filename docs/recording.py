@@ -1,4 +1,4 @@
-"""Write ``session.svg``, the picture in README, from a real session: ``python docs/recording.py``. Needs the extra ``docs``.
+"""Write ``session.svg``, the picture in README, from a real session: ``python docs/recording.py`` (extra ``docs``).
 
 The first command is killed with SIGKILL as soon as it has trained for some seconds.
 """

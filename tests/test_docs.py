@@ -14,7 +14,10 @@ REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"^# (\S+\.(?:py|yaml))$", re.MULTILINE)
-PAGES = sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text())
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text()),
+]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
@@ -48,7 +51,7 @@ def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
             file = tmp_path / NAME.search(text)[1]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-        elif kind == "sh":
+        elif kind == "sh" and "python3 -m venv" not in text:  # that is what continuous integration begins with
             done = subprocess.run(
                 ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
             )
