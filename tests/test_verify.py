@@ -362,15 +362,21 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
     code = f"""if True:
         import datetime, pickle, time
         from datetime import date, datetime as early
+        import numpy, pandas
         from runner.verify import clocks
         read = '''if True:
-            import datetime, time
+            import datetime, numpy, pandas, time
+            second = numpy.timedelta64(1, "s")
             ahead = [time.time() - now(), time.time_ns() / 1e9 - now(), early.now().timestamp() - now()]
             ahead += [time.mktime(time.localtime()) - now(), time.mktime(time.strptime(time.ctime())) - now()]
             ahead += [datetime.datetime.utcnow().replace(tzinfo=datetime.timezone.utc).timestamp() - now()]
             ahead += [time.mktime(time.strptime(time.strftime("%c"))) - now(), time.time() - now()]
             ahead += [24 * 3600 * (early.today().date() - today()).days, datetime.datetime.today().timestamp() - now()]
-            print([round(each / 1e6, 2) for each in ahead])
+            ahead += [(numpy.datetime64("now") - numpy.datetime64(int(now()), "s")) / second]
+            ahead += [(numpy.datetime64("today") - numpy.datetime64(today())) / second]
+            ahead += [pandas.Timestamp.now().timestamp() - now(), pandas.Timestamp("now", tz="UTC").timestamp() - now()]
+            assert isinstance(numpy.zeros(1, numpy.datetime64)[0], numpy.datetime64)
+            print([round(float(each) / 1e6, 2) for each in ahead])
         '''
         now, today = time.time, date.today
         clocks.shift({10**7})
@@ -385,7 +391,44 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
     output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=300, text=True)
     users, library, runners = map(json.loads, output.stdout.splitlines())
     assert all(abs(each - 10) < 0.1 for each in users), users
-    assert [*library, *runners] == [0] * 20
+    assert [*library, *runners] == [0] * 2 * len(users)
+
+
+def test_a_shifted_clock_goes_on_in_the_training_thread_and_in_spawned_processes(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        """if True:
+        import datetime, queue, threading, time
+
+        def read():
+            return [time.time(), datetime.datetime.now().timestamp(), time.monotonic()]
+
+        def ahead(before, after):
+            return [round((b - a) / 1e6) for a, b in zip(before, after)]
+
+        def send(pipe):
+            pipe.send(read())
+        """
+    )
+    code = """if True:
+        import multiprocessing, queue, threading, user
+        from runner.verify import clocks
+        if __name__ == "__main__":
+            begun = user.read()
+            clocks.shift(10**7)
+            clocks.advance(10**6)
+            inside, beside = user.read(), queue.Queue()
+            thread = threading.Thread(target=lambda: beside.put(user.read()))
+            thread.start()
+            thread.join()
+            near, far = multiprocessing.get_context("spawn").Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=user.send, args=(far,))
+            process.start()
+            print(*(user.ahead(begun, each) for each in (inside, beside.get(), near.recv())), sep="\\n")
+            process.join()
+    """.replace("\\\\", "\\")
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=300, text=True, cwd=tmp_path)
+    assert [*map(json.loads, output.stdout.splitlines())] == [[11, 11, 1], [10, 10, 0], [10, 10, 0]]
 
 
 def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:

@@ -40,6 +40,9 @@ def serve() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     for module in ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder"):
         importlib.import_module(module)
+    from runner.app import warm_up
+
+    warm_up()
     gc.freeze()  # else the first collection in each attempt copies every page
     print(json.dumps({"ready": True}), flush=True)
     for line in iter(_line, b""):
@@ -245,7 +248,3 @@ def _record_failure(record: str, error: BaseException) -> None:
     line = {"event": "failed", "kind": kind_of(error), "message": message, "where": of_traceback(error.__traceback__)}
     with open(record, "a") as file:
         file.write(f"{json.dumps(line)}\n")
-
-
-if __name__ == "__main__":
-    serve()

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 from runner.verify.fingerprint import is_a, type_name
 from runner.verify.memory import is_users, modules_of, mro
 
-Sources = list[tuple[str, int, int]]  # file, first and last line of a class or a function
+Place = tuple[str, int, int]  # file, first and last line of a class or a function
+Sources = list[Place]
 
 # Behind a name and its items and attributes: an assignment, or a method.
-_ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
+_ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
@@ -39,7 +40,7 @@ def sources(value: Any) -> Sources:
     return [*filter(None, places), *files.values()]
 
 
-def _place(thing: Any) -> tuple[str, int, int] | None:
+def _place(thing: Any) -> Place | None:
     try:
         lines, first = inspect.getsourcelines(thing)
         return str(inspect.getsourcefile(thing)), first, first + len(lines) - 1
@@ -47,20 +48,29 @@ def _place(thing: Any) -> tuple[str, int, int] | None:
         return None
 
 
-def line_of(names: Iterable[str], places: Sources) -> str:
-    """``file:line`` of the last line that changes the first of these names that any does, or else has it; of methods
-    that make or load an object only if no other has the name. Else the line of the class.
+def line_of(names: Iterable[str], places: Sources, others: Sequence[Place] = ()) -> str:
+    """``file:line`` of the last line that changes the first of these names that any does, in ``others`` if not in
+    ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
+    the class.
     """
     for name in names:
-        for file, first, last in places:
-            hits = _hits(name, file, first, last)
-            if hits:
-                return f"{file}:{max(hits)[-1]}"
+        line = _best(name, places) or _best(name, others) or _best(name, places, sure=False)
+        if line:
+            return line
     return f"{places[0][0]}:{places[0][1]}" if places else ""
 
 
+def _best(name: str, places: Sequence[Place], *, sure: bool = True) -> str:
+    """The line of a name in the first place that has it; ``sure``: that changes it."""
+    for file, first, last in places:
+        best = max(_hits(name, file, first, last), default=None)
+        if best and (best[:2] == (True, True) or not sure):
+            return f"{file}:{best[2]}"
+    return ""
+
+
 def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, int]]:
-    """Lines with a name: whether they are in a method that neither makes nor loads an object, whether they change it,
+    """Lines with a name: whether they are in a function that neither makes nor loads an object, whether they change it,
     and their number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
@@ -74,7 +84,7 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
         head = re.match(r"\s*(?:async )?def (\w+)", line)
         method = head[1] if head else method
         if word.search(line):
-            hits.append((method not in _MAKING, bool(change.search(line)), number))
+            hits.append((line[:1].isspace() and method not in _MAKING, bool(change.search(line)), number))
     return hits
 
 

@@ -162,6 +162,8 @@ def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
     elif kind == "class":
         if not _transfer(memory.class_dict(holder).get(key), value):
             type.__setattr__(holder, key, value)
+    elif kind == "attribute" and (slot := dict(memory.layout(type(holder))[0]).get(key)):
+        slot.__set__(holder, value)
     else:
         _store(_table(holder, kind), key, value)
 
