@@ -230,3 +230,5 @@ def test_the_console_command_beside_a_users_own_runner(tmp_path: Path) -> None:
     workers = ("runtime.num_workers=1", "runtime.start_method=spawn")
     command("experiment=smoke", "trainer.max_steps=2", "model._target_=own.Net", "run.name=r", *workers)
     assert "smoke/r  complete" in command("runs", "list", "outputs")
+    verified = command("verify", "experiment=smoke", "model._target_=own.Net", "verify.steps=4", "verify.kills=1")
+    assert verified.startswith("PASS")

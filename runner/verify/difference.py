@@ -114,15 +114,16 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     """Memory that training changes and that was gone after a load, as (path, undisturbed, killed); of every container
-    one entry.
+    one entry. Without the caches of data sets, whose samples were compared, and of libraries.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
+    private = [path for event in undisturbed.attempts[0].select("private") for path in event["paths"]]
     entries = [
         entry
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
         for entry in _unequal(steps[event["step"]]["memory"], event["memory"])
-        if entry[0] in changing
+        if entry[0] in changing and not entry[0].startswith(("data.", *private))
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
 

@@ -95,6 +95,17 @@ def places(objects: Mapping[str, Any], saved: Any = None) -> dict[str, Place]:
     return _Walk(objects.get("model"), saved).all(objects)
 
 
+def private(objects: Mapping[str, Any]) -> list[str]:
+    """The paths of what libraries keep for themselves: attributes with an underscore of objects of their classes."""
+    held = places(objects)
+    owners = [(place, held[place.holder]) for place in held.values() if place.holder in held and _is_private(place)]
+    return [place.path for place, owner in owners if not any(map(is_users, map(module_name, mro(type(owner.value)))))]
+
+
+def _is_private(place: Place) -> bool:
+    return place.kind == "attribute" and str(place.key).startswith("_")
+
+
 def modules_of(model: Any) -> dict[str, nn.Module]:
     """Each module of a model once, by its path from the model."""
     modules, waiting = {"": model}, [""]

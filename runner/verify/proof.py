@@ -213,7 +213,7 @@ def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
 
 
 def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
-    """Memory whose loss may make a difference later, or that shows that the data set is a cache."""
+    """Memory whose loss may make a difference later."""
     entries = lost_memory(run, base)
     text = "; ".join(
         f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]

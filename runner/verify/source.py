@@ -8,9 +8,10 @@ import functools
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from runner.verify.fingerprint import is_a, type_name
@@ -97,13 +98,14 @@ def of_stack(frame: FrameType | None) -> str:
     return ""
 
 
-def of_traceback(traceback: TracebackType | None) -> str:
-    """The same for the frames that an error came through."""
+def of_error(error: BaseException | None) -> str:
+    """The same for the frames that an error, or the error behind it, came through."""
     place = ""
-    while traceback is not None:
-        if is_users(traceback.tb_frame.f_globals.get("__name__")):
-            place = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
+    while error is not None and not place:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if is_users(frame.f_globals.get("__name__")):
+                place = f"{frame.f_code.co_filename}:{line}"
+        error = error.__cause__ or error.__context__
     return place
 
 
