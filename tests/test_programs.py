@@ -223,7 +223,7 @@ def test_the_console_command_beside_a_users_own_runner(tmp_path: Path) -> None:
 
     def command(*words: str) -> str:
         run = [sys.executable, str(script), *words]
-        ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 

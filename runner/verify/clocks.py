@@ -20,9 +20,11 @@ import numpy as np
 
 STEP_SECONDS = 211  # that a step seems to take
 _SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
+_PLACES = 3  # lines for a verdict
 _FROM_START = ("monotonic", "perf_counter")  # clocks with an arbitrary start
 _now, _now_ns = time.time, time.time_ns
 _datetime64 = np.datetime64
+asked: list[str] = []  # lines of the user's code that read a clock that is ahead
 _offset = 0  # seconds
 _step_offset = 0  # seconds more in the training thread, and of clocks with an arbitrary start
 _training_thread = 0
@@ -92,7 +94,11 @@ def _from_start(clock: Callable[[], Any], unit: int) -> Callable[[], Any]:
     """A clock with an arbitrary start. Python's own modules, which measure time-outs by it, read the true one."""
 
     def read() -> Any:
-        return clock() + (_of_thread() * unit if _is_users(sys._getframe(1)) else 0)
+        frame = sys._getframe(1)
+        if not _is_users(frame):
+            return clock()
+        _note(frame)
+        return clock() + _of_thread() * unit
 
     return read
 
@@ -136,9 +142,18 @@ def _seconds() -> int:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename != __file__ and not _is_python(frame):
-            return _offset + _of_thread() if _is_users(frame) else 0
+            if not _is_users(frame):
+                return 0
+            _note(frame)
+            return _offset + _of_thread()
         frame = frame.f_back
     return 0
+
+
+def _note(frame: FrameType) -> None:
+    place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    if place not in asked and len(asked) < _PLACES:
+        asked.append(place)
 
 
 def _of_thread() -> int:

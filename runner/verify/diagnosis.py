@@ -20,6 +20,7 @@ from runner.verify.causes import CAUSES, Cause, of_memory, of_part, of_workers, 
 from runner.verify.difference import FirstDifference, first_difference, suspects
 from runner.verify.execution import Executor, Kill, RunTrace
 from runner.verify.fingerprint import UNSEEN
+from runner.verify.memory import PROCESS
 
 _SINGLE = 8  # suspects that are tried one by one
 # Where to look first for the memory behind a part, and the method behind a cause.
@@ -37,6 +38,7 @@ _METHODS = {
     "restoring": "load_state_dict",
     "evaluation": "evaluation_step",
 }
+_SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
 _MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
 # What may make two undisturbed runs differ, and how it is held constant: the cause, pins of the process, overrides.
@@ -125,7 +127,7 @@ class Investigation:
             return self.hold(difference)
         later = self.run(shift=SHIFT_SECONDS)
         if difference := self.differs("undisturbed, at another time of another day", later):
-            return CAUSES["time"].seen_in(difference.part, difference.path)
+            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_asked(later))
         for number in workers:
             again = self.run(workers=number)
             if difference := self.differs(f"undisturbed, {number} data workers", again):
@@ -153,9 +155,8 @@ class Investigation:
             if equal and not self.differs("the same once more", self.run(*overrides, pins=pins), first):
                 varies = not self._equal("undisturbed again, nothing held constant", 2)
                 if varies:
-                    asked = [line for event in first.attempts[-1].select("reached") for line in event["pinned"]]
                     cause = CAUSES[name].seen_in(difference.part, difference.path)
-                    return replace(cause, where=", ".join(asked[:3]) if pins else "")
+                    return replace(cause, where=_asked(first))
         cause = replace(unexplained(difference), sure=varies).seen_in(difference.part, _paths(difference))
         return cause.reaching(self._reached)
 
@@ -210,6 +211,8 @@ class Investigation:
         """The line that changes memory: of the object that has it, or else of another."""
         root = next((key for key in self._sources if path.startswith(key)), "task")
         names = re.findall(r"\w+", re.sub(r" \(its (value|position|object)\)", "", path))[::-1]
+        if path.startswith(PROCESS):
+            names = [_SETTERS.get(name, name.replace("get", "set", 1)) for name in names]
         others = sorted((key for key in self._sources if key != root), key=lambda key: key.startswith("data."))
         places = [place for key in others for place in self._sources[key]]
         return source.line_of(names, self._sources.get(root, []), places)
@@ -319,6 +322,12 @@ class _Trial:
         self.tested |= put
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         return bool(put) and not self._lives.differs(f"the same with {names} of the undisturbed run", run, self._base)
+
+
+def _asked(run: RunTrace) -> str:
+    """The user's lines that asked for what was held constant or shifted in a run."""
+    lines = [line for event in run.attempts[-1].select("reached") for line in event["pinned"]]
+    return ", ".join(lines[:3])
 
 
 def _paths(difference: FirstDifference) -> str:

@@ -223,7 +223,7 @@ class Recorder(Observer):
         if self._rank == 0:
             self.write("finished", **collect(directory))
             self.write("private", paths=private(self._objects))
-            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked)
+            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked or clocks.asked)
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
             self.write("imported", modules=libraries)
 

@@ -75,7 +75,7 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
     and their number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
-    change = re.compile(rf"\b{re.escape(name)}\b(?:{_ASSIGNED})")
+    change = re.compile(rf"\b{re.escape(name)}\b(?:[\"']\])?(?:{_ASSIGNED})")
     try:
         lines = Path(file).read_text().splitlines()[first - 1 : last]
     except OSError:
@@ -138,7 +138,8 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
     thing = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
-        if type(thing) is int or not {*mode} & {*"wax+"}:
+        volatile = is_a(thing, str) and thing.startswith(("/proc/", "/sys/", "/dev/"))
+        if type(thing) is int or not (volatile or {*mode} & {*"wax+"}):
             return ""  # what is only read is the same for every run
     if is_a(thing, PurePath):
         thing = PurePath.__str__(thing)
