@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from runner.metrics.writer import WriterContext
@@ -113,8 +114,8 @@ def committed(location: Location, end: Mapping[str, Any], *, after: int) -> Iter
     last = _key(str(end.get("segment")))
     keyed = ((_key(entry.name), entry.name) for entry in location.list(_FOLDER))
     names = [(key, name) for key, name in keyed if key is not None and last is not None and key <= last]
-    for (key, name), (following, _) in zip(names, [*names[1:], (None, "")], strict=True):
-        if following is None or following[0] > after:  # else its lines are of earlier steps
+    for (key, name), following in zip_longest(names, names[1:]):
+        if following is None or following[0][0] > after:  # else its lines are of earlier steps
             lines = _read(location, f"{_FOLDER}/{name}")[: end["lines"] if key == last else None]
             yield from (line for line in map(parse, lines) if line["step"] > after)
 
