@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
 from runner.callbacks.base import notify, observers
-from runner.config import schema
+from runner.config import composition, schema
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
 from runner.distributed.communicator import Communicator, on_rank_zero
@@ -69,6 +69,7 @@ class Formatter(logging.Formatter):
 def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
+    composition.install()
     log.addFilter(_escaped)
     resolvers: dict[str, Callable[..., Any]] = {
         "directory": _directory,  # for Hydra's own files, in a single run as in a job of a sweep

@@ -149,6 +149,7 @@ class SweepConfig:
 class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
+    imports: list[str]
     seed: int
     params: dict[str, Any]
     model: Any
