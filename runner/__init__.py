@@ -22,7 +22,7 @@ checks the code against this map.
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
-       config/ (help, identity, schema, secrets)
+       config/ (composition, help, identity, schema, secrets)
     1  signals     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)
