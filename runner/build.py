@@ -30,7 +30,7 @@ from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import require_map_style, training_data
+from runner.data.training_data import First, require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
@@ -119,11 +119,16 @@ def _data(
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    stream, plan = training_data(config, _instance(data.train, "data.train"), loading, device, collate, world)
+    train = _instance(data.train, "data.train")
+    if data.overfit is not None:
+        train = First(require_map_style(train, "data.train"), data.overfit)
+    stream, plan = training_data(config, train, loading, device, collate, world)
     if data.validation is None:
         return stream, plan, None
+    held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
+    held_out = require_map_style(held_out, "data.validation")
     validation = EvaluationData(
-        require_map_style(_instance(data.validation, "data.validation"), "data.validation"),
+        First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
         seed=config.seed,
         batch_size=data.evaluation_batch_size,
         randomness=data.randomness.name,
