@@ -23,7 +23,7 @@ ESCAPE = "\x1b]0;title\x07\x9b31m\u202e"
 COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_steps=10", "checkpoint.every_steps=5")
 
 # One file of each kind in a run directory, and its folders.
-FILES = ("run.json", "config.yaml", "result.json", "attempts/*.lock", "attempts/*.beat", "attempts/*.end.json")
+FILES = ("run.json", "config.yaml", "result.json", "attempts/*.lock", "attempts/*.beat", "attempts/*.end.json", "attempts/*.code.json")
 FILES += ("attempts/*-????????????.json", "commits/*", "data/*", "ledger/plan*", "ledger/s*", "metrics/*")
 FILES += ("tensorboard/*", "model.safetensors", "runner.log", ".hydra", ".hydra/config.yaml")
 READ = ("run.json", "config.yaml", "ledger/s*")  # by every kind, the others by some
