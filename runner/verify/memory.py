@@ -13,6 +13,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
+from functools import partial
 from inspect import getgeneratorlocals
 from threading import local
 from types import (
@@ -333,7 +334,7 @@ def _inside(value: Any) -> Iterator[_Child]:
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (_Child(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
-    elif is_a(value, functools.partial):  # as a whole: its parts cannot be set
+    elif is_a(value, partial):  # as a whole: its parts cannot be set
         parts = [*enumerate(value.args), *value.keywords.items()]
         yield from (_Child(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
     elif is_a(value, torch.Tensor):
@@ -342,7 +343,7 @@ def _inside(value: Any) -> Iterator[_Child]:
         yield from (_Child(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
     else:
         yield from _inside_code(value)
-    if type(value) is not FunctionType and not is_a(value, functools.partial):
+    if type(value) is not FunctionType and not is_a(value, partial):
         yield from (_Child(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
 
 
