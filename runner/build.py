@@ -72,6 +72,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
