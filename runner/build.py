@@ -125,7 +125,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.validation is None:
         return stream, plan, None
     held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
