@@ -175,7 +175,7 @@ TIERS = {
     "fewer than a batch": ("rows", ("data.train.size=5",), (0, 1, 0)),
     "sharded": ("sharded", (), (0, 2, 3)),
     "mixture": ("mixture", (), (0, 2, 1)),
-    "weighted": ("rows", ("data.weights._target_=mine.data.harder",), (0, 2, 1)),
+    "weighted": ("rows", ("+data.weights._target_=mine.data.harder",), (0, 2, 1)),
     "token budget": ("rows", (*SENTENCES, "trainer.accumulate=2"), (0, 2, 1)),
     "drop": ("rows", ("data.tail=drop",), (1, 0, 3)),
     "iterable": ("rows", ("data.train._target_=mine.data.Iterable",), (0, 0, 0)),
