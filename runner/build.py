@@ -71,7 +71,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
-    task = _instance(config.task, "task", kind=Task)
+    task = instance(config.task, "task", kind=Task)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -107,7 +107,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
-    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
 
 
@@ -118,14 +118,14 @@ def _data(
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
-    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    train = _instance(data.train, "data.train")
+    collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
+    train = instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
     stream, plan = training_data(config, train, loading, device, collate, world)
     if data.validation is None:
         return stream, plan, None
-    held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
+    held_out = train if data.overfit is not None else instance(data.validation, "data.validation")
     held_out = require_map_style(held_out, "data.validation")
     validation = EvaluationData(
         First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
@@ -159,7 +159,7 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
 
 
 def _model(node: Any) -> nn.Module:
-    model: nn.Module = _instance(node, "model", kind=nn.Module)
+    model: nn.Module = instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
@@ -315,7 +315,7 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
+def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
     """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
@@ -338,7 +338,7 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
 
 def _stepping(node: Any, argument: Any, key: str, **options: Any) -> Any:
     """An optimizer or scheduler: the object that the configuration names, called with ``argument``."""
-    maker = _instance(node, key, _partial_=True, **options)
+    maker = instance(node, key, _partial_=True, **options)
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
@@ -428,7 +428,7 @@ def open_writers(
 
 
 def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
-    maker = _instance(node, key, _partial_=True)
+    maker = instance(node, key, _partial_=True)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:
