@@ -8,7 +8,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
@@ -21,7 +21,7 @@ checks the code against this map.
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
        config/ (composition, help, identity, schema, secrets)
     1  signals     task

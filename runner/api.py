@@ -108,9 +108,9 @@ class Run:
 
     def data(self, name: str = "validation") -> Any:
         """The data set ``train`` or ``validation``."""
-        from runner.inference import build_part
+        from runner.inference import rebuild
 
-        return build_part(self._facts, f"data.{name}")
+        return rebuild(self._facts, f"data.{name}")
 
 
 def train(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -36,6 +36,8 @@ from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.hashing import derive
+from runner.metrics.lines import LinesWriter
+from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -71,7 +73,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
-    task = instance(config.task, "task", kind=Task)
+    task = _instance(config.task, "task", kind=Task)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -107,7 +109,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
-    own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
 
 
@@ -118,14 +120,14 @@ def _data(
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
-    collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
-    train = instance(data.train, "data.train")
+    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
+    train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
     stream, plan = training_data(config, train, loading, device, collate, world)
     if data.validation is None:
         return stream, plan, None
-    held_out = train if data.overfit is not None else instance(data.validation, "data.validation")
+    held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
     held_out = require_map_style(held_out, "data.validation")
     validation = EvaluationData(
         First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
@@ -159,7 +161,7 @@ def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) ->
 
 
 def _model(node: Any) -> nn.Module:
-    model: nn.Module = instance(node, "model", kind=nn.Module)
+    model: nn.Module = _instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
@@ -315,7 +317,12 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
+
+
+def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
     """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
@@ -338,7 +345,7 @@ def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any
 
 def _stepping(node: Any, argument: Any, key: str, **options: Any) -> Any:
     """An optimizer or scheduler: the object that the configuration names, called with ``argument``."""
-    maker = instance(node, key, _partial_=True, **options)
+    maker = _instance(node, key, _partial_=True, **options)
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
@@ -424,11 +431,18 @@ def open_writers(
     """
     writers.resume(facts)
     for name, node in nodes.items():
-        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+        writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
+    if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
+        if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
+            raise ConfigError(f"metrics.writers.{services[0]} sends the lines of metrics.writers.lines, which is null")
+        writers.committed()
 
 
-def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
-    maker = instance(node, key, _partial_=True)
+def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    key = f"metrics.writers.{name}"
+    maker = _instance(node, key, _partial_=True)
+    if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
+        return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:

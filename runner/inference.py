@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from torch import nn
 
-from runner.build import instance
+from runner.build import build_part
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.structure import Structure, saved_name
 from runner.errors import ConfigError, StateError
@@ -30,10 +30,10 @@ def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn
     builds differently now.
     """
     checkpoint, weights = _read(facts, which, evaluated_weights)
-    model: nn.Module = build_part(facts, "model").cpu()
+    model: nn.Module = rebuild(facts, "model").cpu()
     resized = checkpoint.facts.get("structure", {}).get("buffers", {})
     buffers = {name.removeprefix("module.") for names in resized.values() for name in names}
-    Structure({"model": model}, None, partial(build_part, facts, "model")).resize("model", buffers, weights)
+    Structure({"model": model}, None, partial(rebuild, facts, "model")).resize("model", buffers, weights)
     live = {saved_name(name): name for name in model.state_dict()}
     try:
         model.load_state_dict({live.get(name, name): value for name, value in weights.items()})
@@ -48,7 +48,7 @@ def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn
 
 def load_task(facts: RunFacts, which: int | str | None) -> Task:
     """The task with the state that it had at a checkpoint; ``which`` as for ``load_model``."""
-    task: Task = build_part(facts, "task")
+    task: Task = rebuild(facts, "task")
     if hasattr(task, "load_state_dict"):
         _, state = _read(facts, which, lambda each: each.load("task") if "task" in each.parts else None)
         if state is not None:
@@ -56,11 +56,10 @@ def load_task(facts: RunFacts, which: int | str | None) -> Task:
     return task
 
 
-def build_part(facts: RunFacts, key: str) -> Any:
+def rebuild(facts: RunFacts, key: str) -> Any:
     """The object under a key of the configuration, newly built. Raises ConfigError if that is not possible."""
-    config = OmegaConf.create(facts.identity)
     with temporary_seed(0):
-        return instance(OmegaConf.select(config, key), key)
+        return build_part(OmegaConf.create(facts.identity), key)
 
 
 def _read(facts: RunFacts, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
