@@ -58,7 +58,7 @@ class Profiler(Observer):
 
 
 class Webhook(Observer):
-    """Posts JSON to a URL when an attempt ends: finished, failed or interrupted; nobody can after a SIGKILL. The ``text``
+    """Posts JSON to a URL when an attempt ends: finished, failed or interrupted; a killed process cannot. The ``text``
     is what Slack, Mattermost and others show. A URL that cannot be reached within ``timeout`` seconds is a warning.
     """
 

@@ -256,11 +256,11 @@ def main() -> None:
         return
     print("ready", file=answers)
     with suppress(BrokenPipeError):
-        _Child(request["name"], writer, lambda text: print(text, file=answers)).run()
+        _Sender(request["name"], writer, lambda text: print(text, file=answers)).run()
     os._exit(0)  # without waiting for threads of the library
 
 
-class _Child:
+class _Sender:
     """Sends whenever the parent says that more is committed, until the attempt ends or the parent dies."""
 
     def __init__(self, name: str, writer: ServiceWriter, say: Callable[[str], None]) -> None:
