@@ -146,6 +146,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
     on_all_ranks(team.comm, lambda: _require_folder(folder))
     changes = {"root": str(folder), "storage_options": {}, "name": "dry", "on_drift": "refuse", "on_conflict": "fail"}
     config = OmegaConf.merge(config, {"run": changes})  # type: ignore[assignment]
+    config.observers = {}
     dry = DryRun()
     try:
         with observed_by(dry):

@@ -14,7 +14,7 @@ from typing import Any
 import runner
 from runner import signals
 from runner.build import Parts, build, make_callbacks, make_observers, open_writers, training_steps
-from runner.callbacks.base import Callback, Loop, Observer, TrainingSetup, notify, observers, overriding
+from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
@@ -74,24 +74,19 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             stack.callback(parts.held_out.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
-        for name in looking:  # after all others
-            callbacks[name] = callbacks.pop(name)
+        callbacks.update({name: callbacks.pop(name) for name in looking})  # after all others
         setup = _set_up(config, parts, callbacks, store, directory, number)
-        own = {name: call for name, call in callbacks.items() if not isinstance(call, Observer)}
-        parts.state.memories = {name: call for name, call in own.items() if isinstance(call, Stateful)}
+        with_state = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
+        parts.state.memories = {name: call for name, call in with_state.items() if name not in looking}
 
         on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
         resumed = _resume(opening, config, parts, store, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            place, own = (
-                (directory.location, directory.experiment, directory.name),
-                (directory.record() or {}).get("id"),
-            )
-            context = WriterContext(
-                *place, opening.identity, number, resumed.step, id=str(own), options=directory.options
-            )
+            place = (directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step)
+            name = str((directory.record() or {}).get("id"))
+            context = WriterContext(*place, id=name, options=directory.options)
             open_writers(writers, setup.writers, context, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(opening, parts, resumed, number, here)
