@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -326,6 +326,11 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
     return callbacks
+
+
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
