@@ -288,7 +288,7 @@ def test_what_libraries_keep_for_themselves_is_known() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     task = SimpleNamespace(schedule=scheduler, kept=Kept())
-    task.kept._seen = 1
+    vars(task.kept)["_seen"] = 1
     private = memory.private({"task": task})
     assert "task.schedule._last_lr" in private
     assert [path for path in private if "kept" in path or path.endswith(".base_lrs")] == []
