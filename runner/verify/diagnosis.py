@@ -36,6 +36,7 @@ _NEAREST = {
 _METHODS = {
     "saving": "state_dict",
     "restoring": "load_state_dict",
+    "stopping": "load_state_dict",
     "evaluation": "evaluation_step",
 }
 _SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
