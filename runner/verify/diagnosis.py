@@ -191,7 +191,7 @@ class Investigation:
         cannot be tried.
         """
         resumed = self._killed.attempts[-1].select("resumed")
-        groups = suspects(difference, resumed[0].get("memory", {}) if resumed else {})
+        groups = suspects(difference, resumed[0] if resumed else {})
         unseen = {path: words for path, words in self._base.by_step()[step]["memory"].items() if UNSEEN in words}
         trial = _Trial(self, step, [*groups, *(path for path in unseen if path not in groups)])
         paths = trial.minimal(difference.part)
@@ -211,7 +211,7 @@ class Investigation:
     def _line_of(self, path: str) -> str:
         """The line that changes memory: of the object that has it, or else of another."""
         root = next((key for key in self._sources if path.startswith(key)), "task")
-        names = re.findall(r"\w+", re.sub(r" \(its (value|position|object)\)", "", path))[::-1]
+        names = re.findall(r"\w+", re.sub(r" \((its (value|position|object)|a .*?)\)", "", path))[::-1]
         if path.startswith(PROCESS):
             names = [_SETTERS.get(name, name.replace("get", "set", 1)) for name in names]
         others = sorted((key for key in self._sources if key != root), key=lambda key: key.startswith("data."))

@@ -128,12 +128,13 @@ def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
 
 
-def suspects(difference: FirstDifference, resumed: Mapping[str, str]) -> dict[str, list[Remembered]]:
+def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Remembered]]:
     """The values that a process lacked after loading, by the path at which they can be put into it: whole containers,
-    and the first object on the way that the process (with the memory ``resumed``) has not at all.
+    and the first object on the way that the process (as ``resumed``) has not at all.
     """
     changed = {path for path, _, _ in difference.changing}
-    present = {prefix for path in resumed for prefix in _prefixes(path)}
+    saved = [path.replace("/", ".") for path in resumed.get("state", {}) if path.startswith("model/")]
+    present = {prefix for path in [*resumed.get("memory", {}), *saved] for prefix in _prefixes(path)}
     entries = [entry for entry in difference.remembered if entry[0] in changed or not entry[0].startswith(PROCESS)]
     groups: dict[str, list[Remembered]] = {}
     for entry in sorted(entries, key=lambda entry: entry[0] not in changed):

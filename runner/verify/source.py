@@ -66,13 +66,13 @@ def _best(name: str, places: Sequence[Place], *, sure: bool = True) -> str:
     for file, first, last in places:
         best = max(_hits(name, file, first, last), default=None)
         if best and (best[:2] == (True, True) or not sure):
-            return f"{file}:{best[2]}"
+            return f"{file}:{best[-1]}"
     return ""
 
 
-def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, int]]:
+def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, bool, int]]:
     """Lines with a name: whether they are in a function that neither makes nor loads an object, whether they change it,
-    and their number.
+    also by a call, whether they do so for its own sake, and not to return something, and their number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
     change = re.compile(rf"\b{re.escape(name)}\b(?:[\"']\])?(?:{_ASSIGNED})")
@@ -85,7 +85,9 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
         head = re.match(r"\s*(?:async )?def (\w+)", line)
         method = head[1] if head else method
         if word.search(line):
-            hits.append((line[:1].isspace() and method not in _MAKING, bool(change.search(line)), number))
+            changes = bool(change.search(line))
+            alone = changes and not line.lstrip().startswith("return ")
+            hits.append((line[:1].isspace() and method not in _MAKING, changes, alone, number))
     return hits
 
 
