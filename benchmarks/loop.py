@@ -43,8 +43,8 @@ NEVER = 1_000_000_000  # steps
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An experiment with overrides, the kinds of randomness to run it with, steps between two checkpoints, and the sizes
-    of blocks and warm-up in steps.
+    """An experiment with overrides, the kinds of randomness to run it with, the steps between two checkpoints, and the
+    sizes of blocks and warm-up in steps.
     """
 
     experiment: str
