@@ -7,7 +7,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish
@@ -15,12 +15,12 @@ checks the code against this map.
     6  callbacks/ (base, dry, evaluate, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
-       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data)
-       run/ (attempts, directory, drift, opening, parent)
+       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
+       run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
        config/ (composition, help, identity, schema, secrets)
     1  signals     task

@@ -36,6 +36,8 @@ from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.hashing import derive
+from runner.metrics.lines import LinesWriter
+from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -72,6 +74,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -122,7 +127,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.validation is None:
         return stream, plan, None
     held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
@@ -424,11 +431,18 @@ def open_writers(
     """
     writers.resume(facts)
     for name, node in nodes.items():
-        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+        writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
+    if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
+        if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
+            raise ConfigError(f"metrics.writers.{services[0]} sends the lines of metrics.writers.lines, which is null")
+        writers.committed()
 
 
-def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    key = f"metrics.writers.{name}"
     maker = _instance(node, key, _partial_=True)
+    if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
+        return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:
