@@ -151,7 +151,7 @@ def test_one_sample_of_a_thousand_that_draws_is_seen(generator: str) -> None:
     assert sum(made.samples.reads) == 2004  # type: ignore[attr-defined]  # one slice was read again
 
 
-def test_samples_that_draw_nothing_are_read_once_and_nothing_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_seeded_for_samples_that_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fetcher(lambda data, index: index, collate=None)
     monkeypatch.setattr(random, "seed", None)
     monkeypatch.setattr(np.random, "seed", None)
@@ -227,7 +227,7 @@ def peeks(data: Data, index: int) -> Any:
 
 @pytest.mark.parametrize("audit", [False, True])
 @pytest.mark.parametrize("make", [looks, restores, peeks])
-def test_samples_that_depend_on_a_seed_without_a_trace_are_seeded(make: Any, audit: bool) -> None:
+def test_samples_that_look_at_a_state_are_seeded(make: Any, audit: bool) -> None:
     made = fetcher(make)
     probe.examine(made, LoaderOptions(), audit=audit)
     assert made.drawn == ALL
@@ -269,12 +269,17 @@ def test_workers_see_draws_as_well(kind: str) -> None:
         assert [[batch] for batch, _ in batches(fetcher(make), 1)] == expected
 
 
-def test_python_whose_memory_is_elsewhere_is_looked_at_by_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = batches(fetcher(in_turn, drawn=ALL))
-    monkeypatch.setattr(sandbox, "_python_memory", lambda: None)
-    monkeypatch.setattr(sandbox, "_PYTHON", slow := sandbox._Python())
-    monkeypatch.setitem(sandbox._GENERATORS, "python", slow)
-    monkeypatch.setitem(sandbox._FIXED_STATES, "python", slow.fixed)
+@pytest.mark.parametrize("memory", [False, True], ids=["by functions", "by memory"])
+def test_python_is_looked_at_as_its_kind_allows(memory: bool) -> None:
+    generator = sandbox.PythonGenerator(sandbox.python_memory() if memory else None)
+    random.gauss(0, 1)
     before = random.getstate()
-    assert batches(fetcher(in_turn)) == expected
+    saved = generator.enter()
+    assert generator.state() == generator.fixed
+    first = random.gauss(0, 1)
+    assert generator.state() != generator.fixed
+    generator.leave(saved)
     assert random.getstate() == before
+    generator.enter()
+    assert random.gauss(0, 1) == first
+    generator.leave(saved)

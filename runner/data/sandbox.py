@@ -91,9 +91,11 @@ def private_generators(*, look: bool = True) -> Iterator[None]:
         _TORCH.leave(of_torch)
 
 
-class _Python:
-    def __init__(self) -> None:
-        self._memory = _python_memory()
+class PythonGenerator:
+    """Python's generator, by its ``memory`` or else by its functions."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
         self.seed = random.seed
         before = self.state()
         self.seed(_FIXED)
@@ -183,7 +185,7 @@ class _Torch:
         torch.default_generator.set_state(state)
 
 
-def _python_memory() -> Any:
+def python_memory() -> Any:
     """The memory of python's generator: the position and 624 words. None where it is not as in CPython."""
     kind = random.Random.__base__
     if kind is None or kind.__basicsize__ < object.__basicsize__ + ctypes.sizeof(_MEMORY):
@@ -198,6 +200,6 @@ def _numpy_memory(generator: Any) -> Any:
     return _MEMORY.from_address(generator.ctypes.state_address)
 
 
-_PYTHON, _NUMPY, _TORCH = _Python(), _Numpy(), _Torch()
+_PYTHON, _NUMPY, _TORCH = PythonGenerator(python_memory()), _Numpy(), _Torch()
 _GENERATORS: dict[str, Any] = {"python": _PYTHON, "numpy": _NUMPY, "torch": _TORCH}
 _FIXED_STATES = {name: generator.fixed for name, generator in _GENERATORS.items()}
