@@ -1,5 +1,5 @@
-"""Tasks whose state is wrong. ``mended`` mends them as ``runner.verify`` advises. The comment ``culprit`` marks the line
-that it has to name.
+"""Tasks whose state is wrong. ``mended`` mends them as ``runner.verify`` advises. The comment ``culprit`` marks the
+line that it has to name.
 """
 
 import torch
