@@ -395,7 +395,7 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
     assert [*library, *runners] == [0] * 2 * len(users)
 
 
-def test_a_shifted_clock_goes_on_in_the_training_thread_and_in_spawned_processes(tmp_path: Path) -> None:
+def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(
         """if True:
         import datetime, queue, threading, time
@@ -619,7 +619,7 @@ def test_a_users_own_runner_is_named_by_the_fixture_alone(tmp_path: Path) -> Non
     assert f"{tmp_path}/runner.py hides the package runner of hydra-runner: rename it" in done.stdout
 
 
-def test_lost_memory_is_noted_without_caches_and_what_libraries_keep_for_themselves() -> None:
+def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
     undisturbed = trained([{"task.seen", "data.train.cache[3]", "model._hooks[0].__self__._is_root"}] * 3)
     resumed = {"event": "resumed", "step": 1, "memory": {}}
     private = {"event": "private", "paths": ["model._hooks[0].__self__._is_root"]}
