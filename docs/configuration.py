@@ -13,7 +13,7 @@ All keys, with their defaults. `python -m runner --help KEY` prints the same for
 `python -m runner experiment=NAME --cfg job` the composed configuration of an experiment. This page is made from
 `conf/config.yaml` by `docs/configuration.py`.
 
-Editors with a YAML language server complete and check keys: write the schema with `python -m runner schema > schema.json`
+Editors with a YAML language server complete and check keys: write `python -m runner schema > schema.json`
 in your folder, and begin an experiment, after `# @package _global_`, with the line
 `# yaml-language-server: $schema=../schema.json`.
 
