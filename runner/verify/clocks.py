@@ -47,7 +47,7 @@ def shift(seconds: int) -> None:
     attributes = gc.get_referents(datetime.datetime.__dict__)[0]
     attributes |= {"now": classmethod(_datetime_now), "utcnow": classmethod(_datetime_utcnow)}
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(datetime.datetime))
-    np.__class__ = _Numpy
+    np.__class__ = _NumpyModule
     prepared = multiprocessing.spawn.get_preparation_data
     multiprocessing.spawn.get_preparation_data = lambda name: {**prepared(name), "clocks": _Shifted()}
 
@@ -131,7 +131,7 @@ class _Datetime64(metaclass=_Datetime64Meta):
     dtype = np.dtype(_datetime64)  # numpy takes anything with one where it expects a dtype
 
 
-class _Numpy(ModuleType):
+class _NumpyModule(ModuleType):
     @property
     def datetime64(self) -> Any:
         return _Datetime64 if _is_users(sys._getframe(1)) else _datetime64

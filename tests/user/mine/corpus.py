@@ -274,8 +274,6 @@ class Banks(Scaled):
 
 
 class Histograms(Scaled):
-    kept = ("histogram",)
-
     def __init__(self, mended):
         super().__init__(mended)
         self.histogram = np.zeros(8)
@@ -283,6 +281,12 @@ class Histograms(Scaled):
     def amount(self, x):
         self.histogram += x.detach().numpy().mean(0)  # culprit
         return float(self.histogram.sum())
+
+    def state_dict(self):
+        return {"histogram": self.histogram.tolist()} if self.mended else {}
+
+    def load_state_dict(self, state):
+        self.histogram = np.array(state.get("histogram", self.histogram))
 
 
 class Tables(Scaled):
