@@ -108,7 +108,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
+    evaluation = _evaluation(config, task, update, parallelism, validation, team)
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
 
@@ -225,28 +225,34 @@ def _parallelism(
 
 
 def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, parallelism: Parallelism, data: EvaluationData | None, team: Team
+    config: Config,
+    task: Task,
+    update: WeightUpdate,
+    parallelism: Parallelism,
+    data: EvaluationData | None,
+    team: Team,
 ) -> Callable[[TrainState], dict[str, float | str]] | None:
     if data is None:
         return None
 
     changed: set[str] = set()
 
-    def report(state: TrainState) -> dict[str, float | str]:
-        metrics = evaluate(
+    def run(state: TrainState) -> dict[str, float | str]:
+        report = evaluate(
             task,
             state.evaluated_model,
-            data,
-            key=derive("evaluation", seed, state.progress.step),
+            {"val": data},
+            key=derive("evaluation", config.seed, state.progress.step),
             autocast=update.autocast,
             team=team,
             trained=state.model,
+            metric=config.objective.metric,
             changed=changed,
         )
         parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
-        return {f"val/{name}": value for name, value in metrics.items()}
+        return report
 
-    return report
+    return run
 
 
 def make_callbacks(

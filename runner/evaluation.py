@@ -18,7 +18,8 @@ from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
 from runner.distributed.team import Team
-from runner.errors import TaskError, printable
+from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
+from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
 from runner.task import Task, check_metrics
 
@@ -45,37 +46,70 @@ class EvaluationInterrupted(Exception):
 def evaluate(
     task: Task,
     model: nn.Module,
-    data: EvaluationData,
+    sets: Mapping[str, EvaluationData],
     *,
     key: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     team: Team,
     trained: nn.Module | None = None,
+    metric: str | None = None,
     changed: set[str] | None = None,
-) -> Mapping[str, float | str]:
-    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The processes
-    of the team divide the batches among themselves.
+) -> dict[str, float | str]:
+    """The task's report over all data of each of the ``sets``, as ``set/metric``. Means are weighted by batch size, and
+    summed in double precision. The processes of the team divide the batches among themselves.
 
-    Runs without gradients, in evaluation mode and with the random seed ``key``. ``trained`` is the model in training,
-    where its average is evaluated. Raises EvaluationInterrupted after a stop signal, with the buffers of both models
-    and the task's state as they were before. Warns of weights and buffers that the evaluation changed, unless their
-    names are among those already ``changed``, to which they are added.
+    Runs without gradients, in evaluation mode and with a random seed of ``key``. ``trained`` is the model in training,
+    where its average is evaluated. Warns of weights and buffers that the evaluation changed, unless their names are
+    among those already ``changed``, to which they are added.
+
+    Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
+    ``metric``, both with the buffers of both models and the task's state as they were before. That is not possible
+    where the evaluation has changed weights, which it then ends first, or fails as it does; and in several processes,
+    one of which may fail alone.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
+    report: dict[str, float | str] = {}
     try:
-        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
-            means = _means(task, model, data, team, before)
-            if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
-                seed_all(key)
-            report = _checked(task.evaluation_end(model, means), type(task).__name__)
-    except signals.Stopped:
+        for name, data in sets.items():
+            seed = derive(name, key) if len(sets) > 1 else key
+            with evaluation_mode(model), temporary_seed(seed), torch.no_grad(), autocast():
+                values = _report(task, model, data, team, before, seed)
+            report |= {f"{name}/{each}": value for each, value in values.items()}
+        if metric is not None:
+            objective(report, metric)
+    except EvaluationInterrupted:
+        raise
+    except (signals.Stopped, Exception) as error:
         if team.world.size > 1 or not before.restore(team):
             raise
-        raise EvaluationInterrupted from None
+        raise EvaluationFailed.of(error) if isinstance(error, Exception) else EvaluationInterrupted from error
     if changed is not None and (names := before.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
-    return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _REMEDY)
+    return report
+
+
+def _report(
+    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore", seed: int
+) -> Mapping[str, float | str]:
+    name = type(task).__name__
+    means = _means(task, model, data, team, before)
+    if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
+        seed_all(seed)
+    report = _checked(task.evaluation_end(model, means), name)
+    return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
+
+
+def objective(report: Mapping[str, float | str], metric: str) -> float:
+    """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
+    value = report.get(metric)
+    if value is None or isinstance(value, str):
+        names = ", ".join(sorted(name for name, value in report.items() if not isinstance(value, str)))
+        raise ConfigError(
+            f"objective.metric={metric} is not among the metrics of the evaluation: {names}. Set it to one of them; "
+            "add run.on_drift=accept if the run has begun"
+        )
+    return value
 
 
 def same_for_all(report: Mapping[str, float | str], team: Team, source: str, remedy: str) -> Mapping[str, float | str]:

@@ -121,6 +121,10 @@ def _train(
             command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
             error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {command}",)
         raise
+    if (failure := loop.failure) is not None:
+        remedy = "correct the code and run the same command again, which repeats the evaluation and goes on"
+        failure.args = (f"{failure}\nStep {loop.step} is committed as it was before the evaluation: {remedy}",)
+        raise failure
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
         interruption = Interrupted(
             f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from runner import signals
+from runner.callbacks.base import FAILED
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import local
@@ -49,9 +50,11 @@ class Resumed:
         return self.commit.step if self.commit else 0
 
     def stopped(self, identity: Mapping[str, Any]) -> str | None:
-        """Why training ended at this step, in a word; None if it was a signal, or the configuration was another."""
+        """Why training ended at this step, in a word; None if it was a signal or a failed evaluation, or the
+        configuration was another.
+        """
         word = self.facts.get("stop")
-        if not isinstance(word, str) or word in signals.NAMES:
+        if not isinstance(word, str) or word in (*signals.NAMES, FAILED):
             return None
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 

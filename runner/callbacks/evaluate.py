@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.callbacks.base import Callback, Loop
+from runner.callbacks.base import FAILED, Callback, Loop
 from runner.data.stream import EvaluationData
-from runner.errors import ConfigError, printable
-from runner.evaluation import EvaluationInterrupted
+from runner.errors import EvaluationFailed, printable
+from runner.evaluation import EvaluationInterrupted, objective
 from runner.state import TrainState
 
 log = logging.getLogger("runner")
@@ -58,6 +58,10 @@ class Evaluate(Callback):
             loop.evaluation = report = self.evaluate(loop.state)
         except EvaluationInterrupted:
             loop.evaluation_due = True
+            return
+        except EvaluationFailed as error:
+            log.warning("failed   the evaluation after step %d; the state before it is committed", loop.step)
+            loop.evaluation_due, loop.failure, loop.stop = True, error, loop.stop or FAILED
             return
         for listener in self.listeners:
             listener(loop)
@@ -169,18 +173,6 @@ class StepSchedule(Callback):
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
             loop.state.scheduler.step(objective(loop.evaluation, self.metric))
-
-
-def objective(report: Mapping[str, float | str], metric: str) -> float:
-    """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
-    value = report.get(metric)
-    if value is None or isinstance(value, str):
-        names = ", ".join(sorted(name for name, value in report.items() if not isinstance(value, str)))
-        raise ConfigError(
-            f"objective.metric={metric} is not among the metrics of the evaluation: {names}. Set it to one of them; "
-            "add run.on_drift=accept if the run has begun"
-        )
-    return value
 
 
 def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:

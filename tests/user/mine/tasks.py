@@ -232,3 +232,28 @@ class Counts(Classification):
         share = metrics["accuracy"] if self.together else self.hits / self.samples
         self.hits = self.samples = 0
         return {**metrics, "share": share}
+
+
+class Mended(Classification):
+    """Raises in its evaluation while the file ``broken`` is there. Counts its evaluated batches, which is state."""
+
+    def __init__(self, *, broken: str) -> None:
+        super().__init__()
+        self.broken, self.seen = broken, torch.zeros(())
+
+    def training_step(self, model, batch):
+        self.label_smoothing = min(0.3, self.seen.item() / 50)
+        return super().training_step(model, batch)
+
+    def evaluation_step(self, model, batch):
+        self.seen += 1
+        if self.seen % 4 == 3 and os.path.exists(self.broken):
+            return {"loss": undefined}  # noqa: F821
+        torch.randn(1)
+        return super().evaluation_step(model, batch)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
