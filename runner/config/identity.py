@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
+# Keys that runs of earlier versions do not have: left out while they are null or empty.
+_ADDED = {"": ("params",), "data": ("test", "evaluation_collate")}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
@@ -32,7 +34,12 @@ def identity(config: "DictConfig") -> dict[str, Any]:
     from runner.config.schema import plain_value
 
     values = {key: plain_value(config, key) for key in IDENTITY}
-    return {key: value for key, value in values.items() if key != "params" or value}  # runs before it have none
+    for parent, keys in _ADDED.items():
+        inner = values if not parent else values[parent]
+        for key in keys:
+            if not inner.get(key):
+                inner.pop(key, None)
+    return values
 
 
 def variant(overrides: Sequence[str]) -> str:

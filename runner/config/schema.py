@@ -54,12 +54,14 @@ class StreamsConfig:
 class DataConfig:
     train: Any
     validation: Any
+    test: Any
     batch_size: int
     evaluation_batch_size: int
     shuffle: bool
     tail: Tail
     randomness: Randomness
     collate: Any
+    evaluation_collate: Any
     streams: StreamsConfig
     max_tokens: int | None
     on_bad_record: OnBadRecord
@@ -123,6 +125,7 @@ class RuntimeConfig:
     start_method: str | None
     num_threads: int | None
     audit: bool
+    check_batches: int
     deterministic: bool
 
 
@@ -170,7 +173,10 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-_FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
+_FROM_ZERO = """
+    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers runtime.check_batches
+    sweep.max_retries
+"""
 _FROM_ONE = """
     data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs
