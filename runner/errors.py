@@ -32,7 +32,7 @@ class RunnerError(Exception):
 
 
 class ConfigError(RunnerError):
-    """The configuration or the command line cannot be used: mend it."""
+    """The configuration or the command line cannot be used: fix it."""
 
     status = 2
 
@@ -65,14 +65,14 @@ class NoLoadableCheckpoint(RunnerError):
 
 class Interrupted(RunnerError):
     """The attempt stopped on request, with its last step committed, unless it had waited for data for too long. The
-    same command goes on.
+    same command continues.
     """
 
     status = 75
 
 
 class StorageError(RunnerError):
-    """The storage refused to read or write: mend the disk, its permissions or the network."""
+    """The storage refused to read or write: fix the disk, its permissions or the network."""
 
 
 class RunGone(RunnerError):
@@ -94,7 +94,7 @@ class TaskError(RunnerError):
 
 
 class EvaluationFailed(RunnerError):
-    """An evaluation raised an error, and the state is that before it: mend the task, and run the same command again."""
+    """An evaluation raised an error, and the state is that before it: fix the task, and run the same command again."""
 
     @classmethod
     def of(cls, cause: Exception, title: str = "the evaluation failed") -> "EvaluationFailed":
