@@ -12,8 +12,8 @@ checks the code against this map.
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish
     7  trainer     build     restore
-    6  callbacks/ (base, evaluate, reporting, saving)
-    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
+    6  callbacks/ (base, dry, evaluate, reporting, saving)
+    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
        run/ (attempts, directory, drift, opening, parent)
@@ -22,7 +22,7 @@ checks the code against this map.
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
-       config/ (help, identity, schema, secrets)
+       config/ (composition, help, identity, schema, secrets)
     1  signals     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)

@@ -2,15 +2,12 @@
 
 import copy
 import logging
-import os
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,21 +19,21 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.callbacks.base import Callback, notify, observers
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
+from runner.config.composition import searched
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import require_map_style, training_data
+from runner.data.training_data import First, require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
-from runner.evaluation import evaluate
 from runner.hashing import derive
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
@@ -51,7 +48,7 @@ log = logging.getLogger("runner")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The live objects of an experiment. ``evaluate`` is None if there is no validation data."""
+    """The live objects of an experiment."""
 
     state: TrainState
     task: Task
@@ -59,8 +56,7 @@ class Parts:
     parallelism: Parallelism
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
-    evaluate: Callable[[TrainState], dict[str, float | str]] | None
-    held_out: EvaluationData | None  # the data of ``evaluate``
+    evaluator: Evaluator
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
@@ -68,12 +64,15 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
     trainer = config.trainer
     seed_all(derive("data", config.seed))
-    stream, plan, validation = _data(config, device, team.world)
+    stream, plan, sets = _data(config, device, team.world)
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    for part in vars(task).values():
+        if isinstance(part, nn.Module):
+            part.to(device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -108,34 +107,53 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config, task, update, parallelism, validation, team)
+    metric = config.objective.metric
+    evaluator = Evaluator(task, update.autocast, parallelism, team, config.seed, metric, *sets)
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
-    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
+    return Parts(state, task, update, parallelism, plan, recipe, evaluator, own)
 
 
 def _data(
     config: Config, device: torch.device, world: World
-) -> tuple[TrainingStream, Plan | None, EvaluationData | None]:
-    """The training data with its plan, and the validation data."""
+) -> tuple[TrainingStream, Plan | None, list[dict[str, EvaluationData]]]:
+    """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    stream, plan = training_data(config, _instance(data.train, "data.train"), loading, device, collate, world)
-    if data.validation is None:
-        return stream, plan, None
-    validation = EvaluationData(
-        require_map_style(_instance(data.validation, "data.validation"), "data.validation"),
-        seed=config.seed,
-        batch_size=data.evaluation_batch_size,
-        randomness=data.randomness.name,
-        loading=loading,
-        device=device,
-        collate=collate,
-        world=world,
-        audit=runtime.audit,
-    )
-    return stream, plan, validation
+    train = _instance(data.train, "data.train")
+    if data.overfit is not None:
+        train = First(require_map_style(train, "data.train"), data.overfit)
+    stream, plan = training_data(config, train, loading, device, collate, world)
+    if data.evaluation_collate is not None:
+        collate = _instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
+
+    def evaluation_data(node: Any, key: str) -> EvaluationData:
+        held_out = require_map_style(train if data.overfit is not None else _instance(node, key), key)
+        return EvaluationData(
+            First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
+            seed=config.seed,
+            batch_size=data.evaluation_batch_size,
+            randomness=data.randomness.name,
+            loading=loading,
+            device=device,
+            collate=collate,
+            world=world,
+            audit=runtime.audit,
+            key=key,
+        )
+
+    def sets(node: Any, key: str, name: str) -> dict[str, EvaluationData]:
+        if node is None:
+            return {}
+        if not isinstance(node, DictConfig) or "_target_" in node:
+            return {name: evaluation_data(node, key)}
+        named = {str(each): inner for each, inner in node.items()}
+        if odd := [each for each in named if "/" in each]:
+            raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
+        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
+
+    return stream, plan, [sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test")]
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
@@ -224,37 +242,6 @@ def _parallelism(
     return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
 
 
-def _evaluation(
-    config: Config,
-    task: Task,
-    update: WeightUpdate,
-    parallelism: Parallelism,
-    data: EvaluationData | None,
-    team: Team,
-) -> Callable[[TrainState], dict[str, float | str]] | None:
-    if data is None:
-        return None
-
-    changed: set[str] = set()
-
-    def run(state: TrainState) -> dict[str, float | str]:
-        report = evaluate(
-            task,
-            state.evaluated_model,
-            {"val": data},
-            key=derive("evaluation", config.seed, state.progress.step),
-            autocast=update.autocast,
-            team=team,
-            trained=state.model,
-            metric=config.objective.metric,
-            changed=changed,
-        )
-        parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
-        return report
-
-    return run
-
-
 def make_callbacks(
     config: Config,
     parts: Parts,
@@ -304,10 +291,10 @@ def make_callbacks(
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     """The callback that evaluates, and the callbacks that use its results."""
     trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
-    if parts.evaluate is None or parts.held_out is None:
+    if not parts.evaluator.validation:
         return {}
     interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
+    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluator)}
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         if parts.state.schedule == "evaluation":
@@ -450,21 +437,9 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}{_searched(cause)}"
+        return f"{key}._target_: {cause}{searched(cause)}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
-
-
-def _searched(cause: BaseException) -> str:
-    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if not isinstance(cause, ModuleNotFoundError):
-        return ""
-    folders = [
-        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
-    ]
-    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def _frames(error: BaseException) -> str:
@@ -474,8 +449,8 @@ def _frames(error: BaseException) -> str:
 
 
 def _hint(message: str, key: str) -> str:
-    """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
-    advice = f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    """The remedy where a key of an option, over which Hydra lays the experiment's own, does not fit."""
+    advice = f". If the option that was chosen for {key} gave it, choose none: `defaults: [override /{key}: null]`"
     return advice if "unexpected keyword argument" in message else ""
 
 

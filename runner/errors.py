@@ -94,7 +94,7 @@ class TaskError(RunnerError):
 
 
 class EvaluationFailed(RunnerError):
-    """An evaluation raised an error, and the state is that before it: mend the task, and run the same command again."""
+    """An evaluation raised an error, and the state is that before it: fix the task, and run the same command again."""
 
     @classmethod
     def of(cls, cause: Exception, title: str = "the evaluation failed") -> "EvaluationFailed":

@@ -56,8 +56,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
-        if parts.held_out is not None:
-            stack.callback(parts.held_out.close)
+        stack.callback(parts.evaluator.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
         setup = _set_up(config, parts, callbacks, store)
@@ -74,6 +73,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             _log_start(opening, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
+        if runtime.check_batches and (resumed.commit is None or resumed.origin is not None):
+            parts.evaluator.rehearse(parts.state, runtime.check_batches)
         loop = _train(opening, parts, setup, calls, resumed, team)
         patience = config.checkpoint.max_unsaved
         result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)

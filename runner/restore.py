@@ -78,8 +78,7 @@ def restore_newest(
     training cannot continue. To their messages it adds ``anew`` of the newest older step that can be trained further.
     """
     unusable: list[str] = []
-    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
-    commits = [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
+    commits = _listed(store, comm)
     for number, commit in enumerate(commits):
         try:
             checkpoint = store.open(commit, comm)
@@ -175,6 +174,26 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         return {saved_name(name): tensor for name, tensor in checkpoint.load("model").items()}
     average = checkpoint.load("average").items()
     return {saved_name(name.removeprefix("module.")): tensor for name, tensor in average if name.startswith("module.")}
+
+
+def restore_evaluated(state: TrainState, store: CheckpointStore, step: int, comm: Communicator) -> str:
+    """Load model, average and task of the kept commit at ``step``, in all processes; returns why that is impossible."""
+    why = "its checkpoint is gone"
+    for commit in _listed(store, comm):
+        if commit.step == step:
+            try:
+                others = {*state.parts()} - {"model", "average", "task"}
+                state.restore(store.open(commit, comm), without=others)
+                return ""
+            except Damaged as error:
+                why = str(error)
+    return why
+
+
+def _listed(store: CheckpointStore, comm: Communicator) -> list[CommitId]:
+    """The commits, the newest first, as rank 0 lists them."""
+    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
+    return [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:

@@ -48,7 +48,7 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
 
 def test_the_split_covers_every_key() -> None:
     """A new key must be given a side: what is computed, or how."""
-    execution = {"checkpoint", "metrics", "runtime", "run", "sweep"}
+    execution = {"imports", "checkpoint", "metrics", "runtime", "run", "sweep"}
     assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | execution
 
 
@@ -89,8 +89,9 @@ MISTAKES = {
         "trainer.max_seconds=9",
     ),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
-    "an argument of the default": smoke(
-        "'betas'. If the default optimizer gave it, leave that out: `defaults: [override /optimizer: null]`",
+    "an argument of the option": smoke(
+        "'betas'. If the option that was chosen for optimizer gave it, choose none: `defaults: [override /optimizer: ",
+        "optimizer=adamw",
         "optimizer._target_=torch.optim.SGD",
     ),
     "a scheduler that wants a metric": smoke(

@@ -54,12 +54,15 @@ class StreamsConfig:
 class DataConfig:
     train: Any
     validation: Any
+    test: Any
     batch_size: int
     evaluation_batch_size: int
+    overfit: int | None
     shuffle: bool
     tail: Tail
     randomness: Randomness
     collate: Any
+    evaluation_collate: Any
     streams: StreamsConfig
     max_tokens: int | None
     on_bad_record: OnBadRecord
@@ -123,6 +126,7 @@ class RuntimeConfig:
     start_method: str | None
     num_threads: int | None
     audit: bool
+    check_batches: int
     deterministic: bool
 
 
@@ -131,6 +135,7 @@ class RunConfig:
     root: str
     storage_options: dict[str, Any]
     name: str | None
+    dry: bool
     parent: str | None
     inherit: Inherit
     load: Load
@@ -149,6 +154,7 @@ class SweepConfig:
 class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
+    imports: list[str]
     seed: int
     params: dict[str, Any]
     model: Any
@@ -170,9 +176,12 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-_FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
+_FROM_ZERO = """
+    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers runtime.check_batches
+    sweep.max_retries
+"""
 _FROM_ONE = """
-    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens
+    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens data.overfit
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs
     trainer.accumulate trainer.early_stopping.patience checkpoint.every_steps checkpoint.keep_every_steps
     checkpoint.keep_best metrics.every_steps runtime.shard runtime.prefetch runtime.num_threads

@@ -51,10 +51,10 @@ class Team:
         return SINGLE_PROCESS
 
     def begin(self, device: Any) -> None:
-        """Set up process groups for tensors on that device."""
+        """Set up process groups for tensors on that device, before the first attempt."""
         from runner.distributed.watchdog import Stall
 
-        self.watch = Stall(self._timeout, self._patience)
+        self.watch = self.watch or Stall(self._timeout, self._patience)
 
     def exchange(self, report: StepReport) -> StepReport:
         """Combine the reports of all processes; once after every step."""
@@ -74,6 +74,10 @@ class Team:
     def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
         """The sums over all processes, in double precision; all processes pass the same names."""
         return values
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all processes, which may hold tensors on the CPU, in the order of the ranks."""
+        return [value]
 
     def rest(self) -> None:
         """Training is over: the timeout does not hold any more."""

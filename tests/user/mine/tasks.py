@@ -257,3 +257,10 @@ class Mended(Classification):
 
     def load_state_dict(self, state):
         self.seen = state["seen"]
+
+
+class Misspelt(Stops):
+    """Raises a NameError in its evaluation."""
+
+    def evaluation_step(self, model, batch):
+        return {"loss": undefined}  # noqa: F821
