@@ -108,14 +108,16 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     metric = config.objective.metric
-    evaluator = Evaluator(task, update.autocast, parallelism, team, config.seed, metric, *sets)
+    evaluator = Evaluator(
+        task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
+    )
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, own)
 
 
 def _data(
     config: Config, device: torch.device, world: World
-) -> tuple[TrainingStream, Plan | None, list[dict[str, EvaluationData]]]:
+) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
@@ -153,7 +155,7 @@ def _data(
             raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
         return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
 
-    return stream, plan, [sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test")]
+    return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:

@@ -73,8 +73,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             _log_start(opening, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
-        if runtime.check_batches and (resumed.commit is None or resumed.origin is not None):
-            parts.evaluator.rehearse(parts.state, runtime.check_batches)
+        if resumed.commit is None or resumed.origin is not None:
+            parts.evaluator.rehearse(parts.state)
         loop = _train(opening, parts, setup, calls, resumed, team)
         patience = config.checkpoint.max_unsaved
         result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)

@@ -1,16 +1,21 @@
 """Metrics that are no means, named sets, test data, folds, and the batches that are evaluated before training."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crews import Crews
 from lives import Lives
 from results import results
+from torch import nn
 
 from runner.datasets.folds import Fold
 from runner.errors import ConfigError
+from runner.evaluation import copy_of
+from runner.task import Task
 
 USER = Path(__file__).parent / "user"
 SCORES = (
@@ -96,6 +101,29 @@ def test_a_mistake_in_the_evaluation_shows_before_the_first_step(
     assert all(message in ended.output for message in messages), ended.output
     assert "step 3" not in ended.output
     assert life(*command, cwd=USER).status == 0
+
+
+class Judge(Task):
+    """Has a frozen model, a memory, and maybe what cannot be copied."""
+
+    def __init__(self, *, lock: bool = False) -> None:
+        self.model, self.seen, self.lock = nn.BatchNorm1d(2), [0], threading.Lock() if lock else None
+
+    def training_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def test_a_copy_of_a_task_shares_weights_and_has_its_own_memory() -> None:
+    task, model = Judge(), nn.Linear(1, 1)
+    task.trained = model  # type: ignore[attr-defined]
+    copy: Any = copy_of(task, model)
+    copy.seen.append(1)
+    copy.model.running_mean += 1
+    assert task.seen == [0]
+    assert task.model.running_mean.sum() == 0
+    assert copy.trained is model
+    assert all(mine is theirs for mine, theirs in zip(copy.model.parameters(), task.model.parameters(), strict=True))
+    assert copy_of(Judge(lock=True), model) is None
 
 
 @pytest.mark.parametrize("call", [25, 26], ids=["first", "second"])
