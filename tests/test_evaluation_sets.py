@@ -68,8 +68,8 @@ def test_rows_that_cannot_be_reported(task: str, messages: list[str], life: Live
 
 def test_batches_before_the_first_step_leave_no_trace(life: Lives, tmp_path: Path) -> None:
     """Of a task with a memory that evaluates in training mode and moves weights, beside a model that takes means."""
-    wakes = "task={_target_: mine.tasks.Wakes, call: -1, pushes: true}"
-    for more in ((), (f"+{wakes}", "~task")):
+    wakes = ("task._target_=mine.tasks.Wakes", "~task.during", "~task.number", "task.call=-1", "+task.pushes=true")
+    for more in ((), wakes):
         for name, batches in (("with", 2), ("without", 0)):
             command = (*SETS, *more, f"run.root={tmp_path}", f"run.name={name}{len(more)}")
             ended = life(*command, f"runtime.check_batches={batches}", cwd=USER)
