@@ -7,7 +7,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish
@@ -16,11 +16,11 @@ checks the code against this map.
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
-       run/ (attempts, directory, drift, opening, parent)
+       run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
        config/ (composition, help, identity, schema, secrets)
     1  signals     task

@@ -35,6 +35,8 @@ from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.hashing import derive
+from runner.metrics.lines import LinesWriter
+from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -108,14 +110,16 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     metric = config.objective.metric
-    evaluator = Evaluator(task, update.autocast, parallelism, team, config.seed, metric, *sets)
+    evaluator = Evaluator(
+        task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
+    )
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, own)
 
 
 def _data(
     config: Config, device: torch.device, world: World
-) -> tuple[TrainingStream, Plan | None, list[dict[str, EvaluationData]]]:
+) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
@@ -153,7 +157,7 @@ def _data(
             raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
         return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
 
-    return stream, plan, [sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test")]
+    return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
@@ -414,11 +418,18 @@ def open_writers(
     """
     writers.resume(facts)
     for name, node in nodes.items():
-        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+        writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
+    if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
+        if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
+            raise ConfigError(f"metrics.writers.{services[0]} sends the lines of metrics.writers.lines, which is null")
+        writers.committed()
 
 
-def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    key = f"metrics.writers.{name}"
     maker = _instance(node, key, _partial_=True)
+    if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
+        return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:

@@ -158,7 +158,7 @@ def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_pa
 
 
 def test_a_wrong_name_of_the_objective_loses_no_step(life: Lives, tmp_path: Path) -> None:
-    command = (*ROWS, f"run.root={tmp_path}", "run.name=r")
+    command = (*ROWS, f"run.root={tmp_path}", "run.name=r", "runtime.check_batches=0")
     ended = life(*command, "objective.metric=val/acc", cwd=USER)
     assert ended.status == 2
     assert "objective.metric=val/acc is not among the metrics of the evaluation: val/accuracy, val/loss" in ended.output

@@ -1,16 +1,21 @@
 """Metrics that are no means, named sets, test data, folds, and the batches that are evaluated before training."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crews import Crews
 from lives import Lives
 from results import results
+from torch import nn
 
 from runner.datasets.folds import Fold
 from runner.errors import ConfigError
+from runner.evaluation import copy_of
+from runner.task import Task
 
 USER = Path(__file__).parent / "user"
 SCORES = (
@@ -63,8 +68,8 @@ def test_rows_that_cannot_be_reported(task: str, messages: list[str], life: Live
 
 def test_batches_before_the_first_step_leave_no_trace(life: Lives, tmp_path: Path) -> None:
     """Of a task with a memory that evaluates in training mode and moves weights, beside a model that takes means."""
-    wakes = "task={_target_: mine.tasks.Wakes, call: -1, pushes: true}"
-    for more in ((), (f"+{wakes}", "~task")):
+    wakes = ("task._target_=mine.tasks.Wakes", "~task.during", "~task.number", "task.call=-1", "+task.pushes=true")
+    for more in ((), wakes):
         for name, batches in (("with", 2), ("without", 0)):
             command = (*SETS, *more, f"run.root={tmp_path}", f"run.name={name}{len(more)}")
             ended = life(*command, f"runtime.check_batches={batches}", cwd=USER)
@@ -96,6 +101,29 @@ def test_a_mistake_in_the_evaluation_shows_before_the_first_step(
     assert all(message in ended.output for message in messages), ended.output
     assert "step 3" not in ended.output
     assert life(*command, cwd=USER).status == 0
+
+
+class Judge(Task):
+    """Has a frozen model, a memory, and maybe what cannot be copied."""
+
+    def __init__(self, *, lock: bool = False) -> None:
+        self.model, self.seen, self.lock = nn.BatchNorm1d(2), [0], threading.Lock() if lock else None
+
+    def training_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def test_a_copy_of_a_task_shares_weights_and_has_its_own_memory() -> None:
+    task, model = Judge(), nn.Linear(1, 1)
+    task.trained = model  # type: ignore[attr-defined]
+    copy: Any = copy_of(task, model)
+    copy.seen.append(1)
+    copy.model.running_mean += 1
+    assert task.seen == [0]
+    assert task.model.running_mean.sum() == 0
+    assert copy.trained is model
+    assert all(mine is theirs for mine, theirs in zip(copy.model.parameters(), task.model.parameters(), strict=True))
+    assert copy_of(Judge(lock=True), model) is None
 
 
 @pytest.mark.parametrize("call", [25, 26], ids=["first", "second"])

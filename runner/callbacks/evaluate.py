@@ -52,6 +52,7 @@ class Evaluator:
     metric: str | None
     validation: Mapping[str, EvaluationData]
     test: Mapping[str, EvaluationData]
+    check_batches: int = 0
 
     def __post_init__(self) -> None:
         self._changed: set[str] = set()  # names of weights and buffers whose change was warned of
@@ -74,8 +75,11 @@ class Evaluator:
         finally:
             self.team.rest()
 
-    def rehearse(self, state: TrainState, batches: int) -> None:
-        """Evaluate so many batches of each set, so that a mistake shows before training. Leaves no trace."""
+    def rehearse(self, state: TrainState) -> None:
+        """Evaluate ``check_batches`` of each set, so that a mistake shows before training. Leaves no trace."""
+        batches = self.check_batches
+        if not batches or not (self.validation or self.test):
+            return
         models = [*dict.fromkeys([state.evaluated_model, state.model])]
         task = copy_of(self.task, *models)
         if task is None:

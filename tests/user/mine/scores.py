@@ -1,7 +1,6 @@
 """Metrics that are no means."""
 
 import torch
-from torch import nn
 from torchmetrics.classification import MulticlassF1Score
 
 from runner.tasks.classification import Classification
@@ -43,11 +42,3 @@ class Raw(Scores):
 
     def evaluation_end(self, model, metrics):
         return metrics
-
-
-class Named(Scores):
-    """Holds what cannot be copied, and a second model with a memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.helper = nn.BatchNorm1d(8)
