@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -75,6 +75,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     for part in vars(task).values():
         if isinstance(part, nn.Module):
             part.to(device)
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -128,7 +131,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.evaluation_collate is not None:
         collate = _instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
 
@@ -307,6 +312,11 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
     return callbacks
+
+
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-_UNSET: dict[str, Any] = {  # keys that older runs lack: with these values left out
+_UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they have these values
     "params": {},
     "data.overfit": None,
+    "data.weights": None,
     "data.test": None,
     "data.evaluation_collate": None,
 }

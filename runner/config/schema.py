@@ -64,6 +64,7 @@ class DataConfig:
     randomness: Randomness
     collate: Any
     evaluation_collate: Any
+    weights: Any
     streams: StreamsConfig
     max_tokens: int | None
     on_bad_record: OnBadRecord
