@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.base import Callback, Observer, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -295,6 +295,12 @@ def make_callbacks(
         comm=team.comm,
     )
     return callbacks
+
+
+def make_observers(config: Config) -> dict[str, Callback]:
+    """The configured observers, by the names that they have among the callbacks of an attempt."""
+    nodes = {str(name): node for name, node in config.observers.items() if node is not None}
+    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
 
 
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
