@@ -91,7 +91,7 @@ def test_batches_before_the_first_step_leave_no_trace(life: Lives, tmp_path: Pat
     ],
     ids=["objective", "collate", "task"],
 )
-def test_a_mistake_in_the_evaluation_shows_before_the_first_step(
+def test_an_evaluation_shows_its_mistake_before_training(
     mistake: str, status: int, messages: list[str], life: Lives, tmp_path: Path
 ) -> None:
     """The corrected command goes on with the run."""
