@@ -123,13 +123,15 @@ class Trainer:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
+        loop.log = self.task.log
         loop.directory, loop.attempt, loop.resumed = self.limits.directory, self.limits.attempt, loop.step
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
-        loop.stop = (self._limit(loop) if loop.step else None) or stopped
+        limit = self._limit(loop) if loop.step else None
+        loop.stop = limit or stopped
         for callback in self.callbacks:
             callback.on_start(loop)
-            # A user's callback that ended training has had this step, and was followed by the evaluation.
-            if loop.evaluation is not None and callback in self.users and stopped is None:
+            # Where a user's callback ended training, it had this step before the evaluation.
+            if loop.evaluation is not None and callback in self.users and (stopped is None or limit is not None):
                 callback.on_step(loop)
         loop.stop = loop.stop or self.team.poll()
         return loop
