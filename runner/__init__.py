@@ -22,8 +22,8 @@ checks the code against this map.
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
-       config/ (help, identity, schema, secrets)
-    1  signals     task
+       config/ (help, identity, schema, secrets)     optimizers
+    1  signals     task     names
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)
 """

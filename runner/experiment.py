@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from textwrap import indent
 from typing import Any
 
 import runner
@@ -26,6 +27,7 @@ from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.finish import finish
 from runner.metrics.writer import MetricWriters, WriterContext
+from runner.optimizers import table
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts
@@ -260,6 +262,8 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
         log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
     log.info("model    %s parameters", f"{count:,}")
+    if groups := table(parts.update.optimizer):
+        log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
 
 def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:

@@ -28,7 +28,7 @@ DOORS = {
     "xxhash": {"hashing"},
     "hashlib": {"hashing"},
     "yaml": {"run"},
-    "tabulate": {"run", "runs", "sweep"},
+    "tabulate": {"optimizers", "run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
     "matplotlib": {"runs"},

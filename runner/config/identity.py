@@ -32,7 +32,10 @@ def identity(config: "DictConfig") -> dict[str, Any]:
     from runner.config.schema import plain_value
 
     values = {key: plain_value(config, key) for key in IDENTITY}
-    return {key: value for key, value in values.items() if key != "params" or value}  # runs before it have none
+    for section, key in (("", "params"), ("trainer", "ema_params")):  # runs before these keys have none
+        if not (owner := values[section] if section else values)[key]:
+            del owner[key]
+    return values
 
 
 def variant(overrides: Sequence[str]) -> str:

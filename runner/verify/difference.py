@@ -180,7 +180,7 @@ def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
 
 
 def _is_shape(path: str) -> bool:
-    return path.startswith(("model/", "optimizer/param_groups/"))
+    return path.startswith("model/") or bool(re.match(r"optimizer(\.\w+)?/param_groups/", path))
 
 
 def changes(run: RunTrace) -> tuple[Remembered, ...]:
@@ -209,7 +209,10 @@ def _compare(
     states = [event["state"] | event.get("others", {}) if recorded else {} for event in (expected, actual)]
     for path, was, now in _unequal(*states):
         # The scheduler puts the rate of the next step into the optimizer.
-        part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
+        part, _, inner = path.partition("/")
+        kind = part.partition(".")[0]  # of several, as in optimizer.generator
+        if kind in ("optimizer", "scheduler"):
+            part = "scheduler" if inner.startswith("param_groups") else kind
         if part.startswith("callback."):
             callbacks.append((part, path, was, now))
         else:
