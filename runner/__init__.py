@@ -12,7 +12,7 @@ checks the code against this map.
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish
     7  trainer     build     restore
-    6  callbacks/ (base, evaluate, reporting, saving)
+    6  callbacks/ (base, dry, evaluate, reporting, saving)
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
@@ -20,12 +20,12 @@ checks the code against this map.
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, gan, language)
     2  storage/ (backend, files, local, location, remote)
-       config/ (help, identity, schema, secrets)     optimizers
+       config/ (composition, help, identity, schema, secrets)
     1  signals     task     names
     0  errors     activity     cache     hashing     rng     schedules     plain
-       models/ (convnet, gpt, mlp)
+       models/ (convnet, gan, gpt, mlp)
 """
 
 __version__ = "0.1.0"

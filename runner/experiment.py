@@ -121,11 +121,11 @@ def _train(
     except NonFiniteError as error:
         if opening.identity["trainer"]["on_nonfinite"] == "stop":
             command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
-            error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {command}",)
+            error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
         interruption = Interrupted(
-            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to continue"
         )
         interruption.agreed = True
         raise interruption
@@ -157,7 +157,7 @@ def _closing() -> Iterator[ExitStack]:
         with ExitStack() as stack:
             yield stack
     except signals.Stopped as stopped:
-        remedy = "run the same command again to go on from the last checkpoint"
+        remedy = "run the same command again to continue from the last checkpoint"
         raise Interrupted(f"{stopped} while data was read; {remedy}") from None
     except SystemExit as error:
         raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error

@@ -134,7 +134,7 @@ def test_a_fresh_start_begins_with_no_lines(location: LocalLocation) -> None:
 
 
 def test_a_full_segment_is_followed_by_another(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of a full one is written again, and a resume may go on in any of them."""
+    """Nothing of a full one is written again, and a resume may continue in any of them."""
     monkeypatch.setattr(lines, "SEGMENT_BYTES", 60)
     first = attempt(location, 1, 0, None)
     ends = {}

@@ -240,7 +240,7 @@ def test_no_run_of_a_stranger_hides_another(looked: list[tuple[str, dict[str, An
 
 
 def start(life: Lives, root: Path, *more: str, name: str = "r") -> tuple[int | None, str]:
-    """The status and the output of the command that goes on with a run; a limit instead of waiting for ever."""
+    """The status and the output of the command that continues with a run; a limit instead of waiting forever."""
     ended = life(*COMMAND, f"run.root={root}", f"run.name={name}", *more, after=120)
     assert "Traceback" not in ended.output
     return ended.status, ended.output

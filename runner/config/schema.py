@@ -56,6 +56,7 @@ class DataConfig:
     validation: Any
     batch_size: int
     evaluation_batch_size: int
+    overfit: int | None
     shuffle: bool
     tail: Tail
     randomness: Randomness
@@ -132,6 +133,7 @@ class RunConfig:
     root: str
     storage_options: dict[str, Any]
     name: str | None
+    dry: bool
     parent: str | None
     inherit: Inherit
     load: Load
@@ -150,6 +152,7 @@ class SweepConfig:
 class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
+    imports: list[str]
     seed: int
     params: dict[str, Any]
     model: Any
@@ -173,7 +176,7 @@ def register() -> None:
 
 _FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
 _FROM_ONE = """
-    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens
+    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens data.overfit
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs
     trainer.accumulate trainer.early_stopping.patience checkpoint.every_steps checkpoint.keep_every_steps
     checkpoint.keep_best metrics.every_steps runtime.shard runtime.prefetch runtime.num_threads

@@ -147,6 +147,6 @@ def _naming(name: str, method: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RuntimeError(
-            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To go on without this "
+            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To continue without this "
             f"writer, run the same command again with metrics.writers.{name}=null"
         ) from error
