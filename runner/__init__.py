@@ -16,7 +16,7 @@ checks the code against this map.
     5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
-       run/ (attempts, directory, drift, opening, parent)
+       run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)

@@ -24,7 +24,15 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_s
 
 # One file of each kind in a run directory, and its folders.
 FILES = ("run.json", "config.yaml", "result.json", "attempts/*.lock", "attempts/*.beat", "attempts/*.end.json")
-FILES += ("attempts/*-????????????.json", "commits/*", "data/*", "ledger/plan*", "ledger/s*", "metrics/*")
+FILES += (
+    "attempts/*.code.json",
+    "attempts/*-????????????.json",
+    "commits/*",
+    "data/*",
+    "ledger/plan*",
+    "ledger/s*",
+    "metrics/*",
+)
 FILES += ("tensorboard/*", "model.safetensors", "runner.log", ".hydra", ".hydra/config.yaml")
 READ = ("run.json", "config.yaml", "ledger/s*")  # by every kind, the others by some
 SOME = ("link", "fifo", "device", "folder", "sparse", "noise")

@@ -40,6 +40,7 @@ Every = Enum("Every", {"auto": "auto"})
 OnDrift = Enum("OnDrift", {"refuse": "refuse", "accept": "accept", "fork": "fork"})
 Inherit = Enum("Inherit", {"model": "model", "all": "all"})
 Load = Enum("Load", {"matching": "matching", "strict": "strict"})
+OnCodeChange = Enum("OnCodeChange", {"warn": "warn", "refuse": "refuse", "accept": "accept"})
 OnConflict = Enum("OnConflict", {"fail": "fail", "wait": "wait", "steal": "steal"})
 
 
@@ -138,6 +139,7 @@ class RunConfig:
     inherit: Inherit
     load: Load
     on_drift: OnDrift
+    on_code_change: OnCodeChange
     on_conflict: OnConflict
 
 

@@ -76,7 +76,7 @@ def open_run(
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
     differences = compare(saved, identity)
-    if differences and on_drift != "accept" and _trained(directory):
+    if differences and on_drift != "accept" and trained(directory):
         if on_drift == "fork":
             return _fork(directory, identity, command, on_conflict)
         raise DriftRefused(_refusal(directory, differences, command))
@@ -136,7 +136,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
     return attempt
 
 
-def _trained(directory: RunDirectory) -> bool:
+def trained(directory: RunDirectory) -> bool:
     """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
     if directory.location.list("commits"):
         return True

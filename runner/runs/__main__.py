@@ -66,14 +66,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     run = "its directory, for example outputs/digits/base"
-    add("show", _show, "one run: configuration, attempts, checkpoints, result", run=run)
+    option = add("show", _show, "one run: configuration, attempts, checkpoints, result", run=run)
+    option("--code", action="store_true", help="also what code each attempt ran: files, packages, commit, changes")
     add("audit", _audit, "whether each sample was used exactly once per epoch; exit status 1 if not", run=run)
     option = add("prune", _prune, "show which checkpoints are not needed; with --yes, remove them", run=run)
     option("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
     option("--every-steps", type=int, metavar="N", help="keep a checkpoint at every multiple of N steps")
     option("--best", type=int, default=1, metavar="N", help="keep the N best by the objective (default: 1)")
     option("--yes", action="store_true", help="remove them; without --yes nothing is changed")
-    option = add("diff", _diff, "how the configurations and the results of two runs differ", run=run)
+    option = add("diff", _diff, "how the configurations, the code and the results of two runs differ", run=run)
     option("other", help="the directory of another run")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
@@ -100,7 +101,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    return _print(parsed, listing.details(RunDirectory.at(parsed.run)), listing.format_details)
+    run = listing.details(RunDirectory.at(parsed.run), with_code=parsed.code)
+    return _print(parsed, run, listing.format_details)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
