@@ -13,7 +13,7 @@ checks the code against this map.
     8  run_spec     finish
     7  trainer     build     restore
     6  callbacks/ (base, dry, evaluate, reporting, saving)
-    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
+    5  run_facts     state     foreign     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
        run/ (attempts, code, directory, drift, opening, parent)

@@ -306,6 +306,8 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
 def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
+        if origin.foreign:
+            return printable(f"weights of {origin.run}")
         return printable(f"{'forked' if origin.start else 'weights'} from step {origin.step} of {origin.run}")
     if resumed.commit is None:
         if before is None:

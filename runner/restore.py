@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from runner.checkpoint.store import CheckpointStore, ranked
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
+from runner.foreign import read_weights
 from runner.hashing import derive
 from runner.names import saved_name
 from runner.optimizers import by_name
@@ -24,7 +26,7 @@ from runner.optimizers import parts as parts_of
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
-from runner.run.parent import Parent, ParentRecord
+from runner.run.parent import Parent, ParentRecord, digest_of, weight_files
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
@@ -119,6 +121,15 @@ def begin(
         state.stream.open()  # draws random numbers: the generators are seeded afterwards
         seed_all(seed)
         return Resumed()
+    if origin.foreign:
+        unchanged = partial(origin.unchanged_files, asked)
+        files = [Path(path) for path in on_rank_zero(comm, lambda: [*map(str, unchanged())])]
+        if not files:
+            raise ConfigError(f"{origin.run} is gone, and nothing of the run is saved yet: restore it")
+        unmatched = state.inherit(read_weights(files, comm), strict=origin.load == "strict")
+        state.stream.open()
+        seed_all(seed)
+        return Resumed(origin=origin, unmatched=tuple(unmatched))
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
@@ -146,6 +157,12 @@ def resolve(parent: Parent) -> ParentRecord:
 
     Raises ConfigError for a run or a step that does not exist, NoLoadableCheckpoint.
     """
+    if files := weight_files(parent.source.run):
+        if parent.inherit != "model":
+            raise ConfigError(
+                f"run.inherit={parent.inherit}: {parent.source.run} has weights only; leave run.inherit out"
+            )
+        return ParentRecord(parent.source.run, 0, digest_of(files), parent.inherit, parent.asked, parent.load)
     directory = RunDirectory.at(parent.source.run, parent.options)
     checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
     commit, url = str(checkpoint.id), directory.location.url

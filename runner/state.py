@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from runner.checkpoint.checkpoint import Checkpoint
+from runner.checkpoint.sharding import local
 from runner.checkpoint.structure import Structure, groups_key
-from runner.checkpoint.tensor_file import Damaged
+from runner.checkpoint.tensor_file import Damaged, memory_key
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
@@ -167,17 +168,19 @@ class TrainState:
         saved = {saved_name(name): [*place.kind.shape] for name, place in places.items()}
         live = {saved_name(name): value for name, value in self.model.state_dict().items()}
         built = {name: [*value.shape] for name, value in live.items() if isinstance(value, Tensor)}
-        left = [f"{name} {shape}" for name, shape in saved.items() if built.get(name) != shape]
-        new = [f"{name} {shape}" for name, shape in built.items() if saved.get(name) != shape]
-        if strict or not (left or new):
-            self._load("model", self.model, checkpoint)
-            if self.average is not None and "average" in checkpoint.parts:
-                self._load("average", self.average, checkpoint)
-                return []
-        elif len(left) == len(saved):
+        fitting = {name for name, shape in built.items() if saved.get(name) == shape}
+        tied = {memory_key(local(live[name])) for name in fitting}  # a weight that is used twice may be saved once
+        left = [f"{name} {shape}" for name, shape in saved.items() if name not in fitting]
+        new = [
+            f"{n} {shape}" for n, shape in built.items() if n not in fitting and memory_key(local(live[n])) not in tied
+        ]
+        if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
-        else:
-            self._load("model", self.model, checkpoint, only={name for name in built if saved.get(name) == built[name]})
+        whole = strict and (left or new)  # torch says what does not fit
+        self._load("model", self.model, checkpoint, only=None if whole or len(fitting) == len(built) else fitting)
+        if self.average is not None and "average" in checkpoint.parts and not (left or new):
+            self._load("average", self.average, checkpoint)
+            return []
         if self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
         lines = {"not used, of the parent": left, "not in the parent, as they were built": new}

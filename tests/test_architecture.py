@@ -22,6 +22,7 @@ DOORS = {
     "hydra_plugins": {"sweep"},
     "optuna": {"sweep"},
     "fsspec": {"storage"},
+    "safetensors": {"foreign"},
     "torchdata": {"data"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -109,7 +109,7 @@ MISTAKES = {
         "+scheduler.a._target_=torch.optim.lr_scheduler.ConstantLR",
     ),
     "an optimizer that this torch lacks": smoke(
-        "module 'torch.optim'. This is torch 2.", "optimizer._target_=torch.optim.Missing"
+        "module 'torch.optim'? This is torch 2.", "optimizer._target_=torch.optim.Missing"
     ),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
     "an argument of the option": smoke(
