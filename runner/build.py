@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -36,9 +36,11 @@ from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate, train_mode
 from runner.hashing import derive
+from runner.metrics.lines import LinesWriter
+from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.names import matching
-from runner.optimizers import Named, NamedWeights, add_group, divide, for_each, grouped, settings_of
+from runner.optimizers import Named, NamedWeights, add_group, divide, for_each, grouped, require_plain_step, settings_of
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
@@ -74,6 +76,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -121,7 +126,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.validation is None:
         return stream, plan, None
     held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
@@ -276,6 +283,11 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
+
+
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
     """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
@@ -323,7 +335,7 @@ def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWe
     rate = getattr(maker, "keywords", {}).get("lr")
     optimizer = _called(maker, grouped(model, named, key, lr=rate, **settings), key)
     if type(task).optimization_step is Task.optimization_step:
-        _require_plain_step(optimizer, key)
+        require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(add_group, optimizer, model)  # type: ignore[method-assign]
     return optimizer
@@ -344,22 +356,6 @@ def _called(maker: Any, argument: Any, key: str) -> Any:
     except (TypeError, ValueError) as error:
         path = _path(maker.func if isinstance(maker, partial) else maker)
         raise ConfigError(f"{key}: {path}: {error}{_hint(str(error), key)}") from error
-
-
-def _require_plain_step(instance: Any, key: str) -> None:
-    """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
-    try:
-        signature(type(instance).step).bind(instance)
-    except (AttributeError, TypeError) as error:
-        path = _path(type(instance))
-        remedy = (
-            ""
-            if key.startswith("scheduler")
-            else ". A task with an optimization_step of its own may call step(closure)"
-        )
-        raise ConfigError(
-            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
-        ) from error
 
 
 def training_steps(trainer: TrainerConfig, plan: Plan | None) -> int | None:
@@ -406,7 +402,7 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
     scheduler = _called(_instance(node, key, _partial_=True, **options), optimizer, key)
     if _takes(scheduler) or not _takes(scheduler, 0.0):
-        _require_plain_step(scheduler, key)
+        require_plain_step(scheduler, key)
         return scheduler, interval or "step"
     _require_objective(config, key, scheduler, interval)
     return scheduler, "evaluation"
@@ -444,11 +440,18 @@ def open_writers(
     """
     writers.resume(facts)
     for name, node in nodes.items():
-        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+        writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
+    if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
+        if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
+            raise ConfigError(f"metrics.writers.{services[0]} sends the lines of metrics.writers.lines, which is null")
+        writers.committed()
 
 
-def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    key = f"metrics.writers.{name}"
     maker = _instance(node, key, _partial_=True)
+    if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
+        return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:

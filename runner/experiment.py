@@ -80,8 +80,13 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            place = (directory.location, directory.experiment, directory.name)
-            context = WriterContext(*place, opening.identity, number, resumed.step)
+            place, own = (
+                (directory.location, directory.experiment, directory.name),
+                (directory.record() or {}).get("id"),
+            )
+            context = WriterContext(
+                *place, opening.identity, number, resumed.step, id=str(own), options=directory.options
+            )
             open_writers(writers, setup.writers, context, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(opening, parts, resumed, number, here)

@@ -168,6 +168,22 @@ def add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> 
     type(optimizer).add_param_group(optimizer, group)
 
 
+def require_plain_step(instance: Any, key: str) -> None:
+    """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
+    try:
+        signature(type(instance).step).bind(instance)
+    except (AttributeError, TypeError) as error:
+        path = f"{type(instance).__module__}.{type(instance).__qualname__}"
+        remedy = (
+            ""
+            if key.startswith("scheduler")
+            else ". A task with an optimization_step of its own may call step(closure)"
+        )
+        raise ConfigError(
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
+        ) from error
+
+
 def _biases_and_norms(model: nn.Module) -> set[str]:
     """Names of weights that are not decayed: of fewer than two dimensions, or of a module that is a norm."""
     norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]

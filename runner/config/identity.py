@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-# Keys that older runs lack: with these values they are left out.
-_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None, "trainer.ema_params": None}
+# Keys that older runs lack: left out where they have these values.
+_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None, "data.weights": None, "trainer.ema_params": None}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 

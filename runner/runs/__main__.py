@@ -1,4 +1,4 @@
-"""``python -m runner.runs``: commands that look at runs, remove old checkpoints and export weights."""
+"""``python -m runner.runs``: commands that look at runs, remove old checkpoints, export weights, send metrics."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Look at runs, remove old checkpoints, export weights."
+    description = "Look at runs, remove old checkpoints, export weights, send metrics."
     parser = argparse.ArgumentParser(prog="python -m runner.runs", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -76,6 +76,9 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     option("--yes", action="store_true", help="remove them; without --yes nothing is changed")
     option = add("diff", _diff, "how the configurations, the code and the results of two runs differ", run=run)
     option("other", help="the directory of another run")
+    option = add("push", _push, "send the metrics of a run to a service outside, such as mlflow", run=run)
+    option("writer", help="mlflow, wandb, trackio; or a name, with _target_=my_module.MyWriter")
+    option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
     option("target", help="the file to write, a path or URL")
@@ -129,6 +132,13 @@ def _export(parsed: argparse.Namespace) -> int:
     from runner.runs.checkpoints import export, format_export
 
     return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    from runner.runs.pushing import push
+
+    done = push(parsed.run, parsed.writer, parsed.settings)
+    return _print(parsed, done, lambda _: f"{done['sent']} points sent; {done['writer']} has all up to {done['step']}")
 
 
 def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:
