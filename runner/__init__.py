@@ -13,10 +13,10 @@ checks the code against this map.
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
     7  trainer     build     restore
-    6  callbacks/ (base, dry, evaluate, reporting, saving, unfreeze)
+    6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
     5  run_facts     state     foreign     evaluation     datasets/ (digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
-       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data, weights)
+       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device

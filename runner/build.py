@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.base import Callback, Observer, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -266,6 +266,12 @@ def make_callbacks(
     return callbacks
 
 
+def make_observers(config: Config) -> dict[str, Callback]:
+    """The configured observers, by the names that they have among the callbacks of an attempt."""
+    nodes = {str(name): node for name, node in config.observers.items() if node is not None}
+    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
+
+
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     """The callback that evaluates, and the callbacks that use its results."""
     trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
@@ -471,7 +477,9 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
-        return f"{key}._target_: {cause}{version or searched(cause)}"
+        where = version or searched(cause)
+        # Hydra asks so, too, where the module is there and its import fails.
+        return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 

@@ -36,6 +36,8 @@ class Trainer:
         self._on_step_start = overriding(self.callbacks, "on_step_start")
         self._on_batch = overriding(self.callbacks, "on_batch")
         self._on_update = overriding(self.callbacks, "on_update")
+        step = self.task.optimization_step
+        self._unchecked = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
         """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
@@ -85,7 +87,8 @@ class Trainer:
 
         micro_batches = self._seen(loop, stream.step()) if self._on_batch else stream.step()
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
-        metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
+        if self._unchecked:
+            metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
         self.update.end()
         for scheduler in state.schedulers("step"):
             scheduler.step()
@@ -112,6 +115,8 @@ class Trainer:
 
     def _whole(self, metrics: Metrics, names: Sequence[str]) -> Metrics:
         """Metrics over the global batch, from those over this process's share of it."""
+        if self.team.world.size == 1:
+            return {**metrics}
         zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
         shares = {name: metrics.get(name, zero) for name in names if not is_measured(name)}
         return {**metrics, **self.team.sum_tensors(shares)}
@@ -120,6 +125,7 @@ class Trainer:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
+        loop.directory, loop.attempt, loop.resumed = self.limits.directory, self.limits.attempt, loop.step
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         loop.stop = (self._limit(loop) if loop.step else None) or stopped
         for callback in self.callbacks:

@@ -96,10 +96,7 @@ class WeightUpdate:
         else:
             for optimizer in optimizers:
                 self._move(optimizer)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        for weight in weights:  # also those that are not the optimizer's: no state has a gradient
-            weight.grad = None
+        self._clear(weights, optimizers)
         return measured
 
     def end(self) -> None:
@@ -147,6 +144,17 @@ class WeightUpdate:
             if weight.grad is not None and weight.grad.is_sparse:
                 weight.grad = weight.grad.coalesce()
         return weights
+
+    def _clear(self, weights: list[Tensor], optimizers: Sequence[Any]) -> None:
+        """No state has a gradient: clear also those of weights that are not the optimizer's."""
+        for optimizer in optimizers:
+            zero_grad = optimizer.zero_grad
+            if (
+                getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad
+            ):  # torch's takes as long as a small kernel
+                zero_grad(set_to_none=True)
+        for weight in chain(weights, _own(optimizers)):
+            weight.grad = None
 
     def _unscale(self, weights: list[Tensor], optimizers: Sequence[Optimizer]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""

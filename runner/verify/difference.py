@@ -97,7 +97,9 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
     steps, attempt = undisturbed.by_step(), len(run.attempts) - 1
     for evidence in (expected, actual):
         for step, state in evidence["checkpoints"].items():
-            for path, was, now in _unequal(steps[int(step)]["state"], state):
+            # A child saves what it begins with, before any step.
+            before = steps[int(step)]["state"] if int(step) in steps else expected["checkpoints"].get(step, state)
+            for path, was, now in _unequal(before, state):
                 return FirstDifference(int(step), attempt, "checkpoint", path, was, now)
     lines, others = expected["lines"], actual["lines"]
     missing: list[Event] = [{}] * (len(others) - len(lines))
