@@ -149,9 +149,7 @@ class WeightUpdate:
         """No state has a gradient: clear also those of weights that are not the optimizer's."""
         for optimizer in optimizers:
             zero_grad = optimizer.zero_grad
-            if (
-                getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad
-            ):  # torch's takes as long as a small kernel
+            if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch takes as long as a kernel
                 zero_grad(set_to_none=True)
         for weight in chain(weights, _own(optimizers)):
             weight.grad = None
