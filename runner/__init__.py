@@ -13,20 +13,21 @@ checks the code against this map.
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
     7  trainer     build     restore
-    6  callbacks/ (base, dry, evaluate, looking, reporting, saving)
-    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, folds, images, text)
+    6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
+    5  run_facts     state     foreign     evaluation     datasets/ (digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, gan,
+       language)
     2  storage/ (backend, files, local, location, remote)
        config/ (composition, help, identity, schema, secrets)
-    1  signals     task
+    1  signals     task     names
     0  errors     activity     cache     hashing     rng     schedules     plain
-       models/ (convnet, gpt, mlp)
+       models/ (convnet, gan, gpt, mlp)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -3,7 +3,7 @@
 import copy
 import logging
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -14,7 +14,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,7 +25,7 @@ from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
 from runner.config.composition import searched
-from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig
+from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
@@ -34,10 +34,13 @@ from runner.data.training_data import First, require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
+from runner.evaluation import train_mode
 from runner.hashing import derive
 from runner.metrics.lines import LinesWriter
 from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
+from runner.names import matching
+from runner.optimizers import Named, NamedWeights, add_group, divide, for_each, grouped, require_plain_step, settings_of
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
@@ -82,12 +85,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
-    optimizer = _stepping(config.optimizer, [*model.named_parameters()], "optimizer")
-    if type(task).optimization_step is Task.optimization_step:
-        _require_plain_step(optimizer, "optimizer")
-    if isinstance(optimizer, Optimizer):
-        optimizer.add_param_group = partial(_add_group, optimizer, model)  # type: ignore[method-assign]
-    scheduler, interval = _scheduler(config, optimizer, plan)
+    optimizer = _optimizers(config.optimizer, model, task)
+    scheduler, interval = _schedulers(config, optimizer, plan)
     update = WeightUpdate(
         model,
         optimizer,
@@ -97,11 +96,12 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         clip_norm=trainer.clip_norm,
         skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
         average=average,
+        not_averaged=_not_averaged(config, model),
         parallelism=parallelism,
     )
     state = TrainState(
         model=model,
-        optimizer=parallelism.optimizer_part(optimizer),
+        optimizer=for_each(parallelism.optimizer_part, optimizer),
         scheduler=scheduler,
         update=update,
         average=average,
@@ -165,23 +165,6 @@ def _data(
     return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
 
-def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
-    """``Optimizer.add_param_group`` that also takes weights without names: torch refuses them beside weights with
-    names, which is how this optimizer was built.
-    """
-    weights = group["params"]
-    weights = [weights] if isinstance(weights, Tensor) else weights
-    if isinstance(weights, Sequence | Iterator) and "param_names" in optimizer.param_groups[0]:
-        names = {id(weight): name for name, weight in model.named_parameters()}
-        first = sum(len(each["params"]) for each in optimizer.param_groups)
-        named = [
-            (names.get(id(weight), f"added.{number}"), weight) if isinstance(weight, Tensor) else weight
-            for number, weight in enumerate(weights, first)
-        ]
-        group = {**group, "params": named}
-    type(optimizer).add_param_group(optimizer, group)
-
-
 def _model(node: Any) -> nn.Module:
     model: nn.Module = _instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
@@ -191,28 +174,6 @@ def _model(node: Any) -> nn.Module:
             "loaded: give the sizes, or call the model on zeros at the end of its constructor"
         )
     return model
-
-
-def train_mode(model: nn.Module) -> None:
-    """Call ``model.train()``, because ``from_pretrained`` returns models in evaluation mode; and log what this changed.
-
-    In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
-    frozen ones (weights, none of which is trained), and single layers such as a batch norm.
-    """
-    evaluating: set[nn.Module] = set()
-    for part in model.modules() if model.training else ():
-        for child in part.children():
-            single = part.training and not any(True for _ in child.children())
-            frozen = [weight.requires_grad for weight in child.parameters()]
-            if not child.training and (single or (frozen and not any(frozen))):
-                evaluating |= {inner for inner in child.modules() if not inner.training}
-    switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
-    model.train()
-    for part in evaluating:
-        part.training = False
-    outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]
-    if switched:
-        log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")
 
 
 def _parallelism(
@@ -231,6 +192,7 @@ def _parallelism(
         return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
+    micro_batches = None if _are_several(config.optimizer) else plan.micro_batches
     models = [model] if average is None else [model, average.module]
     sharded = runtime.parallel is Parallel.fsdp
     if runtime.parallel is Parallel.auto and device.type == "cuda":
@@ -240,7 +202,7 @@ def _parallelism(
     if not sharded:
         from runner.distributed.parallel import Replicated
 
-        return Replicated(models, micro_batches=plan.micro_batches)
+        return Replicated(models, micro_batches=micro_batches)
     from runner.distributed.parallel import Sharded
 
     shard = runtime.shard or world.size
@@ -248,7 +210,7 @@ def _parallelism(
         raise ConfigError(f"runtime.shard={shard} does not divide the {world.size} processes into equal replicas")
     if config.trainer.precision is Precision.fp16:
         raise ConfigError("trainer.precision=fp16 needs runtime.parallel=ddp: losses are not scaled in slices; or bf16")
-    return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
+    return Sharded(models, device=device, shard=shard, micro_batches=micro_batches)
 
 
 def make_callbacks(
@@ -312,7 +274,7 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluator)}
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
-        if parts.state.schedule == "evaluation":
+        if parts.state.schedulers("evaluation"):
             callbacks["schedule"] = StepSchedule(metric)
         stopping = trainer.early_stopping
         if stopping.patience is not None:
@@ -346,26 +308,53 @@ def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> An
     return instance
 
 
-def _stepping(node: Any, argument: Any, key: str, **options: Any) -> Any:
-    """An optimizer or scheduler: the object that the configuration names, called with ``argument``."""
-    maker = _instance(node, key, _partial_=True, **options)
+def _are_several(node: Any) -> bool:
+    """Whether a configuration has several optimizers or schedulers, by name."""
+    inner = [*node.values()] if isinstance(node, DictConfig) and "_target_" not in node else []
+    return bool(inner) and all(isinstance(each, DictConfig) for each in inner)
+
+
+def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
+    """The optimizer, or several by name, each with its share of the weights. Raises ConfigError."""
+    if not _are_several(node):
+        return _optimizer(node, model, task, "optimizer", [*model.named_parameters()])
+    if wrong := [name for name in map(str, node) if not name.isidentifier()]:
+        raise ConfigError(f"optimizer: {wrong[0]!r} is no name: use letters, digits and _")
+    with_params = {str(name): plain_value(each, "params") if "params" in each else None for name, each in node.items()}
+    shares = divide(model, with_params, task.divide(model))
+    return Named({name: _optimizer(node[name], model, task, f"optimizer.{name}", shares[name]) for name in shares})
+
+
+def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWeights) -> Any:
+    maker = _instance(node, key, _partial_=True)
+    settings = settings_of(maker)
+    if (patterns := settings.pop("params", None)) is not None and key == "optimizer":
+        chosen = {*matching(dict(named), patterns, "optimizer.params")}
+        named = [(name, weight) for name, weight in named if name in chosen]
+    rate = getattr(maker, "keywords", {}).get("lr")
+    optimizer = _called(maker, grouped(model, named, key, lr=rate, **settings), key)
+    if type(task).optimization_step is Task.optimization_step:
+        require_plain_step(optimizer, key)
+    if isinstance(optimizer, Optimizer):
+        optimizer.add_param_group = partial(add_group, optimizer, model)  # type: ignore[method-assign]
+    return optimizer
+
+
+def _not_averaged(config: Config, model: nn.Module) -> list[str]:
+    if (patterns := config.trainer.ema_params) is None:
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    averaged = {*matching(names, patterns, "trainer.ema_params")}
+    return [name for name in names if name not in averaged]
+
+
+def _called(maker: Any, argument: Any, key: str) -> Any:
+    """An optimizer or scheduler, made by what the configuration names."""
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
         path = _path(maker.func if isinstance(maker, partial) else maker)
         raise ConfigError(f"{key}: {path}: {error}{_hint(str(error), key)}") from error
-
-
-def _require_plain_step(instance: Any, key: str) -> None:
-    """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
-    try:
-        signature(type(instance).step).bind(instance)
-    except (AttributeError, TypeError) as error:
-        path = _path(type(instance))
-        remedy = "" if key == "scheduler" else ". A task with an optimization_step of its own may call step(closure)"
-        raise ConfigError(
-            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
-        ) from error
 
 
 def training_steps(trainer: TrainerConfig, plan: Plan | None) -> int | None:
@@ -374,31 +363,47 @@ def training_steps(trainer: TrainerConfig, plan: Plan | None) -> int | None:
     return min((limit for limit in (trainer.max_steps, epochs) if limit is not None), default=None)
 
 
-def _scheduler(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
-    """The scheduler, and when it steps: after each ``step`` or ``epoch`` (``scheduler.interval``), or after each
+def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any, Any]:
+    """The scheduler and its interval; for several optimizers those of each. Raises ConfigError."""
+    node = config.scheduler
+    if not isinstance(optimizer, Named):
+        return _scheduler(config, node, "scheduler", optimizer, plan)
+    nodes = {name: (node[name], f"scheduler.{name}") for name in node} if _are_several(node) else None
+    if nodes is not None and nodes.keys() != optimizer.keys():
+        expected = ", ".join(optimizer)
+        raise ConfigError(f"scheduler has {', '.join(nodes)}: give one for each optimizer ({expected}), or one for all")
+    made = {
+        name: _scheduler(config, *(nodes[name] if nodes else (node, "scheduler")), each, plan)
+        for name, each in optimizer.items()
+    }
+    return Named({name: pair[0] for name, pair in made.items()}), Named({name: pair[1] for name, pair in made.items()})
+
+
+def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
+    """A scheduler, and when it steps: after each ``step`` or ``epoch`` (``scheduler.interval``), or after each
     ``evaluation``, if its ``step`` takes a metric, as that of ReduceLROnPlateau does.
 
     ``total_steps`` that is null becomes the number of intervals of the run. Raises ConfigError.
     """
-    node, interval, options = config.scheduler, None, {}
+    interval, options = None, dict[str, Any]()
     if isinstance(node, DictConfig) and "interval" in node:
         node = copy.copy(node)
         with open_dict(node):
             interval = node.pop("interval")
         if interval not in ("step", "epoch"):
-            raise ConfigError(f"scheduler.interval={interval} is not one of step, epoch")
+            raise ConfigError(f"{key}.interval={interval} is not one of step, epoch")
     last = config.trainer.max_epochs if interval == "epoch" else training_steps(config.trainer, plan)
     if isinstance(node, DictConfig) and "total_steps" in node:
         if node.total_steps is None:
             options["total_steps"] = last
         elif last is not None and node.total_steps > last:
             unit = interval or "step"
-            log.warning("schedule scheduler.total_steps=%d, but the run ends at %s %d", node.total_steps, unit, last)
-    scheduler = _stepping(node, optimizer, "scheduler", **options)
+            log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
+    scheduler = _called(_instance(node, key, _partial_=True, **options), optimizer, key)
     if _takes(scheduler) or not _takes(scheduler, 0.0):
-        _require_plain_step(scheduler, "scheduler")
+        require_plain_step(scheduler, key)
         return scheduler, interval or "step"
-    _require_objective(config, scheduler, interval)
+    _require_objective(config, key, scheduler, interval)
     return scheduler, "evaluation"
 
 
@@ -411,17 +416,17 @@ def _takes(scheduler: Any, *arguments: Any) -> bool:
     return True
 
 
-def _require_objective(config: Config, scheduler: Any, interval: str | None) -> None:
+def _require_objective(config: Config, key: str, scheduler: Any, interval: str | None) -> None:
     """Raise ConfigError if there is no objective for a scheduler that steps by it, or it is of the other mode."""
     goal, path = config.objective, _path(type(scheduler))
     if goal.metric is None or config.data.validation is None:
         raise ConfigError(
-            f"scheduler: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
+            f"{key}: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
         )
     if (mode := getattr(scheduler, "mode", goal.mode.name)) != goal.mode.name:
-        raise ConfigError(f"scheduler.mode={mode} contradicts objective.mode={goal.mode.name}")
+        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}")
     if interval is not None:
-        raise ConfigError(f"scheduler.interval={interval}: {path} steps after evaluations; leave the interval out")
+        raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 
 
 def open_writers(
@@ -464,9 +469,10 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        why = str(cause) + searched(cause)
+        version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
+        where = version or searched(cause)
         # Hydra asks so, too, where the module is there and its import fails.
-        return f"{key}._target_: {why if searched(cause) else why.partition('Are you sure that module')[0]}"
+        return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from textwrap import indent
 from typing import Any
 
 import runner
@@ -36,6 +37,7 @@ from runner.errors import (
 )
 from runner.finish import finish
 from runner.metrics.writer import MetricWriters, WriterContext
+from runner.optimizers import table
 from runner.restore import Resumed, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts, code
@@ -318,11 +320,15 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
         log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
     log.info("model    %s parameters", f"{count:,}")
+    if groups := table(parts.update.optimizer):
+        log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
 
 def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
+        if origin.foreign:
+            return printable(f"weights of {origin.run}")
         return printable(f"{'forked' if origin.start else 'weights'} from step {origin.step} of {origin.run}")
     if resumed.commit is None:
         if before is None:

@@ -16,12 +16,12 @@ from runner.build import Parts
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.store import CheckpointStore
-from runner.checkpoint.structure import saved_name
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
+from runner.names import saved_name
 from runner.restore import evaluated_weights, restore_evaluated
 from runner.run.attempts import Attempt
 from runner.run.directory import BEST, MODEL

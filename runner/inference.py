@@ -12,8 +12,9 @@ from torch import nn
 
 from runner.build import build_part
 from runner.checkpoint.checkpoint import Checkpoint
-from runner.checkpoint.structure import Structure, saved_name
+from runner.checkpoint.structure import Structure
 from runner.errors import ConfigError, StateError
+from runner.names import saved_name
 from runner.restore import evaluated_weights, read
 from runner.rng import temporary_seed
 from runner.run_facts import RunFacts

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,15 +16,18 @@ from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import local
 from runner.checkpoint.store import CheckpointStore, ranked
-from runner.checkpoint.structure import saved_name
 from runner.checkpoint.tensor_file import Damaged, is_finite
 from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
+from runner.foreign import read_weights
 from runner.hashing import derive
+from runner.names import saved_name
+from runner.optimizers import by_name
+from runner.optimizers import parts as parts_of
 from runner.rng import seed_all
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
-from runner.run.parent import Parent, ParentRecord
+from runner.run.parent import Parent, ParentRecord, digest_of, weight_files
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
@@ -119,6 +123,15 @@ def begin(
         state.stream.open()  # draws random numbers: the generators are seeded afterwards
         seed_all(seed)
         return Resumed()
+    if origin.foreign:
+        unchanged = partial(origin.unchanged_files, asked)
+        files = [Path(path) for path in on_rank_zero(comm, lambda: [*map(str, unchanged())])]
+        if not files:
+            raise ConfigError(f"{origin.run} is gone, and nothing of the run is saved yet: restore it")
+        unmatched = state.inherit(read_weights(files, comm), strict=origin.load == "strict")
+        state.stream.open()
+        seed_all(seed)
+        return Resumed(origin=origin, unmatched=tuple(unmatched))
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
@@ -146,6 +159,12 @@ def resolve(parent: Parent) -> ParentRecord:
 
     Raises ConfigError for a run or a step that does not exist, NoLoadableCheckpoint.
     """
+    if files := weight_files(parent.source.run):
+        if parent.inherit != "model":
+            raise ConfigError(
+                f"run.inherit={parent.inherit}: {parent.source.run} has weights only; leave run.inherit out"
+            )
+        return ParentRecord(parent.source.run, 0, digest_of(files), parent.inherit, parent.asked, parent.load)
     directory = RunDirectory.at(parent.source.run, parent.options)
     checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
     commit, url = str(checkpoint.id), directory.location.url
@@ -245,27 +264,36 @@ def _restore(
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
         state.restore(checkpoint, without=without, memories=memories)
         return
-    built, schedule = state.optimizer.state_dict()["param_groups"], dict(state.scheduler.state_dict())
-    state.restore(checkpoint, without=(*without, "scheduler"), memories=memories)
-    saved = state.optimizer.state_dict()
-    # Groups that training added keep their settings, and so do keys that it added to a group.
-    old = {"params", "param_names"}
-    if state.schedule == "evaluation" and all(difference.key != "optimizer.lr" for difference in changed):
-        old.add("lr")  # no other scheduler would compute it again
+    keys = {difference.key.rpartition(".")[2] for difference in changed}
+    optimizers, schedulers = by_name(state.optimizer), by_name(state.scheduler)
+    built = {name: optimizer.state_dict()["param_groups"] for name, optimizer in optimizers.items()}
+    schedules = {name: dict(scheduler.state_dict()) for name, scheduler in schedulers.items()}
+    state.restore(checkpoint, without=(*without, *parts_of("scheduler", state.scheduler)), memories=memories)
+    for name, interval in by_name(state.schedule).items():
+        _keep_settings(optimizers[name], built[name], lr=interval == "evaluation" and "lr" not in keys)
+        scheduler = schedulers[name]
+        if interval == "evaluation":  # what it has seen cannot be repeated
+            settings = {key: value for key, value in schedules[name].items() if key in keys}
+            part = f"scheduler.{name}" if name else "scheduler"
+            scheduler.load_state_dict({**checkpoint.load(part), **settings})
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for _ in range(state.progress.step if interval == "step" else state.stream.epochs):
+                scheduler.step()
+
+
+def _keep_settings(optimizer: Any, built: list[dict[str, Any]], *, lr: bool) -> None:
+    """Give a restored optimizer the settings that were ``built``, without those of groups that training added, keys
+    that it added to a group, and, if ``lr``, the rates: no other scheduler would compute them again.
+    """
+    saved = optimizer.state_dict()
+    old = {"params", "param_names", *(["lr"] * lr)}
     new = [{k: v for k, v in group.items() if k not in old} for group in built]
     new += [{}] * (len(saved["param_groups"]) - len(new))
     groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], new, strict=False)]
-    state.optimizer.load_state_dict({**saved, "param_groups": groups})
-    retype(state.optimizer.state_dict().get("state"), saved.get("state"))
-    if state.schedule == "evaluation":  # what it has seen cannot be repeated
-        keys = {difference.key.partition(".")[2] for difference in changed}
-        settings = {key: value for key, value in schedule.items() if key in keys}
-        state.scheduler.load_state_dict({**checkpoint.load("scheduler"), **settings})
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        for _ in range(state.progress.step if state.schedule == "step" else state.stream.epochs):
-            state.scheduler.step()
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+    retype(optimizer.state_dict().get("state"), saved.get("state"))
 
 
 def _require_finite(state: TrainState, commit: CommitId) -> None:

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from runner.checkpoint.checkpoint import Checkpoint
-from runner.checkpoint.structure import Structure, saved_name
-from runner.checkpoint.tensor_file import Damaged
+from runner.checkpoint.sharding import local
+from runner.checkpoint.structure import Structure, groups_key
+from runner.checkpoint.tensor_file import Damaged, memory_key
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
 from runner.hashing import derive
+from runner.names import saved_name
+from runner.optimizers import by_name
+from runner.optimizers import parts as parts_of
 from runner.rng import Generators, seed_all
 
 _MEMORY = "callback."
@@ -50,11 +54,12 @@ class TrainState:
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
     ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``. ``built`` is
     the structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
-    steps: ``step``, ``epoch`` or ``evaluation``.
+    steps: ``step``, ``epoch`` or ``evaluation``. Of several optimizers, ``optimizer``, ``scheduler`` and ``schedule``
+    are ``Named``: ``state.optimizer["generator"]``.
     """
 
     model: nn.Module
-    optimizer: Stateful
+    optimizer: Any
     scheduler: Any
     update: Stateful
     average: nn.Module | None
@@ -64,7 +69,7 @@ class TrainState:
     memories: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
     built: Structure | None = None
-    schedule: str = "step"
+    schedule: Any = "step"
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -80,8 +85,8 @@ class TrainState:
             "model": self.model,
             "task": self.task,
             **{_MEMORY + name: memory for name, memory in self.memories.items()},
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
+            **parts_of("optimizer", self.optimizer),
+            **parts_of("scheduler", self.scheduler),
             "update": self.update,
             "average": self.average,
             "data": self.stream,
@@ -89,6 +94,11 @@ class TrainState:
             "generators": self.generators,
         }
         return {name: part for name, part in named.items() if part is not None}
+
+    def schedulers(self, interval: str) -> list[Any]:
+        """The schedulers that step after each ``step``, ``epoch`` or ``evaluation``."""
+        intervals = by_name(self.schedule)
+        return [each for name, each in by_name(self.scheduler).items() if intervals[name] == interval]
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of every part; tensors are the live ones."""
@@ -111,7 +121,7 @@ class TrainState:
             return False
         try:
             changes = checkpoint.facts.get("structure", {})
-            sizes = [] if "groups" in changes else _sizes(checkpoint)
+            sizes = {part: _sizes(checkpoint, part) for part in self.built.groups if groups_key(part) not in changes}
             return self.built.fits(shapes, changes.get("buffers", {}).get("model", ()), sizes)
         except (AttributeError, KeyError, TypeError):  # a manifest that says something else there
             return False
@@ -142,7 +152,7 @@ class TrainState:
             state = self._load(name, part, checkpoint)
             if part is self.model:
                 same_types = _types(part.state_dict()) == _types(state)
-            elif part is self.optimizer and same_types:
+            elif name in parts_of("optimizer", self.optimizer) and same_types:
                 retype(part.state_dict().get("state"), state.get("state"))
         if checkpoint.comm.rank >= checkpoint.world_size:  # a new rank, which has loaded rank 0's generators
             seed_all(derive("rank", torch.initial_seed(), checkpoint.step, checkpoint.comm.rank))
@@ -158,17 +168,19 @@ class TrainState:
         saved = {saved_name(name): [*place.kind.shape] for name, place in places.items()}
         live = {saved_name(name): value for name, value in self.model.state_dict().items()}
         built = {name: [*value.shape] for name, value in live.items() if isinstance(value, Tensor)}
-        left = [f"{name} {shape}" for name, shape in saved.items() if built.get(name) != shape]
-        new = [f"{name} {shape}" for name, shape in built.items() if saved.get(name) != shape]
-        if strict or not (left or new):
-            self._load("model", self.model, checkpoint)
-            if self.average is not None and "average" in checkpoint.parts:
-                self._load("average", self.average, checkpoint)
-                return []
-        elif len(left) == len(saved):
+        fitting = {name for name, shape in built.items() if saved.get(name) == shape}
+        tied = {memory_key(local(live[name])) for name in fitting}  # a weight that is used twice may be saved once
+        left = [f"{name} {shape}" for name, shape in saved.items() if name not in fitting]
+        new = [
+            f"{n} {shape}" for n, shape in built.items() if n not in fitting and memory_key(local(live[n])) not in tied
+        ]
+        if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
-        else:
-            self._load("model", self.model, checkpoint, only={name for name in built if saved.get(name) == built[name]})
+        whole = strict and (left or new)  # torch says what does not fit
+        self._load("model", self.model, checkpoint, only=None if whole or len(fitting) == len(built) else fitting)
+        if self.average is not None and "average" in checkpoint.parts and not (left or new):
+            self._load("average", self.average, checkpoint)
+            return []
         if self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
         lines = {"not used, of the parent": left, "not in the parent, as they were built": new}
@@ -191,8 +203,8 @@ class TrainState:
             part.load_state_dict(state)
 
         try:
-            if self.built is not None and name == "optimizer":
-                self.built.regroup(part, _groups(checkpoint, self.built), self.parts())
+            if self.built is not None and name in self.built.groups:
+                self.built.regroup(name, _groups(checkpoint, self.built, name), self.parts())
             live = getattr(part, "like", part.state_dict)() if checkpoint.comm.size > 1 else None
             if live is not None and isinstance(part, nn.Module):
                 names = {
@@ -226,20 +238,20 @@ def _state_of(part: Stateful) -> dict[str, Any]:
     return PerRank(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
-def _groups(checkpoint: Checkpoint, built: Structure) -> list[list[str]] | None:
-    """The names of the weights in each of the optimizer's groups, or None where the groups are as they were built.
+def _groups(checkpoint: Checkpoint, built: Structure, part: str) -> list[list[str]] | None:
+    """The names of the weights in each group of an optimizer, or None where the groups are as they were built.
     Checkpoints of earlier versions have names only if the optimizer was given named weights.
     """
-    groups: list[list[str]] | None = checkpoint.facts.get("structure", {}).get("groups")
-    if groups or _sizes(checkpoint) == [*map(len, built.groups)]:
+    groups: list[list[str]] | None = checkpoint.facts.get("structure", {}).get(groups_key(part))
+    if groups or _sizes(checkpoint, part) == [*map(len, built.groups[part])]:
         return groups
-    saved = checkpoint.parts["optimizer"].get("param_groups", [])
+    saved = checkpoint.parts[part].get("param_groups", [])
     named = [[f"model/{name}" for name in group["param_names"]] for group in saved if "param_names" in group]
     return named if len(named) == len(saved) else None
 
 
-def _sizes(checkpoint: Checkpoint) -> list[int]:
-    return [len(group["params"]) for group in checkpoint.parts["optimizer"].get("param_groups", [])]
+def _sizes(checkpoint: Checkpoint, part: str) -> list[int]:
+    return [len(group["params"]) for group in checkpoint.parts[part].get("param_groups", [])]
 
 
 def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:

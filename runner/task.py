@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from runner.errors import TaskError
 
@@ -16,10 +15,10 @@ Metrics = Mapping[str, Tensor]
 _EXAMPLE = '{"loss": loss, "accuracy": hits.float().mean()}'
 
 
-class Update(Protocol):
+class OptimizerUpdate(Protocol):
     """The parts of an optimizer step, with the configured precision, loss scaling, clipping and weight averaging."""
 
-    optimizer: Optimizer
+    optimizer: Any  # an Optimizer, or several by their names
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""
@@ -32,6 +31,15 @@ class Update(Protocol):
 
         ``loss`` is the loss of the whole step; it is used only to decide whether the step is skipped as not finite.
         """
+
+
+class Update(OptimizerUpdate, Protocol):
+    """The update by all optimizers; ``update["generator"]`` is that by one of several: its ``backward`` and ``step``
+    concern the weights of that optimizer alone, in any order and number.
+    """
+
+    def __getitem__(self, name: str) -> OptimizerUpdate:
+        """The update by one of several optimizers."""
 
 
 class Task(ABC):
@@ -85,12 +93,18 @@ class Task(ABC):
         """
         return metrics
 
+    def divide(self, model: nn.Module) -> Mapping[str, Iterable[nn.Parameter]]:
+        """The weights that each of several optimizers trains, by the names of these; by default the configuration
+        divides them (``optimizer.NAME.params``).
+        """
+        return {}
+
     def optimization_step(
         self, model: nn.Module, micro_batches: Iterable[tuple[float, Any]], update: Update
     ) -> Metrics:
         """One optimizer step over the micro-batches of a global batch, each with its share of the samples.
 
-        Override this for several optimizers or another update rule: adversaries, distillation, reinforcement learning.
+        Override this for several losses or another update rule: adversaries, distillation, reinforcement learning.
         Consume all micro-batches, and return means over the global batch.
         """
         total: dict[str, Tensor] = {}

@@ -9,9 +9,10 @@ from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.team import Parallelism, StepReport, Team
+from runner.optimizers import by_name
 from runner.state import TrainState
-from runner.task import Metrics, Task, Update, check_metrics
-from runner.update import MEASURED
+from runner.task import Metrics, Task, check_metrics
+from runner.update import WeightUpdate, is_measured
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Trainer:
     """
 
     task: Task
-    update: Update
+    update: WeightUpdate
     parallelism: Parallelism
     callbacks: Sequence[Callback]
     limits: TrainingSetup
@@ -80,7 +81,7 @@ class Trainer:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.objective, loop.improved, loop.save = None, None, False, False
         loop.position, loop.epochs_before = stream.consumed, stream.epochs
-        loop.rate = self._rate(state.scheduler)
+        loop.rate = self._rate(state)
         for call in self._on_step_start:
             call(loop)
 
@@ -88,15 +89,16 @@ class Trainer:
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
         if self._unchecked:
             metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
-        if state.schedule == "step":
-            state.scheduler.step()
+        self.update.end()
+        for scheduler in state.schedulers("step"):
+            scheduler.step()
         news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
         stream.advance(StepSamples(news.digest, news.swaps))
         loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
         state.progress.step += 1
-        if state.schedule == "epoch":
+        for scheduler in state.schedulers("epoch"):
             for _ in range(loop.epochs_before, stream.epochs):
-                state.scheduler.step()
+                scheduler.step()
 
         loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
         loop.waited = stream.waited
@@ -116,7 +118,7 @@ class Trainer:
         if self.team.world.size == 1:
             return {**metrics}
         zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
-        shares = {name: metrics.get(name, zero) for name in names if name not in MEASURED}
+        shares = {name: metrics.get(name, zero) for name in names if not is_measured(name)}
         return {**metrics, **self.team.sum_tensors(shares)}
 
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
@@ -136,10 +138,11 @@ class Trainer:
         loop.stop = loop.stop or self.team.poll()
         return loop
 
-    def _rate(self, scheduler: Any) -> float:
-        """The learning rate of the coming step: of the scheduler, or of the optimizer's first group."""
+    def _rate(self, state: TrainState) -> float:
+        """The learning rate of the coming step: of the (first) scheduler, or of the optimizer's first group."""
+        scheduler, optimizer = (next(iter(by_name(each).values())) for each in (state.scheduler, self.update.optimizer))
         last = getattr(scheduler, "get_last_lr", None)
-        return float(last()[0] if last else self.update.optimizer.param_groups[0]["lr"])  # it may be a tensor
+        return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
     def _limit(self, loop: Loop) -> str | None:
         for name, value in (("max_steps", loop.step), ("max_epochs", loop.epochs), ("max_seconds", loop.elapsed)):

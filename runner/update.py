@@ -1,7 +1,7 @@
 """One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,8 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.distributed.team import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
+from runner.optimizers import Named, by_name
 
-MEASURED = frozenset({"grad_norm"})  # metrics that the update measures, over all processes
+_NORM = "grad_norm"
 
 _MOST_SKIPPED = 32  # steps in a row; while the scale of an fp16 loss is looked for, fewer are
 
@@ -23,14 +24,14 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(eq=False)
 class WeightUpdate:
-    """Implements ``task.Update`` over one optimizer.
+    """Implements ``task.Update`` over one optimizer, or over several by name.
 
     ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``in_a_row``
     are the last ones without any other.
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Any  # an Optimizer, or ``Named``
     _: KW_ONLY
     device: torch.device
     precision: str = "fp32"
@@ -38,10 +39,14 @@ class WeightUpdate:
     clip_norm: float | None = None
     skip_nonfinite: bool = False
     average: AveragedModel | None = None
+    not_averaged: Collection[str] = ()  # names of weights that the average takes over as they are
     parallelism: Parallelism = field(default_factory=Parallelism)
     skipped: int = 0
     in_a_row: int = 0
     gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
+    _begun: bool = False  # since the last ``end``: some gradients were used, ...
+    _bad: bool = False  # ... not finite, ...
+    _moved: bool = False  # ... weights were moved
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -56,31 +61,61 @@ class WeightUpdate:
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
+    def __getitem__(self, name: str) -> "NamedUpdate":
+        if not isinstance(self.optimizer, Named) or name not in self.optimizer:
+            known = ", ".join(by_name(self.optimizer)) or "one, without a name: use update.step(loss)"
+            raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {known}")
+        return NamedUpdate(self, name)
+
     def step(self, loss: Tensor) -> dict[str, Tensor]:
+        several = isinstance(self.optimizer, Named)
+        measured = self.apply(loss, [*by_name(self.optimizer).values()])
+        if not several:
+            self.end()
+        return measured
+
+    def apply(self, loss: Tensor, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+        """Move the weights of these optimizers by their gradients, or skip them, and clear all gradients."""
         self.parallelism.reduce_gradients()
-        weights = self._weights()
+        weights = self._weights(optimizers)
+        if len(optimizers) > 1:
+            optimizers = [each for each in optimizers if any(weight.grad is not None for weight in _own([each]))]
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-            self._unscale(weights)
+            for optimizer in optimizers:
+                self.scaler.unscale_(optimizer)
+            self._unscale(weights, optimizers)
         for listener in self.gradient_listeners:
             listener()
         gradients = [one.grad._values() if one.grad.is_sparse else one.grad for one in weights if one.grad is not None]
         measured = {}
         if self.clip_norm is not None:
-            measured["grad_norm"] = self._clip(gradients, self.clip_norm)
-        scale = self.scaler.get_scale() if self.scaler is not None else 0.0
-        skipped = self.skip_nonfinite and not self._finite(loss, gradients)
-        if skipped:
-            self.skipped += 1
+            measured[_NORM] = self._clip(gradients, self.clip_norm)
+        self._begun = self._begun or bool(optimizers)
+        if self.skip_nonfinite and not self._finite(loss, gradients):
+            self._bad = True
         else:
-            self._move()
-        self._clear(weights)
+            for optimizer in optimizers:
+                self._move(optimizer)
+        self._clear(weights, optimizers)
+        return measured
+
+    def end(self) -> None:
+        """After the update, or all updates of a step by several optimizers: what is done once. Raises TaskError."""
+        if isinstance(self.optimizer, Named):
+            self._require_no_gradients()
+        if not self._begun:
+            return
+        if self.average is not None and self._moved:
+            update_average(self.average, self.model, self.not_averaged)
         self.parallelism.sync_buffers()
+        skipped = self._bad
+        self.skipped += skipped
         if self.scaler is not None:
+            scale = self.scaler.get_scale()
             self.scaler.update()
             skipped = skipped or self.scaler.get_scale() < scale
+        self._begun = self._bad = self._moved = False
         self._count(skipped)
-        return measured
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.scaler.state_dict() if self.scaler else None
@@ -91,35 +126,38 @@ class WeightUpdate:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _weights(self) -> list[Tensor]:
+    def _require_no_gradients(self) -> None:
+        left = [name for name, weight in self.model.named_parameters() if weight.grad is not None]
+        if left:
+            remedy = 'take a step with them, or differentiate for one optimizer alone: update["name"].backward(loss)'
+            raise TaskError(f"the step is over, and {left[0]} has a gradient that no checkpoint would hold: {remedy}")
+
+    def _weights(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         """The weights that have a gradient; a sparse one has each of its elements once.
 
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        every = dict.fromkeys(chain(self.model.parameters(), self._own()))
-        weights = [one for one in every if one.grad is not None]
+        all_weights = dict.fromkeys(chain(self.model.parameters(), _own(optimizers)))
+        weights = [weight for weight in all_weights if weight.grad is not None]
         for weight in weights:
             if weight.grad is not None and weight.grad.is_sparse:
                 weight.grad = weight.grad.coalesce()
         return weights
 
-    def _own(self) -> Iterable[Tensor]:
-        """The optimizer's weights."""
-        return chain.from_iterable(group["params"] for group in getattr(self.optimizer, "param_groups", ()))
-
-    def _clear(self, weights: list[Tensor]) -> None:
+    def _clear(self, weights: list[Tensor], optimizers: Sequence[Any]) -> None:
         """No state has a gradient: clear also those of weights that are not the optimizer's."""
-        zero_grad = self.optimizer.zero_grad
-        if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch's takes as long as a small kernel
-            zero_grad(set_to_none=True)
-        for weight in chain(weights, self._own()):
+        for optimizer in optimizers:
+            zero_grad = optimizer.zero_grad
+            if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch takes as long as a kernel
+                zero_grad(set_to_none=True)
+        for weight in chain(weights, _own(optimizers)):
             weight.grad = None
 
-    def _unscale(self, weights: list[Tensor]) -> None:
+    def _unscale(self, weights: list[Tensor], optimizers: Sequence[Optimizer]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
         assert self.scaler is not None
-        own = {id(weight) for weight in self._own()}
+        own = {id(weight) for weight in _own(optimizers)}
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
                 weight.grad.div_(self.scaler.get_scale())
@@ -131,16 +169,15 @@ class WeightUpdate:
             remedy = "Look at their samples and at the loss, or lower the learning rate"
             raise NonFiniteError(f"{self.in_a_row} steps in a row were skipped, {why}. {remedy}")
 
-    def _move(self) -> None:
+    def _move(self, optimizer: Any) -> None:
         infinite: Collection[Tensor] = ()
         if self.scaler is None:
-            self.optimizer.step()
+            optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
-            infinite = self.scaler._found_inf_per_device(self.optimizer).values()
+            self.scaler.step(optimizer)
+            infinite = self.scaler._found_inf_per_device(optimizer).values() if self.average is not None else ()
         # Where the loss was scaled too far, the optimizer did not step.
-        if self.average is not None and not any(found.item() for found in infinite):
-            update_average(self.average, self.model)
+        self._moved = self._moved or not any(flag.item() for flag in infinite)
 
     def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
         """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
@@ -153,6 +190,50 @@ class WeightUpdate:
         """Whether loss and gradients are finite. Synchronises with the device, once per step."""
         norms = map(self.parallelism.full_tensor, torch._foreach_norm(gradients) if gradients else ())
         return bool(self.parallelism.all_true(torch.isfinite(torch.stack([loss, *norms])).all()))
+
+
+class NamedUpdate:
+    """The part of a ``WeightUpdate`` that one of several optimizers has: gradients, clipping and checks are of its
+    weights alone.
+    """
+
+    def __init__(self, update: WeightUpdate, name: str) -> None:
+        self.update, self.name = update, name
+        self.optimizer: Optimizer = update.optimizer[name]
+        self.autocast = update.autocast
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of ``loss`` for the weights of this optimizer; others keep theirs."""
+        with self._alone():
+            self.update.backward(loss)
+
+    def step(self, loss: Tensor) -> dict[str, Tensor]:
+        """Update the weights of this optimizer, and clear their gradients."""
+        with self._alone():
+            measured = self.update.apply(loss, [self.optimizer])
+        return {f"{name}/{self.name}": value for name, value in measured.items()}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within the block, the weights of the other optimizers have no gradients."""
+        others = [each for each in self.update.optimizer.values() if each is not self.optimizer]
+        before = [(weight, weight.grad) for weight in _own(others)]
+        for weight, _ in before:
+            weight.grad = None
+        try:
+            yield
+        finally:
+            for weight, gradient in before:
+                weight.grad = gradient
+
+
+def is_measured(metric: str) -> bool:
+    """Whether the update measures this metric, over all processes."""
+    return metric.partition("/")[0] == _NORM
+
+
+def _own(optimizers: Sequence[Any]) -> Iterator[Tensor]:
+    return (weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"])
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -176,9 +257,9 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
         ) from error
 
 
-def update_average(average: AveragedModel, model: nn.Module) -> None:
-    """Move the average towards the model. Buffers are copied, also new ones. Raises TaskError if the set or the shapes
-    of the weights have changed.
+def update_average(average: AveragedModel, model: nn.Module, copied: Collection[str] = ()) -> None:
+    """Move the average towards the model; weights of the names ``copied``, and buffers, also new ones, are copied.
+    Raises TaskError if the set or the shapes of the weights have changed.
     """
     if _outline(average.module) != _outline(model):
         _require_same_weights(average.module, model)
@@ -187,6 +268,10 @@ def update_average(average: AveragedModel, model: nn.Module) -> None:
             old._buffers.update({n: b if b is None else b.detach().clone() for n, b in new._buffers.items()})
             old._non_persistent_buffers_set = {*new._non_persistent_buffers_set}
     average.update_parameters(model)
+    if copied:
+        live, averaged = dict(model.named_parameters()), dict(average.module.named_parameters())
+        for name in copied:
+            averaged[name].detach().copy_(live[name].detach())
 
 
 def _outline(model: nn.Module) -> list[object]:

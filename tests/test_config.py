@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from lives import Lives
 from omegaconf import OmegaConf
@@ -40,7 +41,9 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
     if experiment == "fashion_mnist" and not HAS_FASHION_MNIST:
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     few = ("trainer.max_steps=3", "trainer.evaluate_every_steps=3", "trainer.evaluate_every_epochs=null")
-    small = {"gpt": ("data.validation.limit=32", "task.sample_bytes=16")}.get(experiment, ())
+    if experiment == "gpt_muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch 2.9")
+    small = ("data.validation.limit=32", "task.sample_bytes=16") if experiment.startswith("gpt") else ()
     ended = life(f"experiment={experiment}", *few, *small, f"run.root={tmp_path}")
     assert ended.status == 0, ended.output
     assert "finished step 3 (max_steps), val/loss" in ended.output
@@ -65,9 +68,9 @@ def smoke(message: str, *overrides: str, status: int = 2) -> Mistake:
 
 MISTAKES = {
     "no experiment": command("You must specify 'experiment'"),
-    "no experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke"),
+    "no experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n"),
     "unknown experiment": command("Could not find 'experiment/nope'", "experiment=nope"),
-    "unknown experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgpt\n\tsmoke", "experiment=nope"),
+    "unknown experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n", "experiment=nope"),
     "misspelt key": smoke("Did you mean trainer.max_steps?", "trainer.max_step=3"),
     "added key": smoke("no key trainer.max_step. Did you mean trainer.max_steps", "+trainer.max_step=3"),
     "group of null": smoke("Leave a group out with ~GROUP", "optimizer=null"),
@@ -87,6 +90,26 @@ MISTAKES = {
         "scheduler=warmup_cosine",
         "trainer.max_steps=null",
         "trainer.max_seconds=9",
+    ),
+    "a weight of no optimizer": smoke(
+        "layers.4.weight, layers.4.bias would be trained by no optimizer",
+        "~optimizer",
+        "+optimizer={a:{_target_:torch.optim.SGD,params:layers.1}}",
+    ),
+    "a group of nothing": smoke(
+        "optimizer.groups.head: no weight of the model matches 'head'", "+optimizer.groups.head.lr=1"
+    ),
+    "an average of nothing": smoke(
+        "trainer.ema_params: no weight of the model matches", "trainer.ema_params=[nothing]"
+    ),
+    "a schedule of no optimizer": smoke(
+        "scheduler has a: give one for each optimizer (generator, discriminator), or one for all",
+        "experiment=gan",
+        "~scheduler",
+        "+scheduler.a._target_=torch.optim.lr_scheduler.ConstantLR",
+    ),
+    "an optimizer that this torch lacks": smoke(
+        "module 'torch.optim'? This is torch 2.", "optimizer._target_=torch.optim.Missing"
     ),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
     "an argument of the option": smoke(
@@ -283,7 +306,7 @@ def test_help_explains_the_command(life: Lives) -> None:
     text = life("--help").output
     for part in (
         "start the run, resume it, or print its result",
-        "experiment: digits, fashion_mnist, gpt, smoke",
+        "experiment: digits, fashion_mnist, gan, gpt, gpt_muon",
         "75",
     ):
         assert part in text

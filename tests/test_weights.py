@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from runner.build import train_mode
 from runner.errors import ConfigError, TaskError
-from runner.evaluation import evaluation_mode
+from runner.evaluation import evaluation_mode, train_mode
 from runner.update import WeightUpdate, moving_average, update_average
 
 CPU = torch.device("cpu")

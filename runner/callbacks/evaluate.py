@@ -267,7 +267,8 @@ class StepSchedule(Callback):
 
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
-            loop.state.scheduler.step(objective(loop.evaluation, self.metric))
+            for scheduler in loop.state.schedulers("evaluation"):
+                scheduler.step(objective(loop.evaluation, self.metric))
 
 
 def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:

@@ -301,7 +301,7 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     """Whether a tensor stops training. Buffers may hold anything, such as masks; of an optimizer's moments
     a maximum may be infinite, while NaN reaches the weights with the next step.
     """
-    moments = name.startswith("optimizer/") and tensor.is_floating_point()
+    moments = name.startswith(("optimizer/", "optimizer.")) and tensor.is_floating_point()
     if not (moments or name in weights) or is_finite(tensor):
         return False
     return not moments or bool(tensor.float().isnan().any())

@@ -65,7 +65,11 @@ class Snapshot:
         shards = shard(shared, comm)
         write = plan(shards, alone)
         tensors = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
-        contents = {name: _content(encoded[name][1].values()) for name in {*encoded} - own - _TRAINED}
+        contents = {
+            name: _content(encoded[name][1].values())
+            for name in {*encoded} - own
+            if name.partition(".")[0] not in _TRAINED
+        }
         weights = [tensor for name, tensor in shared.items() if name.startswith("model/")]
         weights = weights[:: max(1, len(weights) // _COMPARED_WEIGHTS)]
         contents["weights"] = _content(weights, most=_COMPARED_OF_WEIGHT)

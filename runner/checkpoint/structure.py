@@ -15,16 +15,11 @@ from torch import Tensor, nn
 from runner.checkpoint.sharding import is_distributed, local
 from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
+from runner.names import saved_name
+from runner.optimizers import parts as parts_of
 from runner.rng import temporary_seed
 
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
-
-
-def saved_name(name: str) -> str:
-    """The name under which a tensor is saved: without the prefix of modules that torch.compile has wrapped, so that the
-    weights fit a model that is not compiled.
-    """
-    return name.replace("_orig_mod.", "")
 
 
 class Structure:
@@ -36,10 +31,10 @@ class Structure:
     """
 
     def __init__(self, parts: Mapping[str, Any], optimizer: Any, again: Callable[[], nn.Module]) -> None:
-        self.parts = {**parts, "optimizer of the update": optimizer}
+        self.parts = {**parts, **parts_of("optimizer of the update", optimizer)}
         self.modules: dict[str, nn.Module] = {part: parts[part] for part in ("model", "average") if part in parts}
         self.kinds = {part: _kinds(module) for part, module in self.modules.items()}
-        self.groups = _groups(optimizer)
+        self.groups = {name: _groups(each) for name, each in parts_of("optimizer", optimizer).items()}
         self._declared = {part: _declared(module) for part, module in self.modules.items()}
         self._weights: dict[str, Tensor] = dict(self.modules["model"].named_parameters(remove_duplicate=False))
         self.odd = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
@@ -50,20 +45,26 @@ class Structure:
         """What a restore of this step has to change first, as JSON: names of ``buffers`` in other sizes by part, and of
         the weights in each of the ``groups``. Raises StateError for a state that could not be restored.
         """
-        for name, part in {**parts, "optimizer of the update": optimizer}.items():
+        for name, part in {**parts, **parts_of("optimizer of the update", optimizer)}.items():
             if self.parts.get(name, part) is not part:
                 raise _refused(step, f"the {name} was replaced by another {type(part).__qualname__}")
         buffers = {part: self._buffers(part, module, step) for part, module in self.modules.items()}
         changes: dict[str, Any] = {"buffers": buffers} if any(buffers.values()) else {}
-        groups = self._regrouped(step, parts, _groups(optimizer))
-        return changes if groups is None else {**changes, "groups": groups}
+        for name, each in parts_of("optimizer", optimizer).items():
+            groups = self._regrouped(step, parts, name, _groups(each))
+            changes |= {} if groups is None else {groups_key(name): groups}
+        return changes
 
-    def fits(self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Sequence[int]) -> bool:
-        """Whether a model of these shapes, but for some ``buffers``, and groups of these ``sizes`` can be loaded."""
+    def fits(
+        self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Mapping[str, Sequence[int]]
+    ) -> bool:
+        """Whether a model of these shapes, but for some ``buffers``, and optimizers with groups of these ``sizes`` can
+        be loaded.
+        """
         kinds = self.kinds["model"].items()
         built = {saved_name(name): kind[0] for name, kind in kinds if kind and name not in buffers}
         same = built == {saved_name(name): shape for name, shape in shapes.items() if name not in buffers}
-        return same and (not sizes or [*sizes] == [*map(len, self.groups)])
+        return same and all([*each] == [*map(len, self.groups[part])] for part, each in sizes.items() if each)
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
@@ -71,17 +72,18 @@ class Structure:
         changed = {name for name, kind in self.kinds[part].items() if now.get(name) != kind}
         _resize(self.modules[part], {*buffers, *changed}, state)
 
-    def regroup(self, optimizer: Any, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
-        """Put the weights of these names into the optimizer's groups; without ``names``, the weights that were built.
+    def regroup(self, part: str, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
+        """Put the weights of these names into the groups of an optimizer, the ``part`` of this name; without ``names``,
+        the weights that were built.
         Added groups have the settings of the first group until they are loaded. Raises KeyError for an unknown name.
         """
-        by_name, groups = _weights(parts) if names else {}, getattr(optimizer, "param_groups", [])
-        wanted = [[by_name[saved_name(name)] for name in group] for group in names] if names else self.groups
+        weights, groups = _weights(parts) if names else {}, getattr(parts[part], "param_groups", [])
+        wanted = [[weights[saved_name(name)] for name in group] for group in names] if names else self.groups[part]
         settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
         del groups[len(wanted) :]
         groups += [dict(settings) for _ in wanted[len(groups) :]]
-        for group, weights in zip(groups, wanted, strict=True):
-            group["params"] = [*weights]
+        for group, tensors in zip(groups, wanted, strict=True):
+            group["params"] = [*tensors]
 
     def _buffers(self, part: str, module: nn.Module, step: int) -> list[str]:
         """The buffers that a restore has to make again. Raises StateError if anything else is not as it was built."""
@@ -108,7 +110,9 @@ class Structure:
                 return False
         return _kinds(model) == now
 
-    def _regrouped(self, step: int, parts: Mapping[str, Any], groups: list[list[Tensor]]) -> list[list[str]] | None:
+    def _regrouped(
+        self, step: int, parts: Mapping[str, Any], part: str, groups: list[list[Tensor]]
+    ) -> list[list[str]] | None:
         """The names of the weights in each group; None where they are in the groups that were built."""
         names = {id(weight): name for name, weight in _weights(parts).items()}
         if sharded := any(map(is_distributed, self._weights.values())):  # gathered, they are other tensors
@@ -118,14 +122,19 @@ class Structure:
         for name, weight in self._weights.items():
             if now.get(name) is not weight and id(weight) in trained and not sharded:
                 raise _refused(step, f"model/{name} was replaced, and the optimizer still trains the tensor before")
-        if [[*map(id, group)] for group in groups] == [[*map(id, group)] for group in self.groups]:
+        if [[*map(id, group)] for group in groups] == [[*map(id, group)] for group in self.groups[part]]:
             return None
         for number, group in enumerate(groups):
             for weight in group:
                 if id(weight) not in names:
-                    what = f"group {number} of the optimizer has a tensor of shape {[*weight.shape]} that is no weight"
+                    what = f"group {number} of the {part} has a tensor of shape {[*weight.shape]} that is no weight"
                     raise _refused(step, f"{what} of the model, nor of a task or callback with a state_dict")
         return [[names[id(weight)] for weight in group] for group in groups]
+
+
+def groups_key(part: str) -> str:
+    """Where the facts of a commit have the changed groups of an optimizer, by the name of its part."""
+    return f"groups{part.removeprefix('optimizer')}"
 
 
 def _kinds(module: nn.Module) -> dict[str, Kind]:
@@ -147,7 +156,7 @@ def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
     the modules and tensors among their attributes. A shared weight has the name in the first part.
     """
     named_by_id: dict[int, tuple[str, Tensor]] = {}
-    for part, owner in takewhile(lambda item: item[0] != "optimizer", parts.items()):
+    for part, owner in takewhile(lambda item: not item[0].startswith("optimizer"), parts.items()):
         attributes = getattr(owner, "__dict__", {}).items()
         inner = [("", owner)] if isinstance(owner, nn.Module) else [(f"{name}.", value) for name, value in attributes]
         for path, value in inner:

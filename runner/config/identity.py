@@ -22,6 +22,7 @@ _UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they hav
     "data.weights": None,
     "data.test": None,
     "data.evaluation_collate": None,
+    "trainer.ema_params": None,
 }
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")

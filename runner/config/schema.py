@@ -89,6 +89,7 @@ class TrainerConfig:
     precision: Precision
     on_nonfinite: OnNonfinite
     ema_decay: float | None
+    ema_params: Any
     early_stopping: EarlyStoppingConfig
 
 

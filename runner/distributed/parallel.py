@@ -28,23 +28,13 @@ from torch.optim import Optimizer
 
 from runner.distributed.team import Parallelism
 from runner.errors import ConfigError, TaskError
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: the children of a ``ModuleList`` or ``Sequential``, where there are two or more,
-    all of one class and with parameters. Blocks within blocks do not count.
-    """
-    layers: list[nn.Module] = []
-    for child in model.children():
-        inner: Sequence[nn.Module] = [*child.children()] if isinstance(child, nn.ModuleList | nn.Sequential) else []
-        repeated = len(inner) > 1 and len({type(layer) for layer in inner}) == 1
-        trained = all(any(True for _ in layer.parameters()) for layer in inner)
-        layers += inner if repeated and trained else blocks(child)
-    return layers
+from runner.optimizers import blocks
 
 
 class _SeveralProcesses(Parallelism):
-    def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
+    """``micro_batches`` of a step, the last of which has the last backward pass; None if any may have several."""
+
+    def __init__(self, models: list[nn.Module], *, micro_batches: int | None) -> None:
         self._models: list[Any] = models  # of FSDP once they are sharded
         self._micro_batches = micro_batches
         self._first_buffers = {(module, name) for module in self._modules() for name in module._buffers}
@@ -99,7 +89,7 @@ class _Bucket:
 class Replicated(_SeveralProcesses):
     """The whole model in every process."""
 
-    def __init__(self, models: list[nn.Module], *, micro_batches: int) -> None:
+    def __init__(self, models: list[nn.Module], *, micro_batches: int | None) -> None:
         self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         super().__init__(models, micro_batches=micro_batches)
         trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
@@ -203,7 +193,7 @@ _OTHERWISE = "Or use runtime.parallel=ddp, which keeps the whole model in each p
 class Sharded(_SeveralProcesses):
     """A slice of the model in every process."""
 
-    def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int) -> None:
+    def __init__(self, models: list[nn.Module], *, device: torch.device, shard: int, micro_batches: int | None) -> None:
         replicas = dist.get_world_size() // shard
         shape, names = ((replicas, shard), ("replicate", "shard")) if replicas > 1 else ((shard,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -231,7 +221,7 @@ class Sharded(_SeveralProcesses):
 
     def iterate(self, micro_batches: Iterator[tuple[float, Any]]) -> Iterable[tuple[float, Any]]:
         for number, micro_batch in enumerate(micro_batches, 1):
-            last = number == self._micro_batches
+            last = self._micro_batches in (None, number)
             self._models[0].set_is_last_backward(last)
             self._models[0].set_requires_gradient_sync(last)
             yield micro_batch

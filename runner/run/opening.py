@@ -109,6 +109,8 @@ def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None
             "The run was left as it is. A run is started once: use its run.parent and run.inherit, or start "
             "a new run with run.name=..."
         )
+    if origin and origin.foreign:
+        origin.unchanged_files(parent)
 
 
 def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:

@@ -1,13 +1,20 @@
-"""The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it."""
+"""The parent of a run, from whose checkpoint it starts: as a command asks for it, and as the run recorded it. A parent
+may also be weights of another program: a safetensors file, or a local folder of Hugging Face.
+"""
 
+import json
+import mmap
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from runner.errors import StorageError
+from runner.errors import ConfigError, DriftRefused, StorageError
+from runner.hashing import checksum
 from runner.run.directory import RunDirectory
+from runner.storage.location import is_remote
 
 _REFERENCE = re.compile(r"(.+)@([0-9]+|best)", re.DOTALL)
 
@@ -53,7 +60,9 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class ParentRecord:
-    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``."""
+    """The parent as recorded in the ``run.json`` of its child: one particular commit of the run ``run``, or the digest
+    of the weights at that path.
+    """
 
     run: str
     step: int
@@ -75,9 +84,60 @@ class ParentRecord:
             raise StorageError(f"{directory.location.url}/run.json has an unusable parent: {record}") from error
 
     @property
+    def foreign(self) -> bool:
+        """Whether another program wrote the weights."""
+        return self.commit.startswith("xxh3:")
+
+    def unchanged_files(self, asked: Parent | None) -> list[Path]:
+        """The files of foreign weights, where the command has them now; none if they are gone. Raises DriftRefused."""
+        where = self.run if asked is None else asked.source.run
+        files = weight_files(where)
+        if files and (now := digest_of(files)) != self.commit:
+            raise DriftRefused(
+                f"{where} is not what the run started from: its digest was {self.commit}, and is {now}.\n"
+                "Restore it, or start a new run with run.name=..."
+            )
+        return files
+
+    @property
     def start(self) -> int:
         """The step after which the run started."""
         return 0 if self.inherit == "model" else self.step
+
+
+def weight_files(path: str) -> list[Path]:
+    """The weights at a path of this machine: a safetensors file, or those of a folder in the layout of Hugging Face.
+    Empty for anything else, such as a run. Raises ConfigError.
+    """
+    folder = Path(path)
+    if is_remote(path) or (folder / "run.json").exists():
+        return []
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return [folder]
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(f"run.parent: {index} cannot be read: {error!r}") from error
+        if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+            raise ConfigError(f"run.parent: {index} names {missing[0]}, which is not beside it")
+        return [folder / name for name in names]
+    if (folder / "config.json").is_file() and not whole.is_file():
+        remedy = "Save it with save_pretrained, which writes safetensors"
+        raise ConfigError(f"run.parent: {folder} has a config.json and no model.safetensors. {remedy}")
+    return [whole] if whole.is_file() else []
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """A digest of the contents of files, in their order."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            view = memoryview(content)
+            digests.append(checksum(view).encode())
+            view.release()
+    return checksum(*digests)
 
 
 def new_run_hint(command: str, directory: RunDirectory, step: int) -> str:

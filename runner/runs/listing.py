@@ -219,7 +219,8 @@ def format_details(run: Mapping[str, Any]) -> str:
     facts["created"] = run["record"].get("created")
     if isinstance(parent := run["record"].get("parent"), dict):
         inherited = {"model": "weights", "all": "everything"}.get(str(parent.get("inherit")), "something")
-        facts["parent"] = f"{inherited} of step {parent.get('step')} of {parent.get('run')}"
+        step = "" if str(parent.get("commit")).startswith("xxh3:") else f" of step {parent.get('step')}"
+        facts["parent"] = f"{inherited}{step} of {parent.get('run')}"
     if isinstance(run["overrides"], list):
         facts["overrides"] = shlex.join(map(str, run["overrides"]))
     if result := run["result"]:

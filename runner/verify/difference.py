@@ -97,7 +97,9 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
     steps, attempt = undisturbed.by_step(), len(run.attempts) - 1
     for evidence in (expected, actual):
         for step, state in evidence["checkpoints"].items():
-            for path, was, now in _unequal(steps[int(step)]["state"], state):
+            # A child saves what it begins with, before any step.
+            before = steps[int(step)]["state"] if int(step) in steps else expected["checkpoints"].get(step, state)
+            for path, was, now in _unequal(before, state):
                 return FirstDifference(int(step), attempt, "checkpoint", path, was, now)
     lines, others = expected["lines"], actual["lines"]
     missing: list[Event] = [{}] * (len(others) - len(lines))
@@ -182,7 +184,7 @@ def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
 
 
 def _is_shape(path: str) -> bool:
-    return path.startswith(("model/", "optimizer/param_groups/"))
+    return path.startswith("model/") or bool(re.match(r"optimizer(\.\w+)?/param_groups/", path))
 
 
 def changes(run: RunTrace) -> tuple[Remembered, ...]:
@@ -211,7 +213,10 @@ def _compare(
     states = [event["state"] | event.get("others", {}) if recorded else {} for event in (expected, actual)]
     for path, was, now in _unequal(*states):
         # The scheduler puts the rate of the next step into the optimizer.
-        part = "scheduler" if path.startswith("optimizer/param_groups") else path.partition("/")[0]
+        part, _, inner = path.partition("/")
+        kind = part.partition(".")[0]  # of several, as in optimizer.generator
+        if kind in ("optimizer", "scheduler"):
+            part = "scheduler" if inner.startswith("param_groups") else kind
         if part.startswith("callback."):
             callbacks.append((part, path, was, now))
         else:

@@ -129,6 +129,11 @@ def parameters_of(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
+def _order(key: str) -> int:
+    kind = key.partition(".")[0]  # optimizer.generator
+    return _FIRST.index(kind) if kind in _FIRST else len(_FIRST)
+
+
 class _Walk:
     """One look at all objects. Keeps them alive meanwhile, so that no other object gets the same id."""
 
@@ -137,13 +142,15 @@ class _Walk:
         self._seen: dict[int, Any] = {}
         self._kinds: dict[int, tuple[str, type]] = {}  # the classes that were met, and under which object
         self._left = _BUDGET
+        self._own: set[str] = set()
         self._model = model if is_a(model, nn.Module) else None
         modules = [] if self._model is None else [*modules_of(model).values()]
         self._of_model = {id(module) for module in modules}
         self._saved = _pointers(model, saved) if modules else None
 
     def all(self, objects: Mapping[str, Any]) -> dict[str, Place]:
-        for name, thing in sorted(objects.items(), key=lambda item: _FIRST.index(item[0]) if item[0] in _FIRST else 9):
+        self._own = {name for name in objects if _order(name) < len(_FIRST)}
+        for name, thing in sorted(objects.items(), key=lambda item: _order(item[0])):
             if thing is self._model:
                 for path, module in modules_of(thing).items():
                     self._enter(name, _Child(f"{name}{path}", module, "root", name), "")
@@ -241,7 +248,7 @@ class _Walk:
         if is_a(value, nn.Module):
             return [*self._in_module(value)]
         inside = [*_inside(value)]
-        if path in _FIRST and is_a(value, *_OPTIM):
+        if path in self._own and is_a(value, *_OPTIM):
             return [each for each in inside if each.key not in _SKIPPED]
         return inside
 

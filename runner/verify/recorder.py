@@ -30,6 +30,7 @@ from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
 from runner.data.stream import MapStyleStream
 from runner.metrics import lines
+from runner.optimizers import parts
 from runner.rng import Generators
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
@@ -115,9 +116,9 @@ class Recorder(Observer):
 
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
-        self._objects |= {"optimizer": setup.state.optimizer, "scheduler": setup.state.scheduler}
-        parts = ("optimizer", "scheduler")
-        self.write("made", memory={}, sources={name: source.sources(self._objects[name]) for name in parts})
+        made = parts("optimizer", setup.state.optimizer) | parts("scheduler", setup.state.scheduler)
+        self._objects |= made
+        self.write("made", memory={}, sources={name: source.sources(each) for name, each in made.items()})
         stream = setup.state.stream
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
         self.write("built", indexed=plan is not None, epoch=None if plan is None else plan.steps_of(1))

@@ -1,0 +1,60 @@
+"""Weights that are frozen first, and trained from a step on."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from runner.callbacks.base import Callback, Loop, TrainingSetup
+from runner.errors import ConfigError
+from runner.names import Patterns, matching
+from runner.optimizers import by_name
+from runner.state import TrainState
+
+
+class Unfreeze(Callback):
+    """Gradual unfreezing (Howard and Ruder 2018). ``schedule``: after how many steps weights are trained -> patterns
+    of their names; until then they are frozen. Weights that no pattern matches stay as they are. It all follows from
+    the step, so that a resume needs no memory.
+    """
+
+    def __init__(self, schedule: Mapping[int, Patterns]) -> None:
+        if wrong := [step for step in schedule if not isinstance(step, int) or step < 0]:
+            raise ConfigError(
+                f"Unfreeze: the schedule has {wrong[0]!r}, which is no number of steps; as in {{500: backbone}}"
+            )
+        self.schedule = dict(sorted(schedule.items()))
+        self._due: dict[int, list[nn.Parameter]] = {}
+
+    def on_build(self, setup: TrainingSetup) -> None:
+        """Find the weights, and freeze them."""
+        weights = dict(setup.state.model.named_parameters())
+        trained = {
+            id(weight)
+            for optimizer in by_name(setup.state.optimizer).values()
+            for group in optimizer.param_groups
+            for weight in group["params"]
+        }
+        left = {*weights}  # a weight belongs to the first step that names it
+        for step, patterns in self.schedule.items():
+            names = left.intersection(matching(weights, patterns, f"Unfreeze, step {step}"))
+            if lost := [name for name in names if id(weights[name]) not in trained]:
+                raise ConfigError(
+                    f"Unfreeze: {min(lost)} is in no optimizer, and would not be trained after step {step}"
+                )
+            left -= names
+            self._due[step] = [weight for name, weight in weights.items() if name in names]
+        self._set(-1)
+
+    def on_resume(self, state: TrainState) -> None:
+        """Thaw what earlier attempts have thawed."""
+        self._set(state.progress.step)
+
+    def on_step_start(self, loop: Loop) -> None:
+        """Thaw what is due."""
+        if loop.step in self._due:
+            self._set(loop.step)
+
+    def _set(self, step: int) -> None:
+        for due, weights in self._due.items():
+            for weight in weights:
+                weight.requires_grad_(step >= due)
