@@ -13,7 +13,8 @@ checks the code against this map.
     8  run_spec     finish
     7  trainer     build     restore
     6  callbacks/ (base, evaluate, reporting, saving)
-    5  run_facts     state     evaluation     datasets/ (digits, fashion_mnist, images, text)
+       rl/ (buffer, completion, generation, grpo, rewards)
+    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
        run/ (attempts, directory, drift, opening, parent)

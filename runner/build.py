@@ -61,6 +61,7 @@ class Parts:
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluate: Callable[[TrainState], dict[str, float | str]] | None
     held_out: EvaluationData | None  # the data of ``evaluate``
+    reference: nn.Module | None  # the model as it was built, for a task that needs a reference
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
@@ -74,6 +75,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    reference = copy.deepcopy(model) if task.needs_reference else None
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -94,6 +96,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
         average=average,
         parallelism=parallelism,
+        positions=lambda: stream.positions,
     )
     state = TrainState(
         model=model,
@@ -110,7 +113,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
     evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
-    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, own)
+    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, reference, own)
 
 
 def _data(
@@ -267,7 +270,7 @@ def make_callbacks(
     if attempt is not None:
         location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept or bool(opening.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
-        callbacks["ledger"] = KeepLedger(ledger)
+        callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}

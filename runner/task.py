@@ -1,8 +1,9 @@
 """``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +33,28 @@ class Update(Protocol):
         ``loss`` is the loss of the whole step; it is used only to decide whether the step is skipped as not finite.
         """
 
+    def positions(self) -> range:
+        """The positions, in the endless stream of samples, of the micro-batch that was taken last: with a seed, the key
+        of what is random about each sample.
+        """
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all processes pass, in the order of their ranks; tensors on the CPU, and plain values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a task made of the samples of a step, such as completions, and what of it was trained: for the ledger.
+
+    ``digest`` (64 bits) covers what was made from the samples of this step. ``trained`` are the positions of samples,
+    of this or an earlier step, that were trained ``times`` times now; ``dropped`` those that never will be.
+    """
+
+    digest: int
+    trained: Sequence[int] = ()
+    times: int = 1
+    dropped: Sequence[int] = ()
+
 
 class Task(ABC):
     """One way to turn a batch into a loss and metrics.
@@ -39,7 +62,15 @@ class Task(ABC):
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
     with the model. ``load_state_dict`` gets tensors on the CPU. Metrics are tensors of shape [], means
     over the samples of the batch, left on their device.
+
+    A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
+    began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
+    that makes training data in ``optimization_step`` says what in ``made``.
     """
+
+    needs_reference = False
+    reference: nn.Module | None = None
+    made: Made | None = None
 
     @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:

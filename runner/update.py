@@ -42,6 +42,7 @@ class WeightUpdate:
     skipped: int = 0
     in_a_row: int = 0
     gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
+    positions: Callable[[], range] = lambda: range(0)
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -55,6 +56,9 @@ class WeightUpdate:
             )
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.parallelism.gather(value)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         self.parallelism.reduce_gradients()

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
-from runner.data.ledger import Ledger
+from runner.data.ledger import Ledger, made_text
 from runner.distributed.team import Team
 from runner.errors import NonFiniteError
 from runner.evaluation import same_for_all
 from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
+from runner.task import Task
 
 log = logging.getLogger("runner")
 
@@ -63,17 +64,18 @@ class FiniteLoss(Callback):
 
 @dataclass(eq=False)
 class KeepLedger(Callback):
-    """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
-    Runs first, so that a step with other samples is not reported, evaluated or committed.
+    """Records the samples of every step and what the task made of them, and compares those of a repeated step with the
+    record of an earlier attempt. Runs first, so that a step with other samples is not reported, evaluated or committed.
     """
 
     ledger: Ledger
+    task: Task
 
     def on_start(self, loop: Loop) -> None:
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.ledger_line(loop.step))
+        self.ledger.add(replace(loop.state.stream.ledger_line(loop.step), made=made_text(self.task.made)))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()
