@@ -7,23 +7,23 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish
     7  trainer     build     restore
-    6  callbacks/ (base, evaluate, reporting, saving)
+    6  callbacks/ (base, dry, evaluate, reporting, saving)
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
-       run/ (attempts, directory, drift, opening, parent)
+       run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, tensorboard, writer)     stop_request     tasks/ (classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, language)
     2  storage/ (backend, files, local, location, remote)
-       config/ (help, identity, schema, secrets)
+       config/ (composition, help, identity, schema, secrets)
     1  signals     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gpt, mlp)

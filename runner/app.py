@@ -14,16 +14,20 @@ the user's code left behind. Before training, and wherever nothing has to be com
 ``signals.raise_if_received`` raises the same error. A second SIGTERM ends the process at once.
 """
 
+import atexit
 import copy
 import logging
 import os
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +38,14 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import signals
-from runner.callbacks.base import notify, observers
-from runner.config import schema
+from runner.callbacks.base import notify, observed_by, observers
+from runner.config import composition, schema
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
-from runner.distributed.communicator import Communicator, on_rank_zero
+from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.distributed.team import Team
 from runner.distributed.world import world
-from runner.errors import FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
+from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.run.opening import OpenedRun, must_wait, refuse_links
 from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
@@ -69,6 +73,7 @@ class Formatter(logging.Formatter):
 def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
+    composition.install()
     log.addFilter(_escaped)
     resolvers: dict[str, Callable[..., Any]] = {
         "directory": _directory,  # for Hydra's own files, in a single run as in a job of a sweep
@@ -124,12 +129,58 @@ def _escaped(record: logging.LogRecord) -> bool:
 def _run(config: DictConfig) -> float | None:
     signals.install()  # again, because a launcher may have started this process without ``__main__``
     with join_team(world(), timeout=config.runtime.timeout, patience=config.checkpoint.max_unsaved) as team:
+        if config.run.dry:
+            _dry_run(config, team)
+            return None
         spec = RunSpec.of(config)
         request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
         notify(observers, "on_command", spec.directory)
         with request.obey() if request else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)
+
+
+def _dry_run(config: DictConfig, team: Team) -> None:
+    """Two attempts of the run in a folder that is removed, and what they have shown."""
+    from runner import experiment
+    from runner.callbacks.dry import STEPS, DryRun
+
+    schema.check(config)
+    folder = Path(on_rank_zero(team.comm, _temporary))
+    on_all_ranks(team.comm, lambda: _require_folder(folder))
+    changes = {"root": str(folder), "storage_options": {}, "name": "dry", "on_drift": "refuse", "on_conflict": "fail"}
+    config = OmegaConf.merge(config, {"run": changes})  # type: ignore[assignment]
+    dry = DryRun()
+    try:
+        with observed_by(dry):
+            for _ in ("to be resumed", "resumed"):
+                spec = RunSpec.of(config)
+                try:
+                    experiment.run(_opened(spec, team.comm), copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
+                except Interrupted:
+                    if team.stop:
+                        raise
+        lines = [
+            *dry.summary(folder),
+            f"dry      {STEPS} steps, a save, a resume and an evaluation worked; nothing is kept",
+        ]
+    finally:
+        on_rank_zero(team.comm, lambda: shutil.rmtree(folder, ignore_errors=True))
+    for line in lines:
+        log.info("%s", line)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError("run.dry=true works in a temporary folder: start all its processes on one machine")
+
+
+@cache
+def _temporary() -> str:
+    """A folder of this process, removed at its end, for a run that is not kept and for Hydra's own files."""
+    folder = tempfile.mkdtemp(prefix="runner-dry-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
@@ -196,7 +247,7 @@ def _variant(*, _root_: DictConfig) -> str:
 def _local_folder(config: DictConfig) -> tuple[str, str]:
     """The local root, and the folder of the experiment below it, which is empty for a sweep over experiments."""
     refuse_secrets(config)  # Hydra asks for the folder before it writes anything
-    root = config.run.root
+    root = _temporary() if config.run.dry else config.run.root
     if is_remote(root):
         root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
     return local_root(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""

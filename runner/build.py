@@ -2,15 +2,12 @@
 
 import copy
 import logging
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +24,20 @@ from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Rep
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
+from runner.config.composition import searched
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import require_map_style, training_data
+from runner.data.training_data import First, require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import evaluate
 from runner.hashing import derive
+from runner.metrics.lines import LinesWriter
+from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -124,11 +124,16 @@ def _data(
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    stream, plan = training_data(config, _instance(data.train, "data.train"), loading, device, collate, world)
+    train = _instance(data.train, "data.train")
+    if data.overfit is not None:
+        train = First(require_map_style(train, "data.train"), data.overfit)
+    stream, plan = training_data(config, train, loading, device, collate, world)
     if data.validation is None:
         return stream, plan, None
+    held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
+    held_out = require_map_style(held_out, "data.validation")
     validation = EvaluationData(
-        require_map_style(_instance(data.validation, "data.validation"), "data.validation"),
+        First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
         seed=config.seed,
         batch_size=data.evaluation_batch_size,
         randomness=data.randomness.name,
@@ -424,11 +429,18 @@ def open_writers(
     """
     writers.resume(facts)
     for name, node in nodes.items():
-        writers.by_name[name] = _writer(node, f"metrics.writers.{name}", replace(context, mark=writers.marks.get(name)))
+        writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
+    if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
+        if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
+            raise ConfigError(f"metrics.writers.{services[0]} sends the lines of metrics.writers.lines, which is null")
+        writers.committed()
 
 
-def _writer(node: Any, key: str, context: WriterContext) -> MetricWriter:
+def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
+    key = f"metrics.writers.{name}"
     maker = _instance(node, key, _partial_=True)
+    if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
+        return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
         writer: MetricWriter = maker(context)
     except RunnerError:
@@ -447,21 +459,9 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}{_searched(cause)}"
+        return f"{key}._target_: {cause}{searched(cause)}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
-
-
-def _searched(cause: BaseException) -> str:
-    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if not isinstance(cause, ModuleNotFoundError):
-        return ""
-    folders = [
-        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
-    ]
-    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def _frames(error: BaseException) -> str:
@@ -471,8 +471,8 @@ def _frames(error: BaseException) -> str:
 
 
 def _hint(message: str, key: str) -> str:
-    """The remedy where a key of the default option, over which Hydra lays the experiment's own, does not fit."""
-    advice = f". If the default {key} gave it, leave that out: `defaults: [override /{key}: null]`"
+    """The remedy where a key of an option, over which Hydra lays the experiment's own, does not fit."""
+    advice = f". If the option that was chosen for {key} gave it, choose none: `defaults: [override /{key}: null]`"
     return advice if "unexpected keyword argument" in message else ""
 
 

@@ -6,7 +6,6 @@ recorded with every attempt, so that a resume under other conditions can say wha
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ def choose_device(name: str, world: World, visible: int) -> str:
     return f"cuda:{index}"
 
 
-_FOR_PEOPLE = {"cpus", "git"}  # facts that do not change float results
+_FOR_PEOPLE = {"cpus"}  # facts that do not change float results
 
 
 def topology(device: torch.device, processes: int, parallel: str, *, compiled: bool) -> dict[str, Any]:
@@ -94,7 +93,6 @@ def topology(device: torch.device, processes: int, parallel: str, *, compiled: b
         "cuda": torch.version.cuda if on_cuda else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "git": _git_revision(),
     }
 
 
@@ -103,12 +101,3 @@ def topology_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     before = {"processes": 1, "compiled": False, **before}
     keys = [key for key in now if key not in _FOR_PEOPLE and before.get(key) != now[key]]
     return [f"{key} {before.get(key)} -> {now[key]}" for key in keys]
-
-
-def _git_revision() -> str | None:
-    """The revision of the working directory's repository, ``-dirty`` with uncommitted changes; None outside one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -31,7 +31,7 @@ class RunnerError(Exception):
 
 
 class ConfigError(RunnerError):
-    """The configuration or the command line cannot be used: mend it."""
+    """The configuration or the command line cannot be used: fix it."""
 
     status = 2
 
@@ -64,14 +64,14 @@ class NoLoadableCheckpoint(RunnerError):
 
 class Interrupted(RunnerError):
     """The attempt stopped on request, with its last step committed, unless it had waited for data for too long. The
-    same command goes on.
+    same command continues.
     """
 
     status = 75
 
 
 class StorageError(RunnerError):
-    """The storage refused to read or write: mend the disk, its permissions or the network."""
+    """The storage refused to read or write: fix the disk, its permissions or the network."""
 
 
 class RunGone(RunnerError):

@@ -4,6 +4,7 @@ claim the attempt -> build -> newest good checkpoint -> load, generators last ->
 """
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
@@ -17,20 +18,29 @@ from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observe
 from runner.callbacks.evaluate import Evaluate
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
-from runner.config.schema import Config, OnBadRecord
+from runner.config.identity import flatten
+from runner.config.schema import Config, OnBadRecord, OnCodeChange
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
 from runner.distributed.communicator import on_rank_zero
 from runner.distributed.team import Team
-from runner.errors import Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
+from runner.errors import (
+    DriftRefused,
+    Interrupted,
+    NonFiniteError,
+    RunnerError,
+    StorageError,
+    Superseded,
+    printable,
+)
 from runner.finish import finish
 from runner.metrics.writer import MetricWriters, WriterContext
 from runner.restore import Resumed, load_reference, resolve, restore_newest
 from runner.restore import begin as begin_state
-from runner.run import attempts
+from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
-from runner.run.opening import OpenedRun, claim_run
+from runner.run.opening import OpenedRun, claim_run, trained
 from runner.run.parent import ParentRecord, new_run_hint
 from runner.state import Stateful
 from runner.trainer import Trainer
@@ -63,12 +73,18 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         setup = _set_up(config, parts, callbacks, store)
         parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
 
+        on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
         resumed = _resume(opening, config, parts, store, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            place = (directory.location, directory.experiment, directory.name)
-            context = WriterContext(*place, opening.identity, number, resumed.step)
+            place, own = (
+                (directory.location, directory.experiment, directory.name),
+                (directory.record() or {}).get("id"),
+            )
+            context = WriterContext(
+                *place, opening.identity, number, resumed.step, id=str(own), options=directory.options
+            )
             open_writers(writers, setup.writers, context, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(opening, parts, resumed, number, here)
@@ -119,11 +135,11 @@ def _train(
     except NonFiniteError as error:
         if opening.identity["trainer"]["on_nonfinite"] == "stop":
             command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
-            error.args = (f"{error}\nTo go on from the last checkpoint and skip such steps:\n  {command}",)
+            error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
         interruption = Interrupted(
-            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to go on"
+            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to continue"
         )
         interruption.agreed = True
         raise interruption
@@ -155,7 +171,7 @@ def _closing() -> Iterator[ExitStack]:
         with ExitStack() as stack:
             yield stack
     except signals.Stopped as stopped:
-        remedy = "run the same command again to go on from the last checkpoint"
+        remedy = "run the same command again to continue from the last checkpoint"
         raise Interrupted(f"{stopped} while data was read; {remedy}") from None
     except SystemExit as error:
         raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
@@ -204,6 +220,32 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
 
 def _outcome(status: int) -> str:
     return "interrupted" if status == Interrupted.status else "failed"
+
+
+def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt | None) -> None:
+    """Record what code this attempt runs. Reports files that were edited since the attempt before, or raises
+    DriftRefused for them. A run that has trained nothing yet takes a correction.
+    """
+    assert attempt is not None, "rank 0 has it"
+    location = opening.directory.location
+    before = None
+    with suppress(StorageError):  # without the record a run goes on
+        before = code.newest(location, below=attempt.number) if attempt.number > 1 else None
+    settings = flatten(opening.identity).items()
+    live = code.LiveCode([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
+    edited = printable(", ".join(before.edited(live.record) if before else []))
+    if edited and on_change is not OnCodeChange.accept and trained(opening.directory):
+        if on_change is OnCodeChange.refuse:
+            another = shlex.quote(f"{opening.directory.variant[:150]}-2")
+            raise DriftRefused(
+                f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
+                "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
+                f"or\n  go on with the new code: {opening.command} run.on_code_change=accept\n"
+                f"  begin a new run:         {opening.command} run.name={another}"
+            )
+        log.warning("code     edited since the last attempt: %s", edited)
+    live.begin_git()
+    attempt.attach(code.SUFFIX, lambda wait: live.encoded(before, wait=wait))
 
 
 def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:

@@ -89,7 +89,7 @@ class Retries:
             left = self._failed_since + self.patience - time.monotonic()
             if left <= 0:
                 raise StorageError(
-                    f"the weights could not be exported: {error}.\nEvery step is committed; mend the storage and run "
+                    f"the weights could not be exported: {error}.\nEvery step is committed; fix the storage and run "
                     f"the same command again (checkpoint.max_unsaved={self.patience:g})."
                 ) from error
             text = "the weights could not be exported: %s. Trying again in %.0f seconds, for another %.0f"

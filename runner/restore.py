@@ -72,7 +72,7 @@ def restore_newest(
     checkpoint: a checkpoint that is damaged for one rank is damaged for all.
 
     Raises NoLoadableCheckpoint, and then has changed nothing; StateError or NonFiniteError for a checkpoint from which
-    training cannot go on. To their messages it adds ``anew`` of the newest older step from which training can go on.
+    training cannot continue. To their messages it adds ``anew`` of the newest older step that can be trained further.
     """
     unusable: list[str] = []
     names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
@@ -237,7 +237,7 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
         raise ConfigError(
             printable(f"{directory.location.url}/run.json says that the run began from {origin.run}, a store that ")
             + "this command does not name, and that was not called. Use the command that began the run "
-            "(run.on_drift=fork, for a fork), or begin a new one: run.parent=... run.name=..."
+            "(run.on_drift=fork, for a fork), or start a new one: run.parent=... run.name=..."
         )
     return open_location(origin.run, directory.options if is_remote(origin.run) else None)
 
@@ -288,7 +288,7 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
 def _older(
     state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], comm: Communicator
 ) -> int | None:
-    """The step of the first of these commits from which training can go on, found by restoring them."""
+    """The step of the first of these commits from which training can continue, found by restoring them."""
     for commit in commits:
         with suppress(Damaged, StateError, NonFiniteError):
             checkpoint = store.open(commit, comm)
@@ -308,5 +308,5 @@ def _nothing_loadable(store: CheckpointStore, why: str, unusable: list[str]) -> 
     return (
         f"{store.location.url} has no checkpoint that can be loaded, {why}:\n{commits}\n"
         "Nothing was deleted and nothing was started from scratch. Restore the files from a copy, "
-        "or begin a new run with run.name=..."
+        "or start a new run with run.name=..."
     )

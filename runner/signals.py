@@ -1,7 +1,7 @@
 """Requests to stop, noted by a signal handler and acted on at a step boundary.
 
 A handler does nothing else: an exception or an exit from there could leave half a file behind. There are two
-exceptions. Where data is waited for or read, which may last for ever, a stop signal raises ``Stopped``. And a second
+exceptions. Where data is waited for or read, which may last forever, a stop signal raises ``Stopped``. And a second
 SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this module has global state.
 """
 
@@ -104,7 +104,7 @@ def received() -> str | None:
 def raise_if_received(where: str) -> None:
     """Raise Interrupted if a stop signal arrived; for places where nothing has to be committed first."""
     if (name := received()) is not None:
-        raise Interrupted(f"{name} {where}; run the same command again to go on")
+        raise Interrupted(f"{name} {where}; run the same command again to continue")
 
 
 @contextmanager

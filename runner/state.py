@@ -248,7 +248,7 @@ def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:
 
 def retype(now: Any, saved: Any) -> Any:
     """The state ``now`` of an optimizer after loading, with the dtypes of ``saved``. torch casts it to those of the
-    weights: moments in fp32 beside weights in bf16, or the product of NAdam, would go on with other bits.
+    weights: moments in fp32 beside weights in bf16, or the product of NAdam, would continue with other bits.
     """
     if isinstance(now, Tensor) and isinstance(saved, Tensor):
         return now if now.dtype == saved.dtype else saved.to(now.device)
@@ -264,7 +264,7 @@ def _require_same(now: Collection[str], saved: Collection[str], checkpoint: Chec
     if missing or unknown:
         raise StateError(
             f"{checkpoint.id.commit} does not hold the parts of this run: missing {', '.join(missing) or 'none'}, left "
-            f"over {', '.join(unknown) or 'none'}. Code or settings changed since. Restore them, or begin a new run "
+            f"over {', '.join(unknown) or 'none'}. Code or settings changed since. Restore them, or start a new run "
             "from this state with run.on_drift=fork.",
             kind="structure",
         )

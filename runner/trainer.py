@@ -37,7 +37,7 @@ class Trainer:
         self._on_update = overriding(self.callbacks, "on_update")
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
-        """Go on from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
+        """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
         ``stopped`` one of them ended at this step by that word of a callback, and the result alone is missing.
 
         A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.

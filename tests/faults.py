@@ -121,7 +121,7 @@ def is_right(checkpoint: Checkpoint) -> bool:
 
 
 def newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
-    """The step that a resume goes on from, None if nothing can be loaded, and why newer ones cannot; it is an error if
+    """The step that a resume continues from, None if nothing can be loaded, and why newer ones cannot. An error if
     anything else than the state of that step is handed out.
     """
     reasons: list[str] = []

@@ -135,7 +135,7 @@ class Lives:
         ``send`` is the signal that ends it: ``after`` so many seconds, or ``when`` a file matches a pattern; after an
         optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; when all but the
         result is ``written``; at the n-th storage ``operation``, which fails with the errno ``fail`` if that is set;
-        in the n-th remote ``put``. The n-th local put does ``hang`` for ``hang_seconds``, by default for ever.
+        in the n-th remote ``put``. The n-th local put does ``hang`` for ``hang_seconds``, by default forever.
         ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks no other
         sees. Checkpoints are waited for unless the arguments say otherwise, so that
         it is certain what is committed after a step.

@@ -22,7 +22,7 @@ from runner.runs import listing
 from runner.runs.__main__ import main
 
 MEMORY = 1 << 30  # bytes that the commands may allocate
-SECONDS = 60  # generous: the faults to be caught make a command wait for ever
+SECONDS = 60  # generous: the faults to be caught make a command wait forever
 
 
 class Late(BaseException):

@@ -48,7 +48,7 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
 
 def test_the_split_covers_every_key() -> None:
     """A new key must be given a side: what is computed, or how."""
-    execution = {"checkpoint", "metrics", "runtime", "run", "sweep"}
+    execution = {"imports", "checkpoint", "metrics", "runtime", "run", "sweep"}
     assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | execution
 
 
@@ -93,8 +93,9 @@ MISTAKES = {
         "trainer.max_seconds=9",
     ),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
-    "an argument of the default": smoke(
-        "'betas'. If the default optimizer gave it, leave that out: `defaults: [override /optimizer: null]`",
+    "an argument of the option": smoke(
+        "'betas'. If the option that was chosen for optimizer gave it, choose none: `defaults: [override /optimizer: ",
+        "optimizer=adamw",
         "optimizer._target_=torch.optim.SGD",
     ),
     "a scheduler that wants a metric": smoke(
@@ -240,14 +241,14 @@ def test_a_real_file_system_that_refuses_is_reported(mount: str, message: str, t
 
 @pytest.mark.campaign
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
-    """Training goes on and says so; when somebody makes room, everything is saved as if nothing had been."""
+    """Training continues and says so; when somebody makes room, everything is saved as if nothing had been."""
     log = tmp_path / "log"
-    reported = f"until grep -qs 'Training goes on' {log}; do sleep 0.1; done"
+    reported = f"until grep -qs 'Training continues' {log}; do sleep 0.1; done"
     room = f"{{{{ ({reported}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
     keep = f"cp -r {{root}}/smoke {tmp_path}"
     ended = mounted(f"{FULL} && {room}", tmp_path / "root", "objective.metric=null", then=keep)
     assert ended.returncode == 0, ended.stderr
-    assert "No space left on device. Training goes on and tries again" in log.read_text()
+    assert "No space left on device. Training continues and tries again" in log.read_text()
     whole = subprocess.run(
         [sys.executable, "-m", "runner", "experiment=smoke", "objective.metric=null", f"run.root={tmp_path}/whole"],
         capture_output=True,

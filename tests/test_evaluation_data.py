@@ -97,5 +97,5 @@ def test_a_bad_record_is_reported_by_number_where_it_counts(workers: int) -> Non
 
 
 def test_a_bad_record_is_never_replaced() -> None:
-    with pytest.raises(DataError, match=r"mend it or take it out of data\.validation"):
+    with pytest.raises(DataError, match=r"fix it or take it out of data\.validation"):
         list(data(Noisy(3, bad=2)))

@@ -141,7 +141,7 @@ def test_an_export_waits_for_a_storage_that_comes_back(life: Lives, tmp_path: Pa
     end = life(*COMMAND, "checkpoint.max_unsaved=0.1", f"run.root={tmp_path}", "run.name=s")
     assert end.status == 1
     assert "the weights could not be exported: cannot write" in end.output
-    assert "mend the storage and run the same command again (checkpoint.max_unsaved=0.1)" in end.output
+    assert "fix the storage and run the same command again (checkpoint.max_unsaved=0.1)" in end.output
 
 
 def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A process that hangs anywhere: its rank and code line are reported, no process is left, the same command goes on."""
+"""A process that hangs: its rank and code line are reported, no process is left, the same command continues."""
 
 import json
 from pathlib import Path

@@ -267,7 +267,7 @@ def test_foreign_files_are_left_alone(location: LocalLocation) -> None:
 
 
 def lived(location: LocalLocation, code: str) -> subprocess.CompletedProcess[str]:
-    """A process that opens the ledger and goes on with ``code``."""
+    """A process that opens the ledger and continues with ``code``."""
     start = f"""
 import os, resource, signal
 from runner.data.ledger import Ledger, LedgerLine

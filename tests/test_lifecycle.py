@@ -166,7 +166,7 @@ def test_a_fork_begins_from_its_parent_and_leaves_it_alone(life: Lives, tmp_path
 
 
 def test_two_processes_do_not_train_the_same_run(life: Lives, tmp_path: Path) -> None:
-    """The second is told who has it, and to wait; when the first is killed it goes on at once."""
+    """The second is told who has it, and to wait; when the first is killed it continues at once."""
     command = ("experiment=smoke", "trainer.max_steps=100000", f"run.root={tmp_path}", "run.name=r")
     with life.start(*command) as first:
         until(lambda: [*tmp_path.glob("smoke/r/commits/*")])

@@ -9,7 +9,7 @@ import pytest
 
 from runner.errors import StorageError
 from runner.metrics import lines
-from runner.metrics.lines import LinesWriter, read
+from runner.metrics.lines import TIME, LinesWriter, read
 from runner.metrics.writer import WriterContext
 from runner.storage import LocalLocation
 
@@ -43,21 +43,42 @@ def segments(location: LocalLocation) -> list[str]:
     return [entry.name for entry in location.list("metrics")]
 
 
+def untimed(location: LocalLocation) -> list[dict[str, Any]]:
+    return [{tag: value for tag, value in line.items() if tag != TIME} for line in read(location)]
+
+
 def test_lines_are_json_in_the_order_they_were_added(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
     curves.add(10, {"loss": 0.1, "rate": 1e-3})
     curves.add(20, {"accuracy": 1})
     flush(curves, 20)
-    assert [*read(location)] == [{"step": 10, "loss": 0.1, "rate": 1e-3}, {"step": 20, "accuracy": 1}]
+    assert untimed(location) == [{"step": 10, "loss": 0.1, "rate": 1e-3}, {"step": 20, "accuracy": 1}]
     text = location.read("metrics/s000000000-a000001.jsonl", limit=1000)
-    assert text == b'{"step": 10, "loss": 0.1, "rate": 0.001}\n{"step": 20, "accuracy": 1}\n'
+    assert text
+    assert text.startswith(b'{"step": 10, "loss": 0.1, "rate": 0.001, "time/unix": 1')
+    assert text.count(b"\n") == 2
+
+
+def test_committed_lines_are_those_between_a_step_and_a_mark(location: LocalLocation) -> None:
+    curves = attempt(location, 1, 0, None)
+    for step in (1, 2, 3):
+        curves.add(step, {"loss": 0.1})
+    flush(curves, 2)
+    end = {"segment": "s000000000-a000001.jsonl", "lines": 2}
+    curves = attempt(location, 2, 2, end)
+    curves.add(3, {"loss": 0.2})
+    flush(curves, 3)
+    assert [line["step"] for line in lines.committed(location, end, after=0)] == [1, 2]
+    last = {"segment": "s000000002-a000002.jsonl", "lines": 1}
+    assert [(line["step"], line["loss"]) for line in lines.committed(location, last, after=1)] == [(2, 0.1), (3, 0.2)]
+    assert not [*lines.committed(location, {}, after=0)]
 
 
 def test_values_that_are_not_finite_are_null(location: LocalLocation) -> None:
     curves = attempt(location, 1, 0, None)
     curves.add(1, {"a": float("nan"), "b": float("-inf"), "c": 0.0})
     flush(curves, 1)
-    assert [*read(location)] == [{"step": 1, "a": None, "b": None, "c": 0.0}]
+    assert untimed(location) == [{"step": 1, "a": None, "b": None, "c": 0.0}]
 
 
 def test_nothing_is_written_without_a_flush_of_new_lines(location: LocalLocation) -> None:
@@ -134,7 +155,7 @@ def test_a_fresh_start_begins_with_no_lines(location: LocalLocation) -> None:
 
 
 def test_a_full_segment_is_followed_by_another(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of a full one is written again, and a resume may go on in any of them."""
+    """Nothing of a full one is written again, and a resume may continue in any of them."""
     monkeypatch.setattr(lines, "SEGMENT_BYTES", 60)
     first = attempt(location, 1, 0, None)
     ends = {}

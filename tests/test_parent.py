@@ -192,5 +192,5 @@ def test_another_parent_than_the_recorded_one_is_refused(life: Lives, parent: Pa
     assert life(*command, f"run.parent={parent}").status == 0
     for other in ((f"run.parent={parent}@20",), (), (f"run.parent={parent}", "run.inherit=all")):
         ended = life(*command, *other)
-        assert (ended.status, "A run begins once" in ended.output) == (3, True), ended.output
+        assert (ended.status, "A run is started once" in ended.output) == (3, True), ended.output
     assert life(*command, f"run.parent={parent}").output.startswith("finished step 5")

@@ -29,7 +29,7 @@ def test_the_ways_out_of_drift_can_be_pasted(name: str, life: Lives, tmp_path: P
     assert life(*quoted, "trainer.max_steps=2").status == 0
     refused = life(*quoted, "trainer.max_steps=3")
     assert refused.status == 3, refused.output
-    ways = re.findall(r"^  (?:go on|begin a new run).*?: +(.*)$", refused.output, re.MULTILINE)
+    ways = re.findall(r"^  (?:continue|start a new run).*?: +(.*)$", refused.output, re.MULTILINE)
     assert len(ways) == 3
     for way in reversed(ways):
         ended = pasted(way, life)

@@ -69,7 +69,7 @@ def test_of_equal_ones_the_earlier_is_better_and_nan_never() -> None:
 
 
 def test_of_a_repeated_step_only_the_newer_can_be_the_best() -> None:
-    """Attempt 2 went on from step 20: what attempt 1 did after it is no part of the run any more."""
+    """Attempt 2 continued from step 20: what attempt 1 did after it is no part of the run any more."""
     again = [known(2, 30, objective=0.6), known(2, 50, objective=0.7)]
     undone = [known(1, 30, objective=0.8), known(1, 40, objective=0.9)]
     history = [known(1, 20, objective=0.5), *undone, *again]

@@ -60,7 +60,7 @@ def test_show_counts_the_steps_lost_by_each_kill(root: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     first, second = found["attempts"]
     assert 0 <= first["lost"] == first["step"] - 10 <= 5, "the kill came after step 15, the last beat before"
-    assert second["lost"] is None, "nobody went on from there"
+    assert second["lost"] is None, "nobody continued from there"
     assert found["overrides"][-2:] == [f"run.root={root}", "run.name=cut"]
 
 

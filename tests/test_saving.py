@@ -201,7 +201,7 @@ def test_a_failure_is_reported_and_retried_after_longer_pauses(run: Run, caplog:
     for _ in range(3):
         run.step()
     assert run.store.values == {}
-    assert "the checkpoint of step 1 could not be written: no space left. Training goes on" in caplog.text
+    assert "the checkpoint of step 1 could not be written: no space left. Training continues" in caplog.text
     run.store.error = None
     run.now += 1.5
     run.step()

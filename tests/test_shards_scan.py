@@ -95,7 +95,7 @@ def test_an_incomplete_manifest_names_the_command_to_mend_it(folder: Path) -> No
     with pytest.raises(DataError) as refused:
         Records(manifest=out)
     assert str(refused.value) == (
-        f"{out} is incomplete: its scan was interrupted. Run it again, it goes on where it stopped: "
+        f"{out} is incomplete: its scan was interrupted. Run it again, it continues where it stopped: "
         f"python -m runner.shards {folder} --out {out}"
     )
     assert len(load(out, partial=True).shards) == 1

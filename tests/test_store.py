@@ -480,7 +480,7 @@ def test_commits_that_fail_do_not_leave_a_copy_each(part: str) -> None:
 
 
 def test_the_room_of_a_failed_commit_is_there_for_the_next() -> None:
-    """Three of four files were written when the disk was full; whoever leaves them there fails for ever."""
+    """Three of four files were written when the disk was full; whoever leaves them there fails forever."""
     location = MemoryLocation()
     location.part_bytes = 16
     store = CheckpointStore(location)

@@ -24,7 +24,15 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=20", "trainer.evaluate_every_s
 
 # One file of each kind in a run directory, and its folders.
 FILES = ("run.json", "config.yaml", "result.json", "attempts/*.lock", "attempts/*.beat", "attempts/*.end.json")
-FILES += ("attempts/*-????????????.json", "commits/*", "data/*", "ledger/plan*", "ledger/s*", "metrics/*")
+FILES += (
+    "attempts/*.code.json",
+    "attempts/*-????????????.json",
+    "commits/*",
+    "data/*",
+    "ledger/plan*",
+    "ledger/s*",
+    "metrics/*",
+)
 FILES += ("tensorboard/*", "model.safetensors", "runner.log", ".hydra", ".hydra/config.yaml")
 READ = ("run.json", "config.yaml", "ledger/s*")  # by every kind, the others by some
 SOME = ("link", "fifo", "device", "folder", "sparse", "noise")
@@ -240,7 +248,7 @@ def test_no_run_of_a_stranger_hides_another(looked: list[tuple[str, dict[str, An
 
 
 def start(life: Lives, root: Path, *more: str, name: str = "r") -> tuple[int | None, str]:
-    """The status and the output of the command that goes on with a run; a limit instead of waiting for ever."""
+    """The status and the output of the command that continues with a run; a limit instead of waiting forever."""
     ended = life(*COMMAND, f"run.root={root}", f"run.name={name}", *more, after=120)
     assert "Traceback" not in ended.output
     return ended.status, ended.output

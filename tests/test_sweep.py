@@ -178,7 +178,7 @@ def test_drift_is_reported_and_the_others_run(life: Lives, tmp_path: Path) -> No
     assert life(*COMMAND, "seed=1,2", *names).status == 0
     ended = life(*COMMAND, "seed=1,2,3", "optimizer.lr=0.5", *names)
     assert ended.status == 3
-    assert ended.output.count("go on with the new ones: ") == 1, "not for each of two that are alike"
+    assert ended.output.count("continue with the new values: ") == 1, "not for each of two that are alike"
     assert (runs(tmp_path)["r3"] / "result.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""``python -m runner.verify`` names the culprit and no decoy beside it, says where it is, and how to mend it."""
+"""``python -m runner.verify`` names the culprit and no decoy beside it, says where it is, and how to fix it."""
 
 import importlib
 from collections.abc import Iterator

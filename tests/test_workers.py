@@ -30,7 +30,7 @@ from runner.errors import DataError
 USER = Path(__file__).parent / "user"
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-LIMIT = 60.0  # seconds, where a fault would last for ever
+LIMIT = 60.0  # seconds, where a fault would last forever
 METHODS = ["fork", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("spawn", "forkserver"))]
 
 
@@ -65,7 +65,7 @@ class Killed(Numbers):
 
 
 class Blocks(Numbers):
-    """Waits for ever at a sample."""
+    """Waits forever at a sample."""
 
     def __getitem__(self, index: int) -> Any:
         if index == 20:
@@ -194,7 +194,7 @@ def test_batches_before_an_unsendable_one_come_in_order() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("handlers")
 def test_a_killed_worker_is_reported_with_the_cause(method: str) -> None:
-    """In the middle of a message, too, at whose rest the training process would wait for ever."""
+    """In the middle of a message, too, at whose rest the training process would wait forever."""
     stream = training(Killed(), LoaderOptions(2, start_method=method))
     stream.open()
     with pytest.raises(DataError, match=r"data worker \d \(pid \d+\) was ended by SIGKILL.*memory"):
@@ -309,7 +309,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", METHODS[1]])
 def test_workers_end_with_a_killed_training_process(method: str) -> None:
-    """Also those that are busy for ever."""
+    """Also those that are busy forever."""
     ended = python(ORPHANS, method)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()))

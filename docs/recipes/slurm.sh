@@ -8,7 +8,7 @@
 
 srun python -m runner "$@"
 status=$?
-if [ "$status" -eq 75 ]; then # interrupted: the same command goes on
+if [ "$status" -eq 75 ]; then # interrupted: the same command continues
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

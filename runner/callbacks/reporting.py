@@ -16,10 +16,11 @@ from runner.callbacks.base import Callback, Loop
 from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger, made_text
 from runner.distributed.team import Team
-from runner.errors import NonFiniteError
+from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
 from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
+from runner.run.directory import RunDirectory
 from runner.task import Task
 
 log = logging.getLogger("runner")
@@ -112,8 +113,17 @@ class Report(Callback):
         self._rate = loop.rate
         self._report(loop)
 
+    def on_commit(self, step: int) -> None:
+        self.writers.committed(step)
+
     def on_end(self, loop: Loop) -> None:
         self.writers.close()
+
+    def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
+        self.writers.end("finished")
+
+    def on_error(self, error: Exception) -> None:
+        self.writers.end("interrupted" if isinstance(error, Interrupted) else "failed")
 
     def state_dict(self) -> dict[str, Any]:
         self._read()

@@ -275,7 +275,7 @@ class SaveCheckpoint(Callback):
         (self._failed if copy.exact else self._dropped).append(copy.step)
         self._overdue, self._retry_at = True, self._clock() + self._pause
         when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
-        log.warning("%s: %s. Training goes on and %s", failed, printable(error), when)
+        log.warning("%s: %s. Training continues and %s", failed, printable(error), when)
         self._pause = min(2 * self._pause, _MAX_PAUSE)
 
     def _raise_if_stuck(self) -> None:
@@ -294,11 +294,11 @@ class SaveCheckpoint(Callback):
         saved = max([*self.store.verified], default=None)  # of a fork's parent it is none of this run
         last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
         how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
-        return f"{last}; mend the storage and {how}"
+        return f"{last}; fix the storage and {how}"
 
 
 def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
-    """Whether training cannot go on with a tensor. Buffers may hold anything, such as masks; of an optimizer's moments
+    """Whether a tensor stops training. Buffers may hold anything, such as masks; of an optimizer's moments
     a maximum may be infinite, while NaN reaches the weights with the next step.
     """
     moments = name.startswith("optimizer/") and tensor.is_floating_point()

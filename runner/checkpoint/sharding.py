@@ -5,7 +5,7 @@ to groups of tensors that are divided alike: a group has one file for each cell,
 the same order. So a manifest need not store offsets, which could overlap or leave gaps in a hostile manifest, and its
 size grows with the number of tensors plus the number of files, not with their product.
 
-The only module that knows torch's distributed tensors. It never imports them: if nobody else did, there are none.
+The only module that knows torch's distributed tensors. It never imports them: if no other module did, there are none.
 """
 
 import heapq

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
+_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None}  # keys that older runs lack: with these values left out
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
@@ -31,8 +32,13 @@ def identity(config: "DictConfig") -> dict[str, Any]:
     """The identity half as plain values, resolved but for what comes from the environment; enumerations by name."""
     from runner.config.schema import plain_value
 
-    values = {key: plain_value(config, key) for key in IDENTITY}
-    return {key: value for key, value in values.items() if key != "params" or value}  # runs before it have none
+    values: dict[str, Any] = {key: plain_value(config, key) for key in IDENTITY}
+    for key, unset in _UNSET.items():
+        parent, _, name = key.rpartition(".")
+        node = values[parent] if parent else values
+        if node.get(name, unset) == unset:
+            node.pop(name, None)
+    return values
 
 
 def variant(overrides: Sequence[str]) -> str:

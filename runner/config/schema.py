@@ -40,6 +40,7 @@ Every = Enum("Every", {"auto": "auto"})
 OnDrift = Enum("OnDrift", {"refuse": "refuse", "accept": "accept", "fork": "fork"})
 Inherit = Enum("Inherit", {"model": "model", "all": "all"})
 Load = Enum("Load", {"matching": "matching", "strict": "strict"})
+OnCodeChange = Enum("OnCodeChange", {"warn": "warn", "refuse": "refuse", "accept": "accept"})
 OnConflict = Enum("OnConflict", {"fail": "fail", "wait": "wait", "steal": "steal"})
 
 
@@ -56,6 +57,7 @@ class DataConfig:
     validation: Any
     batch_size: int
     evaluation_batch_size: int
+    overfit: int | None
     shuffle: bool
     tail: Tail
     randomness: Randomness
@@ -131,10 +133,12 @@ class RunConfig:
     root: str
     storage_options: dict[str, Any]
     name: str | None
+    dry: bool
     parent: str | None
     inherit: Inherit
     load: Load
     on_drift: OnDrift
+    on_code_change: OnCodeChange
     on_conflict: OnConflict
 
 
@@ -149,6 +153,7 @@ class SweepConfig:
 class Config:
     """The whole configuration. ``Any`` stands for an object by its ``_target_``."""
 
+    imports: list[str]
     seed: int
     params: dict[str, Any]
     model: Any
@@ -172,7 +177,7 @@ def register() -> None:
 
 _FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
 _FROM_ONE = """
-    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens
+    data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens data.overfit
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs
     trainer.accumulate trainer.early_stopping.patience checkpoint.every_steps checkpoint.keep_every_steps
     checkpoint.keep_best metrics.every_steps runtime.shard runtime.prefetch runtime.num_threads

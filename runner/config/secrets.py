@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner.errors import has_credentials
+from runner.errors import has_credentials, redacted
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of snake_case, Kebab-Case, camelCase
 _PASSWORD = re.compile(r"(^|_)(password|passwd|pwd|passphrase|passcode)s?(_|$)")
@@ -45,6 +45,12 @@ _HARMLESS = re.compile(
     r"|(~|\.{0,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://).*|\S*\.(json|ya?ml|toml|pem|crt|key|txt|cfg|ini|bin|model)"
 )
 _DEFAULT = re.compile(r"\$\{oc\.env:[^,{}]+,([^{}]*)\}")
+_PRIVATE_KEY = re.compile(r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END|\Z)")
+# A name, quoted or not, with a type or not, and its value: in Python, YAML, JSON, shell.
+_ASSIGNED = re.compile(
+    r"""(?<![\w.])(?P<name>[A-Za-z_][\w.-]{0,80})(?P<is>["']?\s*(?::\s*[\w.|\[\] ]+=(?!=)|=(?!=)|:)\s*)"""
+    r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s"',;(){}\[\]]+)"""
+)
 _RANDOM = re.compile(r"(?=[a-z+=]*([0-9]+[a-z+=]+){3}|([a-z+=]+[0-9]+){3})[a-z0-9+=]{16,}", re.IGNORECASE)
 
 
@@ -81,6 +87,18 @@ def names_a_secret(key: str) -> bool:
     """Whether a key, or a variable, of this name holds a secret, whatever its value looks like."""
     name = _words(key.rpartition(".")[2])
     return (bool(_STRONG.search(name)) and not _ABOUT.search(name)) or bool(_TOKEN.match(name))
+
+
+def hide_secrets(text: str) -> str:
+    """A text of any kind, such as code, with *** in place of secrets: by their form, or by the name they are given."""
+
+    def hidden(match: re.Match[str]) -> str:
+        value = match["value"].strip("\"'")
+        secret = value and _is_secret(value, _words(match["name"].rpartition(".")[2]), strict=False)
+        return match[0].replace(match["value"], match["value"].replace(value, "***")) if secret else match[0]
+
+    lines = redacted(_PRIVATE_KEY.sub(r"\1 *** \2", text)).split("\n")
+    return "\n".join(_SHAPE.sub("***", _ASSIGNED.sub(hidden, line)) for line in lines)
 
 
 def may_be_secret(value: str) -> bool:

@@ -156,7 +156,7 @@ class IterableBatches(IterableDataset[Batch]):
                 cause = str(error)
                 if not isinstance(error, RunnerError):
                     lines = "".join(traceback.format_exception(error)).rstrip()
-                    cause = f"{type(error).__name__}: {error}. Mend the data set:\n{lines}"
+                    cause = f"{type(error).__name__}: {error}. Fix the data set:\n{lines}"
                 return Batch(0, None, failure=f"{where}: {cause}")
         if batch is None:
             raise StopIteration
@@ -203,13 +203,13 @@ class IterableBatches(IterableDataset[Batch]):
         if not self.options.replay and self._check(self._state_sticks):
             raise DataError(
                 "after load_state_dict, every further pass begins where that state was taken: a resumed run would "
-                "leave out the samples before it for ever. Let __iter__ forget the state once it is used, or give the "
+                "leave out the samples before it forever. Let __iter__ forget the state once it is used, or give the "
                 "data set a set_epoch that forgets it, or set data.replay=true"
             )
         if self.options.replay and self._check(self._pass_differs):
             raise DataError(
                 f"pass {self._number} begins with other samples when it is read again with the same seeds, so a resume "
-                "could not go on where it was. Give a seed to every generator in it that the runner does not control "
+                "could not continue where it was. Seed every generator in it that the runner does not control "
                 "(its own, or seeded by the clock). runtime.audit=false turns this check off"
             )
         self._unchecked = False
@@ -217,7 +217,7 @@ class IterableBatches(IterableDataset[Batch]):
         self._read_again(place)
         if place.number < self._number:
             if self._draw() is not _END:
-                raise DataError("its state was taken at the end of this pass, but it yields more; mend its state_dict")
+                raise DataError("its state was taken at the end of this pass, but it yields more; fix its state_dict")
             self._enter(_Place(self._number))
         return place.read - place.since
 
@@ -330,7 +330,7 @@ class IterableStream(TrainingStream):
         )
         shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
         return (
-            f"data.train is a {name}, an iterable: a resume goes on {method}, and only with "
+            f"data.train is a {name}, an iterable: a resume continues {method}, and only with "
             f"runtime.num_workers={workers}{shares}. A map-style data set is resumed exactly"
         )
 
@@ -408,8 +408,8 @@ class IterableStream(TrainingStream):
         if state["workers"] != workers:
             raise DataError(
                 f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "
-                "read it, so samples would be lost or repeated. Go on with runtime.num_workers="
-                f"{state['workers']}, or begin a new run with run.name=..."
+                "read it, so samples would be lost or repeated. Continue with runtime.num_workers="
+                f"{state['workers']}, or start a new run with run.name=..."
             )
         self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
         self._saved = state["loader"]
@@ -458,7 +458,7 @@ class IterableStream(TrainingStream):
         if self._pass > 0:
             return DataError(
                 f"data.train is empty from pass {self._pass} on: this {name} yielded samples before and now none. "
-                "Expected an __iter__ that begins anew every time; mend it"
+                "Expected an __iter__ that begins anew every time; fix it"
             )
         dropped = f", or less than a batch of {size} in each worker, which is dropped" * self._options.drop_last
         return DataError(

@@ -134,8 +134,8 @@ class Ledger:
             if not self._accept:
                 raise DataError(
                     f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
-                    "cannot be read any more. Restore the data, go on with the data of now by run.on_drift=accept, or "
-                    "begin a new run with run.name=... Nothing of this step was committed.",
+                    "cannot be read any more. Restore the data, accept the present data with run.on_drift=accept, or "
+                    "start a new run with run.name=... Nothing of this step was committed.",
                     kind="order-changed",
                 )
             log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)

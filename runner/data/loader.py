@@ -1,8 +1,8 @@
 """Moves batches from data workers to the training process, and ends the workers. The only user of torchdata.
 
 A map-style stream does not use the state of torchdata's loader, so a plain ``torch.utils.data.DataLoader`` yields the
-same bytes (tested). multiprocessing drops what a worker cannot send, and the training process would wait for ever.
-torch leaves the end of workers to garbage collection and to the interpreter's exit, which may wait for ever, too. Here
+same bytes (tested). multiprocessing drops what a worker cannot send, and the training process would wait forever.
+torch leaves the end of workers to garbage collection and to the interpreter's exit, which may wait forever, too. Here
 a context holds all processes and queues from their start, and ends them within some seconds whatever they do.
 """
 
@@ -159,7 +159,7 @@ class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
         super().__init__(loader, state)
 
     def request_end(self) -> None:
-        """Ask all workers to end. May wait for ever, if a worker was killed."""
+        """Ask all workers to end. May wait forever, if a worker was killed."""
         super()._shutdown_workers()
 
     def _get_data(self) -> Any:
@@ -376,6 +376,6 @@ _open_contexts: set[WorkerContext] = set()
 
 @atexit.register
 def _close_all() -> None:
-    """Close open loaders. At exit multiprocessing would wait for ever for workers, which do not obey its SIGTERM."""
+    """Close open loaders. At exit multiprocessing would wait forever for workers, which do not obey its SIGTERM."""
     for context in [*_open_contexts]:
         context.close()

@@ -71,7 +71,7 @@ class Plan:
             if shards and sum(shards) != samples:
                 raise DataError(
                     f"the counts of a data set are the samples in each of its shards; they add up to {sum(shards)}, "
-                    f"its length is {samples}. Mend the attribute, or rename it, or set data.streams.count=0"
+                    f"its length is {samples}. Fix the attribute, or rename it, or set data.streams.count=0"
                 )
         if self.tail == "drop" and self.samples < self.batch_size:
             few = f"there are {self.samples}, data.batch_size={self.batch_size}"

@@ -220,7 +220,7 @@ class MapStyleStream(TrainingStream):
             raise DataError(
                 "the data is not what this run began with, so 'every sample exactly once' cannot be kept:\n  "
                 + printable("\n".join(changes)).replace("\n", "\n  ")
-                + "\nRestore it, or begin a new run with run.name=...",
+                + "\nRestore it, or start a new run with run.name=...",
                 kind="data-changed",
             )
         self.consumed, self.epochs_before = state["consumed"], state["epochs_before"]
@@ -250,7 +250,7 @@ class MapStyleStream(TrainingStream):
                 remedy = (
                     f"{MAX_SUBSTITUTES} others in its place could not be read either; look at the data set"
                     if self._fetcher.substitute
-                    else "mend or remove it, or take another sample in its place with data.on_bad_record=substitute"
+                    else "fix or remove it, or take another sample in its place with data.on_bad_record=substitute"
                 )
                 raise bad_record_error(record, self._fetcher.samples, remedy=remedy)
             if number < _MAX_LOGGED:
@@ -311,7 +311,7 @@ class EvaluationData:
             for listener in self.batch_listeners:
                 listener(number)
             if fetched.bad:
-                remedy = "mend it or take it out of data.validation: every figure is a mean over all of its samples"
+                remedy = "fix it or take it out of data.validation: every figure is a mean over all of its samples"
                 raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)
             if fetched.failure:
                 raise DataError(f"data.validation: {fetched.failure}")

@@ -31,7 +31,7 @@ def main(pid: int, limit: float) -> None:
         return
     if sys.stderr is not None:
         lack = f"no step for {silent:.0f} s (runtime.timeout)"
-        remedy = "If it takes so long by right, set a longer one. The same command goes on from the last checkpoint."
+        remedy = "If it takes so long by right, set a longer one. The same command continues from the last checkpoint."
         print(f"{lack}, and C code keeps all threads but its own from running. {remedy}", file=sys.stderr, flush=True)
     if hasattr(resource, "prlimit"):
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))

@@ -140,13 +140,18 @@ class ProcessTeam(Team):
             self._served = self._connect(serve=True)
         self._own = self._store("watch")
         self.watch = Watchdog(self._store("watch"), world, timeout=timeout, patience=patience)
+        self._channels: dict[str, Channel] = {}
         self.comm = self.channel(MAIN)
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Communicator:
-        return Channel(self._store(name), self.world, self.watch, thread=name)
+        if name not in self._channels:  # it counts its exchanges, which a second attempt goes on with
+            self._channels[name] = Channel(self._store(name), self.world, self.watch, thread=name)
+        return self._channels[name]
 
     def begin(self, device: torch.device) -> None:
+        if self._group is not None:
+            return
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)

@@ -51,10 +51,10 @@ class Team:
         return SINGLE_PROCESS
 
     def begin(self, device: Any) -> None:
-        """Set up process groups for tensors on that device."""
+        """Set up process groups for tensors on that device, before the first attempt."""
         from runner.distributed.watchdog import Stall
 
-        self.watch = Stall(self._timeout, self._patience)
+        self.watch = self.watch or Stall(self._timeout, self._patience)
 
     def exchange(self, report: StepReport) -> StepReport:
         """Combine the reports of all processes; once after every step."""

@@ -1,4 +1,4 @@
-"""Watchdogs, so that no process waits for ever. They name the code line where a process is, and the option to raise.
+"""Watchdogs, so that no process waits forever. They name the code line where a process is, and the option to raise.
 
 ``Stall`` is for a run of one process: if training stalls, it prints what every thread does and ends the process. Twice
 a second a thread adds up the time since the last step or evaluation batch, separately for steps, for batches, and for
@@ -194,7 +194,7 @@ class Stall:
         threads = [f"  thread {names.get(ident, ident)} is at {thread_status(ident)[1]}" for ident in idents]
         training = f"the training thread is at {thread_status(self._training)[1]}."
         remedy = "If the work there needs that long, set a longer runtime.timeout."
-        again = "The same command goes on from the last checkpoint."
+        again = "The same command continues from the last checkpoint."
         lines = [f"{lack} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
         end_process("\n".join(lines), 1, self.last_words, who="this process")
 
@@ -434,7 +434,7 @@ class Watchdog:
 
 
 _TIMEOUT = "runtime.timeout"
-_AGAIN = "All processes of the run end; the same command goes on from the last checkpoint."
+_AGAIN = "All processes of the run end; the same command continues from the last checkpoint."
 
 
 def _lost(event: str) -> Failure:

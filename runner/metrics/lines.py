@@ -1,6 +1,6 @@
 """Metrics as lines of JSON, each step once: a resume removes the lines of steps that it repeats.
 
-    metrics/s000000000-a000001.jsonl     {"step": 10, "train/loss": 0.3, "time/step": 0.002}
+    metrics/s000000000-a000001.jsonl     {"step": 10, "train/loss": 0.3, "time/step": 0.002, "time/unix": 1764421.2}
 
 A segment (file) is written as a whole before each commit, and the commit records the number of its lines; a resume
 removes all lines after them. The files in the order of their names contain every (step, tag) once. Tags of metrics that
@@ -10,15 +10,18 @@ depend on the clock begin with ``time/``. ``runs compare`` and ``runner.verify``
 import json
 import math
 import re
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from runner.metrics.writer import WriterContext
 from runner.plain import parse
 from runner.storage.location import Location
 
+TIME = "time/unix"  # the tag of the moment at which a line was added, in seconds since 1970
 _FOLDER = "metrics"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
 SEGMENT_BYTES = 1 << 20  # bytes after which a commit begins a new segment, because a segment is written whole each time
@@ -45,7 +48,7 @@ class LinesWriter:
         """Add a line, in memory until ``flush``. NaN and infinity become null; texts are left out."""
         numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
         finite = {tag: value if math.isfinite(value) else None for tag, value in numbers.items()}
-        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        line = json.dumps({"step": step, **finite, TIME: round(time.time(), 3)}).encode() + b"\n"
         self._segments[-1].lines.append(line)
         self._segments[-1].size += len(line)
         if self._segments[-1].size > MAX_SEGMENT_BYTES:
@@ -104,6 +107,17 @@ def curve(location: Location, tag: str) -> list[tuple[int, float | None]]:
     quoted = json.dumps(tag).encode()
     candidates = (parse(line) for line in _lines(location) if quoted in line)
     return [(line["step"], line[tag]) for line in candidates if tag in line]
+
+
+def committed(location: Location, end: Mapping[str, Any], *, after: int) -> Iterator[dict[str, Any]]:
+    """The lines of steps above ``after``, up to ``end``, a mark of ``LinesWriter``; none without a mark."""
+    last = _key(str(end.get("segment")))
+    keyed = ((_key(entry.name), entry.name) for entry in location.list(_FOLDER))
+    names = [(key, name) for key, name in keyed if key is not None and last is not None and key <= last]
+    for (key, name), following in zip_longest(names, names[1:]):
+        if following is None or following[0][0] > after:  # else its lines are of earlier steps
+            lines = _read(location, f"{_FOLDER}/{name}")[: end["lines"] if key == last else None]
+            yield from (line for line in map(parse, lines) if line["step"] > after)
 
 
 def _lines(location: Location) -> Iterator[bytes]:

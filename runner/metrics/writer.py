@@ -1,43 +1,8 @@
 """The interface of metric writers, and the writers of an attempt as a group.
 
-TensorBoard's event files and the JSON lines are the two writers of every run. To log to another system, write a class
-with the four methods of ``MetricWriter`` and name it in the configuration. For MLflow:
-
-    # my_writers.py
-    from time import time
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    class MLflowWriter:
-        def __init__(self, context, tracking_uri, experiment_id="0"):
-            self.client = MlflowClient(tracking_uri)
-            # A resumed attempt goes on in the run that its checkpoint names; without a checkpoint there is none.
-            self.run = context.mark["run"] if context.mark else self._create(context, experiment_id)
-            self.client.update_run(self.run, status="RUNNING")
-            self.added, self.marked = [], []
-
-        def _create(self, context, experiment_id):
-            run = self.client.create_run(experiment_id, run_name=context.run)
-            return run.info.run_id
-
-        def add(self, step, values):
-            numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
-            self.added.extend(Metric(tag, value, int(time() * 1000), step) for tag, value in numbers.items())
-
-        def mark(self, step):
-            self.marked += self.added  # what comes after the checkpoint is not sent: a resume would send it again
-            self.added = []
-            return {"run": self.run}
-
-        def flush(self):
-            while batch := self.marked[:1000]:  # MLflow's limit for one call
-                self.client.log_batch(self.run, metrics=batch)
-                del self.marked[: len(batch)]
-
-        def close(self):  # finished or interrupted; a resumed attempt sets RUNNING again
-            self.client.set_terminated(self.run, status="FINISHED")
-
-    python -m runner experiment=digits '+metrics.writers.mlflow={_target_: my_writers.MLflowWriter, tracking_uri: ...}'
+TensorBoard's event files and the JSON lines are the two writers of every run. A service outside, such as MLflow, has a
+``ServiceWriter`` (``metrics.service``). To write in another way, name a class with the four methods of ``MetricWriter``
+in the configuration: ``metrics.writers.mine: {_target_: my_module.MyWriter}``.
 """
 
 import json
@@ -80,6 +45,11 @@ class MetricWriter(Protocol):
     def close(self) -> None:
         """The attempt took its last step, and is finished or interrupted. Not called if it fails or is killed."""
 
+    # A writer may have these methods, too:
+    # committed(end)  The checkpoint of a step is committed, and so are the lines of ``metrics.lines`` up to this mark.
+    #                 Called also at the start of an attempt that resumed from a checkpoint.
+    # end(status)     The attempt ended: "finished", "interrupted" or "failed".
+
 
 @dataclass(frozen=True, slots=True)
 class WriterContext:
@@ -92,6 +62,8 @@ class WriterContext:
     attempt: int  # the number of this attempt at the run
     step: int  # training continues after this step; ``add`` may repeat it if its evaluation was interrupted
     mark: Mapping[str, Any] | None = None  # what ``mark`` returned for the checkpoint; None: there was no such writer
+    id: str = ""  # of the run, and of no other
+    options: Mapping[str, Any] | None = field(default=None, repr=False)  # of fsspec, for the location
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +74,7 @@ class MetricWriters:
 
     by_name: dict[str, MetricWriter] = field(default_factory=dict)
     marks: dict[str, Any] = field(default_factory=dict)
+    _ends: dict[int, Any] = field(default_factory=dict)  # of lines, by the steps of checkpoints under way
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
         for name, writer in self.by_name.items():
@@ -120,8 +93,26 @@ class MetricWriters:
             with _naming(name, "mark"):
                 self.marks[name] = json.loads(json.dumps(dict(writer.mark(step))))
         marks = {name: mark for name, mark in self.marks.items() if mark}
-        facts = {"metrics": marks.pop(_LINES, {})}
+        self._ends[step] = marks.pop(_LINES, {})
+        facts = {"metrics": self._ends[step]}
         return facts | {"writers": marks} if marks else facts
+
+    def committed(self, step: int | None = None) -> None:
+        """The checkpoint of ``step`` is committed; None: that from which the attempt resumed."""
+        end = self.marks.get(_LINES, {}) if step is None else self._ends.pop(step, {})
+        self._call("committed", end)
+        for earlier in [each for each in self._ends if step is not None and each < step]:  # given up
+            self._ends.pop(earlier, None)
+
+    def end(self, status: str) -> None:
+        """The attempt ended, as the ``status`` says."""
+        self._call("end", status)
+
+    def _call(self, method: str, argument: Any) -> None:
+        for name, writer in self.by_name.items():
+            if call := getattr(writer, method, None):
+                with _naming(name, method):
+                    call(argument)
 
     def flush(self) -> None:
         """Make durable what was added before the last mark. Raises StorageError."""
@@ -147,6 +138,6 @@ def _naming(name: str, method: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise RuntimeError(
-            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To go on without this "
+            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To continue without this "
             f"writer, run the same command again with metrics.writers.{name}=null"
         ) from error

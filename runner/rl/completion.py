@@ -38,8 +38,9 @@ class Completion(Task):
     """Batches are mappings with the texts ``prompt`` and ``answer`` of each sample; the model maps tokens [B, T] to
     logits [B, T, V]. The loss is the cross-entropy of the answer's tokens, the stop token at its end included.
 
-    Evaluation reports this loss, completes each prompt greedily, and reports the mean ``reward``, ``pass_at_1`` (the share of completions
-    that the reward calls correct), their ``length`` in tokens, and how the model completes the prompts ``show``.
+    Evaluation reports this loss, completes each prompt greedily, and reports the mean ``reward``, ``pass_at_1`` (the
+    share of completions that the reward calls correct), their ``length`` in tokens, and how the model completes the
+    prompts ``show``.
     """
 
     def __init__(

@@ -6,6 +6,7 @@
     commits/ data/      checkpoints (checkpoint.manifest)
     ledger/             the samples that each step consumed (data.ledger)
     metrics/            scalars as lines (metrics.lines)
+    writers/            what services outside have of them (metrics.service)
     tensorboard/        event files
     model.safetensors   final weights; best.safetensors beside it when there is an objective
     result.json         present when the run is finished
@@ -35,7 +36,16 @@ FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed 
 MODEL = "model.safetensors"
 BEST = "best.safetensors"
 TENSORBOARD = "tensorboard"
-FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", TENSORBOARD, ".hydra")  # of a run, and of no other
+FOLDERS = (
+    "attempts",
+    "commits",
+    "data",
+    "ledger",
+    "metrics",
+    "writers",
+    TENSORBOARD,
+    ".hydra",
+)  # of a run, and of no other
 
 _RUN = "run.json"
 _CONFIG = "config.yaml"
@@ -148,7 +158,7 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
-        for folder in ("", "attempts", "commits", "data", "metrics", TENSORBOARD):
+        for folder in ("", "attempts", "commits", "data", "metrics", "writers", TENSORBOARD):
             self.location.remove_leftovers(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -76,7 +76,7 @@ def open_run(
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
     differences = compare(saved, identity)
-    if differences and on_drift != "accept" and _trained(directory):
+    if differences and on_drift != "accept" and trained(directory):
         if on_drift == "fork":
             return _fork(directory, identity, command, on_conflict)
         raise DriftRefused(_refusal(directory, differences, command))
@@ -105,9 +105,9 @@ def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None
     moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
     if then != now and not moved:
         raise DriftRefused(
-            f"{directory.location.url} was begun {then}, and this command begins {now}.\n"
-            "The run was left as it is. A run begins once: use the run.parent and run.inherit it was begun with, or "
-            "begin a new run with run.name=..."
+            f"{directory.location.url} was started {then}, and this command starts {now}.\n"
+            "The run was left as it is. A run is started once: use its run.parent and run.inherit, or start "
+            "a new run with run.name=..."
         )
 
 
@@ -136,7 +136,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
     return attempt
 
 
-def _trained(directory: RunDirectory) -> bool:
+def trained(directory: RunDirectory) -> bool:
     """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
     if directory.location.list("commits"):
         return True
@@ -164,15 +164,15 @@ def _refusal(directory: RunDirectory, differences: Sequence[ChangedKey], command
         f"{drift_table(differences)}\n\n"
         "The run was left as it is. Either\n"
         f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
-        f"  go on with the new ones:        {command} run.on_drift=accept\n"
-        f"  begin a new run from its state: {command} run.on_drift=fork\n"
-        f"  begin a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}"
+        f"  continue with the new values:    {command} run.on_drift=accept\n"
+        f"  start a new run from its state: {command} run.on_drift=fork\n"
+        f"  start a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}"
     )
 
 
 def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None:
     """Raise ConfigError where a file of Hydra's in the folder ``below`` a local ``root``, or the way to that folder, is
-    a link or a special file: what Hydra writes there would end elsewhere, or wait for ever.
+    a link or a special file: what Hydra writes there would end elsewhere, or wait forever.
     """
     if is_remote(root):
         return

@@ -1,4 +1,4 @@
-"""``python -m runner.runs``: commands that look at runs, remove old checkpoints and export weights."""
+"""``python -m runner.runs``: commands that look at runs, remove old checkpoints, export weights, send metrics."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Look at runs, remove old checkpoints, export weights."
+    description = "Look at runs, remove old checkpoints, export weights, send metrics."
     parser = argparse.ArgumentParser(prog="python -m runner.runs", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -66,15 +66,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     run = "its directory, for example outputs/digits/base"
-    add("show", _show, "one run: configuration, attempts, checkpoints, result", run=run)
+    option = add("show", _show, "one run: configuration, attempts, checkpoints, result", run=run)
+    option("--code", action="store_true", help="also what code each attempt ran: files, packages, commit, changes")
     add("audit", _audit, "whether each sample was used exactly once per epoch; exit status 1 if not", run=run)
     option = add("prune", _prune, "show which checkpoints are not needed; with --yes, remove them", run=run)
     option("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
     option("--every-steps", type=int, metavar="N", help="keep a checkpoint at every multiple of N steps")
     option("--best", type=int, default=1, metavar="N", help="keep the N best by the objective (default: 1)")
     option("--yes", action="store_true", help="remove them; without --yes nothing is changed")
-    option = add("diff", _diff, "how the configurations and the results of two runs differ", run=run)
+    option = add("diff", _diff, "how the configurations, the code and the results of two runs differ", run=run)
     option("other", help="the directory of another run")
+    option = add("push", _push, "send the metrics of a run to a service outside, such as mlflow", run=run)
+    option("writer", help="mlflow, wandb, trackio; or a name, with _target_=my_module.MyWriter")
+    option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
     option("target", help="the file to write, a path or URL")
@@ -100,7 +104,8 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    return _print(parsed, listing.details(RunDirectory.at(parsed.run)), listing.format_details)
+    run = listing.details(RunDirectory.at(parsed.run), with_code=parsed.code)
+    return _print(parsed, run, listing.format_details)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
@@ -127,6 +132,13 @@ def _export(parsed: argparse.Namespace) -> int:
     from runner.runs.checkpoints import export, format_export
 
     return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    from runner.runs.pushing import push
+
+    done = push(parsed.run, parsed.writer, parsed.settings)
+    return _print(parsed, done, lambda _: f"{done['sent']} points sent; {done['writer']} has all up to {done['step']}")
 
 
 def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:

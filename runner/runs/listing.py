@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 from runner.checkpoint import manifest
 from runner.errors import ConfigError, RunnerError, printable
-from runner.run.attempts import AttemptRecord
+from runner.run import code
+from runner.run.attempts import HIGHEST, AttemptRecord
 from runner.run.directory import RunDirectory
 from runner.run.drift import ABSENT, compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs
@@ -183,8 +184,8 @@ def _screen(on_terminal: bool) -> Iterator[None]:
         print(_LEAVE if on_terminal else "", end="", flush=True)
 
 
-def details(directory: RunDirectory) -> dict[str, Any]:
-    """Everything about one run, as plain values."""
+def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, Any]:
+    """Everything about one run, as plain values; ``with_code`` also what code each attempt ran."""
     facts, attempts = RunFacts(directory), []
     for record, lost in zip(facts.attempts, _lost_steps(facts.attempts, facts.start), strict=True):
         ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
@@ -208,6 +209,7 @@ def details(directory: RunDirectory) -> dict[str, Any]:
         "attempts": attempts,
         "drift": changes,
         "checkpoints": [asdict(commit) for commit in facts.commits],
+        **({"code": _codes(facts)} if with_code else {}),
     }
 
 
@@ -231,7 +233,44 @@ def format_details(run: Mapping[str, Any]) -> str:
     if run["drift"]:
         parts.append("accepted changes\n" + _format_changes(run["drift"], "attempt", "before", "after"))
     parts.append("checkpoints, newest first\n" + format_table(run["checkpoints"], ["step", "attempt", "nonce"]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_format_codes(run["code"])] if "code" in run else parts)
+
+
+def _codes(facts: RunFacts) -> list[dict[str, Any]]:
+    """The code of each attempt whose code differs from that of the attempt before, and what it ``edited``."""
+    codes, before = [], code.CodeRecord()
+    for record in facts.attempts:
+        if (now := code.read(record.location, record.name)) is not None:
+            codes.append({"attempt": record.number, "edited": before.edited(now), **asdict(now)})
+            before = now
+    return codes
+
+
+def _format_codes(codes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not codes:
+        yield "code\nNo attempt has a record of it: this version is the first that makes one."
+        return
+    cells = [
+        {
+            "attempt": each["attempt"],
+            "commit": ", ".join(
+                f"{commit[:12]}{'+' if top in each['diffs'] else ''}" for top, commit in each["commits"].items()
+            ),
+            "edited": ", ".join(each["edited"]),
+            "files": len(each["files"]),
+        }
+        for each in codes
+    ]
+    yield (
+        "code, where it differs from that of the attempt before (+: with changes that are not committed)\n"
+        + format_table(cells, ["attempt", "commit", "files", "edited"])
+    )
+    newest = codes[-1]
+    yield f"files of attempt {newest['attempt']}\n{format_facts(newest['files'])}"
+    yield f"packages of attempt {newest['attempt']}\n" + " ".join(f"{k}={v}" for k, v in newest["packages"].items())
+    for each in codes:
+        for top, diff in each["diffs"].items():
+            yield f"changes of attempt {each['attempt']} that are not committed, in {top}\n{diff}"
 
 
 def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
@@ -239,15 +278,27 @@ def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
     left, right = RunFacts(a), RunFacts(b)
     configuration = _changes(left.identity, right.identity, "a", "b")
     result = _changes(_progress(left), _progress(right), "a", "b")
-    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "result": result}
+    codes = _changes(_code(left), _code(right), "a", "b")
+    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "code": codes, "result": result}
+
+
+def _code(facts: RunFacts) -> dict[str, Any]:
+    """The newest code of a run, by commit, file and package."""
+    record = code.newest(facts.directory.location, below=HIGHEST) or code.CodeRecord()
+    commits = {"commit" if number == 0 else top: commit for number, (top, commit) in enumerate(record.commits.items())}
+    packages = {f"package {name}": version for name, version in record.packages.items()}
+    return {**commits, **{f"file {name}": digest for name, digest in record.files.items()}, **packages}
 
 
 def format_diff(differences: Mapping[str, Any]) -> str:
     """The values of ``diff`` as text."""
     parts = [format_facts({"a": differences["a"], "b": differences["b"]})]
-    for half in ("configuration", "result"):
-        rows = differences[half]
-        parts.append(f"{half}\n{_format_changes(rows, 'a', 'b')}" if rows else f"The {half}s do not differ.")
+    for part in ("configuration", "code", "result"):
+        rows = differences[part]
+        same = (
+            f"The {part}s do not differ." if part != "code" else "The code does not differ, as far as it is recorded."
+        )
+        parts.append(f"{part}\n{_format_changes(rows, 'a', 'b')}" if rows else same)
     return "\n\n".join(parts)
 
 

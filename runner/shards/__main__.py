@@ -1,6 +1,6 @@
 """``python -m runner.shards PATTERN... --out shards.json``: count the records of shards and find their blocks.
 
-An interrupted scan goes on where it stopped: the same command scans only shards that are new or have changed.
+An interrupted scan continues where it stopped: the same command scans only shards that are new or have changed.
 """
 
 import argparse

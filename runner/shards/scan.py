@@ -113,7 +113,7 @@ def load(path: str, *, partial: bool = False) -> Manifest:
     if partial:
         return manifest
     if command is not None:
-        again = "Run it again, it goes on where it stopped"
+        again = "Run it again, it continues where it stopped"
         raise DataError(f"{path} is incomplete: its scan was interrupted. {again}: {printable(command)}")
     _require_records(manifest.shards, path)
     return manifest

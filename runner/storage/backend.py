@@ -251,7 +251,7 @@ def deadline(size: int) -> float:
 
 
 def limits(system: Any, size: int) -> dict[str, float]:
-    """Makes an asynchronous file system cancel a write at its deadline, lest it arrive after a later one."""
+    """Make an asynchronous file system cancel a write at its deadline, before a later write begins."""
     return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
 
 

@@ -160,7 +160,7 @@ class JournalChain:
 
     @doing("saves")
     def begin(self, name: str, head: bytes) -> None:
-        """Start a new journal with ``head``. If this raises StorageError, ``append`` goes on with the last one."""
+        """Start a new journal with ``head``. If this raises StorageError, ``append`` continues with the last one."""
         journal = self._location.journal(name)
         journal.append(head)
         self._open.append(journal)

@@ -100,6 +100,8 @@ def install() -> SweepReport:
         if (processes := world().size) > 1:
             remedy = "Start it in one, with hydra/launcher=slurm_many for jobs of many, or each run by itself"
             raise ConfigError(f"a sweep (-m) was started in {processes} processes, each would run all jobs. {remedy}")
+        if config.run.dry:
+            raise ConfigError("run.dry=true tries a single run: leave -m out, and give each key one value")
         refuse_secrets(config)  # a sweeper makes names and studies of them
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)

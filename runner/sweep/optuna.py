@@ -49,7 +49,7 @@ _NO_FAILED_TRIAL = errors.Interrupted, RunInUse, errors.StorageError, errors.Dri
 
 @dataclass
 class StudyConfig:
-    """``hydra.sweeper`` of ``hydra/sweeper=optuna``: the plugin's keys, with defaults for a study that goes on."""
+    """``hydra.sweeper`` of ``hydra/sweeper=optuna``: the plugin's keys, with defaults for a study that continues."""
 
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"optional sampler": "tpe"}])
     _target_: str = _TARGET
@@ -66,7 +66,7 @@ class StudyConfig:
 
 
 def register() -> None:
-    """Let Hydra create studies that go on; call it before Hydra composes a configuration."""
+    """Let Hydra create studies that continue; call it before Hydra composes a configuration."""
     Plugins.instance().instantiate_sweeper = _instantiate_sweeper  # type: ignore[method-assign]
     # After the plugins have been loaded, in place of the plugin's own configuration.
     ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=StudyConfig)
@@ -81,7 +81,7 @@ def _instantiate_sweeper(*, config: DictConfig, **context: Any) -> Sweeper:
 
 
 class Study(Sweeper):
-    """The plugin's sweeper, made to go on with its study."""
+    """The plugin's sweeper, made to continue with its study."""
 
     def __init__(self, sweeper: Any, config: DictConfig) -> None:
         self._plugin = sweeper.sweeper
@@ -121,7 +121,7 @@ class Study(Sweeper):
                 if _trials(plugin, "COMPLETE"):
                     raise
                 trials = f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective"
-                remedy = "all failed, for the reasons above. Mend these and choose another hydra.sweeper.study_name"
+                remedy = "all failed, for the reasons above. Fix these and choose another hydra.sweeper.study_name"
                 raise SweepFailed(f"{trials}: {remedy}") from None
         finally:
             lock.release()
@@ -243,7 +243,7 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
                 spaces = f"{before}, this command does in {now}, and no study can have both"
                 raise ConfigError(f"study {name} has searched {key} in {spaces}. {another}") from error
     for trial in _trials(plugin, "RUNNING"):
-        # A trial of another search space, as after a misspelt key, would be launched with its wrong keys for ever.
+        # A trial of another search space, as after a misspelt key, would be launched with its wrong keys forever.
         fits = plugin.custom_search_space_extender or trial.params.keys() <= parameters.keys()
         storage.set_trial_state(trial._trial_id, TrialState.WAITING if fits else TrialState.FAIL)
     return len(_trials(plugin, "COMPLETE", "FAIL", "PRUNED"))

@@ -14,12 +14,12 @@ from runner.task import Task
 class LanguageModeling(Task):
     """Batches are bytes of shape [B, T + 1]; the model maps [B, T] to logits of shape [B, T, 256].
 
-    Evaluation reports ``bits_per_byte`` and a text of ``sample_bytes`` bytes that goes on from ``prompt``.
+    Evaluation reports ``bits_per_byte`` and a text of ``sample_bytes`` bytes that continues from ``prompt``.
     """
 
     def __init__(self, *, prompt: str = "\n", sample_bytes: int = 256, temperature: float = 0.8) -> None:
         if not prompt:
-            raise ConfigError('task.prompt is empty: a text needs something to go on from, for example "\\n"')
+            raise ConfigError('task.prompt is empty: a text needs something to continue from, for example "\\n"')
         self.prompt = prompt
         self.sample_bytes = sample_bytes
         self.temperature = temperature

@@ -215,7 +215,7 @@ _OPTIMIZER = Cause(
 )
 _SCHEDULER = Cause(
     "scheduler memory",
-    "the scheduler goes on with another rate: it remembers something that its state_dict lacks",
+    "the scheduler continues with another rate: it remembers something that its state_dict lacks",
     f"for the scheduler: {_STATEFUL}",
 )
 _ATTRIBUTE = Cause(
@@ -292,7 +292,7 @@ def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
 def of_error(kind: str, changes: str) -> Cause:
     """The cause of an error, by its kind. ``changes`` is what was seen to change in the data set."""
     if kind not in _OF_ERRORS:
-        return Cause("error", "an attempt ended with the error above", "mend that first", sure=False)
+        return Cause("error", "an attempt ended with the error above", "fix that first", sure=False)
     cause = _OF_ERRORS[kind]
     if cause.kind == "data memory" and fingerprint.IN_STATE in changes:
         cause = replace(cause, kind="hidden generator", what="the data set draws from a generator of its own")

@@ -127,7 +127,7 @@ def _wait(pids: Sequence[int], request: Mapping[str, Any]) -> int | None:
 
 
 def _end_hanging(pids: Sequence[int], codes: Mapping[int, int], log: Path) -> int:
-    """End the processes that go on without the others, and note it in their log; returns the exit status."""
+    """End the processes that continue without the others, and note it in their log; returns the exit status."""
     _kill(pids[0])
     hanging = [pid for pid in pids if pid not in codes]
     for pid in hanging:

@@ -5,9 +5,7 @@ user or a library is called), and never changes them. What lies in site-packages
 user's.
 """
 
-import functools
 import sys
-import sysconfig
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
@@ -16,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
 from inspect import getgeneratorlocals
-from pathlib import Path
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -34,6 +31,7 @@ import torch
 from torch import nn
 
 from runner.hashing import checksum
+from runner.run.code import is_installed
 from runner.verify import fingerprint
 from runner.verify.fingerprint import UNSEEN, describe, is_a, module_name, type_name
 
@@ -459,21 +457,4 @@ def is_users(name: Any) -> bool:
     if type(name) is not str or name not in sys.modules or name.partition(".")[0] in ("runner", "torch", "numpy"):
         return False
     file = dict_of(sys.modules[name]).get("__file__")
-    return type(file) is str and not _is_installed(file)
-
-
-@functools.cache
-def _is_installed(file: str) -> bool:
-    """Whether a file lies in the standard library, or in a folder into which packages are installed."""
-    folder = Path(file).resolve().parent
-    if {"site-packages", "dist-packages"} & {*folder.parts}:
-        return True
-    libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
-    if any(folder.is_relative_to(library.resolve()) for library in libraries):
-        return True
-    return any(_has_distributions(each) for each in (folder, *folder.parents))
-
-
-@functools.cache
-def _has_distributions(folder: Path) -> bool:
-    return any(folder.glob("*.dist-info"))
+    return type(file) is str and not is_installed(file)

@@ -149,7 +149,7 @@ def _incomplete(base: RunTrace, run: RunTrace) -> str:
         return _unfinished(run)
     for before, after in pairwise(run.attempts):
         if before.stopped and after.select("resumed") and after.first != before.last:
-            return f"stopped by SIGTERM after step {before.last}, the run went on from step {after.first}"
+            return f"stopped by SIGTERM after step {before.last}, the run continued from step {after.first}"
     missed = base.by_step().keys() ^ run.by_step().keys()
     if missed or not base.by_step():
         return f"steps were not compared: {sorted(missed)[:10]}"
@@ -162,7 +162,7 @@ def _unfinished(run: RunTrace) -> str:
     """Why a run has no result although no attempt failed with an error."""
     last = run.attempts[-1]
     if last.status is None:
-        return "a run did not come to its end: a process was killed by somebody else, perhaps for its memory"
+        return "a run did not come to its end: a process was killed from outside, perhaps for its memory"
     return (
         f"attempt {last.request.record.stem} ended with exit status {last.status} after step {last.last}, before the "
         "run was finished: something in your code ends the process, as os._exit does"

@@ -39,7 +39,7 @@ class Cost:
     def text(self) -> str:
         """The costs for people."""
         return (
-            f"a kill costs {self.resume:.1f} s until training goes on, and half of the steps between two checkpoints;\n"
+            f"a kill costs {self.resume:.1f} s to resume, and half of the steps between two checkpoints;\n"
             f"a save stalls training for {_time(self.stall)}, a step takes {_time(self.step)}: "
             f"checkpoint.every_steps={self.every_steps} keeps that\n"
             "below 1 %, as checkpoint.every=auto does by itself."

@@ -1,4 +1,4 @@
-"""What users really get wrong: each of these trains well, and goes on otherwise after a resume. ``mended`` mends it."""
+"""What users really get wrong: each of these trains well, and goes on otherwise after a resume. ``mended`` fixes it."""
 
 import copy
 import functools

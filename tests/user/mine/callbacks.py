@@ -161,7 +161,7 @@ class StepCount(Callback):
 
 
 class Saves(Callback):
-    """Has step 3 committed before training goes on."""
+    """Has step 3 committed before training continues."""
 
     def on_step(self, loop):
         loop.save = loop.step == 3

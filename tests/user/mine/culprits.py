@@ -1,4 +1,4 @@
-"""Experiments with one culprit and decoys beside it. ``mended`` mends the culprit, as the printed remedy says."""
+"""Experiments with one culprit and decoys beside it. ``mended`` fixes the culprit, as the printed remedy says."""
 
 import itertools
 import os

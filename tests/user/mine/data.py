@@ -178,7 +178,7 @@ class Unreadable(Rows):
 
 
 class Waits(Rows):
-    """Once, at one sample, stops the training process, and waits for ever. Before that, until there is a file."""
+    """Once, at one sample, stops the training process, and waits forever. Before that, until there is a file."""
 
     def __init__(self, size, at, once, after):
         super().__init__(size)

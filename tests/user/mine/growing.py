@@ -108,7 +108,7 @@ class Changes(Classification):
         update.optimizer.param_groups[0]["params"] = [*model.parameters()]
 
     def untie(self, model, update):
-        """The optimizer goes on with what the model no longer has."""
+        """The optimizer continues with what the model no longer has."""
         model.layers[4].weight = nn.Parameter(model.layers[4].weight.detach().clone())
 
     def spoil(self, model, update):

@@ -1,0 +1,114 @@
+"""What the runner adds to Hydra's composition: ``imports``, and a ``_target_`` that starts clean.
+
+Hydra offers no place for either. Its function that decides which files are merged, in which order, is wrapped here, and
+is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra._internal import config_loader_impl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
+from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+
+from runner.errors import ConfigError
+
+
+def install() -> None:
+    """Wrap Hydra's function in this process."""
+    vars(config_loader_impl)["create_defaults_list"] = _defaults_list
+
+
+def searched(error: BaseException) -> str:
+    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    folders = [
+        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
+    ]
+    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
+
+
+def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **options: Any) -> DefaultsList:
+    for override in overrides_list:
+        if override.key_or_group == "imports" and not override.is_delete() and not override.is_sweep_override():
+            _import(override.value())
+    repo.load_config = partial(_load, repo.load_config)  # type: ignore[method-assign]
+    listed = create_defaults_list(repo=repo, overrides_list=overrides_list, **options)
+    _start_clean(repo, listed)
+    return listed
+
+
+def _load(load: Any, config_path: str) -> ConfigResult | None:
+    """A file of the configuration, after the modules that it imports: a choice that it makes may be registered there.
+
+    Hydra reads an experiment before the files that this chooses.
+    """
+    loaded: ConfigResult | None = load(config_path=config_path)
+    top_level = config_path.startswith("experiment/") or "/" not in config_path
+    if loaded is not None and top_level:
+        _import(_plain(loaded.config).get("imports"))
+    return loaded
+
+
+def _import(modules: Any) -> None:
+    if not isinstance(modules, list):
+        return  # the schema refuses it later
+    for name in modules:
+        try:
+            import_module(name)
+        except Exception as error:
+            lines = [] if searched(error) else traceback.format_tb(error.__traceback__)[-1:]
+            message = f"imports: {name}: {type(error).__name__}: {error}{searched(error)}"
+            raise ConfigError("\n".join([message, *lines]).rstrip()) from error
+
+
+def _start_clean(repo: IConfigRepository, listed: DefaultsList) -> None:
+    """Take the keys of an option that nobody chose out of it, where an experiment or the command line names another
+    ``_target_``, or objects of their own below. Keys that these give, too, stay: they override them.
+    """
+    for default in listed.defaults:
+        group, chosen = default.override_key, listed.overrides.override_choices
+        if group is None or group != default.package or group in chosen:
+            continue
+        option = getattr(repo.load_config(default.config_path or ""), "config", None)
+        if not isinstance(option, DictConfig) or "_target_" not in option:
+            continue
+        others = [other for other in listed.defaults if other is not default]
+        given = _given(group, [(other.package, repo.load_config(other.config_path or "")) for other in others], listed)
+        several = "_target_" not in given and any(isinstance(v, dict) and "_target_" in v for v in given.values())
+        if several or given.get("_target_", option._target_) != option._target_:
+            for key in {*option} - {*given}:
+                del option[key]
+
+
+def _given(group: str, files: Iterable[tuple[str | None, Any]], listed: DefaultsList) -> dict[str, Any]:
+    """The keys below ``group`` with their values, as files and the command line give them; None where it deletes."""
+    given: dict[str, Any] = {}
+    for package, loaded in files:
+        tree = _plain(loaded.config) if package in ("", group) else {}
+        node = tree if package == group else tree.get(group)
+        given |= node if isinstance(node, dict) else {}
+    for override in listed.config_overrides:
+        parent, _, rest = override.key_or_group.partition(".")
+        value: Any = None if override.is_delete() else override.value()
+        if parent == group:
+            name, _, below = rest.partition(".")
+            given |= {name: value if not below else given.get(name)} if rest else value or {}
+    return given
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_dict(config) else {}
+    return plain if isinstance(plain, dict) else {}

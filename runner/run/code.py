@@ -1,0 +1,231 @@
+"""What code an attempt runs: the user's modules, the versions of packages, and the state of git repositories.
+
+    attempts/000003-<nonce>.code.json      absent where the attempt runs the same code as the attempt before
+
+A module is the user's if its file is outside the folders of installed packages; modules of the runner count where a
+``_target_`` names them. Git answers while training goes on, and a repository that git cannot read is left out: nothing
+here delays or ends a run. Anyone may have written a record, so only texts are taken from it.
+"""
+
+import functools
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+from runner.config.secrets import hide_secrets
+from runner.hashing import hex_digest
+from runner.plain import parse_object
+from runner.run import attempts
+from runner.storage.location import Location
+
+SUFFIX = "code.json"
+
+_LIMIT = 4 << 20  # bytes of a record that are read
+_MOST_DIFF = 256 << 10  # bytes of the differences in one repository
+_MOST_OF_FILE = 4 << 20  # bytes of a module that are hashed; compiled modules can be large
+_MOST_FILES, _MOST_REPOSITORIES = 2000, 4
+_WIDEST = 1000  # characters of a line: longer ones hold data
+_POLL_SECONDS = 0.01
+_PACKAGED = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
+_INFO = re.compile(r"([\w.]+)-([^-]+)(?:-.*)?\.(?:dist|egg)-info")
+# The commit; changes of tracked files, without notebooks, whose outputs are no code, and files that hold secrets; and
+# the modules, given as arguments, that are not tracked.
+_SCRIPT = """
+flags="--no-ext-diff --no-textconv --ignore-submodules=dirty"
+echo "$(git rev-parse --verify -q HEAD)"
+{
+    git -c core.fsmonitor=false diff $flags HEAD -- . ':(exclude,glob)**/*.ipynb' ':(exclude,glob)**/.env*'
+    [ $# = 0 ] || git ls-files -oz -- "$@" | xargs -0 -n 1 git diff $flags --no-index -- /dev/null
+} | head -c """
+
+
+@dataclass(frozen=True, slots=True)
+class CodeRecord:
+    """``files``: digest by the path of a module below its import folder; ``packages``: version by import name;
+    ``commits`` and ``diffs``: of each repository, by its folder; without a diff where nothing is changed.
+    """
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)
+    diffs: Mapping[str, str] = field(default_factory=dict)
+
+    def edited(self, now: "CodeRecord") -> list[str]:
+        """The files that both have, with another content. Modules that are new or gone come with an edit of another."""
+        return sorted(name for name, digest in self.files.items() if now.files.get(name, digest) != digest)
+
+
+def read(location: Location, name: attempts.ClaimName) -> CodeRecord | None:
+    """The record of one attempt; None if it has none."""
+    raw = location.read(f"{name}.{SUFFIX}", limit=_LIMIT)
+    if raw is None:
+        return None
+    record = parse_object(raw) or {}
+    return CodeRecord(*(_texts(record.get(key)) for key in CodeRecord.__dataclass_fields__))
+
+
+def newest(location: Location, *, below: int) -> CodeRecord | None:
+    """The code of the newest attempt with a number below ``below`` that has a record."""
+    stored = {entry.name for entry in location.list("attempts")}
+    claims = [name for name in attempts.names(location) if name.number < below]
+    recorded = [name for name in claims if f"{name}.{SUFFIX}".rpartition("/")[2] in stored]
+    return read(location, recorded[-1]) if recorded else None
+
+
+class LiveCode:
+    """The code of this process, once everything is built. ``targets`` are the ``_target_`` of the configuration."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        self.paths = dict([*_modules([*targets])][:_MOST_FILES])
+        self.record = CodeRecord({name: _digest(path) for name, path in sorted(self.paths.items())}, _packages())
+        self._git: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+
+    def begin_git(self) -> None:
+        """Start git in the repositories of the modules and of the working directory."""
+        with suppress(OSError):  # no working directory, no temporary folder, no shell
+            files: dict[str, list[str]] = {top: [] for top in filter(None, [_repository(os.getcwd())])}
+            for path in self.paths.values():
+                if top := _repository(os.path.dirname(path)):
+                    files.setdefault(top, []).append(path)
+            for top, paths in [*files.items()][:_MOST_REPOSITORIES]:
+                output = tempfile.TemporaryFile()  # a pipe would be inherited by data workers, and never end
+                self._git[top] = _start_git(top, paths, output), output
+
+    def encoded(self, before: CodeRecord | None, *, wait: float = 0.0) -> bytes | None:
+        """The record for the storage: None until git has answered, for which it waits so many seconds if there are
+        any; empty if it equals that of the attempt ``before``.
+        """
+        until = time.monotonic() + wait
+        while any(process.poll() is None for process, _ in self._git.values()):
+            if time.monotonic() >= until:
+                if not wait:
+                    return None
+                break
+            time.sleep(_POLL_SECONDS)
+        answers = {top: _answer(*git) for top, git in self._git.items()}
+        self._git = {}
+        commits = {top: commit for top, (commit, _) in answers.items()}
+        diffs = {top: diff for top, (_, diff) in answers.items() if diff}
+        record = CodeRecord(self.record.files, self.record.packages, commits, diffs)
+        return b"" if record == before else json.dumps(asdict(record), indent=1).encode() + b"\n"
+
+
+def is_installed(file: str) -> bool:
+    """Whether a file lies in the standard library, the runner, or a folder into which packages are installed."""
+    return bool(_PACKAGED.search(file)) or _is_library(os.path.dirname(file))
+
+
+@functools.cache
+def _is_library(name: str) -> bool:
+    folder = Path(name).resolve()
+    libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
+    if _PACKAGED.search(f"{folder}{os.sep}") or any(folder.is_relative_to(each.resolve()) for each in libraries):
+        return True
+    return any(_has_distributions(each) for each in (folder, *folder.parents))
+
+
+@functools.cache
+def _has_distributions(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))
+
+
+def _imported() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names of all modules, and what is in them; nothing of theirs is called."""
+    for name, module in [*sys.modules.items()]:
+        inner = vars(module) if isinstance(module, ModuleType) else {}
+        if type(inner.get("__file__")) is str:
+            yield name, inner
+
+
+def _modules(targets: list[str]) -> Iterator[tuple[str, str]]:
+    """The user's modules: the path of each below the folder that it is imported from, and its file."""
+    for name, inner in _imported():
+        file = inner["__file__"]
+        if name.startswith("runner."):
+            users = not _PACKAGED.search(file) and any(target.startswith(f"{name}.") for target in targets)
+        else:
+            users = not is_installed(file)
+        if users:
+            base = os.path.basename(file)
+            stem, suffix = os.path.splitext(base)
+            path = name.replace(".", "/") + ("/__init__" if stem == "__init__" else "")
+            yield base if name == "__main__" else f"{path}{suffix}", file
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hex_digest(file.read(_MOST_OF_FILE))
+    except OSError:
+        return "unreadable"
+
+
+def _packages() -> dict[str, str]:
+    """The version of every installed package that is imported, by its import name; and that of Python."""
+    versions: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for folder in sys.path:
+        with suppress(OSError):
+            for match in filter(None, map(_INFO.fullmatch, os.listdir(folder or "."))):
+                versions.setdefault(re.sub(r"[-_.]+", "_", match[1]).lower(), match[2])
+    for name, inner in _imported():
+        if "." not in name and _PACKAGED.search(inner["__file__"]):
+            version = versions.get(name.lower(), inner.get("__version__"))
+            if type(version) is str:
+                names[name] = version
+    return {"python": platform.python_version(), **dict(sorted(names.items()))}
+
+
+@functools.cache
+def _repository(folder: str) -> str | None:
+    """The folder of the repository, or submodule, that a folder belongs to."""
+    if os.path.exists(os.path.join(folder, ".git")):
+        return folder
+    above = os.path.dirname(folder)
+    return None if above == folder else _repository(above)
+
+
+def _start_git(top: str, files: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    return subprocess.Popen(
+        ["sh", "-c", f"{_SCRIPT}{_MOST_DIFF}", "git", *files],
+        cwd=top,
+        env=environment | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _answer(process: "subprocess.Popen[bytes]", output: IO[bytes]) -> tuple[str, str]:
+    """The commit of a repository and its differences, both empty if git has not answered."""
+    with output, suppress(OSError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "", ""
+        output.seek(0)
+        commit, _, diff = output.read().decode(errors="replace").partition("\n")
+        lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in diff.split("\n")]
+        cut = "\n(cut off here)\n" if len(diff.encode()) >= _MOST_DIFF else ""
+        return commit, hide_secrets("\n".join(lines)) + cut
+    return "", ""
+
+
+def _texts(value: Any) -> dict[str, str]:
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in pairs if isinstance(text, str)}

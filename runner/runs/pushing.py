@@ -1,0 +1,52 @@
+"""The command that sends the metrics of a run to a service outside after the fact."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from runner.errors import ConfigError, RunnerError
+from runner.metrics import service
+from runner.metrics.writer import WriterContext
+from runner.restore import read
+from runner.run.directory import RunDirectory
+from runner.run_facts import RunFacts
+
+_KNOWN = {"mlflow": "MLflowWriter", "trackio": "TrackioWriter", "wandb": "WandbWriter"}
+_STATUS = {"complete": "finished", "diverged": "failed", "superseded": "running", "unknown": "running"}
+
+
+def push(run: str, name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Send the committed metrics that the service of the writer ``name`` does not have yet. ``settings``: what stands
+    below ``metrics.writers.NAME`` in a configuration, as ``KEY=VALUE``.
+
+    Raises ConfigError, RunInUse while a process of this machine sends them, and RunnerError for an unreachable service.
+    """
+    arguments = dict(map(_setting, settings))
+    target = arguments.pop("_target_", f"runner.metrics.trackers.{_KNOWN[name]}" if name in _KNOWN else None)
+    if not isinstance(target, str):
+        raise ConfigError(f"give _target_=... for {name}; known by name alone: {', '.join(_KNOWN)}")
+    directory = RunDirectory.at(run)
+    facts = RunFacts(directory)
+    checkpoint, _ = read(directory, None, lambda _: None)
+    own, number = str(facts.record.get("id")), facts.newest.number if facts.newest else 0
+    place = (directory.location, directory.experiment, directory.name)
+    context = WriterContext(*place, facts.identity, number, checkpoint.step, id=own)
+    state = facts.summary().state
+    try:
+        writer = service.make(target, context, arguments)
+        sent = service.push(name, writer, checkpoint.facts.get("metrics") or {}, _STATUS.get(state, state))
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise RunnerError(f"{name}: {type(error).__name__}: {error}. The same command sends what is missing") from error
+    return {"run": directory.location.url, "writer": name, "step": checkpoint.step, "sent": sent}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text} is no setting of a writer: give KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

@@ -1,0 +1,162 @@
+"""A new ``_target_`` starts clean, and ``imports`` come before everything else."""
+
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from lives import Lives
+from omegaconf import DictConfig, OmegaConf
+
+from runner import app
+from runner.errors import ConfigError
+
+SGD = "optimizer._target_=torch.optim.SGD"
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Any:
+    """Compose with files of a user's folder: ``name=text``."""
+
+    def compose_with(*overrides: str, **files: str) -> DictConfig:
+        for name, text in files.items():
+            path = tmp_path / "experiment" / f"{name}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("# @package _global_\n" + dedent(text))
+        with initialize_config_dir(str(app.CONFIGS), version_base="1.3"):
+            return compose("config", overrides=[f"hydra.searchpath=[{tmp_path}]", *overrides])
+
+    return compose_with
+
+
+def optimizer(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config.optimizer)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "_target_"}
+
+
+ADAMW = {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ((), ADAMW),
+        (("optimizer.lr=2",), {**ADAMW, "lr": 2}),
+        (("optimizer._target_=torch.optim.AdamW",), ADAMW),
+        ((SGD,), {}),
+        ((SGD, "optimizer.lr=2"), {"lr": 2}),
+        (("optimizer.lr=2", SGD), {"lr": 2}),
+        (("optimizer.lr=0.001", SGD), {"lr": 0.001}),  # given, though it is the default
+        ((SGD, "+optimizer.momentum=0.5", "~optimizer.betas"), {"momentum": 0.5}),
+        (("+optimizer={_target_:torch.optim.SGD,momentum:0.5}",), {"momentum": 0.5}),
+        (("optimizer=adamw", SGD), ADAMW),  # chosen
+        (("~optimizer", f"+{SGD}"), {}),
+    ],
+)
+def test_keys_of_the_default_go_with_its_target(experiment: Any, overrides: tuple[str, ...], keys: Any) -> None:
+    assert optimizer(experiment("experiment=smoke", *overrides)) == keys
+
+
+FILES = {
+    "own": "optimizer: {_target_: torch.optim.SGD, momentum: 0.5}",
+    "rate": "optimizer: {lr: 0.5}",
+    "chosen": "defaults: [override /optimizer: adamw]\noptimizer: {_target_: mine.Adam}",
+    "child": "defaults: [own]\noptimizer: {lr: 0.5}",
+    "target": "defaults: [rate]\noptimizer: {_target_: torch.optim.SGD}",
+    "several": "optimizer: {one: {_target_: torch.optim.SGD, lr: 1}, two: {_target_: torch.optim.Adam}}",
+    "schedule": "scheduler: {_target_: torch.optim.lr_scheduler.StepLR, step_size: 2}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "keys"),
+    [
+        ("own", (), {"momentum": 0.5}),
+        ("own", ("optimizer.lr=3",), {"momentum": 0.5, "lr": 3}),
+        ("own", ("optimizer.momentum=0.9",), {"momentum": 0.9}),
+        ("own", ("optimizer=adamw",), {**ADAMW, "momentum": 0.5}),
+        ("rate", (SGD,), {"lr": 0.5}),
+        ("rate", (), {**ADAMW, "lr": 0.5}),
+        ("chosen", (), ADAMW),
+        ("child", (), {"momentum": 0.5, "lr": 0.5}),
+        ("target", (), {"lr": 0.5}),
+        (
+            "several",
+            (),
+            {"one": {"_target_": "torch.optim.SGD", "lr": 1}, "two": {"_target_": "torch.optim.Adam"}},
+        ),
+    ],
+)
+def test_so_they_do_in_files(experiment: Any, name: str, overrides: tuple[str, ...], keys: Any) -> None:
+    config = experiment(f"experiment={name}", *overrides, **FILES)
+    assert optimizer(config) == keys
+    assert ("_target_" in config.optimizer) == (name != "several")
+
+
+def test_of_the_scheduler_too(experiment: Any) -> None:
+    config = experiment("experiment=schedule", **FILES)
+    assert set(config.scheduler) == {"_target_", "step_size"}
+
+
+REGISTERS = """
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+ConfigStore.instance().store(group="optimizer", name="registered", node={"_target_": "mine.Adam", "lr": 7})
+OmegaConf.register_new_resolver("mine.double", lambda x: 2 * x, replace=True)
+"""
+IMPORTS = {
+    "imports": """
+        imports: [registrations]
+        defaults: [override /optimizer: registered]
+        optimizer: {decay: "${mine.double:4}"}
+        """,
+    "grandchild": "defaults: [imports]",
+    "resolver": 'seed: "${mine.double:4}"',
+    "missing": "imports: [nowhere.to_be]",
+    "failing": "imports: [failing]",
+}
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "registrations.py").write_text(REGISTERS)
+    (tmp_path / "failing.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "registrations", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["imports", "grandchild"])
+def test_imports_come_before_composing(experiment: Any, modules: Path, name: str) -> None:
+    config = experiment(f"experiment={name}", **IMPORTS)
+    assert (config.optimizer.lr, config.optimizer.decay) == (7, 8)
+
+
+def test_a_command_may_import(experiment: Any, modules: Path) -> None:
+    assert experiment("experiment=resolver", "imports=[registrations]", **IMPORTS).seed == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "imports: nowhere.to_be: ModuleNotFoundError: No module named 'nowhere' Python looked in "),
+        ("failing", 'imports: failing: ZeroDivisionError: division by zero\n  File ".*failing.py", line 1'),
+    ],
+)
+def test_an_import_that_fails_names_the_key(experiment: Any, modules: Path, name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        experiment(f"experiment={name}", **IMPORTS)
+
+
+def test_a_run_with_imports_is_resumed_without_drift(life: Lives, tmp_path: Path, modules: Path) -> None:
+    """``imports`` may change between attempts: the values that the configuration has in the end are its identity."""
+    command = ("experiment=smoke", "trainer.max_steps=8", f"run.root={tmp_path}/runs", "run.name=r")
+    own = ('+params.wide="${mine.double:4}"', "imports=[registrations]")
+    assert life(*command, *own, cwd=modules).status == 0
+    ended = life(*command, "+params.wide=8", cwd=modules)
+    assert ended.status == 0, ended.output
+    assert "finished step 8" in ended.output
