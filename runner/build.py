@@ -76,6 +76,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
     reference = copy.deepcopy(model) if task.needs_reference else None
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -127,7 +130,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.validation is None:
         return stream, plan, None
     held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")

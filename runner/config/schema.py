@@ -62,6 +62,7 @@ class DataConfig:
     tail: Tail
     randomness: Randomness
     collate: Any
+    weights: Any
     streams: StreamsConfig
     max_tokens: int | None
     on_bad_record: OnBadRecord
