@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.base import Callback, Observer, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -308,6 +308,12 @@ def make_callbacks(
     return callbacks
 
 
+def make_observers(config: Config) -> dict[str, Callback]:
+    """The configured observers, by the names that they have among the callbacks of an attempt."""
+    nodes = {str(name): node for name, node in config.observers.items() if node is not None}
+    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
+
+
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     """The callback that evaluates, and the callbacks that use its results."""
     trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
@@ -323,6 +329,11 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
     return callbacks
+
+
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:

@@ -165,6 +165,7 @@ class Config:
     trainer: TrainerConfig
     objective: ObjectiveConfig
     callbacks: dict[str, Any]
+    observers: dict[str, Any]
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     runtime: RuntimeConfig
