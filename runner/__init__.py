@@ -17,7 +17,7 @@ checks the code against this map.
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
-       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data, weights)
+       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
