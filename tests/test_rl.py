@@ -22,7 +22,7 @@ from runner.models.gpt import GPT
 from runner.rl.buffer import Buffer
 from runner.rl.completion import Completion
 from runner.rl.generation import Decoder, Sampling, _draw, generate, token_logprobs
-from runner.rl.grpo import GRPO, Group, ClippedLoss, Rows
+from runner.rl.grpo import GRPO, ClippedLoss, Group, Rows
 from runner.rl.rewards import Answer
 from runner.runs.__main__ import main
 from runner.update import WeightUpdate
