@@ -15,7 +15,7 @@ checks the code against this map.
     7  trainer     build     restore
     6  callbacks/ (base, dry, evaluate, looking, reporting, saving)
        rl/ (buffer, completion, generation, grpo, rewards)
-    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, images, text)
+    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)

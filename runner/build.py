@@ -3,7 +3,7 @@
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from runner.callbacks.base import Callback, Observer, notify, observers
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
@@ -34,7 +34,6 @@ from runner.data.training_data import First, require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
-from runner.evaluation import evaluate
 from runner.hashing import derive
 from runner.metrics.lines import LinesWriter
 from runner.metrics.service import ServiceProcess, ServiceWriter
@@ -51,7 +50,7 @@ log = logging.getLogger("runner")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The live objects of an experiment. ``evaluate`` is None if there is no validation data."""
+    """The live objects of an experiment."""
 
     state: TrainState
     task: Task
@@ -59,8 +58,7 @@ class Parts:
     parallelism: Parallelism
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
-    evaluate: Callable[[TrainState], dict[str, float | str]] | None
-    held_out: EvaluationData | None  # the data of ``evaluate``
+    evaluator: Evaluator
     reference: nn.Module | None  # the model as it was built, for a task that needs a reference
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
@@ -69,13 +67,16 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     """Build all parts. Data and model get different random seeds, so that a change of one does not change the other."""
     trainer = config.trainer
     seed_all(derive("data", config.seed))
-    stream, plan, validation = _data(config, device, team.world)
+    stream, plan, sets = _data(config, device, team.world)
 
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
     reference = copy.deepcopy(model) if task.needs_reference else None
+    for part in vars(task).values():
+        if isinstance(part, nn.Module):
+            part.to(device)
     if type(task).setup is not Task.setup:
         seed_all(derive("task", config.seed))
         task.setup(model, device)
@@ -114,15 +115,18 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    evaluation = _evaluation(config.seed, task, update, parallelism, validation, team)
+    metric = config.objective.metric
+    evaluator = Evaluator(
+        task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
+    )
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
-    return Parts(state, task, update, parallelism, plan, recipe, evaluation, validation, reference, own)
+    return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 
 
 def _data(
     config: Config, device: torch.device, world: World
-) -> tuple[TrainingStream, Plan | None, EvaluationData | None]:
-    """The training data with its plan, and the validation data."""
+) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
+    """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
@@ -133,22 +137,35 @@ def _data(
     weighted = data.weights is not None and data.overfit is None
     weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
     stream, plan = training_data(config, train, loading, device, collate, world, weights)
-    if data.validation is None:
-        return stream, plan, None
-    held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
-    held_out = require_map_style(held_out, "data.validation")
-    validation = EvaluationData(
-        First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
-        seed=config.seed,
-        batch_size=data.evaluation_batch_size,
-        randomness=data.randomness.name,
-        loading=loading,
-        device=device,
-        collate=collate,
-        world=world,
-        audit=runtime.audit,
-    )
-    return stream, plan, validation
+    if data.evaluation_collate is not None:
+        collate = _instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
+
+    def evaluation_data(node: Any, key: str) -> EvaluationData:
+        held_out = require_map_style(train if data.overfit is not None else _instance(node, key), key)
+        return EvaluationData(
+            First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
+            seed=config.seed,
+            batch_size=data.evaluation_batch_size,
+            randomness=data.randomness.name,
+            loading=loading,
+            device=device,
+            collate=collate,
+            world=world,
+            audit=runtime.audit,
+            key=key,
+        )
+
+    def sets(node: Any, key: str, name: str) -> dict[str, EvaluationData]:
+        if node is None:
+            return {}
+        if not isinstance(node, DictConfig) or "_target_" in node:
+            return {name: evaluation_data(node, key)}
+        named = {str(each): inner for each, inner in node.items()}
+        if odd := [each for each in named if "/" in each]:
+            raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
+        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
+
+    return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
 
 def _add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:
@@ -237,31 +254,6 @@ def _parallelism(
     return Sharded(models, device=device, shard=shard, micro_batches=plan.micro_batches)
 
 
-def _evaluation(
-    seed: int, task: Task, update: WeightUpdate, parallelism: Parallelism, data: EvaluationData | None, team: Team
-) -> Callable[[TrainState], dict[str, float | str]] | None:
-    if data is None:
-        return None
-
-    changed: set[str] = set()
-
-    def report(state: TrainState) -> dict[str, float | str]:
-        metrics = evaluate(
-            task,
-            state.evaluated_model,
-            data,
-            key=derive("evaluation", seed, state.progress.step),
-            autocast=update.autocast,
-            team=team,
-            trained=state.model,
-            changed=changed,
-        )
-        parallelism.sync_buffers()  # an evaluation may move buffers, too, in each process by the batches that it has
-        return {f"val/{name}": value for name, value in metrics.items()}
-
-    return report
-
-
 def make_callbacks(
     config: Config,
     parts: Parts,
@@ -317,10 +309,10 @@ def make_observers(config: Config) -> dict[str, Callback]:
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     """The callback that evaluates, and the callbacks that use its results."""
     trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
-    if parts.evaluate is None or parts.held_out is None:
+    if not parts.evaluator.validation:
         return {}
     interval = Interval(steps=trainer.evaluate_every_steps, epochs=trainer.evaluate_every_epochs)
-    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluate, parts.held_out)}
+    callbacks: dict[str, Callback] = {"evaluate": Evaluate(interval, parts.evaluator)}
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         if parts.state.schedule == "evaluation":
@@ -475,7 +467,9 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}{searched(cause)}"
+        why = str(cause) + searched(cause)
+        # Hydra asks so, too, where the module is there and its import fails.
+        return f"{key}._target_: {why if searched(cause) else why.partition('Are you sure that module')[0]}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 

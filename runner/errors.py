@@ -5,6 +5,7 @@ Programs tell causes apart by the ``kind`` of an error, a short word given where
 """
 
 import re
+import traceback
 
 _secrets: set[str] = set()  # values that this process read from its environment
 _USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # user and password, not host and port
@@ -90,6 +91,19 @@ class DataError(RunnerError):
 
 class TaskError(RunnerError):
     """A step of the task returned a value that cannot be differentiated, averaged or reported."""
+
+
+class EvaluationFailed(RunnerError):
+    """An evaluation raised an error, and the state is that before it: fix the task, and run the same command again."""
+
+    @classmethod
+    def of(cls, cause: Exception, title: str = "the evaluation failed") -> "EvaluationFailed":
+        """For an error of the user's code, with its traceback; or for another error of the runner."""
+        known = isinstance(cause, RunnerError)
+        text = str(cause) if known else "".join(traceback.format_exception(cause)).rstrip()
+        error = cls(f"{title}:{' ' if known else chr(10)}{text}", kind=kind_of(cause))
+        error.status = getattr(cause, "status", cls.status) if known else cls.status
+        return error
 
 
 class NonFiniteError(RunnerError):

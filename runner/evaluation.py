@@ -1,7 +1,8 @@
-"""One pass over the validation data: exact means, and no change of the training state."""
+"""One pass over evaluation data: exact means, rows in order, and no change of the training state."""
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -18,7 +19,8 @@ from runner.checkpoint.encoding import decode, encode
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
 from runner.distributed.team import Team
-from runner.errors import TaskError, printable
+from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
+from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
 from runner.task import Task, check_metrics
 
@@ -26,8 +28,8 @@ _SAMPLES = ""  # the key of the number of samples among the sums; no metric has 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 _REMEDY = (
     "A sum that a task keeps by itself covers only the batches of its own process. Return from evaluation_step values "
-    "that can be averaged over samples (such as the share of correct answers), and compute the rest from these means "
-    "in evaluation_end"
+    "that can be averaged over samples (such as the share of correct answers), or tensors with a row for each sample, "
+    "and compute the rest in evaluation_end from these means and the rows of all processes"
 )
 _SIDE_EFFECT = (
     "the evaluation changes %s of the model in training, so that training depends on how often it is evaluated: let "
@@ -45,37 +47,70 @@ class EvaluationInterrupted(Exception):
 def evaluate(
     task: Task,
     model: nn.Module,
-    data: EvaluationData,
+    sets: Mapping[str, EvaluationData],
     *,
     key: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     team: Team,
     trained: nn.Module | None = None,
+    metric: str | None = None,
     changed: set[str] | None = None,
-) -> Mapping[str, float | str]:
-    """The task's report over all of ``data``: means weighted by batch size, summed in double precision. The processes
-    of the team divide the batches among themselves.
+) -> dict[str, float | str]:
+    """The task's report over all data of each of the ``sets``, as ``set/metric``. Means are weighted by batch size, and
+    summed in double precision. The processes of the team divide the batches among themselves.
 
-    Runs without gradients, in evaluation mode and with the random seed ``key``. ``trained`` is the model in training,
-    where its average is evaluated. Raises EvaluationInterrupted after a stop signal, with the buffers of both models
-    and the task's state as they were before. Warns of weights and buffers that the evaluation changed, unless their
-    names are among those already ``changed``, to which they are added.
+    Runs without gradients, in evaluation mode and with a random seed of ``key``. ``trained`` is the model in training,
+    where its average is evaluated. Warns of weights and buffers that the evaluation changed, unless their names are
+    among those already ``changed``, to which they are added.
+
+    Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
+    ``metric``, both with the buffers of both models and the task's state as they were before. That is not possible
+    where the evaluation has changed weights, which it then ends first, or fails as it does; and in several processes,
+    one of which may fail alone.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
+    report: dict[str, float | str] = {}
     try:
-        with evaluation_mode(model), temporary_seed(key), torch.no_grad(), autocast():
-            means = _means(task, model, data, team, before)
-            if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
-                seed_all(key)
-            report = _checked(task.evaluation_end(model, means), type(task).__name__)
-    except signals.Stopped:
+        for name, data in sets.items():
+            seed = derive(name, key) if len(sets) > 1 else key
+            with evaluation_mode(model), temporary_seed(seed), torch.no_grad(), autocast():
+                values = _report(task, model, data, team, before, seed)
+            report |= {f"{name}/{each}": value for each, value in values.items()}
+        if metric is not None:
+            objective(report, metric)
+    except EvaluationInterrupted:
+        raise
+    except (signals.Stopped, Exception) as error:
         if team.world.size > 1 or not before.restore(team):
             raise
-        raise EvaluationInterrupted from None
+        raise EvaluationFailed.of(error) if isinstance(error, Exception) else EvaluationInterrupted from error
     if changed is not None and (names := before.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
-    return same_for_all(report, team, f"{type(task).__name__}.evaluation_end", _REMEDY)
+    return report
+
+
+def _report(
+    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore", seed: int
+) -> Mapping[str, float | str]:
+    name = type(task).__name__
+    metrics = _metrics(task, model, data, team, before)
+    if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
+        seed_all(seed)
+    report = _checked(task.evaluation_end(model, metrics), name)
+    return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
+
+
+def objective(report: Mapping[str, float | str], metric: str) -> float:
+    """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
+    value = report.get(metric)
+    if value is None or isinstance(value, str):
+        names = ", ".join(sorted(name for name, value in report.items() if not isinstance(value, str)))
+        raise ConfigError(
+            f"objective.metric={metric} is not among the metrics of the evaluation: {names}. Set it to one of them; "
+            "add run.on_drift=accept if the run has begun"
+        )
+    return value
 
 
 def same_for_all(report: Mapping[str, float | str], team: Team, source: str, remedy: str) -> Mapping[str, float | str]:
@@ -96,9 +131,11 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
 
 
 @doing("evaluates")
-def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, float]:
-    """The mean of each metric over all samples of all processes."""
+def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, Any]:
+    """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
+    step = f"{type(task).__name__}.evaluation_step"
     sums: dict[str, Tensor] = {}
+    rows: list[dict[str, Tensor]] = []  # of each batch
     samples = 0
     batches = iter(data)
     while True:
@@ -109,17 +146,65 @@ def _means(task: Task, model: nn.Module, data: EvaluationData, team: Team, befor
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
-        metrics = check_metrics(
-            task.evaluation_step(model, batch), f"{type(task).__name__}.evaluation_step", loss=False
-        )
+        if not count:  # the batch of another process, which must not count in what the task adds up
+            task = copy_of(task, model) or task
+        metrics = check_metrics(task.evaluation_step(model, batch), step, training=False)
+        rows += [{name: value.detach().cpu() for name, value in metrics.items() if value.dim()}] * bool(count)
         for name, value in metrics.items():
-            weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
-            sums[name] = sums[name] + weighted if name in sums else weighted
+            if not value.dim():
+                weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
+                sums[name] = sums[name] + weighted if name in sums else weighted
         samples += count
     zero = torch.zeros((), dtype=torch.double, device=data.device)
     shares = {name: sums.get(name, zero) for name in team.union([*sums])}
     totals = team.sum_tensors({**shares, _SAMPLES: zero + samples})
-    return {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
+    means = {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
+    return means | _joined(rows, team, step)
+
+
+def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:
+    """The rows of all batches of all processes, to which the batches were dealt in turn."""
+    names = team.union([*dict.fromkeys(name for batch in rows for name in batch)])
+    if not names:
+        return {}
+    rounds = zip_longest(*team.all_gather(rows), fillvalue={})
+    batches: list[dict[str, Tensor]] = [batch for each in rounds for batch in each]
+    joined = {}
+    for name in names:
+        tensors = [batch[name] for batch in batches if name in batch]
+        if len({(tensor.shape[1:], tensor.dtype) for tensor in tensors}) > 1:
+            kinds = sorted({f"[*, {', '.join(map(str, each.shape[1:]))}] {each.dtype}" for each in tensors})
+            remedy = "Give the rows of all batches one shape and dtype, for example by padding"
+            raise TaskError(f"{step} returned {name!r} as {' and '.join(kinds)} in different batches. {remedy}")
+        joined[name] = torch.cat(tensors)
+    return joined
+
+
+def copy_of(task: Task, *models: nn.Module) -> Task | None:
+    """A copy of the task, with the same weights and ``models``, and a memory of its own; None if there can be none."""
+    modules = [*models, *(part for part in (task, *vars(task).values()) if isinstance(part, nn.Module))]
+    shared = [*models, *(weight for module in modules for weight in module.parameters())]
+    try:
+        return deepcopy(task, {id(each): each for each in shared})
+    except Exception:  # it holds a lock, an open file, a generator ...
+        return None
+
+
+@contextmanager
+def without_trace(models: Sequence[nn.Module], team: Team) -> Iterator[None]:
+    """Within the block, models may be evaluated; afterwards buffers and trained weights are what they were, to the bit.
+
+    Raises TaskError if other weights have changed, or weights were replaced.
+    """
+    before = _StateBefore(models)
+    trained = [weight for model in models for weight in model.parameters() if weight.requires_grad]
+    copies = [(weight, weight.detach().clone()) for weight in trained if not is_distributed(weight)]
+    yield
+    with torch.no_grad():
+        for weight, copy in copies:
+            weight.copy_(copy)
+    if not before.restore(team):
+        raise TaskError("an evaluation before the first step changed or replaced weights, which cannot be undone")
 
 
 class _StateBefore:
@@ -128,7 +213,7 @@ class _StateBefore:
     weights for a while) is ``irreversible`` until it ends.
     """
 
-    def __init__(self, models: Sequence[nn.Module], task: Task) -> None:
+    def __init__(self, models: Sequence[nn.Module], task: Task | None = None) -> None:
         self._task: Any = task if hasattr(task, "state_dict") and hasattr(task, "load_state_dict") else None
         modules = [module for model in models for module in model.modules()]
         self._buffers = [(module, {n: (b, _copy(module, n)) for n, b in module._buffers.items()}) for module in modules]
@@ -214,13 +299,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _checked(report: Any, task: str) -> Mapping[str, float | str]:
+    """The report with numbers for tensors and arrays of a single value, as torchmetrics and scikit-learn return."""
+    example = "expected a dict of numbers and texts, as in {**metrics, 'perplexity': math.exp(metrics['loss'])}"
     if not isinstance(report, Mapping):
-        wrong = [report]
-    else:
-        wrong = [value for value in report.values() if not isinstance(value, int | float | str)]
-    if wrong:
-        raise TaskError(
-            f"{task}.evaluation_end returned a {type(wrong[0]).__name__}; expected a dict of numbers and texts, as in "
-            "{**metrics, 'perplexity': math.exp(metrics['loss'])}"
-        )
-    return dict(report)
+        raise TaskError(f"{task}.evaluation_end returned a {type(report).__name__}; {example}")
+    checked = {}
+    for name, value in report.items():
+        if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
+            value = value.item()
+        if not isinstance(value, int | float | str):
+            kind = f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
+            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {kind}; {example}")
+        checked[name] = value
+    return checked

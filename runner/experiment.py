@@ -70,8 +70,7 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
-        if parts.held_out is not None:
-            stack.callback(parts.held_out.close)
+        stack.callback(parts.evaluator.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
         callbacks.update({name: callbacks.pop(name) for name in looking})  # after all others
@@ -92,6 +91,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             _log_start(opening, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
+        if resumed.commit is None or resumed.origin is not None:
+            parts.evaluator.rehearse(parts.state)
         loop = _train(opening, parts, setup, calls, resumed, team)
         patience = config.checkpoint.max_unsaved
         result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
@@ -147,6 +148,10 @@ def _train(
             command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
             error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
+    if (failure := loop.failure) is not None:
+        remedy = "correct the code and run the same command again, which repeats the evaluation and goes on"
+        failure.args = (f"{failure}\nStep {loop.step} is committed as it was before the evaluation: {remedy}",)
+        raise failure
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
         interruption = Interrupted(
             f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to continue"

@@ -22,7 +22,7 @@ from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.errors import StorageError, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
-from runner.restore import evaluated_weights
+from runner.restore import evaluated_weights, restore_evaluated
 from runner.run.attempts import Attempt
 from runner.run.directory import BEST, MODEL
 from runner.run.opening import OpenedRun
@@ -47,18 +47,37 @@ def finish(
     attempt: Attempt | None,
     patience: float,
 ) -> dict[str, Any]:
-    """Export the weights and declare the run finished; returns its result. Safe to repeat after a kill.
+    """Export the weights, evaluate the test data, and declare the run finished; returns its result. Safe to
+    repeat after a kill.
 
     A storage that fails is tried again for ``patience`` seconds. ``attempt`` is that of rank 0, which alone writes.
     """
     live = parts.state.evaluated_model.state_dict()
     weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
-    work = partial(_finish, opening, parts, store, callbacks, loop, weights)
-    tries = Retries(attempt, patience, work)  # type: ignore[arg-type]  # rank 0 alone tries, and has an attempt
-    result: dict[str, Any] | None = None
-    while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
-        result = on_rank_zero(comm, tries.next)
-    return result
+
+    def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        tries = Retries(attempt, patience, work)  # type: ignore[arg-type]  # rank 0 alone tries, and has an attempt
+        result: dict[str, Any] | None = None
+        while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
+            result = on_rank_zero(comm, tries.next)
+        return result
+
+    result = tried(partial(_export, opening, parts, store, callbacks, loop, weights))
+    result["metrics"] |= _measured(parts, store, result, comm)
+    return tried(partial(_declare, opening, result))
+
+
+def _measured(parts: Parts, store: CheckpointStore, result: dict[str, Any], comm: Communicator) -> dict[str, Any]:
+    """The report on the test data with the best weights by the objective, or the last."""
+    if not parts.evaluator.test:
+        return {}
+    step = (result["objective"] or result)["step"]
+    if step != result["step"] and (why := restore_evaluated(parts.state, store, step, comm)):
+        log.warning("data.test is not evaluated: step %d was the best, but %s", step, why)
+        return {}
+    report = parts.evaluator.measure(parts.state)
+    log.info("test     step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items() if isinstance(v, float)))
+    return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
 
 
 @dataclass
@@ -99,7 +118,7 @@ class Retries:
             return None
 
 
-def _finish(
+def _export(
     opening: OpenedRun,
     parts: Parts,
     store: CheckpointStore,
@@ -118,7 +137,7 @@ def _finish(
         if best_weights is not None:
             weights[BEST] = best_weights
     exported = {name: export(location, name, tensors) for name, tensors in weights.items()}
-    result = {
+    return {
         "step": loop.step,
         "epochs": loop.epochs,
         "reason": loop.stop,
@@ -130,7 +149,10 @@ def _finish(
         "sha256": {name: digest for name, (digest, _) in exported.items()},
         "bytes": {name: size for name, (_, size) in exported.items()},
     }
-    tensorboard.declare_finished(location, opening.directory.experiment, opening.identity)
+
+
+def _declare(opening: OpenedRun, result: dict[str, Any]) -> dict[str, Any]:
+    tensorboard.declare_finished(opening.directory.location, opening.directory.experiment, opening.identity)
     opening.directory.finish(opening.identity, result)
     return result
 

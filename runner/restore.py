@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from runner import signals
+from runner.callbacks.base import FAILED
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import local
@@ -49,9 +50,11 @@ class Resumed:
         return self.commit.step if self.commit else 0
 
     def stopped(self, identity: Mapping[str, Any]) -> str | None:
-        """Why training ended at this step, in a word; None if it was a signal, or the configuration was another."""
+        """Why training ended at this step, in a word; None if it was a signal or a failed evaluation, or the
+        configuration was another.
+        """
         word = self.facts.get("stop")
-        if not isinstance(word, str) or word in signals.NAMES:
+        if not isinstance(word, str) or word in (*signals.NAMES, FAILED):
             return None
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
@@ -75,8 +78,7 @@ def restore_newest(
     training cannot continue. To their messages it adds ``anew`` of the newest older step that can be trained further.
     """
     unusable: list[str] = []
-    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
-    commits = [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
+    commits = _listed(store, comm)
     for number, commit in enumerate(commits):
         try:
             checkpoint = store.open(commit, comm)
@@ -204,6 +206,26 @@ def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         return {saved_name(name): tensor for name, tensor in checkpoint.load("model").items()}
     average = checkpoint.load("average").items()
     return {saved_name(name.removeprefix("module.")): tensor for name, tensor in average if name.startswith("module.")}
+
+
+def restore_evaluated(state: TrainState, store: CheckpointStore, step: int, comm: Communicator) -> str:
+    """Load model, average and task of the kept commit at ``step``, in all processes; returns why that is impossible."""
+    why = "its checkpoint is gone"
+    for commit in _listed(store, comm):
+        if commit.step == step:
+            try:
+                others = {*state.parts()} - {"model", "average", "task"}
+                state.restore(store.open(commit, comm), without=others)
+                return ""
+            except Damaged as error:
+                why = str(error)
+    return why
+
+
+def _listed(store: CheckpointStore, comm: Communicator) -> list[CommitId]:
+    """The commits, the newest first, as rank 0 lists them."""
+    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
+    return [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
 
 
 def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:

@@ -61,8 +61,9 @@ class Task(ABC):
     """One way to turn a batch into a loss and metrics.
 
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
-    with the model. ``load_state_dict`` gets tensors on the CPU. Metrics are tensors of shape [], means
-    over the samples of the batch, left on their device.
+    with the model. ``load_state_dict`` gets tensors on the CPU. Modules that are attributes of a task, such as metrics
+    of torchmetrics, are moved to the run's device. Metrics are tensors of shape [], means over the samples of the
+    batch, left on their device.
 
     A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
     began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
@@ -89,11 +90,16 @@ class Task(ABC):
         """
 
     def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
-        """The metrics of one evaluation batch, without gradients. By default those of training."""
+        """The metrics of one evaluation batch, without gradients. By default those of training.
+
+        A tensor with a first dimension has a row for each sample (or any number of rows), such as scores and labels of
+        which ``evaluation_end`` computes what is no mean.
+        """
         return self.training_step(model, batch)
 
-    def evaluation_end(self, model: nn.Module, metrics: dict[str, float]) -> Mapping[str, float | str]:
-        """What an evaluation reports, made from ``metrics``, the means over all samples; strings are shown as text.
+    def evaluation_end(self, model: nn.Module, metrics: dict[str, Any]) -> Mapping[str, float | str]:
+        """What an evaluation reports: numbers, and strings, which are shown as text. It is made from ``metrics``, the
+        means over all samples, and the rows of all samples of all processes in the order of the data, on the CPU.
 
         Runs under a random seed of its own, so it may sample.
         """
@@ -119,20 +125,21 @@ class Task(ABC):
         return total
 
 
-def check_metrics(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
-    """``metrics``, if they are a dict of tensors of shape [], with a ``"loss"`` if ``loss``; else TaskError.
+def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
+    """``metrics``, if they are a dict of tensors; in ``training`` all of shape [], and one of them the ``"loss"``.
 
-    ``step`` names the method that returned them. Of an output of transformers, which is a mapping, the loss is taken.
+    Of an output of transformers, which is a mapping, the loss is taken. Raises TaskError, with the name of the method
+    ``step`` that returned the metrics.
     """
     if any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():
-        if not isinstance(value, Tensor) or value.dim():
+        if not isinstance(value, Tensor) or (training and value.dim()):
             expected = f"a tensor of shape []: a mean over the samples of the batch, as in {_EXAMPLE}"
             raise TaskError(f"{step} returned {name!r} as a {_kind(value)}; expected {expected}")
-    if loss and "loss" not in metrics:
+    if training and "loss" not in metrics:
         names = ", ".join(map(repr, metrics)) or "nothing"
         raise TaskError(f"{step} returned {names} and no 'loss', which is minimised; expected a dict as in {_EXAMPLE}")
     return metrics

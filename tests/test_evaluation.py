@@ -19,6 +19,7 @@ ROWS = (
     "metrics.every_steps=2",
     "runtime.audit=false",
 )
+CALLBACK = "+callbacks.count._target_=mine.callbacks.StepCount"
 WAKES = (*ROWS, "task._target_=mine.tasks.Wakes", "model._target_=mine.odd.Centres")
 
 
@@ -32,7 +33,9 @@ def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], 
     command = (*WAKES, *more, f"run.root={tmp_path}")
     assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
     for call in (3, 2):
-        ended = life(*command, f"+task.call={call}", "run.name=cut", "run.on_drift=accept", cwd=USER)
+        ended = life(
+            *command, f"+task.call={call}", "run.name=cut", "run.on_drift=accept", "runtime.check_batches=0", cwd=USER
+        )
         assert ended.status == 75, ended.output
         assert "which is committed" in ended.output
     assert life(*command, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER).status == 0
@@ -51,12 +54,13 @@ def test_an_evaluation_that_moves_the_model_is_warned_of(life: Lives, tmp_path: 
     assert "the evaluation changes" not in life(*command, "run.name=b", cwd=USER).output
 
 
-def test_callbacks_see_a_step_with_its_evaluation(life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", [6, 10], ids=["between", "last"])
+def test_callbacks_see_a_step_with_its_evaluation(call: int, life: Lives, tmp_path: Path) -> None:
     """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""
-    own = ("+callbacks.weighs._target_=mine.broken.WeighsWell", "+callbacks.count._target_=mine.callbacks.StepCount")
+    own = ("+callbacks.weighs._target_=mine.broken.WeighsWell", CALLBACK)
     command = (*WAKES, *own, f"run.root={tmp_path}")
     assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
-    assert life(*command, "+task.call=6", "run.name=cut", cwd=USER).status == 75
+    assert life(*command, f"+task.call={call}", "run.name=cut", cwd=USER).status == 75
     assert life(*command, "+task.call=-1", "run.name=cut", "run.on_drift=accept", cwd=USER).status == 0
     require_same(tmp_path / "rows")
 
@@ -131,3 +135,34 @@ def test_callback_metrics_that_differ_by_process_are_refused(crew: Crews, tmp_pa
     assert ended.statuses == [1, 1]
     assert ended.output.count("the training reports 'train/rank' as 0.0 on rank 0, 1.0 on rank 1") == 1, ended.output
     assert "must be the same in all processes" in ended.output
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["between", "last"])
+def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_path: Path) -> None:
+    """The steps before it are committed; with the code mended, the same command is the undisturbed run."""
+    broken = tmp_path / "broken"
+    more = ("trainer.evaluate_every_steps=7", "task._target_=mine.tasks.Mended", f"+task.broken={broken}", CALLBACK)
+    command = (*ROWS, *more, f"trainer.max_steps={7 if last else 12}", f"run.root={tmp_path}")
+    command = (*command, "model._target_=mine.odd.Centres")
+    assert life(*command, "run.name=whole", cwd=USER).status == 0
+    broken.touch()
+    for _ in range(2):
+        ended = life(*command, "run.name=cut", cwd=USER)
+        assert ended.status == 1
+        assert "NameError: name 'undefined' is not defined" in ended.output
+        assert "in evaluation_step" in ended.output
+        assert "Step 7 is committed as it was before the evaluation" in ended.output, ended.output
+    broken.unlink()
+    assert life(*command, "run.name=cut", cwd=USER).status == 0
+    require_same(tmp_path / "rows")
+
+
+def test_a_wrong_name_of_the_objective_loses_no_step(life: Lives, tmp_path: Path) -> None:
+    command = (*ROWS, f"run.root={tmp_path}", "run.name=r", "runtime.check_batches=0")
+    ended = life(*command, "objective.metric=val/acc", cwd=USER)
+    assert ended.status == 2
+    assert "objective.metric=val/acc is not among the metrics of the evaluation: val/accuracy, val/loss" in ended.output
+    assert "Step 4 is committed" in ended.output
+    assert "Traceback" not in ended.output
+    ended = life(*command, "run.on_drift=accept", cwd=USER)
+    assert (ended.status, "resumed from step 4 " in ended.output) == (0, True), ended.output

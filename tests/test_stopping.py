@@ -22,6 +22,7 @@ COMMAND = (
     "trainer.evaluate_every_steps=10",
     "checkpoint.every_steps=null",
     "runtime.num_threads=1",
+    "runtime.check_batches=0",
 )
 
 

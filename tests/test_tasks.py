@@ -203,7 +203,7 @@ def test_unusable_metrics_are_reported_with_an_example(metrics: Any, message: st
 
 def test_an_evaluation_needs_no_loss() -> None:
     metrics = {"accuracy": torch.tensor(1.0)}
-    assert check_metrics(metrics, "Mine.evaluation_step", loss=False) is metrics
+    assert check_metrics(metrics, "Mine.evaluation_step", training=False) is metrics
 
 
 def test_a_loss_that_trains_nothing_is_reported() -> None:

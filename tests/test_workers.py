@@ -394,6 +394,7 @@ def test_a_signal_is_obeyed_while_data_is_waited_for(where: str, workers: int, l
     text = "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.merge({**rows, "data": {}}, {"data": data}))
     (tmp_path / "conf/experiment/waits.yaml").write_text(text)
     common = (f"--config-dir={tmp_path}/conf", "experiment=waits", "runtime.audit=false", f"run.root={tmp_path}")
+    common = (*common, "runtime.check_batches=0")
     once.touch()
     whole = life(*common, f"runtime.num_workers={workers}", "run.name=whole", cwd=USER)
     assert whole.status == 0, whole.output

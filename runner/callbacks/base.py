@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from runner.state import TrainState
 
 
+FAILED = "evaluation_failed"  # in ``Loop.stop``
+
+
 @dataclass(slots=True)
 class Loop:
     """The record of the training loop. There is one per attempt, which every step overwrites."""
@@ -34,6 +37,7 @@ class Loop:
     rate: float = 0.0  # the learning rate of the step
     evaluation: Mapping[str, float | str] | None = None  # the report of an evaluation after this step
     evaluation_due: bool = False  # the evaluation after this step was interrupted; the resumed run repeats it
+    failure: Exception | None = None  # of the evaluation after this step, which is then also due
     objective: float | None = None  # its value in this evaluation
     improved: bool = False  # this evaluation is one of the best so far by the objective
     save: bool = False  # set in on_step, in all processes: commit this step, and wait until that is done

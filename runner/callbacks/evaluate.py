@@ -2,15 +2,22 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.callbacks.base import Callback, Loop
+import torch
+
+from runner.callbacks.base import FAILED, Callback, Loop
 from runner.data.stream import EvaluationData
-from runner.errors import ConfigError, printable
-from runner.evaluation import EvaluationInterrupted
+from runner.distributed.team import Parallelism, Team
+from runner.errors import EvaluationFailed, Interrupted, printable
+from runner.evaluation import EvaluationInterrupted, copy_of, evaluate, objective, without_trace
+from runner.hashing import derive
 from runner.state import TrainState
+from runner.task import Task
 
 log = logging.getLogger("runner")
 
@@ -32,6 +39,91 @@ class Interval:
 
 
 @dataclass(eq=False)
+class Evaluator:
+    """Evaluates a state on the sets of ``data.validation``, whose names are ``val`` or ``val/NAME``, and once, with the
+    weights of the result, on those of ``data.test`` (``test`` or ``test/NAME``).
+    """
+
+    task: Task
+    autocast: Callable[[], AbstractContextManager[Any]]
+    parallelism: Parallelism
+    team: Team
+    seed: int
+    metric: str | None
+    validation: Mapping[str, EvaluationData]
+    test: Mapping[str, EvaluationData]
+    check_batches: int = 0
+
+    def __post_init__(self) -> None:
+        self._changed: set[str] = set()  # names of weights and buffers whose change was warned of
+
+    def validate(self, state: TrainState) -> dict[str, float | str]:
+        """The report on all validation sets after a step. Raises as ``evaluate`` does."""
+        key = derive("evaluation", self.seed, state.progress.step)
+        return self._report(state, self.validation, key, trained=state.model, metric=self.metric, changed=self._changed)
+
+    def measure(self, state: TrainState) -> dict[str, float | str]:
+        """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
+        try:
+            return self._report(state, self.test, derive("test", self.seed))
+        except EvaluationInterrupted:
+            raise self._interrupted("in the evaluation of data.test, before which every step was committed") from None
+        except EvaluationFailed as error:
+            remedy = "Every step is committed: correct the code, and run the same command again"
+            error.args = (f"data.test: {error}\n{remedy}",)
+            raise
+        finally:
+            self.team.rest()
+
+    def rehearse(self, state: TrainState) -> None:
+        """Evaluate ``check_batches`` of each set, so that a mistake shows before training. Leaves no trace."""
+        batches = self.check_batches
+        if not batches or not (self.validation or self.test):
+            return
+        models = [*dict.fromkeys([state.evaluated_model, state.model])]
+        task = copy_of(self.task, *models)
+        if task is None:
+            log.info("check    no batch is evaluated before training: a copy of the task cannot be made")
+            return
+        with ExitStack() as stack:
+            stack.enter_context(without_trace(models, self.team))
+            if "torch._dynamo" in sys.modules:  # its guards would remember the shapes
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            heads = [{name: data.head(batches) for name, data in sets.items()} for sets in (self.validation, self.test)]
+            for data in (data for sets in heads for data in sets.values()):
+                stack.callback(data.close)
+            try:
+                self._report(state, heads[0], 0, task=task, metric=self.metric)
+                self._report(state, heads[1], 0, task=task)
+            except EvaluationInterrupted:
+                raise self._interrupted("during start-up, nothing to commit") from None
+            except EvaluationFailed as error:
+                where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
+                error.args = (f"{error}\nThis is the evaluation of {where} (runtime.check_batches; 0 leaves it out)",)
+                raise
+        self.team.rest()
+
+    def close(self) -> None:
+        """End the workers."""
+        for data in (*self.validation.values(), *self.test.values()):
+            data.close()
+
+    def _report(
+        self, state: TrainState, sets: Mapping[str, EvaluationData], key: int, task: Task | None = None, **options: Any
+    ) -> dict[str, float | str]:
+        model, task = state.evaluated_model, task or self.task
+        report = evaluate(task, model, sets, key=key, autocast=self.autocast, team=self.team, **options)
+        # An evaluation may move buffers, too, in each process by the batches that it has.
+        self.parallelism.sync_buffers()
+        return report
+
+    def _interrupted(self, where: str) -> Interrupted:
+        error = Interrupted(f"{self.team.stop} {where}; run the same command again to go on")
+        error.agreed = True
+        return error
+
+
+@dataclass(eq=False)
 class Evaluate(Callback):
     """Evaluates when due and at the last step.
 
@@ -40,8 +132,7 @@ class Evaluate(Callback):
     """
 
     interval: Interval
-    evaluate: Callable[[TrainState], Mapping[str, float | str]]
-    data: EvaluationData
+    evaluator: Evaluator
     step: int = 0
     scalars: dict[str, float] = field(default_factory=dict)
     listeners: Sequence[Callable[[Loop], None]] = ()  # called after an evaluation, before it is noted
@@ -55,9 +146,13 @@ class Evaluate(Callback):
         if loop.step == self.step or not (due or loop.stop is not None):
             return
         try:
-            loop.evaluation = report = self.evaluate(loop.state)
+            loop.evaluation = report = self.evaluator.validate(loop.state)
         except EvaluationInterrupted:
             loop.evaluation_due = True
+            return
+        except EvaluationFailed as error:
+            log.warning("failed   the evaluation after step %d; the state before it is committed", loop.step)
+            loop.evaluation_due, loop.failure, loop.stop = True, error, loop.stop or FAILED
             return
         for listener in self.listeners:
             listener(loop)
@@ -65,11 +160,15 @@ class Evaluate(Callback):
         self.scalars = {name: value for name, value in report.items() if not isinstance(value, str)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "scalars": self.scalars, "data": self.data.fingerprint}
+        data: Any = {name: data.fingerprint for name, data in self.evaluator.validation.items()}
+        return {"step": self.step, "scalars": self.scalars, "data": data.get("val", data)}  # "val": the only set
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scalars = state["step"], state["scalars"]
-        if changed := self.data.changes(state["data"]) if "data" in state else []:
+        saved, sets = state.get("data", {}), self.evaluator.validation
+        saved = {"val": saved} if "length" in saved else saved
+        changes = {name: data.changes(saved[name]) for name, data in sets.items() if name in saved}
+        if changed := [f"{name.partition('/')[2]} {line}".lstrip() for name in changes for line in changes[name]]:
             text = (
                 "changed  data.validation is not what it was; earlier results and the best are of the former data: %s"
             )
@@ -169,18 +268,6 @@ class StepSchedule(Callback):
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
             loop.state.scheduler.step(objective(loop.evaluation, self.metric))
-
-
-def objective(report: Mapping[str, float | str], metric: str) -> float:
-    """The objective in an evaluation's report. Raises a ConfigError that names all metrics."""
-    value = report.get(metric)
-    if value is None or isinstance(value, str):
-        names = ", ".join(sorted(name for name, value in report.items() if not isinstance(value, str)))
-        raise ConfigError(
-            f"objective.metric={metric} is not among the metrics of the evaluation: {names}. Set it to one of them; "
-            "add run.on_drift=accept if the run has begun"
-        )
-    return value
 
 
 def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-# Keys that older runs lack: left out where they have these values.
-_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None, "data.weights": None}
+_UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they have these values
+    "params": {},
+    "data.overfit": None,
+    "data.weights": None,
+    "data.test": None,
+    "data.evaluation_collate": None,
+}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 

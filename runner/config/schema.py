@@ -55,6 +55,7 @@ class StreamsConfig:
 class DataConfig:
     train: Any
     validation: Any
+    test: Any
     batch_size: int
     evaluation_batch_size: int
     overfit: int | None
@@ -62,6 +63,7 @@ class DataConfig:
     tail: Tail
     randomness: Randomness
     collate: Any
+    evaluation_collate: Any
     weights: Any
     streams: StreamsConfig
     max_tokens: int | None
@@ -126,6 +128,7 @@ class RuntimeConfig:
     start_method: str | None
     num_threads: int | None
     audit: bool
+    check_batches: int
     deterministic: bool
 
 
@@ -177,7 +180,10 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-_FROM_ZERO = "data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers sweep.max_retries"
+_FROM_ZERO = """
+    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers runtime.check_batches
+    sweep.max_retries
+"""
 _FROM_ONE = """
     data.batch_size data.evaluation_batch_size data.streams.window data.streams.chunk data.max_tokens data.overfit
     trainer.max_steps trainer.max_epochs trainer.evaluate_every_steps trainer.evaluate_every_epochs

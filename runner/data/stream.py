@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -278,6 +278,7 @@ class EvaluationData:
         collate: Collate | None = None,
         world: World | None = None,
         audit: bool = False,
+        key: str = "data.validation",
     ) -> None:
         world = world or World()
         plan = Plan(len(samples), seed, batch_size, shuffle=False, randomness=randomness)
@@ -287,13 +288,22 @@ class EvaluationData:
         if len(slices) < -(-len(every) // world.size):
             slices.append(every[0])
             self._weights.append(0)
-        self._samples = samples
+        self._slices, self._loading = slices, loading
+        self.key = key
         self.device = device
         self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called with a batch's number, from 0, before it
-        fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        sketch, _ = probe.examine(fetcher, loading, audit=audit, key="data.validation")
-        self._loader = Loader(fetcher, slices, loading, key="data.validation")
+        self._fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
+        sketch, _ = probe.examine(self._fetcher, loading, audit=audit, key=key)
+        self._loader = Loader(self._fetcher, slices, loading, key=key)
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
+
+    def head(self, batches: int) -> "EvaluationData":
+        """The first batches of each process alone, without listeners, and read by a worker of their own if by any."""
+        first = copy(self)
+        first._slices, first._weights, first.batch_listeners = self._slices[:batches], self._weights[:batches], ()
+        loading = replace(self._loading, num_workers=min(1, self._loading.num_workers))
+        first._loader = Loader(self._fetcher, first._slices, loading, key=self.key)
+        return first
 
     def changes(self, then: dict[str, Any]) -> list[str]:
         """Messages on how the data of the fingerprint ``then`` differs from this data."""
@@ -311,10 +321,10 @@ class EvaluationData:
             for listener in self.batch_listeners:
                 listener(number)
             if fetched.bad:
-                remedy = "fix it or take it out of data.validation: every figure is a mean over all of its samples"
-                raise bad_record_error(fetched.bad[0], self._samples, remedy=remedy)
+                remedy = f"fix it or take it out of {self.key}: every figure is over all of its samples"
+                raise bad_record_error(fetched.bad[0], self._fetcher.samples, remedy=remedy)
             if fetched.failure:
-                raise DataError(f"data.validation: {fetched.failure}")
+                raise DataError(f"{self.key}: {fetched.failure}")
             yield weight, to_device(fetched.batch, self.device)
 
 

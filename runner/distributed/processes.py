@@ -195,6 +195,11 @@ class ProcessTeam(Team):
         dist.all_reduce(sums)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), sums, strict=True)}
 
+    def all_gather(self, value: Any) -> list[Any]:
+        values = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
     @contextmanager
     def blame_peer(self) -> Iterator[None]:
         try:

@@ -40,6 +40,7 @@ class _NoEvaluation(Observer):
         evaluate = setup.callbacks.get("evaluate")
         if isinstance(evaluate, Evaluate):
             evaluate.interval = Interval()
+            evaluate.evaluator.check_batches = 0
 
 
 def _pid() -> None:

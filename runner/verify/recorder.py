@@ -105,7 +105,7 @@ class Recorder(Observer):
         return self._moment == "save" and step >= self._step
 
     def on_instance(self, key: str, instance: Any) -> None:
-        if key in ("data.train", "data.validation", "data.collate", "model", "task") or key.startswith("callbacks."):
+        if key in ("model", "task") or key.startswith(("data.", "callbacks.")):
             self._objects[key] = instance
             self.write("made", memory=memory({key: instance}), sources={key: source.sources(instance)})
 
@@ -136,7 +136,8 @@ class Recorder(Observer):
         evaluate = setup.callbacks.get("evaluate")
         if isinstance(evaluate, Evaluate):
             self._evaluate_often(evaluate)
-            evaluate.data.batch_listeners = [*evaluate.data.batch_listeners, self._on_evaluation_batch]
+            for data in evaluate.evaluator.validation.values():
+                data.batch_listeners = [*data.batch_listeners, self._on_evaluation_batch]
         self._writes = _WatchedLocation(setup.store.location, self)
         setup.store.location = cast("Location", self._writes)
 

@@ -268,3 +268,35 @@ class ModelOutput(OrderedDict):
     def __init__(self, loss) -> None:
         super().__init__(loss=loss, logits=torch.zeros(3, 2))
         self.loss = loss
+
+
+class Mended(Classification):
+    """Raises in its evaluation while the file ``broken`` is there. Counts its evaluated batches, which is state."""
+
+    def __init__(self, *, broken: str) -> None:
+        super().__init__()
+        self.broken, self.seen = broken, torch.zeros(())
+
+    def training_step(self, model, batch):
+        self.label_smoothing = min(0.3, self.seen.item() / 50)
+        return super().training_step(model, batch)
+
+    def evaluation_step(self, model, batch):
+        self.seen += 1
+        if self.seen % 4 == 3 and os.path.exists(self.broken):
+            return {"loss": undefined}  # noqa: F821
+        torch.randn(1)
+        return super().evaluation_step(model, batch)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+class Misspelt(Stops):
+    """Raises a NameError in its evaluation."""
+
+    def evaluation_step(self, model, batch):
+        return {"loss": undefined}  # noqa: F821
