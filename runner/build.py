@@ -280,7 +280,7 @@ def make_callbacks(
     best: Any = evaluation.get("best")
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
     if attempt is not None:
-        callbacks |= {"progress": ShowProgress(), "heartbeat": NoteProgress(attempt)}
+        callbacks |= {"progress": ShowProgress(config.metrics.show), "heartbeat": NoteProgress(attempt)}
     checkpoint, goal = config.checkpoint, config.objective
     every = SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto)
     mode = goal.mode.name if goal.metric else None

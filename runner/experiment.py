@@ -73,7 +73,8 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         stack.callback(parts.evaluator.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
-        callbacks.update({name: callbacks.pop(name) for name in looking})  # after all others
+        last = (*looking, "report", "progress", "heartbeat", "checkpoint")
+        callbacks.update({name: callbacks.pop(name) for name in last if name in callbacks})
         setup = _set_up(config, parts, callbacks, store, directory, number)
         with_state = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
         parts.state.memories = {name: call for name, call in with_state.items() if name not in looking}

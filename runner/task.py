@@ -1,10 +1,10 @@
 """``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ class Task(ABC):
         also the weights of ``run.parent``. The random generators have a seed of their own here. What training changes
         later belongs into ``state_dict``; what stays as it was made does not.
         """
+
+    sink: ClassVar[Callable[[str, Any], None] | None] = None  # of ``log``, while a run reports
+
+    def log(self, name: str, value: Any) -> None:
+        """Show a picture or a text of this step, or of the evaluation after it, in TensorBoard: a str, a matplotlib
+        figure, images as a tensor or array of shape [height, width], [channels, height, width] or [images, channels,
+        height, width] (floats from 0 to 1, or bytes), or the histogram of a vector. Of a name the last value of a step
+        counts; of several processes, that of rank 0. Raises TaskError for anything else.
+        """
+        if Task.sink is not None:
+            Task.sink(name, value)
 
     @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:

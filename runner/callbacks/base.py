@@ -44,6 +44,7 @@ class Loop:
     stop: str | None = None  # why this step is the last, in a word; None if it is not
     elapsed: float = 0.0  # seconds of training in all attempts
     waited: float = 0.0  # seconds spent waiting for data in this attempt
+    log: Callable[[str, Any], None] = lambda name, value: None  # see ``Task.log``
     directory: Path = Path()  # of the run, for files; for a remote run.root a folder of this machine
     attempt: int = 0  # its number, from 1
     resumed: int = 0  # the step that this attempt started after; 0: from scratch

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runner.callbacks.base import Callback, Loop
+from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger, made_text
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
+from runner.metrics import tensorboard
 from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
@@ -28,6 +31,8 @@ log = logging.getLogger("runner")
 _WINDOW = 32  # steps between two checks of the loss: each check waits for the device
 _BAR_SECONDS = 0.1  # between two updates of the bar
 _LINE_SECONDS = 15.0  # between two lines, where there is no terminal
+_WIDEST = 80  # characters of the metrics in a line ...
+_BAR = 60  # ... and of a bar without them
 _REMEDY = (
     "What a callback adds to loop.metrics must be the same in all processes. Return the value from training_step "
     "instead, whose metrics are averaged over the samples of all processes"
@@ -102,6 +107,10 @@ class Report(Callback):
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
         self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
+        self._logged: dict[str, bytes] = {}  # pictures and texts since the last report
+
+    def on_build(self, setup: TrainingSetup) -> None:
+        Task.sink = self._log
 
     def on_start(self, loop: Loop) -> None:
         self._clock = (loop.step, loop.consumed, time.monotonic(), loop.waited)
@@ -117,24 +126,35 @@ class Report(Callback):
         self.writers.committed(step)
 
     def on_end(self, loop: Loop) -> None:
+        Task.sink = None
         self.writers.close()
 
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         self.writers.end("finished")
 
     def on_error(self, error: Exception) -> None:
+        Task.sink = None
         self.writers.end("interrupted" if isinstance(error, Interrupted) else "failed")
 
     def state_dict(self) -> dict[str, Any]:
         self._read()
-        return {"window": self._window, "rate": self._rate}
+        logged = {name: b64encode(summary).decode() for name, summary in self._logged.items()}
+        return {"window": self._window, "rate": self._rate, **({"logged": logged} if logged else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window, self._rate = state["window"], state["rate"]
+        self._logged = {name: b64decode(summary) for name, summary in state.get("logged", {}).items()}
+
+    def _log(self, name: str, value: Any) -> None:
+        if self.writers.by_name:  # of rank 0
+            self._logged[name] = tensorboard.summary(name, value)
 
     def _report(self, loop: Loop) -> None:
         if loop.evaluation_due:
             return
+        if self._logged:
+            self.writers.log(loop.step, self._logged)
+            self._logged = {}
         values: dict[str, float | str] = {}
         if loop.step % self.every_steps == 0 or loop.stop is not None:
             values |= self._training(loop)
@@ -175,11 +195,12 @@ class Report(Callback):
 
 
 class ShowProgress(Callback):
-    """Shows step, loss, rate and time left: a bar on a terminal, lines elsewhere. Reads the loss from its device only
-    when it draws, because that waits for the device.
+    """Shows step, metrics, rate and time left: a bar on a terminal, lines elsewhere. Reads the metrics from their
+    device only when it draws, because that waits. ``show``: names of metrics; None: the loss and what else fits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, show: Sequence[str] | None = None) -> None:
+        self._show = show
         self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed before the start
         self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
         self._bar: tqdm[Any] | None = None
@@ -206,15 +227,26 @@ class ShowProgress(Callback):
 
     def _draw(self, loop: Loop, now: float) -> None:
         (step, since), self._drawn = self._drawn, (loop.step, now)
-        loss = f"{loop.metrics['loss'].item():.4g}"
+        shown = self._metrics(loop)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss}", refresh=False)
+            self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(loop.step - self._bar.n)
             return
         rate, total, left = (loop.step - step) / (now - since), "", ""
         if loop.max_steps:
             total, left = f"/{loop.max_steps}", f", {(loop.max_steps - loop.step) / rate:.0f} s left"
-        log.info("step %d%s: loss %s, %.1f steps/s%s", loop.step, total, loss, rate, left)
+        log.info("step %d%s: %s, %.1f steps/s%s", loop.step, total, shown, rate, left)
+
+    def _metrics(self, loop: Loop) -> str:
+        """The metrics of the step that are to be shown, in at most so many characters."""
+        names = self._show if self._show is not None else ["loss", *(name for name in loop.metrics if name != "loss")]
+        names = [name for name in names if name in loop.metrics]
+        values = torch.stack([loop.metrics[name].float() for name in names]).tolist() if names else []
+        texts = [f"{name} {value:.4g}" for name, value in zip(names, values, strict=True)]
+        room = _WIDEST if self._bar is None else max(shutil.get_terminal_size().columns - _BAR, 0)
+        while len(texts) > 1 and len(", ".join(texts)) > room and self._show is None:
+            texts.pop()
+        return ", ".join(texts)
 
     def _log_evaluation(self, loop: Loop) -> None:
         if loop.evaluation is None:

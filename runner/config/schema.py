@@ -113,6 +113,7 @@ class CheckpointConfig:
 @dataclass
 class MetricsConfig:
     every_steps: int
+    show: list[str] | None
     writers: dict[str, Any]
 
 

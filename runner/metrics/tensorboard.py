@@ -15,17 +15,22 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import hparams, scalar, text
+from torch import Tensor
+from torch.utils.tensorboard._utils import figure_to_image
+from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, text
 
 from runner.config.identity import flatten
-from runner.errors import StorageError, printable
+from runner.errors import StorageError, TaskError, printable
 from runner.metrics.writer import WriterContext
 from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
+_BINS = 64  # of a histogram
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
@@ -53,6 +58,12 @@ class TensorBoardWriter:
         )
         now = time.time()
         self._journals.append(encoded(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
+
+    def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
+        """Append what ``summary`` made of pictures and texts."""
+        self._hide_from(min(step, self._step + 1))
+        now, parsed = time.time(), map(Summary.FromString, summaries.values())
+        self._journals.append(encoded(Event(wall_time=now, step=step, summary=each) for each in parsed))
 
     def mark(self, step: int) -> dict[str, Any]:
         """Begin a new file if this one is full. There is no mark: TensorBoard hides the points of repeated steps."""
@@ -90,6 +101,32 @@ def encoded(events: Iterable[Event]) -> bytes:
     for event in events:
         records.write(event.SerializeToString())
     return content.getvalue()
+
+
+def summary(name: str, value: Any) -> bytes:
+    """A picture, a histogram or a text as ``Task.log`` takes it, encoded. Raises TaskError for any other value."""
+    if isinstance(value, str):
+        made = text(name, value)  # type: ignore[no-untyped-call]
+    elif hasattr(value, "savefig"):
+        made = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
+    else:
+        array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+        array = array.float() if array.dtype in (torch.bfloat16, torch.bool) else array
+        forms = {2: "HW", 3: "CHW", 4: "NCHW"}
+        if array.dim() not in (1, *forms) or not array.numel():
+            expected = (
+                "a text, a figure, a vector for its histogram, or images of shape [h, w], [c, h, w] or [n, c, h, w]"
+            )
+            raise TaskError(
+                f"log({name!r}) got a tensor of shape {[*array.shape]}; expected {expected}. Numbers are metrics"
+            )
+        if array.dim() > 1:
+            made = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
+        elif len(finite := array.double()[array.double().isfinite()]):
+            made = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
+        else:
+            made = text(name, "no value is finite")  # type: ignore[no-untyped-call]
+    return bytes(made.SerializeToString())
 
 
 _HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; other files have later ones

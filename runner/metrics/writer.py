@@ -48,6 +48,7 @@ class MetricWriter(Protocol):
     # A writer may have these methods, too:
     # committed(end)  The checkpoint of a step is committed, and so are the lines of ``metrics.lines`` up to this mark.
     #                 Called also at the start of an attempt that resumed from a checkpoint.
+    # log(step, summaries)  What ``Task.log`` was given at a step, by name, as bytes of TensorBoard's ``Summary``.
     # end(status)     The attempt ended: "finished", "interrupted" or "failed".
 
 
@@ -108,11 +109,15 @@ class MetricWriters:
         """The attempt ended, as the ``status`` says."""
         self._call("end", status)
 
-    def _call(self, method: str, argument: Any) -> None:
+    def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
+        """Pictures and texts of a step."""
+        self._call("log", step, summaries)
+
+    def _call(self, method: str, *arguments: Any) -> None:
         for name, writer in self.by_name.items():
             if call := getattr(writer, method, None):
                 with _naming(name, method):
-                    call(argument)
+                    call(*arguments)
 
     def flush(self) -> None:
         """Make durable what was added before the last mark. Raises StorageError."""

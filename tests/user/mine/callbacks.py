@@ -18,6 +18,18 @@ class Place(Callback):
         print("place", "start", loop.attempt, loop.resumed, loop.directory)
 
 
+class Pictures(Callback):
+    """Logs each kind of value at every third step, and a text at every evaluation."""
+
+    def on_step(self, loop):
+        if loop.step % 3 == 0:
+            weight = next(loop.state.model.parameters()).detach()
+            loop.log("histogram", weight.flatten())
+            loop.log("image", weight.sigmoid())
+        if loop.evaluation is not None:
+            loop.log("text", f"evaluated at {loop.step}")
+
+
 class Plateau(Callback):
     """Doubles the weight decay after every bad evaluation, ends the training after so many, and draws their number."""
 
