@@ -210,15 +210,12 @@ def preload() -> None:
     for module in (*modules, *optional):
         importlib.import_module(module)
 
-    from hydra import compose, initialize_config_dir
-
-    from runner.app import CONFIGS
+    from runner.app import warm_up
     from runner.sweep import optuna
 
     sys.path.insert(0, str(USER))  # Hydra looks for plugins once
     optuna.register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        compose("config", overrides=["experiment=smoke", "seed=1", "+data.train.x={a:[1,b]}"])
+    warm_up()
     sys.path.remove(str(USER))
     gc.freeze()  # else the first collection in each life copies every page
 

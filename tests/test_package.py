@@ -33,7 +33,7 @@ def test_a_wheel_of_the_sdist_has_the_package_and_no_more(tmp_path: Path) -> Non
     inside = {name for name in names if ".dist-info/" not in name}
     package = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "runner").rglob("*.py")}
     configurations = {f"runner/{path.relative_to(REPOSITORY)}" for path in CONF.rglob("*") if path.is_file()}
-    assert inside == package | configurations | {"runner/py.typed"}
+    assert inside == package | configurations | {"runner/py.typed", "pytest_hydra_runner.py"}
     assert f"hydra_runner-{runner.__version__}.dist-info/licenses/LICENSE" in names
 
 

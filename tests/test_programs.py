@@ -224,10 +224,12 @@ def test_the_console_command_beside_a_users_own_runner(tmp_path: Path) -> None:
 
     def command(*words: str) -> str:
         run = [sys.executable, str(script), *words]
-        ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
     workers = ("runtime.num_workers=1", "runtime.start_method=spawn")
     command("experiment=smoke", "trainer.max_steps=2", "model._target_=own.Net", "run.name=r", *workers)
     assert "smoke/r  complete" in command("runs", "list", "outputs")
+    verified = command("verify", "experiment=smoke", "model._target_=own.Net", "verify.steps=4", "verify.kills=1")
+    assert verified.startswith("PASS")

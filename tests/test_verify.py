@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import signal
@@ -26,7 +27,7 @@ from runner.errors import ConfigError, DataError, StateError, StorageError, kind
 from runner.verify import assert_resumes
 from runner.verify.campaign import plan, run_killed
 from runner.verify.causes import of_error
-from runner.verify.difference import first_difference
+from runner.verify.difference import first_difference, lost_memory
 from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
@@ -362,15 +363,21 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
     code = f"""if True:
         import datetime, pickle, time
         from datetime import date, datetime as early
+        import numpy, pandas
         from runner.verify import clocks
         read = '''if True:
-            import datetime, time
+            import datetime, numpy, pandas, time
+            second = numpy.timedelta64(1, "s")
             ahead = [time.time() - now(), time.time_ns() / 1e9 - now(), early.now().timestamp() - now()]
             ahead += [time.mktime(time.localtime()) - now(), time.mktime(time.strptime(time.ctime())) - now()]
             ahead += [datetime.datetime.utcnow().replace(tzinfo=datetime.timezone.utc).timestamp() - now()]
             ahead += [time.mktime(time.strptime(time.strftime("%c"))) - now(), time.time() - now()]
             ahead += [24 * 3600 * (early.today().date() - today()).days, datetime.datetime.today().timestamp() - now()]
-            print([round(each / 1e6, 2) for each in ahead])
+            ahead += [(numpy.datetime64("now") - numpy.datetime64(int(now()), "s")) / second]
+            ahead += [(numpy.datetime64("today") - numpy.datetime64(today())) / second]
+            ahead += [pandas.Timestamp.now().timestamp() - now(), pandas.Timestamp("now", tz="UTC").timestamp() - now()]
+            assert isinstance(numpy.zeros(1, numpy.datetime64)[0], numpy.datetime64)
+            print([round(float(each) / 1e6, 2) for each in ahead])
         '''
         now, today = time.time, date.today
         clocks.shift({10**7})
@@ -385,7 +392,44 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
     output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=300, text=True)
     users, library, runners = map(json.loads, output.stdout.splitlines())
     assert all(abs(each - 10) < 0.1 for each in users), users
-    assert [*library, *runners] == [0] * 20
+    assert [*library, *runners] == [0] * 2 * len(users)
+
+
+def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        """if True:
+        import datetime, queue, threading, time
+
+        def read():
+            return [time.time(), datetime.datetime.now().timestamp(), time.monotonic()]
+
+        def ahead(before, after):
+            return [round((b - a) / 1e6) for a, b in zip(before, after)]
+
+        def send(pipe):
+            pipe.send(read())
+        """
+    )
+    code = """if True:
+        import multiprocessing, queue, threading, user
+        from runner.verify import clocks
+        if __name__ == "__main__":
+            begun = user.read()
+            clocks.shift(10**7)
+            clocks.advance(10**6)
+            inside, beside = user.read(), queue.Queue()
+            thread = threading.Thread(target=lambda: beside.put(user.read()))
+            thread.start()
+            thread.join()
+            near, far = multiprocessing.get_context("spawn").Pipe()
+            process = multiprocessing.get_context("spawn").Process(target=user.send, args=(far,))
+            process.start()
+            print(*(user.ahead(begun, each) for each in (inside, beside.get(), near.recv())), sep="\\n")
+            process.join()
+    """.replace("\\\\", "\\")
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=300, text=True, cwd=tmp_path)
+    assert [*map(json.loads, output.stdout.splitlines())] == [[11, 11, 1], [10, 10, 0], [10, 10, 0]]
 
 
 def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:
@@ -554,17 +598,41 @@ def test_fails(assert_resumes):
     options = ("-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"))
     command = [sys.executable, "-m", "pytest", *options, str(test)]
     plugins = {entry.value for entry in entry_points(group="pytest11")}
-    command += [] if "runner.verify.fixtures" in plugins else ["-p", "runner.verify.fixtures"]  # installed before
+    command += [] if plugins & {"pytest_hydra_runner", "runner.verify.fixtures"} else ["-p", "pytest_hydra_runner"]
     done = subprocess.run(command, cwd=USER, stdout=subprocess.PIPE, text=True)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
     (kept,) = scratch.iterdir()  # of the proof that failed
     assert [*kept.glob("*.jsonl")]
 
 
+def test_a_users_own_runner_is_named_by_the_fixture_alone(tmp_path: Path) -> None:
+    (tmp_path / "runner.py").write_text("raise SystemExit('not this')\n")
+    test = "def test_other(): ...\ndef test_resumes(assert_resumes): ...\n"
+    (tmp_path / "test_mine.py").write_text(test)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    # As an entry point that is installed: in a process of its own, with no other plugin.
+    options = ("-q", "-p", "no:cacheprovider", "-p", "pytest_hydra_runner")
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "pytest", *options, "test_mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "1 passed, 1 error" in done.stdout
+    assert f"{tmp_path}/runner.py hides the package runner of hydra-runner: rename it" in done.stdout
+
+
+def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
+    undisturbed = trained([{"task.seen", "data.train.cache[3]", "model._hooks[0].__self__._is_root"}] * 3)
+    resumed = {"event": "resumed", "step": 1, "memory": {}}
+    private = {"event": "private", "paths": ["model._hooks[0].__self__._is_root"]}
+    (attempt,) = undisturbed.attempts
+    undisturbed.attempts = [replace(attempt, events=(*attempt.events, private))]
+    run = RunTrace("killed", [replace(attempt, events=(resumed,))])
+    assert lost_memory(run, undisturbed) == (("task.seen", "", None),)
+
+
 def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
-    assert shown.count("<polyline") == 1 + len(verdict.killed.attempts)
+    assert shown.count("<polyline") == 2
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
     assert "note     trainer.max_seconds was left out" in shown

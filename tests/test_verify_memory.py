@@ -284,6 +284,16 @@ def test_marks_and_settings_are_put_into_a_process(tmp_path: Path, monkeypatch: 
     assert memory.memory({"model": other}) == memory.memory({"model": model})
 
 
+def test_what_libraries_keep_for_themselves_is_known() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    task = SimpleNamespace(schedule=scheduler, kept=Kept())
+    vars(task.kept)["_seen"] = 1
+    private = memory.private({"task": task})
+    assert "task.schedule._last_lr" in private
+    assert [path for path in private if "kept" in path or path.endswith(".base_lrs")] == []
+
+
 def transformers() -> Any:
     library = pytest.importorskip("transformers")
     config = library.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)

@@ -8,6 +8,7 @@ Every repetition ends soon after the step that differed first, so together they 
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from runner.verify.causes import CAUSES, Cause, of_memory, of_part, of_workers, 
 from runner.verify.difference import FirstDifference, first_difference, suspects
 from runner.verify.execution import Executor, Kill, RunTrace
 from runner.verify.fingerprint import UNSEEN
+from runner.verify.memory import PROCESS
 
 _SINGLE = 8  # suspects that are tried one by one
 # Where to look first for the memory behind a part, and the method behind a cause.
@@ -34,8 +36,10 @@ _NEAREST = {
 _METHODS = {
     "saving": "state_dict",
     "restoring": "load_state_dict",
+    "stopping": "load_state_dict",
     "evaluation": "evaluation_step",
 }
+_SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
 _MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
 # What may make two undisturbed runs differ, and how it is held constant: the cause, pins of the process, overrides.
@@ -68,7 +72,7 @@ class Investigation:
         self._progress = progress
         self._tried: list[str] = []
         self._runs = 0
-        self._until = 0  # the last step that is compared
+        self._first = self._until = 0  # steps: the first that differs, and the last that is compared
         self._killed = base  # the last run that was killed and resumed
         made = base.attempts[0].select("made")
         self._sources = {key: places for event in made for key, places in event["sources"].items()}
@@ -78,11 +82,13 @@ class Investigation:
     def diagnose(self, run: RunTrace, difference: FirstDifference) -> Diagnosis:
         """Find the cause of a difference between a killed run and the undisturbed one."""
         self._until = min(difference.step + _MORE_STEPS, self._plan.steps)
+        self._first = max(difference.step, 1)
         cause = self._without_kills() or self._without_resume()
         magnitude = ""
         if cause is None:
-            self._until = max(difference.step, 1)
+            self._until = self._first
             cause, magnitude = self._with_resume(run, difference)
+        self._executor.remove_large_files(self._base)
         where = cause.where or self._line(cause.kind, difference.part)
         return Diagnosis(replace(cause, where=where), tuple(self._tried), magnitude)
 
@@ -95,7 +101,7 @@ class Investigation:
 
     def _without_kills(self) -> Cause | None:
         """The cause if runs differ although none is killed. Makes a run of the same length the one to compare with."""
-        again = self.run()
+        again = self.run(dump=self._first)
         if difference := self.differs("undisturbed, a second time", again):
             if self._equal("the same again", 2, again):
                 whole = self.run(steps=self._plan.limit)
@@ -107,6 +113,14 @@ class Investigation:
         silent = self.run(silent=True)
         if difference := self.differs("undisturbed, its state taken for checkpoints alone", silent):
             return CAUSES["saving"].seen_in(difference.part, difference.path)
+        rest = {*self._plan.workers} - {self._plan.workers[0]}
+        workers = max(rest, default=None)
+        elsewhere = self.run(server=1, shift=SHIFT_SECONDS, workers=workers)
+        trial = "undisturbed, another hash seed, time, day and number of workers at once"
+        return self._elsewhere(rest) if self.differs(trial, elsewhere) or len(rest) > 1 else None
+
+    def _elsewhere(self, workers: Iterable[int]) -> Cause | None:
+        """The cause if an undisturbed run differs in another process, at another time, or with other ``workers``."""
         other = self.run(server=1)
         if difference := self.differs("undisturbed, in a process with another hash seed", other):
             if self._equal("the same again", 1, other, server=1) and self._equal("with the first hash seed again", 1):
@@ -114,12 +128,12 @@ class Investigation:
             return self.hold(difference)
         later = self.run(shift=SHIFT_SECONDS)
         if difference := self.differs("undisturbed, at another time of another day", later):
-            return CAUSES["time"].seen_in(difference.part, difference.path)
-        for workers in {*self._plan.workers} - {self._plan.workers[0]}:
-            again = self.run(workers=workers)
-            if difference := self.differs(f"undisturbed, {workers} data workers", again):
+            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_asked(later))
+        for number in workers:
+            again = self.run(workers=number)
+            if difference := self.differs(f"undisturbed, {number} data workers", again):
                 # With equal data it is something else, which happens to differ now.
-                same = difference.part in _OF_WORKERS and self._equal("the same again", 1, again, workers=workers)
+                same = difference.part in _OF_WORKERS and self._equal("the same again", 1, again, workers=number)
                 return of_workers(difference) if same else self.hold(difference)
         return None
 
@@ -142,9 +156,8 @@ class Investigation:
             if equal and not self.differs("the same once more", self.run(*overrides, pins=pins), first):
                 varies = not self._equal("undisturbed again, nothing held constant", 2)
                 if varies:
-                    asked = [line for event in first.attempts[-1].select("reached") for line in event["pinned"]]
                     cause = CAUSES[name].seen_in(difference.part, difference.path)
-                    return replace(cause, where=", ".join(asked[:3]) if pins else "")
+                    return replace(cause, where=_asked(first))
         cause = replace(unexplained(difference), sure=varies).seen_in(difference.part, _paths(difference))
         return cause.reaching(self._reached)
 
@@ -178,7 +191,7 @@ class Investigation:
         cannot be tried.
         """
         resumed = self._killed.attempts[-1].select("resumed")
-        groups = suspects(difference, resumed[0].get("memory", {}) if resumed else {})
+        groups = suspects(difference, resumed[0] if resumed else {})
         unseen = {path: words for path, words in self._base.by_step()[step]["memory"].items() if UNSEEN in words}
         trial = _Trial(self, step, [*groups, *(path for path in unseen if path not in groups)])
         paths = trial.minimal(difference.part)
@@ -187,12 +200,23 @@ class Investigation:
         elif rest := [path for path in groups if path not in trial.tested]:
             cause = of_memory([entry for path in rest for entry in groups[path]], sure=False)
         else:
-            opaque = ", ".join(f"{path} ({words})" for path, words in [*unseen.items()][:3] if path not in trial.tested)
+            rest = [path for path in unseen if path not in trial.tested][:3]
+            opaque = ", ".join(f"{path} ({unseen[path]})" for path in rest)
             cause = of_part(difference)
-            return replace(cause, what=f"{cause.what}. Not looked into: {opaque}") if opaque else cause
-        path = (paths or rest)[0]
+            if not opaque:
+                return cause
+            cause = replace(cause, what=f"{cause.what}. Not looked into: {opaque}")
+        return replace(cause, where=self._line_of((paths or rest)[0]))
+
+    def _line_of(self, path: str) -> str:
+        """The line that changes memory: of the object that has it, or else of another."""
         root = next((key for key in self._sources if path.startswith(key)), "task")
-        return replace(cause, where=source.line_of(re.findall(r"\w+", path)[::-1], self._sources.get(root, [])))
+        names = re.findall(r"\w+", re.sub(r" \((its (value|position|object)|a .*?)\)", "", path))[::-1]
+        if path.startswith(PROCESS):
+            names = [_SETTERS.get(name, name.replace("get", "set", 1)) for name in names]
+        others = sorted((key for key in self._sources if key != root), key=lambda key: key.startswith("data."))
+        places = [place for key in others for place in self._sources[key]]
+        return source.line_of(names, self._sources.get(root, []), places)
 
     def _with_stop(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
         """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or an unsure one."""
@@ -208,14 +232,15 @@ class Investigation:
         self, trial: str, step: int, *, pins: tuple[str, ...] = (), kill: Kill | None = None
     ) -> tuple[FirstDifference | None, str]:
         """Kill after ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
-        base, run = self._new(), self._new()
-        self._attempt(base, pins=pins, dump=self._until)
+        base, run = self._base, self._new()
+        if pins:
+            base = self.run(pins=pins, dump=self._until)
         self._attempt(run, pins=pins, kill=kill or Kill("step", step + 1), every=step)
         self._attempt(run, pins=pins, dump=self._until, every=step)
         self._killed = run
         difference = self.differs(trial, run, base)
         magnitude = _magnitude(run, base) if difference else ""
-        self._executor.remove_large_files(run, base)
+        self._executor.remove_large_files(run, *([base] if pins else []))
         return difference, magnitude
 
     def resumed(self, step: int, **fields: Any) -> RunTrace:
@@ -228,7 +253,7 @@ class Investigation:
     def run(self, *overrides: str, **fields: Any) -> RunTrace:
         run = self._new()
         self._attempt(run, *overrides, **fields)
-        if not fields.get("take"):
+        if not {"take", "dump"} & {*fields}:
             self._executor.remove_large_files(run)
         return run
 
@@ -298,6 +323,12 @@ class _Trial:
         self.tested |= put
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         return bool(put) and not self._lives.differs(f"the same with {names} of the undisturbed run", run, self._base)
+
+
+def _asked(run: RunTrace) -> str:
+    """The user's lines that asked for what was held constant or shifted in a run."""
+    lines = [line for event in run.attempts[-1].select("reached") for line in event["pinned"]]
+    return ", ".join(lines[:3])
 
 
 def _paths(difference: FirstDifference) -> str:

@@ -114,25 +114,27 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     """Memory that training changes and that was gone after a load, as (path, undisturbed, killed); of every container
-    one entry.
+    one entry. Without the caches of data sets, whose samples were compared, and of libraries.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
+    private = [path for event in undisturbed.attempts[0].select("private") for path in event["paths"]]
     entries = [
         entry
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
         for entry in _unequal(steps[event["step"]]["memory"], event["memory"])
-        if entry[0] in changing
+        if entry[0] in changing and not entry[0].startswith(("data.", *private))
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
 
 
-def suspects(difference: FirstDifference, resumed: Mapping[str, str]) -> dict[str, list[Remembered]]:
+def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Remembered]]:
     """The values that a process lacked after loading, by the path at which they can be put into it: whole containers,
-    and the first object on the way that the process (with the memory ``resumed``) has not at all.
+    and the first object on the way that the process (as ``resumed``) has not at all.
     """
     changed = {path for path, _, _ in difference.changing}
-    present = {prefix for path in resumed for prefix in _prefixes(path)}
+    saved = [path.replace("/", ".") for path in resumed.get("state", {}) if path.startswith("model/")]
+    present = {prefix for path in [*resumed.get("memory", {}), *saved] for prefix in _prefixes(path)}
     entries = [entry for entry in difference.remembered if entry[0] in changed or not entry[0].startswith(PROCESS)]
     groups: dict[str, list[Remembered]] = {}
     for entry in sorted(entries, key=lambda entry: entry[0] not in changed):

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from runner.errors import Interrupted, RunnerError
 from runner.hashing import hex_digest
 from runner.storage.location import is_remote, local_root
+from runner.verify.options import python
 
 _HASH_SEEDS = ("1", "2")
 _LAST_LINES = 12  # of a log, for the verdict
@@ -119,7 +119,7 @@ class ForkServer:
         self.import_seconds = 0.0
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "runner.verify.fork_server"],
+            python("from runner.verify.fork_server import serve\nserve()", first=[str(cwd)] if cwd else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -40,6 +40,9 @@ def serve() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     for module in ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder"):
         importlib.import_module(module)
+    from runner.app import warm_up
+
+    warm_up()
     gc.freeze()  # else the first collection in each attempt copies every page
     print(json.dumps({"ready": True}), flush=True)
     for line in iter(_line, b""):
@@ -239,13 +242,9 @@ def _run(request: Mapping[str, Any], group: int) -> None:
 def _record_failure(record: str, error: BaseException) -> None:
     """Append the kind and the message of the error that ended this process."""
     from runner.errors import RunnerError, kind_of, printable
-    from runner.verify.source import of_traceback
+    from runner.verify.source import of_error
 
     message = str(error) if isinstance(error, RunnerError) else printable(f"{type(error).__name__}: {error}")
-    line = {"event": "failed", "kind": kind_of(error), "message": message, "where": of_traceback(error.__traceback__)}
+    line = {"event": "failed", "kind": kind_of(error), "message": message, "where": of_error(error)}
     with open(record, "a") as file:
         file.write(f"{json.dumps(line)}\n")
-
-
-if __name__ == "__main__":
-    serve()

@@ -13,7 +13,9 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
+from functools import partial
 from inspect import getgeneratorlocals
+from threading import local
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -90,6 +92,17 @@ def memory(objects: Mapping[str, Any], saved: Any = None) -> dict[str, str]:
 def places(objects: Mapping[str, Any], saved: Any = None) -> dict[str, Place]:
     """The same with every value that is entered, and where it is."""
     return _Walk(objects.get("model"), saved).all(objects)
+
+
+def private(objects: Mapping[str, Any]) -> list[str]:
+    """The paths of what libraries keep for themselves: attributes with an underscore of objects of their classes."""
+    held = places(objects)
+    owners = [(place, held[place.holder]) for place in held.values() if place.holder in held and _is_private(place)]
+    return [place.path for place, owner in owners if not any(map(is_users, map(module_name, mro(type(owner.value)))))]
+
+
+def _is_private(place: Place) -> bool:
+    return place.kind == "attribute" and str(place.key).startswith("_")
 
 
 def modules_of(model: Any) -> dict[str, nn.Module]:
@@ -321,13 +334,16 @@ def _inside(value: Any) -> Iterator[_Child]:
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (_Child(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
+    elif is_a(value, partial):  # as a whole: its parts cannot be set
+        parts = [*enumerate(value.args), *value.keywords.items()]
+        yield from (_Child(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
     elif is_a(value, torch.Tensor):
         descriptor: Any = torch._C.TensorBase._backward_hooks
         hooks = [*dict.values(descriptor.__get__(value) or {})]
         yield from (_Child(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
     else:
         yield from _inside_code(value)
-    if type(value) is not FunctionType:
+    if type(value) is not FunctionType and not is_a(value, partial):
         yield from (_Child(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
 
 
@@ -369,7 +385,7 @@ def _is_plain(value: Any) -> bool:
 def attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object, also those in slots, without its properties."""
     held: dict[str, Any] = {}
-    for name, slot in _layout(type(value))[0]:
+    for name, slot in layout(type(value))[0]:
         with suppress(AttributeError):  # an empty slot
             held.setdefault(name, slot.__get__(value))
     in_dict = dict_of(value)
@@ -379,7 +395,7 @@ def attributes(value: Any) -> dict[str, Any]:
 _LAYOUTS: dict[int, tuple[type, list[tuple[str, Any]], Any]] = {}  # by id: a metaclass may override __hash__
 
 
-def _layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
+def layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
     """The slots of a class, and the descriptor of ``__dict__``."""
     if id(kind) not in _LAYOUTS:
         named = [each for base in mro(kind) for each in class_dict(base).items()]
@@ -390,8 +406,10 @@ def _layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def dict_of(value: Any) -> Any:
-    """The ``__dict__`` of an object itself; None if it has none."""
-    descriptor = _layout(type(value))[1]
+    """The ``__dict__`` of an object itself, or that of this thread; None if it has none."""
+    if is_a(value, local):
+        return local.__getattribute__(value, "__dict__")
+    descriptor = layout(type(value))[1]
     return descriptor.__get__(value) if descriptor else None
 
 

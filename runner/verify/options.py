@@ -59,9 +59,15 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str], bool]:
     return Options(**values), rest, "--json" in arguments
 
 
+def python(code: str, *arguments: str, first: Sequence[str] = ()) -> list[str]:
+    """The command of a process that finds modules where this one does, after those in the folders ``first``. With
+    ``python -m`` a ``runner.py`` of the user's in the working directory would hide the runner.
+    """
+    return [sys.executable, "-c", f"import sys\nsys.path[:] = {[*first, *sys.path]!r}\n{code}", *arguments]
+
+
 # The runner until it has composed and checked the configuration: without torch, in a fraction of a second.
 _CHECK = """
-import sys
 from runner.__main__ import main
 from runner.callbacks.base import Observer, observers
 
@@ -78,8 +84,9 @@ def check(command: Sequence[str]) -> None:
     """Raise ConfigError for a command whose configuration cannot be used, before anything else is started."""
     with tempfile.TemporaryDirectory(prefix="runner-verify-") as folder:
         where = (f"run.root={folder}", "run.name=check", f"hydra.run.dir={folder}")
-        program = [sys.executable, "-c", _CHECK, *command, *where]
-        done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(
+            python(_CHECK, *command, *where), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     if done.returncode == ConfigError.status:
         raise ConfigError(done.stderr.strip())
 

@@ -20,7 +20,7 @@ from runner.verify.diagnosis import Investigation
 from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory, structural_changes
 from runner.verify.execution import AttemptFailure, Executor, OutOfTime, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.source import line_of
+from runner.verify.source import Sources, line_of
 from runner.verify.verdict import Verdict, cost
 
 _OUT_OF_TIME = "verify.minutes was over before the killed run was finished; allow more"
@@ -133,12 +133,21 @@ def _of_failure(failure: AttemptFailure, base: RunTrace, changes: str) -> Cause:
     structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
     if structure:
         return replace(of_structure(structure), where=_line(base, structure[0][1]))
-    return replace(of_error(failure.kind, changes), where=failure.where)
+    path = changes.partition(" was ")[0]
+    where = failure.where or (
+        line_of(re.findall(r"\w+", path)[::-1], _made(base).get("data.train", [])) if path else ""
+    )
+    return replace(of_error(failure.kind, changes), where=where)
+
+
+def _made(base: RunTrace) -> dict[str, Sources]:
+    """The lines of the user's classes of each object of the experiment."""
+    return {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
 
 
 def _line(base: RunTrace, path: str) -> str:
     """The line of the user's class whose object is part of the state at a path."""
-    made = {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
+    made = _made(base)
     names = ["add_param_group"] if path.startswith("optimizer") else re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
     return line_of(names, made.get("task") or made.get("model") or [])
 
@@ -213,7 +222,7 @@ def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
 
 
 def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
-    """Memory whose loss may make a difference later, or that shows that the data set is a cache."""
+    """Memory whose loss may make a difference later."""
     entries = lost_memory(run, base)
     text = "; ".join(
         f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]

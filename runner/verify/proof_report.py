@@ -1,27 +1,36 @@
-"""A verdict as one HTML file without scripts and links: the loss curves, and a lane for each attempt."""
+"""A verdict as one HTML file without scripts and links: cause and remedy, the loss of both runs, and all attempts."""
 
 import math
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from typing import Any
 
 from runner.errors import printable
 from runner.storage import files
-from runner.verify.campaign import summary
-from runner.verify.execution import AttemptTrace
+from runner.verify.campaign import ENDS
+from runner.verify.difference import FirstDifference
+from runner.verify.execution import Event, RunTrace
 from runner.verify.verdict import Verdict
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _LANE = 1000, 300, 86, 110, 26  # pixels of the pictures, and of their margins
-_BASE = "#0072b2"
-_PALETTE = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for the colour-blind, too
+_WIDTH, _HEIGHT, _LEFT, _RIGHT = 480, 220, 52, 14  # pixels of the picture, and its margins
+_PARTS = 4  # of each axis
+_RUNS = (("#0072b2", 5, "without kills"), ("#d55e00", 1.5, "with kills"))  # distinct for the colour-blind, too
+_DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
+_COMPARED = (
+    "Compared to the bit: losses, gradients and samples of every step, states, checkpoints, evaluations, metric lines "
+    "and final weights."
+)
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 720px; padding: 0 1em; color: #222; }
 h1 { font-size: 1.3em; } h2 { font-size: 1.05em; margin-top: 1.6em; }
-.verdict { display: inline-block; color: white; padding: .1em .6em; border-radius: .3em; }
-.pass { background: #1a7f37; } .fail { background: #b42318; }
-pre { background: #f6f6f6; padding: .8em 1em; white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #444; }
+.verdict { color: white; padding: .1em .5em; border-radius: .3em; background: #1a7f37; } .fail { background: #b42318; }
+code, pre, td { overflow-wrap: anywhere; } pre { background: #f6f6f6; padding: .8em 1em; white-space: pre-wrap; }
+dt { font-weight: bold; } dd { margin: 0 0 .6em; } svg { width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: #444; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .2em .6em .2em 0; }
 """
 
 
@@ -34,97 +43,106 @@ def write(verdict: Verdict, path: str) -> Verdict:
 
 def page(verdict: Verdict) -> str:
     """The HTML of the report."""
-    word = "PASS" if verdict.holds else "FAIL"
-    command = escape(printable(shlex.join(verdict.command)))
-    tried = "".join(f"<li>{escape(printable(line))}</li>" for line in verdict.tried)
-    repetitions = f"<h2>Repetitions to find the cause</h2><ol>{tried}</ol>" if tried else ""
-    pictures = _Pictures(verdict)
+    word, says = ("PASS", "resumes exactly") if verdict.holds else ("FAIL", "does not resume exactly")
+    command = _text(shlex.join(verdict.command))
+    tried = "".join(f"<li>{_text(line)}</li>" for line in verdict.tried)
+    search = f"<details><summary>How the cause was found</summary><ol>{tried}</ol></details>" if tried else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{word}: {command}</title>
+<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>{_STYLE}</style></head><body>
-<h1><span class="verdict {word.lower()}">{word}</span> {command}</h1>
-<pre>{escape(verdict.text())}</pre>
-<h2>Loss: undisturbed (broad, blue), and above it every attempt of the killed run</h2>
-{pictures.curves()}
-<h2>Attempts</h2>
-{pictures.lanes()}
-{repetitions}
+<h1><span class="verdict {word.lower()}">{word}</span> This experiment {says}.</h1>
+<dl>{"".join(f"<dt>{term}</dt><dd>{_text(text)}</dd>" for term, text in _facts(verdict) if text)}</dl>
+<p><code>{command}</code></p>
+<h2>Loss</h2>
+{_curves([verdict.undisturbed, verdict.killed], verdict.difference)}
+<h2>Attempts of the run with kills</h2>
+<table><tr><th>steps<th>workers<th>end</tr>{"".join(_rows(verdict.killed))}</table>
+<h2>More</h2>
+{search}
+<details><summary>The report of the terminal</summary><pre>{escape(verdict.text())}</pre></details>
 </body></html>
 """
 
 
-class _Pictures:
-    """The drawings, which share one axis of steps. ``rows`` are attempts with colour and name."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        self._difference = verdict.difference
-        self._rows = [(verdict.undisturbed.attempts[0], _BASE, "undisturbed")]
-        self._rows += [
-            (attempt, _PALETTE[number % len(_PALETTE)], f"attempt {number + 1}")
-            for number, attempt in enumerate(verdict.killed.attempts)
-        ]
-        self._steps = max((attempt.last for attempt, _, _ in self._rows), default=0) or 1
-
-    def curves(self) -> str:
-        """Losses by step. Values that are not finite are left out."""
-        curves = [
-            [
-                (event["step"], loss)
-                for event in attempt.select("step")
-                if math.isfinite(loss := _loss(event["metrics"]))
-            ]
-            for attempt, _, _ in self._rows
-        ]
-        values = [loss for points in curves for _, loss in points]
-        if not values:
-            return "<p>No step was done.</p>"
-        low, high = min(values), max(values)
-        high = high if high > low else low + 1
-
-        def y(value: float) -> float:
-            return 10 + (_HEIGHT - 20) * (high - value) / (high - low)
-
-        drawn = []
-        for value in (low + (high - low) * part / 4 for part in range(5)):
-            ends = f'x1="{_LEFT}" x2="{self._x(self._steps):.1f}" y1="{y(value):.1f}" y2="{y(value):.1f}"'
-            text = f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-            drawn.append(f'<line {ends} stroke="#e4e4e4"/>{text}')
-        for number, ((_, colour, _), points) in enumerate(zip(self._rows, curves, strict=True)):
-            width, opacity = (1.5, 1) if number else (6, 0.35)
-            places = " ".join(f"{self._x(step):.1f},{y(loss):.1f}" for step, loss in points)
-            style = f'fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}" stroke-linejoin="round"'
-            drawn.append(f'<polyline points="{places}" {style}/>')
-        return self._picture(_HEIGHT, drawn, label="first difference")
-
-    def lanes(self) -> str:
-        """The steps of each attempt, and its end."""
-        lanes = [self._lane(number * _LANE, *row) for number, row in enumerate(self._rows)]
-        return self._picture(_LANE * len(self._rows), lanes)
-
-    def _lane(self, top: float, attempt: AttemptTrace, colour: str, name: str) -> str:
-        start, end = self._x(attempt.first), self._x(attempt.last)
-        size = f'x="{start:.1f}" y="{top + 6}" width="{max(end - start, 2):.1f}" height="{_LANE - 12}"'
-        text = f'<text x="0" y="{top + _LANE / 2 + 4}">{escape(name)}</text>'
-        bar = f'<rect {size} fill="{colour}" opacity=".75"/>'
-        kill = f"&#10007; {escape(attempt.killed)}" if attempt.killed else ""
-        end_text = f'<text x="{end + 3:.1f}" y="{top + _LANE / 2 + 5}">{kill}</text>'
-        return f"<g><title>{escape(summary(attempt))}</title>{text}{bar}{end_text}</g>"
-
-    def _picture(self, height: float, drawn: Sequence[str], *, label: str = "") -> str:
-        """A drawing with the numbers of steps below it, and a vertical line at the first difference."""
-        steps = sorted({round(self._steps * part / 8) for part in range(9)})
-        ticks = [f'<text x="{self._x(s):.1f}" y="{height + 16}" text-anchor="middle">{s}</text>' for s in steps]
-        ticks.append(f'<text x="{self._x(self._steps) + 30:.1f}" y="{height + 16}">step</text>')
-        if self._difference is not None:
-            x = self._x(self._difference.step)
-            line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#b42318" stroke-dasharray="4 3"/>'
-            ticks.append(f'{line}<text x="{x + 4:.1f}" y="12" fill="#b42318">{label}</text>')
-        return f'<svg viewBox="0 0 {_WIDTH} {height + 30}" role="img">{"".join([*drawn, *ticks])}</svg>'
-
-    def _x(self, step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / self._steps
+def _text(text: str) -> str:
+    return escape(printable(text)).replace("\n", "<br>")
 
 
-def _loss(metrics: dict[str, float]) -> float:
-    return metrics.get("loss", math.nan)
+def _facts(verdict: Verdict) -> Iterable[tuple[str, str]]:
+    """What a reader wants to know first, each with its name."""
+    cause, proven = verdict.cause, verdict.proven
+    if cause:
+        yield ("Cause" if cause.sure else "Probable cause"), _without_digests(cause.what)
+        yield "Remedy", cause.remedy
+        yield "Where", cause.where
+    yield "First difference", _difference(verdict.difference) if verdict.difference else ""
+    yield "Error", verdict.refusal
+    yield "Samples", "\n".join(verdict.audit[:5])
+    tried = f"{proven['kills']} kills and stops in {proven['steps']} steps, {proven['samples']} samples"
+    workers = " and ".join(map(str, proven["workers"]))
+    yield "Tried", f"{tried}, {proven['processes']} processes, {workers} data workers. {_COMPARED}"
+    yield "Notes", "\n".join(map(_without_digests, verdict.notes))
+
+
+def _difference(difference: FirstDifference) -> str:
+    values = [difference.expected, difference.actual]
+    if all(isinstance(value, int | float) for value in values):
+        how = "is {:.6g} without kills and {:.6g} with them".format(*values)
+    else:
+        how = "has other values after kills"
+    when = "right after loading the state of" if difference.restored else "in"
+    name = difference.part if difference.path == difference.part else f"{difference.part}, {difference.path},"
+    return f"{when} step {difference.step}, attempt {difference.attempt + 1}: the {name} {how}"
+
+
+def _without_digests(text: str) -> str:
+    """The same text for people: contents that are shown by a digest are only named."""
+    return _DIGEST.sub("(its contents)", text)
+
+
+def _rows(run: RunTrace) -> Iterable[str]:
+    for attempt in run.attempts:
+        alone = "" if attempt.victim is None else f", process {attempt.victim} alone"
+        end = ENDS.get(attempt.killed, "killed") if attempt.failure is None else "ended with an error"
+        yield f"<tr><td>{attempt.first} to {attempt.last}<td>{attempt.workers}<td>{end}{alone}</tr>"
+
+
+def _curves(runs: Sequence[RunTrace], difference: FirstDifference | None) -> str:
+    """The losses of runs by step, a line for each over all its attempts. Values that are not finite are left out."""
+    curves = [{step: _loss(event) for step, event in sorted(run.by_step().items())} for run in runs]
+    values = [loss for curve in curves for loss in curve.values() if math.isfinite(loss)]
+    if not values:
+        return "<p>No step was done.</p>"
+    low, high, last = min(values), max(values), max(map(max, filter(None, curves)))
+    high = high if high > low else low + 1
+
+    def x(step: float) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last, 1)
+
+    def y(loss: float) -> float:
+        return round(24 + (_HEIGHT - 34) * (high - loss) / (high - low), 1)
+
+    drawn = []
+    for part in range(_PARTS + 1):
+        loss, step = low + (high - low) * part / _PARTS, round(last * part / _PARTS)
+        drawn.append(f'<line x1="{_LEFT}" x2="{x(last)}" y1="{y(loss)}" y2="{y(loss)}" stroke="#e4e4e4"/>')
+        drawn.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4}" text-anchor="end">{loss:.3g}</text>')
+        drawn.append(f'<text x="{x(step)}" y="{_HEIGHT + 8}" text-anchor="middle">{step}</text>')
+    drawn.append(f'<text x="{x(last / 2)}" y="{_HEIGHT + 24}" text-anchor="middle">step</text>')
+    for number, (curve, (colour, width, name)) in enumerate(zip(curves, _RUNS, strict=True)):
+        points = " ".join(f"{x(step)},{y(loss)}" for step, loss in curve.items() if math.isfinite(loss))
+        style = f'stroke="{colour}" stroke-width="{width}" opacity="{0.9 if number else 0.4}"'
+        drawn.append(f'<polyline points="{points}" fill="none" stroke-linejoin="round" {style}/>')
+        drawn.append(f'<text x="{_LEFT + 110 * number}" y="12" style="fill: {colour}">{name}</text>')
+    if difference is not None:
+        where = f'x1="{x(difference.step)}" x2="{x(difference.step)}" y1="16" y2="{_HEIGHT - 10}"'
+        drawn.append(f'<line {where} stroke="#b42318" stroke-dasharray="4 3"/>')
+        drawn.append(f'<text x="{_WIDTH}" y="12" text-anchor="end" style="fill: #b42318">┆ first difference</text>')
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 30}" role="img">{"".join(drawn)}</svg>'
+
+
+def _loss(event: Event) -> float:
+    metrics: Mapping[str, Any] = event["metrics"]
+    return float(metrics.get("loss", math.nan))

@@ -39,7 +39,7 @@ from runner.storage.location import Buffer, Location
 from runner.verify import clocks, pins, source, suspects
 from runner.verify.execution import STOPS, Kill
 from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
-from runner.verify.memory import memory
+from runner.verify.memory import memory, private
 
 _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "")
 
@@ -163,6 +163,8 @@ class Recorder(Observer):
         self._since = time.monotonic()
 
     def on_step_start(self, loop: Loop) -> None:
+        if self._request["shift"]:
+            clocks.advance(clocks.STEP_SECONDS)
         self._line = {"generators": fingerprint({"generators": Generators().state_dict()})}
         self._since = time.monotonic()
 
@@ -195,13 +197,15 @@ class Recorder(Observer):
         self.die("evaluation", self._line.get("step", 0))
 
     def on_step(self, loop: Loop) -> None:
-        state = {"due": True} if loop.evaluation_due else self._fingerprints(loop.state)
+        # Once, whatever is requested: a user's state_dict may change something.
+        saved = None if loop.evaluation_due or self._request["silent"] else loop.state.state_dict()
+        state = {"due": True} if loop.evaluation_due else self._digests(saved)
         self.write("step", **self._line, evaluation=loop.evaluation or {}, **state)
-        if loop.step == self._request["take"]:
-            file, saved = Path(f"{self._request['record']}.taken"), loop.state.state_dict()["model"]
-            suspects.take(self._request["suspects"], self._objects, saved, file)
-        if loop.step == self._request["dump"]:
-            tensors = Snapshot.of(loop.step, loop.state.state_dict()).tensors
+        if saved and loop.step == self._request["take"]:
+            file = Path(f"{self._request['record']}.taken")
+            suspects.take(self._request["suspects"], self._objects, saved["model"], file)
+        if saved and loop.step == self._request["dump"]:
+            tensors = Snapshot.of(loop.step, saved).tensors
             torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, f"{self._request['record']}.pt")
         self.die("step", loop.step)
         if loop.step == self._saved:
@@ -221,15 +225,18 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             self.write("finished", **collect(directory))
-            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked)
+            self.write("private", paths=private(self._objects))
+            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked or clocks.asked)
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
             self.write("imported", modules=libraries)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:
-        """The state, and what the objects remember beside it."""
-        if self._request["silent"]:
+        return self._digests(None if self._request["silent"] else state.state_dict())
+
+    def _digests(self, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The state, and what the objects remember beside it; nothing of no state."""
+        if saved is None:
             return {}
-        saved = state.state_dict()
         return {"state": fingerprint(saved), "memory": memory(self._objects, saved["model"]) | suspects.settings()}
 
     def _try(self, state: TrainState, *, of_data: bool) -> None:

@@ -8,18 +8,20 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from runner.verify.fingerprint import is_a, type_name
 from runner.verify.memory import is_users, modules_of, mro
 
-Sources = list[tuple[str, int, int]]  # file, first and last line of a class or a function
+Place = tuple[str, int, int]  # file, first and last line of a class or a function
+Sources = list[Place]
 
 # Behind a name and its items and attributes: an assignment, or a method.
-_ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
+_ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
@@ -39,7 +41,7 @@ def sources(value: Any) -> Sources:
     return [*filter(None, places), *files.values()]
 
 
-def _place(thing: Any) -> tuple[str, int, int] | None:
+def _place(thing: Any) -> Place | None:
     try:
         lines, first = inspect.getsourcelines(thing)
         return str(inspect.getsourcefile(thing)), first, first + len(lines) - 1
@@ -47,24 +49,33 @@ def _place(thing: Any) -> tuple[str, int, int] | None:
         return None
 
 
-def line_of(names: Iterable[str], places: Sources) -> str:
-    """``file:line`` of the last line that changes the first of these names that any does, or else has it; of methods
-    that make or load an object only if no other has the name. Else the line of the class.
+def line_of(names: Iterable[str], places: Sources, others: Sequence[Place] = ()) -> str:
+    """``file:line`` of the last line that changes the first of these names that any does, in ``others`` if not in
+    ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
+    the class.
     """
     for name in names:
-        for file, first, last in places:
-            hits = _hits(name, file, first, last)
-            if hits:
-                return f"{file}:{max(hits)[-1]}"
+        line = _best(name, places) or _best(name, others) or _best(name, places, sure=False)
+        if line:
+            return line
     return f"{places[0][0]}:{places[0][1]}" if places else ""
 
 
-def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, int]]:
-    """Lines with a name: whether they are in a method that neither makes nor loads an object, whether they change it,
-    and their number.
+def _best(name: str, places: Sequence[Place], *, sure: bool = True) -> str:
+    """The line of a name in the first place that has it; ``sure``: that changes it."""
+    for file, first, last in places:
+        best = max(_hits(name, file, first, last), default=None)
+        if best and (best[:2] == (True, True) or not sure):
+            return f"{file}:{best[-1]}"
+    return ""
+
+
+def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, bool, int]]:
+    """Lines with a name: whether they are in a function that neither makes nor loads an object, whether they change it,
+    also by a call, whether they do so for its own sake, and not to return something, and their number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
-    change = re.compile(rf"\b{re.escape(name)}\b(?:{_ASSIGNED})")
+    change = re.compile(rf"\b{re.escape(name)}\b(?:[\"']\])?(?:{_ASSIGNED})")
     try:
         lines = Path(file).read_text().splitlines()[first - 1 : last]
     except OSError:
@@ -74,7 +85,9 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
         head = re.match(r"\s*(?:async )?def (\w+)", line)
         method = head[1] if head else method
         if word.search(line):
-            hits.append((method not in _MAKING, bool(change.search(line)), number))
+            changes = bool(change.search(line))
+            alone = changes and not line.lstrip().startswith("return ")
+            hits.append((line[:1].isspace() and method not in _MAKING, changes, alone, number))
     return hits
 
 
@@ -87,13 +100,14 @@ def of_stack(frame: FrameType | None) -> str:
     return ""
 
 
-def of_traceback(traceback: TracebackType | None) -> str:
-    """The same for the frames that an error came through."""
+def of_error(error: BaseException | None) -> str:
+    """The same for the frames that an error, or the error behind it, came through."""
     place = ""
-    while traceback is not None:
-        if is_users(traceback.tb_frame.f_globals.get("__name__")):
-            place = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
+    while error is not None and not place:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if is_users(frame.f_globals.get("__name__")):
+                place = f"{frame.f_code.co_filename}:{line}"
+        error = error.__cause__ or error.__context__
     return place
 
 
@@ -126,7 +140,8 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
     thing = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
-        if type(thing) is int or not {*mode} & {*"wax+"}:
+        volatile = is_a(thing, str) and thing.startswith(("/proc/", "/sys/", "/dev/"))
+        if type(thing) is int or not (volatile or {*mode} & {*"wax+"}):
             return ""  # what is only read is the same for every run
     if is_a(thing, PurePath):
         thing = PurePath.__str__(thing)

@@ -5,6 +5,7 @@ The values are pickled: into a file in the temporary folder of the proof, which 
 into a run directory.
 """
 
+import decimal
 import io
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,10 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "numpy.geterr()": (np.geterr, lambda value: np.seterr(**value)),
     "numpy.get_printoptions()": (np.get_printoptions, lambda value: np.set_printoptions(**value)),
+    "decimal.getcontext().prec": (
+        lambda: decimal.getcontext().prec,
+        lambda value: setattr(decimal.getcontext(), "prec", value),
+    ),
     "os.getcwd()": (os.getcwd, os.chdir),
     "sys.getrecursionlimit()": (sys.getrecursionlimit, sys.setrecursionlimit),
 }
@@ -162,6 +168,8 @@ def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
     elif kind == "class":
         if not _transfer(memory.class_dict(holder).get(key), value):
             type.__setattr__(holder, key, value)
+    elif kind == "attribute" and (slot := dict(memory.layout(type(holder))[0]).get(key)):
+        slot.__set__(holder, value)
     else:
         _store(_table(holder, kind), key, value)
 
@@ -226,7 +234,7 @@ def _transfer_items(old: Any, new: Any) -> bool:
         values = base(values)
         base.clear(old)
         (base.update if base is set else base.extend)(old, values)
-    elif memory.dict_of(old) is not None and not fingerprint.describe(old):
+    elif memory.dict_of(old) is not None and not fingerprint.describe(old) and not is_a(old, partial):
         return _transfer_items(memory.dict_of(old), memory.dict_of(new))
     else:
         return False
