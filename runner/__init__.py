@@ -14,7 +14,9 @@ checks the code against this map.
     8  run_spec     finish     inference
     7  trainer     build     restore
     6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
-    5  run_facts     state     foreign     evaluation     datasets/ (digits, fashion_mnist, folds, images, text)
+       rl/ (buffer, completion, generation, grpo, rewards)
+    5  run_facts     state     foreign     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds,
+       images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)

@@ -62,6 +62,7 @@ class Parts:
     plan: Plan | None  # None for iterable data
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluator: Evaluator
+    reference: nn.Module | None  # the model as it was built, for a task that needs a reference
     callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
@@ -75,6 +76,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     model = _model(config.model).to(device)
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
+    reference = copy.deepcopy(model) if task.needs_reference else None
     for part in vars(task).values():
         if isinstance(part, nn.Module):
             part.to(device)
@@ -98,6 +100,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         average=average,
         not_averaged=_not_averaged(config, model),
         parallelism=parallelism,
+        positions=lambda: stream.positions,
     )
     state = TrainState(
         model=model,
@@ -117,7 +120,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
     )
     own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
-    return Parts(state, task, update, parallelism, plan, recipe, evaluator, own)
+    return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 
 
 def _data(
@@ -231,7 +234,7 @@ def make_callbacks(
     if attempt is not None:
         location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept or bool(opening.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
-        callbacks["ledger"] = KeepLedger(ledger)
+        callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}

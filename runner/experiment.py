@@ -38,7 +38,7 @@ from runner.errors import (
 from runner.finish import finish
 from runner.metrics.writer import MetricWriters, WriterContext
 from runner.optimizers import table
-from runner.restore import Resumed, resolve, restore_newest
+from runner.restore import Resumed, load_reference, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
@@ -283,6 +283,8 @@ def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointS
         state.stream.repeat_substitutions(dict(recorded))
     origin = ParentRecord.of(directory)
     with signals.at_once(team.world.size == 1):
+        if parts.reference is not None:
+            parts.task.reference = load_reference(parts.reference, state, origin, opening.parent, directory, team.comm)
         return restore_newest(
             state,
             store,

@@ -1,14 +1,14 @@
 """Restores the state from which training continues: from a run's own checkpoints, from its parent, or from scratch."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from runner import signals
 from runner.callbacks.base import FAILED
@@ -124,31 +124,69 @@ def begin(
         seed_all(seed)
         return Resumed()
     if origin.foreign:
-        unchanged = partial(origin.unchanged_files, asked)
-        files = [Path(path) for path in on_rank_zero(comm, lambda: [*map(str, unchanged())])]
-        if not files:
-            raise ConfigError(f"{origin.run} is gone, and nothing of the run is saved yet: restore it")
-        unmatched = state.inherit(read_weights(files, comm), strict=origin.load == "strict")
+        unmatched = state.inherit(_foreign_weights(origin, asked, comm), strict=origin.load == "strict")
         state.stream.open()
         seed_all(seed)
         return Resumed(origin=origin, unmatched=tuple(unmatched))
-    parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
-    if commit is None:
-        raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
-    origin = replace(origin, run=parent.location.url)
-    try:
+    with _opened(origin, asked, directory, comm) as (url, commit, checkpoint):
+        origin = replace(origin, run=url)
         if origin.inherit == "model":
-            unmatched = state.inherit(parent.open(commit, comm), strict=origin.load == "strict")
+            unmatched = state.inherit(checkpoint, strict=origin.load == "strict")
             state.stream.open()
             seed_all(seed)
             return Resumed(origin=origin, unmatched=tuple(unmatched))
-        checkpoint = parent.open(commit, comm)
         # The data position only if it means the same samples; the parent's callbacks are not this run's.
         same_data = not state.stream.changes(checkpoint.load("data"))
         if not same_data:
             state.stream.open()
         _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
         return Resumed(commit, origin=origin)
+
+
+def load_reference(
+    model: nn.Module,
+    state: TrainState,
+    origin: ParentRecord | None,
+    asked: Parent | None,
+    directory: RunDirectory,
+    comm: Communicator,
+) -> nn.Module:
+    """``model``, as it was built, with the weights with which the run of ``state`` began: frozen, in evaluation mode.
+    A run that began as the continuation of another has the reference of that one.
+
+    Raises NoLoadableCheckpoint, ConfigError, StateError.
+    """
+    while origin is not None and origin.inherit == "all":
+        location = _parent(origin, asked, directory)
+        directory, asked = RunDirectory.at(location.url, asked.options if asked else directory.options), None
+        origin = ParentRecord.of(directory)
+    whole = replace(state, model=model, average=None, built=None)
+    if origin is not None and origin.foreign:
+        whole.inherit(_foreign_weights(origin, asked, comm), strict=origin.load == "strict")
+    elif origin is not None:
+        with _opened(origin, asked, directory, comm) as (_, _, checkpoint):
+            whole.inherit(checkpoint, strict=origin.load == "strict")
+    return model.requires_grad_(False).eval()
+
+
+def _foreign_weights(origin: ParentRecord, asked: Parent | None, comm: Communicator) -> Checkpoint:
+    """The weights of files that no run made, unchanged since the run began. Raises ConfigError if they are gone."""
+    files = on_rank_zero(comm, lambda: [*map(str, origin.unchanged_files(asked))])
+    if not files:
+        raise ConfigError(f"{origin.run} is gone, and this run needs its weights: restore it")
+    return read_weights([*map(Path, files)], comm)
+
+
+@contextmanager
+def _opened(
+    origin: ParentRecord, asked: Parent | None, directory: RunDirectory, comm: Communicator
+) -> Iterator[tuple[str, CommitId, Checkpoint]]:
+    """Within the block, the checkpoint of a parent, and its run's URL. Raises NoLoadableCheckpoint if it is damaged."""
+    parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
+    if commit is None:
+        raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
+    try:
+        yield parent.location.url, commit, parent.open(commit, comm)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
         raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_why(commit, error)])) from error

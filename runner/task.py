@@ -1,8 +1,9 @@
 """``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -41,6 +42,28 @@ class Update(OptimizerUpdate, Protocol):
     def __getitem__(self, name: str) -> OptimizerUpdate:
         """The update by one of several optimizers."""
 
+    def positions(self) -> range:
+        """The positions, in the endless stream of samples, of the micro-batch that was taken last: with a seed, the key
+        of what is random about each sample.
+        """
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all processes pass, in the order of their ranks; tensors on the CPU, and plain values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a task made of the samples of a step, such as completions, and what of it was trained: for the ledger.
+
+    ``digest`` (64 bits) covers what was made from the samples of this step. ``trained`` are the positions of samples,
+    of this or an earlier step, that were trained ``times`` times now; ``dropped`` those that never will be.
+    """
+
+    digest: int
+    trained: Sequence[int] = ()
+    times: int = 1
+    dropped: Sequence[int] = ()
+
 
 class Task(ABC):
     """One way to turn a batch into a loss and metrics.
@@ -49,7 +72,15 @@ class Task(ABC):
     with the model. ``load_state_dict`` gets tensors on the CPU. Modules that are attributes of a task, such as metrics
     of torchmetrics, are moved to the run's device. Metrics are tensors of shape [], means over the samples of the
     batch, left on their device.
+
+    A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
+    began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
+    that makes training data in ``optimization_step`` says what in ``made``.
     """
+
+    needs_reference = False
+    reference: nn.Module | None = None
+    made: Made | None = None
 
     def setup(self, model: nn.Module, device: torch.device) -> None:  # noqa: B027  # most tasks need nothing
         """Make what the task needs besides the model: a teacher, a critic, reference weights.

@@ -47,6 +47,7 @@ class WeightUpdate:
     _begun: bool = False  # since the last ``end``: some gradients were used, ...
     _bad: bool = False  # ... not finite, ...
     _moved: bool = False  # ... weights were moved
+    positions: Callable[[], range] = lambda: range(0)
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -66,6 +67,9 @@ class WeightUpdate:
             known = ", ".join(by_name(self.optimizer)) or "one, without a name: use update.step(loss)"
             raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {known}")
         return NamedUpdate(self, name)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.parallelism.gather(value)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         several = isinstance(self.optimizer, Named)

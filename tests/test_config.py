@@ -68,9 +68,14 @@ def smoke(message: str, *overrides: str, status: int = 2) -> Mistake:
 
 MISTAKES = {
     "no experiment": command("You must specify 'experiment'"),
-    "no experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n"),
+    "no experiment, the list": command(
+        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tsmoke"
+    ),
     "unknown experiment": command("Could not find 'experiment/nope'", "experiment=nope"),
-    "unknown experiment, the list": command("\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n", "experiment=nope"),
+    "unknown experiment, the list": command(
+        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tsmoke",
+        "experiment=nope",
+    ),
     "misspelt key": smoke("Did you mean trainer.max_steps?", "trainer.max_step=3"),
     "added key": smoke("no key trainer.max_step. Did you mean trainer.max_steps", "+trainer.max_step=3"),
     "group of null": smoke("Leave a group out with ~GROUP", "optimizer=null"),
@@ -306,7 +311,7 @@ def test_help_explains_the_command(life: Lives) -> None:
     text = life("--help").output
     for part in (
         "start the run, resume it, or print its result",
-        "experiment: digits, fashion_mnist, gan, gpt, gpt_muon",
+        "experiment: arithmetic_grpo, arithmetic_sft, digits, fashion_mnist, gan, gpt, gpt_muon, smoke",
         "75",
     ):
         assert part in text

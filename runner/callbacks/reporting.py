@@ -7,7 +7,7 @@ import sys
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.callbacks.evaluate import Best
-from runner.data.ledger import Ledger
+from runner.data.ledger import Ledger, made_text
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
@@ -70,17 +70,18 @@ class FiniteLoss(Callback):
 
 @dataclass(eq=False)
 class KeepLedger(Callback):
-    """Records the samples of every step, and compares those of a repeated step with the record of an earlier attempt.
-    Runs first, so that a step with other samples is not reported, evaluated or committed.
+    """Records the samples of every step and what the task made of them, and compares those of a repeated step with the
+    record of an earlier attempt. Runs first, so that a step with other samples is not reported, evaluated or committed.
     """
 
     ledger: Ledger
+    task: Task
 
     def on_start(self, loop: Loop) -> None:
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(loop.state.stream.ledger_line(loop.step))
+        self.ledger.add(replace(loop.state.stream.ledger_line(loop.step), made=made_text(self.task.made)))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -365,6 +365,8 @@ class IterableStream(TrainingStream):
                 raise self._ahead
             batch, self._ahead = self._ahead, None
             assert batch is not None
+            first = self.consumed + self.count
+            self.positions = range(first, first + batch.size)
             self.count += batch.size
             hash_content(batch.content, content)
             self.digest = content.intdigest()

@@ -4,9 +4,10 @@
     ledger/s000000100-a000002.txt          the steps of attempt 2 after step 100, a line per step
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
-for every sample that could not be read. Nothing is ever removed: if a step is repeated after a kill, both lines stay,
-and they must be equal. ``check_exactly_once`` reconstructs the order of the samples from the stored plan, and counts a
-line only if its digest is the digest of the samples at its positions.
+for every sample that could not be read, then what the task made of the samples (``made_text``). Nothing is ever
+removed: if a step is repeated after a kill, both lines stay, and they must be equal. ``check_exactly_once``
+reconstructs the order of the samples from the stored plan, and counts a line only if its digest is the digest of the
+samples at its positions.
 """
 
 import json
@@ -27,12 +28,17 @@ from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
 from runner.plain import parse, parse_object
 from runner.storage.location import JournalChain, Location
+from runner.task import Made
 
 log = logging.getLogger("runner")
 
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
-_LINE = re.compile(r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)")
+_LINE = re.compile(
+    r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)(| made=[^\n]*)"
+)
+_RANGES = r"(?:[0-9]{1,18}-[0-9]{1,18}(?:,[0-9]{1,18}-[0-9]{1,18})*)?"
+_MADE = re.compile(rf" made=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
 SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
 MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
 _MAX_SEGMENT = 64 << 20  # bytes
@@ -56,9 +62,24 @@ class LedgerLine:
     last: int
     digest: int
     substitutions: str = ""
+    made: str = ""
 
     def __str__(self) -> str:
-        return f"{self.step} {self.first} {self.last} {self.digest:016x}{self.substitutions}"
+        return f"{self.step} {self.first} {self.last} {self.digest:016x}{self.substitutions}{self.made}"
+
+
+def made_text(made: Made | None) -> str:
+    """What a task made, as the end of a line: ``made=<digest> trained=0-3,7-7x2 dropped=4-6``, with positions."""
+    if made is None:
+        return ""
+    return f" made={made.digest:016x} trained={_ranges(made.trained)}x{made.times} dropped={_ranges(made.dropped)}"
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    ordered = np.unique(np.asarray([*positions], dtype=np.int64))
+    return ",".join(
+        f"{run[0]}-{run[-1]}" for run in np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1) if len(run)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +241,9 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
     if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
-    return LedgerLine(step, first, last, int(fields[4], 16), fields[5])
+    if fields[6] and _MADE.fullmatch(fields[6]) is None:
+        raise ValueError(f"not what a task made: {fields[6][:80]!r}")
+    return LedgerLine(step, first, last, int(fields[4], 16), fields[5], fields[6])
 
 
 @dataclass(slots=True)

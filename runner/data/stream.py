@@ -48,6 +48,7 @@ class TrainingStream(ABC):
 
     consumed = epochs_before = substituted = 0
     waited = 0.0
+    positions = range(0)  # of the micro-batch that ``step`` yielded last
 
     def __init__(self, loading: LoaderOptions, device: torch.device) -> None:
         self._loading = loading
@@ -174,6 +175,7 @@ class MapStyleStream(TrainingStream):
             substitutions += self._report(fetched.bad)
             if number == len(own):
                 self._step = slices[0].first, total, StepSamples(digest % 2**64, substitutions)
+            self.positions = range(piece.first, piece.first + piece.count)
             yield piece.count / total, to_device(fetched.batch, self._device)
 
     @property

@@ -44,6 +44,11 @@ class _SeveralProcesses(Parallelism):
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return verdict
 
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
     def sync_buffers(self) -> None:
         """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
         added after the start are left alone: they may be caches of any size.
@@ -112,6 +117,7 @@ class Replicated(_SeveralProcesses):
         for number, micro_batch in enumerate(micro_batches, 1):
             self._last = number == self._micro_batches
             yield micro_batch
+        self._last = False  # a task that collects its micro-batches first may go backward any number of times
 
     def reduce_gradients(self) -> None:
         """Gradients of weights that were frozen or absent at the start go last, in buckets made anew at each step."""

@@ -114,6 +114,10 @@ class Parallelism:
         """Whether ``verdict`` (bool, shape []) is true in all processes."""
         return verdict
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        return [value]
+
     def sync_buffers(self) -> None:
         """After a step: copy rank 0's buffers, such as running means, to all processes."""
 

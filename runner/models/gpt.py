@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Cache = list[tuple[Tensor, Tensor]]  # keys and values [B, heads, T, width / heads] of each layer
+
 
 class GPT(nn.Module):
-    """Bytes [B, T <= block_size] -> logits [B, T, vocabulary]."""
+    """Bytes [B, T <= block_size] -> logits [B, T, vocabulary].
+
+    With a ``cache`` (a list, empty at first) the tokens follow those of the calls before, and then come one at a time.
+    """
 
     def __init__(
         self, *, block_size: int, layers: int, heads: int, width: int, dropout: float = 0.0, vocabulary: int = 256
@@ -30,10 +35,13 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers))
         self.head.weight = self.tokens.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        past = cache[0][0].shape[2] if cache else 0
+        x = self.tokens(tokens) + self.positions(torch.arange(past, past + tokens.shape[1], device=tokens.device))
         x = self.dropout(x)
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache, number)
+        logits: Tensor = self.head(self.norm(x))
         return logits
 
 
@@ -49,8 +57,8 @@ class TransformerBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_attention(x))
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), cache, layer)
         y: Tensor = x + self.feed_forward(self.norm_feed_forward(x))
         return y
 
@@ -66,11 +74,16 @@ class CausalAttention(nn.Module):
         self.project = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         batch, length, width = x.shape
         query, key, value = self.query_key_value(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        past = False
+        if cache is not None:
+            if past := len(cache) > layer:
+                key, value = torch.cat([cache[layer][0], key], 2), torch.cat([cache[layer][1], value], 2)
+            cache[layer:] = [(key, value), *cache[layer + 1 :]]
         rate = self.rate if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=not past)
         y: Tensor = self.dropout(self.project(mixed.transpose(1, 2).reshape(batch, length, width)))
         return y
 

@@ -1,0 +1,54 @@
+"""Small sums with their answers, generated from a seed."""
+
+import random
+
+from runner.errors import ConfigError
+from runner.hashing import derive, int_digest
+
+
+class Arithmetic:
+    """``{"prompt": "17+25=", "answer": "42"}``: ``terms`` whole numbers below ``largest``, joined by ``operators``.
+
+    Sample ``index`` is a function of (``seed``, ``index``). A problem whose hash is divisible by ``held_out`` belongs
+    to the validation split, any other to the training split: the splits share no problem.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        size: int,
+        seed: int = 0,
+        terms: int = 2,
+        largest: int = 100,
+        operators: str = "+",
+        held_out: int = 10,
+    ) -> None:
+        if split not in ("train", "validation"):
+            raise ConfigError(f"arithmetic has no split {split!r}; there are train and validation")
+        if {*operators} - {*"+-*"} or not operators:
+            raise ConfigError(f"data.*.operators={operators!r}: expected some of + - *")
+        self._validation = split == "validation"
+        self._size = size
+        self._seed = seed
+        self._terms, self._largest, self._operators = terms, largest, operators
+        self._held_out = held_out
+        self.fingerprint = f"{split} {size} {seed} {terms} {largest} {operators} {held_out}"
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        draw = random.Random(derive("arithmetic", self._seed, index))
+        while True:
+            numbers = [draw.randrange(self._largest) for _ in range(self._terms)]
+            text, value = str(numbers[0]), [numbers[0]]
+            for number in numbers[1:]:
+                operator = draw.choice(self._operators)
+                text += f"{operator}{number}"
+                if operator == "*":
+                    value[-1] *= number
+                else:
+                    value.append(number if operator == "+" else -number)
+            if (int_digest(text.encode()) % self._held_out == 0) is self._validation:
+                return {"prompt": f"{text}=", "answer": str(sum(value))}
