@@ -3,18 +3,19 @@
 Both sides have the same model, data set, optimizer, scheduler and clipping (those of the experiment), the same full
 batches, the same scalars for TensorBoard every 10 steps, and one thread.
 
-    bare      torch's DataLoader(shuffle=True), a for loop, SummaryWriter; nothing can be resumed, nothing is checked
+    bare      torch's DataLoader(shuffle=True), a for loop, SummaryWriter, torch.save; nothing can be resumed, nothing
+              is checked
     runner    ``runner.experiment.run`` as the command runs it: all callbacks, deterministic kernels, metric lines,
-              heartbeats. Checkpoints and evaluations are configured and never due. Once for each ``data.randomness``:
-              ``off``; ``batch``, which seeds before every batch; ``sample``, which seeds before every sample.
+              heartbeats. Once for each ``data.randomness``: ``off``; ``batch``, which seeds before every batch;
+              ``sample``, which seeds before every sample.
 
 All sides of a case live at the same time, each in a process of its own, and take turns: a block of steps here, a block
-of steps there, so that other load on the machine meets all of them. A figure is the median over blocks of the mean time
-of a block's steps, start-up and warm-up left out; a ratio is one of two such medians. The spread is the quartiles of
-the ratios between blocks of the same turn.
+of steps there. A figure is the median over blocks of the mean CPU time of the training thread for a step, start-up and
+warm-up left out, so that other load on the machine hardly shows; a ratio is one of two such medians. The spread is the
+quartiles of the ratios between blocks of the same turn. ``--clock`` measures the time that passes instead.
 
     python -m benchmarks.loop                          # from the root of the repository; about ten minutes
-    python -m benchmarks.loop smoke --turns 20 --sets 1
+    python -m benchmarks.loop mlp --turns 20 --sets 1
 """
 
 import argparse
@@ -42,39 +43,48 @@ NEVER = 1_000_000_000  # steps
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An experiment, the kinds of randomness to run it with, and the sizes of blocks and warm-up in steps."""
+    """An experiment with overrides, the kinds of randomness to run it with, the steps between two checkpoints, and the
+    sizes of blocks and warm-up in steps.
+    """
 
+    experiment: str
+    overrides: tuple[str, ...]
     randomness: tuple[str, ...]
+    save_every: int
     block: int
     warm_up: int
 
 
-# Blocks of a fraction of a second; those of gpt are shorter than the 10 steps between two reports.
+_MLP = ("data.batch_size=32", "trainer.clip_norm=null")
+# Blocks of a fraction of a second; those of gpt are shorter than the 10 steps between two reports. ``mlp`` draws no
+# random numbers in its samples, ``mlp-draws`` draws from torch in each of them.
 CASES = {
-    "smoke": Case(("off", "batch", "sample"), block=60, warm_up=200),
-    "digits": Case(("off", "batch", "sample"), block=20, warm_up=60),
-    "gpt": Case(("off",), block=2, warm_up=2),
+    "mlp": Case("smoke", (*_MLP, "data.train.shift=0"), ("off", "sample"), 500, block=500, warm_up=500),
+    "mlp-draws": Case("smoke", _MLP, ("batch", "sample"), 500, block=500, warm_up=500),
+    "digits": Case("digits", (), ("off", "batch", "sample"), NEVER, block=20, warm_up=60),
+    "gpt": Case("gpt", (), ("off",), NEVER, block=2, warm_up=2),
 }
 
 
 class Gate:
-    """In a child: lets it go on for as many steps as the parent asks for, and tells how long they took."""
+    """In a child: lets it go on for as many steps as the parent asks for, and tells how long they took by ``clock``."""
 
-    def __init__(self, warm_up: int) -> None:
+    def __init__(self, warm_up: int, clock: Callable[[], float]) -> None:
         self._left = self._steps = warm_up
-        self._since = time.perf_counter()
+        self._clock = clock
+        self._since = clock()
 
     def passed(self) -> bool:
         """Call after every step; False when there are no more to be done."""
         self._left -= 1
         if self._left:
             return True
-        print((time.perf_counter() - self._since) / self._steps, flush=True)
+        print((self._clock() - self._since) / self._steps, flush=True)
         asked = sys.stdin.readline()
         if not asked:
             return False
         self._left = self._steps = int(asked)
-        self._since = time.perf_counter()
+        self._since = self._clock()
         return True
 
 
@@ -98,7 +108,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
         experiment.run(opening, config, Team(), overrides=overrides)
 
 
-def train_bare(config: Any, gate: Gate) -> None:
+def train_bare(config: Any, gate: Gate, save_every: int) -> None:
     """The loop that people write."""
     import torch
     from hydra.utils import instantiate
@@ -155,6 +165,10 @@ def train_bare(config: Any, gate: Gate) -> None:
             samples_per_second = every * batch_size / seconds
             writer.add_scalar("time/samples_per_second", samples_per_second, step)
             window, waited, since = [], 0.0, time.monotonic()
+        if step % save_every == 0:
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "step": step}, f"{config.run.root}/checkpoint.pt")
         if not gate.passed():
             return
 
@@ -165,29 +179,32 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def child(experiment: str, side: str, folder: str) -> None:
+def child(name: str, side: str, folder: str, *, clock: Callable[[], float]) -> None:
     """One side of a case, in this process."""
     from hydra import compose, initialize_config_dir
 
+    case = CASES[name]
     overrides = [
-        f"experiment={experiment}",
+        f"experiment={case.experiment}",
+        *case.overrides,
         f"run.root={folder}",
         "runtime.device=cpu",
         "runtime.num_threads=1",
         "runtime.audit=false",  # it would refuse randomness=off for data that draws
         f"trainer.max_steps={NEVER}",
         f"trainer.evaluate_every_steps={NEVER}",
-        f"checkpoint.every_steps={NEVER}",
-        f"checkpoint.every_seconds={NEVER}",
+        "checkpoint.every=null",
+        f"checkpoint.every_steps={case.save_every}",
+        "checkpoint.every_seconds=null",
     ]
     if side != BARE:
         overrides.append(f"data.randomness='{side}'")
     app.register()
     with initialize_config_dir(str(app.CONFIGS.absolute()), version_base="1.3"):
         config = compose("config", overrides)
-    gate = Gate(CASES[experiment].warm_up)
+    gate = Gate(case.warm_up, clock)
     if side == BARE:
-        train_bare(config, gate)
+        train_bare(config, gate, case.save_every)
     else:
         train_with_runner(config, overrides, gate)
 
@@ -195,11 +212,11 @@ def child(experiment: str, side: str, folder: str) -> None:
 class Side:
     """In the parent: one child, waiting at its gate."""
 
-    def __init__(self, experiment: str, side: str, stack: ExitStack) -> None:
+    def __init__(self, case: str, side: str, stack: ExitStack, *options: str) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         self._errors: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+"))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.loop", experiment, "--child", side, "--folder", folder],
+            [sys.executable, "-m", "benchmarks.loop", case, "--child", side, "--folder", folder, *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -229,27 +246,27 @@ class Side:
         self._process.communicate()
 
 
-def measure(experiment: str, *, turns: int, sets: int) -> dict[str, list[float]]:
+def measure(name: str, *options: str, turns: int, sets: int) -> dict[str, list[float]]:
     """Milliseconds per step of every block, by side. ``sets`` times new processes, each for ``turns`` turns."""
-    case = CASES[experiment]
+    case = CASES[name]
     found: dict[str, list[float]] = {side: [] for side in (BARE, *case.randomness)}
     for _ in range(sets):
         with ExitStack() as stack:
-            sides = {side: Side(experiment, side, stack) for side in found}
+            sides = {side: Side(name, side, stack, *options) for side in found}
             for turn in range(turns):
                 for side in list(sides) if turn % 2 else list(sides)[::-1]:
                     found[side].append(sides[side].milliseconds_per_step(case.block))
     return found
 
 
-def rows(experiment: str, found: Mapping[str, list[float]]) -> Iterator[list[str]]:
+def rows(name: str, found: Mapping[str, list[float]]) -> Iterator[list[str]]:
     """Lines of the table."""
     bare = found[BARE]
     for side, times in found.items():
         if side != BARE:
             low, _, high = quantiles(sorted(t / b for t, b in zip(times, bare, strict=True)), n=4)
             yield [
-                experiment,
+                name,
                 side,
                 f"{median(bare):.3f}",
                 f"{median(times):.3f}",
@@ -260,20 +277,23 @@ def rows(experiment: str, found: Mapping[str, list[float]]) -> Iterator[list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(CASES)}; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all")
     parser.add_argument("--turns", type=int, default=40, help="blocks of each side for each set of processes")
     parser.add_argument("--sets", type=int, default=3, help="how many times to start new processes")
+    parser.add_argument("--clock", action="store_true", help="measure the time that passes, and not that of the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.experiments if name not in CASES]:
-        parser.error(f"no such experiment here: {', '.join(unknown)}")
+    if unknown := [name for name in arguments.cases if name not in CASES]:
+        parser.error(f"no such case: {', '.join(unknown)}")
     if arguments.child:
-        child(arguments.experiments[0], arguments.child, arguments.folder)
+        clock = time.perf_counter if arguments.clock else time.thread_time
+        child(arguments.cases[0], arguments.child, arguments.folder, clock=clock)
         return
     table: list[list[str]] = []
-    for experiment in arguments.experiments or CASES:
-        table += rows(experiment, measure(experiment, turns=arguments.turns, sets=arguments.sets))
+    options = ["--clock"] * arguments.clock
+    for name in arguments.cases or CASES:
+        table += rows(name, measure(name, *options, turns=arguments.turns, sets=arguments.sets))
     headers = ["case", "randomness", "bare ms", "runner ms", "ratio", "spread"]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 

@@ -4,19 +4,20 @@ All modules by layer, the highest first. A module imports only from lower layers
 layer, there are no import cycles. Few modules import any given third-party package. ``tests/test_architecture.py``
 checks the code against this map.
 
+   14  api
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
    11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
-    8  run_spec     finish
+    8  run_spec     finish     inference
     7  trainer     build     restore
-    6  callbacks/ (base, dry, evaluate, reporting, saving)
+    6  callbacks/ (base, dry, evaluate, looking, reporting, saving)
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
-       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, stream, training_data)
+       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
@@ -29,4 +30,27 @@ checks the code against this map.
        models/ (convnet, gpt, mlp)
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from runner.api import Run, table, train
+    from runner.api import Run as open  # noqa: A004, N813
+
+__all__ = ["Run", "__version__", "open", "table", "train"]
+
+_API = {"Run": "Run", "open": "Run", "table": "table", "train": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    """The names for notebooks and scripts, whose imports take a second."""
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from runner import api
+
+    return getattr(api, _API[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})

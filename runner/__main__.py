@@ -1,5 +1,6 @@
 """``python -m runner experiment=x``: run it, kill it, run it again."""
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from runner import signals
+from runner import __version__, signals
 from runner.distributed.world import world
 from runner.errors import RunnerError, printable
 
@@ -30,6 +31,9 @@ _QUOTED = r'"\g<0>"'
 
 def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"hydra-runner {__version__}")
+        return 0
     signals.install()  # before the imports, which take a second in which a signal may arrive
     sys.excepthook = _print_escaped
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here, where each gets its status
@@ -41,6 +45,11 @@ def main() -> int:
     from runner.config.identity import quote_run_names
     from runner.sweep import launcher, optuna
 
+    if sys.argv[1:] == ["schema"]:
+        from runner.config.help import json_schema
+
+        print(json.dumps(json_schema(app.CONFIGS / "config.yaml"), indent=1))
+        return 0
     sys.argv[1:] = _flags_first(quote_run_names(sys.argv[1:]))
     if (key := _key_to_explain(sys.argv[1:])) is not None:
         from runner.config.help import explain

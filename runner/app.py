@@ -18,7 +18,6 @@ import atexit
 import copy
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -49,7 +48,7 @@ from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerErr
 from runner.run.opening import OpenedRun, must_wait, refuse_links
 from runner.run_spec import RunSpec, run_name
 from runner.stop_request import VARIABLE, StopRequest
-from runner.storage.location import is_remote, local_root
+from runner.storage.location import is_remote, local_folder
 
 log = logging.getLogger("runner")
 
@@ -57,9 +56,6 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the configurations lie inside the package, in a clone beside it.
 CONFIGS = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 _POLL_SECONDS = 0.5
-_LOCAL_FILES = "outputs/remote"
-_USER = re.compile(r"(?<=://)[^/]*@")
-_UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 
 
 class Formatter(logging.Formatter):
@@ -150,6 +146,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
     on_all_ranks(team.comm, lambda: _require_folder(folder))
     changes = {"root": str(folder), "storage_options": {}, "name": "dry", "on_drift": "refuse", "on_conflict": "fail"}
     config = OmegaConf.merge(config, {"run": changes})  # type: ignore[assignment]
+    config.observers = {}
     dry = DryRun()
     try:
         with observed_by(dry):
@@ -248,9 +245,7 @@ def _local_folder(config: DictConfig) -> tuple[str, str]:
     """The local root, and the folder of the experiment below it, which is empty for a sweep over experiments."""
     refuse_secrets(config)  # Hydra asks for the folder before it writes anything
     root = _temporary() if config.run.dry else config.run.root
-    if is_remote(root):
-        root = f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
-    return local_root(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""
+    return local_folder(root), OmegaConf.select(config, "hydra.runtime.choices.experiment") or ""
 
 
 def _without_links(config: DictConfig, root: str, below: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, notify, observers
+from runner.callbacks.base import Callback, Observer, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -76,6 +76,9 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     train_mode(model)
     task = _instance(config.task, "task", kind=Task)
     reference = copy.deepcopy(model) if task.needs_reference else None
+    if type(task).setup is not Task.setup:
+        seed_all(derive("task", config.seed))
+        task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     parallelism = _parallelism(config, model, average, plan, device, team.world)
     if config.runtime.compile:
@@ -127,7 +130,9 @@ def _data(
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
-    stream, plan = training_data(config, train, loading, device, collate, world)
+    weighted = data.weights is not None and data.overfit is None
+    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.validation is None:
         return stream, plan, None
     held_out = train if data.overfit is not None else _instance(data.validation, "data.validation")
@@ -303,6 +308,12 @@ def make_callbacks(
     return callbacks
 
 
+def make_observers(config: Config) -> dict[str, Callback]:
+    """The configured observers, by the names that they have among the callbacks of an attempt."""
+    nodes = {str(name): node for name, node in config.observers.items() if node is not None}
+    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
+
+
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     """The callback that evaluates, and the callbacks that use its results."""
     trainer, metric, mode = config.trainer, config.objective.metric, config.objective.mode.name
@@ -318,6 +329,11 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if stopping.patience is not None:
             callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
     return callbacks
+
+
+def build_part(config: DictConfig, key: str) -> Any:
+    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
+    return _instance(OmegaConf.select(config, key), key)
 
 
 def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import runner
 from runner import signals
-from runner.build import Parts, build, make_callbacks, open_writers, training_steps
+from runner.build import Parts, build, make_callbacks, make_observers, open_writers, training_steps
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
 from runner.callbacks.evaluate import Evaluate
 from runner.checkpoint.manifest import commits
@@ -40,6 +40,7 @@ from runner.restore import Resumed, load_reference, resolve, restore_newest
 from runner.restore import begin as begin_state
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
+from runner.run.directory import RunDirectory
 from runner.run.opening import OpenedRun, claim_run, trained
 from runner.run.parent import ParentRecord, new_run_hint
 from runner.state import Stateful
@@ -63,6 +64,9 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     callbacks: dict[str, Callback] = {}
     reporting = _reporting_errors(callbacks)
     with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack:
+        looking = make_observers(config)
+        callbacks.update(looking)
+        notify(looking.values(), "on_command", directory)
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
@@ -70,21 +74,19 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
             stack.callback(parts.held_out.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
-        setup = _set_up(config, parts, callbacks, store)
-        parts.state.memories = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
+        callbacks.update({name: callbacks.pop(name) for name in looking})  # after all others
+        setup = _set_up(config, parts, callbacks, store, directory, number)
+        with_state = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
+        parts.state.memories = {name: call for name, call in with_state.items() if name not in looking}
 
         on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
         resumed = _resume(opening, config, parts, store, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            place, own = (
-                (directory.location, directory.experiment, directory.name),
-                (directory.record() or {}).get("id"),
-            )
-            context = WriterContext(
-                *place, opening.identity, number, resumed.step, id=str(own), options=directory.options
-            )
+            place = (directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step)
+            name = str((directory.record() or {}).get("id"))
+            context = WriterContext(*place, id=name, options=directory.options)
             open_writers(writers, setup.writers, context, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(opening, parts, resumed, number, here)
@@ -97,11 +99,19 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
         return result
 
 
-def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], store: CheckpointStore) -> TrainingSetup:
+def _set_up(
+    config: Config,
+    parts: Parts,
+    callbacks: dict[str, Callback],
+    store: CheckpointStore,
+    directory: RunDirectory,
+    number: int,
+) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
     trainer, steps = config.trainer, training_steps(config.trainer, parts.plan)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
-    setup = TrainingSetup(parts.state, callbacks, store, steps, trainer.max_epochs, trainer.max_seconds, writers)
+    limits = (steps, trainer.max_epochs, trainer.max_seconds)
+    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, directory.local, number)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -72,9 +73,20 @@ class Task(ABC):
     reference: nn.Module | None = None
     made: Made | None = None
 
+    def setup(self, model: nn.Module, device: torch.device) -> None:  # noqa: B027  # most tasks need nothing
+        """Make what the task needs besides the model: a teacher, a critic, reference weights.
+
+        Called once in every attempt and process, when the model is built, in training mode and on the device; before it
+        is averaged, compiled or divided among processes, before the optimizer is made, and before anything is restored,
+        also the weights of ``run.parent``. The random generators have a seed of their own here. What training changes
+        later belongs into ``state_dict``; what stays as it was made does not.
+        """
+
     @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:
-        """The metrics of one micro-batch; the one called ``"loss"`` is minimised."""
+        """The metrics of one micro-batch; the one called ``"loss"`` is minimised. An output of Hugging Face's models
+        will do, for its ``loss``.
+        """
 
     def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one evaluation batch, without gradients. By default those of training."""
@@ -92,8 +104,8 @@ class Task(ABC):
     ) -> Metrics:
         """One optimizer step over the micro-batches of a global batch, each with its share of the samples.
 
-        Override this for several optimizers or another update rule. Consume all micro-batches, and return means over
-        the global batch.
+        Override this for several optimizers or another update rule: adversaries, distillation, reinforcement learning.
+        Consume all micro-batches, and return means over the global batch.
         """
         total: dict[str, Tensor] = {}
         for share, batch in micro_batches:
@@ -110,8 +122,10 @@ class Task(ABC):
 def check_metrics(metrics: Any, step: str, *, loss: bool = True) -> Metrics:
     """``metrics``, if they are a dict of tensors of shape [], with a ``"loss"`` if ``loss``; else TaskError.
 
-    ``step`` names the method that returned them.
+    ``step`` names the method that returned them. Of an output of transformers, which is a mapping, the loss is taken.
     """
+    if any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
+        metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():

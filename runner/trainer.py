@@ -118,6 +118,7 @@ class Trainer:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
+        loop.directory, loop.attempt, loop.resumed = self.limits.directory, self.limits.attempt, loop.step
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         loop.stop = (self._limit(loop) if loop.step else None) or stopped
         for callback in self.callbacks:

@@ -17,8 +17,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
 DOORS = {
-    "hydra": {"config", "run_spec", "app", "build", "sweep", "__main__"},
-    "omegaconf": {"config", "run_spec", "app", "build", "sweep", "__main__"},
+    "hydra": {"config", "run_spec", "app", "build", "sweep", "__main__", "api"},
+    "omegaconf": {"config", "run_spec", "app", "build", "sweep", "__main__", "api", "inference"},
     "hydra_plugins": {"sweep"},
     "optuna": {"sweep"},
     "fsspec": {"storage"},
@@ -35,6 +35,7 @@ DOORS = {
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
     "matplotlib": {"runs"},
+    "pandas": {"api"},
     "sklearn": {"datasets"},
     "pytest": {"verify"},  # of a plugin, which pytest alone imports
 }

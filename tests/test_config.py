@@ -48,7 +48,7 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
 
 def test_the_split_covers_every_key() -> None:
     """A new key must be given a side: what is computed, or how."""
-    execution = {"imports", "checkpoint", "metrics", "runtime", "run", "sweep"}
+    execution = {"observers", "imports", "checkpoint", "metrics", "runtime", "run", "sweep"}
     assert set(OmegaConf.structured(schema.Config)) == set(IDENTITY) | execution
 
 

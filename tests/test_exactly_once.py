@@ -175,6 +175,7 @@ TIERS = {
     "fewer than a batch": ("rows", ("data.train.size=5",), (0, 1, 0)),
     "sharded": ("sharded", (), (0, 2, 3)),
     "mixture": ("mixture", (), (0, 2, 1)),
+    "weighted": ("rows", ("+data.weights._target_=mine.data.harder",), (0, 2, 1)),
     "token budget": ("rows", (*SENTENCES, "trainer.accumulate=2"), (0, 2, 1)),
     "drop": ("rows", ("data.tail=drop",), (1, 0, 3)),
     "iterable": ("rows", ("data.train._target_=mine.data.Iterable",), (0, 0, 0)),
@@ -209,7 +210,8 @@ def test_every_tier_survives_kills(
     assert found["again"]["differing"] == 0
     assert found["indexed"] == ("iterable" not in tier and tier != "replayed")
     assert runs(["audit", str(folder)]) == 0
-    assert ("Every sample exactly once" in capsys.readouterr().out) == found["indexed"]
+    often = "as often as data.weights say" if tier == "weighted" else "once"
+    assert (f"Every sample exactly {often}" in capsys.readouterr().out) == found["indexed"]
     if found["indexed"]:
         assert sum(row["whole"] for row in found["epochs"]) >= 3
         assert all(row["repeated"] == row["missed"] == 0 for row in found["epochs"])

@@ -108,6 +108,22 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("tail", ["carry", "drop"])
+def test_weighted_samples_are_proven_as_often_as_due(tail: str) -> None:
+    """A line from elsewhere is no proof, though its samples be drawn often; nor is a step that was left out."""
+    plan = Plan(N, 1, BATCH, tail=tail, weights={0: (1, 0, 5, 1, 1, 1, 1, 1, 1, 1), 2: (1,) * N})
+    right = lines(plan, 30)
+    proof = verdict(right, plan)
+    size = plan.epoch_size
+    assert proof.holds
+    assert [row["seen"] for row in proof.epochs[2:4]] == [size, size]
+    assert proof.epochs[0]["seen"] < size
+    assert {(row["repeated"], row["missed"]) for row in proof.epochs} == {(0, 0)}
+    assert not verdict(right, replace(plan, weights={0: (1,) * N})).holds
+    assert not verdict([*right[:1], replace(right[1], digest=right[2].digest), *right[2:]], plan).holds
+    assert not verdict([*right[:1], *right[2:]], plan).holds
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_plan_is_proven(kind: str) -> None:
     plan = Plan(N, 1, BATCH, **KINDS[kind])

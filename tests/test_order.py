@@ -3,11 +3,14 @@
 import tracemalloc
 from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runner.data.order import LARGEST_SORTED, Indices, PermutationOrder
+from runner.data.order import LARGEST_SORTED, Indices, PermutationOrder, WeightedOrder
+from runner.data.weights import balanced, integer_weights
+from runner.errors import DataError
 
 
 def whole(size: int, *, seed: int = 7, epoch: int = 3) -> Indices:
@@ -66,3 +69,71 @@ def test_a_billion_samples_need_no_list_of_them() -> None:
         tracemalloc.stop()
     assert last.tolist() == [459227655, 904916115, 858365267, 627782834]
     assert peak < 1 << 20
+
+
+def weighted(size: int, weights: Any, *, epoch: int = 3) -> Indices:
+    order = WeightedOrder(PermutationOrder(size, seed=7, shuffle=True), integer_weights(weights, size), seed=7)
+    return order(epoch, np.arange(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, LARGEST_SORTED + 1])
+def test_a_sample_has_its_share_of_the_places(size: int) -> None:
+    """Rounded down or up in each epoch, and on the average as it is."""
+    weights = np.random.default_rng(size).exponential(size=size) * (np.arange(size) % 5 != 1)
+    share = weights / weights.sum() * size
+    counts = [np.bincount(weighted(size, weights, epoch=epoch), minlength=size) for epoch in range(30)]
+    assert all(((count >= np.floor(share - 1e-6)) & (count <= np.ceil(share + 1e-6))).all() for count in counts)
+    assert np.abs(np.mean(counts, axis=0) - share).mean() < 0.1
+    if size > 100:
+        assert not np.array_equal(counts[0], counts[1])
+
+
+def test_the_weighted_order_is_frozen() -> None:
+    order = weighted(1000, np.arange(1000) % 7)
+    assert (
+        sha256(order.astype("<i8").tobytes()).hexdigest()
+        == "c4403690b3789e985425ecdd723331ff22587b9a4d4eb8009888f5d82d120831"
+    )
+    assert np.corrcoef(order[1:], order[:-1])[0, 1] < 0.1  # shuffled
+
+
+def test_equal_weights_draw_every_sample_once() -> None:
+    assert sorted(weighted(999, np.full(999, 0.1))) == [*range(999)]
+
+
+def test_weights_change_with_the_epoch() -> None:
+    easy = np.arange(10) < 4
+    phases = {0: easy, 2: np.ones(10)}
+    assert set(weighted(10, phases, epoch=1)) == {0, 1, 2, 3}
+    for epoch in (2, 9):
+        assert set(weighted(10, phases, epoch=epoch)) == {*range(10)}
+
+
+class Labelled(list[str]):
+    targets = ("a", "b", "b", "b", "b", "b", "b", "b")
+
+
+def test_balanced_classes_are_drawn_equally_often() -> None:
+    weights = balanced(Labelled("xyyyyyyy"))
+    assert np.bincount(weighted(8, weights)).tolist()[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1.0, 2.0], r"shape \[2\]; expected one for each of 3 samples"),
+        ([1.0, -2.0, 1.0], "numbers from 0 on"),
+        ([0.0, 0.0, 0.0], "not all 0"),
+        ([1.0, np.inf, 0.0], "finite"),
+        ({1: [1.0, 1.0, 1.0]}, "the epochs 1: expected 0"),
+        ({}, "the epochs none"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(weights: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        integer_weights(weights, 3)
+
+
+def test_a_data_set_without_labels_is_named() -> None:
+    with pytest.raises(DataError, match=r"list has no targets .* data.weights.labels"):
+        balanced(["x"])

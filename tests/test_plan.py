@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "drop": {"tail": "drop"},
     "shards": {"shards": (6, 0, 4), "interleaving": Interleaving(2, 4, 1)},
     "mixture": {"sources": (Source(6, 1), Source(4, 3, (1, 3))), "interleaving": Interleaving(2, 4, 1)},
+    "weights": {"weights": {0: (1, 0, 5, 1, 1, 1, 1, 1, 1, 1), 2: (1,) * 10}},
     "budget": {"max_tokens": 8, "lengths": LENGTHS},
 }
 

@@ -30,6 +30,7 @@ KINDS = {
     "per epoch": ("~scheduler", "+scheduler={_target_:torch.optim.lr_scheduler.StepLR,step_size:1,interval:epoch}"),
     "without rates": ("~scheduler", "+scheduler._target_=mine.programs.NoRates"),
     "closure": (*LBFGS, "task._target_=mine.programs.Closure", "~task.label_smoothing"),
+    "teacher": ("task._target_=mine.tasks.Averages", "~task.label_smoothing"),
     "compiled inside": ("model._target_=mine.programs.Compiled",),
 }
 

@@ -24,7 +24,7 @@ from runner.models.gpt import GPT
 from runner.rl.buffer import Buffer
 from runner.rl.completion import Completion
 from runner.rl.generation import Decoder, Sampling, _draw, generate, token_logprobs
-from runner.rl.grpo import GRPO, Group, Objective, Rows
+from runner.rl.grpo import GRPO, ClippedLoss, Group, Rows
 from runner.rl.rewards import Answer
 from runner.runs.__main__ import main
 from runner.runs.made import account
@@ -213,7 +213,7 @@ def test_the_objective_is_that_of_the_papers() -> None:
     entropy, mask = torch.tensor([[0.5, 9.0]]), torch.tensor([[1.0, 0.0]])
     for advantage, surrogate in ((2.0, min(1.5 * 2, 1.28 * 2)), (-2.0, min(1.5 * -2, 1.28 * -2))):
         rows = Rows(torch.zeros(1, 3), mask, old, torch.tensor([advantage]), reference)
-        values = Objective(clip=0.2, clip_high=0.28, entropy=0.01)(now, entropy, rows, 0.1)
+        values = ClippedLoss(clip=0.2, clip_high=0.28, entropy=0.01)(now, entropy, rows, 0.1)
         kl = 0.25 / 0.3 - math.log(0.25 / 0.3) - 1
         assert values["kl"].item() == pytest.approx(kl, 1e-4)
         assert values["loss"].item() == pytest.approx(-surrogate + 0.1 * kl - 0.01 * 0.5)

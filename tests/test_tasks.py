@@ -96,6 +96,19 @@ def test_a_task_is_evaluated_as_it_is_trained_by_default() -> None:
     assert task.evaluation_end(model, metrics) is metrics
 
 
+def test_an_output_of_transformers_counts_as_its_loss() -> None:
+    class ModelOutput(dict[str, Any]):
+        loss = torch.ones(())
+
+    class CausalOutput(ModelOutput):
+        """Has logits, too, which are no metric."""
+
+    assert check_metrics(CausalOutput(loss=torch.ones(()), logits=torch.ones(3, 2)), "step") == {"loss": torch.ones(())}
+    CausalOutput.loss = None
+    with pytest.raises(TaskError, match="step returned nothing and no 'loss'"):
+        check_metrics(CausalOutput(logits=torch.ones(3, 2)), "step")
+
+
 def test_classification_trains_on_cross_entropy() -> None:
     assert torch.equal(
         Classification().training_step(nn.Identity(), LABELLED)["loss"], F.cross_entropy(LABELLED[0], LABELLED[1])

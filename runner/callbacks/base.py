@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ class Loop:
     stop: str | None = None  # why this step is the last, in a word; None if it is not
     elapsed: float = 0.0  # seconds of training in all attempts
     waited: float = 0.0  # seconds spent waiting for data in this attempt
+    directory: Path = Path()  # of the run, for files; for a remote run.root a folder of this machine
+    attempt: int = 0  # its number, from 1
+    resumed: int = 0  # the step that this attempt started after; 0: from scratch
 
 
 @dataclass(slots=True)
 class TrainingSetup:
     """The parts of an attempt before its state is restored. ``on_build`` may change their public attributes, replace
-    ``store.location``, remove ``callbacks`` that the configuration names (``own.NAME``), remove metric ``writers``, and
-    lower the limits.
+    ``store.location``, remove ``callbacks`` that the configuration names (``own.NAME``, ``observer.NAME``), remove
+    metric ``writers``, and lower the limits.
     """
 
     state: TrainState
@@ -55,6 +59,8 @@ class TrainingSetup:
     max_epochs: int | None
     max_seconds: float | None
     writers: dict[str, Any]  # name -> configuration of a metric writer, which is constructed after the restore
+    directory: Path = Path()  # and ``attempt``: as those of ``Loop``
+    attempt: int = 0
 
 
 class Callback:
@@ -137,15 +143,17 @@ class Callback:
 
 
 class Observer(Callback):
-    """A callback that looks on from outside the configuration, and is no part of what is computed: not in the run's
-    identity, nor in its checkpoints. ``observed_by`` registers it.
+    """A callback that looks on and is no part of what is computed: not in the run's identity, nor in its checkpoints.
+    The configuration's ``observers`` name it, or ``observed_by`` registers it for all attempts of a process.
 
     It is called after the configuration's callbacks (but before the step is saved), and has three moments more.
-    ``on_finish`` is called for it also if the run was finished before.
+    For a registered one ``on_finish`` is called also if the run was finished before.
     """
 
     def on_command(self, directory: RunDirectory) -> None:
-        """A command names a run, of which nothing is read or written yet. SystemExit ends the command."""
+        """A command names a run. To a registered observer: nothing is read or written yet, and SystemExit ends the
+        command. To a configured one: the attempt is claimed.
+        """
 
     def on_instance(self, key: str, instance: Any) -> None:
         """An object was made from the configuration's ``key``, such as ``model`` or ``data.train``."""

@@ -1,17 +1,22 @@
-"""What ``--help KEY`` prints: the meaning of a key from the comments of ``conf/config.yaml``, its type and default."""
+"""What ``--help KEY`` prints: the meaning of a key from the comments of ``conf/config.yaml``, its type and default; and
+the same as a JSON schema for editors.
+"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from textwrap import fill
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from runner.config.schema import Config
 from runner.errors import ConfigError
 
+_KINDS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
+_INTERPOLATION = {"type": "string", "pattern": r"\$\{|^\?\?\?$"}
 _KEY = re.compile(r"( *)(\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?")
 
 
@@ -85,3 +90,31 @@ def _type(key: str) -> Any:
             return None
         kind = get_type_hints(kind)[name]
     return kind
+
+
+def json_schema(file: Path) -> dict[str, Any]:
+    """The JSON schema of a configuration file, by which editors complete and check it; comments are those of ``file``.
+    Every value may be an interpolation; only keys of objects, which have a ``_target_``, are not checked.
+    """
+    comments = {entry.key: entry.comment for entry in entries(file.read_text())}
+    schema = _json_type(Config, "", comments)
+    schema["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "hydra-runner", **schema}
+
+
+def _json_type(kind: Any, key: str, comments: Mapping[str, str]) -> dict[str, Any]:
+    about = {"description": comments[key]} if comments.get(key) else {}
+    if is_dataclass(kind):
+        path = f"{key}." if key else ""
+        inner = {name: _json_type(each, f"{path}{name}", comments) for name, each in get_type_hints(kind).items()}
+        return {**about, "type": "object", "properties": inner, "additionalProperties": False}
+    if kind is Any:
+        return about
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return {**about, "anyOf": [_INTERPOLATION, *map(_json_choice, choices)]}
+
+
+def _json_choice(kind: Any) -> dict[str, Any]:
+    if container := {dict: "object", list: "array"}.get(get_origin(kind)):
+        return {"type": container}
+    return {"enum": [*kind.__members__]} if issubclass(kind, Enum) else {"type": _KINDS[kind]}

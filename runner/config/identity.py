@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Keys that determine the results. All others only determine the execution, and may differ between attempts of a run.
 IDENTITY = ("seed", "params", "model", "data", "task", "optimizer", "scheduler", "trainer", "objective", "callbacks")
-_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None}  # keys that older runs lack: with these values left out
+# Keys that older runs lack: left out where they have these values.
+_UNSET: dict[str, Any] = {"params": {}, "data.overfit": None, "data.weights": None}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 

@@ -62,6 +62,7 @@ class DataConfig:
     tail: Tail
     randomness: Randomness
     collate: Any
+    weights: Any
     streams: StreamsConfig
     max_tokens: int | None
     on_bad_record: OnBadRecord
@@ -164,6 +165,7 @@ class Config:
     trainer: TrainerConfig
     objective: ObjectiveConfig
     callbacks: dict[str, Any]
+    observers: dict[str, Any]
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     runtime: RuntimeConfig

@@ -1,26 +1,21 @@
-"""From positions to a batch, as a pure function: the same in a worker or here, now or after a resume. With the global
-random generators and the number of threads while samples are read.
-"""
+"""From positions to a batch, as a pure function: the same in a worker or here, now or after a resume."""
 
-import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from numpy.random.mtrand import get_bit_generator, set_bit_generator
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate
 
 from runner import signals
 from runner.cache import LRUCache
 from runner.data.loader import remedy_for
 from runner.data.order import Indices, Words, digest_words, splitmix64
 from runner.data.plan import Plan, Slice
+from runner.data.sandbox import drawn, one_thread, private_generators, seed_host, seeding
 from runner.errors import DataError
 from runner.hashing import derive
 
@@ -31,7 +26,6 @@ _BLOCK = 1024  # neighbouring positions whose indices and seeds are computed tog
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
-_BIT_GENERATOR = np.random.MT19937(0)  # numpy's, within ``private_generators``
 _SHAPES = "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
 
 
@@ -74,26 +68,15 @@ class FetchedBatch(NamedTuple):
     failure: str = ""
 
 
-def seed_host(key: int) -> None:
-    """Seed python, numpy and torch on the CPU. ``rng.seed_all`` seeds the GPUs as well."""
-    seed_python_numpy(key)
-    torch.default_generator.manual_seed(key)
-
-
-def seed_python_numpy(key: int) -> None:
-    """Seed python's and numpy's global generators."""
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-
-
 class Fetcher(Dataset[Any]):
     """Maps slices of positions to batches.
 
     Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
-    before each batch (``batch``), or never (``off``), and once more before collating. ``label`` gives training and
-    evaluation different seeds. A read is repeated after an error that may pass. With ``substitute`` a sample that
-    cannot be read is replaced by another, a pure function of the position. Positions in ``substitutions`` take the
-    sample recorded there, because the record may be readable when a step is repeated.
+    before each batch (``batch``), or never (``off``), and once more before a ``collate`` of the user. A generator is
+    seeded for samples only once a sample was seen to draw from it, whose slice is then read again. ``label`` gives
+    training and evaluation different seeds. A read is repeated after an error that may pass. With ``substitute`` a
+    sample that cannot be read is replaced by another, a pure function of the position. Positions in ``substitutions``
+    take the sample recorded there, because the record may be readable when a step is repeated.
     """
 
     def __init__(
@@ -106,7 +89,7 @@ class Fetcher(Dataset[Any]):
         self.order = plan.order()
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
-        self.torch_suffices = True  # until a sample draws from python's or numpy's generator
+        self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
         self._blocks = LRUCache[tuple[Indices, Words, Words]](4)
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
@@ -117,50 +100,73 @@ class Fetcher(Dataset[Any]):
 
     def batch(self, piece: Slice) -> FetchedBatch:
         """The batch of a slice, or why there is none."""
-        with sandboxed(draws=self.plan.randomness != "off"), signals.reading():
+        with one_thread(), signals.reading():
+            if self.plan.randomness == "off":
+                return self._batch(piece, self._read)
+            seeds_numpy = "numpy" in self.drawn or self.collate is not default_collate
+            with private_generators(look=seeds_numpy):
+                return self._batch(piece, self._read_seeded)
+
+    def _batch(self, piece: Slice, read: Callable[[Slice], list[Any]]) -> FetchedBatch:
+        try:
+            rows = read(piece)
+        except _NoSubstituteError as error:
+            return FetchedBatch(piece.first, None, bad=error.args)
+        if self.plan.randomness != "off" and self.collate is not default_collate:
+            seed_host(self._key("collate", piece))
+        try:
+            batch = self.collate(rows)
+        except Exception as error:
+            failure = (
+                f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
+                f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
+            )
+            return FetchedBatch(piece.first, None, failure=failure)
+        return FetchedBatch(piece.first, batch, self._digest % 2**64, tuple(self._bad))
+
+    def _read_seeded(self, piece: Slice) -> list[Any]:
+        """The samples of the slice; read again if one has drawn from a generator that was not seeded."""
+        while True:
+            seed = seeding(self.drawn) if self.drawn else None
+            if self.plan.randomness == "batch":
+                if seed is not None:
+                    seed(self._key("batch", piece))
+                seed = None
+            failure = None
             try:
-                rows = self._rows(piece)
+                rows = self._read(piece, seed)
             except _NoSubstituteError as error:
-                return FetchedBatch(piece.first, None, bad=error.args)
-            if self.plan.randomness != "off":
-                seed_host(self._key("collate", piece))
-            try:
-                batch = self.collate(rows)
-            except Exception as error:
-                failure = (
-                    f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
-                    f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
-                )
-                return FetchedBatch(piece.first, None, failure=failure)
-            return FetchedBatch(piece.first, batch, self._digest % 2**64, tuple(self._bad))
-
-    def _rows(self, piece: Slice) -> list[Any]:
-        if self.plan.randomness == "off":
-            return self._draw(piece, lambda key: None)
-        if self.plan.randomness == "batch":
-            seed_host(self._key("batch", piece))
-            return self._draw(piece, lambda key: None)
-        if self.torch_suffices:
-            # Seeding python's and numpy's generators is most of the cost of seeding, and few data sets use them. So
-            # seed only torch's; if a sample has used the others, draw the slice again.
-            mark = self._key("mark", piece)
-            seed_python_numpy(mark)
-            untouched = next_numbers()
-            seed_python_numpy(mark)
-            rows = self._draw(piece, torch.default_generator.manual_seed)
-            if next_numbers() == untouched:
+                failure = error
+            unseeded = drawn() - self.drawn
+            if not unseeded:
+                if failure is not None:
+                    raise failure
                 return rows
-            self.torch_suffices = False
-        return self._draw(piece, seed_host)
+            self.drawn |= unseeded
 
-    def _draw(self, piece: Slice, seed: Callable[[int], object]) -> list[Any]:
+    def _read(self, piece: Slice, seed: "Callable[[int], object] | None" = None) -> list[Any]:
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""
         rows: list[Any] = []
+        samples, substitutions = self.samples, self.substitutions
         self._bad, self._digest = [], 0
         for indices, keys, words in self._lookup(piece):
             self._digest += int(words.sum(dtype=np.uint64))
             for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
-                rows.append(self._row(piece.first + len(rows), index, key, seed))
+                position, failure = piece.first + len(rows), None
+                if not substitutions or position not in substitutions:
+                    if seed is not None:
+                        seed(key)
+                    try:
+                        row = samples[index]
+                        if row is not None:
+                            rows.append(row)
+                            continue
+                    except MemoryError:
+                        raise
+                    except Exception as error:
+                        failure = error
+                    failure = failure or _none()
+                rows.append(self._row(position, index, key, seed or _nothing, failure))
         return rows
 
     def _lookup(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
@@ -181,8 +187,12 @@ class Fetcher(Dataset[Any]):
 
         return self._blocks.get((epoch, number), compute)
 
-    def _row(self, position: int, index: int, key: int, seed: Callable[[int], object]) -> Any:
-        """The sample of a position, or its substitute. Raises _NoSubstituteError."""
+    def _row(
+        self, position: int, index: int, key: int, seed: Callable[[int], object], failure: Exception | None
+    ) -> Any:
+        """The sample of a position, or its substitute, after the first read of it ended in a ``failure``. Raises
+        _NoSubstituteError.
+        """
         recorded = self.substitutions.get(position)
         cause = "" if recorded is None else "replaced when this step was done before"
         attempts = range(MAX_SUBSTITUTES if self.substitute else 0)
@@ -190,33 +200,48 @@ class Fetcher(Dataset[Any]):
         failed = False
         for chosen in chain([index if recorded is None else recorded], substitutes):
             try:
-                row = self.sample(chosen, key, seed)
+                row = self.sample(chosen, key, seed, failure)
                 if row is None:
-                    raise ValueError("__getitem__ returned None; expected a sample")
+                    raise _none()
             except MemoryError:
                 raise
             except Exception as error:
-                cause, failed = cause if failed else _traceback(error), True
+                cause, failed, failure = cause if failed else _traceback(error), True, None
                 continue
             if cause:
                 self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, chosen))
             return row
         raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
 
-    def sample(self, index: int, key: int, seed: Callable[[int], object] = seed_host) -> Any:
-        """A sample, drawn after ``seed(key)``. The read is repeated after an error that may pass."""
+    def sample(
+        self, index: int, key: int, seed: Callable[[int], object] = seed_host, failure: Exception | None = None
+    ) -> Any:
+        """A sample, drawn after ``seed(key)``. The read is repeated after an error that may pass, also after the
+        ``failure`` of a first read.
+        """
         for pause in (*_RETRY_PAUSES, None):
-            seed(key)
-            try:
-                return self.samples[index]
-            except Exception as error:
-                if pause is None or pause not in _retry_pauses(error):
-                    raise
-                time.sleep(pause)
+            if failure is None:
+                seed(key)
+                try:
+                    return self.samples[index]
+                except Exception as error:
+                    failure = error
+            if pause is None or pause not in _retry_pauses(failure):
+                raise failure
+            failure = None
+            time.sleep(pause)
         raise AssertionError("unreachable")
 
     def _key(self, purpose: str, piece: Slice) -> int:
         return derive(f"{self.label} {purpose}", self.plan.seed, piece.first)
+
+
+def _none() -> ValueError:
+    return ValueError("__getitem__ returned None; expected a sample")
+
+
+def _nothing(key: int) -> None:
+    """Seeds nothing."""
 
 
 class _NoSubstituteError(Exception):
@@ -249,48 +274,3 @@ def _retry_pauses(error: Exception) -> Sequence[float]:
     if system_error or type(error).__module__.split(".")[0] in _NETWORK_CLIENTS:
         return _RETRY_PAUSES
     return _RETRY_PAUSES[:1] if type(error) is OSError else ()
-
-
-@contextmanager
-def sandboxed(*, draws: bool) -> Iterator[None]:
-    """Read samples as a worker process does: on one thread, and, if they draw, without a trace in the generators."""
-    if get_worker_info() is not None:
-        yield
-        return
-    with one_thread(), private_generators() if draws else nullcontext():
-        yield
-
-
-def next_numbers() -> tuple[int, bytes]:
-    """The next numbers of python's and numpy's generators, which this call advances."""
-    return random.getrandbits(64), np.random.bytes(8)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread, as in a worker process, because float sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    if threads == 1:  # even setting the same number makes later convolutions slower by some per cent
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def private_generators() -> Iterator[None]:
-    """Restore the global generators of python, numpy and torch on the CPU after the block."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    generator = get_bit_generator()
-    set_bit_generator(_BIT_GENERATOR)  # faster by 60 us than restoring the state of the old one
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        set_bit_generator(generator)
-        if numpy["has_gauss"]:  # changing generators loses the stored gaussian
-            np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)

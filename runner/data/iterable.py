@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from runner import signals
 from runner.activity import doing
-from runner.data.fetch import Collate, private_generators, sandboxed, seed_host
+from runner.data.fetch import Collate
 from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.order import splitmix64
 from runner.data.probe import content_digest, hash_content
+from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.data.stream import StepSamples, TrainingStream, stateful, to_device
 from runner.errors import DataError, RunnerError
 from runner.hashing import content_hasher, derive

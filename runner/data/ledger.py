@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.data.order import Indices, digest_pieces, equal_runs, group_rows
+from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
 from runner.data.plan import Plan
 from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
@@ -262,20 +262,22 @@ class _PassCounts:
     """How often each sample of a source was seen in a pass over it; a closed pass keeps only the sums."""
 
     first: int
-    size: int
-    counts: NDArray[np.uint16] | None
+    counts: NDArray[np.uint32] | None
+    due: Indices | None = None  # how often each sample is due in a whole epoch, if not once
     distinct: int = 0  # samples seen at least once, of a closed pass
-    times: int = 0
+    repeated: int = 0  # times that samples were seen too often ...
+    missed: int = 0  # ... and too seldom, if the pass is whole
     substituted: int = 0
 
     def add(self, indices: Indices) -> None:
-        self.times += len(indices)
         if self.counts is not None:
             np.add.at(self.counts, indices - self.first, 1)
 
     def close(self) -> None:
         if self.counts is not None:
-            self.distinct, self.counts = int(np.count_nonzero(self.counts)), None
+            surplus = self.counts.astype(np.int64) - (1 if self.due is None else self.due)
+            self.repeated, self.missed = int(surplus.clip(0).sum()), int((-surplus).clip(0).sum())
+            self.distinct, self.counts, self.due = int(np.count_nonzero(self.counts)), None, None
 
 
 _Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
@@ -367,7 +369,7 @@ def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]
         ends = np.cumsum([line.last - line.first + 1 for line in chunk])
         right = digest_pieces(positions, index, ends) == np.array([line.digest for line in chunk], dtype=np.uint64)
         proven = np.repeat(right, np.diff(ends, prepend=0))
-        _add(passes, plan, source[proven], pass_[proven], index[proven])
+        _add(passes, plan, order, source[proven], pass_[proven], index[proven])
         for line, ok in zip(chunk, right, strict=True):
             if not ok:
                 unproven.append(f"step {line.step} has other samples than the plan says: digest {line.digest:016x}")
@@ -388,7 +390,7 @@ def _cost(line: LedgerLine, plan: Plan) -> int:
     epochs = line.last // plan.epoch_size - line.first // plan.epoch_size + 1
     if epochs > _MAX_EPOCHS:
         raise ValueError(f"step {line.step} has {epochs} epochs, which no run has")
-    return line.last - line.first + 1 + _EPOCH_COST * epochs
+    return line.last - line.first + 1 + (_EPOCH_COST + plan.samples * bool(plan.weights)) * epochs
 
 
 def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine]]:
@@ -404,12 +406,15 @@ def _chunks(lines: Sequence[LedgerLine], plan: Plan) -> Iterator[list[LedgerLine
         yield chunk
 
 
-def _add(passes: _Passes, plan: Plan, source: Indices, pass_: Indices, index: Indices) -> None:
+def _add(passes: _Passes, plan: Plan, order: Order, source: Indices, pass_: Indices, index: Indices) -> None:
     for rows in group_rows(source, pass_):
         key = number, _ = int(source[rows[0]]), int(pass_[rows[0]])
         if key not in passes:
             sizes = [each.samples for each in plan.sources] or [plan.samples]
-            passes[key] = _PassCounts(sum(sizes[:number]), sizes[number], np.zeros(sizes[number], dtype=np.uint16))
+            passes[key] = _PassCounts(sum(sizes[:number]), np.zeros(sizes[number], dtype=np.uint32))
+            if plan.weights:
+                places = order(key[1], np.arange(plan.epoch_size))
+                passes[key].due = np.bincount(places, minlength=plan.samples)
             if older := passes.get((number, key[1] - 2)):  # steps come in order, so it has ended
                 older.close()
         passes[key].add(index[rows])
@@ -421,9 +426,9 @@ def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
     oldest = dict(sorted(passes, reverse=True)) if start else {}
     for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):
         counts.close()
-        row: dict[str, Any] = {"epoch": number, "seen": counts.distinct, "repeated": counts.times - counts.distinct}
-        dropped = plan.samples - plan.epoch_size
-        left = counts.size - dropped - counts.distinct
+        row: dict[str, Any] = {"epoch": number, "seen": counts.distinct, "repeated": counts.repeated}
+        dropped = 0 if plan.weights else plan.samples - plan.epoch_size
+        left = counts.missed - dropped
         whole = left == 0 or oldest.get(source, -1) < number < newest[source]
         row["missed"] = left if whole else 0
         row |= {"dropped": dropped} if dropped else {}

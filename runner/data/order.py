@@ -3,6 +3,7 @@
 No other module decides the order. ``Plan.order`` chooses among these, and may stack them:
 
     PermutationOrder    a permutation of all samples; the identity without ``shuffle``
+    WeightedOrder       samples as often as their weights say, which may change from epoch to epoch
     WindowOrder         shards read almost sequentially, shuffled within windows
     MixtureOrder        several sources, in proportion to their shares
     BudgetOrder         samples of similar length side by side, cut into batches by a budget of tokens
@@ -11,7 +12,7 @@ Integer arithmetic only, frozen by golden tests: an upgrade of a library must no
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -62,6 +63,29 @@ class PermutationOrder(Order):
         if self.size > LARGEST_SORTED:
             return _feistel(places, self.size, _keys("order", self._seed, epoch))
         return self._sorted.get(epoch, lambda: permutation(self.size, "order", self._seed, epoch))[places]
+
+
+class WeightedOrder(Order):
+    """Samples as often as their weights say, in epochs of as many places as there are samples.
+
+    Points at equal distances are laid on the cumulated weights (systematic sampling), and permuted: in every epoch a
+    sample has its share of the places, rounded down or up, and none where its weight is 0. ``phases`` are integer
+    weights [size] by the first epoch in which they hold. Takes memory in proportion to the samples and phases.
+    """
+
+    def __init__(self, order: Order, phases: Mapping[int, Sequence[int]], *, seed: int) -> None:
+        self.size = order.size
+        self._order = order
+        self._seed = seed
+        self._first = np.array(sorted(phases), dtype=np.int64)
+        self._ends = [np.cumsum(phases[first], dtype=np.int64) for first in sorted(phases)]
+
+    def __call__(self, epoch: int, places: Indices) -> Indices:
+        ends = self._ends[int(np.searchsorted(self._first, epoch, side="right")) - 1]
+        total = int(ends[-1])
+        start = derive("weights", self._seed, epoch) % total  # others profit from the rounding in every epoch
+        points = (self._order(epoch, places) * total + start) // self.size
+        return np.searchsorted(ends, points, side="right").astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,22 @@
 
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from runner.data.order import BudgetOrder, Interleaving, MixtureOrder, Order, PermutationOrder, WindowOrder
+from runner.data.order import (
+    BudgetOrder,
+    Interleaving,
+    MixtureOrder,
+    Order,
+    PermutationOrder,
+    WeightedOrder,
+    WindowOrder,
+)
 from runner.distributed.world import World
 from runner.errors import DataError
 from runner.hashing import derive, hex_digest
@@ -58,6 +66,7 @@ class Plan:
     sources: tuple[Source, ...] = ()
     max_tokens: int | None = None
     lengths: tuple[int, ...] = ()
+    weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by the first epoch in which they hold
     world: World = field(default=World())
 
     def __post_init__(self) -> None:
@@ -67,6 +76,11 @@ class Plan:
                 f"data.batch_size={self.batch_size} cannot be split into trainer.accumulate={self.micro_batches} equal "
                 f"micro-batches{processes}; make the one a multiple of the other"
             )
+        if self.weights and (self.sources or self.shards):
+            raise DataError("data.weights are for samples one by one: neither for a mixture nor for samples in shards")
+        for numbers in self.weights.values():
+            if len(numbers) != self.samples or min(numbers) < 0 or not 0 < sum(numbers) * self.samples < 1 << 63:
+                raise DataError(f"the weights do not fit the {self.samples} samples")
         for samples, shards in [(self.samples, self.shards), *((each.samples, each.shards) for each in self.sources)]:
             if shards and sum(shards) != samples:
                 raise DataError(
@@ -95,10 +109,11 @@ class Plan:
         """The promise for the samples of an epoch, for the log."""
         tokens = f" and {self.max_tokens} tokens per micro-batch" if self.max_tokens is not None else ""
         step = f"{self.samples} samples, {'up to ' if tokens else ''}{self.batch_size} per step{tokens}"
-        if self.tail == "drop":
+        if self.tail == "drop" and not self.weights:
             dropped = self.samples - self.epoch_size
             return f"{step}; each at most once per epoch ({dropped} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
+        once = "each as often as data.weights say, to less than 1" if self.weights else once
         split = "; random by batch: another split into batches draws others" if self.randomness == "batch" else ""
         return f"{step}; {once}, any number of workers{split}"
 
@@ -112,6 +127,8 @@ class Plan:
             order: Order = MixtureOrder(orders, [source.share for source in self.sources], seed=self.seed)
         else:
             order = self._source_order(self.samples, self.shards, self.seed)
+        if self.weights:
+            order = WeightedOrder(order, self.weights, seed=self.seed)
         if self.max_tokens is None:
             return order
         return BudgetOrder(
@@ -160,6 +177,7 @@ class Plan:
         values.pop("slices_per_step", None)
         values |= {name: _unpack(values.get(name)) for name in ("shards", "lengths")}
         sources = recipe.get("sources", ())
+        values["weights"] = {int(epoch): _unpack(text) for epoch, text in dict(recipe.get("weights", ())).items()}
         values["sources"] = tuple(Source(s["samples"], s["share"], _unpack(s.get("shards"))) for s in sources)
         streams = values.pop("streams", None)  # the name of the configuration
         values["interleaving"] = Interleaving(**streams) if streams is not None else None
@@ -175,6 +193,8 @@ class Plan:
             values["batch_size"] = self.batch_size
         if self.shards:
             values["shards"] = encode_list(self.shards)
+        if self.weights:
+            values["weights"] = {str(epoch): encode_list(weights) for epoch, weights in self.weights.items()}
         if self.sources:
             values["sources"] = [asdict(source) | {"shards": encode_list(source.shards)} for source in self.sources]
         if self.interleaving is not None:

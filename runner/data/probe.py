@@ -24,13 +24,14 @@ import torch
 from torch.utils.data._utils import worker
 
 from runner import signals
-from runner.data.fetch import Fetcher, sample_name, sandboxed
+from runner.data.fetch import Fetcher, sample_name
 from runner.data.loader import Loader, LoaderOptions
+from runner.data.sandbox import drawn, sandboxed, seed_host, states
 from runner.errors import DataError, RunnerError
 from runner.hashing import derive, hex_digest
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
-Findings = tuple[Sketch, list[str] | None]
+Findings = tuple[Sketch, list[str] | None, frozenset[str]]
 
 _SAMPLES = 4
 _MAX_VALUES = 8  # of a sample, in a sketch
@@ -38,8 +39,13 @@ _LONG = 32  # a list of more numbers is one value
 _TOLERANCE = 1e-3  # relative; the last bits of floats may differ between processors
 
 
-def examine(fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train") -> Findings:
-    """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure."""
+def examine(
+    fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train"
+) -> tuple[Sketch, list[str] | None]:
+    """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure.
+
+    The fetcher gets the generators from which the probed samples draw.
+    """
     request = partial(_findings, audit=audit)
     if not options.num_workers:
         findings = request(fetcher)
@@ -54,14 +60,20 @@ def examine(fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str =
             findings = next(iter(loader))
     if isinstance(findings, RunnerError):
         raise findings
-    return findings
+    description, digests, fetcher.drawn = findings
+    return description, digests
 
 
 def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
     """The findings, or the error that they are: torch would make another one of an error that a worker raises."""
     worker._worker_info = None  # this process stands for the training process
     try:
-        return sketch(fetcher), require_pure(fetcher) if audit else None
+        description, digests = sketch(fetcher), require_pure(fetcher) if audit else None
+        if fetcher.plan.randomness != "off" and not fetcher.drawn:
+            others = sample_digests(fetcher, label="another")
+            if others != (digests or sample_digests(fetcher)):  # a sample looks at a state, or restores it
+                fetcher.drawn = frozenset(states())
+        return description, digests, fetcher.drawn
     except RunnerError as error:
         return error
 
@@ -172,13 +184,21 @@ class _ReadError(str):
 
 
 def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
+    """The samples; the fetcher gets the generators from which they draw."""
     rows: list[Any] = []
+    seeded: dict[str, Any] = {}
+
+    def seed(key: int) -> None:
+        seed_host(key)
+        seeded.update(states())
+
     with sandboxed(draws=True), signals.reading():
         for index in chosen:
             try:
-                rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index)))
+                rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index), seed))
             except Exception as error:  # training will report it, if it comes that far
                 rows.append(_ReadError(type(error).__qualname__))
+            fetcher.drawn |= drawn(seeded)
     return rows
 
 

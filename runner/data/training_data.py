@@ -1,6 +1,7 @@
 """Builds the stream of training batches from a configuration and a data set."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +17,23 @@ from runner.data.mixture import Mixture
 from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
 from runner.data.stream import MapStyleStream, TrainingStream, stateful
+from runner.data.weights import integer_weights
 from runner.distributed.world import World
 from runner.errors import ConfigError, DataError
+
+Weights = Callable[[Any], Any]  # data set -> weights [samples], or by the first epoch in which they hold
 
 log = logging.getLogger("runner")
 
 
 def training_data(
-    config: Config, samples: Any, loading: LoaderOptions, device: torch.device, collate: Collate | None, world: World
+    config: Config,
+    samples: Any,
+    loading: LoaderOptions,
+    device: torch.device,
+    collate: Collate | None,
+    world: World,
+    weights: Weights | None = None,
 ) -> tuple[TrainingStream, Plan | None]:
     """The stream of ``data.train``, and its plan if it is map-style. Raises DataError or ConfigError."""
     data = config.data
@@ -33,6 +43,8 @@ def training_data(
                 f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read "
                 "all of it. Make it map-style (__len__, __getitem__), or train in one process"
             )
+        if weights is not None:
+            raise ConfigError("data.weights need a data set with __len__ and __getitem__; an iterable draws by itself")
         options = BatchOptions(
             config.seed,
             data.batch_size // config.trainer.accumulate,
@@ -44,7 +56,7 @@ def training_data(
         )
         micro_batches = config.trainer.accumulate
         return IterableStream(samples, options, micro_batches=micro_batches, loading=loading, device=device), None
-    plan = _plan(config, require_map_style(samples, "data.train"), world)
+    plan = _plan(config, require_map_style(samples, "data.train"), weights, world)
     if plan.interleaving is not None:
         loading = _without_overlap(loading, plan, samples)
     substitute = data.on_bad_record is OnBadRecord.substitute
@@ -87,10 +99,10 @@ def require_map_style(samples: Any, key: str) -> Samples:
     return map_style
 
 
-def _plan(config: Config, samples: Samples, world: World) -> Plan:
+def _plan(config: Config, samples: Samples, weights: Weights | None, world: World) -> Plan:
     data = config.data
     interleaved = data.streams.count > 0 and data.shuffle
-    shards = _shards(samples) if interleaved else ()
+    shards = _shards(samples) if interleaved and weights is None else ()
     sources: tuple[Source, ...] = ()
     if isinstance(samples, Mixture):
         sources = tuple(
@@ -120,6 +132,7 @@ def _plan(config: Config, samples: Samples, world: World) -> Plan:
         sources=sources,
         max_tokens=data.max_tokens,
         lengths=() if data.max_tokens is None else tuple(np.asarray(lengths, dtype=np.int64).tolist()),
+        weights={} if weights is None else integer_weights(weights(samples), len(samples)),
         world=world,
     )
 

@@ -63,7 +63,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class ClippedLoss:
     """The loss of a token with the ratio q = p / p_old of its probabilities now and when it was drawn:
 
     - min(q A, clip(q, 1 - clip, 1 + clip_high) A) + beta KL - entropy H
@@ -155,7 +155,7 @@ class GRPO(Completion):
             )
         self.seed, self.samples, self.together, self.iterations = seed, samples, together, iterations
         self.sampling = Sampling(self.greedy.max_tokens, self.greedy.stop, temperature, top_p)
-        self.objective = Objective(clip=clip, clip_high=clip if clip_high is None else clip_high, entropy=entropy)
+        self.objective = ClippedLoss(clip=clip, clip_high=clip if clip_high is None else clip_high, entropy=entropy)
         self.needs_reference = bool(kl)
         self.kl, self.kl_target = kl, kl_target
         self.scale, self.groups, self.max_age, self.staleness = scale, groups, max_age, staleness

@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
 from runner.run import attempts
 from runner.storage import LocalLocation, open_location
-from runner.storage.location import Location
+from runner.storage.location import Location, local_folder
 
 FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed at
 
@@ -88,6 +89,13 @@ class RunDirectory:
     def name(self) -> str:
         """``experiment/variant``, the name of the run in messages."""
         return f"{self.experiment}/{self.variant}"
+
+    @property
+    def local(self) -> Path:
+        """The directory itself; for a remote root a folder of this machine, where Hydra's own files are, too."""
+        if isinstance(self.location, LocalLocation):
+            return self.location.path
+        return Path(local_folder(self.root), self.experiment, self.variant).absolute()
 
     def record(self) -> dict[str, Any] | None:
         """The content of ``run.json``; None where no run was ever started. Raises ConfigError for a directory that

@@ -83,7 +83,8 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
-    option("target", help="the file to write, a path or URL")
+    option("target", help="the file to write, a path or URL; with --hf, a folder")
+    option("--hf", action="store_true", help="a folder for from_pretrained of transformers, diffusers or PEFT")
     option("--force", action="store_true", help="overwrite the target")
 
 
@@ -144,9 +145,10 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from runner.runs.checkpoints import export, format_export
+    from runner.runs.checkpoints import export, export_pretrained, format_export
 
-    return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
+    write = export_pretrained if parsed.hf else export
+    return _print(parsed, write(parsed.run, parsed.target, force=parsed.force), format_export)
 
 
 def _push(parsed: argparse.Namespace) -> int:

@@ -33,7 +33,8 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
     report.problems.extend(problems)
     attempts = len({segment.attempt for segment in segments})
     damaged = [segment.damage for segment in segments if segment.damage]
-    values = {"run": directory.name, **asdict(report), "holds": report.holds}
+    weighted = bool(plan is not None and plan.weights)
+    values = {"run": directory.name, **asdict(report), "holds": report.holds, "weighted": weighted}
     return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged, "made": made}
 
 
@@ -65,5 +66,6 @@ def format_audit(audit: Mapping[str, Any]) -> str:
     else:
         whole = any(row["whole"] for row in audit["epochs"])
         unknown = " None is whole yet: nothing was repeated, and what will be missed is not known."
-        text.append(f"Every sample exactly once in every whole epoch.{'' if whole else unknown}")
+        often = "as often as data.weights say" if audit["weighted"] else "once"
+        text.append(f"Every sample exactly {often} in every whole epoch.{'' if whole else unknown}")
     return "\n".join(text)

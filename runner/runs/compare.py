@@ -62,6 +62,7 @@ class Candidate:
     objective: Objective | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)  # by dotted key
     curve: Sequence[tuple[int, float]] = ()  # the objective over the steps
+    metrics: Mapping[str, float | None] = field(default_factory=dict)  # of the result
 
     def parameter(self, key: str) -> str:
         return format_setting(self.parameters[key]) if key in self.parameters else ""
@@ -131,16 +132,17 @@ def format_comparison(comparison: Comparison) -> str:
 
 def _candidate(path: str, facts: RunFacts) -> Candidate:
     summary, parameters = facts.summary(path), flatten(facts.identity)
+    metrics = (facts.result or {}).get("metrics", {})
     configured = facts.identity.get("objective") or {}
     metric, mode = configured.get("metric"), configured.get("mode")
     if not isinstance(metric, str) or mode not in ("min", "max"):
-        return Candidate(summary, None, parameters)
+        return Candidate(summary, None, parameters, metrics=metrics)
     objective = Objective(metric, mode)
     points = ((integer(step), number(value)) for step, value in lines.curve(facts.directory.location, metric))
     curve = [(step, value) for step, value in points if step is not None and value is not None]
     if summary.objective is None and curve:
         summary = replace(summary, objective=min((value for _, value in curve), key=objective.rank))
-    return Candidate(summary, objective, parameters, curve)
+    return Candidate(summary, objective, parameters, curve, metrics)
 
 
 def write(comparison: Comparison, *, png: str | None, html: str | None) -> None:

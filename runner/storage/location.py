@@ -17,6 +17,9 @@ from runner.hashing import Buffer as Buffer
 
 _SEGMENT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL_FILES = "outputs/remote"
+_USER = re.compile(r"(?<=://)[^/]*@")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._/=,+~-]|(?<=/)/|\.\.")
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::|[A-Za-z][A-Za-z0-9+.-]*://.*::")
 
 
@@ -144,6 +147,13 @@ def local_root(root: str) -> str:
         raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
     match = _URL.match(root)
     return os.path.expanduser(root[match.end() :] if match else root)
+
+
+def local_folder(root: str) -> str:
+    """A root on this machine; for a remote root a folder of this machine, named after it."""
+    if is_remote(root):
+        return f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
+    return local_root(root)
 
 
 class JournalChain:

@@ -131,6 +131,8 @@ class Recorder(Observer):
         setup.writers = {
             name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(own)
         }
+        for name in [name for name in setup.callbacks if name.startswith("observer.")]:
+            del setup.callbacks[name]
         evaluate = setup.callbacks.get("evaluate")
         if isinstance(evaluate, Evaluate):
             self._evaluate_often(evaluate)

@@ -8,6 +8,16 @@ from runner.callbacks.base import Callback
 from runner.errors import StorageError
 
 
+class Place(Callback):
+    """Writes down what it is told of the attempt."""
+
+    def on_build(self, setup):
+        print("place", "build", setup.attempt, setup.directory)
+
+    def on_start(self, loop):
+        print("place", "start", loop.attempt, loop.resumed, loop.directory)
+
+
 class Plateau(Callback):
     """Doubles the weight decay after every bad evaluation, ends the training after so many, and draws their number."""
 

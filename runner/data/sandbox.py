@@ -1,0 +1,205 @@
+"""The global random generators of python, numpy and torch (on the CPU), and the number of threads, while samples are
+read.
+
+Samples do not see the generators of the training thread, but generators in one fixed state. A sample that draws leaves
+another state behind, so a look at the states after a batch tells what has to be seeded for the samples of a data set.
+A look must cost next to nothing, as seeding does not: it compares memory where python and numpy would copy their state
+number by number.
+"""
+
+import ctypes
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
+from torch.utils.data import get_worker_info
+
+_FIXED = 0x9E3779B97F4A7C15  # the seed of the fixed state, which nobody else uses
+_INSTANCE: Any = vars(random)["_inst"]
+_MEMORY = ctypes.c_char * (4 * 625)  # of a Mersenne Twister, as python and numpy have it: 624 words and a position
+
+
+def seed_host(key: int) -> None:
+    """Seed python, numpy and torch on the CPU. ``rng.seed_all`` seeds the GPUs as well."""
+    for generator in _GENERATORS.values():
+        generator.seed(key)
+
+
+def seeding(names: Collection[str]) -> Callable[[int], object]:
+    """The function that seeds the generators of these names."""
+    seeds: list[Callable[[int], object]] = [_GENERATORS[name].seed for name in names]
+    if len(seeds) == 1:
+        return seeds[0]
+
+    def seed(key: int) -> None:
+        for each in seeds:
+            each(key)
+
+    return seed
+
+
+def states() -> dict[str, Any]:
+    """The states of the generators within ``private_generators``, by name; to be compared."""
+    return {name: generator.state() for name, generator in _GENERATORS.items()}
+
+
+def drawn(since: dict[str, Any] | None = None) -> frozenset[str]:
+    """The generators whose state is not that in ``since``, or else the fixed state."""
+    before = _FIXED_STATES if since is None else since
+    return frozenset([name for name, generator in _GENERATORS.items() if generator.state() != before[name]])
+
+
+@contextmanager
+def sandboxed(*, draws: bool) -> Iterator[None]:
+    """Read samples as a worker process does: on one thread, and, if they draw, without a trace in the generators."""
+    if get_worker_info() is not None:
+        yield
+        return
+    with one_thread(), private_generators() if draws else nullcontext():
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread, as in a worker process, because float sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    if threads == 1:  # even setting the same number makes later convolutions slower by some per cent
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def private_generators(*, look: bool = True) -> Iterator[None]:
+    """Within the block the generators are in the fixed state; afterwards as they were before. ``look=False`` is faster,
+    where numpy is probably not going to be used.
+    """
+    python, numpy, of_torch = _PYTHON.enter(), _NUMPY.enter(look=look), _TORCH.enter()
+    try:
+        yield
+    finally:
+        _PYTHON.leave(python)
+        _NUMPY.leave(numpy)
+        _TORCH.leave(of_torch)
+
+
+class PythonGenerator:
+    """Python's generator, by its ``memory`` or else by its functions."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+        self.seed = random.seed
+        before = self.state()
+        self.seed(_FIXED)
+        self.fixed = self.state()
+        self.leave(before)
+
+    def state(self) -> Any:
+        return random.getstate() if self._memory is None else (self._memory.raw, _INSTANCE.gauss_next)
+
+    def enter(self) -> Any:
+        state = self.state()
+        self.leave(self.fixed)
+        return state
+
+    def leave(self, state: Any) -> None:
+        if self._memory is None:
+            random.setstate(state)
+        else:
+            self._memory.raw, _INSTANCE.gauss_next = state
+
+
+class _Numpy:
+    """A gaussian that numpy has in store is told by ``get_state`` alone, in 30 us. A new one comes to the store only by
+    a draw: if there was none at a state, there is none as long as the state stays (but for one who loads a state with a
+    gaussian there, so ``look`` wherever numpy is going to be seeded). Without one, the state is changed and restored in
+    its memory, else another generator takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._own = np.random.MT19937(_FIXED & 0xFFFFFFFF)
+        self._own_memory = self._memory = _numpy_memory(self._own)
+        self.fixed = self._own_memory.raw
+        self._generator: Any = None  # numpy's
+        self._memory_of_it: Any = None  # unless it is of another kind
+        self._bare = b""  # the last state at which no gaussian was in store
+
+    def seed(self, key: int) -> None:
+        np.random.seed(key & 0xFFFFFFFF)
+
+    def state(self) -> bytes:
+        state: bytes = self._memory.raw
+        return state
+
+    def enter(self, *, look: bool) -> Any:
+        generator: Any = get_bit_generator()
+        if generator is not self._generator:
+            self._generator, self._bare = generator, b""
+            self._memory_of_it = _numpy_memory(generator) if type(generator) is np.random.MT19937 else None
+        memory, saved = self._memory_of_it, None
+        if look or memory is None or memory.raw != self._bare:
+            saved = np.random.get_state(legacy=False)
+            if memory is not None and not saved["has_gauss"]:
+                saved, self._bare = None, memory.raw
+        outer, self._memory = self._memory, memory if saved is None else self._own_memory
+        before = self._memory.raw
+        if saved is not None:
+            set_bit_generator(self._own)
+        self._memory.raw = self.fixed
+        return generator, saved, before, outer
+
+    def leave(self, state: Any) -> None:
+        generator, saved, before, outer = state
+        if self._memory.raw != self.fixed:
+            np.random.seed(0)  # no gaussian in store
+        self._memory.raw = before
+        if saved is not None:
+            set_bit_generator(generator)
+            np.random.set_state(saved)
+        self._memory = outer
+
+
+class _Torch:
+    def __init__(self) -> None:
+        self._fixed = torch.Generator().manual_seed(_FIXED).get_state()
+        self.fixed = self._fixed.numpy().tobytes()
+        self.seed = torch.default_generator.manual_seed
+
+    def state(self) -> bytes:
+        return torch.default_generator.get_state().numpy().tobytes()
+
+    def enter(self) -> Any:
+        state = torch.default_generator.get_state()
+        torch.default_generator.set_state(self._fixed)
+        return state
+
+    def leave(self, state: Any) -> None:
+        torch.default_generator.set_state(state)
+
+
+def python_memory() -> Any:
+    """The memory of python's generator: the position and 624 words. None where it is not as in CPython."""
+    kind = random.Random.__base__
+    if kind is None or kind.__basicsize__ < object.__basicsize__ + ctypes.sizeof(_MEMORY):
+        return None
+    memory = _MEMORY.from_address(id(_INSTANCE) + object.__basicsize__)
+    position, *words = np.frombuffer(memory.raw, np.uint32).tolist()
+    return memory if (*words, position) == random.getstate()[1] else None
+
+
+def _numpy_memory(generator: Any) -> Any:
+    """The memory of a generator of numpy: 624 words and the position."""
+    return _MEMORY.from_address(generator.ctypes.state_address)
+
+
+_PYTHON, _NUMPY, _TORCH = PythonGenerator(python_memory()), _Numpy(), _Torch()
+_GENERATORS: dict[str, Any] = {"python": _PYTHON, "numpy": _NUMPY, "torch": _TORCH}
+_FIXED_STATES = {name: generator.fixed for name, generator in _GENERATORS.items()}
