@@ -475,7 +475,9 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
-        return f"{key}._target_: {cause}{searched(cause)}"
+        why = str(cause) + searched(cause)
+        # Hydra asks so, too, where the module is there and its import fails.
+        return f"{key}._target_: {why if searched(cause) else why.partition('Are you sure that module')[0]}"
     message = _frames(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 

@@ -1,6 +1,6 @@
 """One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
@@ -78,9 +78,7 @@ class WeightUpdate:
             self.skipped += 1
         else:
             self._move()
-        self.optimizer.zero_grad(set_to_none=True)
-        for weight in weights:  # also those that are not the optimizer's: no state has a gradient
-            weight.grad = None
+        self._clear(weights)
         self.parallelism.sync_buffers()
         if self.scaler is not None:
             self.scaler.update()
@@ -103,17 +101,29 @@ class WeightUpdate:
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        own = chain.from_iterable(group["params"] for group in getattr(self.optimizer, "param_groups", ()))
-        weights = [one for one in dict.fromkeys(chain(self.model.parameters(), own)) if one.grad is not None]
+        every = dict.fromkeys(chain(self.model.parameters(), self._own()))
+        weights = [one for one in every if one.grad is not None]
         for weight in weights:
             if weight.grad is not None and weight.grad.is_sparse:
                 weight.grad = weight.grad.coalesce()
         return weights
 
+    def _own(self) -> Iterable[Tensor]:
+        """The optimizer's weights."""
+        return chain.from_iterable(group["params"] for group in getattr(self.optimizer, "param_groups", ()))
+
+    def _clear(self, weights: list[Tensor]) -> None:
+        """No state has a gradient: clear also those of weights that are not the optimizer's."""
+        zero_grad = self.optimizer.zero_grad
+        if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch's takes as long as a small kernel
+            zero_grad(set_to_none=True)
+        for weight in chain(weights, self._own()):
+            weight.grad = None
+
     def _unscale(self, weights: list[Tensor]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
         assert self.scaler is not None
-        own = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        own = {id(weight) for weight in self._own()}
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
                 weight.grad.div_(self.scaler.get_scale())

@@ -152,6 +152,13 @@ def test_an_import_that_fails_names_the_key(experiment: Any, modules: Path, name
         experiment(f"experiment={name}", **IMPORTS)
 
 
+def test_a_module_that_fails_is_not_called_missing(life: Lives, tmp_path: Path, modules: Path) -> None:
+    ended = life("experiment=smoke", "model._target_=failing.Net", f"run.root={tmp_path}/runs", cwd=modules)
+    assert ended.status == 2
+    assert "ZeroDivisionError" in ended.output
+    assert "Are you sure" not in ended.output
+
+
 def test_a_run_with_imports_is_resumed_without_drift(life: Lives, tmp_path: Path, modules: Path) -> None:
     """``imports`` may change between attempts: the values that the configuration has in the end are its identity."""
     command = ("experiment=smoke", "trainer.max_steps=8", f"run.root={tmp_path}/runs", "run.name=r")

@@ -116,6 +116,24 @@ def test_gradients_outside_the_optimizer_are_cleared_too() -> None:
     assert model.bias.grad is None
 
 
+def test_gradients_that_a_listener_gives_are_cleared() -> None:
+    """Also those of the optimizer's weights that had none."""
+    run = Run()
+    frozen = run.model[2].bias
+    frozen.requires_grad_(False)
+    run.update.gradient_listeners = [lambda: setattr(frozen, "grad", torch.ones(1))]
+    run.step(1)
+    assert [parameter.grad for parameter in run.model.parameters()] == [None] * 4
+
+
+def test_an_optimizer_that_clears_in_its_own_way_is_asked_to() -> None:
+    run = Run()
+    asked: list[bool] = []
+    run.optimizer.zero_grad = lambda set_to_none=True: asked.append(set_to_none)  # type: ignore[method-assign]
+    run.step(1)
+    assert asked == [True]
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_step_without_a_finite_loss_is_skipped(factor: float, fp16: bool) -> None:

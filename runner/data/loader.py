@@ -27,6 +27,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProcessingDataLoaderIter
 from tqdm import tqdm
@@ -70,6 +71,10 @@ class Loader:
         self._key = key
         self._context = WorkerContext(options.start_method) if options.num_workers else None
         self._batches: Any = None
+        if self._context is None and sampler is not None:  # torch's loader takes 10 us for a batch
+            pinned = options.pin_memory and torch.accelerator.is_available()
+            self._loader: Any = _InThisProcess(data, sampler, pinned=pinned)
+            return
         with without_noise():
             self._loader = _StatefulLoader(
                 data,
@@ -102,7 +107,7 @@ class Loader:
         return self
 
     def __next__(self) -> Any:
-        return self._result(lambda: next(self._batches))
+        return next(self._batches) if self._context is None else self._result(lambda: next(self._batches))
 
     def state_dict(self) -> Any:
         """The position in the pass, after the last batch."""
@@ -138,6 +143,19 @@ class Loader:
         if stopped := signals.received():  # a signal to the whole process group may end workers, too
             raise signals.Stopped(stopped)
         raise DataError(f"{self._key}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class _InThisProcess:
+    """Map-style data without workers."""
+
+    data: Any
+    sampler: Any
+    pinned: bool
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = map(self.data.__getitem__, self.sampler)
+        return map(pin_memory, batches) if self.pinned else batches
 
 
 class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
