@@ -8,7 +8,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, pushing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
@@ -23,9 +23,9 @@ checks the code against this map.
        shards/ (__main__, formats, packing, records, scan, tokens)
        update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (classification, gan,
-       language)
-    2  storage/ (backend, files, local, location, remote)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (adversarial,
+       classification, language)
+    2  storage/ (backend, files, local, location, remote)     optimizers
        config/ (composition, help, identity, schema, secrets)
     1  signals     task     names
     0  errors     activity     cache     hashing     rng     schedules     plain

@@ -1,5 +1,6 @@
 """Post-training on what a model generates: what is computed, and that it resumes to the bit."""
 
+import json
 import math
 import os
 import random
@@ -16,6 +17,7 @@ from results import results
 from safetensors.torch import load_file
 from torch import nn
 
+from runner.data.ledger import LedgerLine, made_text, parse_made
 from runner.datasets.arithmetic import Arithmetic
 from runner.errors import ConfigError, StateError
 from runner.models.gpt import GPT
@@ -25,6 +27,8 @@ from runner.rl.generation import Decoder, Sampling, _draw, generate, token_logpr
 from runner.rl.grpo import GRPO, ClippedLoss, Group, Rows
 from runner.rl.rewards import Answer
 from runner.runs.__main__ import main
+from runner.runs.made import account
+from runner.task import Made
 from runner.update import WeightUpdate
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
@@ -390,3 +394,47 @@ def test_random_kills_change_nothing(way: str, life: Lives, tmp_path: Path) -> N
     cut = tmp_path / "arithmetic_grpo/cut"
     assert not results(cut).differences(expected)
     assert ledger(cut) == ledger(tmp_path / "arithmetic_grpo/whole")
+
+
+def line(step: int, *, trained: list[int] = [], dropped: list[int] = [], times: int = 2) -> LedgerLine:  # noqa: B006
+    """A step of four samples."""
+    made = made_text(Made(7 * step, trained, times, dropped))
+    return LedgerLine(step, 4 * step - 4, 4 * step - 1, step, made=made)
+
+
+def test_what_was_made_is_accounted_for() -> None:
+    lines = [line(1, trained=[0, 2, 3], dropped=[1]), line(2), line(3, trained=[4, 6, 7, 8], dropped=[5])]
+    assert account(lines) == ({"trained": 7, "dropped": 2, "waiting": 3, "times": [2]}, [])
+    assert account([LedgerLine(1, 0, 3, 5)]) == (None, [])
+    _, problems = account([line(1, trained=[0, 1, 2]), line(2, trained=[2, 5, 9], dropped=[5])])
+    assert problems == [
+        "positions 9 to 9 were trained in step 2, before they were made",
+        "positions 2 to 2: trained in step 1, trained in step 2",
+        "positions 5 to 5: dropped in step 2, trained in step 2",
+    ]
+
+
+def test_a_line_with_what_was_made_is_read_again() -> None:
+    text = made_text(Made(2**64 - 1, [9, 0, 1, 2], 3, [5]))
+    assert text == " made=ffffffffffffffff trained=0-2,9-9x3 dropped=5-5"
+    assert parse_made(text) == ("ffffffffffffffff", [(0, 2), (9, 9)], 3, [(5, 5)])
+    for wrong in (" made=12 trained=x1 dropped=", " made=ffffffffffffffff trained=1x1 dropped="):
+        with pytest.raises(ValueError, match="not what a task made"):
+            parse_made(wrong)
+
+
+def test_two_runs_part_where_their_rollouts_do(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (*SMALL, "trainer.max_steps=4", f"run.root={tmp_path}")
+    for name, more in (("a", ()), ("b", ("task.iterations=2",)), ("c", ("optimizer.lr=0.01",))):
+        assert life(*command, *more, f"run.name={name}", cwd=USER).status == 0
+    a, b, c = (str(tmp_path / "arithmetic_grpo" / name) for name in "abc")
+    assert main(["diff", "--ledger", a, b]) == 0
+    assert "All 4 steps that both runs have" in capsys.readouterr().out
+    assert main(["diff", "--ledger", a, c]) == 1
+    assert "step 2 is the first that differs: the same samples" in capsys.readouterr().out
+    assert main(["audit", a, "--jsonl", str(tmp_path / "a.jsonl")]) == 0
+    assert "each 2 times" in capsys.readouterr().out
+    steps = [json.loads(text) for text in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert len({index for step in steps for index in step["indices"]}) == 32
+    assert {(step["times"], len(step["made"])) for step in steps} == {(2, 16)}

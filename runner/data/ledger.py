@@ -75,6 +75,17 @@ def made_text(made: Made | None) -> str:
     return f" made={made.digest:016x} trained={_ranges(made.trained)}x{made.times} dropped={_ranges(made.dropped)}"
 
 
+def parse_made(text: str) -> tuple[str, list[tuple[int, int]], int, list[tuple[int, int]]]:
+    """The inverse of ``made_text``: the digest, the positions trained (first and last of each range), how often, and
+    the positions dropped. Raises ValueError.
+    """
+    fields = _MADE.fullmatch(text)
+    if fields is None:
+        raise ValueError(f"not what a task made: {text[:80]!r}")
+    ranges = [[(int(a), int(b)) for a, b in (r.split("-") for r in filter(None, fields[n].split(",")))] for n in (2, 4)]
+    return fields[1], ranges[0], int(fields[3]), ranges[1]
+
+
 def _ranges(positions: Sequence[int]) -> str:
     ordered = np.unique(np.asarray([*positions], dtype=np.int64))
     return ",".join(
@@ -241,8 +252,8 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
     if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
-    if fields[6] and _MADE.fullmatch(fields[6]) is None:
-        raise ValueError(f"not what a task made: {fields[6][:80]!r}")
+    if fields[6]:
+        parse_made(fields[6])
     return LedgerLine(step, first, last, int(fields[4], 16), fields[5], fields[6])
 
 

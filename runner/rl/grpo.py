@@ -203,6 +203,10 @@ class GRPO(Completion):
         self.made = Made(digest, [group.position for group in trained], self.iterations, [*dropped, *old])
         return {**metrics, **self._measured(made, size, metrics["loss"].device)}
 
+    def key(self, position: int, number: int) -> int:
+        """The seed of the generator of a sample."""
+        return derive("rollout", self.seed, position, number)
+
     def _reference_digest(self) -> str | None:
         if self._digest is None and self.reference is not None:
             self._digest = _checksum(self.reference)
@@ -243,7 +247,7 @@ class GRPO(Completion):
         """The groups of prompts of one length."""
         device = next(model.parameters()).device
         texts = torch.tensor([tokens for _, tokens, *_ in prompts])
-        keys = [derive("rollout", self.seed, place, number) for place, *_ in prompts for number in range(self.samples)]
+        keys = [self.key(place, number) for place, *_ in prompts for number in range(self.samples)]
         drawn = generate(model, texts.repeat_interleave(self.samples, 0).to(device), keys, self.sampling)
         completions = self.texts(drawn)
         for number, (position, _, text, answer) in enumerate(prompts):

@@ -68,7 +68,8 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     run = "its directory, for example outputs/digits/base"
     option = add("show", _show, "one run: configuration, attempts, checkpoints, result", run=run)
     option("--code", action="store_true", help="also what code each attempt ran: files, packages, commit, changes")
-    add("audit", _audit, "whether each sample was used exactly once per epoch; exit status 1 if not", run=run)
+    option = add("audit", _audit, "whether each sample was used exactly once per epoch; exit status 1 if not", run=run)
+    option("--jsonl", metavar="FILE", help="also write what each step was trained on, a line of JSON each (see docs)")
     option = add("prune", _prune, "show which checkpoints are not needed; with --yes, remove them", run=run)
     option("--last", type=int, default=2, metavar="N", help="keep the N newest (default and minimum: 2)")
     option("--every-steps", type=int, metavar="N", help="keep a checkpoint at every multiple of N steps")
@@ -76,6 +77,7 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     option("--yes", action="store_true", help="remove them; without --yes nothing is changed")
     option = add("diff", _diff, "how the configurations, the code and the results of two runs differ", run=run)
     option("other", help="the directory of another run")
+    option("--ledger", action="store_true", help="the first step that they trained on other data; exit status 1 if any")
     option = add("push", _push, "send the metrics of a run to a service outside, such as mlflow", run=run)
     option("writer", help="mlflow, wandb, trackio; or a name, with _target_=my_module.MyWriter")
     option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
@@ -110,13 +112,26 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    return _print(parsed, listing.diff(RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)), listing.format_diff)
+    one, other = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
+    if not parsed.ledger:
+        return _print(parsed, listing.diff(one, other), listing.format_diff)
+    from runner.runs.made import first_difference, format_difference
+
+    difference = first_difference(one, other)
+    _print(parsed, difference, format_difference)
+    return 0 if difference["step"] is None else 1
 
 
 def _audit(parsed: argparse.Namespace) -> int:
     from runner.runs import audit
 
-    report, values = audit.audit(RunDirectory.at(parsed.run))
+    directory = RunDirectory.at(parsed.run)
+    report, values = audit.audit(directory)
+    if parsed.jsonl:
+        from runner.runs.made import json_lines
+        from runner.storage import files
+
+        files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
     _print(parsed, values, audit.format_audit)
     return 0 if report.holds else 1
 
