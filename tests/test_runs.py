@@ -161,7 +161,7 @@ def test_audit_finds_repeated_and_missed_samples(
 def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
     """Thousands of epochs are read by programs; a person wants to see the one that is not like the others."""
     rows = [{"epoch": n, "seen": 9 - (n == 5), "repeated": 0, "missed": int(n == 5), "whole": True} for n in range(8)]
-    found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "epochs": rows}
+    found = {"run": "r", "steps": 8, "positions": 71, "attempts": 1, "indexed": True, "weighted": False, "epochs": rows}
     text = audit.format_audit(
         {**found, "again": {"steps": 0, "positions": 0, "differing": 0}, "damaged": [], "problems": []}
     )
@@ -174,7 +174,7 @@ def test_audit_shows_epochs_that_are_alike_as_one_row() -> None:
 
 def test_audit_claims_no_whole_epoch_where_none_is() -> None:
     row = {"epoch": 0, "seen": 8, "repeated": 0, "missed": 0, "whole": False, "substituted": 0}
-    found = {"run": "r", "steps": 2, "positions": 8, "attempts": 1, "indexed": True, "epochs": [row]}
+    found = {"run": "r", "steps": 2, "positions": 8, "attempts": 1, "indexed": True, "weighted": False, "epochs": [row]}
     again = {"steps": 0, "positions": 0, "differing": 0}
     text = audit.format_audit({**found, "again": again, "damaged": [], "problems": []})
     assert "None is whole yet" in text
