@@ -152,7 +152,7 @@ def _train(
             error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if (failure := loop.failure) is not None:
-        remedy = "correct the code and run the same command again, which repeats the evaluation and goes on"
+        remedy = "correct the code and run the same command again, which repeats the evaluation and continues"
         failure.args = (f"{failure}\nStep {loop.step} is committed as it was before the evaluation: {remedy}",)
         raise failure
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
@@ -258,7 +258,7 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
             raise DriftRefused(
                 f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
                 "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
-                f"or\n  go on with the new code: {opening.command} run.on_code_change=accept\n"
+                f"or\n  continue with the new code: {opening.command} run.on_code_change=accept\n"
                 f"  begin a new run:         {opening.command} run.name={another}"
             )
         log.warning("code     edited since the last attempt: %s", edited)

@@ -94,7 +94,7 @@ def test_batches_before_the_first_step_leave_no_trace(life: Lives, tmp_path: Pat
 def test_an_evaluation_shows_its_mistake_before_training(
     mistake: str, status: int, messages: list[str], life: Lives, tmp_path: Path
 ) -> None:
-    """The corrected command goes on with the run."""
+    """The corrected command continues with the run."""
     command = (*SETS, f"run.root={tmp_path}", "run.name=r")
     ended = life(*command, mistake, cwd=USER)
     assert ended.status == status, ended.output

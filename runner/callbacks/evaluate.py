@@ -118,7 +118,7 @@ class Evaluator:
         return report
 
     def _interrupted(self, where: str) -> Interrupted:
-        error = Interrupted(f"{self.team.stop} {where}; run the same command again to go on")
+        error = Interrupted(f"{self.team.stop} {where}; run the same command again to continue")
         error.agreed = True
         return error
 

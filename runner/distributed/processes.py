@@ -145,7 +145,7 @@ class ProcessTeam(Team):
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Communicator:
-        if name not in self._channels:  # it counts its exchanges, which a second attempt goes on with
+        if name not in self._channels:  # it counts its exchanges, which a second attempt continues with
             self._channels[name] = Channel(self._store(name), self.world, self.watch, thread=name)
         return self._channels[name]
 

@@ -68,7 +68,7 @@ class ServiceWriter(ABC):
 
     @abstractmethod
     def open(self, id: str | None) -> str:  # noqa: A002  (the word of the services)
-        """Connect, and begin a run at the service (None), or go on with its run ``id``. Returns the id, which later
+        """Connect, and begin a run at the service (None), or continue with its run ``id``. Returns the id, which later
         attempts get. ``context.id`` is the run's own, which no other run has.
         """
 
@@ -137,7 +137,7 @@ def push(name: str, writer: ServiceWriter, end: Mapping[str, Any], status: str) 
     location = writer.context.location
     lock = location.lock(f"{FOLDER}/{name}.lock")
     if lock is None:
-        raise RunInUse(f"{location.url}: another process sends to {name}; it goes on by itself")
+        raise RunInUse(f"{location.url}: another process sends to {name}; it continues by itself")
     try:
         total = Courier(name, writer).push(end)
         writer.close(status)
@@ -284,7 +284,7 @@ class _Sender:
                 pause = 1.0
             except Exception as error:
                 if self._due is None:
-                    self._say(f"{type(error).__name__}: {error}. Training goes on; the points are sent later")
+                    self._say(f"{type(error).__name__}: {error}. Training continues; the points are sent later")
                 self._due, pause = time.monotonic() + pause, min(2 * pause, _MAX_PAUSE)
         threading.Timer(_LAST_SECONDS, self._give_up).start()
         try:

@@ -3,7 +3,7 @@
     attempts/000003-<nonce>.code.json      absent where the attempt runs the same code as the attempt before
 
 A module is the user's if its file is outside the folders of installed packages; modules of the runner count where a
-``_target_`` names them. Git answers while training goes on, and a repository that git cannot read is left out: nothing
+``_target_`` names them. Git answers while training runs, and a repository that git cannot read is left out: nothing
 here delays or ends a run. Anyone may have written a record, so only texts are taken from it.
 """
 

@@ -1,4 +1,4 @@
-"""Tasks that remember, read or change something outside of their state, each in a form of its own. ``mended`` mends
+"""Tasks that remember, read or change something outside of their state, each in a form of its own. ``mended`` fixes
 it as ``runner.verify`` advises. The comment ``culprit`` marks the line that it has to name.
 """
 

@@ -1,4 +1,4 @@
-"""Models, optimizers, schedulers, callbacks and data that remember something outside of their state. ``mended`` mends
+"""Models, optimizers, schedulers, callbacks and data that remember something outside of their state. ``mended`` fixes
 it as ``runner.verify`` advises. The comment ``culprit`` marks the line that it has to name.
 """
 

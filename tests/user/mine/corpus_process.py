@@ -1,4 +1,4 @@
-"""Tasks that ask the system, or change the process or the model while they train. ``mended`` mends them as
+"""Tasks that ask the system, or change the process or the model while they train. ``mended`` fixes them as
 ``runner.verify`` advises. The comment ``culprit`` marks the line that it has to name.
 """
 

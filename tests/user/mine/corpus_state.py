@@ -1,4 +1,4 @@
-"""Tasks whose state is wrong. ``mended`` mends them as ``runner.verify`` advises. The comment ``culprit`` marks the
+"""Tasks whose state is wrong. ``mended`` fixes them as ``runner.verify`` advises. The comment ``culprit`` marks the
 line that it has to name.
 """
 
