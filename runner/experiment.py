@@ -259,7 +259,7 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
                 f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
                 "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
                 f"or\n  continue with the new code: {opening.command} run.on_code_change=accept\n"
-                f"  begin a new run:         {opening.command} run.name={another}"
+                f"  start a new run:        {opening.command} run.name={another}"
             )
         log.warning("code     edited since the last attempt: %s", edited)
     live.begin_git()
