@@ -173,7 +173,7 @@ class GRPO(Completion):
         if state["reference"] != self._reference_digest():
             raise StateError(
                 f"the reference model is {self._reference_digest()} now, and the run began with {state['reference']}: "
-                "its parent's weights have changed. Restore the parent, or begin a new run with run.name=..."
+                "its parent's weights have changed. Restore the parent, or start a new run with run.name=..."
             )
         self.step, self.version, self.kl = state["step"], state["version"], state["kl"]
         self.waiting.load_state_dict(state["waiting"])
