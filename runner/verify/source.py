@@ -54,6 +54,9 @@ def line_of(names: Iterable[str], places: Sources, others: Sequence[Place] = ())
     ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
     the class.
     """
+    names = [*names]
+    if any(_best(name, places) for name in names[:-1]):  # the names of an object's parts may be those of anything
+        others = ()
     for name in names:
         line = _best(name, places) or _best(name, others) or _best(name, places, sure=False)
         if line:

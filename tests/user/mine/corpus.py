@@ -268,7 +268,7 @@ class Banks(Scaled):
         self.bank, self.row = torch.zeros(512, 8), 0
 
     def amount(self, x):
-        self.bank[self.row * 100] = x.detach().mean(0)
+        self.bank[self.row * 100] = x.detach().mean(0)  # culprit
         self.row = (self.row + 1) % 5  # culprit
         return self.bank.sum()
 
