@@ -190,16 +190,29 @@ def copy_of(task: Task, *models: nn.Module) -> Task | None:
         return None
 
 
+_MEMBERS = ("_parameters", "_buffers", "_modules")  # dicts of a module, which it changes in place
+
+
 @contextmanager
 def without_trace(models: Sequence[nn.Module], team: Team) -> Iterator[None]:
-    """Within the block, models may be evaluated; afterwards buffers and trained weights are what they were, to the bit.
+    """Within the block, models may be evaluated; afterwards buffers and trained weights are what they were, to the bit,
+    and attributes of modules are the same objects: a layer that was made in the block is gone.
 
     Raises TaskError if other weights have changed, or weights were replaced.
     """
     before = _StateBefore(models)
+    modules = [module for model in models for module in model.modules()]
+    attributes = [(module, {**vars(module)}, [{**vars(module)[kind]} for kind in _MEMBERS]) for module in modules]
     trained = [weight for model in models for weight in model.parameters() if weight.requires_grad]
     copies = [(weight, weight.detach().clone()) for weight in trained if not is_distributed(weight)]
     yield
+    if not any(is_distributed(weight) for model in models for weight in model.parameters()):
+        for module, own, members in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+            for kind, members_of_kind in zip(_MEMBERS, members, strict=True):
+                own[kind].clear()
+                own[kind].update(members_of_kind)
     with torch.no_grad():
         for weight, copy in copies:
             weight.copy_(copy)
