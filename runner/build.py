@@ -488,8 +488,11 @@ def _frames(error: BaseException) -> str:
 
 def _hint(message: str, key: str) -> str:
     """The remedy where a key of an option, over which Hydra lays the experiment's own, does not fit."""
-    advice = f". If the option that was chosen for {key} gave it, choose none: `defaults: [override /{key}: null]`"
-    return advice if "unexpected keyword argument" in message else ""
+    if "unexpected keyword argument" not in message:
+        return ""
+    if "." in key:
+        return f". If an option gave it, which Hydra merges with your {key}, give its whole group without the option"
+    return f". If the option that was chosen for {key} gave it, choose none: `defaults: [override /{key}: null]`"
 
 
 def _path(thing: Any) -> str:
