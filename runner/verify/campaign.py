@@ -96,7 +96,7 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         seconds=sum(event["took"] for event in events),
     )
     kills = tuple(_kills(options, observed, chance))
-    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
     return KillPlan(
         steps,
         limit=steps + 1 if ends_itself else steps,
