@@ -489,7 +489,7 @@ def test_more_tensors_than_can_be_read_again_are_not_saved() -> None:
     location = MemoryLocation()
     many = Snapshot(1, {}, dict.fromkeys(map(str, range(MAX_TENSORS + 1)), torch.zeros(1)))
     with pytest.raises(StateError, match="a checkpoint has at most"):
-        CheckpointStore(location).commit(many, attempt=1, successor=lambda: None)
+        CheckpointStore(location).commit(many, attempt=1, require_newest=lambda: None)
     assert location.objects == {}
 
 

@@ -335,18 +335,14 @@ class Attempt:
 
     def require_newest(self) -> None:
         """Raise Superseded if there is a newer attempt. Asks the storage; raises StorageError, and RunGone."""
-        self._raise_if(self.successor())
-
-    def successor(self) -> AttemptRecord | None:
-        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError, and RunGone."""
         self._raise_if_gone()
-        return successor(self.location, self.name)
+        self._raise_if(successor(self.location, self.name))
 
     def _raise_if(self, newer: AttemptRecord | None) -> None:
         if newer is not None:
             raise Superseded(
                 f"{newer.owner()} took over {self.location.url}; this process stops. "
-                "What it did after its last checkpoint is not used."
+                "What it did after its last acknowledged checkpoint is not used."
             )
 
     def _raise_if_gone(self) -> None:
