@@ -28,7 +28,7 @@ from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
 
-# What rank 0 decides and all ranks do, as JSON: ``retry`` the commit that failed; or ``drop`` the copies of these steps,
+# What rank 0 decides and all ranks do, as JSON: ``retry`` the commit that failed, or ``drop`` the copies of these steps
 # and copy the state now (``exact``: this very step is needed).
 Order = dict[str, Any]
 
@@ -245,9 +245,8 @@ class SaveCheckpoint(Callback):
 
     def _order(self, *, exact: bool = False) -> Order:
         """Order a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
-        self.writer.pause()  # until the order is carried out
+        waiting = self.writer.hold()  # until the order is carried out
         self.timer.restart()
-        waiting = self.writer.waiting
         retry = not exact and any(copy.exact for copy in waiting.values())
         self._overdue = retry
         return {"exact": exact, "retry": retry, "drop": [*waiting]}

@@ -206,9 +206,9 @@ class Staging:
 class Writer:
     """Calls ``commit`` in a background thread for every copy that was ``put``, in their order.
 
-    A copy whose commit raised is the next again, after ``retry`` or another ``put``; until then the writer is idle. On
-    rank 0 ``failure`` is its step and error. ``commit`` of rank 0 has to broadcast the step of its copy over ``comm``,
-    which belongs to this thread: the writers of the other ranks follow.
+    A copy whose commit raised is the next again, and the writer is idle until ``retry``, or until that copy is taken.
+    On rank 0 ``failure`` is its step and error. ``commit`` of rank 0 has to broadcast the step of its copy over
+    ``comm``, which belongs to this thread: the writers of the other ranks follow.
     """
 
     def __init__(self, commit: Callable[[Staging], None], comm: Communicator) -> None:
@@ -217,14 +217,15 @@ class Writer:
         self._comm = comm
         self._changed = threading.Condition()
         self._waiting: dict[int, Staging] = {}  # by step
-        self._busy = self._paused = self._closed = False
+        self._failed: int | None = None  # the step of a copy that waits because its commit raised
+        self._busy = self._held = self._closed = False
         self._error: Exception | None = None  # of the wait for rank 0
         self._thread: threading.Thread | None = None  # started for the first copy: data workers are forked before
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being written, and nothing will be before the next ``put`` or ``retry``."""
-        return not self._busy and (self._paused or not self._waiting)
+        return not self._busy and (self._failed is not None or not self._waiting)
 
     @property
     def waiting(self) -> dict[int, Staging]:
@@ -239,25 +240,29 @@ class Writer:
             self._thread.start()
         with self._changed:
             self._waiting[copy.snapshot.step] = copy
-            self._resume()
+            self._held = False
+            self._changed.notify_all()
 
-    def pause(self) -> None:
-        """Begin no other copy before ``put``."""
+    def hold(self) -> dict[int, Staging]:
+        """Begin no other copy before ``put`` or ``retry``; returns ``waiting``."""
         with self._changed:
-            self._paused = True
+            self._held = True
+            return dict(self._waiting)
 
     @doing("joins")
     def retry(self) -> None:
         """Commit the copy that failed once more; blocks while it is still failing."""
         with self._changed:
-            self._wait_for(lambda: self._paused)
-            self._resume()
+            self._wait_for(lambda: self._failed is not None)
+            self._failed, self._held = None, False
+            self._changed.notify_all()
 
     @doing("joins")
     def take(self, step: int) -> Staging:
         """Remove and return the copy of a step, which waits or has failed; blocks while it is still failing."""
         with self._changed:
             self._wait_for(lambda: step in self._waiting)
+            self._failed = None if self._failed == step else self._failed
             return self._waiting.pop(step)
 
     @doing("joins")
@@ -271,12 +276,8 @@ class Writer:
         """Finish all commits, for so many seconds at most, and end the thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
-            self._closed = True
+            self._closed, self._held = True, False
             self._changed.notify_all()
-
-    def _resume(self) -> None:
-        self._paused = False
-        self._changed.notify_all()
 
     def _wait_for(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
         done = self._changed.wait_for(lambda: condition() or self._error is not None, seconds)
@@ -294,17 +295,17 @@ class Writer:
                 failure = error
             with self._changed:
                 if failure is not None:
-                    self._waiting = {copy.snapshot.step: copy, **self._waiting}
-                    self._paused = True
+                    self._failed = copy.snapshot.step
+                    self._waiting = {self._failed: copy, **self._waiting}
                     if self._comm.rank == 0:
-                        self.failure = copy.snapshot.step, failure
+                        self.failure = self._failed, failure
                 self._busy = False
                 self._changed.notify_all()
 
     def _next(self) -> Staging | None:
         """The next copy to commit, once there is one; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self.idle)
+            self._changed.wait_for(lambda: self._closed or not (self.idle or self._held))
             if self._comm.rank == 0:
                 return None if self.idle else self._begin(next(iter(self._waiting)))
             if self._closed:
