@@ -18,7 +18,8 @@ from faults import MemoryLocation, save
 
 from runner.checkpoint import tensor_file
 from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, seal_of, unseal
-from runner.checkpoint.snapshot import MAX_TENSORS, Snapshot
+from runner.checkpoint.sharding import MAX_TENSORS
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger

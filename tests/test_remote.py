@@ -170,7 +170,7 @@ def test_a_server_that_never_answers_is_given_up(kind: str, verb: str, monkeypat
         start = time.monotonic()
         with pytest.raises(StorageError, match=r"cannot \w+ .*TimeoutError: (no answer|an earlier try)"):
             VERBS[verb](location)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < (20 if verb == "list" else 5)
 
 
 def silent(kind: str, port: int) -> tuple[str, dict[str, Any]]:

@@ -22,8 +22,6 @@ from runner.checkpoint.tensor_file import StoredFile, bytes_of, memory_key
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
 from runner.errors import StateError
 
-MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
-
 Report = dict[str, Any]  # what a rank wrote; JSON
 
 # Before a commit, ranks compare the state that all must have alike. The trained parts are large, and alike because the
@@ -98,13 +96,6 @@ def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, Store
     return entries | {"tensors": _kinds(plan.own), "own": snapshot.own, "alike": _alike(snapshot, plan)}
 
 
-def require_few(plan: WritePlan, *, more: int = 0) -> None:
-    """Raise StateError for more tensors than could be loaded again."""
-    count = sum(len(group.tensors) for group in plan.groups) + len(plan.aliases) + more
-    if count > MAX_TENSORS:
-        raise StateError(f"cannot save {count} tensors; a checkpoint has at most {MAX_TENSORS}")
-
-
 def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
@@ -118,7 +109,6 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Seq
             own.append((entries["tensors"], entries["files"][-1]))
     ordered = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
     groups = [{"cuts": group.cuts, "tensors": _kinds(group)} for group in plan.groups]
-    require_few(plan, more=sum(len(tensors) for tensors, _ in own))
     return {
         "format": FORMAT,
         "attempt": commit.attempt,

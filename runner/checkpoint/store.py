@@ -21,7 +21,7 @@ from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
 from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.sharding import FileGroup, WritePlan, plan, shard
-from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
+from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile, StoredFile
 from runner.config.schema import LEAST_KEPT
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather, on_all_ranks, on_rank_zero
@@ -177,7 +177,6 @@ class CheckpointStore:
 
     def _put(self, commit: CommitId, snapshot: Snapshot, write: WritePlan) -> Report:
         """Write this rank's data files."""
-        require_few(write)
         rank = None if self.comm.size == 1 else self.comm.rank
 
         def put(number: int, group: FileGroup) -> tuple[str, StoredFile]:
