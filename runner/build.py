@@ -278,10 +278,10 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         if parts.state.schedulers("evaluation"):
-            callbacks["schedule"] = StepSchedule(metric)
+            callbacks["schedule"] = StepSchedule()
         stopping = trainer.early_stopping
         if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
+            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta)
     return callbacks
 
 
