@@ -218,13 +218,13 @@ def _bytes(value: Any) -> bytes:
         return repr(value).encode()
     try:
         pickled = io.BytesIO()
-        _Pickler(pickled).dump(value)
+        _ContentPickler(pickled).dump(value)
         return pickled.getvalue()
     except Exception:  # of an open file or a lock only the type can be compared
         return type(value).__qualname__.encode()
 
 
-class _Pickler(pickle.Pickler):
+class _ContentPickler(pickle.Pickler):
     """Tensors inside other objects, such as graphs, by their content: torch pickles their addresses, too."""
 
     def persistent_id(self, obj: Any) -> bytes | None:
