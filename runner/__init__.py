@@ -8,12 +8,12 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
        memory, options, proof, recorder, source, suspects)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
     7  trainer     build     restore
-    6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
+    6  callbacks/ (base, dry, evaluate, observers, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     foreign     evaluation
        datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
