@@ -56,7 +56,7 @@ def schema_errors(config: Any, schema: Any = None) -> list[str]:
     return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in validator.iter_errors(config)]
 
 
-def test_the_schema_in_the_repository_is_what_the_command_prints() -> None:
+def test_the_stored_schema_is_what_the_command_prints() -> None:
     command = [sys.executable, "-m", "runner", "schema"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert (CONF / "schema.json").read_text() == done.stdout
