@@ -57,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--reverse", action="store_true", help="in descending order")
     option = add("compare", _compare, "the parameters in which the runs differ, and their objective")
     option("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
-    option("--html", metavar="FILE", help="the picture with a sortable table, as one HTML file")
-    option = add("watch", _watch, "the list, updated until Ctrl-C")
-    option("--interval", type=float, default=5.0, metavar="SECONDS", help="between two updates (default: 5)")
     _add_commands_for_runs(add)
     return parser
 
@@ -93,16 +90,10 @@ def _list(parsed: argparse.Namespace) -> int:
     return _print(parsed, [asdict(run) for run in runs], lambda _: listing.format_runs(runs))
 
 
-def _watch(parsed: argparse.Namespace) -> int:
-    selects = _selection(parsed)
-    listing.watch(lambda: listing.list_runs(parsed.root, selects), interval=parsed.interval, as_json=parsed.json)
-    return 0
-
-
 def _compare(parsed: argparse.Namespace) -> int:
     comparison = compare.compare_runs(parsed.root, _selection(parsed))
-    if parsed.png or parsed.html:
-        compare.write(comparison, png=parsed.png, html=parsed.html)
+    if parsed.png:
+        compare.draw(comparison, parsed.png)
     return _print(parsed, comparison.plain(), lambda _: compare.format_comparison(comparison))
 
 
