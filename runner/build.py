@@ -24,7 +24,7 @@ from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Rep
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.composition import searched
+from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
@@ -375,11 +375,11 @@ def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any,
     if nodes is not None and nodes.keys() != optimizer.keys():
         expected = ", ".join(optimizer)
         raise ConfigError(f"scheduler has {', '.join(nodes)}: give one for each optimizer ({expected}), or one for all")
-    made = {
+    pairs = {
         name: _scheduler(config, *(nodes[name] if nodes else (node, "scheduler")), each, plan)
         for name, each in optimizer.items()
     }
-    return Named({name: pair[0] for name, pair in made.items()}), Named({name: pair[1] for name, pair in made.items()})
+    return Named({n: pair[0] for n, pair in pairs.items()}), Named({n: pair[1] for n, pair in pairs.items()})
 
 
 def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
@@ -473,7 +473,7 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
-        where = version or searched(cause)
+        where = version or import_hint(cause)
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     message = _frames(cause)

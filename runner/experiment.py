@@ -66,20 +66,20 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     callbacks: dict[str, Callback] = {}
     reporting = _reporting_errors(callbacks)
     with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack:
-        looking = make_observers(config)
-        callbacks.update(looking)
-        notify(looking.values(), "on_command", directory)
+        observers = make_observers(config)
+        callbacks.update(observers)
+        notify(observers.values(), "on_command", directory)
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
         store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
         callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
-        last = (*looking, "report", "progress", "heartbeat", "checkpoint")
+        last = (*observers, "report", "progress", "heartbeat", "checkpoint")
         callbacks.update({name: callbacks.pop(name) for name in last if name in callbacks})
         setup = _set_up(config, parts, callbacks, store, directory, number)
         with_state = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
-        parts.state.memories = {name: call for name, call in with_state.items() if name not in looking}
+        parts.state.memories = {name: call for name, call in with_state.items() if name not in observers}
 
         on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
         resumed = _resume(opening, config, parts, store, team)

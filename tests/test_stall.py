@@ -55,7 +55,9 @@ def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_p
 
 
 def test_c_code_that_keeps_the_lock_is_named(life: Lives, tmp_path: Path) -> None:
-    with life.start(*ARGUMENTS, *stuck("gil", tmp_path), "runtime.timeout=3", f"run.root={tmp_path}", cwd=USER) as process:
+    with life.start(
+        *ARGUMENTS, *stuck("gil", tmp_path), "runtime.timeout=3", f"run.root={tmp_path}", cwd=USER
+    ) as process:
         until(lambda: 'stalls.py", line' in process.output)
     ended = run(life, tmp_path, *stuck("gil", tmp_path))
     assert ended.status == 0, ended.output

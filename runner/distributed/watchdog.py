@@ -121,6 +121,7 @@ class Stall:
         self._training = threading.get_ident()
         self._watching = False  # from the first step or batch on
         self._progressed = False
+        self._armed = 0.0  # when faulthandler's timer was started
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
@@ -142,11 +143,15 @@ class Stall:
         self._arm()
 
     def _arm(self) -> None:
-        """Print all stacks unless this is called again within the timeout, or nothing is to be watched."""
+        """Let C code print all stacks unless this is called again in time; stop that if there is nothing to watch."""
+        now = time.monotonic()
         with suppress(Exception):  # stderr may be anything
-            faulthandler.cancel_dump_traceback_later()
-            if self._watching:
-                faulthandler.dump_traceback_later(self._timeout + _SLACK_SECONDS)
+            if self._watching and now - self._armed > _SLACK_SECONDS:  # not at every beat: it waits for a thread to end
+                faulthandler.dump_traceback_later(self._timeout + 2 * _SLACK_SECONDS)
+                self._armed = now
+            elif self._armed and not self._watching:
+                faulthandler.cancel_dump_traceback_later()
+                self._armed = 0.0
 
     def _watch(self) -> None:
         spent: Counter[str] = Counter()

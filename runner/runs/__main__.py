@@ -106,7 +106,7 @@ def _diff(parsed: argparse.Namespace) -> int:
     one, other = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
     if not parsed.ledger:
         return _print(parsed, listing.diff(one, other), listing.format_diff)
-    from runner.runs.made import first_difference, format_difference
+    from runner.runs.rollouts import first_difference, format_difference
 
     difference = first_difference(one, other)
     _print(parsed, difference, format_difference)
@@ -119,7 +119,7 @@ def _audit(parsed: argparse.Namespace) -> int:
     directory = RunDirectory.at(parsed.run)
     report, values = audit.audit(directory)
     if parsed.jsonl:
-        from runner.runs.made import json_lines
+        from runner.runs.rollouts import json_lines
         from runner.storage import files
 
         files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
@@ -143,7 +143,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _push(parsed: argparse.Namespace) -> int:
-    from runner.runs.pushing import push
+    from runner.runs.push import push
 
     done = push(parsed.run, parsed.writer, parsed.settings)
     return _print(parsed, done, lambda _: f"{done['sent']} points sent; {done['writer']} has all up to {done['step']}")
