@@ -157,7 +157,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
     if not team.sum_tensors({"": torch.tensor(float(differs))})[""]:
         return report
-    reports = team.comm.broadcast(team.comm.gather(dict(report)))
+    reports = team.all_gather(dict(report))
     texts = [{name: json.dumps(value) for name, value in each.items()} for each in reports]
     name = min(name for each in texts for name in each if any(other.get(name) != each[name] for other in texts))
     values = ", ".join(f"{each.get(name, 'nothing')} on rank {rank}" for rank, each in enumerate(reports))
