@@ -100,7 +100,7 @@ def stored(how: WritePlan, number: int, cell: int) -> tuple[str, StoredFile]:
     """The file of a cell, as it would have been written."""
     group = how.groups[number]
     size = sum(prod(cell_of(kind.shape, group.cuts, cell).shape) * kind.itemsize for kind in group.tensors.values())
-    return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, (DIGEST,) * -(-size // BLOCK))
+    return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, [DIGEST] * -(-size // BLOCK))
 
 
 def least(work: Callable[[], T]) -> tuple[float, T]:
@@ -155,7 +155,7 @@ def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
             shares[(number + cell) % ranks].append((number, cell))
     for share in shares:
         files = [stored(how, number, cell) for number, cell in share]
-        entries = [[name, file.size, file.header, file.digest, [*file.blocks]] for name, file in files]
+        entries = [[name, file.size, file.header, file.digest, file.blocks] for name, file in files]
         yield {**mine, "shelves": [[*cell] for cell in share], "files": entries}
 
 

@@ -237,10 +237,7 @@ class Checkpoint:
 def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
-        files = {
-            name: StoredFile(size, header, digest, tuple(blocks))
-            for name, (size, header, digest, blocks) in manifest["files"].items()
-        }
+        files = {name: StoredFile(*fields) for name, fields in manifest["files"].items()}
         places = dict(_places(manifest["shelves"], len(files)))
         places |= {name: places[other] for name, other in manifest["same"].items()}
         if len(places) > MAX_TENSORS:

@@ -84,7 +84,7 @@ def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, Store
     and digests of the state that all ranks have alike.
     """
     entries = {
-        "files": [[name, file.size, file.header, file.digest, list(file.blocks)] for name, file in files],
+        "files": [[name, file.size, file.header, file.digest, file.blocks] for name, file in files],
         "shelves": [[number, cell] for number, cell in plan.written.items()],
     }
     if snapshot.plan is None:
