@@ -77,7 +77,7 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
         for number, kill in enumerate(observed.kills(options))  # all processes and a single one in turn
     ]
-    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
     workers = options.workers[:1] if attempt.select("built")[0]["epoch"] is None else options.workers
     limit = observed.steps + 1 if ends_itself else observed.steps
     return KillPlan(observed.steps, limit, observed.every, tuple(kills), workers)
