@@ -11,8 +11,8 @@ restores), ``config/identity`` (which commands name the same run), ``callbacks/s
 verdict).
 
    14  api
-   13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
-       fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
+   13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
+       memory, options, proof, recorder, source, suspects)
    12  __main__
    11  runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
