@@ -90,7 +90,7 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
         for number, kill in enumerate(_kills(options, observed, chance))  # all processes and a single one in turn
     ]
-    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
     workers = options.workers[:1] if built["epoch"] is None else options.workers
     return KillPlan(steps, steps + 1 if ends_itself else steps, every, tuple(kills), workers)
 
