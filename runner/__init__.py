@@ -12,7 +12,7 @@ verdict).
 
    14  api
    13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
-       memory, options, proof, recorder, source, suspects)
+       memory, options, page, proof, recorder, source, suspects)
    12  __main__
    11  runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app

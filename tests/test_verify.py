@@ -31,6 +31,7 @@ from runner.verify.difference import first_difference, lost_memory
 from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
+from runner.verify.page import page
 from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
@@ -548,6 +549,27 @@ def test_the_proof_ends_when_its_time_is_over(
         assert "verify.minutes was over before the killed run was finished" in verdict.text()
 
 
+def test_a_configuration_error_comes_before_anything_heavy(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(USER)
+    code = """if True:
+        import sys
+        from runner.errors import ConfigError
+        from runner.verify import assert_resumes
+        try:
+            assert_resumes("--config-dir", "conf", "experiment=broken", sys.argv[1])
+        except ConfigError as error:
+            print("torch" in sys.modules, error)
+    """
+    for wrong, message in (
+        ("trainer.max_step=3", "Could not override 'trainer.max_step'"),
+        ("run.name=a/b", "run.name"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, wrong], check=True, stdout=subprocess.PIPE, text=True)
+        assert done.stdout.startswith("False "), done.stdout
+        assert message in done.stdout
+    assert [*scratch.iterdir()] == []
+
+
 @pytest.mark.campaign
 def test_the_fixture_shares_its_servers(scratch: Path, tmp_path: Path) -> None:
     test = tmp_path / "test_mine.py"
@@ -611,6 +633,15 @@ def test_a_limit_by_the_clock_is_left_out(servers: Servers, scratch: Path) -> No
     verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
     assert "note     trainer.max_seconds was left out" in verdict.text()
     assert verdict.proven["steps"] == 6
+
+
+def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
+    verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
+    shown = page(replace(verdict, command=["<script>"]))
+    assert shown.count("<polyline") == 2
+    assert "http" not in shown.replace("http-equiv", "")
+    assert "<script" not in shown
+    assert "note     trainer.max_seconds was left out" in shown
 
 
 @pytest.mark.parametrize(

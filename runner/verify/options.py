@@ -1,6 +1,9 @@
 """The options of a proof: ``verify.*`` among the overrides of an ordinary command."""
 
 import difflib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -27,8 +30,9 @@ class Options:
 
     ``steps`` None: up to 100, within about 20 seconds of training. ``workers`` are numbers of data workers that
     attempts take in turn; the first is that of the undisturbed run. ``moments`` of kills are taken in turn, too.
-    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``seed`` decides the
-    steps of the kills. ``minutes`` is how long the proof may take: steps and kills are left out to keep that.
+    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``html`` is the path
+    or URL of a page. ``seed`` decides the steps of the kills. ``minutes`` is how long the proof may take: steps and
+    kills are left out to keep that.
     """
 
     steps: int | None = None
@@ -38,6 +42,7 @@ class Options:
     workers: tuple[int, ...] = (0, 2)
     processes: int = 1
     root: str | None = None
+    html: str | None = None
     seed: int = 0
     keep: bool = False
 
@@ -53,6 +58,33 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str], bool]:
         if argument in ("-m", "--multirun"):
             raise ConfigError("a proof is of one run: leave out -m, and give one value for each key")
     return Options(**dict(map(_option, options))), rest, "--json" in arguments
+
+
+# The runner until the configuration is composed and checked: without torch, in a fraction of a second. The path is that
+# of this process, since with ``python -m`` a ``runner.py`` in the working directory would hide the runner.
+_CHECK = """
+import sys
+sys.path[:] = {path!r}
+from runner.__main__ import main
+from runner.callbacks.base import Observer, observers
+
+class Checked(Observer):
+    def on_command(self, directory):
+        raise SystemExit(0)
+
+observers.append(Checked())
+sys.exit(main())
+"""
+
+
+def check(command: Sequence[str]) -> None:
+    """Raise ConfigError for a command whose configuration cannot be used, before anything else is started."""
+    with tempfile.TemporaryDirectory(prefix="runner-verify-") as folder:
+        where = (f"run.root={folder}", "run.name=check", f"hydra.run.dir={folder}")
+        line = [sys.executable, "-c", _CHECK.format(path=sys.path), *command, *where]
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == ConfigError.status:
+        raise ConfigError(done.stderr.strip())
 
 
 def _option(argument: str) -> tuple[str, Any]:
@@ -92,6 +124,7 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "workers": (_all(_at_least(0)), "verify.workers=[0,2] (numbers of data workers)"),
     "processes": (_at_least(1), "verify.processes=2 (at least 1)"),
     "root": (lambda value: isinstance(value, str), "verify.root=s3://bucket/scratch, or a folder"),
+    "html": (lambda value: isinstance(value, str), "verify.html=report.html"),
     "seed": (_at_least(0), "verify.seed=1 (at least 0)"),
     "keep": (lambda value: isinstance(value, bool), "verify.keep=true, which leaves the scratch runs where they are"),
 }
