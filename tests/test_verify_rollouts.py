@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from runner.verify.verdict import Verdict
 from test_rl import SMALL, USER, WAYS
 
 from runner.verify.execution import Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.proof import prove
+from runner.verify.proof import Verdict, prove
 
 COMMAND = ("--config-dir", "conf", *SMALL, "trainer.evaluate_every_steps=100", "checkpoint.every_steps=1")
 OPTIONS = Options(steps=6, kills=1, workers=(0,))
