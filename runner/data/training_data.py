@@ -64,24 +64,6 @@ def training_data(
     return MapStyleStream(fetcher, loading=loading, device=device, audit=config.runtime.audit), plan
 
 
-class First:
-    """The first ``count`` samples of a map-style data set. They lie in no shards, and are of no mixture."""
-
-    def __init__(self, samples: Samples, count: int) -> None:
-        self._samples = samples
-        self._count = min(count, len(samples))
-        if (lengths := getattr(samples, "lengths", None)) is not None:
-            self.lengths = lengths[: self._count]
-        self.fingerprint = str(getattr(samples, "fingerprint", ""))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        """As the data set underneath."""
-        return self._samples[index]
-
-
 def require_map_style(samples: Any, key: str) -> Samples:
     """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
     name = type(samples).__qualname__
