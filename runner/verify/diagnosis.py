@@ -297,9 +297,7 @@ class _Trial:
         self.tested |= put
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         trial = f"the same with {names} of the undisturbed run"
-        return bool(put) and not self._investigation.differs(
-            f"the same with {names} of the undisturbed run", run, self._base
-        )
+        return bool(put) and not self._investigation.differs(trial, run, self._base)
 
 
 def _callers(run: RunTrace) -> str:
