@@ -113,14 +113,14 @@ def _audit(parsed: argparse.Namespace) -> int:
     from runner.runs import audit
 
     directory = RunDirectory.at(parsed.run)
-    report, values = audit.audit(directory)
+    values = audit.audit(directory)
     if parsed.jsonl:
         from runner.runs.audit import json_lines
         from runner.storage import files
 
         files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
     _print(parsed, values, audit.format_audit)
-    return 0 if report.holds else 1
+    return 0 if values["holds"] else 1
 
 
 def _prune(parsed: argparse.Namespace) -> int:
