@@ -129,8 +129,7 @@ def _data(
 ) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
-    pinned = device.type == "cuda"
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
