@@ -129,8 +129,7 @@ def _data(
 ) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
-    pinned = device.type == "cuda"
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
@@ -428,7 +427,7 @@ def _require_objective(config: Config, key: str, scheduler: Any, interval: str |
             f"{key}: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
         )
     if (mode := getattr(scheduler, "mode", goal.mode.name)) != goal.mode.name:
-        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}")
+        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}; make them the same")
     if interval is not None:
         raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -203,6 +203,12 @@ class IterableBatches(IterableDataset[Batch]):
             self._place = _Place(self._entered)
             return
         parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
+        if not any(map(stateful, parts)):
+            raise DataError(
+                "it has no state_dict and load_state_dict (nor has its iterator), so a resume cannot know where it is. "
+                "Give it both, make it map-style (__len__, __getitem__), or set data.replay=true: every resume then "
+                "reads the current pass again up to there"
+            )
         state = tuple(pack_state(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
         self._place = _Place(self._entered, since=self._item, user_state=state)
 
@@ -301,7 +307,7 @@ class IterableStream(TrainingStream):
         self, samples: Any, options: BatchOptions, *, micro_batches: int, loading: LoaderOptions, device: torch.device
     ) -> None:
         super().__init__(loading, device)
-        _require_resumable(samples, replay=options.replay)
+        _require_iterable(samples)
         self.count = 0  # samples of the current step
         self.digest = 0  # 64 bits of their content
         self._samples = samples
@@ -460,25 +466,13 @@ class IterableStream(TrainingStream):
         )
 
 
-def _require_resumable(samples: Any, *, replay: bool) -> None:
-    """Raise DataError unless the iterable can be resumed by its state or by reading it again."""
+def _require_iterable(samples: Any) -> None:
+    """Raise DataError unless each ``iter`` of the samples can begin anew or at a state."""
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
-    if stateful(samples):
-        return
-    if hasattr(samples, "__next__"):
+    if hasattr(samples, "__next__") and not stateful(samples):
         raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
-    other = samples  # a copy, because the call of iter may change the object that workers get
-    for make in (copy, _duplicate):  # a deep copy where neither an open file nor a lock prevents it
-        with suppress(Exception):
-            other = make(samples)
-    if not replay and not stateful(iter(other)):
-        raise DataError(
-            f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
-            "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
-            "data.replay=true: every resume then reads the current pass again up to there"
-        )
 
 
 def _duplicate(samples: Any) -> Any:
