@@ -5,26 +5,25 @@ layer, there are no import cycles. Few modules import any given third-party pack
 checks the code against this map.
 
    14  api
-   13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
-       fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
+   13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
+       memory, options, proof, recorder, source, suspects)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference
     7  trainer     build     restore
-    6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
+    6  callbacks/ (base, dry, evaluate, observers, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
-    5  run_facts     state     foreign     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds,
-       images, text)
+    5  run_facts     state     foreign     evaluation
+       datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
-       shards/ (__main__, formats, packing, records, scan, tokens)
-       update     device
-    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (adversarial,
-       classification, language)
+       shards/ (__main__, formats, packing, records, scan, tokens)     update     device
+    3  distributed/ (communicator, parallel, processes, team, watchdog, world)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request
+       tasks/ (adversarial, classification, language)
     2  storage/ (backend, files, local, location, remote)     optimizers
        config/ (composition, help, identity, schema, secrets)
     1  signals     task     names

@@ -24,7 +24,7 @@ from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Rep
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.composition import searched
+from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
@@ -278,10 +278,10 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         if parts.state.schedulers("evaluation"):
-            callbacks["schedule"] = StepSchedule(metric)
+            callbacks["schedule"] = StepSchedule()
         stopping = trainer.early_stopping
         if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
+            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta)
     return callbacks
 
 
@@ -375,11 +375,11 @@ def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any,
     if nodes is not None and nodes.keys() != optimizer.keys():
         expected = ", ".join(optimizer)
         raise ConfigError(f"scheduler has {', '.join(nodes)}: give one for each optimizer ({expected}), or one for all")
-    made = {
+    pairs = {
         name: _scheduler(config, *(nodes[name] if nodes else (node, "scheduler")), each, plan)
         for name, each in optimizer.items()
     }
-    return Named({name: pair[0] for name, pair in made.items()}), Named({name: pair[1] for name, pair in made.items()})
+    return Named({n: pair[0] for n, pair in pairs.items()}), Named({n: pair[1] for n, pair in pairs.items()})
 
 
 def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
@@ -427,7 +427,7 @@ def _require_objective(config: Config, key: str, scheduler: Any, interval: str |
             f"{key}: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
         )
     if (mode := getattr(scheduler, "mode", goal.mode.name)) != goal.mode.name:
-        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}")
+        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}; make them the same")
     if interval is not None:
         raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 
@@ -437,7 +437,7 @@ def open_writers(
 ) -> None:
     """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
 
-    Raises ConfigError for a writer that cannot be constructed or lacks a method; errors of the runner that its
+    Raises ConfigError for a writer that cannot be constructed; errors of the runner that its
     constructor raises pass through.
     """
     writers.resume(facts)
@@ -460,9 +460,10 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
         raise
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
-    if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
-        why = f"has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter describes what a writer needs"
-        raise ConfigError(f"{key}: {_path(type(writer))} {why}")
+    if not isinstance(writer, MetricWriter):
+        raise ConfigError(
+            f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
+        )
     return writer
 
 
@@ -473,7 +474,7 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
-        where = version or searched(cause)
+        where = version or import_hint(cause)
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     message = _frames(cause)

@@ -168,7 +168,7 @@ class Checkpoint:
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """
-        return on_all_ranks(self.comm, lambda: self._load(part, like), kinds=(Damaged,))
+        return on_all_ranks(self.comm, lambda: self._load(part, like))
 
     def _load(self, part: str, like: Any) -> Any:
         live = {} if like is None else encode(like, part)[1]

@@ -25,7 +25,7 @@ from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, t
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, TaskError, printable
-from runner.metrics.writer import WriterContext
+from runner.metrics.writer import MetricWriter, WriterContext
 from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
@@ -34,7 +34,7 @@ _BINS = 64  # of a histogram
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(MetricWriter):
     """Writes curves and texts, and makes TensorBoard hide what older attempts wrote for the same and later steps."""
 
     def __init__(self, context: WriterContext) -> None:
@@ -75,10 +75,11 @@ class TensorBoardWriter:
     def flush(self) -> None:
         self._journals.flush()
 
-    def close(self) -> None:
-        self._hide_from(self._step + 1)
-        self.flush()
-        self._journals.close()
+    def close(self, status: str) -> None:
+        if status != "failed":  # it may be the storage that failed
+            self._hide_from(self._step + 1)
+            self.flush()
+            self._journals.close()
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
@@ -106,9 +107,9 @@ def encoded(events: Iterable[Event]) -> bytes:
 def summary(name: str, value: Any) -> bytes:
     """A picture, a histogram or a text as ``Task.log`` takes it, encoded. Raises TaskError for any other value."""
     if isinstance(value, str):
-        made = text(name, value)  # type: ignore[no-untyped-call]
+        proto = text(name, value)  # type: ignore[no-untyped-call]
     elif hasattr(value, "savefig"):
-        made = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
+        proto = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
     else:
         array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
         array = array.float() if array.dtype in (torch.bfloat16, torch.bool) else array
@@ -121,12 +122,12 @@ def summary(name: str, value: Any) -> bytes:
                 f"log({name!r}) got a tensor of shape {[*array.shape]}; expected {expected}. Numbers are metrics"
             )
         if array.dim() > 1:
-            made = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
+            proto = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
         elif len(finite := array.double()[array.double().isfinite()]):
-            made = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
+            proto = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
         else:
-            made = text(name, "no value is finite")  # type: ignore[no-untyped-call]
-    return bytes(made.SerializeToString())
+            proto = text(name, "no value is finite")  # type: ignore[no-untyped-call]
+    return bytes(proto.SerializeToString())
 
 
 _HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; other files have later ones
