@@ -47,19 +47,6 @@ class FirstDifference:
     remembered: tuple[Remembered, ...] = ()
     changing: tuple[Remembered, ...] = ()
 
-    def plain(self) -> dict[str, Any]:
-        """The same for programs."""
-        return {
-            "step": self.step,
-            "attempt": self.attempt + 1,
-            "part": self.part,
-            "where": self.path,
-            "expected": self.expected,
-            "found": self.actual,
-            "size": self.size(),
-            "right_after_loading": self.restored,
-        }
-
     def size(self) -> str:
         """By how much numbers differ; empty for anything else."""
         if not (isinstance(self.expected, float) and isinstance(self.actual, float)):
@@ -72,12 +59,12 @@ class FirstDifference:
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
     """The first difference in time in the records of the attempts, up to a step."""
     steps, ends = undisturbed.by_step(), _different_ends(run, undisturbed)
-    begun = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
+    start = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
     remembered: tuple[Remembered, ...] = ()
     changing = changes(undisturbed)
     for attempt, event in run.compared():
         step, restored = event["step"], event["event"] == "resumed"
-        expected = begun if restored and step == 0 else steps.get(step)
+        expected = start if restored and step == 0 else steps.get(step)
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:

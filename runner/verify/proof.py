@@ -87,6 +87,7 @@ class Verdict:
 
     def json(self) -> str:
         """The verdict for programs."""
+        difference = self.difference
         attempts = [
             {"first": each.first, "last": each.last, "workers": each.workers, "killed": each.killed}
             for each in self.killed.attempts
@@ -95,7 +96,7 @@ class Verdict:
             "verdict": "PASS" if self.holds else "FAIL",
             "command": [*self.command],
             "proven": self.proven,
-            "difference": self.difference.plain() if self.difference else None,
+            "difference": difference and asdict(replace(difference, remembered=(), changing=())),
             "refusal": self.refusal or None,
             "audit": [*self.audit],
             "cause": asdict(self.cause) if self.cause else None,
@@ -212,7 +213,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     failure, attempt = base.failure, base.attempts[0]
     if failure and failure.status == ConfigError.status:
         raise ConfigError(failure.message)
-    if failure and not attempt.select("made"):  # it did not get as far as the experiment
+    if failure and not attempt.select("instances"):  # it did not get as far as the experiment
         raise StorageError(failure.message)
     verdict = Verdict(executor.command, base)
     if failure:
@@ -313,7 +314,7 @@ def _unfinished(run: RunTrace) -> str:
 def _changes_while_probed(run: RunTrace) -> str:
     """Memory of a data set that the runner refused, as far as drawing a few samples changed it."""
     last = run.attempts[-1]
-    before = {path: value for event in last.select("made") for path, value in event["memory"].items()}
+    before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
     return in_words(unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}")
 
