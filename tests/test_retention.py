@@ -124,7 +124,7 @@ def test_the_policy_is_its_rules() -> None:
         retention = Retention(
             chance.randint(0, 4), chance.choice([None, 2, 5]), chance.randint(0, 3), chance.choice(["min", "max", None])
         )
-        kept = retention.reasons(commits)
+        kept = {*retention.reasons(commits)}
         assert kept == {one.id for one in commits if stays(one, commits, retention)}
         verified = sum(one.verified and not one.damaged for one in commits)
         assert sum(one.verified and one.id in kept for one in commits) >= min(verified, 2)
