@@ -27,7 +27,7 @@ verdict).
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     stop_request
        tasks/ (adversarial, classification, language)
     2  storage/ (backend, files, local, location, remote)     optimizers
