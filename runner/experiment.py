@@ -43,7 +43,7 @@ from runner.restore import begin as begin_state
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
 from runner.run.directory import RunDirectory
-from runner.run.opening import OpenedRun, claim_run, trained
+from runner.run.opening import OpenedRun, claim_run, has_trained
 from runner.run.parent import ParentRecord, new_run_hint
 from runner.state import Stateful
 from runner.trainer import Trainer
@@ -252,7 +252,7 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
     settings = flatten(opening.identity).items()
     now = code.running([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
     edited = printable(", ".join(before.edited(now) if before else []))
-    if edited and on_change is not OnCodeChange.accept and trained(opening.directory):
+    if edited and on_change is not OnCodeChange.accept and has_trained(opening.directory):
         if on_change is OnCodeChange.refuse:
             another = shlex.quote(f"{opening.directory.variant[:150]}-2")
             raise DriftRefused(

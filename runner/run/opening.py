@@ -20,7 +20,7 @@ from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageE
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.drift import ChangedKey, compare, drift_table, resolved
+from runner.run.drift import ChangedKey, compare, drift_table, resolve
 from runner.run.parent import CheckpointRef, Parent, ParentRecord
 from runner.storage.location import is_remote, local_root
 
@@ -76,13 +76,13 @@ def open_run(
     if saved is None:
         return OpenedRun(directory, identity, command, on_conflict, parent=parent)
     differences = compare(saved, identity)
-    if differences and on_drift != "accept" and trained(directory):
+    if differences and on_drift != "accept" and has_trained(directory):
         if on_drift == "fork":
             return _fork(directory, identity, command, on_conflict)
         raise DriftRefused(_refusal(directory, differences, command))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
-    accepted = identity if compare(directory.configured() or identity, identity) else None
+    accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if differences else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
         log.warning("finished, but %s: made again from the last checkpoint", missing)
@@ -129,7 +129,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
         differences = compare(saved, opening.identity)
         if differences and drift_table(differences) != drift_table(opening.changes):
             raise DriftRefused(_refusal(directory, differences, opening.command))
-        if not differences and directory.finished(opening.identity) is not None:
+        if not differences and directory.complete_result(opening.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
@@ -138,7 +138,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
     return attempt
 
 
-def trained(directory: RunDirectory) -> bool:
+def has_trained(directory: RunDirectory) -> bool:
     """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
     if directory.location.list("commits"):
         return True
@@ -148,7 +148,7 @@ def trained(directory: RunDirectory) -> bool:
 
 def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:
     """The fork's name is made from its configuration, so that the same command finds it again."""
-    older = resolved(identity)  # an older version named it so
+    older = resolve(identity)  # an older version named it so
     fork, before = (
         RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
         for each in (identity, older)
@@ -156,7 +156,7 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_confl
     if fork.record() is None and before.record() is not None:
         fork, identity = before, older
     refuse_links(fork.root, fork.name)
-    finished = fork.finished(identity) if fork.record() is not None else None
+    finished = fork.complete_result(identity) if fork.record() is not None else None
     return OpenedRun(fork, identity, command, on_conflict, parent=Parent.forked(parent), result=finished)
 
 
@@ -178,11 +178,9 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
     """
     if is_remote(root):
         return
-    folder, paths = Path(local_root(root)), []
-    for name in filter(None, below.split("/")):
-        folder /= name
-        paths.append(folder)
-    for path in (*paths, *(folder / name for name in (log_file, *_HYDRA_FILES))):
+    folder = Path(local_root(root), below)
+    way = [folder, *folder.parents][: len(Path(below).parts)]
+    for path in (*reversed(way), *(folder / name for name in (log_file, *_HYDRA_FILES))):
         try:
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):

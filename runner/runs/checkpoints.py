@@ -37,7 +37,7 @@ def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, r
     store = CheckpointStore(run.location)
     # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
     while remove and len(store.verified) < LEAST_KEPT:
-        unproven = retention.kept(_survey(store)) - store.verified - store.damaged
+        unproven = {*retention.reasons(_survey(store))} - store.verified - store.damaged
         if not unproven:
             break  # there are fewer than two, so everything is kept
         newest_unproven = max(unproven)
@@ -85,8 +85,3 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     files.write(target, data)
     origin = {"run": directory.location.url, "step": checkpoint.step, "commit": str(checkpoint.id)}
     return {**origin, "target": target, "bytes": len(data), "sha256": sha256_digest(data)}
-
-
-def format_export(exported: Mapping[str, Any]) -> str:
-    """The values of ``export`` as text."""
-    return "step {step} of {run}: {bytes} bytes, sha256 {sha256}".format_map(exported)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.errors import Interrupted, RunnerError
+from runner.hashing import hex_digest
 from runner.storage.location import is_remote, local_root
 from runner.verify.source import Lines
 
 _HASH_SEEDS = ("1", "2")
+_LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
 _LAST_LINES = 12  # of a log, for the verdict
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 
@@ -78,7 +80,7 @@ class AttemptRequest:
 
     def copies(self, rank: int = 0) -> Path:
         """The values of suspects that a rank copied."""
-        return Path(f"{self.record(rank)}.taken")
+        return Path(f"{self.record(rank)}.copies")
 
     @property
     def log(self) -> Path:
@@ -87,8 +89,13 @@ class AttemptRequest:
 
     @property
     def temporary(self) -> Path:
-        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name."""
-        return Path(self.file).with_name("tmp")
+        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name. A
+        short path, because data workers make sockets below it.
+        """
+        folder = Path(self.file).with_name("tmp")
+        if len(os.fsencode(folder)) <= _LONGEST_PATH or not os.access("/tmp", os.W_OK):
+            return folder
+        return Path("/tmp", f"runner-verify-{hex_digest(os.fsencode(folder), size=4)}")
 
 
 class ForkServer:
@@ -253,8 +260,8 @@ class RunTrace:
     @property
     def sources(self) -> dict[str, list[Lines]]:
         """The lines of the user's classes of each object of the experiment."""
-        made = [event for attempt in self.attempts[:1] for event in attempt.select("made")]
-        return {key: lines for event in made for key, lines in event["sources"].items()}
+        instances = [event for attempt in self.attempts[:1] for event in attempt.select("instances")]
+        return {key: lines for event in instances for key, lines in event["sources"].items()}
 
     @property
     def evidence(self) -> Event | None:
@@ -327,7 +334,7 @@ class Executor:
     def remove_files(self, *runs: RunTrace) -> None:
         """Remove copies of memory, and run directories on a disk, of runs that are compared already."""
         for run in runs:
-            for copy in self.scratch.glob(f"{run.name}-*.taken"):
+            for copy in self.scratch.glob(f"{run.name}-*.copies"):
                 copy.unlink()
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
