@@ -11,23 +11,21 @@ checks the code against this map.
    11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
-    8  run_spec     finish     inference
-    7  trainer     build     restore
+    8  run_spec     restore
+    7  trainer     build
     6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
-    5  run_facts     state     foreign     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds,
-       images, text)
+    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
-       shards/ (__main__, formats, packing, records, scan, tokens)
-       update     device
+       shards/ (__main__, formats, packing, records, scan, tokens)     update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request     tasks/ (adversarial,
-       classification, language)
+       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request
+       tasks/ (adversarial, classification, language)
     2  storage/ (backend, files, local, location, remote)     optimizers
        config/ (composition, help, identity, schema, secrets)
-    1  signals     task     names
+    1  signals     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gan, gpt, mlp)
 """

@@ -96,19 +96,19 @@ class Run:
         objective. The random generators stay as they are. Raises ConfigError for a step that is not kept,
         NoLoadableCheckpoint, StateError for a model that the code builds differently now.
         """
-        from runner.inference import load_model
+        from runner.restore import load_model
 
         return load_model(self._facts, checkpoint)[1]
 
     def task(self, checkpoint: int | str | None = None) -> "Task":
         """The task, with the state that it had at a checkpoint, chosen as for ``model``."""
-        from runner.inference import load_task
+        from runner.restore import load_task
 
         return load_task(self._facts, checkpoint)
 
     def data(self, name: str = "validation") -> Any:
         """The data set ``train`` or ``validation``."""
-        from runner.inference import rebuild
+        from runner.restore import rebuild
 
         return rebuild(self._facts, f"data.{name}")
 

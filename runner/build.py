@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -39,8 +39,17 @@ from runner.hashing import derive
 from runner.metrics.lines import LinesWriter
 from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
-from runner.names import matching
-from runner.optimizers import Named, NamedWeights, add_group, divide, for_each, grouped, require_plain_step, settings_of
+from runner.optimizers import (
+    Named,
+    NamedWeights,
+    add_group,
+    divide,
+    for_each,
+    grouped,
+    matching,
+    require_plain_step,
+    settings_of,
+)
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
 from runner.run.opening import OpenedRun
@@ -75,7 +84,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
-    task = _instance(config.task, "task", kind=Task)
+    task = instance(config.task, "task", kind=Task)
     reference = copy.deepcopy(model) if task.needs_reference else None
     for part in vars(task).values():
         if isinstance(part, nn.Module):
@@ -119,7 +128,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     evaluator = Evaluator(
         task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
     )
-    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 
 
@@ -130,18 +139,18 @@ def _data(
     data, runtime = config.data, config.runtime
     pinned = device.type == "cuda"
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
-    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    train = _instance(data.train, "data.train")
+    collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
+    train = instance(data.train, "data.train")
     if data.overfit is not None:
         train = First(require_map_style(train, "data.train"), data.overfit)
     weighted = data.weights is not None and data.overfit is None
-    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    weights = instance(data.weights, "data.weights", _partial_=True) if weighted else None
     stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.evaluation_collate is not None:
-        collate = _instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
+        collate = instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
 
     def evaluation_data(node: Any, key: str) -> EvaluationData:
-        held_out = require_map_style(train if data.overfit is not None else _instance(node, key), key)
+        held_out = require_map_style(train if data.overfit is not None else instance(node, key), key)
         return EvaluationData(
             First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
             seed=config.seed,
@@ -169,7 +178,7 @@ def _data(
 
 
 def _model(node: Any) -> nn.Module:
-    model: nn.Module = _instance(node, "model", kind=nn.Module)
+    model: nn.Module = instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
@@ -220,35 +229,34 @@ def make_callbacks(
     config: Config,
     parts: Parts,
     opening: OpenedRun,
-    store: CheckpointStore,
+    observing: Mapping[str, Callback],
     number: int,
     attempt: Attempt | None,
-    writers: MetricWriters,
     team: Team,
 ) -> dict[str, Callback]:
     """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
     state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
     """
+    location, writers = opening.directory.location, MetricWriters()
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept or bool(opening.changes)
+        accept = config.run.on_drift is OnDrift.accept or bool(opening.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
-    callbacks["last"] = LastEvaluation([*evaluation.values()])
+    callbacks |= {"last": LastEvaluation([*evaluation.values()]), **observing}
     best: Any = evaluation.get("best")
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
     if attempt is not None:
         callbacks |= {"progress": ShowProgress(config.metrics.show), "heartbeat": NoteProgress(attempt)}
     checkpoint, goal = config.checkpoint, config.objective
-    every = SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto)
     mode = goal.mode.name if goal.metric else None
     callbacks["checkpoint"] = SaveCheckpoint(
-        store,
-        every,
+        CheckpointStore(location, team.channel("writer")),
+        SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto),
         Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
         attempt=number,
         identity=opening.identity,
@@ -265,7 +273,7 @@ def make_callbacks(
 def make_observers(config: Config) -> dict[str, Callback]:
     """The configured observers, by the names that they have among the callbacks of an attempt."""
     nodes = {str(name): node for name, node in config.observers.items() if node is not None}
-    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
+    return {f"observer.{name}": instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
 
 
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
@@ -285,30 +293,23 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def build_part(config: DictConfig, key: str) -> Any:
-    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
-    return _instance(OmegaConf.select(config, key), key)
-
-
-def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
+def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
     """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        example = f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
-        raise ConfigError(
-            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in {example}"
-        )
+        example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
+        raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        instance = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
+        made = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
         raise ConfigError(_why(node, key, error)) from error
-    if not isinstance(instance, kind):
-        raise ConfigError(f"{key} is a {_path(type(instance))}; expected an object of a subclass of {_path(kind)}")
-    notify(observers, "on_instance", key, instance)
-    return instance
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, made)
+    return made
 
 
 def _are_several(node: Any) -> bool:
@@ -329,7 +330,7 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
 
 
 def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWeights) -> Any:
-    maker = _instance(node, key, _partial_=True)
+    maker = instance(node, key, _partial_=True)
     settings = settings_of(maker)
     if (patterns := settings.pop("params", None)) is not None and key == "optimizer":
         chosen = {*matching(dict(named), patterns, "optimizer.params")}
@@ -371,15 +372,15 @@ def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any,
     node = config.scheduler
     if not isinstance(optimizer, Named):
         return _scheduler(config, node, "scheduler", optimizer, plan)
-    nodes = {name: (node[name], f"scheduler.{name}") for name in node} if _are_several(node) else None
-    if nodes is not None and nodes.keys() != optimizer.keys():
+    nodes = dict.fromkeys(optimizer, (node, "scheduler"))
+    if _are_several(node):
+        nodes = {name: (node[name], f"scheduler.{name}") for name in node}
+    if nodes.keys() != optimizer.keys():
         expected = ", ".join(optimizer)
         raise ConfigError(f"scheduler has {', '.join(nodes)}: give one for each optimizer ({expected}), or one for all")
-    made = {
-        name: _scheduler(config, *(nodes[name] if nodes else (node, "scheduler")), each, plan)
-        for name, each in optimizer.items()
-    }
-    return Named({name: pair[0] for name, pair in made.items()}), Named({name: pair[1] for name, pair in made.items()})
+    pairs = {name: _scheduler(config, *nodes[name], each, plan) for name, each in optimizer.items()}
+    schedulers, intervals = zip(*pairs.values(), strict=True)
+    return Named(zip(pairs, schedulers, strict=True)), Named(zip(pairs, intervals, strict=True))
 
 
 def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
@@ -402,7 +403,7 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
         elif last is not None and node.total_steps > last:
             unit = interval or "step"
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
-    scheduler = _called(_instance(node, key, _partial_=True, **options), optimizer, key)
+    scheduler = _called(instance(node, key, _partial_=True, **options), optimizer, key)
     if _takes(scheduler) or not _takes(scheduler, 0.0):
         require_plain_step(scheduler, key)
         return scheduler, interval or "step"
@@ -451,7 +452,7 @@ def open_writers(
 
 def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     key = f"metrics.writers.{name}"
-    maker = _instance(node, key, _partial_=True)
+    maker = instance(node, key, _partial_=True)
     if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
         return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:

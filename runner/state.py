@@ -15,9 +15,7 @@ from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
 from runner.hashing import derive
-from runner.names import saved_name
-from runner.optimizers import by_name
-from runner.optimizers import parts as parts_of
+from runner.optimizers import by_name, parts_of, saved_name
 from runner.rng import Generators, seed_all
 
 _MEMORY = "callback."
@@ -113,18 +111,6 @@ class TrainState:
             return {}
         optimizer = getattr(self.update, "optimizer", self.optimizer)
         return self.built.changes(self.progress.step, self.parts(), optimizer)
-
-    def fits(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint can be loaded, judged by its manifest."""
-        shapes = {name[6:]: place.kind.shape for name, place in checkpoint.places.items() if name.startswith("model/")}
-        if self.built is None or {*checkpoint.parts} != {*self.parts()}:
-            return False
-        try:
-            changes = checkpoint.facts.get("structure", {})
-            sizes = {part: _sizes(checkpoint, part) for part in self.built.groups if groups_key(part) not in changes}
-            return self.built.fits(shapes, changes.get("buffers", {}).get("model", ()), sizes)
-        except (AttributeError, KeyError, TypeError):  # a manifest that says something else there
-            return False
 
     def weights(self) -> list[str]:
         """The names, in a checkpoint, of the tensors that have to be finite."""

@@ -13,10 +13,9 @@ from runner.checkpoint.store import CheckpointStore, CommitInfo, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
-from runner.finish import safetensors_file
+from runner.experiment import safetensors_file
 from runner.hashing import sha256_digest
-from runner.inference import load_model, load_task
-from runner.restore import evaluated_weights, read
+from runner.restore import evaluated_weights, load_model, load_task, read
 from runner.run import attempts
 from runner.run.directory import RunDirectory
 from runner.run.parent import CheckpointRef
