@@ -8,10 +8,10 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
+   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
    10  app
-    9  experiment     sweep/ (jobs, launcher, optuna)
-    8  run_spec     restore
+    9  experiment
+    8  restore
     7  trainer     build
     6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)

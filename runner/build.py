@@ -52,7 +52,7 @@ from runner.optimizers import (
 )
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
-from runner.run.opening import OpenedRun
+from runner.run.opening import RunSpec
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate, moving_average
@@ -228,7 +228,7 @@ def _parallelism(
 def make_callbacks(
     config: Config,
     parts: Parts,
-    opening: OpenedRun,
+    spec: RunSpec,
     observing: Mapping[str, Callback],
     number: int,
     attempt: Attempt | None,
@@ -237,11 +237,11 @@ def make_callbacks(
     """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
     state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
     """
-    location, writers = opening.directory.location, MetricWriters()
+    location, writers = spec.directory.location, MetricWriters()
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        accept = config.run.on_drift is OnDrift.accept or bool(opening.changes)
+        accept = config.run.on_drift is OnDrift.accept or bool(spec.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
@@ -259,7 +259,7 @@ def make_callbacks(
         SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto),
         Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
         attempt=number,
-        identity=opening.identity,
+        identity=spec.identity,
         owner=attempt,
         records=[] if attempt is None else [ledger, writers],
         guard=guard,

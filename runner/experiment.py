@@ -40,7 +40,7 @@ from runner.restore import Resumed, evaluated_weights, load_reference, read_step
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
 from runner.run.directory import BEST, MODEL
-from runner.run.opening import OpenedRun, claim_run, trained
+from runner.run.opening import RunSpec, claim_run, trained
 from runner.state import Stateful
 from runner.storage.location import Buffer, Location
 from runner.trainer import Trainer
@@ -51,7 +51,7 @@ _LONGEST_PAUSE = 30.0  # seconds between two tries to export
 _POLL_SECONDS = 0.5  # while waiting for the next try
 
 
-def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
+def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     """Start the run, or resume it, and train until it is finished; returns its result.
 
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal
@@ -60,57 +60,55 @@ def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str])
     device = set_up_device(config, team.world)
     team.begin(device)
     here = topology(config, device, team.world.size)
-    claimed = _claimed(opening, team, {"overrides": overrides, "topology": here})
+    claimed = _claimed(spec, team, {"overrides": spec.overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
     with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks), _closing() as stack:
         observing = make_observers(config)
         callbacks.update(observing)
-        notify(observing.values(), "on_command", opening.directory)
+        notify(observing.values(), "on_command", spec.directory)
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
-        ordered = make_callbacks(config, parts, opening, observing, number, attempt, team)
+        ordered = make_callbacks(config, parts, spec, observing, number, attempt, team)
         callbacks.clear()
         callbacks.update(ordered)
-        setup = _set_up(config, parts, callbacks, opening, number)
+        setup = _set_up(config, parts, callbacks, spec, number)
         stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
         parts.state.memories = {name: call for name, call in stateful.items() if name not in observing}
 
-        on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
-        resumed = _resume(opening, config, parts, setup, team)
+        on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
+        resumed = _resume(spec, config, parts, setup, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            _open_writers(opening, setup, resumed)
+            _open_writers(spec, setup, resumed)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
-            _log_start(opening, parts, resumed, number, here)
+            _log_start(spec, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
         if resumed.commit is None or resumed.origin is not None:
             parts.evaluator.rehearse(parts.state)
-        loop = _train(opening, parts, setup, calls, resumed, team)
-        result = _finish(opening, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
-        notify(callbacks.values(), "on_finish", opening.directory, result)
+        loop = _train(spec, parts, setup, calls, resumed, team)
+        result = _finish(spec, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
+        notify(callbacks.values(), "on_finish", spec.directory, result)
         return result
 
 
-def _set_up(
-    config: Config, parts: Parts, callbacks: dict[str, Callback], opening: OpenedRun, number: int
-) -> TrainingSetup:
+def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], spec: RunSpec, number: int) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
     trainer, saver = config.trainer, callbacks["checkpoint"]
     limits = (training_steps(trainer, parts.plan), trainer.max_epochs, trainer.max_seconds)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
     store: Any = saver.store  # type: ignore[attr-defined]
-    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, opening.directory.local, number)
+    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, spec.directory.local, number)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
 
 
-def _open_writers(opening: OpenedRun, setup: TrainingSetup, resumed: Resumed) -> None:
-    directory, report = opening.directory, setup.callbacks["report"]
-    place = (directory.location, directory.experiment, directory.name, opening.identity, setup.attempt, resumed.step)
+def _open_writers(spec: RunSpec, setup: TrainingSetup, resumed: Resumed) -> None:
+    directory, report = spec.directory, setup.callbacks["report"]
+    place = (directory.location, directory.experiment, directory.name, spec.identity, setup.attempt, resumed.step)
     name = str((directory.record() or {}).get("id"))
     context = WriterContext(*place, id=name, options=directory.options)
     open_writers(report.writers, setup.writers, context, resumed.facts)  # type: ignore[attr-defined]
@@ -131,7 +129,7 @@ def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
 
 
 def _train(
-    opening: OpenedRun, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
+    spec: RunSpec, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
 ) -> Loop:
     """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
     users = [callback for name, callback in setup.callbacks.items() if name.startswith("own.")]
@@ -141,10 +139,10 @@ def _train(
     elapsed = resumed.facts.get("elapsed", 0.0)
     try:
         with closing(saver):
-            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
+            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(spec.identity))
     except NonFiniteError as error:
-        if opening.identity["trainer"]["on_nonfinite"] == "stop":
-            command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
+        if spec.identity["trainer"]["on_nonfinite"] == "stop":
+            command = f"{spec.command} trainer.on_nonfinite=skip run.on_drift=accept"
             error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if (failure := loop.failure) is not None:
@@ -192,7 +190,7 @@ def _closing() -> Iterator[ExitStack]:
 
 
 @contextmanager
-def _claimed(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
+def _claimed(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
     Records how the attempt ended, unless the process is killed.
@@ -202,12 +200,12 @@ def _claimed(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
 
     def claim() -> int:
         # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
-        opening.directory.settle()
-        above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
+        spec.directory.settle()
+        above = max((commit.attempt for commit in commits(spec.directory.location)), default=0)
         parent = None  # an existing run has its parent in its record already
-        if opening.parent is not None and opening.directory.record() is None:
-            parent = asdict(resolve(opening.parent))
-        attempt = claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=parent)
+        if spec.parent is not None and spec.directory.record() is None:
+            parent = asdict(resolve(spec.parent))
+        attempt = claim_run(spec, facts | {"version": runner.__version__}, above=above, parent=parent)
         claimed.append(attempt)
         return attempt.number
 
@@ -219,7 +217,7 @@ def _claimed(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "finished", ""
     try:
-        opening.directory.sweep()
+        spec.directory.sweep()
         yield number, attempt
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
@@ -236,58 +234,58 @@ def _outcome(status: int) -> str:
     return "interrupted" if status == Interrupted.status else "failed"
 
 
-def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt | None) -> None:
+def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None) -> None:
     """Record what code this attempt runs. Reports files that were edited since the attempt before, or raises
     DriftRefused for them. A run that has trained nothing yet takes a correction.
     """
     assert attempt is not None, "rank 0 has it"
-    location = opening.directory.location
+    location = spec.directory.location
     before = None
     with suppress(StorageError):  # without the record a run goes on
         before = code.newest(location, below=attempt.number) if attempt.number > 1 else None
-    settings = flatten(opening.identity).items()
+    settings = flatten(spec.identity).items()
     live = code.LiveCode([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
     edited = printable(", ".join(before.edited(live.record) if before else []))
-    if edited and on_change is not OnCodeChange.accept and trained(opening.directory):
+    if edited and on_change is not OnCodeChange.accept and trained(spec.directory):
         if on_change is OnCodeChange.refuse:
-            another = shlex.quote(f"{opening.directory.variant[:150]}-2")
+            another = shlex.quote(f"{spec.directory.variant[:150]}-2")
             raise DriftRefused(
                 f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
                 "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
-                f"or\n  continue with the new code: {opening.command} run.on_code_change=accept\n"
-                f"  start a new run:        {opening.command} run.name={another}"
+                f"or\n  continue with the new code: {spec.command} run.on_code_change=accept\n"
+                f"  start a new run:        {spec.command} run.name={another}"
             )
         log.warning("code     edited since the last attempt: %s", edited)
     live.begin_git()
     attempt.attach(code.SUFFIX, lambda wait: live.encoded(before, wait=wait))
 
 
-def _resume(opening: OpenedRun, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
+def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
     """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
     state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-        location = opening.directory.location
+        location = spec.directory.location
         recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
         state.stream.repeat_substitutions(dict(recorded))
     with signals.at_once(team.world.size == 1):
         if parts.reference is not None:
-            parts.task.reference = load_reference(parts.reference, state, opening, team.comm)
-        return restore(state, setup.store, opening, team.comm)
+            parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
+        return restore(state, setup.store, spec, team.comm)
 
 
-def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, here: dict[str, Any]) -> None:
+def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here: dict[str, Any]) -> None:
     """Print the first lines, once per attempt. ``here`` is the topology of this process."""
-    before = attempts.newest(opening.directory.location, before=number)
+    before = attempts.newest(spec.directory.location, before=number)
     stream = parts.state.stream
     count = sum(parameter.numel() for parameter in parts.state.model.parameters())
-    log.info("run      %s", opening.directory.location.url)
+    log.info("run      %s", spec.directory.location.url)
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
     for line in resumed.unmatched:
         log.warning("weights  %s", printable(line))
-    if opening.changes:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
+    if spec.changes:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:
@@ -325,7 +323,7 @@ def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
 
 @doing("saves")
 def _finish(
-    opening: OpenedRun,
+    spec: RunSpec,
     parts: Parts,
     setup: TrainingSetup,
     loop: Loop,
@@ -338,12 +336,12 @@ def _finish(
     """
     live = parts.state.evaluated_model.state_dict()
     weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
-    result = retried(lambda: _export(opening, parts, setup, loop, weights), attempt, patience, comm)
+    result = retried(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
     result["metrics"] |= _tested(parts, setup, result, comm)
 
     def declare() -> dict[str, Any]:
-        tensorboard.declare_finished(opening.directory.location, opening.directory.experiment, opening.identity)
-        opening.directory.finish(opening.identity, result)
+        tensorboard.declare_finished(spec.directory.location, spec.directory.experiment, spec.identity)
+        spec.directory.finish(spec.identity, result)
         return result
 
     return retried(declare, attempt, patience, comm)
@@ -404,7 +402,7 @@ def retried(
 
 
 def _export(
-    opening: OpenedRun, parts: Parts, setup: TrainingSetup, loop: Loop, final: Mapping[str, Tensor]
+    spec: RunSpec, parts: Parts, setup: TrainingSetup, loop: Loop, final: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Write the last weights, and the best by the objective; returns the result without that of the test data."""
     weights, objective = {MODEL: final}, None
@@ -417,7 +415,7 @@ def _export(
             weights[BEST] = final if is_last else read_step(setup.store, best.step, evaluated_weights)
         except Damaged as error:
             log.warning("%s is not written: step %d was the best, but %s", BEST, best.step, error)
-    exported = {name: export(opening.directory.location, name, tensors) for name, tensors in weights.items()}
+    exported = {name: export(spec.directory.location, name, tensors) for name, tensors in weights.items()}
     return {
         "step": loop.step,
         "epochs": loop.epochs,

@@ -34,7 +34,7 @@ from runner.rng import seed_all, temporary_seed
 from runner.run import attempts
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
-from runner.run.opening import OpenedRun
+from runner.run.opening import RunSpec
 from runner.run.parent import Parent, ParentRecord, digest_of, new_run_hint, weight_files
 from runner.run_facts import RunFacts
 from runner.state import TrainState, retype
@@ -73,7 +73,7 @@ class Resumed:
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
-def restore(state: TrainState, store: CheckpointStore, opening: OpenedRun, comm: Communicator) -> Resumed:
+def restore(state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Communicator) -> Resumed:
     """Load the newest undamaged checkpoint; begin from the parent or from scratch only if nothing was ever committed.
 
     All ranks of ``comm`` load the same checkpoint: a checkpoint that is damaged for one rank is damaged for all.
@@ -86,7 +86,7 @@ def restore(state: TrainState, store: CheckpointStore, opening: OpenedRun, comm:
     commits = _listed(store, comm)
     for number, commit in enumerate(commits):
         try:
-            facts = _continue_from(commit, state, store, opening, comm)
+            facts = _continue_from(commit, state, store, spec, comm)
             store.verified.add(commit)
             return Resumed(commit, facts, unusable)
         except Damaged as error:
@@ -97,22 +97,22 @@ def restore(state: TrainState, store: CheckpointStore, opening: OpenedRun, comm:
             tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
             for older in (other for other in commits[number + 1 :] if other.step not in tried):
                 with suppress(Damaged, StateError, NonFiniteError):
-                    _continue_from(older, state, store, opening, comm)
-                    hint = new_run_hint(opening.command, opening.directory, older.step)
+                    _continue_from(older, state, store, spec, comm)
+                    hint = new_run_hint(spec.command, spec.directory, older.step)
                     break
             error.args = (f"{error}\n{hint}",)
             raise
     if trace := on_rank_zero(comm, lambda: _trace_of_a_commit(store.location)):
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
-    return replace(_begin(state, opening, comm), unusable=unusable)
+    return replace(_begin(state, spec, comm), unusable=unusable)
 
 
 def _continue_from(
-    commit: CommitId, state: TrainState, store: CheckpointStore, opening: OpenedRun, comm: Communicator
+    commit: CommitId, state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Communicator
 ) -> Mapping[str, Any]:
     """Load a commit from which training can continue; returns its facts. Raises Damaged, StateError, NonFiniteError."""
     checkpoint = store.open(commit, comm)
-    _load(state, checkpoint, opening.identity)
+    _load(state, checkpoint, spec.identity)
     on_all_ranks(comm, lambda: _require_finite(state, commit))
     return checkpoint.facts
 
@@ -126,33 +126,33 @@ def _trace_of_a_commit(location: Location) -> str:
     return ""
 
 
-def _begin(state: TrainState, opening: OpenedRun, comm: Communicator) -> Resumed:
+def _begin(state: TrainState, spec: RunSpec, comm: Communicator) -> Resumed:
     """Begin a run from scratch, or from the checkpoint of its parent."""
-    origin, resumed = ParentRecord.of(opening.directory), Resumed()
+    origin, resumed = ParentRecord.of(spec.directory), Resumed()
     if origin is not None:
-        with _parent_checkpoint(origin, opening.parent, opening.directory, comm) as (url, checkpoint):
+        with _parent_checkpoint(origin, spec.parent, spec.directory, comm) as (url, checkpoint):
             origin = replace(origin, run=url)
             if not origin.weights_only:
                 # The data position only if it means the same samples; the parent's callbacks are not this run's.
                 same_data = not state.stream.changes(checkpoint.load("data"))
                 if not same_data:
                     state.stream.open()
-                _load(state, checkpoint, opening.identity, without=() if same_data else ("data",), memories=False)
+                _load(state, checkpoint, spec.identity, without=() if same_data else ("data",), memories=False)
                 return Resumed(checkpoint.id, origin=origin)
             unmatched = state.inherit(checkpoint, strict=origin.load == "strict")
             resumed = Resumed(origin=origin, unmatched=unmatched)
     state.stream.open()  # draws random numbers: the generators are seeded afterwards, each rank's with another seed
-    seed_all(derive("train", opening.identity["seed"], *([comm.rank] if comm.rank else [])))
+    seed_all(derive("train", spec.identity["seed"], *([comm.rank] if comm.rank else [])))
     return resumed
 
 
-def load_reference(model: nn.Module, state: TrainState, opening: OpenedRun, comm: Communicator) -> nn.Module:
+def load_reference(model: nn.Module, state: TrainState, spec: RunSpec, comm: Communicator) -> nn.Module:
     """``model``, as it was built, with the weights with which the run of ``state`` began: frozen, in evaluation mode.
     A run that began as the continuation of another has the reference of that one.
 
     Raises NoLoadableCheckpoint, ConfigError, StateError.
     """
-    directory, asked = opening.directory, opening.parent
+    directory, asked = spec.directory, spec.parent
     origin = ParentRecord.of(directory)
     while origin is not None and not origin.weights_only:
         location = _parent(origin, asked, directory)
@@ -362,7 +362,7 @@ def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirec
         if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
             which = best[0].id.step
         elif all(info.damaged for info in infos):
-            return commits  # opening them will say what is wrong with each
+            return commits  # spec them will say what is wrong with each
         else:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
     chosen = [commit for commit in commits if commit.step == which]
