@@ -3,12 +3,12 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from itertools import zip_longest
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from runner.distributed.team import Team
 from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
 from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
-from runner.task import Task, check_metrics
+from runner.task import Task, check_metrics, type_text
 
 _SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -37,6 +37,8 @@ _SIDE_EFFECT = (
 )
 
 log = logging.getLogger("runner")
+
+T = TypeVar("T")
 
 
 class EvaluationInterrupted(Exception):
@@ -147,7 +149,7 @@ def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, bef
                 break
         count, batch = item
         if not count:  # the batch of another process, which must not count in what the task adds up
-            task = copy_of(task, model) or task
+            task = copy_of(task, [model, *_weights_of(task, model)]) or task
         metrics = check_metrics(task.evaluation_step(model, batch), step, training=False)
         rows += [{name: value.detach().cpu() for name, value in metrics.items() if value.dim()}] * bool(count)
         for name, value in metrics.items():
@@ -180,44 +182,32 @@ def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, T
     return joined
 
 
-def copy_of(task: Task, *models: nn.Module) -> Task | None:
-    """A copy of the task, with the same weights and ``models``, and a memory of its own; None if there can be none."""
-    modules = [*models, *(part for part in (task, *vars(task).values()) if isinstance(part, nn.Module))]
-    shared = [*models, *(weight for module in modules for weight in module.parameters())]
+def copy_of(thing: T, shared: Iterable[object]) -> T | None:
+    """A deep copy, except of the objects in ``shared``; None for what cannot be copied: a lock, a file, a generator."""
     try:
-        return deepcopy(task, {id(each): each for each in shared})
-    except Exception:  # it holds a lock, an open file, a generator ...
+        return deepcopy(thing, {id(each): each for each in shared})
+    except Exception:
         return None
 
 
-_MEMBERS = ("_parameters", "_buffers", "_modules")  # dicts of a module, which it changes in place
-
-
 @contextmanager
-def without_trace(models: Sequence[nn.Module], team: Team) -> Iterator[None]:
-    """Within the block, models may be evaluated; afterwards buffers and trained weights are what they were, to the bit,
-    and attributes of modules are the same objects: a layer that was made in the block is gone.
+def without_trace(task: Task, models: Sequence[nn.Module], team: Team) -> Iterator[tuple[Task, list[nn.Module]] | None]:
+    """Within the block, the copies of task and models may be evaluated: training does not change. None if they cannot
+    be copied. Frozen weights and sharded models are not copied; buffers of the latter are restored after the block.
 
-    Raises TaskError if other weights have changed, or weights were replaced.
+    Raises TaskError if weights that were not copied have changed, or were replaced.
     """
     before = _StateBefore(models)
-    modules = [module for model in models for module in model.modules()]
-    attributes = [(module, {**vars(module)}, [{**vars(module)[kind]} for kind in _MEMBERS]) for module in modules]
-    trained = [weight for model in models for weight in model.parameters() if weight.requires_grad]
-    copies = [(weight, weight.detach().clone()) for weight in trained if not is_distributed(weight)]
-    yield
-    if not any(is_distributed(weight) for model in models for weight in model.parameters()):
-        for module, own, members in attributes:
-            vars(module).clear()
-            vars(module).update(own)
-            for kind, members_of_kind in zip(_MEMBERS, members, strict=True):
-                own[kind].clear()
-                own[kind].update(members_of_kind)
-    with torch.no_grad():
-        for weight, copy in copies:
-            weight.copy_(copy)
+    sharded = [model for model in models if any(map(is_distributed, model.parameters()))]
+    frozen = [weight for weight in _weights_of(task, *models) if not weight.requires_grad]
+    yield copy_of((task, [*models]), [*frozen, *sharded])
     if not before.restore(team):
         raise TaskError("an evaluation before the first step changed or replaced weights, which cannot be undone")
+
+
+def _weights_of(task: Task, *models: nn.Module) -> Iterator[nn.Parameter]:
+    for module in (*models, *(part for part in (task, *vars(task).values()) if isinstance(part, nn.Module))):
+        yield from module.parameters()
 
 
 class _StateBefore:
@@ -321,8 +311,7 @@ def _checked(report: Any, task: str) -> Mapping[str, float | str]:
         if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
             value = value.item()
         if not isinstance(value, int | float | str):
-            kind = f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
-            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {kind}; {example}")
+            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {type_text(value)}; {example}")
         checked[name] = value
     return checked
 
