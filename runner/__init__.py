@@ -21,11 +21,9 @@ checks the code against this map.
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request
-       tasks/ (adversarial, classification, language)
-    2  storage/ (backend, files, local, location, remote)     optimizers
-       config/ (composition, help, identity, schema, secrets)
-    1  signals     task
+       metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
+    2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
+    1  storage/ (backend, files, local, location, remote)     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gan, gpt, mlp)
 """

@@ -28,7 +28,6 @@ from runner.metrics import lines
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
 from runner.runs.compare import compare_runs
-from runner.stop_request import orphaned
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -231,7 +230,7 @@ class _Announce(Observer):
 
 
 def _stop_with_parent() -> None:
-    while not orphaned():
+    while not signals.orphaned():
         time.sleep(_POLL_SECONDS)
     signals.request("SIGTERM")
 
@@ -242,7 +241,7 @@ def _child() -> int:
 
     writer = int(sys.argv.pop(1))
     os.set_inheritable(writer, False)
-    orphaned()  # remembers the parent
+    signals.orphaned()  # remembers the parent
     threading.Thread(target=_stop_with_parent, name="parent", daemon=True).start()
     with observed_by(_Announce(writer)):
         return run_main()

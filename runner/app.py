@@ -52,7 +52,7 @@ from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerErr
 from runner.run.directory import RunDirectory
 from runner.run.opening import RunSpec, must_wait, open_run, refuse_links
 from runner.run.parent import CheckpointRef, Parent
-from runner.stop_request import VARIABLE, StopRequest
+from runner.storage import open_location
 from runner.storage.location import is_remote, local_folder, local_root, protocol
 
 log = logging.getLogger("runner")
@@ -105,7 +105,7 @@ def main(config: DictConfig) -> float | None:
                 with suppress(OSError):  # the terminal was closed
                     print(error, file=sys.stderr)
             sys.exit(error.status)
-        if isinstance(error, Interrupted) and VARIABLE in os.environ:
+        if isinstance(error, Interrupted) and signals.VARIABLE in os.environ:
             try:
                 signals.call_previous_handlers()
             except Exception as cause:  # not queued again by the cluster; the sweep starts the job again
@@ -134,9 +134,9 @@ def _run(config: DictConfig) -> float | None:
             _dry_run(config, team)
             return None
         spec = run_spec(config)
-        request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
+        name, root = os.environ.get(signals.VARIABLE), open_location(spec.directory.root, spec.directory.options)
         notify(observers, "on_command", spec.directory)
-        with request.obey() if request else nullcontext():
+        with signals.StopRequest(root, name).obey() if name else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)
 

@@ -90,7 +90,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         if resumed.commit is None or resumed.origin is not None:
             parts.evaluator.rehearse(parts.state)
         loop = _train(spec, parts, setup, calls, resumed, team)
-        result = _finish(spec, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
+        result = finish(spec, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
         notify(callbacks.values(), "on_finish", spec.directory, result)
         return result
 
@@ -322,7 +322,7 @@ def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
 
 
 @doing("saves")
-def _finish(
+def finish(
     spec: RunSpec,
     parts: Parts,
     setup: TrainingSetup,

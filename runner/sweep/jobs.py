@@ -27,7 +27,7 @@ from runner import errors, signals
 from runner.app import run_spec
 from runner.errors import Interrupted, JobDied, RunnerError
 from runner.run.opening import RunSpec
-from runner.stop_request import VARIABLE, orphaned
+from runner.signals import VARIABLE, orphaned
 
 log = logging.getLogger("runner")
 

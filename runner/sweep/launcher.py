@@ -32,7 +32,8 @@ from runner.run.attempts import AttemptRecord, cluster_job, requeued
 from runner.run.drift import compare
 from runner.run.opening import RunSpec, open_run
 from runner.run_facts import RunFacts
-from runner.stop_request import VARIABLE, StopRequest
+from runner.signals import VARIABLE, StopRequest
+from runner.storage import open_location
 from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoader, isolate
 
 log = logging.getLogger("runner")
@@ -126,7 +127,8 @@ class SweepLauncher(Launcher):
         self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run, over all calls
         self._sweep = config.sweep
         self._steal = config.run.on_conflict is OnConflict.steal
-        self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
+        root = open_location(absolute_root(config), storage_options(config))
+        self._stop = None if self._serial else StopRequest(root)
         self._launcher_failed = False
         self._report = report
 
