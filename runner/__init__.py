@@ -8,12 +8,12 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, made, pushing)
+   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, push, rollouts)
    10  app
     9  experiment
     8  restore
     7  trainer     build
-    6  callbacks/ (base, dry, evaluate, looking, reporting, saving, unfreeze)
+    6  callbacks/ (base, dry, evaluate, observers, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)

@@ -24,7 +24,7 @@ from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Rep
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.composition import searched
+from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
@@ -229,7 +229,7 @@ def make_callbacks(
     config: Config,
     parts: Parts,
     spec: RunSpec,
-    observing: Mapping[str, Callback],
+    configured: Mapping[str, Callback],
     number: int,
     attempt: Attempt | None,
     team: Team,
@@ -247,7 +247,7 @@ def make_callbacks(
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
-    callbacks |= {"last": LastEvaluation([*evaluation.values()]), **observing}
+    callbacks |= {"last": LastEvaluation([*evaluation.values()]), **configured}
     best: Any = evaluation.get("best")
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
     if attempt is not None:
@@ -474,7 +474,7 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
-        where = version or searched(cause)
+        where = version or import_hint(cause)
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     message = _frames(cause)

@@ -63,19 +63,19 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     claimed = _claimed(spec, team, {"overrides": spec.overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
     with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks), _closing() as stack:
-        observing = make_observers(config)
-        callbacks.update(observing)
-        notify(observing.values(), "on_command", spec.directory)
+        configured = make_observers(config)
+        callbacks.update(configured)
+        notify(configured.values(), "on_command", spec.directory)
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
-        ordered = make_callbacks(config, parts, spec, observing, number, attempt, team)
+        ordered = make_callbacks(config, parts, spec, configured, number, attempt, team)
         callbacks.clear()
         callbacks.update(ordered)
         setup = _set_up(config, parts, callbacks, spec, number)
         stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
-        parts.state.memories = {name: call for name, call in stateful.items() if name not in observing}
+        parts.state.memories = {name: call for name, call in stateful.items() if name not in configured}
 
         on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
         resumed = _resume(spec, config, parts, setup, team)

@@ -133,7 +133,7 @@ def grouped(
         base |= dict.fromkeys(matching(names, settings.get("params", group), f"{key}.groups.{group}"), (group, own))
     bare = _biases_and_norms(model) if no_decay is True else set(matching(names, no_decay or [], f"{key}.no_decay"))
     layers, last = _layers(model) if layer_decay is not None else ({}, 0)
-    made: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    by_settings: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for name, weight in named:
         group, settings = base[name]
         layer, plain = layers.get(name, last), name in bare and "weight_decay" not in settings
@@ -143,8 +143,8 @@ def grouped(
             if rate is None:
                 raise ConfigError(f"{key}.layer_decay={layer_decay} needs {key}.lr, which it multiplies")
             settings |= {"name": f"{group}, layer {layer}", "lr": rate * layer_decay ** (last - layer)}
-        made.setdefault((group, layer, plain), {"params": [], **settings})["params"].append((name, weight))
-    return [*made.values()]
+        by_settings.setdefault((group, layer, plain), {"params": [], **settings})["params"].append((name, weight))
+    return [*by_settings.values()]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

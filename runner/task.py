@@ -52,10 +52,10 @@ class Update(OptimizerUpdate, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What a task made of the samples of a step, such as completions, and what of it was trained: for the ledger.
+class Rollouts:
+    """Data that a task generated from the samples of a step, such as completions, and its use: for the ledger.
 
-    ``digest`` (64 bits) covers what was made from the samples of this step. ``trained`` are the positions of samples,
+    ``digest`` (64 bits) covers the rollouts of this step's samples. ``trained`` are the positions of samples,
     of this or an earlier step, that were trained ``times`` times now; ``dropped`` those that never will be.
     """
 
@@ -75,12 +75,12 @@ class Task(ABC):
 
     A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
     began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
-    that makes training data in ``optimization_step`` says what in ``made``.
+    that generates training data in ``optimization_step`` reports it in ``rollouts``.
     """
 
     needs_reference = False
     reference: nn.Module | None = None
-    made: Made | None = None
+    rollouts: Rollouts | None = None
 
     def setup(self, model: nn.Module, device: torch.device) -> None:  # noqa: B027  # most tasks need nothing
         """Make what the task needs besides the model: a teacher, a critic, reference weights.

@@ -10,15 +10,12 @@ import json
 import resource
 import signal
 import sys
-import time
 import traceback
-import types
 from typing import Any
 
 from waiting import Clock
 
 from runner.run import attempts
-from runner.runs import listing
 from runner.runs.__main__ import main
 
 MEMORY = 1 << 30  # bytes that the commands may allocate
@@ -34,11 +31,6 @@ def late(number: int, frame: Any) -> None:
 
 
 CLOCK = Clock(seconds=SECONDS, late=Late)
-
-
-def once(seconds: float) -> None:
-    """Replaces the pause between two updates of ``watch``, and ends it."""
-    raise KeyboardInterrupt
 
 
 def ended(*words: str) -> dict[str, Any]:
@@ -58,9 +50,9 @@ def ended(*words: str) -> dict[str, Any]:
 
 def looks(root: str, runs: list[str], good: str) -> list[dict[str, Any]]:
     """How every command ended, for the root and for each of its runs."""
-    ends = [ended(command, root, *more) for command in ("list", "compare", "watch") for more in ([], ["--json"])]
+    ends = [ended(command, root, *more) for command in ("list", "compare") for more in ([], ["--json"])]
     ends += [ended("list", root, "--sort", by) for by in ("objective", "age")]
-    ends.append(ended("compare", root, "--html", f"{root}.html", "--match", "smoke/r00"))
+    ends.append(ended("compare", root, "--png", f"{root}.png", "--match", "smoke/r00"))
     for run in runs:
         ends += [ended(command, run) for command in ("show", "audit")]
         ends += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]
@@ -77,7 +69,6 @@ def bound() -> None:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    listing.time = types.SimpleNamespace(sleep=once, monotonic=time.monotonic, strftime=time.strftime)
     attempts.time = CLOCK  # type: ignore[attr-defined]
     signal.signal(signal.SIGALRM, late)
     looks(request["ordinary"], [request["good"]], request["good"])  # before the limit on memory: imports everything

@@ -17,7 +17,7 @@ from results import results
 from safetensors.torch import load_file
 from torch import nn
 
-from runner.data.ledger import LedgerLine, made_text, parse_made
+from runner.data.ledger import LedgerLine, parse_rollouts, rollouts_text
 from runner.datasets.arithmetic import Arithmetic
 from runner.errors import ConfigError, StateError
 from runner.models.gpt import GPT
@@ -27,8 +27,8 @@ from runner.rl.generation import Decoder, Sampling, _draw, generate, token_logpr
 from runner.rl.grpo import GRPO, ClippedLoss, Group, Rows
 from runner.rl.rewards import Answer
 from runner.runs.__main__ import main
-from runner.runs.made import account
-from runner.task import Made
+from runner.runs.rollouts import account
+from runner.task import Rollouts
 from runner.update import WeightUpdate
 
 KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
@@ -248,8 +248,8 @@ def test_micro_batches_make_the_update_of_the_whole_batch() -> None:
         training = task(iterations=3, entropy=0.01)
         metrics = stepped(training, network, pieces)
         weights.append(network.blocks[0].attention.project.weight.detach().clone())
-        assert training.made is not None
-        assert [*training.made.trained] == [*range(8)]
+        assert training.rollouts is not None
+        assert [*training.rollouts.trained] == [*range(8)]
         assert metrics["tokens"] > 0
     assert not weights[0].equal(model().blocks[0].attention.project.weight)
     for other in weights[1:]:
@@ -261,9 +261,9 @@ def test_surplus_groups_wait_and_too_few_make_no_update() -> None:
     trained, dropped, before = [], [], [weight.clone() for weight in network.parameters()]
     for step in range(5):
         metrics = stepped(training, network, [[(n, *rest) for n, (_, *rest) in enumerate(prompts(8), 8 * step)]])
-        assert training.made is not None
-        trained.append([*training.made.trained])
-        dropped += training.made.dropped
+        assert training.rollouts is not None
+        trained.append([*training.rollouts.trained])
+        dropped += training.rollouts.dropped
         if step == 0:
             assert metrics["loss"] == 0
             assert all(map(torch.equal, before, network.parameters()))
@@ -277,13 +277,13 @@ def test_stale_rollouts_are_drawn_by_earlier_weights() -> None:
     stale, network, early = task(staleness=1), model(), model()
     first = stepped(stale, network, [prompts(4)])
     assert first["loss"] == 0
-    assert stale.made is not None
-    assert not stale.made.trained
+    assert stale.rollouts is not None
+    assert not stale.rollouts.trained
     expected = task()._draw(prompts(4), nullcontext, 0, early)
     assert [each.digest() for each in stale.waiting] == [each.digest() for each in expected]
     early.load_state_dict(network.state_dict())
     stepped(stale, network, [[(n + 4, *rest) for n, *rest in prompts(4)]])
-    assert [*stale.made.trained] == [0, 1, 2, 3]
+    assert [*stale.rollouts.trained] == [0, 1, 2, 3]
     expected = task()._draw([(n + 4, *rest) for n, *rest in prompts(4)], nullcontext, 0, early)
     assert [each.digest() for each in stale.waiting] == [each.digest() for each in expected]
     assert {each.version for each in stale.waiting} == {0}
@@ -341,7 +341,7 @@ def test_a_killed_run_is_the_undisturbed_run(way: str, life: Lives, tmp_path: Pa
     cut, undisturbed = (tmp_path / "arithmetic_grpo" / name for name in ("cut", "whole"))
     assert not results(cut).differences(results(undisturbed))
     assert ledger(cut) == ledger(undisturbed)
-    assert len({line.partition("made=")[2][:16] for line in ledger(cut).values()}) == 12
+    assert len({line.partition("rollouts=")[2][:16] for line in ledger(cut).values()}) == 12
 
 
 def test_the_reference_is_the_parent_and_no_checkpoint_has_it(life: Lives, tmp_path: Path) -> None:
@@ -398,29 +398,29 @@ def test_random_kills_change_nothing(way: str, life: Lives, tmp_path: Path) -> N
 
 def line(step: int, *, trained: list[int] = [], dropped: list[int] = [], times: int = 2) -> LedgerLine:  # noqa: B006
     """A step of four samples."""
-    made = made_text(Made(7 * step, trained, times, dropped))
-    return LedgerLine(step, 4 * step - 4, 4 * step - 1, step, made=made)
+    rollouts = rollouts_text(Rollouts(7 * step, trained, times, dropped))
+    return LedgerLine(step, 4 * step - 4, 4 * step - 1, step, rollouts=rollouts)
 
 
-def test_what_was_made_is_accounted_for() -> None:
+def test_rollouts_are_accounted_for() -> None:
     lines = [line(1, trained=[0, 2, 3], dropped=[1]), line(2), line(3, trained=[4, 6, 7, 8], dropped=[5])]
     assert account(lines) == ({"trained": 7, "dropped": 2, "waiting": 3, "times": [2]}, [])
     assert account([LedgerLine(1, 0, 3, 5)]) == (None, [])
     _, problems = account([line(1, trained=[0, 1, 2]), line(2, trained=[2, 5, 9], dropped=[5])])
     assert problems == [
-        "positions 9 to 9 were trained in step 2, before they were made",
+        "positions 9 to 9 were trained in step 2, before they were drawn",
         "positions 2 to 2: trained in step 1, trained in step 2",
         "positions 5 to 5: dropped in step 2, trained in step 2",
     ]
 
 
-def test_a_line_with_what_was_made_is_read_again() -> None:
-    text = made_text(Made(2**64 - 1, [9, 0, 1, 2], 3, [5]))
-    assert text == " made=ffffffffffffffff trained=0-2,9-9x3 dropped=5-5"
-    assert parse_made(text) == ("ffffffffffffffff", [(0, 2), (9, 9)], 3, [(5, 5)])
-    for wrong in (" made=12 trained=x1 dropped=", " made=ffffffffffffffff trained=1x1 dropped="):
-        with pytest.raises(ValueError, match="not what a task made"):
-            parse_made(wrong)
+def test_a_line_with_rollouts_is_read_again() -> None:
+    text = rollouts_text(Rollouts(2**64 - 1, [9, 0, 1, 2], 3, [5]))
+    assert text == " rollouts=ffffffffffffffff trained=0-2,9-9x3 dropped=5-5"
+    assert parse_rollouts(text) == ("ffffffffffffffff", [(0, 2), (9, 9)], 3, [(5, 5)])
+    for wrong in (" rollouts=12 trained=x1 dropped=", " rollouts=ffffffffffffffff trained=1x1 dropped="):
+        with pytest.raises(ValueError, match="not the rollouts of a step"):
+            parse_rollouts(wrong)
 
 
 def test_two_runs_part_where_their_rollouts_do(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -437,4 +437,4 @@ def test_two_runs_part_where_their_rollouts_do(life: Lives, tmp_path: Path, caps
     steps = [json.loads(text) for text in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert len({index for step in steps for index in step["indices"]}) == 32
-    assert {(step["times"], len(step["made"])) for step in steps} == {(2, 16)}
+    assert {(step["times"], len(step["rollouts"])) for step in steps} == {(2, 16)}

@@ -1,4 +1,4 @@
-"""Documents packed into rows: equal to their concatenation, and exact at any row after a resume."""
+"""Documents packed into rows: equal to their concatenation."""
 
 import pickle
 from itertools import pairwise
@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from runner.errors import DataError
 from runner.shards import formats
-from runner.shards.packing import Packed, PackingStream
+from runner.shards.packing import Packed
 from runner.shards.records import Records
 
 LENGTHS = (5, 0, 1, 30, 2, 0, 0, 8, 1, 1, 13, 0)
@@ -137,79 +136,3 @@ def test_missing_fields_of_documents_are_missing_when_packed() -> None:
     assert not hasattr(packed, "fingerprint")
     assert packed.locate(0) == "document 0, tokens 0 to 5"
     packed.hold(2, 3)
-
-
-@pytest.mark.parametrize("separator", [None, 0])
-@pytest.mark.parametrize("length", [1, 2, 7, 30, 60, 99])
-def test_the_stream_equals_the_concatenation(length: int, separator: int | None) -> None:
-    stream = PackingStream(documents(), length=length, separator=separator)
-    expected = cut(joined(documents(), separator), length)
-    assert [row.tolist() for row in stream] == expected
-    assert stream.state_dict() == {"epoch": 1, "document": 0, "offset": 0}
-    assert [row.tolist() for row in stream] == expected
-
-
-@pytest.mark.parametrize("separator", [None, 0])
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("length", [1, 3, 7, 30])
-def test_the_stream_resumes_at_every_row(length: int, shuffle: bool, separator: int | None) -> None:
-    def fresh() -> PackingStream:
-        return PackingStream(documents(), length=length, separator=separator, shuffle=shuffle, seed=3)
-
-    whole = fresh()
-    seen = [(whole.state_dict(), row.tolist()) for _ in range(3) for row in whole]
-    starts = [fresh().state_dict()]
-    again = fresh()
-    for _ in range(3):
-        starts += [again.state_dict() for _ in again]
-    for number, state in enumerate(starts):
-        resumed = fresh()
-        resumed.load_state_dict(pickle.loads(pickle.dumps(state)))
-        assert resumed.state_dict() == state
-        rest = [row.tolist() for _ in range(3 - state["epoch"]) for row in resumed]
-        assert rest == [row for _, row in seen[number:]]
-
-
-def test_epochs_are_shuffled_each_in_its_own_way() -> None:
-    numbers = [[number] for number in range(50)]
-
-    def epoch(seed: int, epoch: int) -> list[int]:
-        stream = PackingStream(numbers, length=49, shuffle=True, seed=seed)
-        stream.set_epoch(epoch)
-        [row] = stream
-        found: list[int] = row.tolist()
-        return found
-
-    orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0), epoch(-1, 0)]
-    assert all(sorted(order) == [*range(50)] for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert orders[1] == epoch(0, 1)
-    assert orders[0][:8] == [10, 15, 13, 44, 41, 3, 37, 47]  # no upgrade may move a document
-
-
-def test_a_pass_that_was_left_begins_again() -> None:
-    stream = PackingStream(documents(), length=4)
-    passing = iter(stream)
-    begun = [next(passing).tolist() for _ in range(2)]
-    assert [row.tolist() for row in stream][:2] == begun
-
-
-def test_set_epoch_keeps_a_restored_position_of_that_epoch() -> None:
-    stream = PackingStream(documents(), length=4)
-    stream.load_state_dict({"epoch": 2, "document": 3, "offset": 1})
-    stream.set_epoch(2)
-    assert next(iter(stream)).tolist() == documents()[3][1:6]
-    stream.set_epoch(3)
-    assert next(iter(stream)).tolist() == joined(documents(), None)[:5]
-
-
-def test_a_position_outside_is_refused() -> None:
-    with pytest.raises(DataError, match="is not in these 12 documents"):
-        PackingStream(documents(), length=4).load_state_dict({"epoch": 0, "document": 13, "offset": 0})
-
-
-def test_each_worker_packs_its_share() -> None:
-    stream = PackingStream(documents(), length=3)
-    found = [row.tolist() for row in DataLoader(stream, batch_size=None, num_workers=2)]
-    shares = [cut(joined(documents()[worker::2], None), 3) for worker in range(2)]
-    assert sorted(found) == sorted(shares[0] + shares[1])

@@ -77,13 +77,6 @@ def test_separators_stand_between_shards(tmp_path: Path) -> None:
         assert rows(Tokens(path=f"{tmp_path}/x", length=length, separator=9)) == cut(joined, length)
 
 
-def test_shards_alone_drop_their_rests(tmp_path: Path) -> None:
-    arrays = shards(tmp_path / "x", "uint16", "bin")
-    samples = Tokens(path=f"{tmp_path}/x", length=6, pack=False)
-    assert rows(samples) == [row for array in arrays for row in cut(array, 6)]
-    assert samples.counts == [16, 0, 1, 0, 8]
-
-
 @pytest.mark.parametrize("separator", [None, 3])
 def test_counts_say_where_samples_begin(tmp_path: Path, separator: int | None) -> None:
     shards(tmp_path / "x", "uint16", "bin")
@@ -116,7 +109,6 @@ def test_the_fingerprint_covers_the_settings_of_samples(tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [
         {"length": 8},
         {"length": 9},
-        {"length": 8, "pack": False},
         {"length": 8, "separator": 0},
     ]
     options.append({"length": 8, "dtype": "int16"})
@@ -129,7 +121,6 @@ def test_locate_names_every_shard_of_a_sample(tmp_path: Path) -> None:
     assert Tokens(path=where, length=98).locate(0) == f"{where}/0.bin, tokens 0 to 99"
     told = f"{where}/0.bin, tokens 98 to 100 and {where}/2.bin, tokens 0 to 7 and {where}/3.bin, tokens 0 to 1"
     assert Tokens(path=where, length=49).locate(2).startswith(told)
-    assert Tokens(path=where, length=6, pack=False).locate(16) == f"{where}/2.bin, tokens 0 to 7"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +129,6 @@ def test_locate_names_every_shard_of_a_sample(tmp_path: Path) -> None:
         ({"length": 0}, "length=0"),
         ({"length": 4, "dtype": "float32"}, "dtype='float32' is not a dtype"),
         ({"length": 4, "separator": 70000}, "a token from 0 to 65535"),
-        ({"length": 4, "separator": 1, "pack": False}, "needs pack=true"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.callbacks.evaluate import Best
-from runner.data.ledger import Ledger, made_text
+from runner.data.ledger import Ledger, rollouts_text
 from runner.distributed.team import Team
 from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
@@ -70,7 +70,7 @@ class FiniteLoss(Callback):
 
 @dataclass(eq=False)
 class KeepLedger(Callback):
-    """Records the samples of every step and what the task made of them, and compares those of a repeated step with the
+    """Records the samples and rollouts of every step, and compares those of a repeated step with the
     record of an earlier attempt. Runs first, so that a step with other samples is not reported, evaluated or committed.
     """
 
@@ -81,7 +81,7 @@ class KeepLedger(Callback):
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(replace(loop.state.stream.ledger_line(loop.step), made=made_text(self.task.made)))
+        self.ledger.add(replace(loop.state.stream.ledger_line(loop.step), rollouts=rollouts_text(self.task.rollouts)))
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -28,7 +28,7 @@ def install() -> None:
     vars(config_loader_impl)["create_defaults_list"] = _defaults_list
 
 
-def searched(error: BaseException) -> str:
+def import_hint(error: BaseException) -> str:
     """Where Python looked for a module of the user's that it did not find; empty for any other error."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -69,8 +69,8 @@ def _import(modules: Any) -> None:
         try:
             import_module(name)
         except Exception as error:
-            lines = [] if searched(error) else traceback.format_tb(error.__traceback__)[-1:]
-            message = f"imports: {name}: {type(error).__name__}: {error}{searched(error)}"
+            lines = [] if import_hint(error) else traceback.format_tb(error.__traceback__)[-1:]
+            message = f"imports: {name}: {type(error).__name__}: {error}{import_hint(error)}"
             raise ConfigError("\n".join([message, *lines]).rstrip()) from error
 
 
@@ -86,27 +86,28 @@ def _start_clean(repo: IConfigRepository, listed: DefaultsList) -> None:
         if not isinstance(option, DictConfig) or "_target_" not in option:
             continue
         others = [other for other in listed.defaults if other is not default]
-        given = _given(group, [(other.package, repo.load_config(other.config_path or "")) for other in others], listed)
-        several = "_target_" not in given and any(isinstance(v, dict) and "_target_" in v for v in given.values())
-        if several or given.get("_target_", option._target_) != option._target_:
-            for key in {*option} - {*given}:
+        files = [(other.package, repo.load_config(other.config_path or "")) for other in others]
+        explicit = _explicit(group, files, listed)
+        several = "_target_" not in explicit and any(isinstance(v, dict) and "_target_" in v for v in explicit.values())
+        if several or explicit.get("_target_", option._target_) != option._target_:
+            for key in {*option} - {*explicit}:
                 del option[key]
 
 
-def _given(group: str, files: Iterable[tuple[str | None, Any]], listed: DefaultsList) -> dict[str, Any]:
+def _explicit(group: str, files: Iterable[tuple[str | None, Any]], listed: DefaultsList) -> dict[str, Any]:
     """The keys below ``group`` with their values, as files and the command line give them; None where it deletes."""
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for package, loaded in files:
         tree = _plain(loaded.config) if package in ("", group) else {}
         node = tree if package == group else tree.get(group)
-        given |= node if isinstance(node, dict) else {}
+        values |= node if isinstance(node, dict) else {}
     for override in listed.config_overrides:
         parent, _, rest = override.key_or_group.partition(".")
         value: Any = None if override.is_delete() else override.value()
         if parent == group:
             name, _, below = rest.partition(".")
-            given |= {name: value if not below else given.get(name)} if rest else value or {}
-    return given
+            values |= {name: value if not below else values.get(name)} if rest else value or {}
+    return values
 
 
 def _plain(config: Any) -> dict[str, Any]:

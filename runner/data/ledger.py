@@ -4,7 +4,7 @@
     ledger/s000000100-a000002.txt          the steps of attempt 2 after step 100, a line per step
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
-for every sample that could not be read, then what the task made of the samples (``made_text``). Nothing is ever
+for every sample that could not be read, then the rollouts of the task (``rollouts_text``). Nothing is ever
 removed: if a step is repeated after a kill, both lines stay, and they must be equal. ``check_exactly_once``
 reconstructs the order of the samples from the stored plan, and counts a line only if its digest is the digest of the
 samples at its positions.
@@ -28,17 +28,17 @@ from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
 from runner.plain import parse, parse_object
 from runner.storage.location import JournalChain, Location
-from runner.task import Made
+from runner.task import Rollouts
 
 log = logging.getLogger("runner")
 
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
 _LINE = re.compile(
-    r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)(| made=[^\n]*)"
+    r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)(| rollouts=[^\n]*)"
 )
 _RANGES = r"(?:[0-9]{1,18}-[0-9]{1,18}(?:,[0-9]{1,18}-[0-9]{1,18})*)?"
-_MADE = re.compile(rf" made=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
+_ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
 SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
 MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
 _MAX_SEGMENT = 64 << 20  # bytes
@@ -62,26 +62,27 @@ class LedgerLine:
     last: int
     digest: int
     substitutions: str = ""
-    made: str = ""
+    rollouts: str = ""
 
     def __str__(self) -> str:
-        return f"{self.step} {self.first} {self.last} {self.digest:016x}{self.substitutions}{self.made}"
+        return f"{self.step} {self.first} {self.last} {self.digest:016x}{self.substitutions}{self.rollouts}"
 
 
-def made_text(made: Made | None) -> str:
-    """What a task made, as the end of a line: ``made=<digest> trained=0-3,7-7x2 dropped=4-6``, with positions."""
-    if made is None:
+def rollouts_text(rollouts: Rollouts | None) -> str:
+    """The end of a line: ``rollouts=<digest> trained=0-3,7-7x2 dropped=4-6``, with positions."""
+    if rollouts is None:
         return ""
-    return f" made={made.digest:016x} trained={_ranges(made.trained)}x{made.times} dropped={_ranges(made.dropped)}"
+    trained, dropped = _ranges(rollouts.trained), _ranges(rollouts.dropped)
+    return f" rollouts={rollouts.digest:016x} trained={trained}x{rollouts.times} dropped={dropped}"
 
 
-def parse_made(text: str) -> tuple[str, list[tuple[int, int]], int, list[tuple[int, int]]]:
-    """The inverse of ``made_text``: the digest, the positions trained (first and last of each range), how often, and
-    the positions dropped. Raises ValueError.
+def parse_rollouts(text: str) -> tuple[str, list[tuple[int, int]], int, list[tuple[int, int]]]:
+    """The inverse of ``rollouts_text``: digest, positions trained (first and last of each range), how often, and
+    positions dropped. Raises ValueError.
     """
-    fields = _MADE.fullmatch(text)
+    fields = _ROLLOUTS.fullmatch(text)
     if fields is None:
-        raise ValueError(f"not what a task made: {text[:80]!r}")
+        raise ValueError(f"not the rollouts of a step: {text[:80]!r}")
     ranges = [[(int(a), int(b)) for a, b in (r.split("-") for r in filter(None, fields[n].split(",")))] for n in (2, 4)]
     return fields[1], ranges[0], int(fields[3]), ranges[1]
 
@@ -253,7 +254,7 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
     if fields[6]:
-        parse_made(fields[6])
+        parse_rollouts(fields[6])
     return LedgerLine(step, first, last, int(fields[4], 16), fields[5], fields[6])
 
 

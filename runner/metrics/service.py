@@ -84,7 +84,7 @@ class ServiceWriter(ABC):
         """
 
 
-class Courier:
+class Sender:
     """Sends the lines of a run, and keeps the record of what is sent."""
 
     def __init__(self, name: str, writer: ServiceWriter) -> None:
@@ -139,7 +139,7 @@ def push(name: str, writer: ServiceWriter, end: Mapping[str, Any], status: str) 
     if lock is None:
         raise RunInUse(f"{location.url}: another process sends to {name}; it continues by itself")
     try:
-        total = Courier(name, writer).push(end)
+        total = Sender(name, writer).push(end)
         writer.close(status)
     finally:
         lock.release()
@@ -265,7 +265,7 @@ class _Sender:
 
     def __init__(self, name: str, writer: ServiceWriter, say: Callable[[str], None]) -> None:
         self._name, self._writer, self._say = name, writer, say
-        self._courier = Courier(name, writer)
+        self._sender = Sender(name, writer)
         self._end: dict[str, Any] = {}  # as far as lines are committed ...
         self._done: dict[str, Any] = {}  # ... and sent
         self._status: str | None = None  # of the run, once the attempt has ended
@@ -311,7 +311,7 @@ class _Sender:
         while self._lock is None:  # the child of a killed attempt may still be sending
             self._lock = self._writer.context.location.lock(f"{FOLDER}/{self._name}.lock")
             time.sleep(0 if self._lock else _POLL_SECONDS)
-        self._courier.push(end)
+        self._sender.push(end)
         if self._due is not None:
             self._say("the service has all points now")
         self._done, self._due = end, None
@@ -324,7 +324,7 @@ class _Sender:
                 self._changed.notify_all()
 
     def _give_up(self) -> None:
-        left, url = self._courier.left(self._end), self._writer.context.location.url
+        left, url = self._sender.left(self._end), self._writer.context.location.url
         if left:
             self._say(f"{left} points are not sent yet: the next attempt sends them, or runs push {url} {self._name}")
         os._exit(1)

@@ -106,9 +106,9 @@ def encoded(events: Iterable[Event]) -> bytes:
 def summary(name: str, value: Any) -> bytes:
     """A picture, a histogram or a text as ``Task.log`` takes it, encoded. Raises TaskError for any other value."""
     if isinstance(value, str):
-        made = text(name, value)  # type: ignore[no-untyped-call]
+        proto = text(name, value)  # type: ignore[no-untyped-call]
     elif hasattr(value, "savefig"):
-        made = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
+        proto = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
     else:
         array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
         array = array.float() if array.dtype in (torch.bfloat16, torch.bool) else array
@@ -121,12 +121,12 @@ def summary(name: str, value: Any) -> bytes:
                 f"log({name!r}) got a tensor of shape {[*array.shape]}; expected {expected}. Numbers are metrics"
             )
         if array.dim() > 1:
-            made = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
+            proto = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
         elif len(finite := array.double()[array.double().isfinite()]):
-            made = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
+            proto = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
         else:
-            made = text(name, "no value is finite")  # type: ignore[no-untyped-call]
-    return bytes(made.SerializeToString())
+            proto = text(name, "no value is finite")  # type: ignore[no-untyped-call]
+    return bytes(proto.SerializeToString())
 
 
 _HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; other files have later ones

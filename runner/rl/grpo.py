@@ -24,7 +24,7 @@ from runner.hashing import checksum, derive, int_digest
 from runner.rl.buffer import Buffer
 from runner.rl.completion import Completion, padded
 from runner.rl.generation import Sampling, generate, token_logprobs
-from runner.task import Made, Update
+from runner.task import Rollouts, Update
 
 Prompt = tuple[int, str, str]  # position, text, answer
 _TOLERANCE = 1e-6  # added to a standard deviation
@@ -194,14 +194,14 @@ class GRPO(Completion):
             with ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
                 drawn = thread.submit(draw, self._copy(model))
                 metrics, trained, old = train()
-            made, dropped = self._add(update.gather(drawn.result()))
+            added, dropped = self._add(update.gather(drawn.result()))
         else:
             with evaluation_mode(model):
-                made, dropped = self._add(update.gather(draw(model)))
+                added, dropped = self._add(update.gather(draw(model)))
             metrics, trained, old = train()
-        digest = int_digest(b"".join(group.digest() for group in made))
-        self.made = Made(digest, [group.position for group in trained], self.iterations, [*dropped, *old])
-        return {**metrics, **self._measured(made, size, metrics["loss"].device)}
+        digest = int_digest(b"".join(group.digest() for group in added))
+        self.rollouts = Rollouts(digest, [group.position for group in trained], self.iterations, [*dropped, *old])
+        return {**metrics, **self._measured(added, size, metrics["loss"].device)}
 
     def key(self, position: int, number: int) -> int:
         """The seed of the generator of a sample."""
@@ -338,12 +338,12 @@ class GRPO(Completion):
         advantages = torch.tensor([advantage for *_, advantage, _ in samples], dtype=torch.float32)
         return Rows(tokens.to(device), mask.to(device), old.to(device), advantages.to(device))
 
-    def _measured(self, made: Sequence[Group], size: int, device: torch.device) -> dict[str, Tensor]:
-        """Metrics of what all processes made, in equal shares of ``size`` processes, since metrics are added up."""
-        count, lengths = len(made) * self.samples, sum(int(group.lengths.sum()) for group in made)
+    def _measured(self, groups: Sequence[Group], size: int, device: torch.device) -> dict[str, Tensor]:
+        """Metrics of the groups of all processes, in equal shares of ``size`` processes, since metrics are added up."""
+        count, lengths = len(groups) * self.samples, sum(int(group.lengths.sum()) for group in groups)
         values = {
-            "reward": math.fsum(float(group.rewards.sum()) for group in made) / count,
-            "pass_rate": sum(group.passed for group in made) / count,
+            "reward": math.fsum(float(group.rewards.sum()) for group in groups) / count,
+            "pass_rate": sum(group.passed for group in groups) / count,
             "length": lengths / count,
             "tokens": lengths,
             "kl_coefficient": self.kl,

@@ -57,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--reverse", action="store_true", help="in descending order")
     option = add("compare", _compare, "the parameters in which the runs differ, and their objective")
     option("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
-    option("--html", metavar="FILE", help="the picture with a sortable table, as one HTML file")
-    option = add("watch", _watch, "the list, updated until Ctrl-C")
-    option("--interval", type=float, default=5.0, metavar="SECONDS", help="between two updates (default: 5)")
     _add_commands_for_runs(add)
     return parser
 
@@ -93,16 +90,10 @@ def _list(parsed: argparse.Namespace) -> int:
     return _print(parsed, [asdict(run) for run in runs], lambda _: listing.format_runs(runs))
 
 
-def _watch(parsed: argparse.Namespace) -> int:
-    selects = _selection(parsed)
-    listing.watch(lambda: listing.list_runs(parsed.root, selects), interval=parsed.interval, as_json=parsed.json)
-    return 0
-
-
 def _compare(parsed: argparse.Namespace) -> int:
     comparison = compare.compare_runs(parsed.root, _selection(parsed))
-    if parsed.png or parsed.html:
-        compare.write(comparison, png=parsed.png, html=parsed.html)
+    if parsed.png:
+        compare.draw(comparison, parsed.png)
     return _print(parsed, comparison.plain(), lambda _: compare.format_comparison(comparison))
 
 
@@ -115,7 +106,7 @@ def _diff(parsed: argparse.Namespace) -> int:
     one, other = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
     if not parsed.ledger:
         return _print(parsed, listing.diff(one, other), listing.format_diff)
-    from runner.runs.made import first_difference, format_difference
+    from runner.runs.rollouts import first_difference, format_difference
 
     difference = first_difference(one, other)
     _print(parsed, difference, format_difference)
@@ -128,7 +119,7 @@ def _audit(parsed: argparse.Namespace) -> int:
     directory = RunDirectory.at(parsed.run)
     report, values = audit.audit(directory)
     if parsed.jsonl:
-        from runner.runs.made import json_lines
+        from runner.runs.rollouts import json_lines
         from runner.storage import files
 
         files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
@@ -152,7 +143,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _push(parsed: argparse.Namespace) -> int:
-    from runner.runs.pushing import push
+    from runner.runs.push import push
 
     done = push(parsed.run, parsed.writer, parsed.settings)
     return _print(parsed, done, lambda _: f"{done['sent']} points sent; {done['writer']} has all up to {done['step']}")

@@ -12,7 +12,7 @@ from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts, refuse_unusable
 from runner.runs.listing import format_table
-from runner.runs.made import account
+from runner.runs.rollouts import account
 
 
 def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
@@ -29,13 +29,13 @@ def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
         report = check_exactly_once(segments, plan, begun=facts.start, committed=committed)
     if len({*plans}) > 1:
         report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
-    made, problems = account(ledger.lineage(segments, committed=committed)[0])
+    rollouts, problems = account(ledger.lineage(segments, committed=committed)[0])
     report.problems.extend(problems)
     attempts = len({segment.attempt for segment in segments})
     damaged = [segment.damage for segment in segments if segment.damage]
     weighted = bool(plan is not None and plan.weights)
     values = {"run": directory.name, **asdict(report), "holds": report.holds, "weighted": weighted}
-    return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged, "made": made}
+    return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged, "rollouts": rollouts}
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
@@ -54,10 +54,10 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         text.append("The data is an iterable: which samples it yielded, repeated or left out is not known here.")
     steps, samples, differing = audit["again"].values()
     text.append(f"\nDone again after kills: {steps} steps, {samples} samples, {differing} differing.")
-    if made := audit.get("made"):
-        times = " or ".join(map(str, made["times"])) or "no"
-        used = f"of {made['trained']} samples was trained, each {times} times; of {made['dropped']} it was dropped"
-        text.append(f"What the task made {used}; of {made['waiting']} it waits.")
+    if rollouts := audit.get("rollouts"):
+        times = " or ".join(map(str, rollouts["times"])) or "no"
+        used = f"of {rollouts['trained']} samples trained, each {times} times; of {rollouts['dropped']} dropped"
+        text.append(f"Rollouts: {used}; of {rollouts['waiting']} waiting.")
     text += audit["damaged"]  # no problem where those steps were done again
     if audit["problems"]:
         return "\n".join([*text, *audit["problems"]])

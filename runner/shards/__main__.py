@@ -63,13 +63,13 @@ def _scan(parsed: argparse.Namespace) -> None:
             ended = time.monotonic()
             due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
-    missing, size = scan.missing, scan.missing_bytes
+    missing, size = len(scan.missing), scan.missing_bytes
     try:
         with tqdm(total=size, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None) as bar:
-            scan.run(jobs=max(1, parsed.jobs), progress=bar.update, save=save)
+            scan.run(jobs=parsed.jobs, progress=bar.update, save=save)
     except KeyboardInterrupt:
         save(now=True)
-        counts = f"kept {kept}, scanned {missing - scan.missing}, missing {scan.missing}"
+        counts = f"kept {kept}, scanned {missing - len(scan.missing)}, missing {len(scan.missing)}"
         raise Interrupted(f"stopped: {counts}; run it again") from None
     except RunnerError:
         save(now=True)

@@ -31,11 +31,11 @@ class Format(Protocol):
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """Scan a shard of ``size`` bytes, in bounded memory. A block ends where the next begins, or with the file."""
 
-    def read(self, path: str, start: int, stop: int) -> Sequence[Any]:
-        """The raw records of the block at the bytes [start, stop)."""
+    def read(self, path: str, start: int, stop: int) -> Any:
+        """The block at the bytes [start, stop); its ``len`` is the number of its records."""
 
-    def decode(self, raw: Any) -> Any:
-        """A record as the data set returns it. Raises ValueError for an invalid one."""
+    def record(self, block: Any, place: int) -> Any:
+        """Record ``place`` of a block, a new object at each call. Raises ValueError for an invalid record."""
 
 
 class TextLines:
@@ -50,25 +50,22 @@ class TextLines:
         compressed = files.is_compressed(path)
         start, total = 0, 0
         for data in _whole_lines(path):
-            lines = data.count(b"\n") + (not data.endswith(b"\n"))
-            records = lines if self.keeps_blank else sum(map(bool, map(bytes.strip, data.split(b"\n"))))
+            records = len(self._lines(data))
             total += records
             yield Block(start, 0 if compressed else records)
             start += 0 if compressed else len(data)
         if compressed:
             yield Block(0, total)
 
-    def read(self, path: str, start: int, stop: int) -> Sequence[bytes]:
-        """The lines of a block, without their ends."""
-        data = files.read(path) if files.is_compressed(path) else files.read_range(path, start, stop)
-        lines = data.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        return lines if self.keeps_blank else [line for line in lines if line.strip()]
+    def read(self, path: str, start: int, stop: int) -> list[bytes]:
+        return self._lines(files.read(path) if files.is_compressed(path) else files.read_range(path, start, stop))
 
-    def decode(self, raw: bytes) -> Any:
-        """The text of a line."""
-        return raw.removesuffix(b"\r").decode()
+    def record(self, block: list[bytes], place: int) -> Any:
+        return block[place].removesuffix(b"\r").decode()
+
+    def _lines(self, data: bytes) -> list[bytes]:
+        lines = data.removesuffix(b"\n").split(b"\n") if data else []
+        return lines if self.keeps_blank else [line for line in lines if line.strip()]
 
 
 class JsonLines(TextLines):
@@ -76,9 +73,8 @@ class JsonLines(TextLines):
 
     keeps_blank = False
 
-    def decode(self, raw: bytes) -> Any:
-        """The parsed JSON value."""
-        return json.loads(str(raw, "utf-8"))
+    def record(self, block: list[bytes], place: int) -> Any:
+        return json.loads(str(block[place], "utf-8"))
 
 
 def _whole_lines(path: str) -> Iterator[bytes]:
@@ -99,12 +95,6 @@ _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _METADATA_NAME = re.compile(r"__[^/]*__(/|$)")  # files in which webdataset keeps its own metadata
 
 
-class _Member(NamedTuple):
-    key: str
-    suffix: str
-    info: tarfile.TarInfo
-
-
 class Tar:
     """Tar archives in webdataset's convention: ``dir/000.jpg dir/000.cls dir/001.jpg ...``.
 
@@ -116,41 +106,40 @@ class Tar:
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         """Reads only the headers where the store can seek."""
         start = records = 0
-        key, suffixes = None, set[str]()
+        record: dict[str, Any] = {}
         with files.open_file(path) as file, _tar_archive(file, path) as archive:
-            for member in _record_members(archive):
-                at = member.info.offset
-                if member.key != key:
-                    if records and at - start >= BLOCK_BYTES:
+            for key, suffix, info in _record_members(archive):
+                if key != record.get("__key__"):
+                    if records and info.offset - start >= BLOCK_BYTES:
                         yield Block(start, records)
                         records = 0
-                    start = start if records else at
+                    start = start if records else info.offset
                     records += 1
-                    key, suffixes = member.key, set()
-                if member.suffix in suffixes:
-                    raise DataError(
-                        f"{path}: record {key!r} has two members .{member.suffix}; its second is at byte {at}"
-                    )
-                suffixes.add(member.suffix)
+                    record = {"__key__": key}
+                if suffix in record:
+                    where = f"its second is at byte {info.offset}"
+                    raise DataError(f"{path}: record {key!r} has two members .{suffix}; {where}")
+                record[suffix] = info
             _check_tar_end(archive, file, path)
         if records:
             yield Block(start, records)
 
     def read(self, path: str, start: int, stop: int) -> list[dict[str, Any]]:
-        """The records of a block, each with the bytes of its members."""
+        """Records whose members are views of the block."""
         records: list[dict[str, Any]] = []
-        with _tar_archive(BytesIO(files.read_range(path, start, stop)), path) as archive:
-            for member in _record_members(archive):
-                if not records or records[-1]["__key__"] != member.key:
-                    records.append({"__key__": member.key})
-                content = archive.extractfile(member.info)
-                assert content is not None, "a regular file has a content"
-                records[-1][member.suffix] = content.read()
+        data = files.read_range(path, start, stop)
+        with _tar_archive(BytesIO(data), path) as archive:
+            for key, suffix, info in _record_members(archive):
+                if not records or records[-1]["__key__"] != key:
+                    records.append({"__key__": key})
+                content = archive.extractfile(info) if info.issparse() else None
+                whole = memoryview(data)[info.offset_data : info.offset_data + info.size]
+                records[-1][suffix] = content.read() if content else whole
         return records
 
-    def decode(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """A copy, so that changes a caller makes do not come back with the next epoch."""
-        return dict(raw)
+    def record(self, block: list[dict[str, Any]], place: int) -> dict[str, Any]:
+        """The record with the bytes of its members."""
+        return {name: value if name == "__key__" else bytes(value) for name, value in block[place].items()}
 
 
 @contextmanager
@@ -162,14 +151,15 @@ def _tar_archive(file: BinaryIO | BytesIO, path: str) -> Iterator[tarfile.TarFil
         raise DataError(f"{path} is not a whole tar archive: {error}; make or fetch it again") from error
 
 
-def _record_members(archive: tarfile.TarFile) -> Iterator[_Member]:
+def _record_members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """The key of the record, the suffix and the header of each member of a record."""
     if archive.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek before its start
         return
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # else the archive remembers them all
         name = _MEMBER_NAME.fullmatch(info.name)
         if name and info.isreg() and not _METADATA_NAME.match(info.name):
-            yield _Member(name[1], name[2].lower(), info)
+            yield name[1], name[2].lower(), info
 
 
 def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
@@ -180,40 +170,27 @@ def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
 
 
 class Parquet:
-    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group."""
+    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group, and is kept as columns,
+    because Python values take many times the memory.
+    """
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
-        """The row groups that have rows."""
         with _parquet_file(path) as file:
             for group in range(file.metadata.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 yield Block(_first_byte(metadata), metadata.num_rows)
 
-    def read(self, path: str, start: int, stop: int) -> "_Rows":
-        """The rows of the group that begins at byte ``start``; empty if no group begins there."""
+    def read(self, path: str, start: int, stop: int) -> Any:
+        """The table of the group that begins at byte ``start``; empty if no group begins there."""
         with _parquet_file(path) as file:
             metadata = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             group = [g for g, data in enumerate(metadata) if data.num_rows and _first_byte(data) == start]
             # One thread: pyarrow's pool does not survive a fork.
-            return _Rows(file.read_row_groups(group, use_threads=False))
+            return file.read_row_groups(group, use_threads=False)
 
-    def decode(self, raw: Any) -> dict[str, Any]:
-        """The row as Python values."""
-        row: dict[str, Any] = raw.to_pylist()[0]
+    def record(self, block: Any, place: int) -> dict[str, Any]:
+        row: dict[str, Any] = block.slice(place, 1).to_pylist()[0]
         return row
-
-
-class _Rows(Sequence[Any]):
-    """The rows of a table, kept as columns: Python values take many times the memory."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._table.slice(index, 1)
 
 
 @contextmanager
@@ -246,19 +223,17 @@ class TokenArrays:
         """One block, without reading the tokens."""
         if files.is_compressed(path):
             raise DataError(f"{path}: a compressed array cannot be read from the middle; decompress it")
-        start = 0
+        start, width = 0, self.dtype.itemsize
         if path.endswith(".npy"):
             dtype, count, start = _npy_header(path, size)
             if dtype != self.dtype.name:
                 raise DataError(f"{path} holds {dtype}, but other shards or the configuration have {self.dtype.name}")
-            if size != start + count * self.dtype.itemsize:
+            if size != start + count * width:
                 raise DataError(f"{path} is truncated: {size} bytes, but its header promises {count} tokens of {dtype}")
-        if (size - start) % self.dtype.itemsize:
-            raise DataError(
-                f"{path}: expected tokens of {self.dtype.itemsize} bytes ({self.dtype.name}), found {size - start} "
-                "bytes; give the right dtype or restore the file"
-            )
-        yield Block(start, (size - start) // self.dtype.itemsize)
+        if (size - start) % width:
+            expected = f"expected tokens of {width} bytes ({self.dtype.name}), found {size - start} bytes"
+            raise DataError(f"{path}: {expected}; give the right dtype or restore the file")
+        yield Block(start, (size - start) // width)
 
 
 def dtype_of(paths: Sequence[str], dtype: str | None) -> str:
@@ -296,20 +271,22 @@ READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": TextLines(), "tar": 
 
 def kind_of(paths: Sequence[str]) -> str:
     """The format of shards by the suffixes of their ``paths``. Raises DataError if they differ or are unknown."""
-    kinds: dict[str, str] = {}  # format -> the first path of it
+    kinds: dict[str | None, str] = {}  # format -> the first path of it
     for path in paths:
         *stem, suffix = path.partition("::")[0].rpartition("/")[2].lower().split(".")
         kind = _SUFFIXES.get(suffix) if stem else None
         if stem and files.is_compressed(path):
             kind = _SUFFIXES.get(stem[-1])
             kind = kind if kind in ("jsonl", "text") else None
-        if kind is None:
-            raise DataError(
-                f"{path}: unknown suffix; known formats: {', '.join(KINDS)}. Give the format (--format or format=...), "
-                "or a glob that leaves this file out"
-            )
         kinds.setdefault(kind, path)
-    if len(kinds) > 1:
+    if None in kinds:
+        raise DataError(
+            f"{kinds[None]}: unknown suffix; known formats: {', '.join(KINDS)}. Give the format (--format or "
+            "format=...), or a glob that leaves this file out"
+        )
+    [kind, *others] = kinds
+    if others:
         mixed = ", ".join(f"{kind} ({path})" for kind, path in kinds.items())
         raise DataError(f"expected shards of one format, found {mixed}; give a glob that matches one format")
-    return next(iter(kinds))
+    assert kind is not None
+    return kind

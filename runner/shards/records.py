@@ -1,16 +1,17 @@
 """Records of jsonl, text, tar and parquet shards, by number."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from runner.cache import LRUCache
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
-from runner.shards.scan import CHANGED, SHARDS_CHECKED, check_size, open_manifest
+from runner.shards.scan import CHANGED, open_manifest
 
 _BLOCKS_HELD = 4
-_Block = tuple[int, int, Sequence[Any]]  # number of the first record, number after the last record, raw records
-_NO_BLOCK: _Block = (0, 0, ())
+_Block = tuple[int, int, Any]  # number of the first record, number after the last record, block of the format
+_NO_BLOCK: _Block = (0, 0, None)
 
 
 class Records:
@@ -41,24 +42,22 @@ class Records:
         self._format = formats.READERS[self.manifest.kind]
         self._blocks: LRUCache[_Block] = LRUCache(_BLOCKS_HELD)
         self._last: _Block = _NO_BLOCK
-        self._checked: LRUCache[None] = LRUCache(SHARDS_CHECKED)
 
     def __len__(self) -> int:
         return int(self.manifest.firsts[-1])
 
     def __getitem__(self, index: int) -> Any:
-        first, end, raws = self._last
+        first, end, block = self._last
         if not first <= index < end:  # neighbours are often asked for one after the other
             number, record = self._place(index)
-            block = self.manifest.shards[number].block_of(record)
-            self._last = self._blocks.get((number, block), lambda: self._read(number, block))
-            first, end, raws = self._last
+            key = number, self.manifest.shards[number].block_of(record)
+            first, end, block = self._last = self._blocks.get(key, partial(self._read, *key))
         try:
-            record = self._format.decode(raws[index - first])
+            raw = self._format.record(block, index - first)
         except ValueError as error:
             message = f"{self.locate(index)}: not a record of {self.manifest.kind}: {error}"
             raise DataError(f"{message}; correct the shard and scan it again") from error
-        return record if self.decode is None else self.decode(record)
+        return raw if self.decode is None else self.decode(raw)
 
     def locate(self, index: int) -> str:
         """Shard, record and block of a record, for messages."""
@@ -83,16 +82,15 @@ class Records:
         return number, index - int(self.manifest.firsts[number])
 
     def _read(self, number: int, block: int) -> _Block:
-        shard = self.manifest.shards[number]
-        check_size(shard, self._checked)
+        shard = self.manifest.unchanged(number)
         first, end, start, stop = shard.span(block)
-        raws = self._format.read(shard.url, start, stop)
-        if len(raws) != end - first:
+        content = self._format.read(shard.url, start, stop)
+        if len(content) != end - first:
             raise DataError(
-                f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(raws)}. {CHANGED}"
+                f"{shard.url}, bytes {start} to {stop}: expected {end - first} records, found {len(content)}. {CHANGED}"
             )
         start_of_shard = int(self.manifest.firsts[number])
-        return start_of_shard + first, start_of_shard + end, raws
+        return start_of_shard + first, start_of_shard + end, content
 
 
 def _refuse_tokens(kind: str | None) -> None:

@@ -6,19 +6,17 @@ to another store as a whole. Anyone may have written the file, so every key is c
 
 import json
 import threading
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from multiprocessing.pool import ThreadPool
 from posixpath import commonprefix
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.cache import LRUCache
-from runner.errors import ConfigError, DataError, printable
+from runner.errors import ConfigError, DataError, Interrupted, printable
 from runner.hashing import json_digest
 from runner.shards import formats
 from runner.storage import files
@@ -28,7 +26,6 @@ CHANGED = (
     "It was changed after it was scanned. Restore it; or scan again into a new manifest for new runs: a run that began "
     "with the old one must keep it"
 )
-SHARDS_CHECKED = 1 << 20  # whose sizes a data set remembers
 _LARGEST = 1 << 62
 
 
@@ -65,6 +62,16 @@ class Manifest:
     kind: str
     dtype: str | None
     shards: tuple[Shard, ...]
+    _checked: set[int] = field(default_factory=set, init=False, repr=False)
+
+    def unchanged(self, number: int) -> Shard:
+        """Shard ``number``. Raises DataError if, at its first use, it has not the size that it had in the scan."""
+        shard = self.shards[number]
+        if number not in self._checked:
+            if (size := files.stat(shard.url).size) != shard.size:
+                raise DataError(f"{shard.url}: expected {shard.size} bytes, found {size}. {CHANGED}")
+            self._checked.add(number)
+        return shard
 
     @cached_property
     def firsts(self) -> NDArray[np.int64]:
@@ -208,44 +215,42 @@ class Scan:
     ) -> None:
         patterns = [paths] if isinstance(paths, str) else paths
         self._where = ", ".join(patterns)
-        self._stats = {url: stat for pattern in patterns for url, stat in files.list_files(pattern).items()}
-        for url in [*self._stats]:  # a killed scan may have left a temporary file beside the manifest
-            own = exclude and (url == exclude or url.startswith(f"{exclude}.tmp-"))
-            if own or url.rpartition("/")[2].startswith("."):
-                del self._stats[url]
+        self._stats = {
+            url: stat
+            for pattern in patterns
+            for url, stat in files.list_files(pattern).items()
+            # a killed scan may have left a temporary file beside the manifest
+            if url != exclude and not url.startswith(f"{exclude or url}.tmp-") and url.rpartition("/")[2][:1] != "."
+        }
         if not self._stats:
             raise DataError(f"{self._where}: there are only hidden files; give a glob that matches the shards")
         self.kind = kind or formats.kind_of([*self._stats])
         self.dtype = formats.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
-        self._format: formats.Format | formats.TokenArrays = (
-            formats.TokenArrays(self.dtype) if self.dtype else formats.READERS[self.kind]
-        )
-        self._done: dict[str, Shard] = {}
+        self._blocks = formats.TokenArrays(self.dtype).blocks if self.dtype else formats.READERS[self.kind].blocks
+        self._shards: dict[str, Shard] = {}  # that have been scanned
         self._stop = threading.Event()
 
     def keep(self, earlier: Manifest) -> int:
         """Reuse the results of an earlier scan for shards that have not changed; returns the number of these shards."""
         if (earlier.kind, earlier.dtype) == (self.kind, self.dtype):
-            for shard in earlier.shards:
-                stat = self._stats.get(shard.url)
-                if stat is not None and (stat.size, stat.mark) == (shard.size, shard.mark):
-                    self._done[shard.url] = shard
-        return len(self._done)
+            stats = ((shard, files.Stat(shard.size, shard.mark)) for shard in earlier.shards)
+            self._shards = {shard.url: shard for shard, stat in stats if self._stats.get(shard.url) == stat}
+        return len(self._shards)
 
     @property
-    def missing(self) -> int:
-        """The number of shards that are not scanned yet."""
-        return len(self._stats) - len(self._done)
+    def missing(self) -> list[str]:
+        """The URLs of shards that are not scanned yet."""
+        return [url for url in self._stats if url not in self._shards]
 
     @property
     def missing_bytes(self) -> int:
         """Their size in bytes."""
-        return sum(stat.size for url, stat in self._stats.items() if url not in self._done)
+        return sum(self._stats[url].size for url in self.missing)
 
     @property
     def partial(self) -> Manifest:
         """The manifest of the shards scanned so far, in the order of the listing."""
-        return Manifest(self.kind, self.dtype, tuple(self._done[url] for url in self._stats if url in self._done))
+        return Manifest(self.kind, self.dtype, tuple(self._shards[url] for url in self._stats if url in self._shards))
 
     @property
     def manifest(self) -> Manifest:
@@ -258,56 +263,36 @@ class Scan:
         """Scan the missing shards. ``progress`` is called with numbers of scanned bytes, ``save`` after each shard. An
         error or Ctrl-C stops all threads.
         """
-        todo = [url for url in self._stats if url not in self._done]
-        urls = iter(todo)
-        results: SimpleQueue[int | Shard | BaseException] = SimpleQueue()
-        make = partial(threading.Thread, target=self._work, args=(urls, results), daemon=True)
-        threads = [make() for _ in range(min(jobs, len(todo)))]
+        missing = self.missing
+        pool = ThreadPool(max(1, min(jobs, len(missing))))
         try:
-            for thread in threads:
-                thread.start()
-            while self.missing:
-                result = results.get()
-                if isinstance(result, BaseException):
-                    raise result
-                if isinstance(result, int):
-                    progress(result)
-                else:
-                    self._done[result.url] = result
-                    save()
-        finally:
+            for shard in pool.imap_unordered(partial(self._scan, progress=progress), missing):
+                self._shards[shard.url] = shard
+                save()
+        except BaseException:
             self._stop.set()
-        for thread in threads:  # a process that forks later must have no other threads
-            thread.join()
+            pool.terminate()
+            raise
+        pool.close()
+        pool.join()  # a process that forks later must have no other threads
 
-    def _work(self, todo: Iterator[str], results: "SimpleQueue[int | Shard | BaseException]") -> None:
-        try:
-            for url in todo:  # which all threads share
-                shard = self._scanned(url, results.put)
-                if shard is None or self._stop.is_set():
-                    return
-                results.put(shard)
-        except BaseException as error:
-            results.put(error)
-
-    def _scanned(self, url: str, progress: Callable[[int], None]) -> Shard | None:
-        """Scan one shard; None if the scan was stopped. ``progress`` is called with numbers of scanned bytes."""
+    def _scan(self, url: str, *, progress: Callable[[int], object]) -> Shard:
+        """Scan a shard, in one of the threads."""
         stat = self._stats[url]
         records = position = 0
-        firsts, offsets = array("q"), array("q")
-        for block in self._format.blocks(url, stat.size):
+        starts: list[tuple[int, int]] = []
+        for start, count in self._blocks(url, stat.size):
             if self._stop.is_set():
-                return None
-            if block.records:
-                firsts.append(records)
-                offsets.append(block.start)
-            records += block.records
-            progress(block.start - position)
-            position = block.start
+                raise Interrupted("stopped")
+            if count:
+                starts.append((records, start))
+            records += count
+            progress(start - position)
+            position = start
         if (now := files.stat(url).size) != stat.size:
             raise DataError(f"{url} changed while it was scanned: {stat.size} bytes, now {now}; scan it again")
         progress(stat.size - position)
-        return Shard(url, stat.size, stat.mark, records, np.array([firsts, offsets], dtype=np.int64))
+        return Shard(url, stat.size, stat.mark, records, np.array(starts, dtype=np.int64).reshape(-1, 2).T)
 
 
 def open_manifest(
@@ -326,13 +311,3 @@ def open_manifest(
         expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (loaded.kind, loaded.dtype)))
         raise ConfigError(f"{manifest} lists shards of {listed}, but the configuration says {expected}")
     return loaded
-
-
-def check_size(shard: Shard, checked: LRUCache[None]) -> None:
-    """Raise DataError if the size of a shard has changed since the scan; ``checked`` are those known to be right."""
-
-    def check() -> None:
-        if (size := files.stat(shard.url).size) != shard.size:
-            raise DataError(f"{shard.url}: expected {shard.size} bytes, found {size}. {CHANGED}")
-
-    checked.get(shard.url, check)

@@ -15,7 +15,7 @@ from results import results
 
 USER = Path(__file__).parent / "user"
 COMMON = ("experiment=smoke", "trainer.max_steps=12", "checkpoint.every_steps=4", "runtime.num_threads=1")
-PROFILER = "+observers.profiler={_target_: runner.callbacks.looking.Profiler, first: 3, last: 6}"
+PROFILER = "+observers.profiler={_target_: runner.callbacks.observers.Profiler, first: 3, last: 6}"
 
 
 WATCHER = """
@@ -50,7 +50,7 @@ def posts() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def webhook(url: str) -> str:
-    return f"+observers.hook={{_target_: runner.callbacks.looking.Webhook, url: '{url}'}}"
+    return f"+observers.hook={{_target_: runner.callbacks.observers.Webhook, url: '{url}'}}"
 
 
 def test_a_callback_knows_directory_attempt_and_step(life: Lives, tmp_path: Path) -> None:

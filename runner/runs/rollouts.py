@@ -1,6 +1,4 @@
-"""What the ledger says beyond "every sample once": what a task made of the samples, step by step, and where two runs
-part.
-"""
+"""The ledger beyond "every sample once": the rollouts of a task step by step, and the first difference of two runs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runner.data import ledger
-from runner.data.ledger import LedgerLine, parse_made
+from runner.data.ledger import LedgerLine, parse_rollouts
 from runner.data.order import equal_runs
 from runner.data.plan import Plan
 from runner.errors import ConfigError
@@ -19,23 +17,23 @@ from runner.run_facts import RunFacts, refuse_unusable
 
 
 def account(lines: Sequence[LedgerLine]) -> tuple[dict[str, Any] | None, list[str]]:
-    """How many samples had what was made of them trained, and how often (``times``), dropped, or have it wait; and a
-    message for each that was used twice, or before it was made. None if nothing was made.
+    """The number of samples whose rollouts were trained (and how many ``times``), dropped, or wait; and a message for
+    each use that is a second or comes too early. None if there are no rollouts.
     """
     uses: list[tuple[int, int, str, int]] = []  # first and last position, what happened to them, in which step
     times: set[int] = set()
     for line in lines:
-        if line.made:
-            _, trained, number, dropped = parse_made(line.made)
+        if line.rollouts:
+            _, trained, number, dropped = parse_rollouts(line.rollouts)
             uses += [(*span, "trained", line.step) for span in trained]
             uses += [(*span, "dropped", line.step) for span in dropped]
             times |= {number} if trained else set()
-    if not any(line.made for line in lines):
+    if not any(line.rollouts for line in lines):
         return None, []
     uses.sort()
     ends = {line.step: line.last for line in lines}
     early = [use for use in uses if use[1] > ends[use[3]]]
-    problems = [f"positions {a} to {b} were {what} in step {step}, before they were made" for a, b, what, step in early]
+    problems = [f"positions {a} to {b} were {use} in step {step}, before they were drawn" for a, b, use, step in early]
     begin = end = lines[0].first - 1
     counts, last = {"trained": 0, "dropped": 0}, ("", 0)
     for first, final, what, step in uses:
@@ -66,7 +64,7 @@ def _lines(directory: RunDirectory) -> tuple[list[LedgerLine], Plan | None]:
 def json_lines(directory: RunDirectory) -> Iterator[str]:
     """A line of JSON for each committed step: ``step``; ``first`` and ``last`` position; ``indices`` of the samples
     there in the data set (not for an iterable), of which those in ``substituted`` (position -> index) were replaced;
-    and if the task made something, its digest ``made``, and the positions (ranges ``[first, last]``) ``trained``
+    and with rollouts their digest ``rollouts``, and the positions (ranges ``[first, last]``) ``trained``
     ``times`` times or ``dropped``.
     """
     lines, plan = _lines(directory)
@@ -80,28 +78,29 @@ def json_lines(directory: RunDirectory) -> Iterator[str]:
             ).tolist()
         swaps = (text.replace(">", ":").split(":") for text in line.substitutions.split())
         values["substituted"] = {position: int(index) for position, _, index in swaps}
-        if line.made:
-            made, trained, times, dropped = parse_made(line.made)
-            values |= {"made": made, "trained": trained, "times": times, "dropped": dropped}
+        if line.rollouts:
+            digest, trained, times, dropped = parse_rollouts(line.rollouts)
+            values |= {"rollouts": digest, "trained": trained, "times": times, "dropped": dropped}
         yield json.dumps(values) + "\n"
 
 
-def first_difference(one: RunDirectory, other: RunDirectory) -> dict[str, Any]:
+def first_difference(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
     """The first ``step`` that two runs trained on other data, with both lines of the ledger; None if there is none
     among the ``compared`` steps that both have.
     """
-    pairs = [*zip(_lines(one)[0], _lines(other)[0], strict=False)]
-    for a, b in pairs:
-        if a != b:
-            same = replace(a, made=b.made) == b
-            what = "the same samples, of which something else was made" if same else "other samples"
-            return {"step": max(a.step, b.step), "what": what, "one": str(a), "other": str(b), "compared": len(pairs)}
-    return {"step": None, "what": "", "one": "", "other": "", "compared": len(pairs)}
+    pairs = [*zip(_lines(a)[0], _lines(b)[0], strict=False)]
+    for first, second in pairs:
+        if first != second:
+            same = replace(first, rollouts=second.rollouts) == second
+            kind = "the same samples with other rollouts" if same else "other samples"
+            step = max(first.step, second.step)
+            return {"step": step, "kind": kind, "a": str(first), "b": str(second), "compared": len(pairs)}
+    return {"step": None, "kind": "", "a": "", "b": "", "compared": len(pairs)}
 
 
-def format_difference(found: dict[str, Any]) -> str:
+def format_difference(difference: dict[str, Any]) -> str:
     """The first difference as text."""
-    if found["step"] is None:
-        return f"All {found['compared']} steps that both runs have were trained on the same data."
-    lines = f"  one    {found['one']}\n  other  {found['other']}"
-    return f"step {found['step']} is the first that differs: {found['what']}\n{lines}"
+    if difference["step"] is None:
+        return f"All {difference['compared']} steps that both runs have were trained on the same data."
+    lines = f"  a  {difference['a']}\n  b  {difference['b']}"
+    return f"step {difference['step']} is the first that differs: {difference['kind']}\n{lines}"
