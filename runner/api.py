@@ -129,19 +129,10 @@ def train(
     keys = [f"{key}={_literal(value)}" for key, value in flatten(values).items()]
     reader, writer = os.pipe()
     with open(reader, "rb") as reports:
-        command = [
-            sys.executable,
-            "-m",
-            "runner.api",
-            str(writer),
-            *folder,
-            f"experiment={experiment}",
-            *overrides,
-            *keys,
-        ]
+        words = [*folder, f"experiment={experiment}", *overrides, *keys]
         try:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "runner.api", str(writer), *words],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

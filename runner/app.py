@@ -15,7 +15,6 @@ the user's code left behind. Before training, and wherever nothing has to be com
 """
 
 import atexit
-import copy
 import logging
 import os
 import shlex
@@ -158,7 +157,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
             for _ in ("to be resumed", "resumed"):
                 spec = _opened(run_spec(config), team.comm)
                 try:
-                    experiment.run(spec, copy.deepcopy(config), team)  # type: ignore[arg-type]
+                    experiment.run(spec, config, team)  # type: ignore[arg-type]
                 except Interrupted:
                     if team.stop:
                         raise
@@ -193,8 +192,7 @@ def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
         from runner import experiment
 
         try:
-            # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
-            result = experiment.run(opened, copy.deepcopy(config), team)  # type: ignore[arg-type]
+            result = experiment.run(opened, config, team)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(spec, config, team)
     _log_result(opened, result, curves=config.metrics.writers.get("tensorboard") is not None)

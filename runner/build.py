@@ -16,9 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, Observer, notify, observers
+from runner.callbacks.base import Callback, Observer, TrainingSetup, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -93,7 +92,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         seed_all(derive("task", config.seed))
         task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
-    parallelism = _parallelism(config, model, average, plan, device, team.world)
+    models = [model] if average is None else [model, average.module]
+    parallelism = _parallelism(config, models, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
     optimizer = _optimizers(config.optimizer, model, task)
@@ -189,12 +189,7 @@ def _model(node: Any) -> nn.Module:
 
 
 def _parallelism(
-    config: Config,
-    model: nn.Module,
-    average: AveragedModel | None,
-    plan: Plan | None,
-    device: torch.device,
-    world: World,
+    config: Config, models: list[nn.Module], plan: Plan | None, device: torch.device, world: World
 ) -> Parallelism:
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
@@ -204,12 +199,11 @@ def _parallelism(
         return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
-    micro_batches = None if _are_several(config.optimizer) else plan.micro_batches
-    models = [model] if average is None else [model, average.module]
+    micro_batches = None if _is_by_name(config.optimizer) else plan.micro_batches
     sharded = runtime.parallel is Parallel.fsdp
     if runtime.parallel is Parallel.auto and device.type == "cuda":
         # Weights, gradients and two moments would need more than half of the device's memory.
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        size = sum(parameter.numel() * parameter.element_size() for parameter in models[0].parameters())
         sharded = 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
     if not sharded:
         from runner.distributed.parallel import Replicated
@@ -305,14 +299,14 @@ def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
-        raise ConfigError(_why(node, key, error)) from error
+        raise ConfigError(_instantiation_error(node, key, error)) from error
     if not isinstance(made, kind):
         raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
     notify(observers, "on_instance", key, made)
     return made
 
 
-def _are_several(node: Any) -> bool:
+def _is_by_name(node: Any) -> bool:
     """Whether a configuration has several optimizers or schedulers, by name."""
     inner = [*node.values()] if isinstance(node, DictConfig) and "_target_" not in node else []
     return bool(inner) and all(isinstance(each, DictConfig) for each in inner)
@@ -320,7 +314,7 @@ def _are_several(node: Any) -> bool:
 
 def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     """The optimizer, or several by name, each with its share of the weights. Raises ConfigError."""
-    if not _are_several(node):
+    if not _is_by_name(node):
         return _optimizer(node, model, task, "optimizer", [*model.named_parameters()])
     if wrong := [name for name in map(str, node) if not name.isidentifier()]:
         raise ConfigError(f"optimizer: {wrong[0]!r} is no name: use letters, digits and _")
@@ -336,7 +330,7 @@ def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWe
         chosen = {*matching(dict(named), patterns, "optimizer.params")}
         named = [(name, weight) for name, weight in named if name in chosen]
     rate = getattr(maker, "keywords", {}).get("lr")
-    optimizer = _called(maker, grouped(model, named, key, lr=rate, **settings), key)
+    optimizer = _construct(maker, grouped(model, named, key, lr=rate, **settings), key)
     if type(task).optimization_step is Task.optimization_step:
         require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):
@@ -352,7 +346,7 @@ def _not_averaged(config: Config, model: nn.Module) -> list[str]:
     return [name for name in names if name not in averaged]
 
 
-def _called(maker: Any, argument: Any, key: str) -> Any:
+def _construct(maker: Any, argument: Any, key: str) -> Any:
     """An optimizer or scheduler, made by what the configuration names."""
     try:
         return maker(argument)
@@ -373,7 +367,7 @@ def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any,
     if not isinstance(optimizer, Named):
         return _scheduler(config, node, "scheduler", optimizer, plan)
     nodes = dict.fromkeys(optimizer, (node, "scheduler"))
-    if _are_several(node):
+    if _is_by_name(node):
         nodes = {name: (node[name], f"scheduler.{name}") for name in node}
     if nodes.keys() != optimizer.keys():
         expected = ", ".join(optimizer)
@@ -403,15 +397,15 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
         elif last is not None and node.total_steps > last:
             unit = interval or "step"
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
-    scheduler = _called(instance(node, key, _partial_=True, **options), optimizer, key)
-    if _takes(scheduler) or not _takes(scheduler, 0.0):
+    scheduler = _construct(instance(node, key, _partial_=True, **options), optimizer, key)
+    if _step_takes(scheduler) or not _step_takes(scheduler, 0.0):
         require_plain_step(scheduler, key)
         return scheduler, interval or "step"
     _require_objective(config, key, scheduler, interval)
     return scheduler, "evaluation"
 
 
-def _takes(scheduler: Any, *arguments: Any) -> bool:
+def _step_takes(scheduler: Any, *arguments: Any) -> bool:
     """Whether ``scheduler.step`` takes these arguments."""
     try:
         signature(type(scheduler).step).bind(scheduler, *arguments)
@@ -433,16 +427,19 @@ def _require_objective(config: Config, key: str, scheduler: Any, interval: str |
         raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 
 
-def open_writers(
-    writers: MetricWriters, nodes: Mapping[str, Any], context: WriterContext, facts: Mapping[str, Any]
-) -> None:
+def open_writers(spec: RunSpec, setup: TrainingSetup, step: int, facts: Mapping[str, Any]) -> None:
     """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
 
     Raises ConfigError for a writer that cannot be constructed or lacks a method; errors of the runner that its
     constructor raises pass through.
     """
+    report, directory = setup.callbacks["report"], spec.directory
+    assert isinstance(report, Report)
+    place = (directory.location, directory.experiment, directory.name, spec.identity, setup.attempt, step)
+    context = WriterContext(*place, id=str((directory.record() or {}).get("id")), options=directory.options)
+    writers = report.writers
     writers.resume(facts)
-    for name, node in nodes.items():
+    for name, node in setup.writers.items():
         writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
     if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
         if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
@@ -461,13 +458,13 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
         raise
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
-    if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
-        why = f"has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter describes what a writer needs"
+    if missing := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
+        why = f"has no method {', '.join(missing)}; see runner.metrics.writer.MetricWriter"
         raise ConfigError(f"{key}: {_path(type(writer))} {why}")
     return writer
 
 
-def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
+def _instantiation_error(node: DictConfig, key: str, error: InstantiationException) -> str:
     """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
     cause = error.__cause__
     if cause is None:

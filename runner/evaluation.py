@@ -96,10 +96,10 @@ def _report(
     task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore", seed: int
 ) -> Mapping[str, float | str]:
     name = type(task).__name__
-    metrics = _metrics(task, model, data, team, before)
+    metrics = _aggregate(task, model, data, team, before)
     if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
         seed_all(seed)
-    report = _checked(task.evaluation_end(model, metrics), name)
+    report = _checked_report(task.evaluation_end(model, metrics), name)
     return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
 
 
@@ -133,7 +133,9 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
 
 
 @doing("evaluates")
-def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, Any]:
+def _aggregate(
+    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
+) -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
     step = f"{type(task).__name__}.evaluation_step"
     sums: dict[str, Tensor] = {}
@@ -161,10 +163,10 @@ def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, bef
     shares = {name: sums.get(name, zero) for name in team.union([*sums])}
     totals = team.sum_tensors({**shares, _SAMPLES: zero + samples})
     means = {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
-    return means | _joined(rows, team, step)
+    return means | _join_rows(rows, team, step)
 
 
-def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:
+def _join_rows(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:
     """The rows of all batches of all processes, to which the batches were dealt in turn."""
     names = team.union([*dict.fromkeys(name for batch in rows for name in batch)])
     if not names:
@@ -301,7 +303,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _checked(report: Any, task: str) -> Mapping[str, float | str]:
+def _checked_report(report: Any, task: str) -> Mapping[str, float | str]:
     """The report with numbers for tensors and arrays of a single value, as torchmetrics and scikit-learn return."""
     example = "expected a dict of numbers and texts, as in {**metrics, 'perplexity': math.exp(metrics['loss'])}"
     if not isinstance(report, Mapping):

@@ -3,6 +3,7 @@
 claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> export -> result
 """
 
+import copy
 import logging
 import math
 import shlex
@@ -34,7 +35,6 @@ from runner.distributed.team import Team
 from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
-from runner.metrics.writer import WriterContext
 from runner.optimizers import saved_name, table
 from runner.restore import Resumed, evaluated_weights, load_reference, read_step, resolve, restore
 from runner.run import attempts, code
@@ -57,12 +57,13 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal
     (see there) and RunInUse while another process works on the run.
     """
+    config = copy.deepcopy(config)  # to instantiate resolves nodes in place, and Hydra hands it back to the launcher
     device = set_up_device(config, team.world)
     team.begin(device)
     here = topology(config, device, team.world.size)
     claimed = _claimed(spec, team, {"overrides": spec.overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
-    with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks), _closing() as stack:
+    with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks) as stack:
         configured = make_observers(config)
         callbacks.update(configured)
         notify(configured.values(), "on_command", spec.directory)
@@ -82,7 +83,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            _open_writers(spec, setup, resumed)
+            open_writers(spec, setup, resumed.step, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
             _log_start(spec, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
@@ -104,14 +105,6 @@ def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], spec: 
     setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, spec.directory.local, number)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
-
-
-def _open_writers(spec: RunSpec, setup: TrainingSetup, resumed: Resumed) -> None:
-    directory, report = spec.directory, setup.callbacks["report"]
-    place = (directory.location, directory.experiment, directory.name, spec.identity, setup.attempt, resumed.step)
-    name = str((directory.record() or {}).get("id"))
-    context = WriterContext(*place, id=name, options=directory.options)
-    open_writers(report.writers, setup.writers, context, resumed.facts)  # type: ignore[attr-defined]
 
 
 def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
@@ -161,10 +154,21 @@ def _train(
 
 
 @contextmanager
-def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
-    """Tell callbacks and observers of an error that ends the attempt; the callbacks may still be built in the block."""
+def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
+    """Tell callbacks and observers of an error that ends the attempt; the callbacks may still be built in the block.
+
+    A signal that breaks off reading data, where no step is whole, interrupts the attempt. A user's sys.exit becomes an
+    error: it would end a whole sweep, or claim success. The stack closes what the block opens.
+    """
     try:
-        yield
+        try:
+            with ExitStack() as stack:
+                yield stack
+        except signals.Stopped as stopped:
+            remedy = "run the same command again to continue from the last checkpoint"
+            raise Interrupted(f"{stopped} while data was read; {remedy}") from None
+        except SystemExit as error:
+            raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
     except Exception as error:
         for call in overriding([*callbacks.values(), *observers], "on_error"):
             try:
@@ -172,21 +176,6 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
             except Exception:  # the cause matters more
                 log.exception("a callback failed in on_error")
         raise
-
-
-@contextmanager
-def _closing() -> Iterator[ExitStack]:
-    """Within the block, data is opened, which is closed at the end. A signal that breaks off reading it, where no step
-    is whole, interrupts the attempt. A user's sys.exit becomes an error: it would end a whole sweep, or claim success.
-    """
-    try:
-        with ExitStack() as stack:
-            yield stack
-    except signals.Stopped as stopped:
-        remedy = "run the same command again to continue from the last checkpoint"
-        raise Interrupted(f"{stopped} while data was read; {remedy}") from None
-    except SystemExit as error:
-        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def restore(state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Comm
             return Resumed(commit, facts, unusable)
         except Damaged as error:
             store.damaged.add(commit)
-            unusable.append(_why(commit, error))
+            unusable.append(_describe_damage(commit, error))
         except (StateError, NonFiniteError) as error:
             hint = "No older checkpoint is kept that fits and is finite."
             tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
@@ -186,7 +186,7 @@ def _parent_checkpoint(
         yield parent.location.url, parent.open(commit, comm)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
-        raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_why(commit, error)])) from error
+        raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_describe_damage(commit, error)])) from error
 
 
 def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
@@ -228,12 +228,12 @@ def read(directory: RunDirectory, which: int | str | None, take: Callable[[Check
     """
     store = CheckpointStore(directory.location)
     unusable: list[str] = []
-    for commit in _chosen(store, which, directory):
+    for commit in _select_commits(store, which, directory):
         try:
             checkpoint = store.open(commit)
             return checkpoint, take(checkpoint)
         except Damaged as error:
-            unusable.append(_why(commit, error))
+            unusable.append(_describe_damage(commit, error))
     raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", unusable))
 
 
@@ -352,7 +352,7 @@ def _listed(store: CheckpointStore, comm: Communicator) -> list[CommitId]:
     return [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
 
 
-def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
+def _select_commits(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
     """The commits that ``which`` allows, the preferred commit first."""
     commits = store.commits()
     if which is None:
@@ -424,7 +424,7 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
         raise NonFiniteError(f"step {commit.step} was saved with {bad} that is NaN or infinite, as every step after it")
 
 
-def _why(commit: CommitId, error: Damaged) -> str:
+def _describe_damage(commit: CommitId, error: Damaged) -> str:
     return printable(f"step {commit.step} of attempt {commit.attempt}: {error}")
 
 

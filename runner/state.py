@@ -162,15 +162,14 @@ class TrainState:
         ]
         if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
-        whole = strict and (left or new)  # torch says what does not fit
-        self._load("model", self.model, checkpoint, only=None if whole or len(fitting) == len(built) else fitting)
+        whole = strict if left or new else len(fitting) == len(built)  # if strict, torch says what does not fit
+        self._load("model", self.model, checkpoint, only=None if whole else fitting)
         if self.average is not None and "average" in checkpoint.parts and not (left or new):
             self._load("average", self.average, checkpoint)
-            return []
-        if self.average is not None:
+        elif self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
         lines = {"not used, of the parent": left, "not in the parent, as they were built": new}
-        return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names and not strict]
+        return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names]
 
     def _load(self, name: str, part: Stateful, checkpoint: Checkpoint, *, only: Collection[str] | None = None) -> Any:
         """Load a part, and return its state. A sharded part is loaded in the layout of its live state, or of the state
