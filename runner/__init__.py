@@ -5,10 +5,10 @@ layer, there are no import cycles. Few modules import any given third-party pack
 checks the code against this map.
 
    14  api
-   13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
-       fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
+   13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
+       memory, options, proof, recorder, source, suspects)
    12  __main__
-   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, push, rollouts)
+   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
     9  experiment
     8  restore
@@ -20,7 +20,7 @@ checks the code against this map.
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, parallel, processes, team, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
     2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
     1  storage/ (backend, files, local, location, remote)     task

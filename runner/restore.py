@@ -259,9 +259,9 @@ def read_step(
     raise failure
 
 
-def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn.Module]:
-    """The model on the CPU in evaluation mode with its evaluated weights, which are the averaged ones if there are any,
-    and their checkpoint. The random generators stay as they are.
+def load_model(facts: RunFacts, which: int | str | None) -> nn.Module:
+    """The model on the CPU in evaluation mode with its evaluated weights, which are the averaged ones if there are any.
+    The random generators stay as they are.
 
     ``which``: a step, ``"best"`` by the objective, or ``"last"``; None: the best, or the last without an objective.
     Raises ConfigError for a step that is not kept, NoLoadableCheckpoint, and StateError for a model that the code
@@ -281,7 +281,7 @@ def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn
             f"the weights of step {checkpoint.step} of {url} do not fit the model as it is built now: {error}\n"
             f"python -m runner.runs show --code says what code the run was made with"
         ) from error
-    return checkpoint, model.eval()
+    return model.eval()
 
 
 def load_task(facts: RunFacts, which: int | str | None) -> Task:

@@ -145,7 +145,8 @@ class Trainer:
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
     def _limit(self, loop: Loop) -> str | None:
-        for name, value in (("max_steps", loop.step), ("max_epochs", loop.epochs), ("max_seconds", loop.elapsed)):
+        # Epochs first: ``limits.max_steps`` may be the number of steps in them.
+        for name, value in (("max_epochs", loop.epochs), ("max_steps", loop.step), ("max_seconds", loop.elapsed)):
             limit = getattr(self.limits, name)
             if limit is not None and value >= limit:
                 return name

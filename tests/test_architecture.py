@@ -31,14 +31,12 @@ DOORS = {
     "wandb": {"metrics"},
     "xxhash": {"hashing"},
     "hashlib": {"hashing"},
-    "yaml": {"run"},
+    "yaml": {"run", "verify"},
     "tabulate": {"optimizers", "run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
-    "matplotlib": {"runs"},
     "pandas": {"api"},
     "sklearn": {"datasets"},
-    "pytest": {"verify"},  # of a plugin, which pytest alone imports
 }
 
 

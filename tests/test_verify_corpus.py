@@ -10,8 +10,7 @@ from test_verify_culprits import CULPRITS
 
 from runner.verify.execution import Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.proof import prove
-from runner.verify.verdict import Verdict
+from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
 HERE, STATE = "mine.corpus", "mine.corpus_state"

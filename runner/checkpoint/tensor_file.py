@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.manifest import digest
-from runner.errors import StateError
+from runner.errors import RunnerError, StateError
 from runner.storage.location import Buffer
 
 BLOCK = 1 << 20  # bytes, counted from the end of a file's header; frozen: stored checkpoints depend on it
@@ -34,7 +34,7 @@ _LONGEST = 500  # characters of a message
 _PIECE = 32_000  # elements; torch sums more with all its threads, and would slow down training
 
 
-class Damaged(Exception):
+class Damaged(RunnerError):
     """Stored bytes are not those that were written; says what and where."""
 
     def __init__(self, message: str) -> None:

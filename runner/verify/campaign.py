@@ -28,30 +28,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class KillPlan:
-    """What the killed run does: ``steps``, a checkpoint of ``size`` bytes ``every`` so many steps, and the ``kills``.
-
-    ``limit`` ends a run that would not end after these steps by itself. For each kill, ``victims`` has the only rank
-    that is killed; None: all ranks. ``epoch`` is the length of an epoch in steps, None for iterable data.
+    """What the killed run does: ``steps``, a checkpoint ``every`` so many steps, the ``kills``, and the numbers of
+    data ``workers`` that attempts take in turn. ``limit`` ends a run that would not end after these steps by itself.
     """
 
     steps: int
     limit: int
     every: int
-    size: int
-    epoch: int | None
     kills: tuple[Kill, ...]
-    victims: tuple[int | None, ...]
     workers: tuple[int, ...]
 
 
 def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
     """Overrides for a checkpoint every so many steps, of which all are kept, or the last ones."""
-    return (
-        "checkpoint.every=null",
-        "checkpoint.every_seconds=null",
-        f"checkpoint.every_steps={steps}",
-        f"checkpoint.keep_every_steps={steps if keep else 'null'}",
-    )
+    kept = f"checkpoint.keep_every_steps={steps if keep else 'null'}"
+    return "checkpoint.every=null", "checkpoint.every_seconds=null", f"checkpoint.every_steps={steps}", kept
 
 
 def evaluation_interval(options: Options) -> int:
@@ -67,7 +58,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     seconds = None if options.steps else _SECONDS
     if options.minutes is not None:
         seconds = min(seconds or math.inf, _TRAINING_SHARE * 60 * options.minutes)
-    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds, watch=True)
+    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
     return run
 
 
@@ -95,18 +86,13 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
         losable=_losable(run, steps),
         seconds=sum(event["took"] for event in events),
     )
-    kills = tuple(_kills(options, observed, chance))
-    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
-    return KillPlan(
-        steps,
-        limit=steps + 1 if ends_itself else steps,
-        every=every,
-        size=max((event["bytes"] for event in attempt.select("committed")), default=0),
-        epoch=built["epoch"],
-        kills=kills,
-        victims=_victims(options, chance),
-        workers=options.workers if built["indexed"] else options.workers[:1],
-    )
+    kills = [
+        kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
+        for number, kill in enumerate(_kills(options, observed, chance))  # all processes and a single one in turn
+    ]
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
+    workers = options.workers[:1] if built["epoch"] is None else options.workers
+    return KillPlan(steps, steps + 1 if ends_itself else steps, every, tuple(kills), workers)
 
 
 def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
@@ -115,24 +101,23 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
     the ``undisturbed`` run, are left out. Raises OutOfTime.
     """
     run = RunTrace("killed")
-    waiting = deque(zip(plan.kills, plan.victims, strict=True))
+    waiting = deque(plan.kills)
+    keep = undisturbed.select("finished")[0]["size"] <= _SMALL
     for number in count():
-        kill, victim = waiting.popleft() if waiting else (None, None)
         attempt = executor.attempt(
             run,
-            *save_every(plan.every, keep=plan.size <= _SMALL),
+            *save_every(plan.every, keep=keep),
             f"checkpoint.background={'true' if number % 2 else 'false'}",
             workers=plan.workers[(number + 1) % len(plan.workers)],
             server=(number + 1) % 2,
             steps=plan.limit,
-            kill=kill,
-            victim=victim,
+            kill=waiting.popleft() if waiting else None,
             shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:
             break
-        if kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
+        if attempt.request.kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
             waiting.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
@@ -240,10 +225,3 @@ def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random
             yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
         elif moment == "evaluating":
             yield Kill("evaluating", observed.choose([chance.choice(observed.evaluated)], chance))
-
-
-def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
-    """All processes and a single one in turn."""
-    if options.processes == 1:
-        return (None,) * options.kills
-    return tuple(chance.randrange(options.processes) if number % 2 else None for number in range(options.kills))
