@@ -4,6 +4,12 @@ All modules by layer, the highest first. A module imports only from lower layers
 layer, there are no import cycles. Few modules import any given third-party package. ``tests/test_architecture.py``
 checks the code against this map.
 
+Where to look first: ``trainer`` (the loop), ``data/order`` (which sample comes next), ``state`` (what a resume
+restores), ``config/identity`` (which commands name the same run), ``callbacks/saving`` (when a checkpoint is made),
+``checkpoint/store`` (what a commit is, and which checkpoints are kept), ``app`` (from a SIGTERM to the exit),
+``metrics/writer`` and ``metrics/service`` (a logger of your own, such as MLflow), ``verify/proof`` (from a command to a
+verdict).
+
    14  api
    13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
        memory, options, proof, recorder, source, suspects)
@@ -20,7 +26,7 @@ checks the code against this map.
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
     2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
     1  storage/ (backend, files, local, location, remote)     task

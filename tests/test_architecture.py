@@ -18,7 +18,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Each third-party package enters through these rooms only. torch and numpy are the material of the whole house.
 DOORS = {
     "hydra": {"config", "app", "build", "sweep", "__main__", "api"},
-    "omegaconf": {"config", "app", "build", "sweep", "__main__", "api", "restore"},
+    "omegaconf": {"config", "app", "build", "sweep", "__main__", "api", "restore", "runs"},
     "hydra_plugins": {"sweep"},
     "optuna": {"sweep"},
     "fsspec": {"storage"},
@@ -90,6 +90,12 @@ def test_the_map_names_every_module_once() -> None:
     named = [name if not inner else f"{name}.{each}" for _, name, inner in layers() for each in inner or [""]]
     present = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.stem != "__init__"]
     assert sorted(named) == sorted(present)
+
+
+def test_the_map_points_to_modules_that_exist() -> None:
+    names = re.findall(r"``([a-z_/]+)``", runner.__doc__ or "")
+    assert len(names) > 5
+    assert not [name for name in names if not (ROOT / f"{name}.py").is_file()]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

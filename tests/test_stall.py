@@ -54,11 +54,11 @@ def test_a_stuck_sample_ends_the_run_with_its_place(how: str, life: Lives, tmp_p
         assert "finished step 60" in ended.output
 
 
-def test_c_code_that_keeps_the_lock_is_named(life: Lives, tmp_path: Path) -> None:
-    with life.start(
-        *ARGUMENTS, *stuck("gil", tmp_path), "runtime.timeout=3", f"run.root={tmp_path}", cwd=USER
-    ) as process:
-        until(lambda: 'stalls.py", line' in process.output)
+def test_c_code_that_keeps_the_lock_is_ended_from_outside(life: Lives, tmp_path: Path) -> None:
+    ended = run(life, tmp_path, *stuck("gil", tmp_path), "runtime.timeout=3")
+    assert ended.status == -signal.SIGABRT, ended.output
+    assert "(runtime.timeout), and C code keeps all threads but its own from running" in ended.output
+    assert 'stalls.py", line' in ended.output
     ended = run(life, tmp_path, *stuck("gil", tmp_path))
     assert ended.status == 0, ended.output
 
@@ -121,6 +121,7 @@ def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
 
 
 def test_a_run_with_workers_ends_and_leaves_no_process(tmp_path: Path) -> None:
+    """The process that watches from outside ends with the run, though workers hold its input open."""
     more = (
         "runtime.num_workers=2",
         "runtime.start_method=fork",

@@ -5,8 +5,7 @@ a second a thread adds up the time since the last step or evaluation batch, sepa
 saving and the end of an evaluation, which may take ``patience`` seconds longer. Not counted: building the parts,
 compiling, reading again to resume, a debugger, and the time for which the process was stopped or the machine slept.
 Data workers write their stacks on SIGQUIT, each into a file in memory that the training process reads. Not to stderr,
-where their lines would mix. The C code of ``faulthandler`` writes also while Python is stuck: where C code keeps
-Python's lock, so that no thread can act, it prints the stacks, and the run does not end.
+where their lines would mix. The C code of ``faulthandler`` writes also while Python is stuck.
 
 ``Watchdog`` is in every process of a run of several, for one that died, was stopped or hangs. Twice a second a thread
 writes a beat (a sign of life, and where the process is) and reads the beat of the next rank. A process that has waited
@@ -23,6 +22,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +41,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from runner.activity import Activity, activities
+from runner.distributed import outside
 from runner.distributed.world import World
 
 GRACE_SECONDS = 10.0
@@ -100,7 +101,7 @@ def _is_library(file: str) -> bool:
 
 
 _BEAT_SECONDS = 0.5
-_SLACK_SECONDS = 5.0  # longer wait of faulthandler's own thread, so that ours, which prints more, acts first
+_SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread, which prints more, acts first
 _DUMP_SECONDS = 2.0  # for data workers to write where they are
 _DUMP_POLL_SECONDS = 0.02
 _DUMP = "worker-stacks"
@@ -121,17 +122,17 @@ class Stall:
         self._training = threading.get_ident()
         self._watching = False  # from the first step or batch on
         self._progressed = False
-        self._armed = 0.0  # when faulthandler's timer was started
+        self._signalling = threading.Lock()
+        self._outside: subprocess.Popen[bytes] | None = None  # runs ``outside`` while there is something to watch
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
         self._thread.start()
 
     def note_progress(self) -> None:
         """A step or a batch is done. Cheap except the first time."""
-        if not self._watching:  # the next step may keep Python's lock before the other thread looks
-            self._watching = True
-            self._arm()
-        self._progressed = True
+        first, self._watching, self._progressed = not self._watching, True, True
+        if first:  # from this thread: the next step may keep Python's lock before the other thread looks
+            self._signal_outside()
 
     def rest(self) -> None:
         self._watching = False
@@ -140,24 +141,30 @@ class Stall:
         self._ended.set()
         self._thread.join(2 * _BEAT_SECONDS)
         self._watching = False
-        self._arm()
+        self._signal_outside()
 
-    def _arm(self) -> None:
-        """Let C code print all stacks unless this is called again in time; stop that if there is nothing to watch."""
-        now = time.monotonic()
-        with suppress(Exception):  # stderr may be anything
-            if self._watching and now - self._armed > _SLACK_SECONDS:  # not at every beat: it waits for a thread to end
-                faulthandler.dump_traceback_later(self._timeout + 2 * _SLACK_SECONDS)
-                self._armed = now
-            elif self._armed and not self._watching:
-                faulthandler.cancel_dump_traceback_later()
-                self._armed = 0.0
+    def _signal_outside(self) -> None:
+        """Show that this process is not stuck: start, feed, or end the process beside it."""
+        with self._signalling:
+            if self._outside is None and self._watching:
+                limit = self._timeout + _SLACK_SECONDS
+                command = [sys.executable, "-I", "-S", outside.__file__, str(os.getpid()), str(limit)]
+                with suppress(Exception):  # no room for another process; stderr may be anything
+                    self._outside = subprocess.Popen(command, stdin=subprocess.PIPE)
+                    faulthandler.enable()
+            elif self._outside is not None and self._watching:
+                with suppress(OSError):
+                    os.write(self._outside.stdin.fileno(), b".")  # type: ignore[union-attr]
+            elif self._outside is not None:
+                self._outside.kill()  # its input stays open, because data workers hold it, too
+                self._outside.communicate()
+                self._outside = None
 
     def _watch(self) -> None:
         spent: Counter[str] = Counter()
         last = time.monotonic()
         while not self._ended.wait(_BEAT_SECONDS):
-            self._arm()
+            self._signal_outside()
             # If the clock says more, the process was stopped, and no more time has passed for the training thread.
             passed, last = min(time.monotonic() - last, 2 * _BEAT_SECONDS), time.monotonic()
             if self._progressed or not self._watching:

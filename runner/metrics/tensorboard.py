@@ -51,19 +51,14 @@ class TensorBoardWriter(MetricWriter):
         self._begin()
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        self._hide_from(min(step, self._step + 1))
         summaries = (
             text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
             for tag, value in values.items()
         )
-        now = time.time()
-        self._journals.append(encoded(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
+        self._append(step, summaries)
 
     def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
-        """Append what ``summary`` made of pictures and texts."""
-        self._hide_from(min(step, self._step + 1))
-        now, parsed = time.time(), map(Summary.FromString, summaries.values())
-        self._journals.append(encoded(Event(wall_time=now, step=step, summary=each) for each in parsed))
+        self._append(step, map(Summary.FromString, summaries.values()))
 
     def mark(self, step: int) -> dict[str, Any]:
         """Begin a new file if this one is full. There is no mark: TensorBoard hides the points of repeated steps."""
@@ -80,6 +75,11 @@ class TensorBoardWriter(MetricWriter):
             self._hide_from(self._step + 1)
             self.flush()
             self._journals.close()
+
+    def _append(self, step: int, summaries: Iterable[Summary]) -> None:
+        self._hide_from(min(step, self._step + 1))
+        now = time.time()
+        self._journals.append(encoded(Event(wall_time=now, step=step, summary=each) for each in summaries))
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""

@@ -71,28 +71,16 @@ def _save_interval(steps: int) -> int:
 
 def plan(run: RunTrace, options: Options) -> KillPlan:
     """As many steps as the undisturbed run did, with kills at moments of every kind that it had."""
-    attempt = run.attempts[0]
-    built, events = attempt.select("built")[0], attempt.select("step")
-    steps = attempt.last
-    every = _save_interval(steps)
-    chance = random.Random(options.seed)
-    observed = _Observed(
-        steps=steps,
-        every=every,
-        borders=[
-            now["step"] for last, now in pairwise(events) if last["epochs"] < now["epochs"] and now["step"] < steps
-        ],
-        evaluated=[event["step"] for event in events if event["evaluation"] and event["step"] < steps],
-        losable=_losable(run, steps),
-        seconds=sum(event["took"] for event in events),
-    )
+    attempt, chance = run.attempts[0], random.Random(options.seed)
+    observed = _Observed(run, chance)
     kills = [
         kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
-        for number, kill in enumerate(_kills(options, observed, chance))  # all processes and a single one in turn
+        for number, kill in enumerate(observed.kills(options))  # all processes and a single one in turn
     ]
     ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
-    workers = options.workers[:1] if built["epoch"] is None else options.workers
-    return KillPlan(steps, steps + 1 if ends_itself else steps, every, tuple(kills), workers)
+    workers = options.workers[:1] if attempt.select("built")[0]["epoch"] is None else options.workers
+    limit = observed.steps + 1 if ends_itself else observed.steps
+    return KillPlan(observed.steps, limit, observed.every, tuple(kills), workers)
 
 
 def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
@@ -146,82 +134,80 @@ def summary(attempt: AttemptTrace) -> str:
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
 
-def _losable(run: RunTrace, steps: int) -> dict[int, set[object]]:
-    """For each step but the last, memory outside the state that a kill after it would lose: paths of values that have
-    changed since the start, and the periods with which invisible memory may come and go.
-    """
-    changes = difference.changes_by_step(run)
-    return {
-        step: {path.partition("[")[0] for path, _, _ in changes[step]}
-        | {period for period in _PERIODS if step % period}
-        for step in range(1, steps)
-    }
-
-
-@dataclass(slots=True)
 class _Observed:
-    """What the undisturbed run had: steps, steps between checkpoints, the last steps of epochs, steps with an
-    evaluation, memory that a kill would lose, and seconds of training.
+    """What the undisturbed run had, and where kills lose the most of it.
+
+    ``borders`` are the last steps of epochs, ``evaluated`` the steps with an evaluation, and ``seconds`` those of
+    training. ``losable`` is for each step but the last the memory outside the state that a kill after it would lose:
+    paths of values that have changed since the start, and the periods with which invisible memory may come and go.
     """
 
-    steps: int
-    every: int
-    borders: Sequence[int]
-    evaluated: Sequence[int]
-    losable: dict[int, set[object]]
-    seconds: float
+    def __init__(self, run: RunTrace, chance: random.Random) -> None:
+        events = run.attempts[0].select("step")
+        changes = difference.changes_by_step(run)
+        self.steps = run.attempts[0].last
+        self.every = _save_interval(self.steps)
+        self._chance = chance
+        before = [event for event in events if event["step"] < self.steps]
+        self._borders = [now["step"] for last, now in pairwise(before) if last["epochs"] < now["epochs"]]
+        self._evaluated = [event["step"] for event in before if event["evaluation"]]
+        self._seconds = sum(event["took"] for event in events)
+        self._losable: dict[int, set[object]] = {
+            step: {path.partition("[")[0] for path, _, _ in changes[step]}
+            | {period for period in _PERIODS if step % period}
+            for step in range(1, self.steps)
+        }
 
-    def choose(self, steps: Sequence[int], chance: random.Random) -> int:
+    def kills(self, options: Options) -> list[Kill]:
+        """Kills of all kinds, in an order in which the run gets on between them."""
+        needed = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
+        wanted = [options.moments[number % len(options.moments)] for number in range(options.kills)]
+        moments = ["step" if needed.get(moment) == [] else moment for moment in wanted]
+        in_order = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
+        kills = []
+        for moment in moments:
+            if moment == "loaded":
+                kills.append(Kill("loaded"))
+            elif moment == "clock":  # before the steps of later kills are passed
+                limit = next((kill.after for kill in in_order if kill.after), self.steps)
+                milliseconds = round(self._chance.uniform(0, _CLOCK_SHARE * self._seconds) * 1000)
+                kills.append(Kill("clock", milliseconds, limit))
+            else:
+                kills.append(in_order.popleft())
+        return kills
+
+    def _at_steps(self, moments: Sequence[str]) -> Iterator[Kill]:
+        """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
+        free = [moment for moment in moments if moment in _AT_ANY_STEP]
+        for number, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
+            low, high = (self.steps * part // len(free) for part in (number, number + 1))
+            after = self._choose(range(max(1, low), max(2, low + 1, high)))
+            yield Kill(
+                moment, after if moment in ("committed", "stop") else after + 1, after
+            )  # ``save``: the next save
+        for moment in moments:
+            if moment == "border":  # when an epoch has just ended
+                after = self._choose([self._chance.choice(self._borders)])
+                yield Kill("committed", after, after)
+            elif moment == "evaluation":
+                step = self._chance.choice(self._evaluated)
+                before = range(max(1, (step - 1) // self.every * self.every), step)
+                yield Kill("evaluation", step, self._choose(before) if before else None)
+            elif moment == "evaluating":
+                yield Kill("evaluating", self._choose([self._chance.choice(self._evaluated)]))
+
+    def _choose(self, steps: Sequence[int]) -> int:
         """The step whose kill would lose the most memory that no earlier kill has lost, if possible with steps left in
         which the loss shows. Counts its memory as lost.
         """
 
         def worth(step: int) -> tuple[int, int, int, float]:
-            visible = sum(isinstance(memory, str) for memory in self.losable[step])
+            visible = sum(isinstance(memory, str) for memory in self._losable[step])
             left = min(self.steps - step, _PERIODS[-1])
-            return visible, left, len(self.losable[step]) - visible, chance.random()
+            return visible, left, len(self._losable[step]) - visible, self._chance.random()
 
         best = max(steps, key=worth)
-        lost = {*self.losable[best]}
-        for memories in self.losable.values():
+        lost = {*self._losable[best]}
+        for memories in self._losable.values():
             memories -= lost
         return best
-
-
-def _kills(options: Options, observed: _Observed, chance: random.Random) -> list[Kill]:
-    """Kills of all kinds, in an order in which the run gets on between them."""
-    needed = {"border": observed.borders, "evaluation": observed.evaluated, "evaluating": observed.evaluated}
-    lacking = [name for name, steps in needed.items() if not steps]
-    wanted = [options.moments[place % len(options.moments)] for place in range(options.kills)]
-    moments = ["step" if moment in lacking else moment for moment in wanted]
-    in_order = deque(sorted(_at_steps(moments, observed, chance), key=lambda kill: kill.step))
-    kills = []
-    for moment in moments:
-        if moment == "loaded":
-            kills.append(Kill("loaded"))
-        elif moment == "clock":  # before the steps of later kills are passed
-            limit = next((kill.after for kill in in_order if kill.after), observed.steps)
-            milliseconds = round(chance.uniform(0, _CLOCK_SHARE * observed.seconds) * 1000)
-            kills.append(Kill("clock", milliseconds, limit))
-        else:
-            kills.append(in_order.popleft())
-    return kills
-
-
-def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random) -> Iterator[Kill]:
-    """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
-    free = [moment for moment in moments if moment in _AT_ANY_STEP]
-    for place, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
-        low, high = (observed.steps * part // len(free) for part in (place, place + 1))
-        after = observed.choose(range(max(1, low), max(2, low + 1, high)), chance)
-        yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # ``save``: in the next save
-    for moment in moments:
-        if moment == "border":  # when an epoch has just ended
-            after = observed.choose([chance.choice(observed.borders)], chance)
-            yield Kill("committed", after, after)
-        elif moment == "evaluation":
-            step = chance.choice(observed.evaluated)
-            before = range(max(1, (step - 1) // observed.every * observed.every), step)
-            yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
-        elif moment == "evaluating":
-            yield Kill("evaluating", observed.choose([chance.choice(observed.evaluated)], chance))

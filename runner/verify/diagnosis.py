@@ -40,15 +40,15 @@ _METHODS = {
 _SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
 _MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
-# What may make two undisturbed runs differ, and how it is held constant: the cause, pins of the process, overrides.
-_PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("pid", ("pid",), ()),
-    ("time", ("time",), ()),
-    ("entropy", ("entropy",), ()),
-    ("threads", (), ("runtime.num_threads=1",)),
-    ("turns", ("turns",), ()),
-    ("kernel", (), ("runtime.deterministic=true",)),
-)
+# What may make two undisturbed runs differ: the cause, and the override that holds it constant, if no pin does.
+_HELD = {
+    "pid": None,
+    "time": None,
+    "entropy": None,
+    "threads": "runtime.num_threads=1",
+    "turns": None,
+    "kernel": "runtime.deterministic=true",
+}
 
 
 class Investigation:
@@ -128,7 +128,8 @@ class Investigation:
     def hold(self, difference: FirstDifference) -> Cause:
         """The cause whose pin makes undisturbed runs equal, which are not so without: neither before nor after."""
         varies = True
-        for name, pins, overrides in _PINS:
+        for name, override in _HELD.items():
+            overrides, pins = ([override], ()) if override else ([], (name,))
             first, second = (self.run(*overrides, pins=pins) for _ in range(2))
             if first.failure and first.failure.kind == "kernel":
                 self._note(f"undisturbed, {name} held constant", "refused by torch")

@@ -47,19 +47,6 @@ class FirstDifference:
     remembered: tuple[Remembered, ...] = ()
     changing: tuple[Remembered, ...] = ()
 
-    def plain(self) -> dict[str, Any]:
-        """The same for programs."""
-        return {
-            "step": self.step,
-            "attempt": self.attempt + 1,
-            "part": self.part,
-            "where": self.path,
-            "expected": self.expected,
-            "found": self.actual,
-            "size": self.size(),
-            "right_after_loading": self.restored,
-        }
-
     def size(self) -> str:
         """By how much numbers differ; empty for anything else."""
         if not (isinstance(self.expected, float) and isinstance(self.actual, float)):

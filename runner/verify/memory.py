@@ -42,6 +42,7 @@ FROZEN = " (parameters with requires_grad=False)"
 EVALUATING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 TIED = " (parameters that are the same object)"
+MARKS = (FROZEN, EVALUATING, GRADIENTS, TIED)
 LEFT_OUT = " (a parameter, not in its state_dict)"
 NOT_PERSISTENT = " (a buffer, persistent=False)"
 HOOKS = "_hooks["
@@ -154,8 +155,8 @@ class _Walk:
             if thing is self._model:
                 for path, module in modules_of(thing).items():
                     self._enter(name, _Child(f"{name}{path}", module, "root", name), "")
-                for mark, words in _marks(thing):
-                    self._add(f"{name}{mark}", thing, words or "none", name, mark, "")
+                for mark, values in marks(thing).items():
+                    self._add(f"{name}{mark}", thing, _mark_words(mark, values) or "none", name, mark, "")
             else:
                 self._enter(name, _Child(name, thing, "root", name), "")
         self._shared()
@@ -259,15 +260,15 @@ class _Walk:
             if inner is not None:
                 saved = of_model and (self._saved is None or id(inner) in self._saved)
                 mark = LEFT_OUT if of_model and not saved else ""
-                yield _Child(f".{name}{mark}", inner, "saved" if saved else "parameter", name)
+                yield _Child(f".{name}{mark}", inner, "saved" if saved else "_parameters", name)
         for name, inner in dict.items(held.get("_buffers", {})):
             if inner is not None:
                 saved = of_model and name not in lacking
                 mark = NOT_PERSISTENT if of_model and not saved else ""
-                yield _Child(f".{name}{mark}", inner, "saved" if saved else "buffer", name)
+                yield _Child(f".{name}{mark}", inner, "saved" if saved else "_buffers", name)
         for name, inner in dict.items(held.get("_modules", {})):
             if id(inner) not in self._of_model:  # these are entered by themselves
-                yield _Child(f".{name}", inner, "module", name)
+                yield _Child(f".{name}", inner, "_modules", name)
         for name, inner in held.items():
             hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
             counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
@@ -293,18 +294,27 @@ class _Walk:
         return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}"
 
 
-def _marks(model: Any) -> Iterator[tuple[str, str]]:
-    """What a model has in no ``state_dict`` and in no attribute, by its mark."""
+def marks(model: Any) -> dict[str, Any]:
+    """What a model has in no ``state_dict`` and in no attribute, by its mark: names of parameters, or values by name;
+    of parameters that are the same object, the first name by each other.
+    """
     named = parameters_of(model)
-    names: dict[int, list[str]] = {}
-    for name, parameter in named:
-        names.setdefault(id(parameter), []).append(name)
-    yield FROZEN, ", ".join(name for name, parameter in named if not parameter.requires_grad)
-    off = [path for path, module in modules_of(model).items() if not attributes(module).get("training", True)]
-    yield EVALUATING, ", ".join(path.removeprefix(".") for path in off)
-    gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
-    yield GRADIENTS, ", ".join(f"{name} {fingerprint.describe_array(gradient)}" for name, gradient in gradients)
-    yield TIED, ", ".join(" = ".join(each) for each in names.values() if len(each) > 1)
+    first = {id(parameter): name for name, parameter in reversed(named)}
+    modules = modules_of(model).items()
+    return {
+        FROZEN: [name for name, parameter in named if not parameter.requires_grad],
+        EVALUATING: [path for path, module in modules if not attributes(module).get("training", True)],
+        GRADIENTS: {name: parameter.grad for name, parameter in named if parameter.grad is not None},
+        TIED: {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name},
+    }
+
+
+def _mark_words(mark: str, values: Any) -> str:
+    if mark == GRADIENTS:
+        return ", ".join(f"{name} {fingerprint.describe_array(value)}" for name, value in values.items())
+    if mark == TIED:
+        return ", ".join(f"{first} = {name}" for name, first in values.items())
+    return ", ".join(name.removeprefix(".") for name in values)
 
 
 def _pointers(model: Any, saved: Any) -> set[int] | None:

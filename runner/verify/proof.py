@@ -87,6 +87,7 @@ class Verdict:
 
     def json(self) -> str:
         """The verdict for programs."""
+        difference = self.difference
         attempts = [
             {"first": each.first, "last": each.last, "workers": each.workers, "killed": each.killed}
             for each in self.killed.attempts
@@ -95,7 +96,7 @@ class Verdict:
             "verdict": "PASS" if self.holds else "FAIL",
             "command": [*self.command],
             "proven": self.proven,
-            "difference": self.difference.plain() if self.difference else None,
+            "difference": difference and asdict(replace(difference, remembered=(), changing=())),
             "refusal": self.refusal or None,
             "audit": [*self.audit],
             "cause": asdict(self.cause) if self.cause else None,
