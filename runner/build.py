@@ -295,15 +295,15 @@ def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any
         example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        made = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
+        built = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
         raise ConfigError(_instantiation_error(node, key, error)) from error
-    if not isinstance(made, kind):
-        raise ConfigError(f"{key} is a {_path(type(made))}; expected an object of a subclass of {_path(kind)}")
-    notify(observers, "on_instance", key, made)
-    return made
+    if not isinstance(built, kind):
+        raise ConfigError(f"{key} is a {_path(type(built))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, built)
+    return built
 
 
 def _is_by_name(node: Any) -> bool:
@@ -347,7 +347,7 @@ def _not_averaged(config: Config, model: nn.Module) -> list[str]:
 
 
 def _construct(maker: Any, argument: Any, key: str) -> Any:
-    """An optimizer or scheduler, made by what the configuration names."""
+    """An optimizer or scheduler, built by what the configuration names."""
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
@@ -457,7 +457,7 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     except RunnerError:
         raise
     except Exception as error:
-        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
+        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_traceback_text(error)}") from error
     if not isinstance(writer, MetricWriter):
         raise ConfigError(
             f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
@@ -475,11 +475,11 @@ def _instantiation_error(node: DictConfig, key: str, error: InstantiationExcepti
         where = version or import_hint(cause)
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
-    message = _frames(cause)
+    message = _traceback_text(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 
 
-def _frames(error: BaseException) -> str:
+def _traceback_text(error: BaseException) -> str:
     """An error with the lines of code that led to it, without the first: the call of the constructor."""
     lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
     return "".join([*lines, f"{type(error).__name__}: {error}"])

@@ -61,7 +61,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     device = set_up_device(config, team.world)
     team.begin(device)
     here = topology(config, device, team.world.size)
-    claimed = _claimed(spec, team, {"overrides": spec.overrides, "topology": here})
+    claimed = _claim(spec, team, {"overrides": spec.overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
     with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks) as stack:
         configured = make_observers(config)
@@ -179,7 +179,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
 
 
 @contextmanager
-def _claimed(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
+def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
     Records how the attempt ended, unless the process is killed.
@@ -270,7 +270,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     weights = [*parts.state.model.parameters()]
     count, learning = (sum(each.numel() for each in weights if every or each.requires_grad) for every in (True, False))
     log.info("run      %s", spec.directory.location.url)
-    log.info("attempt  %d, %s", number, _from_where(resumed, before))
+    log.info("attempt  %d, %s", number, _describe_start(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
     for line in resumed.unmatched:
@@ -294,7 +294,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
 
-def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
+def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
         if origin.foreign:
@@ -332,18 +332,18 @@ def finish(
     """
     live = parts.state.evaluated_model.state_dict()
     weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
-    result = retried(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
-    result["metrics"] |= _tested(parts, setup, result, comm)
+    result = retry(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
+    result["metrics"] |= _test_report(parts, setup, result, comm)
 
     def declare() -> dict[str, Any]:
         tensorboard.declare_finished(spec.directory.location, spec.directory.experiment, spec.identity)
         spec.directory.finish(spec.identity, result)
         return result
 
-    return retried(declare, attempt, patience, comm)
+    return retry(declare, attempt, patience, comm)
 
 
-def _tested(parts: Parts, setup: TrainingSetup, result: dict[str, Any], comm: Communicator) -> dict[str, Any]:
+def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], comm: Communicator) -> dict[str, Any]:
     """The report on the test data with the best weights by the objective, or the last."""
     if not parts.evaluator.test:
         return {}
@@ -360,7 +360,7 @@ def _tested(parts: Parts, setup: TrainingSetup, result: dict[str, Any], comm: Co
     return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
 
 
-def retried(
+def retry(
     work: Callable[[], dict[str, Any]], attempt: Attempt | None, patience: float, comm: Communicator
 ) -> dict[str, Any]:
     """The result of ``work`` on rank 0, which has the ``attempt``. While the storage fails, the work is tried again for

@@ -131,12 +131,12 @@ def grouped(
     for group, settings in reversed([*(groups or {}).items()]):  # the first comes last, and wins
         own = {name: value for name, value in settings.items() if name != "params"}
         base |= dict.fromkeys(matching(names, settings.get("params", group), f"{key}.groups.{group}"), (group, own))
-    bare = _biases_and_norms(model) if no_decay is True else set(matching(names, no_decay or [], f"{key}.no_decay"))
+    exempt = _biases_and_norms(model) if no_decay is True else {*matching(names, no_decay or [], f"{key}.no_decay")}
     layers, last = _layers(model) if layer_decay is not None else ({}, 0)
     by_settings: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for name, weight in named:
         group, settings = base[name]
-        layer, plain = layers.get(name, last), name in bare and "weight_decay" not in settings
+        layer, plain = layers.get(name, last), name in exempt and "weight_decay" not in settings
         settings = {"name": group, **settings, **({"weight_decay": 0.0} if plain else {})}
         if layer_decay is not None:
             rate = settings.get("lr", lr)

@@ -62,10 +62,10 @@ def install() -> None:
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            previous = signal.signal(number, _note)
-            if previous is not _note:
+            previous = signal.signal(number, _handle_stop)
+            if previous is not _handle_stop:
                 _previous[number.name] = previous
-        signal.signal(_WAKE, _look)
+        signal.signal(_WAKE, _handle_wake)
         if _pipe is None:
             _pipe = os.pipe()
             os.set_blocking(_pipe[1], False)
@@ -152,7 +152,7 @@ def reading(check: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 def wake() -> None:
     """Interrupt a wait of the main thread, so that it calls the ``check`` of ``reading``."""
-    if signal.getsignal(_WAKE) is _look:
+    if signal.getsignal(_WAKE) is _handle_wake:
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
 
 
@@ -236,13 +236,13 @@ def _stop() -> None:
         raise Stopped(_received)
 
 
-def _look(number: int, frame: FrameType | None) -> None:
+def _handle_wake(number: int, frame: FrameType | None) -> None:
     _stop()
     if _check is not None:
         _check()
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _handle_stop(number: int, frame: FrameType | None) -> None:
     global _received
     if _is_second(number, "handler"):  # do not wait for the step
         signal.signal(number, signal.SIG_DFL)
@@ -309,7 +309,7 @@ def _restore_handlers() -> None:
     _forget()
     _check, _at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
-        if signal.getsignal(number) in (_note, _look, _ignore):
+        if signal.getsignal(number) in (_handle_stop, _handle_wake, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)
