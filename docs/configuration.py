@@ -1,9 +1,12 @@
-"""Write ``reference/configuration.md`` from the comments of ``conf/config.yaml``: ``python docs/configuration.py``."""
+"""Write ``reference/configuration.md`` and ``conf/schema.json`` from ``conf/config.yaml`` and its comments:
+``python docs/configuration.py``.
+"""
 
+import json
 from itertools import groupby
 from pathlib import Path
 
-from runner.config.help import KeyHelp, entries, values
+from runner.config.help import KeyHelp, entries, json_schema, values
 
 PAGE = Path(__file__).parent / "reference/configuration.md"
 SOURCE = Path(__file__).parent.parent / "conf/config.yaml"
@@ -53,3 +56,4 @@ def sentence(comment: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SOURCE.with_name("schema.json").write_text(json.dumps(json_schema(SOURCE), indent=1) + "\n")

@@ -255,25 +255,25 @@ def _follow(parent: int, name: str, writer: ServiceWriter, say: Callable[[str], 
     """Send whenever the process ``parent`` says that more is committed, until the attempt ends or the parent dies;
     returns the exit status.
     """
-    news: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=[news], daemon=True).start()
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=[messages], daemon=True).start()
     sender = Sender(name, writer)
     state: dict[str, Any] = {}  # ``end``: as far as lines are committed; ``status``, once the attempt has ended
-    sent: dict[str, Any] | None = None
+    last_end: dict[str, Any] | None = None  # as far as lines are sent
     pause = retry = 0.0  # seconds after an error, and when to try again (time.monotonic)
     while True:
         orphaned = os.getppid() != parent  # before the last messages are read
         with suppress(queue.Empty):
-            state |= news.get(timeout=_POLL_SECONDS)
+            state |= messages.get(timeout=_POLL_SECONDS)
             while True:
-                state |= news.get_nowait()
+                state |= messages.get_nowait()
         if orphaned or "status" in state:
             break
-        if state.get("end") == sent or time.monotonic() < retry:
+        if state.get("end") == last_end or time.monotonic() < retry:
             continue
         try:
             sender.push(state["end"])
-            sent = state["end"]
+            last_end = state["end"]
         except Exception as error:
             if not pause:
                 say(f"{type(error).__name__}: {error}. Training continues; the points are sent later")
@@ -293,6 +293,6 @@ def _follow(parent: int, name: str, writer: ServiceWriter, say: Callable[[str], 
     return 0
 
 
-def _listen(news: "queue.Queue[dict[str, Any]]") -> None:
+def _listen(messages: "queue.Queue[dict[str, Any]]") -> None:
     for line in sys.stdin:
-        news.put(json.loads(line))
+        messages.put(json.loads(line))

@@ -79,23 +79,23 @@ class TensorBoardWriter(MetricWriter):
     def _append(self, step: int, summaries: Iterable[Summary]) -> None:
         self._hide_from(min(step, self._step + 1))
         now = time.time()
-        self._journals.append(encoded(Event(wall_time=now, step=step, summary=each) for each in summaries))
+        self._journals.append(encode_events(Event(wall_time=now, step=step, summary=each) for each in summaries))
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
         if not self._hidden:
             start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
-            self._journals.append(encoded([start]))
+            self._journals.append(encode_events([start]))
             self._hidden = True
 
     def _begin(self) -> None:
         name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
-        head = encoded([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        head = encode_events([Event(wall_time=time.time(), file_version="brain.Event:2")])
         self._journals.begin(f"{_FOLDER}/{name}", head)
         self._files += 1
 
 
-def encoded(events: Iterable[Event]) -> bytes:
+def encode_events(events: Iterable[Event]) -> bytes:
     """Events in the format of an event file."""
     content = io.BytesIO()
     records = RecordWriter(content)
@@ -145,7 +145,7 @@ def write_hparams(location: Location, experiment: str, hyperparameters: Mapping[
     cells = {printable(key): _cell(value) for key, value in flatten(hyperparameters).items()}
     _, start, end = hparams({"experiment": _cell(experiment), **cells}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
-    location.replace(_HPARAMS, [encoded(events)])
+    location.replace(_HPARAMS, [encode_events(events)])
 
 
 def _cell(value: Any) -> float | str:

@@ -36,7 +36,7 @@ _LIBRARIES = ("site-packages", "dist-packages")
 _SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
 _true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
 
-asked: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
+callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
 _ahead = 0  # seconds
 _step_seconds = 0  # more in the training thread, also of clocks with an arbitrary start
 _training_thread = 0
@@ -51,8 +51,8 @@ def hold(*pins: str, ahead: int = 0) -> None:
     if ahead:
         _ahead = ahead
         _replace_clocks()
-        prepared = multiprocessing.spawn.get_preparation_data
-        multiprocessing.spawn.get_preparation_data = lambda name: {**prepared(name), "clocks": _Ahead(ahead)}
+        preparation = multiprocessing.spawn.get_preparation_data
+        multiprocessing.spawn.get_preparation_data = lambda name: {**preparation(name), "clocks": _Ahead(ahead)}
     for pin in pins:
         _PINS[pin]()
 
@@ -262,5 +262,5 @@ def _is_users(frame: FrameType | None) -> bool:
 def _note(frame: FrameType | None) -> None:
     """Note the user's line from which a frame was called."""
     place = source.of_stack(frame)
-    if place and place not in asked and len(asked) < _PLACES:
-        asked.append(place)
+    if place and place not in callers and len(callers) < _PLACES:
+        callers.append(place)

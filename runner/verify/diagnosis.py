@@ -77,7 +77,7 @@ class Investigation:
         return replace(cause, where=cause.where or self._line(cause.kind, difference.part))
 
     def _line(self, kind: str, part: str) -> str:
-        """The line of the user's object in which a part is made."""
+        """The line of the user's object in which a part is computed."""
         data = ("data order", "augmentation", "data")
         key = "data.train" if part in data else part.replace("callback.own.", "callbacks.")
         names = [_METHODS[kind]] if kind in _METHODS else []
@@ -112,7 +112,7 @@ class Investigation:
             return self.hold(difference)
         later = self.run(shift=SHIFT_SECONDS)
         if difference := self.differs("undisturbed, at another time of another day", later):
-            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_asked(later))
+            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_callers(later))
         for number in workers:
             again = self.run(workers=number)
             if difference := self.differs(f"undisturbed, {number} data workers", again):
@@ -142,7 +142,7 @@ class Investigation:
                 varies = not self._equal("undisturbed again, nothing held constant", 2)
                 if varies:
                     cause = CAUSES[name].seen_in(difference.part, difference.path)
-                    return replace(cause, where=_asked(first))
+                    return replace(cause, where=_callers(first))
         cause = replace(unexplained(difference), sure=varies).seen_in(difference.part, _paths(difference))
         return cause.reaching(self._reached)
 
@@ -267,12 +267,12 @@ class Investigation:
 class _Trial:
     """Memory on trial: ``paths`` are taken from an undisturbed run after ``step``, and put into resumed ones."""
 
-    def __init__(self, lives: Investigation, step: int, paths: list[str]) -> None:
-        self._lives = lives
+    def __init__(self, investigation: Investigation, step: int, paths: list[str]) -> None:
+        self._investigation = investigation
         self._step = step
         self._paths = paths
         self.tested: set[str] = set()  # which could be put into another process
-        self._base = lives.run(take=step, suspects=tuple(paths)) if paths else None
+        self._base = investigation.run(take=step, suspects=tuple(paths)) if paths else None
 
     def minimal(self, part: str) -> list[str]:
         """The fewest paths that make the difference go away; none if all of them do not."""
@@ -291,17 +291,18 @@ class _Trial:
 
     def _equal(self, paths: list[str]) -> bool:
         assert self._base is not None
-        taken = self._base.attempts[-1].request.file
-        run = self._lives.resumed(self._step, Kill("step", self._step + 1), put=taken, suspects=tuple(paths))
+        copies = self._base.attempts[-1].request.file
+        run = self._investigation.resumed(self._step, Kill("step", self._step + 1), put=copies, suspects=tuple(paths))
         put = {path for event in run.attempts[-1].select("put") for path in event["paths"]}
         self.tested |= put
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        return bool(put) and not self._lives.differs(f"the same with {names} of the undisturbed run", run, self._base)
+        trial = f"the same with {names} of the undisturbed run"
+        return bool(put) and not self._investigation.differs(trial, run, self._base)
 
 
-def _asked(run: RunTrace) -> str:
+def _callers(run: RunTrace) -> str:
     """The user's lines that asked for what was held constant or shifted in a run."""
-    return ", ".join((run.evidence or {}).get("asked", ()))
+    return ", ".join((run.evidence or {}).get("callers", ()))
 
 
 def _paths(difference: FirstDifference) -> str:

@@ -59,12 +59,12 @@ class FirstDifference:
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
     """The first difference in time in the records of the attempts, up to a step."""
     steps, ends = undisturbed.by_step(), _different_ends(run, undisturbed)
-    begun = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
+    start = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
     remembered: tuple[Remembered, ...] = ()
     changing = changes(undisturbed)
     for attempt, event in run.compared():
         step, restored = event["step"], event["event"] == "resumed"
-        expected = begun if restored and step == 0 else steps.get(step)
+        expected = start if restored and step == 0 else steps.get(step)
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:

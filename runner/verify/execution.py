@@ -78,7 +78,7 @@ class AttemptRequest:
 
     def copies(self, rank: int = 0) -> Path:
         """The values of suspects that a rank copied."""
-        return Path(f"{self.record(rank)}.taken")
+        return Path(f"{self.record(rank)}.copies")
 
     @property
     def log(self) -> Path:
@@ -253,8 +253,8 @@ class RunTrace:
     @property
     def sources(self) -> dict[str, list[Lines]]:
         """The lines of the user's classes of each object of the experiment."""
-        made = [event for attempt in self.attempts[:1] for event in attempt.select("made")]
-        return {key: lines for event in made for key, lines in event["sources"].items()}
+        instances = [event for attempt in self.attempts[:1] for event in attempt.select("instances")]
+        return {key: lines for event in instances for key, lines in event["sources"].items()}
 
     @property
     def evidence(self) -> Event | None:
@@ -327,7 +327,7 @@ class Executor:
     def remove_files(self, *runs: RunTrace) -> None:
         """Remove copies of memory, and run directories on a disk, of runs that are compared already."""
         for run in runs:
-            for copy in self.scratch.glob(f"{run.name}-*.taken"):
+            for copy in self.scratch.glob(f"{run.name}-*.copies"):
                 copy.unlink()
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:

@@ -213,7 +213,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     failure, attempt = base.failure, base.attempts[0]
     if failure and failure.status == ConfigError.status:
         raise ConfigError(failure.message)
-    if failure and not attempt.select("made"):  # it did not get as far as the experiment
+    if failure and not attempt.select("instances"):  # it did not get as far as the experiment
         raise StorageError(failure.message)
     verdict = Verdict(executor.command, base)
     if failure:
@@ -314,7 +314,7 @@ def _unfinished(run: RunTrace) -> str:
 def _changes_while_probed(run: RunTrace) -> str:
     """Memory of a data set that the runner refused, as far as drawing a few samples changed it."""
     last = run.attempts[-1]
-    before = {path: value for event in last.select("made") for path, value in event["memory"].items()}
+    before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
     return in_words(unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}")
 

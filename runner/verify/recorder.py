@@ -73,7 +73,7 @@ class Recorder(Observer):
         kills = rank == (kill.victim or 0)  # rank 0 kills where all are killed
         self._moment, self._step = (kill.moment, kill.step) if kills else ("", 0)
         self._alone = kill.victim is not None
-        self._saved = kill.after
+        self._save_after = kill.after
         self._built = False
         self._watch = source.Watch()
         self._modules = {*sys.modules}
@@ -101,7 +101,7 @@ class Recorder(Observer):
     def on_instance(self, key: str, instance: Any) -> None:
         if key in ("model", "task") or key.startswith(("data.", "callbacks.")):
             self._objects[key] = instance
-            self.write("made", memory=memory({key: instance}), sources={key: source.sources(instance)})
+            self.write("instances", memory=memory({key: instance}), sources={key: source.sources(instance)})
 
     def on_error(self, error: Exception) -> None:
         if not self._built:
@@ -109,9 +109,9 @@ class Recorder(Observer):
 
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
-        made = parts_of("optimizer", setup.state.optimizer) | parts_of("scheduler", setup.state.scheduler)
-        self._objects |= made
-        self.write("made", memory={}, sources={name: source.sources(each) for name, each in made.items()})
+        instances = parts_of("optimizer", setup.state.optimizer) | parts_of("scheduler", setup.state.scheduler)
+        self._objects |= instances
+        self.write("instances", memory={}, sources={name: source.sources(each) for name, each in instances.items()})
         stream = setup.state.stream
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
         limits = [limit for limit in (setup.max_steps, self._request.steps) if limit is not None]
@@ -197,7 +197,7 @@ class Recorder(Observer):
         if saved and loop.step == self._request.take:
             suspects.take(self._request.suspects, self._objects, saved["model"], self._request.copies(self._rank))
         self.die("step", loop.step)
-        if loop.step == self._saved:
+        if loop.step == self._save_after:
             self.die("clock", self._step)  # at the latest
             loop.save = True
 
@@ -208,7 +208,7 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
-            looks = {"private": private(self._objects), "reached": self._watch.reached, "asked": controls.asked}
+            looks = {"private": private(self._objects), "reached": self._watch.reached, "callers": controls.callers}
             self.write("finished", **collect(directory), **looks, modules=libraries)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class _HalvingLocation:
 def collect(directory: RunDirectory) -> dict[str, Any]:
     """Checkpoints by step and their largest size in bytes, metric lines, result and audit of a finished run."""
     store = CheckpointStore(directory.location)
-    report, audited = audit(directory)
+    audited = audit(directory)
     checkpoints, size = {}, 0
     for commit in reversed(store.commits()):
         try:
@@ -273,7 +273,7 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
             for line in lines.read(directory.location)
         ],
         "result": {key: value for key, value in (RunFacts(directory).result or {}).items() if key != "seconds"},
-        "audit": audited | {"holds": report.holds},
+        "audit": audited,
     }
 
 

@@ -82,9 +82,9 @@ def settings() -> dict[str, str]:
 def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> None:
     """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
     places = memory.places(objects, saved)
-    taken: dict[str, Any] = {}
+    copies: dict[str, Any] = {}
     for path in paths:
-        place = places.get(path, Place(path, None, None, kind="setting", key=path.removeprefix(PROCESS)))
+        place = places.get(path, Place(path, None, "setting", path.removeprefix(PROCESS)))
         stream = io.BytesIO()
         try:
             value = _setting(place.key)[0]() if place.kind == "setting" else place.value
@@ -92,23 +92,23 @@ def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Pat
             _Pickler(stream, places, path).dump(value)
         except Exception:  # a lambda, a lock, a connection
             continue
-        taken[path] = place.holder, place.kind, place.key, stream.getvalue()
-    file.write_bytes(pickle.dumps(taken))
+        copies[path] = place.holder, place.kind, place.key, stream.getvalue()
+    file.write_bytes(pickle.dumps(copies))
 
 
 def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> list[str]:
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
-    taken, done = pickle.loads(file.read_bytes()), []
-    for path in [path for path in paths if path in taken]:
+    copies, possible = pickle.loads(file.read_bytes()), []
+    for path in [path for path in paths if path in copies]:
         places = memory.places(objects, saved)  # anew: the values before may have made other places
-        holder, kind, key, data = taken[path]
+        holder, kind, key, data = copies[path]
         try:
             _assign(places[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), places).load())
         except Exception as error:
             warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
             continue
-        done.append(path)
-    return done
+        possible.append(path)
+    return possible
 
 
 class _Pickler(pickle.Pickler):
