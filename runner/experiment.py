@@ -40,7 +40,7 @@ from runner.restore import Resumed, evaluated_weights, load_reference, read_step
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
 from runner.run.directory import BEST, MODEL
-from runner.run.opening import RunSpec, claim_run, trained
+from runner.run.opening import RunSpec, claim_run, has_trained
 from runner.state import Stateful
 from runner.storage.location import Buffer, Location
 from runner.trainer import Trainer
@@ -235,7 +235,7 @@ def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None
     settings = flatten(spec.identity).items()
     now = code.running([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
     edited = printable(", ".join(before.edited(now) if before else []))
-    if edited and on_change is not OnCodeChange.accept and trained(spec.directory):
+    if edited and on_change is not OnCodeChange.accept and has_trained(spec.directory):
         if on_change is OnCodeChange.refuse:
             another = shlex.quote(f"{spec.directory.variant[:150]}-2")
             raise DriftRefused(

@@ -118,8 +118,8 @@ class TrainState:
 
     def trained(self) -> list[str]:
         """The names of the weights that have to be finite: those that are trained, and were finite when built."""
-        odd = self.built.odd if self.built else ()
-        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in odd]
+        nonfinite = self.built.nonfinite if self.built else ()
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in nonfinite]
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
         """Load every part that is not in ``without``; the callbacks only with ``memories``.

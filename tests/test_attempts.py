@@ -455,7 +455,7 @@ def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation
     attempt.end("failed")
     found = opening(location, {"seed": 1})
     claim_run(found, {}, above=0, parent=None)
-    assert found.directory.configured() == {"seed": 1}
+    assert found.directory.configuration() == {"seed": 1}
 
 
 def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -> None:

@@ -20,7 +20,7 @@ from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageE
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.drift import ChangedKey, compare, drift_table, resolved
+from runner.run.drift import ChangedKey, compare, drift_table, resolve
 from runner.run.parent import CheckpointRef, Parent, ParentRecord
 from runner.storage.location import is_remote, local_root
 
@@ -71,13 +71,13 @@ def open_run(spec: RunSpec) -> RunSpec:
     if saved is None:
         return spec
     differences = compare(saved, identity)
-    if differences and spec.on_drift is not OnDrift.accept and trained(directory):
+    if differences and spec.on_drift is not OnDrift.accept and has_trained(directory):
         if spec.on_drift is OnDrift.fork:
             return _fork(spec)
         raise DriftRefused(_refusal(spec, differences))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
-    accepted = identity if compare(directory.configured() or identity, identity) else None
+    accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if differences else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
         log.warning("finished, but %s: made again from the last checkpoint", missing)
@@ -124,7 +124,7 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
         differences = compare(saved, spec.identity)
         if differences and drift_table(differences) != drift_table(spec.changes):
             raise DriftRefused(_refusal(spec, differences))
-        if not differences and directory.finished(spec.identity) is not None:
+        if not differences and directory.complete_result(spec.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
@@ -133,7 +133,7 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
     return attempt
 
 
-def trained(directory: RunDirectory) -> bool:
+def has_trained(directory: RunDirectory) -> bool:
     """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
     if directory.location.list("commits"):
         return True
@@ -144,7 +144,7 @@ def trained(directory: RunDirectory) -> bool:
 def _fork(spec: RunSpec) -> RunSpec:
     """The fork's name is made from its configuration, so that the same command finds it again."""
     parent, identity = spec.directory, spec.identity
-    older = resolved(identity)  # an older version named it so
+    older = resolve(identity)  # an older version named it so
     fork, before = (
         RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
         for each in (identity, older)
@@ -152,7 +152,7 @@ def _fork(spec: RunSpec) -> RunSpec:
     if fork.record() is None and before.record() is not None:
         fork, identity = before, older
     refuse_links(fork.root, fork.name)
-    finished = fork.finished(identity) if fork.record() is not None else None
+    finished = fork.complete_result(identity) if fork.record() is not None else None
     return replace(spec, directory=fork, identity=identity, parent=Parent.forked(parent), result=finished)
 
 
@@ -175,11 +175,9 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
     """
     if is_remote(root):
         return
-    folder, paths = Path(local_root(root)), []
-    for name in filter(None, below.split("/")):
-        folder /= name
-        paths.append(folder)
-    for path in (*paths, *(folder / name for name in (log_file, *_HYDRA_FILES))):
+    folder = Path(local_root(root), below)
+    way = [folder, *folder.parents][: len(Path(below).parts)]
+    for path in (*reversed(way), *(folder / name for name in (log_file, *_HYDRA_FILES))):
         try:
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):

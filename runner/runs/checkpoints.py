@@ -37,7 +37,7 @@ def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, r
     store = CheckpointStore(run.location)
     # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
     while remove and len(store.verified) < LEAST_KEPT:
-        unproven = retention.kept(_survey(store)) - store.verified - store.damaged
+        unproven = {*retention.reasons(_survey(store))} - store.verified - store.damaged
         if not unproven:
             break  # there are fewer than two, so everything is kept
         newest_unproven = max(unproven)

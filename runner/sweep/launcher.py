@@ -303,7 +303,7 @@ def survey(specs: Specs) -> dict[Overrides, RunStatus]:
         statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
         since = time.monotonic()
         unclear = {job: status.unclear for job, status in statuses.items() if status.unclear}
-        alive = pool.map(lambda record: record.watched(since), unclear.values())
+        alive = pool.map(lambda record: record.watch(since), unclear.values())
         for job in (job for job, lives in zip(unclear, alive, strict=True) if lives):
             statuses[job] = replace(statuses[job], status=RUNNING, failures=0, reason=unclear[job].owner())
     return statuses
@@ -333,7 +333,7 @@ def _status(job: tuple[Overrides, RunSpec | RunnerError]) -> RunStatus:
         return RunStatus(" ".join(overrides), NEW).failed(spec, failures=0)
     name = spec.directory.name
     try:
-        result = spec.directory.finished(spec.identity) or open_run(spec).result
+        result = spec.directory.complete_result(spec.identity) or open_run(spec).result
         if result is not None:
             objective = result.get("objective") or {}
             return RunStatus(name, DONE, result.get("step", 0), objective.get("value"))
