@@ -5,7 +5,7 @@ another size, other groups of the optimizer), the commit says what a restore has
 restore could bring back is not saved.
 """
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from runner.checkpoint.sharding import is_distributed, local
 from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
-from runner.names import saved_name
-from runner.optimizers import parts as parts_of
+from runner.optimizers import parts_of, saved_name
 from runner.rng import temporary_seed
 
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
@@ -54,17 +53,6 @@ class Structure:
             groups = self._regrouped(step, parts, name, _groups(each))
             changes |= {} if groups is None else {groups_key(name): groups}
         return changes
-
-    def fits(
-        self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Mapping[str, Sequence[int]]
-    ) -> bool:
-        """Whether a model of these shapes, but for some ``buffers``, and optimizers with groups of these ``sizes`` can
-        be loaded.
-        """
-        kinds = self.kinds["model"].items()
-        built = {saved_name(name): kind[0] for name, kind in kinds if kind and name not in buffers}
-        same = built == {saved_name(name): shape for name, shape in shapes.items() if name not in buffers}
-        return same and all([*each] == [*map(len, self.groups[part])] for part, each in sizes.items() if each)
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""

@@ -12,7 +12,7 @@ from runner.checkpoint.store import CheckpointStore, CommitInfo, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
-from runner.finish import safetensors_file
+from runner.experiment import safetensors_file
 from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run import attempts
