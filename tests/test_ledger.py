@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,15 @@ def test_steps_repeated_with_other_samples_are_refused(location: LocalLocation, 
     assert f"then  {line(3)}\n" in str(refused.value)
     assert f"now   {now} " in str(refused.value)
     assert segments(location)[-1].lines == ()  # and is not written
+
+
+def test_other_rollouts_of_the_same_samples_are_refused(location: LocalLocation) -> None:
+    add(attempt(location, 1, 0), 1, 2)
+    again, other = attempt(location, 2, 1), replace(line(2), rollouts=" rollouts=00000000000000ff trained=x1 dropped=")
+    with pytest.raises(DataError, match=r"step 2 is done again and has other rollouts than in attempt 1") as refused:
+        again.add(other)
+    assert refused.value.kind == "rollouts-changed"
+    assert "Give it state_dict" in str(refused.value)
 
 
 def test_other_samples_can_be_accepted_and_both_lines_stay(

@@ -17,7 +17,7 @@ FAULTS = {
     "RestartsCounter": ("surplus", "task.version was "),
     "SeedsOnce": ("plain", "task.generator was "),
     "ReadsAhead": ("plain", "task.in_flight"),
-    "Drifts": ("plain", "task.reference"),
+    "Drifts": ("plain", "task.begun was True"),
     "Recomputes": ("stale", "task.loaded"),
 }
 

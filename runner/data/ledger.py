@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -45,6 +45,15 @@ _MAX_SEGMENT = 64 << 20  # bytes
 _MAX_PLAN = 256 << 20  # bytes
 _MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
+
+_OTHER_SAMPLES = (
+    "The data set or the code that orders it has changed since the run began, or a sample cannot be read any more. "
+    "Restore the data, accept the present data with run.on_drift=accept"
+)
+_OTHER_ROLLOUTS = (
+    "The task uses something that is not in its state, or its code has changed. Give it state_dict and "
+    "load_state_dict (python -m runner.verify names what is missing), accept the rollouts with run.on_drift=accept"
+)
 
 # A ledger may be damaged or hostile, so the work is limited.
 CHUNK_POSITIONS = 1 << 18  # positions that are checked together
@@ -136,19 +145,20 @@ class Ledger:
         self._begin(step)
 
     def add(self, line: LedgerLine) -> None:
-        """Record a step. Raises DataError if an earlier attempt trained it on other samples."""
+        """Record a step. Raises DataError if an earlier attempt trained it on other samples or rollouts."""
         earlier, attempt = self._earlier.pop(line.step, (line, 0))
         if earlier != line:
+            same_samples = replace(earlier, rollouts=line.rollouts) == line
             difference = (
-                f"step {line.step} is done again and has other samples than in attempt {attempt}:\n  then  {earlier}\n"
+                f"step {line.step} is done again and has other {'rollouts' if same_samples else 'samples'} than in "
+                f"attempt {attempt}:\n  then  {earlier}\n"
                 f"  now   {line}   (step, first and last position, digest of the samples, substitutes)\n"
             )
             if not self._accept:
                 raise DataError(
-                    f"{difference}The data set or the code that orders it has changed since the run began, or a sample "
-                    "cannot be read any more. Restore the data, accept the present data with run.on_drift=accept, or "
-                    "start a new run with run.name=... Nothing of this step was committed.",
-                    kind="order-changed",
+                    f"{difference}{_OTHER_ROLLOUTS if same_samples else _OTHER_SAMPLES}, or start a new run with "
+                    "run.name=... Nothing of this step was committed.",
+                    kind="rollouts-changed" if same_samples else "order-changed",
                 )
             log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
         self._journals.append(f"{line}\n".encode())

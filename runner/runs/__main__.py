@@ -79,7 +79,8 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
-    option("target", help="the file to write, a path or URL")
+    option("target", help="the file to write, a path or URL; with --hf, a folder")
+    option("--hf", action="store_true", help="a folder for from_pretrained of transformers, diffusers or PEFT")
     option("--force", action="store_true", help="overwrite the target")
 
 
@@ -132,10 +133,11 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from runner.runs.checkpoints import export
+    from runner.runs.checkpoints import export, export_pretrained
 
-    values = export(parsed.run, parsed.target, force=parsed.force)
-    return _print(parsed, values, "step {step} of {run}: {bytes} bytes, sha256 {sha256}".format_map)
+    write, content = (export_pretrained, "{files} files") if parsed.hf else (export, "sha256 {sha256}")
+    values = write(parsed.run, parsed.target, force=parsed.force)
+    return _print(parsed, values, f"step {{step}} of {{run}}: {{bytes}} bytes, {content}".format_map)
 
 
 def _push(parsed: argparse.Namespace) -> int:

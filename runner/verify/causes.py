@@ -305,6 +305,7 @@ _OF_ERRORS = {
         "randomness", "the data set draws random numbers that nobody seeds", "use data.randomness=sample"
     ),
     "order-changed": Cause("data order", _OTHER_ORDER, "the order must follow from the position"),
+    "rollouts-changed": Cause("task memory", "the task has a memory that is not saved", f"for the task: {_STATEFUL}"),
     "data-changed": Cause("data memory", "the samples differ in another process", _BY_INDEX),
     "state": Cause("state", "something in a state_dict cannot be saved", "keep plain values and tensors in it"),
     "restore": Cause(

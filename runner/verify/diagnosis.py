@@ -240,6 +240,7 @@ class Investigation:
         self._executor.attempt(
             run,
             "checkpoint.background=false",
+            "run.on_drift=accept",  # the ledger refuses other rollouts, before their effect can be compared
             *save_every(every or self._plan.every),
             *overrides,
             workers=self._plan.workers[0] if workers is None else workers,

@@ -266,6 +266,8 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
     if failure:
         of_data = [entry for entry in changes(base) if entry[0].startswith("data.")]
         changed = _changes_while_probed(run) or in_words(of_data, ", then {}")
+        if failure.kind == "rollouts-changed":
+            changed = in_words(lost_memory(run, base))
         return replace(verdict, cause=_of_failure(failure, base, changed))
     refusal = _incomplete(base, run)
     return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"]) if refusal else verdict
