@@ -208,7 +208,7 @@ def save(state: State, folder: Path) -> Sides:
     store = CheckpointStore(LocalLocation(target))
     return {
         "raw write, fsync": fresh(lambda: write(target / "file", snapshot.tensors)),
-        "CheckpointStore.commit": fresh(lambda: store.commit(snapshot, attempt=1, successor=lambda: None)),
+        "CheckpointStore.commit": fresh(lambda: store.commit(snapshot, attempt=1, require_newest=lambda: None)),
         "torch.save, fsync": fresh(torch_save),
         "safetensors, fsync": fresh(safetensors_save),
         "dcp.save": fresh(dcp_save),
@@ -219,7 +219,7 @@ def save(state: State, folder: Path) -> Sides:
 def restore(state: State, folder: Path) -> Sides:
     snapshot = Snapshot.of(1, state.parts)
     store = CheckpointStore(LocalLocation(folder / "store"))
-    commit = store.commit(snapshot, attempt=1, successor=lambda: None)
+    commit = store.commit(snapshot, attempt=1, require_newest=lambda: None)
     folder.mkdir(exist_ok=True)
     raw, pickled, flat = folder / "raw", folder / "pickled", folder / "flat"
     write(raw, snapshot.tensors)

@@ -8,7 +8,7 @@ checks the code against this map.
    13  verify/ (__main__, campaign, causes, clocks, diagnosis, difference, execution, fingerprint, fixtures,
        fork_server, memory, options, pins, proof, proof_report, recorder, source, suspects, verdict)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, push, rollouts)
+   11  runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
     9  experiment     sweep/ (jobs, launcher, optuna)
     8  run_spec     finish     inference

@@ -98,7 +98,7 @@ class Run:
         """
         from runner.inference import load_model
 
-        return load_model(self._facts, checkpoint)[1]
+        return load_model(self._facts, checkpoint)
 
     def task(self, checkpoint: int | str | None = None) -> "Task":
         """The task, with the state that it had at a checkpoint, chosen as for ``model``."""
@@ -172,10 +172,10 @@ def table(root: str | Path = "outputs") -> "DataFrame":
         raise ConfigError("runner.table needs pandas: pip install pandas, or the extra pandas") from error
     comparison = compare_runs(str(root), lambda run: True)
     rows: dict[str, dict[str, Any]] = {}
-    for each in comparison.runs:
-        run = each.summary
-        known = {"status": run.status, "step": run.step, "objective": run.objective, "attempts": run.attempts}
-        rows[run.run] = {**known, **{key: each.parameters.get(key) for key in comparison.swept}, **each.metrics}
+    for run in comparison["runs"]:
+        values = {key: run[key] for key in ("status", "step", "objective", "attempts")}
+        parameters = {key: run["parameters"].get(key) for key in comparison["swept"]}
+        rows[run["run"]] = {**values, **parameters, **run["metrics"]}
     return pandas.DataFrame([*rows.values()], index=pandas.Index([*rows], name="run"))
 
 

@@ -278,10 +278,10 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     if metric is not None:
         callbacks["best"] = Best(metric, mode, config.checkpoint.keep_best)
         if parts.state.schedulers("evaluation"):
-            callbacks["schedule"] = StepSchedule(metric)
+            callbacks["schedule"] = StepSchedule()
         stopping = trainer.early_stopping
         if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(metric, mode, stopping.patience, stopping.min_delta)
+            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta)
     return callbacks
 
 
@@ -437,7 +437,7 @@ def open_writers(
 ) -> None:
     """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
 
-    Raises ConfigError for a writer that cannot be constructed or lacks a method; errors of the runner that its
+    Raises ConfigError for a writer that cannot be constructed; errors of the runner that its
     constructor raises pass through.
     """
     writers.resume(facts)
@@ -460,9 +460,10 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
         raise
     except Exception as error:
         raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
-    if lacking := [name for name in ("add", "mark", "flush", "close") if not callable(getattr(writer, name, None))]:
-        why = f"has no method {', '.join(lacking)}; runner.metrics.writer.MetricWriter describes what a writer needs"
-        raise ConfigError(f"{key}: {_path(type(writer))} {why}")
+    if not isinstance(writer, MetricWriter):
+        raise ConfigError(
+            f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
+        )
     return writer
 
 

@@ -250,8 +250,8 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
     with suppress(StorageError):  # without the record a run goes on
         before = code.newest(location, below=attempt.number) if attempt.number > 1 else None
     settings = flatten(opening.identity).items()
-    live = code.LiveCode([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
-    edited = printable(", ".join(before.edited(live.record) if before else []))
+    now = code.running([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
+    edited = printable(", ".join(before.edited(now) if before else []))
     if edited and on_change is not OnCodeChange.accept and trained(opening.directory):
         if on_change is OnCodeChange.refuse:
             another = shlex.quote(f"{opening.directory.variant[:150]}-2")
@@ -262,8 +262,9 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
                 f"  start a new run:        {opening.command} run.name={another}"
             )
         log.warning("code     edited since the last attempt: %s", edited)
-    live.begin_git()
-    attempt.attach(code.SUFFIX, lambda wait: live.encoded(before, wait=wait))
+    if now != before:
+        with suppress(StorageError):
+            code.record(location, attempt.name, now)
 
 
 def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:

@@ -23,8 +23,8 @@ from runner.task import Task
 T = TypeVar("T")
 
 
-def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn.Module]:
-    """The model with its evaluated weights, which are the averaged ones if there are any, and their checkpoint.
+def load_model(facts: RunFacts, which: int | str | None) -> nn.Module:
+    """The model with its evaluated weights, which are the averaged ones if there are any.
 
     ``which``: a step, ``"best"`` by the objective, or ``"last"``; None: the best, or the last without an objective.
     Raises ConfigError for a step that is not kept, NoLoadableCheckpoint, and StateError for a model that the code
@@ -44,7 +44,7 @@ def load_model(facts: RunFacts, which: int | str | None) -> tuple[Checkpoint, nn
             f"the weights of step {checkpoint.step} of {url} do not fit the model as it is built now: {error}\n"
             f"python -m runner.runs show --code says what code the run was made with"
         ) from error
-    return checkpoint, model.eval()
+    return model.eval()
 
 
 def load_task(facts: RunFacts, which: int | str | None) -> Task:

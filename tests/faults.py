@@ -111,7 +111,7 @@ def state(step: int) -> dict[str, Any]:
 def save(store: CheckpointStore, step: int, *, attempt: int = 1) -> CommitId:
     """Commit the state of a step."""
     snapshot = Snapshot.of(step, state(step), identity={"seed": 0})
-    return store.commit(snapshot, attempt=attempt, successor=lambda: None)
+    return store.commit(snapshot, attempt=attempt, require_newest=lambda: None)
 
 
 def is_right(checkpoint: Checkpoint) -> bool:

@@ -52,7 +52,6 @@ def looks(root: str, runs: list[str], good: str) -> list[dict[str, Any]]:
     """How every command ended, for the root and for each of its runs."""
     ends = [ended(command, root, *more) for command in ("list", "compare") for more in ([], ["--json"])]
     ends += [ended("list", root, "--sort", by) for by in ("objective", "age")]
-    ends.append(ended("compare", root, "--png", f"{root}.png", "--match", "smoke/r00"))
     for run in runs:
         ends += [ended(command, run) for command in ("show", "audit")]
         ends += [ended("diff", run, good), ended("prune", run, "--yes"), ended("show", run, "--json")]

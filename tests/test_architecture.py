@@ -35,7 +35,6 @@ DOORS = {
     "tabulate": {"optimizers", "run", "runs", "sweep"},
     "tqdm": {"callbacks", "data", "shards"},
     "pyarrow": {"shards"},
-    "matplotlib": {"runs"},
     "pandas": {"api"},
     "sklearn": {"datasets"},
     "pytest": {"verify"},  # of a plugin, which pytest alone imports

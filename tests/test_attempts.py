@@ -412,7 +412,8 @@ def test_an_owner_learns_of_its_successor_between_commits(location: LocalLocatio
     until(superseded)
     with pytest.raises(Superseded, match=r"attempt 2 \(pid 7 on far\) took over"):
         attempt.raise_if_superseded()
-    assert attempt.successor().number == 2
+    with pytest.raises(Superseded, match="attempt 2"):
+        attempt.require_newest()
     attempt.end("superseded")
 
 
@@ -423,7 +424,7 @@ def test_a_higher_claim_that_is_withdrawn_supersedes_nobody(
     clock = Clock(lambda: location.remove(f"{ClaimName(2, '0123456789ab')}.json"))
     monkeypatch.setattr(attempts, "time", clock)
     stranger(location, 2)
-    assert attempt.successor() is None
+    attempt.require_newest()
     assert clock.paused > 0, "it looks twice"
     attempt.end("finished")
 
@@ -432,10 +433,10 @@ def test_an_owner_notices_that_its_directory_was_moved(location: LocalLocation) 
     attempt = claim(location, {})
     location.path.rename(location.path.with_name("elsewhere"))
     with pytest.raises(StorageError, match="was moved or removed: attempt 1, this process, is not in it"):
-        attempt.successor()
+        attempt.require_newest()
     shutil.rmtree(location.path, ignore_errors=True)  # it may have written a heartbeat
     location.path.with_name("elsewhere").rename(location.path)
-    assert attempt.successor() is None
+    attempt.require_newest()
     attempt.end("finished")
 
 

@@ -12,7 +12,7 @@ from lives import Lives
 
 from runner.config.secrets import hide_secrets
 from runner.run import code
-from runner.run.code import CodeRecord, LiveCode
+from runner.run.code import CodeRecord
 from runner.runs.__main__ import main
 from runner.storage import open_location
 
@@ -145,11 +145,8 @@ def test_a_large_change_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     git(tmp_path, "commit", "-qm", "first")
     (tmp_path / "large.txt").write_text("y" * 5000 + "\n" + "0123456789\n" * 100_000)
     monkeypatch.chdir(tmp_path)
-    live = LiveCode([])
-    live.begin_git()
-    raw = live.encoded(None, wait=60)
-    assert raw
-    diff = json.loads(raw)["diffs"][str(tmp_path)]
+    monkeypatch.setattr(code, "GIT_SECONDS", 60.0)
+    diff = code.running([]).diffs[str(tmp_path)]
     assert 200_000 < len(diff) < 300_000
     assert max(map(len, diff.splitlines())) < 1100
     assert diff.endswith("(cut off here)\n")

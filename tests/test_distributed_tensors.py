@@ -92,7 +92,7 @@ def save(folder: Path, mesh: Any, comm: Communicator) -> CommitId:
     snapshot = Snapshot.of(3, {**states, "own": PerRank(number=comm.rank)}, comm=comm)
     held = sum(tensor.nbytes for tensor in snapshot.tensors.values())
     assert held < 0.6 * sum(tensor.nbytes for tensor in encode(whole, "")[1].values()), "no rank writes it all"
-    return CheckpointStore(LocalLocation(folder), comm).commit(snapshot, attempt=1, successor=lambda: None)
+    return CheckpointStore(LocalLocation(folder), comm).commit(snapshot, attempt=1, require_newest=lambda: None)
 
 
 def load(folder: Path, commit: CommitId, mesh: Any, comm: Communicator) -> None:

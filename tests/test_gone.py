@@ -79,7 +79,7 @@ def test_a_run_that_is_gone_for_good_ends_with_its_reason(
     until(lambda: ended(attempt), seconds=20)
     assert "Waiting 0 seconds for it to come back" in caplog.text
     with pytest.raises(RunGone, match=r"was moved, removed or replaced: attempt 1, this process, is not in it"):
-        attempt.successor()
+        attempt.require_newest()
     attempt.beat(step=2)
     attempt.end("failed")
     assert objects(location) == left, "nothing is written where it was"

@@ -18,7 +18,8 @@ from faults import MemoryLocation, save
 
 from runner.checkpoint import tensor_file
 from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, seal_of, unseal
-from runner.checkpoint.snapshot import MAX_TENSORS, Snapshot
+from runner.checkpoint.sharding import MAX_TENSORS
+from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger
@@ -489,7 +490,7 @@ def test_more_tensors_than_can_be_read_again_are_not_saved() -> None:
     location = MemoryLocation()
     many = Snapshot(1, {}, dict.fromkeys(map(str, range(MAX_TENSORS + 1)), torch.zeros(1)))
     with pytest.raises(StateError, match="a checkpoint has at most"):
-        CheckpointStore(location).commit(many, attempt=1, successor=lambda: None)
+        CheckpointStore(location).commit(many, attempt=1, require_newest=lambda: None)
     assert location.objects == {}
 
 

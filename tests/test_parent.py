@@ -140,7 +140,7 @@ def test_averaged_weights_are_taken_over_where_both_have_them(then: bool, now: b
         average = AveragedModel(nn.Linear(2, 2))
         average.n_averaged += 7
         parts["average"] = average.state_dict()
-    checkpoint = store.open(store.commit(Snapshot.of(5, parts), attempt=1, successor=lambda: None))
+    checkpoint = store.open(store.commit(Snapshot.of(5, parts), attempt=1, require_newest=lambda: None))
     model = nn.Linear(2, 2)
     state = TrainState(model, None, None, None, AveragedModel(model) if now else None, None, None, Progress())
     state.inherit(checkpoint, strict=True)

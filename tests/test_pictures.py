@@ -1,5 +1,6 @@
 """Images, histograms, figures and texts: in TensorBoard once for each step, over any number of attempts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from runner.callbacks.base import Loop
 from runner.callbacks.reporting import Report, ShowProgress
 from runner.errors import TaskError
 from runner.metrics.tensorboard import summary
-from runner.metrics.writer import MetricWriters
+from runner.metrics.writer import MetricWriter, MetricWriters
 
 USER = Path(__file__).parent / "user"
 COMMAND = (
@@ -65,7 +66,8 @@ def test_every_kind_of_value_is_encoded() -> None:
 
 def test_what_waits_for_its_evaluation_is_saved() -> None:
     """A step whose evaluation is interrupted is reported by the next attempt."""
-    writers = MetricWriters({"kept": Keeper()})
+    keeper = Keeper()
+    writers = MetricWriters({"kept": keeper})
     report = Report(10, writers, None, None)  # type: ignore[arg-type]
     loop = Loop(None, None, step=3, evaluation_due=True)  # type: ignore[arg-type]
     report._log("note", "of step 3")
@@ -74,17 +76,17 @@ def test_what_waits_for_its_evaluation_is_saved() -> None:
     again.load_state_dict(report.state_dict())
     loop.evaluation_due = False
     again._report(loop)
-    assert [*writers.by_name["kept"].items] == [(3, "note", b"of step 3")]  # type: ignore[attr-defined]
+    assert keeper.items == [(3, "note", b"of step 3")]
     assert "logged" not in again.state_dict()
 
 
-class Keeper:
+class Keeper(MetricWriter):
     """A writer that keeps what is logged."""
 
     def __init__(self) -> None:
         self.items: list[tuple[int, str, bytes]] = []
 
-    def log(self, step: int, summaries: dict[str, bytes]) -> None:
+    def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
         for name, each in summaries.items():
             self.items.append((step, name, Summary.FromString(each).value[0].tensor.string_val[0]))
 

@@ -1,4 +1,4 @@
-"""``runs export --hf``: folders for ``from_pretrained``."""
+"""Models of transformers and PEFT out of a run, for their ``from_pretrained``."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from lives import USER, Lives
 
 import runner
-from runner.runs.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are tried
 
@@ -28,40 +27,28 @@ def trained(life: Lives, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_an_exported_model_is_loaded_by_transformers(
-    wrapped: bool, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_model_is_loaded_by_transformers(wrapped: bool, trained: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run, folder = trained(**{"wrapped": True} if wrapped else {}), tmp_path / "folder"
-    assert main(["export", f"{run.url}@best", str(folder), "--hf"]) == 0
-    assert f"step {run.result['objective']['step']} of {run.url}: " in capsys.readouterr().out
-    model, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(8)[None]
-    assert torch.equal(model(ids).logits, run.model("best")(ids).logits)
-    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["c", "a"]) == [2, 0]
-    assert main(["export", run.url, str(folder), "--hf"]) == 2
-    assert "has files already" in capsys.readouterr().err
-    assert main(["export", run.url, str(folder), "--hf", "--force"]) == 0
+    run, ids = trained(**{"wrapped": True} if wrapped else {}), torch.arange(8)[None]
+    model = run.model("best")
+    next(part for part in model.modules() if hasattr(part, "save_pretrained")).save_pretrained(tmp_path / "folder")
+    run.task().tokenizer.save_pretrained(tmp_path / "folder")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder").convert_tokens_to_ids(["c", "a"]) == [2, 0]
 
 
-def test_of_a_model_with_adapters_they_alone_are_exported(trained: Any, tmp_path: Path) -> None:
+def test_adapters_are_saved_alone_and_loaded_by_peft(trained: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from mine.pretrained import gpt2
 
-    run, folder = trained(adapters=True), tmp_path / "folder"
-    assert main(["export", run.url, str(folder), "--hf"]) == 0
+    model, folder, ids = trained(adapters=True).model("last"), tmp_path / "folder", torch.arange(8)[None]
+    model.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").stat().st_size < 10_000
     assert not (folder / "model.safetensors").exists()
-    base = run.model("last").get_base_model()
+    base = model.get_base_model()
     state = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items() if "lora" not in name}
     again = gpt2()
     again.load_state_dict(state)
-    model, ids = peft.PeftModel.from_pretrained(again, folder).eval(), torch.arange(8)[None]
-    assert torch.equal(model(ids).logits, run.model("last")(ids).logits)
-
-
-def test_another_model_is_refused(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert life("experiment=smoke", "trainer.max_steps=2", f"run.root={tmp_path}", "run.name=r").status == 0
-    assert main(["export", str(tmp_path / "smoke/r"), str(tmp_path / "folder"), "--hf"]) == 2
-    assert "runner.models.mlp.MLP has no save_pretrained" in capsys.readouterr().err
-    assert not (tmp_path / "folder").exists()
+    assert torch.equal(peft.PeftModel.from_pretrained(again, folder).eval()(ids).logits, model(ids).logits)

@@ -27,7 +27,7 @@ from runner.rl.generation import Decoder, Sampling, _draw, generate, token_logpr
 from runner.rl.grpo import GRPO, ClippedLoss, Group, Rows
 from runner.rl.rewards import Answer
 from runner.runs.__main__ import main
-from runner.runs.rollouts import account
+from runner.runs.audit import account
 from runner.task import Rollouts
 from runner.update import WeightUpdate
 

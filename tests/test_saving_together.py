@@ -39,7 +39,7 @@ class Seat:
         state: Any = SimpleNamespace(state_dict=self._state, changes=dict, weights=list)
         self.loop = Loop(state, None)
         store = CheckpointStore(location, ThreadRanks(writers, comm.rank))
-        owner: Any = SimpleNamespace(successor=self._successor, beat=lambda **facts: None)
+        owner: Any = SimpleNamespace(require_newest=self._require_newest, beat=lambda **facts: None)
         self.saver = SaveCheckpoint(
             store,
             SaveTimer(steps=1, clock=lambda: self.now),
@@ -64,8 +64,9 @@ class Seat:
         self.saver.on_end(self.loop)
         self.saver.close()
 
-    def _successor(self) -> Any:
-        return self.newer and SimpleNamespace(owner=lambda: self.newer)
+    def _require_newest(self) -> None:
+        if self.newer:
+            raise Superseded(f"{self.newer} took over")
 
     def _state(self) -> dict[str, Any]:
         model = {str(number): weight for number, weight in enumerate(self.weights)}
@@ -146,7 +147,7 @@ def test_a_failed_improvement_is_retried_on_all_ranks(rank: int) -> None:
 def test_storage_that_fails_one_rank_for_too_long_ends_all(rank: int) -> None:
     def script(seat: Seat) -> None:
         seat.step()
-        seat.saver._writer.wait(20)
+        seat.saver.writer.wait(20)
         seat.now += 101
         seat.step()
 

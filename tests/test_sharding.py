@@ -66,7 +66,7 @@ def snapshot(found: dict[str, LocalShard], comm: ThreadRanks, *, step: int = 7, 
 
 def save(location: Any, layout: Layout, comm: ThreadRanks, **how: Any) -> CommitId:
     made = snapshot(deal(whole(), layout, comm), comm, **how)
-    return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
+    return CheckpointStore(location, comm).commit(made, attempt=1, require_newest=lambda: None)
 
 
 def saved(size: int, layout: Layout) -> tuple[MemoryLocation, CommitId]:
@@ -148,7 +148,9 @@ class Seat:
 def test_a_rank_reads_little_more_than_its_part() -> None:
     location = Measured()
     large = {"model/large": torch.rand(16 << 20 >> 2, 1), "model/other": torch.rand(8 << 20 >> 2, 1)}
-    made = CheckpointStore(location).commit(Snapshot.of(1, {"model": nested(large)}), attempt=1, successor=lambda: None)
+    made = CheckpointStore(location).commit(
+        Snapshot.of(1, {"model": nested(large)}), attempt=1, require_newest=lambda: None
+    )
     for size in (2, 4, 16):
         for rank in range(size):
             target = deal(large, (((0, size),), 1), Seat(rank, size))
@@ -165,7 +167,7 @@ def test_a_manifest_grows_with_tensors_plus_files() -> None:
     def size(comm: int) -> int:
         def work(seat: ThreadRanks) -> CommitId:
             made = snapshot(deal(many, (((0, comm),), 1), seat), seat)
-            return CheckpointStore(location, seat).commit(made, attempt=1, successor=lambda: None)
+            return CheckpointStore(location, seat).commit(made, attempt=1, require_newest=lambda: None)
 
         location = MemoryLocation()
         return len(location.objects[among(comm, work)[0].commit])
@@ -203,7 +205,7 @@ def test_an_error_of_a_single_rank_ends_all() -> None:
         made = snapshot(deal(whole(), ((), 2), comm), comm)
         if comm.rank == 1:
             made.tensors.clear()
-        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, successor=lambda: None)
+        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, require_newest=lambda: None)
 
     first, second = ends_among(2, work)
     assert isinstance(first, RunnerError)
@@ -215,12 +217,12 @@ def test_a_superseded_commit_is_so_on_all_ranks() -> None:
     asked: list[int] = []
 
     def work(comm: ThreadRanks) -> CommitId:
-        def successor() -> str:
+        def require_newest() -> None:
             asked.append(comm.rank)
-            return "attempt 2"
+            raise Superseded("attempt 2 took over")
 
         made = snapshot(deal(whole(), ((), 3), comm), comm)
-        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, successor=successor)
+        return CheckpointStore(MemoryLocation(), comm).commit(made, attempt=1, require_newest=require_newest)
 
     ends = ends_among(3, work)
     assert {type(end) for end in ends} == {Superseded}
@@ -247,7 +249,7 @@ def test_ranks_with_differing_tensors_are_refused(differing: str) -> None:
         if comm.rank == 1 and differing == "name":
             tensors["model/new"] = tensors.pop("model/half")
         made = snapshot(deal(tensors, ((), 2), comm), comm, **more)
-        return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
+        return CheckpointStore(location, comm).commit(made, attempt=1, require_newest=lambda: None)
 
     location = MemoryLocation()
     ends = ends_among(2, work)
@@ -262,7 +264,7 @@ def test_ranks_with_differing_parts_are_refused(part: str) -> None:
 
     def work(comm: ThreadRanks) -> CommitId:
         made = Snapshot.of(1, {part: {"mean": torch.tensor([0.0, comm.rank])}}, comm=comm)
-        return CheckpointStore(location, comm).commit(made, attempt=1, successor=lambda: None)
+        return CheckpointStore(location, comm).commit(made, attempt=1, require_newest=lambda: None)
 
     location = MemoryLocation()
     ends = ends_among(2, work)

@@ -139,7 +139,7 @@ def test_a_commit_with_nan_names_the_last_that_is_finite(life: Lives, tmp_path: 
     parts = {part: checkpoint.load(part) for part in checkpoint.parts}
     parts["model"]["layers.4.bias"][3] = torch.nan
     spoiled = Snapshot.of(newest.step, parts, **checkpoint.facts)
-    store.commit(spoiled, attempt=newest.attempt + 1, successor=lambda: None)
+    store.commit(spoiled, attempt=newest.attempt + 1, require_newest=lambda: None)
     ended = life(*command, cwd=USER)
     assert (ended.status, "step 12 was saved with layers.4.bias that is NaN or inf" in ended.output) == (1, True)
     assert "A new run can begin from its step 9:" in ended.output, "a step is that of its newest commit"

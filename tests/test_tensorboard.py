@@ -36,7 +36,7 @@ def attempt(folder: Path, number: int, first: int, steps: Iterable[int]) -> None
     curves = writer(folder, attempt=number, after=first - 1)
     for step in steps:
         curves.add(step, {"loss": number + step / 100, "sample": f"{step} by {number}"})
-    curves.close()
+    curves.close("finished")
 
 
 def scalars(folder: Path) -> list[tuple[int, float]]:
@@ -101,7 +101,7 @@ def test_flushed_curves_are_readable_while_the_writer_lives(tmp_path: Path) -> N
     curves.add(1, {"loss": 1.0})
     curves.flush()
     assert scalars(tmp_path) == [(1, 1.0)]
-    curves.close()
+    curves.close("finished")
 
 
 def test_files_say_which_attempt_wrote_them(tmp_path: Path) -> None:
@@ -126,5 +126,5 @@ def test_a_disk_that_is_full_for_a_while_costs_no_point(tmp_path: Path, monkeypa
         with pytest.raises(StorageError, match="No space left on device"):
             curves.flush()
     curves.add(3, {"loss": 3.0})
-    curves.close()
+    curves.close("finished")
     assert scalars(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]

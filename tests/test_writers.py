@@ -58,10 +58,7 @@ def test_writers_are_not_part_of_what_is_computed(life: Lives, tmp_path: Path) -
 
 WRONG = {
     "no such module": ("nowhere.Writer", "metrics.writers.w._target_: Error loading 'nowhere.Writer'"),
-    "no methods": (
-        "mine.writers.WithoutMark",
-        "mine.writers.WithoutMark has no method mark, flush; runner.metrics.wri",
-    ),
+    "another class": ("mine.writers.NoWriter", "w is a mine.writers.NoWriter; expected an object of a subclass of "),
     "an argument": ("mine.writers.CSVWriter,nam: x", "unexpected keyword argument 'nam'"),
     "its constructor": ("mine.writers.refused,token: x", "PermissionError: no account for smoke/"),
 }

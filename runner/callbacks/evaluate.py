@@ -228,9 +228,10 @@ class Best(Callback):
 
 @dataclass(eq=False)
 class EarlyStopping(Callback):
-    """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``."""
+    """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``. Runs
+    after ``Best``, which sets ``loop.objective``.
+    """
 
-    metric: str
     mode: str
     patience: int
     min_delta: float
@@ -238,10 +239,9 @@ class EarlyStopping(Callback):
     waited: int = 0  # evaluations since the last improvement
 
     def on_step(self, loop: Loop) -> None:
-        if loop.evaluation is not None:
-            value = objective(loop.evaluation, self.metric)
-            if better(value, self.value, self.mode, by=self.min_delta):
-                self.value, self.waited = value, 0
+        if loop.objective is not None:
+            if better(loop.objective, self.value, self.mode, by=self.min_delta):
+                self.value, self.waited = loop.objective, 0
             else:
                 self.waited += 1
         if self.waited >= self.patience and loop.stop is None:
@@ -257,18 +257,14 @@ class EarlyStopping(Callback):
 
 
 class StepSchedule(Callback):
-    """Steps a scheduler that takes the objective (ReduceLROnPlateau) after each evaluation."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-
-    def on_start(self, loop: Loop) -> None:
-        self.on_step(loop)
+    """Steps schedulers that take the objective (ReduceLROnPlateau) after each evaluation. Runs after ``Best``."""
 
     def on_step(self, loop: Loop) -> None:
-        if loop.evaluation is not None:
+        if loop.objective is not None:
             for scheduler in loop.state.schedulers("evaluation"):
-                scheduler.step(objective(loop.evaluation, self.metric))
+                scheduler.step(loop.objective)
+
+    on_start = on_step
 
 
 def better(value: float, than: float, mode: str, *, by: float = 0.0) -> bool:

@@ -130,14 +130,13 @@ class Report(Callback):
 
     def on_end(self, loop: Loop) -> None:
         Task.sink = None
-        self.writers.close()
 
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
-        self.writers.end("finished")
+        self.writers.close("finished")
 
     def on_error(self, error: Exception) -> None:
         Task.sink = None
-        self.writers.end("interrupted" if isinstance(error, Interrupted) else "failed")
+        self.writers.close("interrupted" if isinstance(error, Interrupted) else "failed")
 
     def state_dict(self) -> dict[str, Any]:
         self._read()

@@ -17,7 +17,7 @@ from torch import Tensor
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.reporting import FiniteLoss
-from runner.checkpoint.snapshot import PendingSave, Snapshot, Staging, Writer
+from runner.checkpoint.snapshot import Snapshot, Staging, Writer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
 from runner.data.ledger import Ledger
@@ -28,8 +28,8 @@ from runner.run.attempts import Attempt
 
 log = logging.getLogger("runner")
 
-# What rank 0 decides and all ranks do, as JSON: ``drop`` the copies of these steps; then copy the state now (``exact``:
-# this very step is needed), or write the copy of the step ``again`` once more. ``more`` orders may follow.
+# What rank 0 decides and all ranks do, as JSON: ``retry`` the commit that failed, or ``drop`` the copies of these steps
+# and copy the state now (``exact``: this very step is needed).
 Order = dict[str, Any]
 
 _SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
@@ -76,12 +76,10 @@ class SaveCheckpoint(Callback):
 
     def __post_init__(self) -> None:
         self.pins = self.retention.pins
+        self.writer = Writer(self._commit, self.store.comm)
         self._clock = self.timer.clock
-        self._writer = Writer(self._commit, self.store.comm)
         self._listener_error: Exception | None = None
-        self._buffers: list[Staging] = []  # free
-        self._failed: list[int] = []  # steps of exact copies that could not be written, to be tried again
-        self._dropped: list[int] = []  # steps of other copies that could not be written
+        self._free: list[Staging] = []
         self._saved = 0  # the step of the last acknowledged commit
         self._overdue = False  # a save was due and could not begin
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
@@ -105,20 +103,20 @@ class SaveCheckpoint(Callback):
     def on_step(self, loop: Loop) -> None:
         if self._listener_error is not None:
             raise self._listener_error
-        self.timer.step(writing=not self._writer.idle, counts=loop.evaluation is None)
+        self.timer.step(writing=not self.writer.idle, counts=loop.evaluation is None)
         while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, order)
-            if not order["more"]:
+            if not order["retry"]:
                 break
 
     @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._wait()
-        order = on_rank_zero(self.comm, lambda: self._last(loop, pause=False))
-        while order is not None:
+        while order := on_rank_zero(self.comm, lambda: self._last(loop)):
             self.act(loop, order)
             self._wait()
-            order = on_rank_zero(self.comm, lambda: self._last(loop, pause=True))
+            if self.writer.waiting:  # it failed
+                time.sleep(min(self._pause, 5.0))
         if self._listener_error is not None:
             raise self._listener_error
 
@@ -126,17 +124,17 @@ class SaveCheckpoint(Callback):
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         left = self.max_unsaved - self._unsaved() if self.comm.rank == 0 else 0.0
-        self._writer.close(max(left, _LAST_SECONDS))
+        self.writer.close(max(left, _LAST_SECONDS))
 
     def decide(self, loop: Loop) -> Order | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
-        self._handle_failures()
+        self._handle_failure()
         if loop.improved or loop.save or self.pins(loop.step):
             return self._exact(loop)
         if self._overdue or self.timer.due(loop.step):
             self._overdue = True
             self._unsaved_since = self._unsaved_since or self._clock()
-            if self._writer.idle and self._clock() >= self._retry_at:
+            if self.writer.idle and self._clock() >= self._retry_at:
                 return self._order()
         return None
 
@@ -144,21 +142,22 @@ class SaveCheckpoint(Callback):
     def act(self, loop: Loop, order: Order) -> None:
         """Carry out the order of rank 0: here a save begins."""
         began = self._clock()
-        for step in order["drop"]:
-            self._buffers.append(self._writer.take(step).buffers)
-        again = order["again"]
-        self._writer.put(self._copy(loop, exact=order["exact"]) if again is None else self._writer.take(again))
+        if order["retry"]:
+            self.writer.retry()
+        else:
+            self._free += map(self.writer.take, order["drop"])
+            self.writer.put(self._copy(loop, exact=order["exact"]))
         if loop.save or not self.background:
             self._wait()
-            on_rank_zero(self.comm, self._handle_failures)
+            on_rank_zero(self.comm, self._handle_failure)
         self.timer.saved(stall=self._clock() - began)
 
-    def _copy(self, loop: Loop, *, exact: bool) -> PendingSave:
+    def _copy(self, loop: Loop, *, exact: bool) -> Staging:
         """Copy the part of the state that this rank writes."""
         facts = self._facts(loop) if self.comm.rank == 0 else {}
         snapshot = Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm, **facts)
-        buffers = self._buffers.pop() if self._buffers else Staging()
-        copy = PendingSave(buffers.stage(snapshot), buffers, exact, frozenset(loop.state.weights()))
+        copy = self._free.pop() if self._free else Staging()
+        copy.stage(snapshot, exact=exact, weights=frozenset(loop.state.weights()))
         for listener in self.save_listeners:
             listener(loop)
         return copy
@@ -172,16 +171,16 @@ class SaveCheckpoint(Callback):
         facts |= {} if loop.objective is None else {"objective": loop.objective}
         return facts | {"elapsed": loop.elapsed, "stop": loop.stop}
 
-    def _commit(self, copy: PendingSave) -> None:
+    def _commit(self, copy: Staging) -> None:
         """Commit a copy; in the writer's thread, on all ranks together."""
         if self.store.comm.rank == 0:
             self._unsaved_since = self._unsaved_since or self._clock()
-            self.store.comm.broadcast(copy.step)  # the writers of the other ranks wait for it
+            self.store.comm.broadcast(copy.snapshot.step)  # the writers of the other ranks wait for it
         # A superseded attempt must not flush its records.
-        self.store.require_newest(self._successor)
+        on_rank_zero(self.store.comm, self._require_newest)
         on_all_ranks(self.store.comm, lambda: self._prepare(copy))
-        commit = self.store.commit(copy.snapshot, attempt=self.attempt, successor=self._successor)
-        self._buffers.append(copy.buffers)
+        commit = self.store.commit(copy.snapshot, attempt=self.attempt, require_newest=self._require_newest)
+        self._free.append(copy)
         self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
         if self.owner is not None:
             self.owner.beat(step=commit.step, committed=commit.step)
@@ -196,87 +195,78 @@ class SaveCheckpoint(Callback):
         except Exception as error:  # for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
 
-    def _prepare(self, copy: PendingSave) -> None:
-        copy.buffers.wait()
+    def _prepare(self, copy: Staging) -> None:
+        copy.wait()
         for name, tensor in copy.snapshot.tensors.items():
             if _is_spoiled(name, tensor, copy.weights):
                 why = f"{name} is NaN or infinite, though no loss was until then"
+                step = copy.snapshot.step
                 raise NonFiniteError(
-                    f"the state of step {copy.step} is not saved: {why}. Earlier checkpoints are finite and are kept"
+                    f"the state of step {step} is not saved: {why}. Earlier checkpoints are finite and are kept"
                 )
         for record in self.records:
             record.flush()
 
-    def _successor(self) -> str | None:
-        newer = None if self.owner is None else self.owner.successor()
-        return None if newer is None else newer.owner()
+    def _require_newest(self) -> None:
+        if self.owner is not None:
+            self.owner.require_newest()
 
     def _wait(self) -> None:
-        """Wait until all copies are written."""
-        while not self._writer.wait(_POLL_SECONDS):
+        """Wait until all copies are written, or one failed."""
+        while not self.writer.wait(_POLL_SECONDS):
             self._raise_if_stuck()
 
-    def _last(self, loop: Loop, *, pause: bool) -> Order | None:
-        """What is left to be saved at the end; with a ``pause`` before a save that failed is tried again."""
-        self._handle_failures()
-        if pause and self._overdue:
-            time.sleep(min(self._pause, 5.0))
-        return self._order() if self._saved != loop.step or self._failed else None
+    def _last(self, loop: Loop) -> Order | None:
+        """What is left to be saved at the end."""
+        self._handle_failure()
+        return self._order() if self.writer.waiting or self._saved != loop.step else None
 
     def _exact(self, loop: Loop) -> Order:
         """Order a copy of this step as soon as there is room for it; before that, what makes room."""
         began, warned = time.monotonic(), False
         while (first := self._kept(loop)) is not None:
-            if self._failed and self._writer.waiting is None:
+            if self.writer.idle:  # its commit failed
                 if self._clock() < self._retry_at:
                     time.sleep(min(self._pause, 5.0))
-                return {**self._order(), "more": True}
+                return self._order()
             if not warned and time.monotonic() - began > QUIET_SECONDS:
                 warned = True
                 text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
                 log.warning(f"{text} being written", first, loop.step)
-            self._writer.wait(_POLL_SECONDS, begun=True)
-            self._handle_failures()
+            self.writer.wait(_POLL_SECONDS, lambda: self._kept(loop) is None)
+            self._handle_failure()
         return self._order(exact=True)
 
     def _kept(self, loop: Loop) -> int | None:
-        """The step of a copy that is not written yet, and must not be dropped for that of this step."""
-        waiting = self._writer.waiting
-        steps = [*self._failed, *([waiting.step] if waiting is not None and waiting.exact else [])]
+        """The step of a copy that waits, and must not be dropped for that of this step."""
         replaceable = loop.improved and self.retention.best == 1
+        steps = (step for step, copy in self.writer.waiting.items() if copy.exact)
         return next((step for step in steps if not replaceable or self.pins(step)), None)
 
     def _order(self, *, exact: bool = False) -> Order:
-        """Order a new copy, or another try to write an exact one that failed."""
-        again = self._failed.pop(0) if self._failed and not exact else None
-        drop, self._dropped = self._dropped, []
-        if again is None:
-            drop += [*self._failed, *self._writer.withdraw()]
-            self._failed = []
-        self._overdue = again is not None
+        """Order a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
+        waiting = self.writer.hold()  # until the order is carried out
         self.timer.restart()
-        return {"exact": exact, "again": again, "drop": drop, "more": False}
+        retry = not exact and any(copy.exact for copy in waiting.values())
+        self._overdue = retry
+        return {"exact": exact, "retry": retry, "drop": [*waiting]}
 
-    def _handle_failures(self) -> None:
+    def _handle_failure(self) -> None:
         """Handle what happened in the writer's thread. Raises errors that must end training."""
-        if self._writer.idle:
+        if self.writer.idle:
             self.timer.settle()
-        while self._writer.failures:
-            copy, error = self._writer.failures.popleft()
+        if self.writer.failure is not None:
+            (step, error), self.writer.failure = self.writer.failure, None
             if not isinstance(error, StorageError):
                 raise error
-            self._handle_failure(copy, error)
+            left, failed = self.max_unsaved - self._unsaved(), f"the checkpoint of step {step} could not be written"
+            if left <= 0:
+                raise StorageError(f"{failed}: {error}.\n{self._remedy()}") from error
+            self._overdue, self._retry_at = True, self._clock() + self._pause
+            when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
+            log.warning("%s: %s. Training continues and %s", failed, printable(error), when)
+            self._pause = min(2 * self._pause, _MAX_PAUSE)
         self._raise_if_stuck()
-
-    def _handle_failure(self, copy: PendingSave, error: StorageError) -> None:
-        left, failed = self.max_unsaved - self._unsaved(), f"the checkpoint of step {copy.step} could not be written"
-        if left <= 0:
-            raise StorageError(f"{failed}: {error}.\n{self._remedy()}") from error
-        (self._failed if copy.exact else self._dropped).append(copy.step)
-        self._overdue, self._retry_at = True, self._clock() + self._pause
-        when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
-        log.warning("%s: %s. Training continues and %s", failed, printable(error), when)
-        self._pause = min(2 * self._pause, _MAX_PAUSE)
 
     def _raise_if_stuck(self) -> None:
         unsaved = self._unsaved()

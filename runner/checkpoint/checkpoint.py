@@ -15,8 +15,7 @@ from torch import Tensor
 from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, laid_out, orders
 from runner.checkpoint.manifest import CommitId, digest
-from runner.checkpoint.sharding import Box, FileGroup, LocalShard, cells_in, is_distributed, rebuilt, shard
-from runner.checkpoint.snapshot import MAX_TENSORS
+from runner.checkpoint.sharding import MAX_TENSORS, Box, FileGroup, LocalShard, cells_in, is_distributed, rebuilt, shard
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks
 from runner.errors import StateError

@@ -24,6 +24,8 @@ from runner.checkpoint.tensor_file import Damaged, Kind, in_order, memory_key
 from runner.distributed.communicator import Communicator
 from runner.errors import StateError
 
+MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
+
 Cuts = tuple[tuple[int, int], ...]  # (dimension, number of chunks), as torch.chunk makes them; cells in row-major order
 
 
@@ -243,7 +245,11 @@ class WritePlan:
 
 
 def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePlan:
-    """A plan that writes each cell of each tensor once. Replicas are spread over their ranks by bytes."""
+    """A plan that writes each cell of each tensor once. Replicas are spread over their ranks by bytes. Raises
+    StateError for more tensors than could be loaded again.
+    """
+    if (count := len(shards) + len(own)) > MAX_TENSORS:
+        raise StateError(f"cannot save {count} tensors; a checkpoint has at most {MAX_TENSORS}")
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     layouts: dict[Any, list[str]] = {}

@@ -7,7 +7,6 @@ waits and announces its step; the threads of the other ranks wait for that and w
 
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,8 +21,6 @@ from runner.checkpoint.sharding import FileGroup, WritePlan, is_distributed, loc
 from runner.checkpoint.tensor_file import StoredFile, bytes_of, memory_key
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
 from runner.errors import StateError
-
-MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 
 Report = dict[str, Any]  # what a rank wrote; JSON
 
@@ -99,13 +96,6 @@ def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, Store
     return entries | {"tensors": _kinds(plan.own), "own": snapshot.own, "alike": _alike(snapshot, plan)}
 
 
-def require_few(plan: WritePlan, *, more: int = 0) -> None:
-    """Raise StateError for more tensors than could be loaded again."""
-    count = sum(len(group.tensors) for group in plan.groups) + len(plan.aliases) + more
-    if count > MAX_TENSORS:
-        raise StateError(f"cannot save {count} tensors; a checkpoint has at most {MAX_TENSORS}")
-
-
 def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
@@ -119,7 +109,6 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Seq
             own.append((entries["tensors"], entries["files"][-1]))
     ordered = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
     groups = [{"cuts": group.cuts, "tensors": _kinds(group)} for group in plan.groups]
-    require_few(plan, more=sum(len(tensors) for tensors, _ in own))
     return {
         "format": FORMAT,
         "attempt": commit.attempt,
@@ -163,13 +152,19 @@ def _require_alike(rank: int, entries: Report, first: Report) -> None:
 
 
 class Staging:
-    """Reused host memory for one copy of the state. Tensors that share all their memory share it in the copy."""
+    """Reused host memory with one copy of the state, ``snapshot``. Tensors that share all their memory share it in the
+    copy. An ``exact`` copy is needed itself; any other may be replaced by a newer one. ``weights`` are the names of the
+    tensors that have to be finite.
+    """
 
     def __init__(self) -> None:
+        self.snapshot = Snapshot(0, {}, {})
+        self.exact = False
+        self.weights: Collection[str] = ()
         self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
-    def stage(self, snapshot: Snapshot) -> Snapshot:
+    def stage(self, snapshot: Snapshot, *, exact: bool = False, weights: Collection[str] = ()) -> Snapshot:
         """The snapshot with its tensors as they are at this moment, on the host. From CUDA they are copied into pinned
         memory in the order of the stream: kernels launched later see the copy done. This thread does not wait for it;
         ``wait`` does.
@@ -188,7 +183,9 @@ class Staging:
         devices = {tensors[name].device for name in buffers if tensors[name].is_cuda}
         # An event alone would be of the current device, whatever device the copies come from.
         self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return replace(snapshot, tensors={name: buffers[alias[name]] for name in tensors})
+        self.snapshot = replace(snapshot, tensors={name: buffers[alias[name]] for name in tensors})
+        self.exact, self.weights = exact, weights
+        return self.snapshot
 
     def wait(self) -> None:
         """Return when everything that was staged has arrived."""
@@ -196,88 +193,80 @@ class Staging:
             event.synchronize()
 
 
-@dataclass(frozen=True, slots=True)
-class PendingSave:
-    """A copy of the state to be committed, and its ``buffers``. An ``exact`` copy is needed itself; any other may be
-    replaced by a newer one. ``weights`` are the names of the tensors that have to be finite.
-    """
-
-    snapshot: Snapshot
-    buffers: Staging
-    exact: bool
-    weights: Collection[str] = ()
-
-    @property
-    def step(self) -> int:
-        return self.snapshot.step
-
-
 class Writer:
-    """Calls ``commit`` in a background thread for every copy that was ``put``.
+    """Calls ``commit`` in a background thread for every copy that was ``put``, in their order.
 
-    A copy whose commit raised is kept until ``take``. On rank 0 ``failures`` has these copies with their errors, oldest
-    first, for the owner to remove; the other ranks leave the decision to rank 0, which sees the same error. ``commit``
-    of rank 0 has to broadcast the step of its copy over ``comm``, which belongs to this thread.
+    A copy whose commit raised is the next again, and the writer is idle until ``retry``, or until that copy is taken.
+    On rank 0 ``failure`` is its step and error. ``commit`` of rank 0 has to broadcast the step of its copy over
+    ``comm``, which belongs to this thread: the writers of the other ranks follow.
     """
 
-    def __init__(self, commit: Callable[[PendingSave], None], comm: Communicator) -> None:
-        self.failures: deque[tuple[PendingSave, Exception]] = deque()
+    def __init__(self, commit: Callable[[Staging], None], comm: Communicator) -> None:
+        self.failure: tuple[int, Exception] | None = None
         self._commit = commit
         self._comm = comm
         self._changed = threading.Condition()
-        self._waiting: dict[int, PendingSave] = {}
-        self._kept: dict[int, PendingSave] = {}  # failed or withdrawn
-        self._busy = False
-        self._closed = False
+        self._waiting: dict[int, Staging] = {}  # by step
+        self._failed: int | None = None  # the step of a copy that waits because its commit raised
+        self._busy = self._held = self._closed = False
         self._error: Exception | None = None  # of the wait for rank 0
         self._thread: threading.Thread | None = None  # started for the first copy: data workers are forked before
 
     @property
     def idle(self) -> bool:
-        """Whether a copy that is put now would be committed at once."""
-        return not (self._busy or self._waiting)
+        """Whether nothing is being written, and nothing will be before the next ``put`` or ``retry``."""
+        return not self._busy and (self._failed is not None or not self._waiting)
 
     @property
-    def waiting(self) -> PendingSave | None:
-        """The copy that is committed next, on rank 0."""
-        return next(iter([*self._waiting.values()]), None)
+    def waiting(self) -> dict[int, Staging]:
+        """The copies by step that are not being written yet, or have failed."""
+        with self._changed:
+            return dict(self._waiting)
 
-    def put(self, copy: PendingSave) -> None:
-        """Commit it after the current copy. On rank 0 no other copy may be waiting."""
+    def put(self, copy: Staging) -> None:
+        """Commit it after the copies before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
             self._thread.start()
         with self._changed:
-            self._waiting[copy.step] = copy
+            self._waiting[copy.snapshot.step] = copy
+            self._held = False
             self._changed.notify_all()
 
-    def withdraw(self) -> list[int]:
-        """Do not commit the copies that wait, and keep them for ``take``; returns their steps."""
+    def hold(self) -> dict[int, Staging]:
+        """Begin no other copy before ``put`` or ``retry``; returns ``waiting``."""
         with self._changed:
-            steps = [*self._waiting]
-            self._kept |= self._waiting
-            self._waiting.clear()
-            return steps
+            self._held = True
+            return dict(self._waiting)
 
     @doing("joins")
-    def take(self, step: int) -> PendingSave:
+    def retry(self) -> None:
+        """Commit the copy that failed once more; blocks while it is still failing."""
+        with self._changed:
+            self._wait_for(lambda: self._failed is not None)
+            self._failed, self._held = None, False
+            self._changed.notify_all()
+
+    @doing("joins")
+    def take(self, step: int) -> Staging:
         """Remove and return the copy of a step, which waits or has failed; blocks while it is still failing."""
         with self._changed:
-            self._wait_for(lambda: step in self._waiting or step in self._kept)
-            return (self._waiting if step in self._waiting else self._kept).pop(step)
+            self._wait_for(lambda: step in self._waiting)
+            self._failed = None if self._failed == step else self._failed
+            return self._waiting.pop(step)
 
     @doing("joins")
-    def wait(self, seconds: float | None = None, *, begun: bool = False) -> bool:
-        """Wait until all copies are committed, failed or (``begun``) begun; whether they are after ``seconds``."""
+    def wait(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until the writer is idle or the condition holds; whether it is so after ``seconds``."""
         with self._changed:
-            return self._wait_for(lambda: not self._waiting and (begun or not self._busy), seconds)
+            return self._wait_for(lambda: self.idle or condition(), seconds)
 
     @doing("joins")
     def close(self, seconds: float) -> None:
         """Finish all commits, for so many seconds at most, and end the thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
-            self._closed = True
+            self._closed, self._held = True, False
             self._changed.notify_all()
 
     def _wait_for(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
@@ -288,26 +277,29 @@ class Writer:
 
     def _run(self) -> None:
         while (copy := self._next()) is not None:
-            error = None
+            failure = None
             try:
                 with doing("saves"):
                     self._commit(copy)
-            except Exception as raised:  # for the owner: this thread has no caller
-                error = raised
+            except Exception as error:  # for the owner: this thread has no caller
+                failure = error
             with self._changed:
-                if error is not None:
-                    self._kept[copy.step] = copy
+                if failure is not None:
+                    self._failed = copy.snapshot.step
+                    self._waiting = {self._failed: copy, **self._waiting}
                     if self._comm.rank == 0:
-                        self.failures.append((copy, error))
+                        self.failure = self._failed, failure
                 self._busy = False
                 self._changed.notify_all()
 
-    def _next(self) -> PendingSave | None:
+    def _next(self) -> Staging | None:
         """The next copy to commit, once there is one; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
-            if self._comm.rank == 0 or self._closed:
-                return self._begin(next(iter(self._waiting), None) if self._comm.rank == 0 else None)
+            self._changed.wait_for(lambda: self._closed or not (self.idle or self._held))
+            if self._comm.rank == 0:
+                return None if self.idle else self._begin(next(iter(self._waiting)))
+            if self._closed:
+                return None
         try:
             step = int(self._comm.broadcast(None))
         except Exception as error:  # for the owner
@@ -317,11 +309,9 @@ class Writer:
             return None
         with self._changed:  # the training thread of this rank may not have come to that step yet
             self._changed.wait_for(lambda: step in self._waiting or self._closed)
-            return self._begin(None if self._closed else step)
+            return None if self._closed else self._begin(step)
 
-    def _begin(self, step: int | None) -> PendingSave | None:
-        if step is None:
-            return None
+    def _begin(self, step: int) -> Staging:
         self._busy = True
         copy = self._waiting.pop(step)
         self._changed.notify_all()

@@ -21,11 +21,11 @@ from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
 from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.sharding import FileGroup, WritePlan, plan, shard
-from runner.checkpoint.snapshot import Report, Snapshot, assemble, report, require_few
+from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile, StoredFile
 from runner.config.schema import LEAST_KEPT
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather, on_all_ranks, on_rank_zero
-from runner.errors import StorageError, Superseded
+from runner.errors import StorageError
 from runner.storage.location import Location
 
 SURVEYED_MANIFESTS = 64  # manifests that are read for one retention: the next save waits for it
@@ -122,11 +122,11 @@ class CheckpointStore:
         self._unsent: set[CommitId] = set()  # begun by this process, and their manifests never sent
         self._uncertain: dict[CommitId, bytes] = {}  # manifests whose put failed, though they may be there
 
-    def commit(self, snapshot: Snapshot, *, attempt: int, successor: Callable[[], str | None]) -> CommitId:
+    def commit(self, snapshot: Snapshot, *, attempt: int, require_newest: Callable[[], None]) -> CommitId:
         """Make the snapshot the newest checkpoint; durable and acknowledged once this returns.
 
-        Raises Superseded if ``successor`` names a newer attempt after the manifest is put: it may have overlooked this
-        commit. What fails on one rank fails on all, and nothing is committed.
+        ``require_newest`` raises Superseded if there is a newer attempt, which may have overlooked this commit: it is
+        called on rank 0 after the manifest is put. What fails on one rank fails on all, and nothing is committed.
         """
 
         def begin() -> str:
@@ -149,7 +149,7 @@ class CheckpointStore:
             del self._uncertain[commit]
             self.damaged.discard(commit)
             # Only after the manifest is visible: a newer attempt either sees this commit or is seen here.
-            self._require_newest(successor)
+            require_newest()
 
         on_rank_zero(self.comm, conclude)
         self.verified.add(commit)
@@ -175,20 +175,8 @@ class CheckpointStore:
                         self.location.remove(f"data/{entry.name}")
                 self._unsent.clear()
 
-    def require_newest(self, successor: Callable[[], str | None]) -> None:
-        """Raise Superseded if ``successor`` names a newer attempt."""
-        on_rank_zero(self.comm, lambda: self._require_newest(successor))
-
-    def _require_newest(self, successor: Callable[[], str | None]) -> None:
-        newer = successor()
-        if newer is not None:
-            raise Superseded(
-                f"{newer} took over {self.location.url}; this process stops. Its last checkpoint is not used."
-            )
-
     def _put(self, commit: CommitId, snapshot: Snapshot, write: WritePlan) -> Report:
         """Write this rank's data files."""
-        require_few(write)
         rank = None if self.comm.size == 1 else self.comm.rank
 
         def put(number: int, group: FileGroup) -> tuple[str, StoredFile]:

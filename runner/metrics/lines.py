@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from runner.metrics.writer import WriterContext
+from runner.metrics.writer import MetricWriter, WriterContext
 from runner.plain import parse
 from runner.storage.location import Location
 
@@ -29,7 +29,7 @@ MAX_SEGMENT_BYTES = 16 << 20  # bytes after which a new segment begins without a
 _LIMIT = 64 << 20  # bytes of a segment that are read: above _FULLEST and a last line
 
 
-class LinesWriter:
+class LinesWriter(MetricWriter):
     """Appends to the metrics of a run. The constructor removes all lines after ``context.mark``."""
 
     def __init__(self, context: WriterContext) -> None:
@@ -72,9 +72,6 @@ class LinesWriter:
             if not full:
                 return
             self._segments.popleft()
-
-    def close(self) -> None:
-        """Nothing is open: the last checkpoint flushed all lines."""
 
     def _cut(self, name: str, keep: int) -> None:
         lines = _read(self._location, name) if keep else []

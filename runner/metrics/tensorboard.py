@@ -25,7 +25,7 @@ from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, t
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, TaskError, printable
-from runner.metrics.writer import WriterContext
+from runner.metrics.writer import MetricWriter, WriterContext
 from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
@@ -34,7 +34,7 @@ _BINS = 64  # of a histogram
 _FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(MetricWriter):
     """Writes curves and texts, and makes TensorBoard hide what older attempts wrote for the same and later steps."""
 
     def __init__(self, context: WriterContext) -> None:
@@ -75,10 +75,11 @@ class TensorBoardWriter:
     def flush(self) -> None:
         self._journals.flush()
 
-    def close(self) -> None:
-        self._hide_from(self._step + 1)
-        self.flush()
-        self._journals.close()
+    def close(self, status: str) -> None:
+        if status != "failed":  # it may be the storage that failed
+            self._hide_from(self._step + 1)
+            self.flush()
+            self._journals.close()
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""

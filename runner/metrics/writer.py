@@ -1,15 +1,15 @@
-"""The interface of metric writers, and the writers of an attempt as a group.
+"""The base class of metric writers, and the writers of an attempt as a group.
 
 TensorBoard's event files and the JSON lines are the two writers of every run. A service outside, such as MLflow, has a
-``ServiceWriter`` (``metrics.service``). To write in another way, name a class with the four methods of ``MetricWriter``
-in the configuration: ``metrics.writers.mine: {_target_: my_module.MyWriter}``.
+``ServiceWriter`` (``metrics.service``). To write in another way, name a subclass of ``MetricWriter`` in the
+configuration: ``metrics.writers.mine: {_target_: my_module.MyWriter}``.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from runner.errors import RunnerError, StorageError
 from runner.storage.location import Location
@@ -17,9 +17,10 @@ from runner.storage.location import Location
 _LINES = "lines"  # its mark is the fact "metrics" of a commit, from before there were other writers
 
 
-class MetricWriter(Protocol):
-    """Receives the metrics of a run. Only rank 0 has writers. An attempt constructs each writer once, after the
-    checkpoint is restored, with a ``WriterContext`` as the first argument and the configured values as keywords.
+class MetricWriter:
+    """Receives the metrics of a run: override the methods you need. Only rank 0 has writers. An attempt constructs each
+    writer once, after the checkpoint is restored, with a ``WriterContext`` as the first argument and the configured
+    values as keywords.
 
     After a resume, ``add`` is called again for every step after the checkpoint, with equal values (but for those under
     ``time/``). A writer either takes the step as a key, so that the last value of a step counts, or removes what was
@@ -31,10 +32,14 @@ class MetricWriter(Protocol):
         so it should not wait for a disk or a network.
         """
 
+    def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
+        """Take what ``Task.log`` was given at a step, by name, as bytes of TensorBoard's ``Summary``."""
+
     def mark(self, step: int) -> dict[str, Any]:
         """The current position in the output, for the checkpoint of ``step``: JSON values. The next attempt that
         resumes from this checkpoint finds them in ``WriterContext.mark``. Called by the training thread.
         """
+        return {}
 
     def flush(self) -> None:
         """Make durable what was added before the last ``mark``. Called by the checkpoint thread, before the checkpoint
@@ -42,14 +47,13 @@ class MetricWriter(Protocol):
         tried again later, as after any failure of storage.
         """
 
-    def close(self) -> None:
-        """The attempt took its last step, and is finished or interrupted. Not called if it fails or is killed."""
+    def committed(self, end: Mapping[str, Any]) -> None:
+        """A checkpoint is committed, and so are the lines of ``metrics.lines`` up to this mark. Called by the
+        checkpoint thread, and at the start of an attempt that resumed from a checkpoint.
+        """
 
-    # A writer may have these methods, too:
-    # committed(end)  The checkpoint of a step is committed, and so are the lines of ``metrics.lines`` up to this mark.
-    #                 Called also at the start of an attempt that resumed from a checkpoint.
-    # log(step, summaries)  What ``Task.log`` was given at a step, by name, as bytes of TensorBoard's ``Summary``.
-    # end(status)     The attempt ended: "finished", "interrupted" or "failed".
+    def close(self, status: str) -> None:
+        """The attempt ended: "finished", "interrupted" or "failed". Not called if it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +81,6 @@ class MetricWriters:
     marks: dict[str, Any] = field(default_factory=dict)
     _ends: dict[int, Any] = field(default_factory=dict)  # of lines, by the steps of checkpoints under way
 
-    def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        for name, writer in self.by_name.items():
-            with _naming(name, "add"):
-                writer.add(step, values)
-
     def resume(self, facts: Mapping[str, Any]) -> None:
         """Take over the marks from the facts of the commit that was resumed."""
         self.marks.update(facts.get("writers", {}))
@@ -100,38 +99,27 @@ class MetricWriters:
 
     def committed(self, step: int | None = None) -> None:
         """The checkpoint of ``step`` is committed; None: that from which the attempt resumed."""
-        end = self.marks.get(_LINES, {}) if step is None else self._ends.pop(step, {})
-        self._call("committed", end)
+        self._call("committed", self.marks.get(_LINES, {}) if step is None else self._ends.pop(step, {}))
         for earlier in [each for each in self._ends if step is not None and each < step]:  # given up
             self._ends.pop(earlier, None)
 
-    def end(self, status: str) -> None:
-        """The attempt ended, as the ``status`` says."""
-        self._call("end", status)
+    def add(self, step: int, values: Mapping[str, float | str]) -> None:
+        self._call("add", step, values)
 
     def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
-        """Pictures and texts of a step."""
         self._call("log", step, summaries)
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        for name, writer in self.by_name.items():
-            if call := getattr(writer, method, None):
-                with _naming(name, method):
-                    call(*arguments)
 
     def flush(self) -> None:
         """Make durable what was added before the last mark. Raises StorageError."""
-        for name, writer in self.by_name.items():
-            with _naming(name, "flush"):
-                try:
-                    writer.flush()
-                except OSError as error:
-                    raise StorageError(f"metrics.writers.{name}: {type(error).__name__}: {error}") from error
+        self._call("flush")
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
+        self._call("close", status)
+
+    def _call(self, method: str, *arguments: Any) -> None:
         for name, writer in self.by_name.items():
-            with _naming(name, "close"):
-                writer.close()
+            with _naming(name, method):
+                getattr(writer, method)(*arguments)
 
 
 @contextmanager
@@ -142,7 +130,10 @@ def _naming(name: str, method: str) -> Iterator[None]:
     except RunnerError:
         raise
     except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        if method == "flush" and isinstance(error, OSError):
+            raise StorageError(f"metrics.writers.{name}: {problem}") from error
         raise RuntimeError(
-            f"metrics.writers.{name} failed in {method}(): {type(error).__name__}: {error}. To continue without this "
-            f"writer, run the same command again with metrics.writers.{name}=null"
+            f"metrics.writers.{name} failed in {method}(): {problem}. To continue without this writer, run the same "
+            f"command again with metrics.writers.{name}=null"
         ) from error

@@ -18,7 +18,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -256,7 +255,6 @@ class Attempt:
         self._facts: dict[str, Any] = {}
         self._sequence = 0
         self._warned = False
-        self._attached: tuple[str, Callable[[float], bytes | None]] | None = None
         self._requests = self._served = 0  # calls of ``beat``
         self._stopped = False
         self._changed = threading.Condition()
@@ -275,22 +273,6 @@ class Attempt:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._served >= request, timeout=_PATIENCE_SECONDS)
 
-    def attach(self, suffix: str, content: Callable[[float], bytes | None]) -> None:
-        """Have the thread write ``attempts/<name>.<suffix>`` as soon as ``content`` returns its bytes and not None;
-        nothing if these are empty. ``content`` gets the seconds that it may wait: 0, until the attempt ends.
-        """
-        self._attached = suffix, content
-
-    def _write_attached(self, *, wait: float = 0.0) -> None:
-        if self._attached is not None:
-            suffix, content = self._attached
-            if (raw := content(wait)) is None:
-                return
-            self._attached = suffix, lambda _: raw  # for the next try, if the storage fails now
-            if raw:
-                self.location.replace(f"{self.name}.{suffix}", [raw], durable=False)
-            self._attached = None
-
     def keep_beating(self) -> None:
         """The thread."""
         while not self._stopped:
@@ -301,7 +283,6 @@ class Attempt:
                 beat = encode({"sequence": self._sequence, **self._facts, "time": now()})
                 with suppress(StorageError):
                     self.location.replace(f"{self.name}.beat", [beat], durable=False)
-                    self._write_attached()
             with self._changed:
                 self._served = request
                 self._changed.notify_all()
@@ -335,18 +316,14 @@ class Attempt:
 
     def require_newest(self) -> None:
         """Raise Superseded if there is a newer attempt. Asks the storage; raises StorageError, and RunGone."""
-        self._raise_if(self.successor())
-
-    def successor(self) -> AttemptRecord | None:
-        """The attempt that superseded this one, if any has. Asks the storage; raises StorageError, and RunGone."""
         self._raise_if_gone()
-        return successor(self.location, self.name)
+        self._raise_if(successor(self.location, self.name))
 
     def _raise_if(self, newer: AttemptRecord | None) -> None:
         if newer is not None:
             raise Superseded(
                 f"{newer.owner()} took over {self.location.url}; this process stops. "
-                "What it did after its last checkpoint is not used."
+                "What it did after its last acknowledged checkpoint is not used."
             )
 
     def _raise_if_gone(self) -> None:
@@ -374,7 +351,6 @@ class Attempt:
             # Where the claim is gone, the record would create the directory of a removed run again.
             if self.name in names(self.location):
                 self.location.replace(f"{self.name}.end.json", [encode(record)])
-                self._write_attached(wait=_JOIN_SECONDS)
         finally:
             self._lock.release()
 

@@ -3,8 +3,7 @@
     attempts/000003-<nonce>.code.json      absent where the attempt runs the same code as the attempt before
 
 A module is the user's if its file is outside the folders of installed packages; modules of the runner count where a
-``_target_`` names them. Git answers while training runs, and a repository that git cannot read is left out: nothing
-here delays or ends a run. Anyone may have written a record, so only texts are taken from it.
+``_target_`` names them. Nothing here ends a run. Anyone may have written a record, so only texts are taken from it.
 """
 
 import functools
@@ -16,14 +15,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 from runner.config.secrets import hide_secrets
 from runner.hashing import hex_digest
@@ -32,13 +30,13 @@ from runner.run import attempts
 from runner.storage.location import Location
 
 SUFFIX = "code.json"
+GIT_SECONDS = 5.0
 
 _LIMIT = 4 << 20  # bytes of a record that are read
 _MOST_DIFF = 256 << 10  # bytes of the differences in one repository
 _MOST_OF_FILE = 4 << 20  # bytes of a module that are hashed; compiled modules can be large
 _MOST_FILES, _MOST_REPOSITORIES = 2000, 4
 _WIDEST = 1000  # characters of a line: longer ones hold data
-_POLL_SECONDS = 0.01
 _PACKAGED = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _INFO = re.compile(r"([\w.]+)-([^-]+)(?:-.*)?\.(?:dist|egg)-info")
 # The commit; changes of tracked files, without notebooks, whose outputs are no code, and files that hold secrets; and
@@ -85,42 +83,30 @@ def newest(location: Location, *, below: int) -> CodeRecord | None:
     return read(location, recorded[-1]) if recorded else None
 
 
-class LiveCode:
-    """The code of this process, once everything is built. ``targets`` are the ``_target_`` of the configuration."""
+def record(location: Location, name: attempts.ClaimName, code: CodeRecord) -> None:
+    """Store the code of an attempt."""
+    location.replace(f"{name}.{SUFFIX}", [json.dumps(asdict(code), indent=1).encode() + b"\n"], durable=False)
 
-    def __init__(self, targets: Iterable[str]) -> None:
-        self.paths = dict([*_modules([*targets])][:_MOST_FILES])
-        self.record = CodeRecord({name: _digest(path) for name, path in sorted(self.paths.items())}, _packages())
-        self._git: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
 
-    def begin_git(self) -> None:
-        """Start git in the repositories of the modules and of the working directory."""
-        with suppress(OSError):  # no working directory, no temporary folder, no shell
-            files: dict[str, list[str]] = {top: [] for top in filter(None, [_repository(os.getcwd())])}
-            for path in self.paths.values():
-                if top := _repository(os.path.dirname(path)):
-                    files.setdefault(top, []).append(path)
-            for top, paths in [*files.items()][:_MOST_REPOSITORIES]:
-                output = tempfile.TemporaryFile()  # a pipe would be inherited by data workers, and never end
-                self._git[top] = _start_git(top, paths, output), output
+def running(targets: Iterable[str]) -> CodeRecord:
+    """The code of this process, once everything is built. ``targets`` are the ``_target_`` of the configuration.
 
-    def encoded(self, before: CodeRecord | None, *, wait: float = 0.0) -> bytes | None:
-        """The record for the storage: None until git has answered, for which it waits so many seconds if there are
-        any; empty if it equals that of the attempt ``before``.
-        """
-        until = time.monotonic() + wait
-        while any(process.poll() is None for process, _ in self._git.values()):
-            if time.monotonic() >= until:
-                if not wait:
-                    return None
-                break
-            time.sleep(_POLL_SECONDS)
-        answers = {top: _answer(*git) for top, git in self._git.items()}
-        self._git = {}
-        commits = {top: commit for top, (commit, _) in answers.items()}
-        diffs = {top: diff for top, (_, diff) in answers.items() if diff}
-        record = CodeRecord(self.record.files, self.record.packages, commits, diffs)
-        return b"" if record == before else json.dumps(asdict(record), indent=1).encode() + b"\n"
+    Waits for git, ``GIT_SECONDS`` at most; a repository that git cannot read by then is left out.
+    """
+    modules = dict([*_modules([*targets])][:_MOST_FILES])
+    answers: dict[str, tuple[str, str]] = {}
+    with suppress(OSError):  # no working directory, no shell
+        files: dict[str, list[str]] = {top: [] for top in filter(None, [_repository(os.getcwd())])}
+        for path in modules.values():
+            if top := _repository(os.path.dirname(path)):
+                files.setdefault(top, []).append(path)
+        until = time.monotonic() + GIT_SECONDS
+        for top, paths in [*files.items()][:_MOST_REPOSITORIES]:
+            answers[top] = _git(top, paths, max(until - time.monotonic(), 0.0))
+    commits = {top: commit for top, (commit, _) in answers.items()}
+    diffs = {top: diff for top, (_, diff) in answers.items() if diff}
+    digests = {name: _digest(path) for name, path in sorted(modules.items())}
+    return CodeRecord(digests, _packages(), commits, diffs)
 
 
 def is_installed(file: str) -> bool:
@@ -198,32 +184,28 @@ def _repository(folder: str) -> str | None:
     return None if above == folder else _repository(above)
 
 
-def _start_git(top: str, files: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _git(top: str, files: list[str], seconds: float) -> tuple[str, str]:
+    """The commit of a repository and its differences, both empty if git does not answer in time."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["sh", "-c", f"{_SCRIPT}{_MOST_DIFF}", "git", *files],
         cwd=top,
         env=environment | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
         stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def _answer(process: "subprocess.Popen[bytes]", output: IO[bytes]) -> tuple[str, str]:
-    """The commit of a repository and its differences, both empty if git has not answered."""
-    with output, suppress(OSError):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return "", ""
-        output.seek(0)
-        commit, _, diff = output.read().decode(errors="replace").partition("\n")
-        lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in diff.split("\n")]
-        cut = "\n(cut off here)\n" if len(diff.encode()) >= _MOST_DIFF else ""
-        return commit, hide_secrets("\n".join(lines)) + cut
-    return "", ""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return "", ""
+    commit, _, diff = output.decode(errors="replace").partition("\n")
+    lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in diff.split("\n")]
+    cut = "\n(cut off here)\n" if len(diff.encode()) >= _MOST_DIFF else ""
+    return commit, hide_secrets("\n".join(lines)) + cut
 
 
 def _texts(value: Any) -> dict[str, str]:

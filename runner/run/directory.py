@@ -37,16 +37,7 @@ FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed 
 MODEL = "model.safetensors"
 BEST = "best.safetensors"
 TENSORBOARD = "tensorboard"
-FOLDERS = (
-    "attempts",
-    "commits",
-    "data",
-    "ledger",
-    "metrics",
-    "writers",
-    TENSORBOARD,
-    ".hydra",
-)  # of a run, and of no other
+FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", "writers", TENSORBOARD, ".hydra")  # of every run
 
 _RUN = "run.json"
 _CONFIG = "config.yaml"
@@ -166,7 +157,7 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
-        for folder in ("", "attempts", "commits", "data", "metrics", "writers", TENSORBOARD):
+        for folder in ("", *FOLDERS[:-1]):
             self.location.remove_leftovers(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:

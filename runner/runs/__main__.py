@@ -55,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     option = add("list", _list, "all runs under a root, one line each")
     option("--sort", choices=listing.SORTS, default="name", help="sort by this column (default: name)")
     option("--reverse", action="store_true", help="in descending order")
-    option = add("compare", _compare, "the parameters in which the runs differ, and their objective")
-    option("--png", metavar="FILE", help="draw learning curves, and the objective over each parameter")
+    add("compare", _compare, "the parameters in which the runs differ, and their objective")
     _add_commands_for_runs(add)
     return parser
 
@@ -80,8 +79,7 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
     option("settings", nargs="*", metavar="KEY=VALUE", help="its settings, such as tracking_uri=http://...")
     run = "its directory; append @best or @STEP for another checkpoint than the newest"
     option = add("export", _export, "the weights of a checkpoint as a plain safetensors file", run=run)
-    option("target", help="the file to write, a path or URL; with --hf, a folder")
-    option("--hf", action="store_true", help="a folder for from_pretrained of transformers, diffusers or PEFT")
+    option("target", help="the file to write, a path or URL")
     option("--force", action="store_true", help="overwrite the target")
 
 
@@ -92,9 +90,7 @@ def _list(parsed: argparse.Namespace) -> int:
 
 def _compare(parsed: argparse.Namespace) -> int:
     comparison = compare.compare_runs(parsed.root, _selection(parsed))
-    if parsed.png:
-        compare.draw(comparison, parsed.png)
-    return _print(parsed, comparison.plain(), lambda _: compare.format_comparison(comparison))
+    return _print(parsed, comparison, compare.format_comparison)
 
 
 def _show(parsed: argparse.Namespace) -> int:
@@ -106,7 +102,7 @@ def _diff(parsed: argparse.Namespace) -> int:
     one, other = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
     if not parsed.ledger:
         return _print(parsed, listing.diff(one, other), listing.format_diff)
-    from runner.runs.rollouts import first_difference, format_difference
+    from runner.runs.audit import first_difference, format_difference
 
     difference = first_difference(one, other)
     _print(parsed, difference, format_difference)
@@ -119,7 +115,7 @@ def _audit(parsed: argparse.Namespace) -> int:
     directory = RunDirectory.at(parsed.run)
     report, values = audit.audit(directory)
     if parsed.jsonl:
-        from runner.runs.rollouts import json_lines
+        from runner.runs.audit import json_lines
         from runner.storage import files
 
         files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
@@ -136,10 +132,9 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from runner.runs.checkpoints import export, export_pretrained, format_export
+    from runner.runs.checkpoints import export, format_export
 
-    write = export_pretrained if parsed.hf else export
-    return _print(parsed, write(parsed.run, parsed.target, force=parsed.force), format_export)
+    return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
 
 
 def _push(parsed: argparse.Namespace) -> int:

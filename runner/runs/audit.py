@@ -1,41 +1,70 @@
-"""Whether a run used every sample exactly once per epoch, from its ledger."""
+"""What the ledger of a run proves: whether every sample was used exactly once per epoch, what became of the rollouts of
+a task, the data of each step, and the first difference of two runs.
+"""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from runner.data import ledger
-from runner.data.ledger import LedgerReport, check_exactly_once
+from runner.data.ledger import LedgerLine, LedgerReport, Segment, check_exactly_once, parse_rollouts
+from runner.data.order import equal_runs
 from runner.data.plan import Plan
 from runner.errors import ConfigError
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts, refuse_unusable
 from runner.runs.listing import format_table
-from runner.runs.rollouts import account
+
+
+class _Evidence(NamedTuple):
+    """The ledger of a run, the newest plan of its data (None for an iterable), and its last committed step."""
+
+    segments: list[Segment]
+    plan: Plan | None
+    committed: int
+    start: int  # the step after which the run began
+
+    @property
+    def lines(self) -> list[LedgerLine]:
+        """The lines that count."""
+        return ledger.lineage(self.segments, committed=self.committed)[0]
+
+
+def _evidence(directory: RunDirectory) -> _Evidence:
+    """Raises ConfigError for a run without a ledger, StorageError for a damaged plan."""
+    location, facts = directory.location, RunFacts(directory)
+    segments = ledger.segments(location)
+    if not segments:
+        raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
+    recipe = ledger.recipe(location, next((segment.plan for segment in reversed(segments) if segment.plan), ""))
+    with refuse_unusable(f"the ledger of {location.url}"):
+        plan = None if recipe.get("kind") == "opaque" else Plan.of(recipe)
+    return _Evidence(segments, plan, max(facts.step, facts.committed), facts.start)
 
 
 def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
     """The report of the check, and the same as plain values. Raises ConfigError for a run without a ledger."""
-    location = directory.location
-    segments = ledger.segments(location)
-    if not segments:
-        raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
-    plans = [segment.plan for segment in segments if segment.plan]
-    recipe = ledger.recipe(location, plans[-1] if plans else "")
-    facts, indexed = RunFacts(directory), recipe.get("kind") != "opaque"
-    with refuse_unusable(f"the ledger of {location.url}"):
-        plan, committed = Plan.of(recipe) if indexed else None, max(facts.step, facts.committed)
-        report = check_exactly_once(segments, plan, begun=facts.start, committed=committed)
-    if len({*plans}) > 1:
-        report.problems.append(f"{len({*plans})} plans of the data are in one ledger; judged by the newest")
-    rollouts, problems = account(ledger.lineage(segments, committed=committed)[0])
+    evidence = _evidence(directory)
+    segments, plan = evidence.segments, evidence.plan
+    with refuse_unusable(f"the ledger of {directory.location.url}"):
+        report = check_exactly_once(segments, plan, begun=evidence.start, committed=evidence.committed)
+    plans = {segment.plan for segment in segments if segment.plan}
+    if len(plans) > 1:
+        report.problems.append(f"{len(plans)} plans of the data are in one ledger; judged by the newest")
+    rollouts, problems = account(evidence.lines)
     report.problems.extend(problems)
-    attempts = len({segment.attempt for segment in segments})
-    damaged = [segment.damage for segment in segments if segment.damage]
-    weighted = bool(plan is not None and plan.weights)
-    values = {"run": directory.name, **asdict(report), "holds": report.holds, "weighted": weighted}
-    return report, {**values, "attempts": attempts, "indexed": indexed, "damaged": damaged, "rollouts": rollouts}
+    values = {"run": directory.name, **asdict(report), "holds": report.holds, "weighted": bool(plan and plan.weights)}
+    return report, {
+        **values,
+        "attempts": len({segment.attempt for segment in segments}),
+        "indexed": plan is not None,
+        "damaged": [segment.damage for segment in segments if segment.damage],
+        "rollouts": rollouts,
+    }
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
@@ -69,3 +98,81 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         often = "as often as data.weights say" if audit["weighted"] else "once"
         text.append(f"Every sample exactly {often} in every whole epoch.{'' if whole else unknown}")
     return "\n".join(text)
+
+
+def account(lines: Sequence[LedgerLine]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The number of samples whose rollouts were trained (and how many ``times``), dropped, or wait; and a message for
+    each use that is a second or comes too early. None if there are no rollouts.
+    """
+    uses: list[tuple[int, int, str, int]] = []  # first and last position, what happened to them, in which step
+    times: set[int] = set()
+    for line in lines:
+        if line.rollouts:
+            _, trained, number, dropped = parse_rollouts(line.rollouts)
+            uses += [(*span, "trained", line.step) for span in trained]
+            uses += [(*span, "dropped", line.step) for span in dropped]
+            times |= {number} if trained else set()
+    if not any(line.rollouts for line in lines):
+        return None, []
+    uses.sort()
+    ends = {line.step: line.last for line in lines}
+    early = [use for use in uses if use[1] > ends[use[3]]]
+    problems = [f"positions {a} to {b} were {use} in step {step}, before they were drawn" for a, b, use, step in early]
+    begin = end = lines[0].first - 1
+    counts, last = {"trained": 0, "dropped": 0}, ("", 0)
+    for first, final, what, step in uses:
+        if first <= end and last[1]:
+            problems.append(
+                f"positions {first} to {min(end, final)}: {last[0]} in step {last[1]}, {what} in step {step}"
+            )
+        counts[what] += max(0, final - max(first - 1, end))
+        if final > end:
+            end, last = final, (what, step)
+    waiting = lines[-1].last - begin - sum(counts.values())
+    return {**counts, "waiting": waiting, "times": sorted(times)}, problems
+
+
+def json_lines(directory: RunDirectory) -> Iterator[str]:
+    """A line of JSON for each committed step: ``step``; ``first`` and ``last`` position; ``indices`` of the samples
+    there in the data set (not for an iterable), of which those in ``substituted`` (position -> index) were replaced;
+    and with rollouts their digest ``rollouts``, and the positions (ranges ``[first, last]``) ``trained``
+    ``times`` times or ``dropped``.
+    """
+    evidence = _evidence(directory)
+    plan = evidence.plan
+    order = plan.order() if plan is not None else None
+    for line in evidence.lines:
+        values: dict[str, Any] = {"step": line.step, "first": line.first, "last": line.last}
+        if plan is not None and order is not None:
+            epochs, places = np.divmod(np.arange(line.first, line.last + 1), plan.epoch_size)
+            values["indices"] = np.concatenate(
+                [order(int(epochs[run.start]), places[run]) for run in equal_runs(epochs)]
+            ).tolist()
+        swaps = (text.replace(">", ":").split(":") for text in line.substitutions.split())
+        values["substituted"] = {position: int(index) for position, _, index in swaps}
+        if line.rollouts:
+            digest, trained, times, dropped = parse_rollouts(line.rollouts)
+            values |= {"rollouts": digest, "trained": trained, "times": times, "dropped": dropped}
+        yield json.dumps(values) + "\n"
+
+
+def first_difference(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
+    """The first ``step`` that two runs trained on other data, with both lines of the ledger; None if there is none
+    among the ``compared`` steps that both have.
+    """
+    pairs = [*zip(_evidence(a).lines, _evidence(b).lines, strict=False)]
+    for first, second in pairs:
+        if first != second:
+            same = replace(first, rollouts=second.rollouts) == second
+            kind = "the same samples with other rollouts" if same else "other samples"
+            step = max(first.step, second.step)
+            return {"step": step, "kind": kind, "a": str(first), "b": str(second), "compared": len(pairs)}
+    return {"step": None, "kind": "", "a": "", "b": "", "compared": len(pairs)}
+
+
+def format_difference(difference: dict[str, Any]) -> str:
+    """The first difference as text."""
+    if difference["step"] is None:
+        return f"All {difference['compared']} steps that both runs have were trained on the same data."
+    lines = f"  a  {difference['a']}\n  b  {difference['b']}"
+    return f"step {difference['step']} is the first that differs: {difference['kind']}\n{lines}"

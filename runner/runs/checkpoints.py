@@ -5,7 +5,6 @@ weights of one as a file that anyone can load.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.manifest import CommitId, parse_data
@@ -15,7 +14,6 @@ from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
 from runner.finish import safetensors_file
 from runner.hashing import sha256_digest
-from runner.inference import load_model, load_task
 from runner.restore import evaluated_weights, read
 from runner.run import attempts
 from runner.run.directory import RunDirectory
@@ -23,7 +21,6 @@ from runner.run.parent import CheckpointRef
 from runner.run_facts import RunFacts
 from runner.runs.listing import format_table
 from runner.storage import files
-from runner.storage.location import is_remote, local_root
 
 
 def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool) -> list[dict[str, Any]]:
@@ -90,35 +87,6 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     return {**origin, "target": target, "bytes": len(data), "sha256": sha256_digest(data)}
 
 
-def export_pretrained(run: str, folder: str, *, force: bool) -> dict[str, Any]:
-    """Write a model of transformers, diffusers or PEFT to a folder for its ``from_pretrained``, with the tokenizer and
-    the like that are attributes of the task. Of a model with adapters, the adapters alone are written. The checkpoint
-    is chosen as for ``export``. Raises ConfigError for another model, and for a folder that has files already.
-    """
-    source, target = CheckpointRef.parse(run), Path(local_root(folder))
-    if is_remote(folder):
-        raise ConfigError(f"{folder} is no local folder, which the libraries write to; copy it from there")
-    if not force and target.is_dir() and any(target.iterdir()):
-        raise ConfigError(f"{folder} has files already; overwrite them with --force, or give another folder")
-    directory = RunDirectory.at(source.run)
-    facts, which = RunFacts(directory), source.checkpoint or "last"
-    checkpoint, model = load_model(facts, which)
-    pretrained = next(filter(_is_pretrained, model.modules()), None)  # the outermost
-    if pretrained is None:
-        path = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise ConfigError(f"{path} has no save_pretrained: --hf is for models of transformers, diffusers and PEFT")
-    for part in (pretrained, *filter(_is_pretrained, vars(load_task(facts, which)).values())):
-        part.save_pretrained(folder)
-    origin = {"run": directory.location.url, "step": checkpoint.step, "commit": str(checkpoint.id)}
-    sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
-    return {**origin, "target": folder, "files": len(sizes), "bytes": sum(sizes)}
-
-
-def _is_pretrained(part: Any) -> bool:
-    return callable(getattr(type(part), "save_pretrained", None))
-
-
 def format_export(exported: Mapping[str, Any]) -> str:
     """The values of ``export`` as text."""
-    what = f"{exported['files']} files" if "files" in exported else f"sha256 {exported['sha256']}"
-    return f"step {exported['step']} of {exported['run']}: {exported['bytes']} bytes, {what}"
+    return "step {step} of {run}: {bytes} bytes, sha256 {sha256}".format_map(exported)

@@ -22,13 +22,12 @@ def open_location(url: str, options: Mapping[str, Any] | None = None) -> Locatio
 
 
 def find_folders(
-    url: str, marker: str, options: Mapping[str, Any] | None = None, *, own: Collection[str] | None = None
+    url: str, marker: str, options: Mapping[str, Any] | None = None, *, own: Collection[str] = ()
 ) -> Mapping[str, Location]:
     """The folders under ``url`` that contain an object called ``marker``: relative path -> location, sorted.
 
-    On a disk the result has folders that this user may not read, too: they may be matches. A match is searched for
-    further ones only with ``own``, and without its folders of these names. Locations of a remote store share their
-    connections.
+    On a disk the result has folders that this user may not read, too: they may be matches. In a match, folders whose
+    names are in ``own`` are not searched. Locations of a remote store share their connections.
 
     Raises StorageError if a local ``url`` does not exist; a remote one without objects counts as empty.
     """
@@ -43,6 +42,6 @@ def find_folders(
                 f"{folder}/{name}" if folder else name
                 for folder, names in listings
                 for name, is_folder in (names or {}).items()
-                if is_folder and (marker not in names or (own is not None and name not in own))
+                if is_folder and (marker not in names or name not in own)
             ]
     return {folder or ".": root.below(folder) for folder in sorted(matches, key=lambda folder: folder or ".")}

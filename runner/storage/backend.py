@@ -1,13 +1,11 @@
 """Access to an fsspec store with deadlines, retries and clear errors.
 
 An operation is a function of a file system. It runs in a daemon thread, which is abandoned at its deadline, because no
-client's own timeout covers a server that accepts a request and never answers. All operations can be repeated. Requests
-are counted for each operation, so that a listing of many pages has a deadline for each page.
+client's own timeout covers a server that accepts a request and never answers. All operations can be repeated.
 """
 
 import asyncio
 import copy
-import functools
 import os
 import random
 import re
@@ -16,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,15 +31,14 @@ class Store:
 
     ``protocols``: the schemes of its URLs. ``extra``: the extra of this package that installs its fsspec backend, if
     fsspec has none. ``atomic``: an object is seen when its upload is complete, and not before. ``bucket``: a path
-    begins with a bucket or container, which must exist. ``spools``: an upload that does not fit into memory is
-    collected in a temporary file. ``options``: arguments of its file system, before those of the user.
+    begins with a bucket or container, which must exist. ``options``: arguments of its file system, before those of the
+    user.
     """
 
     protocols: tuple[str, ...]
     extra: str = ""
     atomic: bool = False
     bucket: bool = False
-    spools: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +50,7 @@ STORES = (
     Store(("gs", "gcs"), "gcs", atomic=True, bucket=True),
     Store(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True),
     Store(("sftp", "ssh"), "sftp"),  # posix-rename is atomic; but nothing makes the server sync its disk
-    Store(("memory",), atomic=True, spools=False),
+    Store(("memory",), atomic=True),
 )
 
 
@@ -63,30 +59,10 @@ def store_of(*protocols: str) -> Store:
     return next((store for store in STORES if {*protocols} & {*store.protocols}), Store(protocols))
 
 
-# The methods that s3fs, gcsfs, adlfs and fsspec's sftp call for every request, or for every answer.
-_REQUEST = ("_call_s3", "_call", "service_client._pipeline._transport.send", "ftp._read_packet")
-REQUESTS: ContextVar[list[None] | None] = ContextVar("requests", default=None)  # tasks in fsspec's loop inherit it
-
-
-def count_requests(system: Any) -> None:
-    """Make a file system add every request to ``REQUESTS`` of the operation that it belongs to."""
-
-    def counted(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        requests = REQUESTS.get()
-        if requests is not None:
-            requests.append(None)
-        return call(*arguments, **keywords)
-
-    for path in _REQUEST:
-        *owners, name = path.split(".")
-        owner = functools.reduce(lambda part, attribute: getattr(part, attribute, None), owners, system)
-        if call := getattr(owner, name, None):
-            setattr(owner, name, functools.partial(counted, call))
-
-
 T = TypeVar("T")
 
-DEADLINE = 30.0  # seconds for an operation without its bytes, or for each page of a listing
+DEADLINE = 30.0  # seconds for an operation without its bytes
+_LISTING = 4  # deadlines for a listing, which may have many pages
 RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
 BACKOFF = 0.5  # seconds before the second try, doubled before each further try
@@ -144,13 +120,13 @@ class Backend:
         """The result of ``operation``, retried after errors that may be temporary. Raises StorageError.
 
         ``size`` is the number of bytes that it transfers. Two tries to write the same name never run at the same time.
-        A ``list`` may take any time as long as its pages arrive.
         """
+        seconds = deadline(size) * (_LISTING if verb == "list" else 1)
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(BACKOFF * 2**attempt * _jitter.uniform(0.5, 1.0))
             try:
-                return self._try(verb, name if verb == "write" else None, operation, deadline(size))
+                return self._try(name if verb == "write" else None, operation, seconds)
             except StorageError:
                 raise
             except (Exception, asyncio.CancelledError) as error:
@@ -170,15 +146,13 @@ class Backend:
                 pass  # a user of the objects need not have the right to ask about the bucket
             self._bucket = None
 
-    def _try(self, verb: str, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
+    def _try(self, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
         earlier = self._abandoned.get(written or "")
         if earlier and not wait([earlier], seconds).done:
             raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
         used: list[Any] = []
-        requests: list[None] = []
 
         def work() -> T:
-            REQUESTS.set(requests)
             system = self._take()
             used.append(system)
             try:
@@ -190,12 +164,8 @@ class Backend:
                 self._idle.append(system)
             return result
 
-        future, seen = _start(work), 1
-        while not wait([future], seconds).done:
-            if verb != "list" or len(requests) <= seen:
-                break
-            seen = len(requests)  # another page was requested
-        else:
+        future = _start(work)
+        if wait([future], seconds).done:
             return future.result()
         if written:
             self._abandoned[written] = future
@@ -214,7 +184,6 @@ class Backend:
             defaults = {**store_of(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
             system = self._class(**{**defaults, **self._options}, skip_instance_cache=True)
             system.dircache.use_listings_cache = False
-            count_requests(system)
         if isinstance(system, AsyncFileSystem):
             self._idle.append(system)
         return system

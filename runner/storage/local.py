@@ -6,6 +6,7 @@ Every change is a short sequence of system calls through ``os``, so that tests c
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import secrets
 import stat
@@ -13,12 +14,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from runner.errors import StorageError
 from runner.storage.location import Buffer, Entry, Lock, check_name
 
-_AT_ONCE = os.sysconf("SC_IOV_MAX")  # buffers that one call of readv may fill
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 TEMPORARY = ".tmp-"
 LEFTOVER_SECONDS = 3600.0
@@ -72,11 +71,11 @@ class LocalLocation:
         return data
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._explained("read", name), _open(self._path(name), buffered=False) as file:
+        end = offset + sum(map(len, buffers))
+        with self._explained("read", name), _open(self._path(name)) as file:
             file.seek(offset)
-            if not _fill(file.fileno(), buffers):
+            if sum(map(file.readinto, buffers)) < end - offset:
                 size = os.fstat(file.fileno()).st_size
-                end = offset + sum(map(len, buffers))
                 raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {size}, {end} are needed")
 
     def list(self, folder: str) -> list[Entry]:
@@ -216,7 +215,7 @@ class LocalJournal:
             self._pending = self._pending[os.write(self._descriptor, self._pending) :]
 
 
-def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
+def _open(path: Path) -> io.BufferedReader:
     """A regular file, open for reading. Raises OSError for anything else: opening a FIFO would block, and reading a
     device may have effects.
     """
@@ -227,7 +226,7 @@ def _open(path: Path, *, buffered: bool = True) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device")
-    return open(descriptor, "rb", -1 if buffered else 0)
+    return open(descriptor, "rb")
 
 
 def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
@@ -250,22 +249,6 @@ def _write(path: Path, chunks: Iterable[Buffer], *, durable: bool) -> int:
     finally:
         os.close(descriptor)
     return size
-
-
-def _fill(descriptor: int, buffers: Sequence[memoryview]) -> bool:
-    """Fill the buffers one after the other; False if the file ends earlier."""
-    left = [buffer for buffer in buffers if buffer]
-    first = 0
-    while first < len(left):
-        count = os.readv(descriptor, left[first : first + _AT_ONCE])
-        if not count:
-            return False
-        while first < len(left) and count >= len(left[first]):
-            count -= len(left[first])
-            first += 1
-        if count:
-            left[first] = left[first][count:]
-    return True
 
 
 def replace_file(path: Path, chunks: Iterable[Buffer], *, durable: bool = True) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import itertools
-import math
 import os
 import secrets
 import tempfile
@@ -64,11 +63,10 @@ class RemoteLocation:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._backend = Backend(url, options)
         self.url = self._backend.url
-        self._memory_bytes = MEMORY_BYTES if self._backend.store.spools else math.inf
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
-        with _spooled(chunks, self._memory_bytes) as (content, size):
+        with _spooled(chunks) as (content, size):
             write = self._upload if self._backend.store.atomic else _write_and_rename
             self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
         return size
@@ -233,8 +231,8 @@ def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) 
 
 
 @contextlib.contextmanager
-def _spooled(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[bytes | Path, int]]:
-    """All chunks, as bytes or, beyond ``memory_bytes``, in a temporary file; with their size in bytes.
+def _spooled(chunks: Iterable[Buffer]) -> Iterator[tuple[bytes | Path, int]]:
+    """All chunks, as bytes or, beyond ``MEMORY_BYTES``, in a temporary file; with their size in bytes.
 
     They are collected before the upload starts, because a store may take an interrupted upload for a complete one.
     """
@@ -242,7 +240,7 @@ def _spooled(chunks: Iterable[Buffer], memory_bytes: float) -> Iterator[tuple[by
     remaining = iter(chunks)
     for chunk in remaining:
         memory.write(chunk)
-        if memory.tell() > memory_bytes:
+        if memory.tell() > MEMORY_BYTES:
             break
     else:
         yield memory.getvalue(), memory.tell()
