@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from tabulate import tabulate
 
-from runner.checkpoint.checkpoint import Checkpoint, Reader, parse
+from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, plan
@@ -58,8 +58,9 @@ class Unread(Reader):
     def _fill(self, blocks: Iterable[Any]) -> None:
         self.blocks = len([*blocks])
 
-    def check_header(self, name: str) -> None:
-        """There are no files."""
+    def check(self, place: TensorBytes, number: int) -> None:
+        """There are no files, and so no headers."""
+        place.group.offsets(number, self._files[self._names[place.first + number]].data)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def stored(how: WritePlan, number: int, cell: int) -> tuple[str, StoredFile]:
     """The file of a cell, as it would have been written."""
     group = how.groups[number]
     size = sum(prod(cell_of(kind.shape, group.cuts, cell).shape) * kind.itemsize for kind in group.tensors.values())
-    return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, (DIGEST,) * -(-size // BLOCK))
+    return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, [DIGEST] * -(-size // BLOCK))
 
 
 def least(work: Callable[[], T]) -> tuple[float, T]:
@@ -154,7 +155,7 @@ def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
             shares[(number + cell) % ranks].append((number, cell))
     for share in shares:
         files = [stored(how, number, cell) for number, cell in share]
-        entries = [[name, file.size, file.header, file.digest, [*file.blocks]] for name, file in files]
+        entries = [[name, file.size, file.header, file.digest, file.blocks] for name, file in files]
         yield {**mine, "shelves": [[*cell] for cell in share], "files": entries}
 
 

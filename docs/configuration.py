@@ -1,9 +1,12 @@
-"""Write ``reference/configuration.md`` from the comments of ``conf/config.yaml``: ``python docs/configuration.py``."""
+"""Write ``reference/configuration.md`` and ``conf/schema.json`` from ``conf/config.yaml`` and its comments:
+``python docs/configuration.py``.
+"""
 
+import json
 from itertools import groupby
 from pathlib import Path
 
-from runner.config.help import KeyHelp, entries, values
+from runner.config.help import KeyHelp, entries, json_schema, values
 
 PAGE = Path(__file__).parent / "reference/configuration.md"
 SOURCE = Path(__file__).parent.parent / "conf/config.yaml"
@@ -13,9 +16,9 @@ All keys, with their defaults. `python -m runner --help KEY` prints the same for
 `python -m runner experiment=NAME --cfg job` the composed configuration of an experiment. This page is made from
 `conf/config.yaml` by `docs/configuration.py`.
 
-Editors with a YAML language server complete and check keys: write `python -m runner schema > schema.json`
-in your folder, and begin an experiment, after `# @package _global_`, with the line
-`# yaml-language-server: $schema=../schema.json`.
+Editors with a YAML language server complete and check keys, as the files of `conf/` do: write
+`python -m runner schema > schema.json` in your folder, and begin an experiment, after `# @package _global_`, with the
+line `# yaml-language-server: $schema=../schema.json`.
 
 `model`, `task`, `optimizer`, `scheduler` and the data sets are objects: `_target_` names a class or function, and the
 other keys are its arguments.
@@ -53,3 +56,4 @@ def sentence(comment: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SOURCE.with_name("schema.json").write_text(json.dumps(json_schema(SOURCE), indent=1) + "\n")

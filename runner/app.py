@@ -7,11 +7,12 @@ of ten seconds after which a wait for data is broken off (the steps since the la
 with several processes the others end, too); a wait of a single process between two steps ends at once. ``Trainer.fit``
 finishes its step. ``Team.exchange`` tells all processes of the signal with each step, and ``Team.stop`` ends the loop
 in all of them after the same step. ``SaveCheckpoint.on_end`` commits that step and waits for the writer thread.
-``experiment.run`` raises ``Interrupted``; on the way up ``Attempt.end`` records the outcome ``interrupted`` and
-releases the run. ``main`` below prints the error and exits with 75; a job of a sweep raises it instead, after
-``signals.call_previous_handlers`` let the cluster queue the job again. ``__main__`` no longer waits for threads that
-the user's code left behind. Before training, and wherever nothing has to be committed first,
-``signals.raise_if_received`` raises the same error. A second SIGTERM ends the process at once.
+``experiment.run`` raises ``Interrupted``; on the way up ``Callback.on_error`` closes the metric writers (which waits up
+to ten seconds for a service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run. ``main``
+below prints the error and exits with 75; a job of a sweep raises it instead, after ``signals.call_previous_handlers``
+let the cluster queue the job again. ``__main__`` no longer waits for threads that the user's code left behind. Before
+training, and wherever nothing has to be committed first, ``signals.raise_if_received`` raises the same error. A second
+SIGTERM ends the process at once.
 """
 
 import atexit

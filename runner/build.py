@@ -427,7 +427,7 @@ def _require_objective(config: Config, key: str, scheduler: Any, interval: str |
             f"{key}: {path} steps by the objective: set data.validation and objective.metric, for example val/loss"
         )
     if (mode := getattr(scheduler, "mode", goal.mode.name)) != goal.mode.name:
-        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}")
+        raise ConfigError(f"{key}.mode={mode} contradicts objective.mode={goal.mode.name}; make them the same")
     if interval is not None:
         raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 

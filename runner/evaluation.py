@@ -3,12 +3,13 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import zip_longest
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from runner.distributed.team import Team
 from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
 from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
-from runner.task import Task, check_metrics
+from runner.task import Metrics, Task, check_metrics
 
 _SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -37,6 +38,8 @@ _SIDE_EFFECT = (
 )
 
 log = logging.getLogger("runner")
+
+T = TypeVar("T")
 
 
 class EvaluationInterrupted(Exception):
@@ -64,9 +67,9 @@ def evaluate(
     among those already ``changed``, to which they are added.
 
     Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
-    ``metric``, both with the buffers of both models and the task's state as they were before. That is not possible
-    where the evaluation has changed weights, which it then ends first, or fails as it does; and in several processes,
-    one of which may fail alone.
+    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. That is
+    not possible where the evaluation has changed weights, which it then ends first, or fails as it does; and where a
+    process of FSDP fails in ``evaluation_step``, since the others may wait for its slices.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}
@@ -77,13 +80,18 @@ def evaluate(
                 values = _report(task, model, data, team, before, seed)
             report |= {f"{name}/{each}": value for each, value in values.items()}
         if metric is not None:
-            objective(report, metric)
+            _in_all(team, lambda: objective(report, metric))
     except EvaluationInterrupted:
         raise
     except (signals.Stopped, Exception) as error:
-        if team.world.size > 1 or not before.restore(team):
+        agreed = getattr(error, "agreed", False)
+        if (team.world.size > 1 and not agreed) or not before.restore(team):
             raise
-        raise EvaluationFailed.of(error) if isinstance(error, Exception) else EvaluationInterrupted from error
+        if not isinstance(error, Exception):
+            raise EvaluationInterrupted from error
+        failure = error if isinstance(error, EvaluationFailed) else EvaluationFailed.of(error)
+        failure.agreed = agreed
+        raise failure from error
     if changed is not None and (names := before.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
@@ -97,8 +105,36 @@ def _report(
     metrics = _metrics(task, model, data, team, before)
     if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
         seed_all(seed)
-    report = _checked(task.evaluation_end(model, metrics), name)
+    report = _in_all(team, lambda: _checked(task.evaluation_end(model, metrics), name))
     return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
+
+
+def _in_all(team: Team, work: Callable[[], T], polls: Iterable[bool] = ()) -> T:
+    """The result of ``work``, once all processes have done it. If it raises in any, all raise EvaluationFailed. Where
+    ``work`` goes through ``polls``, a process that fails makes those that are left, because the others wait for them.
+    """
+    if team.world.size == 1:
+        return work()
+    results: list[T] = []
+    failure = None
+    try:
+        results.append(work())
+    except EvaluationInterrupted:  # in all
+        raise
+    except Exception as error:
+        failure = EvaluationFailed.of(error)
+        # At once: the others may wait for this process in an exchange of the task's own.
+        log.warning("failed   in the evaluation on rank %d: %s: %s", team.world.rank, type(error).__name__, error)
+        for _ in polls:
+            pass
+    own = None if failure is None else [str(failure), failure.kind, failure.status]
+    reports = team.comm.broadcast(team.comm.gather(own))
+    if reported := next(filter(None, reports), None):
+        text, kind, status = reported
+        agreed = EvaluationFailed(text, kind=kind)
+        agreed.status, agreed.agreed = status, True
+        raise agreed from failure
+    return results[0]
 
 
 def objective(report: Mapping[str, float | str], metric: str) -> float:
@@ -121,7 +157,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
     if not team.sum_tensors({"": torch.tensor(float(differs))})[""]:
         return report
-    reports = team.comm.broadcast(team.comm.gather(dict(report)))
+    reports = team.all_gather(dict(report))
     texts = [{name: json.dumps(value) for name, value in each.items()} for each in reports]
     name = min(name for each in texts for name in each if any(other.get(name) != each[name] for other in texts))
     values = ", ".join(f"{each.get(name, 'nothing')} on rank {rank}" for rank, each in enumerate(reports))
@@ -130,36 +166,63 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     raise error
 
 
+class _Totals:
+    """The sums of the metrics of a process's batches, weighted by samples, and the rows of each batch."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.sums: dict[str, Tensor] = {}
+        self.rows: list[dict[str, Tensor]] = []
+
+    def add(self, count: int, metrics: Metrics) -> None:
+        """Add a batch of ``count`` samples; one without samples shows the names of metrics alone."""
+        for name, value in metrics.items():
+            if not value.dim():
+                weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
+                self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+        if count:
+            self.rows.append({name: value.detach().cpu() for name, value in metrics.items() if value.dim()})
+        self.samples += count
+
+
 @doing("evaluates")
 def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
-    step = f"{type(task).__name__}.evaluation_step"
-    sums: dict[str, Tensor] = {}
-    rows: list[dict[str, Tensor]] = []  # of each batch
-    samples = 0
-    batches = iter(data)
-    while True:
+    totals, polls = _Totals(), _polls(len(data) + 1, team, before)  # the last one before the end of the data is seen
+    measure = partial(_measure, totals, polls, task, model, data)
+    if any(map(is_distributed, model.parameters())):
+        measure()
+    else:
+        _in_all(team, measure, polls)
+    zero = torch.zeros((), dtype=torch.double, device=data.device)
+    shares = {name: totals.sums.get(name, zero) for name in team.union([*totals.sums])}
+    sums = team.sum_tensors({**shares, _SAMPLES: zero + totals.samples})
+    means = {name: value.item() / sums[_SAMPLES].item() for name, value in sums.items() if name != _SAMPLES}
+    return means | _joined(totals.rows, team, f"{type(task).__name__}.evaluation_step")
+
+
+def _polls(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
+    """Exchange signals with the other processes so many times. Each time says whether a signal may interrupt a wait for
+    data: where a single process can return to the state before.
+    """
+    for _ in range(number):
         if team.poll() and before.restore(team):
             raise EvaluationInterrupted
-        # A single process may stop waiting for a batch at once, unless its evaluation has to be completed.
-        with signals.at_once(team.world.size == 1 and not before.irreversible):
+        yield team.world.size == 1 and not before.irreversible
+
+
+def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Module, data: EvaluationData) -> None:
+    """Add the metrics of all batches of this process to ``totals``."""
+    step = f"{type(task).__name__}.evaluation_step"
+    batches = iter(data)
+    for at_once in polls:
+        with signals.at_once(at_once):
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
         if not count:  # the batch of another process, which must not count in what the task adds up
             task = copy_of(task, model) or task
-        metrics = check_metrics(task.evaluation_step(model, batch), step, training=False)
-        rows += [{name: value.detach().cpu() for name, value in metrics.items() if value.dim()}] * bool(count)
-        for name, value in metrics.items():
-            if not value.dim():
-                weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
-                sums[name] = sums[name] + weighted if name in sums else weighted
-        samples += count
-    zero = torch.zeros((), dtype=torch.double, device=data.device)
-    shares = {name: sums.get(name, zero) for name in team.union([*sums])}
-    totals = team.sum_tensors({**shares, _SAMPLES: zero + samples})
-    means = {name: value.item() / totals[_SAMPLES].item() for name, value in totals.items() if name != _SAMPLES}
-    return means | _joined(rows, team, step)
+        totals.add(count, check_metrics(task.evaluation_step(model, batch), step, training=False))
 
 
 def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:

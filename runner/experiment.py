@@ -301,7 +301,8 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
     """Print the first lines, once per attempt. ``here`` is the topology of this process."""
     before = attempts.newest(opening.directory.location, before=number)
     stream = parts.state.stream
-    count = sum(parameter.numel() for parameter in parts.state.model.parameters())
+    weights = [*parts.state.model.parameters()]
+    count, learning = (sum(each.numel() for each in weights if every or each.requires_grad) for every in (True, False))
     log.info("run      %s", opening.directory.location.url)
     log.info("attempt  %d, %s", number, _from_where(resumed, before))
     for line in resumed.unusable:
@@ -322,7 +323,7 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
         share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
         log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
-    log.info("model    %s parameters", f"{count:,}")
+    log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
     if groups := table(parts.update.optimizer):
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
@@ -336,10 +337,15 @@ def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
     if resumed.commit is None:
         if before is None:
             return "from scratch"
-        return f"from scratch (attempt {before.number} was {before.outcome()} before its first checkpoint)"
+        return f"from scratch ({_ended(before)} before its first checkpoint)"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
-        text += f"; attempt {before.number} was {before.outcome()} at step {reached} or later, "
+        text += f"; {_ended(before)} at step {reached} or later, "
         text += f"{reached - resumed.step} steps are done again"
     return text
+
+
+def _ended(before: AttemptRecord) -> str:
+    outcome = before.outcome()
+    return f"attempt {before.number} {'' if outcome in ('failed', 'diverged') else 'was '}{outcome}"

@@ -3,6 +3,7 @@
 A handler does nothing else: an exception or an exit from there could leave half a file behind. There are two
 exceptions. Where data is waited for or read, which may last forever, a stop signal raises ``Stopped``. And a second
 SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this module has global state.
+What follows, from the signal to the exit, is described in ``app``.
 """
 
 import os

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from runner.checkpoint.checkpoint import Checkpoint
 from runner.checkpoint.sharding import local
 from runner.checkpoint.structure import Structure, groups_key
-from runner.checkpoint.tensor_file import Damaged, memory_key
+from runner.checkpoint.tensor_file import memory_key
 from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
@@ -214,8 +214,8 @@ class TrainState:
             state = checkpoint.load(name, like=live)
             if isinstance(part, nn.Module):
                 state = _live_names(part, state)
-            on_all_ranks(checkpoint.comm, load, kinds=(Damaged,))
-        except (RunnerError, Damaged):
+            on_all_ranks(checkpoint.comm, load)
+        except RunnerError:
             raise
         except Exception as error:
             message = f"the {name} of this run does not fit what step {checkpoint.step} saved: {error}"

@@ -151,10 +151,10 @@ class Trainer:
 
     def _limit(self, loop: Loop) -> str | None:
         limits = self.limits
+        if limits.max_epochs is not None and loop.epochs >= limits.max_epochs:
+            return "max_epochs"  # first, since ``max_steps`` may be the number of steps in them
         if limits.max_steps is not None and loop.step >= limits.max_steps:
             return "max_steps"
-        if limits.max_epochs is not None and loop.epochs >= limits.max_epochs:
-            return "max_epochs"
         return "max_seconds" if limits.max_seconds is not None and loop.elapsed >= limits.max_seconds else None
 
 

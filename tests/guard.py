@@ -131,7 +131,7 @@ def views(path: str, guard: Guard) -> dict[str, str]:
         guard.root = os.path.realpath(path)
         try:
             ends[view.__name__] = f"clean: {view(path)}"
-        except (RunnerError, Damaged) as error:
+        except RunnerError as error:
             ends[view.__name__] = f"clean: {type(error).__name__}"
         except Forbidden as error:
             ends[view.__name__] = f"forbidden: {error}"

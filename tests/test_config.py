@@ -43,7 +43,10 @@ def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_pat
     few = ("trainer.max_steps=3", "trainer.evaluate_every_steps=3", "trainer.evaluate_every_epochs=null")
     if experiment == "gpt_muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("needs torch 2.9")
-    small = ("data.validation.limit=32", "task.sample_bytes=16") if experiment.startswith("gpt") else ()
+    if experiment == "lora":
+        pytest.importorskip("peft")
+    text = experiment.startswith(("gpt", "lora"))
+    small = ("data.validation.limit=32", "task.sample_bytes=16") if text else ()
     ended = life(f"experiment={experiment}", *few, *small, f"run.root={tmp_path}")
     assert ended.status == 0, ended.output
     assert "finished step 3 (max_steps), val/loss" in ended.output
@@ -69,11 +72,11 @@ def smoke(message: str, *overrides: str, status: int = 2) -> Mistake:
 MISTAKES = {
     "no experiment": command("You must specify 'experiment'"),
     "no experiment, the list": command(
-        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tsmoke"
+        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tlora\n\tsmoke"
     ),
     "unknown experiment": command("Could not find 'experiment/nope'", "experiment=nope"),
     "unknown experiment, the list": command(
-        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tsmoke",
+        "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tlora\n\tsmoke",
         "experiment=nope",
     ),
     "misspelt key": smoke("Did you mean trainer.max_steps?", "trainer.max_step=3"),
@@ -315,7 +318,7 @@ def test_help_explains_the_command(life: Lives) -> None:
     text = life("--help").output
     for part in (
         "start the run, resume it, or print its result",
-        "experiment: arithmetic_grpo, arithmetic_sft, digits, fashion_mnist, gan, gpt, gpt_muon, smoke",
+        "experiment: arithmetic_grpo, arithmetic_sft, digits, fashion_mnist, gan, gpt, gpt_muon, lora, smoke",
         "75",
     ):
         assert part in text

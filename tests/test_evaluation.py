@@ -157,6 +157,26 @@ def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_pa
     require_same(tmp_path / "rows")
 
 
+@pytest.mark.parametrize("rank", ["", "1"], ids=["all", "one"])
+def test_a_failed_evaluation_of_processes_loses_no_step(rank: str, crew: Crews, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    more = ("trainer.evaluate_every_steps=7", "task._target_=mine.tasks.Mended", f"+task.broken={broken}", CALLBACK)
+    command = (*ROWS, *more, "trainer.max_steps=12", f"run.root={tmp_path}", "model._target_=mine.odd.Centres")
+    command = (*command, "data.evaluation_batch_size=4", "runtime.check_batches=0")
+    ended = crew(2, *command, "run.name=whole", cwd=USER)
+    assert ended.statuses == [0, 0], ended.output
+    broken.write_text(rank)
+    ended = crew(2, *command, "run.name=cut", cwd=USER)
+    assert ended.statuses == [1, 1]
+    assert ended.output.count("in evaluation_step") == 1, ended.output
+    assert "Step 7 is committed as it was before the evaluation" in ended.output, ended.output
+    broken.unlink()
+    ended = crew(2, *command, "run.name=cut", cwd=USER)
+    assert ended.statuses == [0, 0]
+    assert "resumed from step 7 " in ended.output, ended.output
+    require_same(tmp_path / "rows")
+
+
 def test_a_wrong_name_of_the_objective_loses_no_step(life: Lives, tmp_path: Path) -> None:
     command = (*ROWS, f"run.root={tmp_path}", "run.name=r", "runtime.check_batches=0")
     ended = life(*command, "objective.metric=val/acc", cwd=USER)

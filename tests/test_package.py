@@ -1,6 +1,7 @@
 """What is built and installed: wheel, source distribution, version, and the JSON schema for editors."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -49,16 +50,33 @@ def test_public_names_are_there() -> None:
     assert all(hasattr(runner, name) for name in runner.__all__)
 
 
-def schema_errors(config: Any) -> list[str]:
-    validator = pytest.importorskip("jsonschema").Draft7Validator(json_schema(CONF / "config.yaml"))
+def schema_errors(config: Any, schema: Any = None) -> list[str]:
+    schema = schema or json_schema(CONF / "config.yaml")
+    validator = pytest.importorskip("jsonschema").Draft7Validator(schema)
     return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in validator.iter_errors(config)]
 
 
-FILES = [CONF / "config.yaml", *CONF.glob("experiment/*.yaml"), *REPOSITORY.glob("tests/user/conf/experiment/*.yaml")]
+def test_the_stored_schema_is_what_the_command_prints() -> None:
+    command = [sys.executable, "-m", "runner", "schema"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (CONF / "schema.json").read_text() == done.stdout
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_schema_accepts_every_configuration(file: Path) -> None:
+WITH_SCHEMA = [path for folder in (".", "data", "experiment", "metrics") for path in CONF.glob(f"{folder}/*.yaml")]
+
+
+@pytest.mark.parametrize("file", WITH_SCHEMA, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_an_editor_finds_the_schema_and_accepts_each_file(file: Path) -> None:
+    line = re.search(r"^# yaml-language-server: \$schema=(\S+?)(?:#/(\S+))?$", file.read_text(), re.MULTILINE)
+    assert line is not None
+    schema = json.loads((file.parent / line[1]).read_text())
+    for name in line[2].split("/") if line[2] else ():
+        schema = schema[name]
+    assert not schema_errors(yaml.safe_load(file.read_text()), schema)
+
+
+@pytest.mark.parametrize("file", [*REPOSITORY.glob("tests/user/conf/experiment/*.yaml")], ids=lambda file: file.stem)
+def test_the_schema_accepts_experiments_of_users(file: Path) -> None:
     assert not schema_errors(yaml.safe_load(file.read_text()))
 
 

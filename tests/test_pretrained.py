@@ -21,6 +21,7 @@ def trained(life: Lives, tmp_path: Path) -> Any:
         command = ("--config-dir", f"{USER}/conf", "experiment=pretrained", f"run.root={tmp_path}", "run.name=r")
         ended = life(*command, *options, cwd=USER)
         assert ended.status == 0, ended.output
+        assert ("of them trained" in ended.output) == ("adapters" in model)
         return runner.open(tmp_path / "pretrained/r")
 
     return train

@@ -153,9 +153,15 @@ PURE: dict[str, Callable[[int], Any]] = {
     "dates": lambda index: np.array(["2020-01-01"], dtype="datetime64[D]"),
     "sets": lambda index: ({"a", "b", f"{index}"}, frozenset({1, 2})),
     "objects": lambda index: Plain([index, "text"]),
+    "tensors in objects": lambda index: Plain([torch.full((2,), index), torch.ones(2)]),
     "what cannot be pickled": lambda index: (threading.Lock(), index),
     "functions": lambda index: (lambda: index, index),
 }
+
+
+def test_tensors_in_objects_are_compared_by_content() -> None:
+    one, same, other = (probe.content_digest(Plain([torch.full((2,), value)])) for value in (1.0, 1.0, 2.0))
+    assert one == same != other
 
 
 @pytest.mark.parametrize("kind", PURE)

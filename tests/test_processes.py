@@ -233,9 +233,9 @@ def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Cre
     assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
     alone, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
     assert ledger(hops_) == ledger(alone)
-    proof, about = audit(RunDirectory.at(str(hops_)))
-    assert not proof.problems
-    assert (about["steps"], about["attempts"]) == (36, 4)
+    proof = audit(RunDirectory.at(str(hops_)))
+    assert not proof["problems"]
+    assert (proof["steps"], proof["attempts"]) == (36, 4)
 
 
 def test_a_child_of_several_processes_goes_on_as_its_parent(crew: Crews, tmp_path: Path) -> None:

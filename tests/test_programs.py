@@ -85,6 +85,7 @@ def test_a_schedule_ends_with_the_last_epoch(steps: str, life: Lives, tmp_path: 
     assert len(run) == 45
     assert 0 < run[-1] < 0.01 * max(run)
     assert "but the run ends at step" not in ended.output
+    assert "finished step 45 (max_epochs)" in ended.output
 
 
 def test_a_schedule_of_epochs_ends_with_the_last_epoch(life: Lives, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_types_have_the_names_of_the_format(location: LocalLocation) -> None:
 
 
 def test_a_file_without_tensors_is_a_file(location: LocalLocation, tmp_path: Path) -> None:
-    assert write(location, {}).file.blocks == ()
+    assert write(location, {}).file.blocks == []
     assert safetensors.torch.load_file(tmp_path / "file.safetensors") == {}
 
 
@@ -201,7 +201,7 @@ def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told:
 def test_wrong_sizes_are_damage_before_any_allocation(
     location: LocalLocation, shape: tuple[int, ...], size: int
 ) -> None:
-    group, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", ("",) * min(size, 1))
+    group, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", [""] * min(size, 1))
     with pytest.raises(Damaged, match="bytes cannot be the tensors"):
         Reader(location, {FILE: file}).read({"a": (TensorBytes(group, "a", 0), Box.whole(shape))})
 

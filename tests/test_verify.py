@@ -28,12 +28,10 @@ from runner.verify import assert_resumes
 from runner.verify.campaign import plan, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference, lost_memory
-from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, Servers, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
-from runner.verify.proof import prove
-from runner.verify.proof_report import page
-from runner.verify.verdict import Verdict
+from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
 BROKEN = "mine.broken."
@@ -197,8 +195,6 @@ def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratc
     assert proven["workers"] == [0, 2]
     assert proven["checkpoints"] > 3
     assert proven["steps_done_again"] > 0
-    assert verdict.cost
-    assert "checkpoint.every_steps=" in verdict.text()
     assert [*scratch.iterdir()] == []
 
 
@@ -234,8 +230,9 @@ def trained(memories: Sequence[set[str]]) -> RunTrace:
         }
         for n, names in enumerate(memories, 1)
     ]
-    ended = [{"event": "built", "indexed": True, "epoch": 7}, {"event": "finished", "result": {"reason": "max_steps"}}]
-    request = AttemptRequest("undisturbed", (), Path("record"))
+    finished = {"event": "finished", "result": {"reason": "max_steps"}, "size": 0}
+    ended = [{"event": "built", "epoch": 7}, finished]
+    request = AttemptRequest("undisturbed", (), "record")
     return RunTrace("undisturbed", [AttemptTrace(request, 0, 0, (begun, *steps, *ended))])
 
 
@@ -338,13 +335,13 @@ def test_memory_is_seen_wherever_it_is() -> None:
 def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> None:
     code = f"""if True:
         import sys
-        from runner.verify import pins
+        from runner.verify import controls
         def reader(name):
             space = {{"__name__": name}}
             exec("import os, time\\ndef read(): return {read}", space)
             return space["read"]
         mine, library = reader("mine"), reader("library")
-        pins.hold("{pin}")
+        controls.hold("{pin}")
         first = mine()
         if "beside" in sys.argv:
             library()
@@ -364,7 +361,7 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
         import datetime, pickle, time
         from datetime import date, datetime as early
         import numpy, pandas
-        from runner.verify import clocks
+        from runner.verify import controls
         read = '''if True:
             import datetime, numpy, pandas, time
             second = numpy.timedelta64(1, "s")
@@ -380,7 +377,7 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
             print([round(float(each) / 1e6, 2) for each in ahead])
         '''
         now, today = time.time, date.today
-        clocks.shift({10**7})
+        controls.hold(ahead={10**7})
         shifted = time.time
         assert now is not shifted and time.gmtime(0).tm_year == 1970 and time.strftime("%Y", time.gmtime(0)) == "1970"
         names = {{"now": now, "early": early, "today": lambda: date.fromtimestamp(now())}}
@@ -412,11 +409,11 @@ def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -
     )
     code = """if True:
         import multiprocessing, queue, threading, user
-        from runner.verify import clocks
+        from runner.verify import controls
         if __name__ == "__main__":
             begun = user.read()
-            clocks.shift(10**7)
-            clocks.advance(10**6)
+            controls.hold(ahead=10**7)
+            controls.advance(10**6)
             inside, beside = user.read(), queue.Queue()
             thread = threading.Thread(target=lambda: beside.put(user.read()))
             thread.start()
@@ -518,9 +515,10 @@ def test_kills_for_which_no_time_is_left_are_left_out() -> None:
     planned = plan(RunTrace("undisturbed", [undisturbed]), Options(steps=30))
     left = iter(range(50, -1, -10))
 
-    def attempt(run: RunTrace, *overrides: str, kill: object, **fields: object) -> AttemptTrace:
+    def attempt(run: RunTrace, *overrides: str, kill: Kill | None, **fields: object) -> AttemptTrace:
         ended = {"event": "killed", "moment": "step"} if kill else {"event": "finished"}
-        run.attempts.append(replace(undisturbed, status=None if kill else 0, events=(ended,)))
+        request = replace(undisturbed.request, kill=kill)
+        run.attempts.append(replace(undisturbed, request=request, status=None if kill else 0, events=(ended,)))
         return run.attempts[-1]
 
     executor = SimpleNamespace(attempt=attempt, left=lambda: next(left))
@@ -535,7 +533,8 @@ def test_the_proof_ends_when_its_time_is_over(
     """Right after a run of that name: before the search for the cause, or before the first kill."""
 
     def left(executor: Executor) -> float:
-        return 0 if any(run.evidence for run in executor.runs if run.name == ended) else math.inf
+        finished = [name for name in executor.requests if name == ended and "again" not in name]
+        return 0 if finished and '"event": "finished"' in executor.requests[ended].record().read_text() else math.inf
 
     monkeypatch.setattr(Executor, "left", left)
     verdict = judged(servers, *data("Harder"), kills=1)
@@ -547,27 +546,6 @@ def test_the_proof_ends_when_its_time_is_over(
     else:
         assert verdict.cause.kind == "incomplete"
         assert "verify.minutes was over before the killed run was finished" in verdict.text()
-
-
-def test_a_configuration_error_comes_before_anything_heavy(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(USER)
-    code = """if True:
-        import sys
-        from runner.errors import ConfigError
-        from runner.verify import assert_resumes
-        try:
-            assert_resumes("--config-dir", "conf", "experiment=broken", sys.argv[1])
-        except ConfigError as error:
-            print("torch" in sys.modules, error)
-    """
-    for wrong, message in (
-        ("trainer.max_step=3", "Could not override 'trainer.max_step'"),
-        ("run.name=a/b", "run.name"),
-    ):
-        done = subprocess.run([sys.executable, "-c", code, wrong], check=True, stdout=subprocess.PIPE, text=True)
-        assert done.stdout.startswith("False "), done.stdout
-        assert message in done.stdout
-    assert [*scratch.iterdir()] == []
 
 
 @pytest.mark.campaign
@@ -598,7 +576,7 @@ def test_fails(assert_resumes):
     options = ("-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"))
     command = [sys.executable, "-m", "pytest", *options, str(test)]
     plugins = {entry.value for entry in entry_points(group="pytest11")}
-    command += [] if plugins & {"pytest_hydra_runner", "runner.verify.fixtures"} else ["-p", "pytest_hydra_runner"]
+    command += [] if "pytest_hydra_runner" in plugins else ["-p", "pytest_hydra_runner"]
     done = subprocess.run(command, cwd=USER, stdout=subprocess.PIPE, text=True)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
     (kept,) = scratch.iterdir()  # of the proof that failed
@@ -622,20 +600,17 @@ def test_a_users_own_runner_is_named_by_the_fixture_alone(tmp_path: Path) -> Non
 def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
     undisturbed = trained([{"task.seen", "data.train.cache[3]", "model._hooks[0].__self__._is_root"}] * 3)
     resumed = {"event": "resumed", "step": 1, "memory": {}}
-    private = {"event": "private", "paths": ["model._hooks[0].__self__._is_root"]}
+    private = {"event": "finished", "private": ["model._hooks[0].__self__._is_root"]}
     (attempt,) = undisturbed.attempts
     undisturbed.attempts = [replace(attempt, events=(*attempt.events, private))]
     run = RunTrace("killed", [replace(attempt, events=(resumed,))])
     assert lost_memory(run, undisturbed) == (("task.seen", "", None),)
 
 
-def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
+def test_a_limit_by_the_clock_is_left_out(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
-    shown = page(replace(verdict, command=["<script>"]))
-    assert shown.count("<polyline") == 2
-    assert "http" not in shown.replace("http-equiv", "")
-    assert "<script" not in shown
-    assert "note     trainer.max_seconds was left out" in shown
+    assert "note     trainer.max_seconds was left out" in verdict.text()
+    assert verdict.proven["steps"] == 6
 
 
 @pytest.mark.parametrize(
@@ -645,6 +620,8 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
         ("verify.steps=many", "verify.steps=many cannot be used"),
         ("verify.steps=1", "at least 2"),
         ("verify.workers=[0,-1]", "numbers of data workers"),
+        ("verify.workers=2", "numbers of data workers"),
+        ("verify.keep=yes?", "verify.keep=true"),
         ("verify.kills", "verify.kills needs a value"),
         ("verify.minutes=0", "verify.minutes=2 (more than 0)"),
         ("verify.moments=[step,stops]", "verify.moments=[step,stop]; there are committed, save"),

@@ -1,5 +1,6 @@
 """``python -m runner.verify`` on a corpus: broken experiments are named, mended and right ones pass."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from test_verify_culprits import CULPRITS
 
 from runner.verify.execution import Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.proof import prove
-from runner.verify.verdict import Verdict
+from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
 HERE, STATE = "mine.corpus", "mine.corpus_state"
@@ -26,8 +26,11 @@ def servers() -> Iterator[Servers]:
 
 
 @pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Data workers have sockets in the temporary folder, whose paths must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield
 
 
 def judged(servers: Servers, *overrides: str, options: Options = SMALL) -> Verdict:

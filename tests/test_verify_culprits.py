@@ -13,8 +13,7 @@ from runner.verify.diagnosis import Investigation
 from runner.verify.difference import FirstDifference
 from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.proof import prove
-from runner.verify.verdict import Verdict
+from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
 MORE: dict[str, tuple[str, ...]] = {"Ties": ("model.hidden=[16,16]",)}  # overrides
@@ -103,7 +102,7 @@ class Scripted(Investigation):
         return None if equal else DIFFERENCE
 
 
-ATTEMPT = AttemptTrace(AttemptRequest("undisturbed", (), Path("record")), 0, 0, ())
+ATTEMPT = AttemptTrace(AttemptRequest("undisturbed", (), "record"), 0, 0, ())
 DIFFERENCE = FirstDifference(1, 0, "loss", "loss", 1.0, 2.0)
 
 
@@ -115,7 +114,7 @@ def test_no_pin_is_blamed_without_a_control(settles: bool, kind: str) -> None:
 
 def test_a_refused_attempt_is_a_difference() -> None:
     events = ({"event": "failed", "kind": "ledger", "message": "\n".join(f"line {n}" for n in range(40))},)
-    attempt = AttemptTrace(AttemptRequest("again", (), Path("record")), 1, 0, events)
+    attempt = AttemptTrace(AttemptRequest("again", (), "record"), 1, 0, events)
     lives = Scripted(settles=True)
     difference = Investigation.differs(lives, "again", RunTrace("again", [attempt]))
     assert difference

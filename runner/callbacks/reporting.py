@@ -7,7 +7,7 @@ import sys
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class KeepLedger(Callback):
     def on_step(self, loop: Loop) -> None:
         line = loop.state.stream.ledger_line(loop.step)
         if self.task.rollouts is not None:
-            line = line._replace(rollouts=rollouts_text(self.task.rollouts))
+            line = replace(line, rollouts=rollouts_text(self.task.rollouts))
         self.ledger.add(line)
 
     def on_end(self, loop: Loop) -> None:

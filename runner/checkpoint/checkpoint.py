@@ -55,8 +55,11 @@ class Reader:
         tensors: dict[str, Tensor] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for name, (place, box) in wanted.items():
-            cells = cells_in(box, place.kind.shape, place.group.cuts)
-            sources = [(*self._begin(place, number), cell, overlap) for number, cell, overlap in cells]
+            sources = []
+            for number, cell, overlap in cells_in(box, place.kind.shape, place.group.cuts):
+                file = self._names[place.first + number]
+                offsets = place.group.offsets(number, self._files[file].data)
+                sources.append((file, offsets[place.name], cell, overlap))
             tensors[name] = place.kind.empty(box.shape)  # only now: the files have its bytes
             copies += _scatter(tensors[name], place.kind, box, sources, blocks)
         self._fill(blocks)
@@ -69,23 +72,14 @@ class Reader:
         for name, file in self._files.items():
             self._fill({(name, number): [] for number in range(len(file.blocks))})
 
-    def check_header(self, name: str) -> None:
-        """Raise Damaged unless the header of a data file is as it was written."""
-        header = memoryview(bytearray(self._files[name].header))
+    def check(self, place: TensorBytes, number: int) -> None:
+        """Raise Damaged for another size or header of the file of a cell."""
+        name = self._names[place.first + number]
+        file = self._files[name]
+        place.group.offsets(number, file.data)
+        header = memoryview(bytearray(file.header))
         self._location.read_into(name, 0, [header])
-        _require_digest(name, 0, [header], self._files[name].digest)
-
-    def offsets(self, group: FileGroup, number: int, name: str) -> dict[str, int]:
-        """Where each tensor begins in the file of a cell. Raises Damaged for a file of another size."""
-        try:
-            return group.offsets(number, self._files[name].data)
-        except Damaged as error:
-            raise Damaged(f"{name}: {error}") from None
-
-    def _begin(self, place: TensorBytes, number: int) -> tuple[str, int]:
-        """The file of a cell of a tensor, and the byte where it begins there. Raises Damaged."""
-        file = self._names[place.first + number]
-        return file, self.offsets(place.group, number, file)[place.name]
+        _require_digest(name, 0, [header], file.digest)
 
     def _fill(self, blocks: _Blocks) -> None:
         """Read whole blocks, neighbours at once."""
@@ -174,7 +168,7 @@ class Checkpoint:
 
         Raises Damaged; nothing that failed its digest is returned, on any rank.
         """
-        return on_all_ranks(self.comm, lambda: self._load(part, like), kinds=(Damaged,))
+        return on_all_ranks(self.comm, lambda: self._load(part, like))
 
     def _load(self, part: str, like: Any) -> Any:
         live = {} if like is None else encode(like, part)[1]
@@ -211,12 +205,10 @@ class Checkpoint:
     @doing("saves")
     def check(self) -> None:
         """Raise Damaged for a file of another size or header; each rank looks at its share of the files."""
-        names = [*self.files]
-        for first, group in {place.first: place.group for place in self.places.values()}.items():
-            for number in range(group.cells):
-                if (first + number) % self.comm.size == self.comm.rank:
-                    self.reader.check_header(names[first + number])
-                    self.reader.offsets(group, number, names[first + number])
+        for place in {place.first: place for place in self.places.values()}.values():
+            for number in range(place.group.cells):
+                if (place.first + number) % self.comm.size == self.comm.rank:
+                    self.reader.check(place, number)
 
     @doing("saves")
     def verify(self) -> None:
@@ -245,7 +237,7 @@ class Checkpoint:
 def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
     """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
     try:
-        files = {name: _file(*fields) for name, fields in manifest["files"].items()}
+        files = {name: StoredFile(*fields) for name, fields in manifest["files"].items()}
         places = dict(_places(manifest["shelves"], len(files)))
         places |= {name: places[other] for name, other in manifest["same"].items()}
         if len(places) > MAX_TENSORS:
@@ -283,12 +275,6 @@ def _facts(decoded: Any) -> dict[str, Any]:
     if not isinstance(end["segment"], str) or type(end["lines"]) is not int or not 0 <= elapsed < 1e15:
         raise ValueError("facts that cannot be true")
     return facts
-
-
-def _file(size: int, header: int, digest: str, blocks: list[str]) -> StoredFile:
-    if not isinstance(blocks, list):
-        raise ValueError(f"digests {blocks!r}")
-    return StoredFile(size, header, digest, tuple(blocks))
 
 
 def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:

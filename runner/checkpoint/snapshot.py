@@ -55,26 +55,22 @@ class Snapshot:
         own = {name for name, state in parts.items() if isinstance(state, PerRank) and comm.size > 1}
         encoded = {n: encode(state, f"{n}/{comm.rank}" if n in own else n) for n, state in parts.items()}
         values = {name: value for name, (value, _) in encoded.items() if name not in own}
-        shared, alone = _tensors(encoded, {*encoded} - own), _tensors(encoded, own)
+        shared: dict[str, Tensor] = {}
+        alone: dict[str, Tensor] = {}
+        for name, (_, tensors) in encoded.items():
+            (alone if name in own else shared).update(tensors)
         encoded_facts = encode(facts, "facts")[0]
         if comm.size == 1:
             return cls(step, values, {name: local(tensor) for name, tensor in shared.items()}, encoded_facts)
         shards = shard(shared, comm)
         write = plan(shards, alone)
-        tensors = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
-        contents = {
-            name: _content(encoded[name][1].values())
-            for name in {*encoded} - own
-            if name.partition(".")[0] not in _TRAINED
-        }
+        written = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
+        compared = [name for name in values if name.partition(".")[0] not in _TRAINED]
+        contents = {name: _content(encoded[name][1].values()) for name in compared}
         weights = [tensor for name, tensor in shared.items() if name.startswith("model/")]
         weights = weights[:: max(1, len(weights) // _COMPARED_WEIGHTS)]
         contents["weights"] = _content(weights, most=_COMPARED_OF_WEIGHT)
-        return cls(step, values, tensors, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
-
-
-def _tensors(encoded: Mapping[str, tuple[Any, dict[str, Tensor]]], parts: Collection[str]) -> dict[str, Tensor]:
-    return {name: tensor for part, (_, all_) in encoded.items() if part in parts for name, tensor in all_.items()}
+        return cls(step, values, written, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
 
 
 def _content(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
@@ -88,7 +84,7 @@ def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, Store
     and digests of the state that all ranks have alike.
     """
     entries = {
-        "files": [[name, file.size, file.header, file.digest, list(file.blocks)] for name, file in files],
+        "files": [[name, file.size, file.header, file.digest, file.blocks] for name, file in files],
         "shelves": [[number, cell] for number, cell in plan.written.items()],
     }
     if snapshot.plan is None:

@@ -198,7 +198,7 @@ class CheckpointStore:
     @doing("saves")
     def open(self, commit: CommitId, comm: Communicator = SINGLE_PROCESS) -> Checkpoint:
         """Read a commit's manifest and check that its files are there. Raises Damaged."""
-        return on_all_ranks(comm, lambda: self._open(commit, comm), kinds=(Damaged, Torn))
+        return on_all_ranks(comm, lambda: self._open(commit, comm))
 
     def _open(self, commit: CommitId, comm: Communicator) -> Checkpoint:
         checkpoint = self._parse(commit, comm)

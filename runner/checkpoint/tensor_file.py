@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.manifest import digest
-from runner.errors import StateError
+from runner.errors import RunnerError, StateError
 from runner.storage.location import Buffer
 
 BLOCK = 1 << 20  # bytes, counted from the end of a file's header; frozen: stored checkpoints depend on it
@@ -34,7 +34,7 @@ _LONGEST = 500  # characters of a message
 _PIECE = 32_000  # elements; torch sums more with all its threads, and would slow down training
 
 
-class Damaged(Exception):
+class Damaged(RunnerError):
     """Stored bytes are not those that were written; says what and where."""
 
     def __init__(self, message: str) -> None:
@@ -51,14 +51,14 @@ class StoredFile:
     size: int
     header: int
     digest: str
-    blocks: tuple[str, ...]
+    blocks: list[str]
 
     def __post_init__(self) -> None:
         if not all(type(number) is int for number in (self.size, self.header)):
             raise Damaged(f"sizes {self.size!r} and {self.header!r}")
         if not 0 <= self.header <= min(self.size, _MAX_HEADER):
             raise Damaged(f"a file of {self.size} bytes cannot have a header of {self.header}")
-        if len(self.blocks) != -(-self.data // BLOCK):
+        if not isinstance(self.blocks, list) or len(self.blocks) != -(-self.data // BLOCK):
             raise Damaged(f"{len(self.blocks)} digests cannot be those of {self.data} bytes")
 
     @property
@@ -109,12 +109,12 @@ class SafetensorsFile:
         kinds = in_order({name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()})
         self._tensors = {name: tensors[name].resolve_conj().resolve_neg() for name in kinds}
         self._header = _header(kinds, metadata)
-        self._digests: tuple[str, ...] = ()
+        self._digests: list[str] = []
 
     def chunks(self) -> Iterator[Buffer]:
         """The bytes of the file in order; the tensors are digested meanwhile."""
         with ThreadPoolExecutor(1) as pool:
-            digests = pool.submit(lambda: tuple(digest(*block) for block in blocks(self._views())))
+            digests = pool.submit(lambda: [digest(*block) for block in blocks(self._views())])
             yield self._header
             yield from self._views()
             self._digests = digests.result()

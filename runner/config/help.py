@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
 from types import NoneType, UnionType
@@ -32,15 +33,14 @@ class KeyHelp:
 def explain(key: str, file: Path) -> str:
     """The meaning of a key, and of those below it. Raises ConfigError for a key that does not exist."""
     keys = {entry.key: entry for entry in entries(file.read_text())}
-    free = next((part for part in _parts(key) if _type(part) is Any), None)
-    if key not in keys and free is not None:
+    below = [entry for name, entry in keys.items() if f"{name}.".startswith(f"{key}.")]
+    if below and _type(key.partition(".")[0]) is not None:
+        return "\n".join(map(_text, below))
+    if free := next((part for part in accumulate(key.split("."), "{}.{}".format) if _type(part) is Any), None):
         what = "an argument of the object" if key != free else "the object"
         return f"{key}\n  {what} that {free}._target_ names; choices are in conf/{free}/"
-    if key not in keys or _type(key.partition(".")[0]) is None:
-        near = get_close_matches(key, keys, 1)
-        raise ConfigError(f"there is no key {key}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
-    below = [entry for name, entry in keys.items() if name == key or name.startswith(f"{key}.")]
-    return "\n".join(map(_text, below))
+    near = get_close_matches(key, keys, 1)
+    raise ConfigError(f"there is no key {key}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
 
 
 def values(key: str) -> list[str]:
@@ -75,11 +75,6 @@ def entries(text: str) -> Iterator[KeyHelp]:
             comment = " ".join([*before, *filter(None, [match["comment"]])])
             yield KeyHelp(".".join(name for _, name in path), (match["value"] or "").strip(), comment)
             before = []
-
-
-def _parts(key: str) -> list[str]:
-    names = key.split(".")
-    return [".".join(names[:end]) for end in range(1, len(names) + 1)]
 
 
 def _type(key: str) -> Any:

@@ -16,7 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import reduce
 from itertools import chain
+from operator import getitem
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -196,7 +198,6 @@ _MINIMUM = dict.fromkeys(_FROM_ZERO.split(), 0) | dict.fromkeys(_FROM_ONE.split(
 _MINIMUM |= {"runtime.timeout": 2, "checkpoint.keep_last": LEAST_KEPT}
 # Hydra's own settings, which are stored in .hydra/.
 _HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
-_START_METHODS = ("fork", "spawn", "forkserver")
 
 
 def check(config: DictConfig) -> None:
@@ -223,9 +224,8 @@ def check(config: DictConfig) -> None:
     refuse_secrets(config)
     if config.run.parent is None and config.run.inherit is not Inherit.model:
         raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
-    method = config.runtime.start_method
-    if method is not None and method not in _START_METHODS:
-        raise ConfigError(f"runtime.start_method={method} is not one of {', '.join(_START_METHODS)}")
+    if (method := config.runtime.start_method) not in (None, "fork", "spawn", "forkserver"):
+        raise ConfigError(f"runtime.start_method={method} is not one of fork, spawn, forkserver")
 
 
 def _check_keys(node: DictConfig, path: str = "") -> None:
@@ -258,7 +258,9 @@ def refuse_secrets(config: DictConfig) -> None:
         _check_parameters(config.hydra.sweeper)
         keys += _HYDRA
     in_sweep = _secrets_of_sweep(config) if "hydra" in config else ()
-    for key in chain(*(find_secrets(_as_written(config, key), key) for key in keys), in_sweep):
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    written = {key: reduce(getitem, key.split("."), plain) for key in keys}
+    for key in chain(*(find_secrets(value, key) for key, value in written.items()), in_sweep):
         problem = "looks like a secret and is written out, which would end in files and in the process list"
         remedy = "Put it into an environment variable and give '${oc.env:NAME}'"
         store = "for a store, leave it to what its own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
@@ -279,13 +281,6 @@ def _check_parameters(sweeper: DictConfig) -> None:
             problem = "a secret of the environment, which would end in names of jobs"
             remedy = f"give it on the command line, {shlex.quote(f'{key}={value}')}"
             raise ConfigError(f"hydra.sweeper.params.{key} has {problem}: {remedy}")
-
-
-def _as_written(config: DictConfig, key: str) -> Any:
-    """The value of a key as plain values, with all interpolations as they are."""
-    parent, _, name = key.rpartition(".")
-    node: Any = (OmegaConf.select(config, parent) if parent else config)._get_node(name)
-    return OmegaConf.to_container(node, resolve=False) if isinstance(node, Container) else node._value()
 
 
 def _secrets_of_sweep(config: DictConfig) -> Iterator[str]:

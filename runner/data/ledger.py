@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ _ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{
 SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
 MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
 _MAX_SEGMENT = 64 << 20  # bytes
-_BLOCK_SECONDS = 0.1  # between two writes: a kill may take the lines since the last, of steps that are done again
+BLOCK_SECONDS = 0.1  # between two writes: a kill may take the lines since the last, of steps that are done again
 _MAX_PLAN = 256 << 20  # bytes
 _MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
@@ -55,7 +55,8 @@ _MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the 
 _EPOCH_COST = 256  # an epoch costs as much work as so many positions
 
 
-class LedgerLine(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
     """A step: its positions from ``first`` to ``last``, a digest of the samples there, and the substitutions."""
 
     step: int
@@ -144,7 +145,7 @@ class Ledger:
             self._compare(line)
         self._unwritten.append(line)
         now = time.monotonic()
-        if now - self._written > _BLOCK_SECONDS:
+        if now - self._written >= BLOCK_SECONDS:
             self._written = now
             self._write()
             if self._journals.size > MAX_SEGMENT_BYTES:

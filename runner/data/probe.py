@@ -9,6 +9,7 @@ by all forked workers, position and all, and could not be sent to others. So wit
 reads in a process of its own.
 """
 
+import io
 import multiprocessing
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,9 +217,18 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, str | bytes | int | float | bool | None):
         return repr(value).encode()
     try:
-        return pickle.dumps(value)
+        pickled = io.BytesIO()
+        _ContentPickler(pickled).dump(value)
+        return pickled.getvalue()
     except Exception:  # of an open file or a lock only the type can be compared
         return type(value).__qualname__.encode()
+
+
+class _ContentPickler(pickle.Pickler):
+    """Tensors inside other objects, such as graphs, by their content: torch pickles their addresses, too."""
+
+    def persistent_id(self, obj: Any) -> bytes | None:
+        return _bytes(obj) if isinstance(obj, torch.Tensor) and _array(obj) is not None else None
 
 
 def _array(value: Any) -> "np.ndarray[Any, Any] | None":

@@ -315,6 +315,10 @@ class EvaluationData:
         """End the workers, within some seconds."""
         self._loader.close()
 
+    def __len__(self) -> int:
+        """Batches of this process, as many as any other has."""
+        return len(self._slices)
+
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
         for number, (weight, fetched) in enumerate(zip(self._weights, self._loader, strict=True)):

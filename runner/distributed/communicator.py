@@ -39,12 +39,11 @@ class PerRank(dict[str, Any]):
 
 
 T = TypeVar("T")
-Kinds = tuple[type[Exception], ...]
 
 
-def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> Any:
+def on_rank_zero(comm: Communicator, work: Callable[[], Any]) -> Any:
     """Do ``work`` on rank 0 only, and return its result (a JSON value) on all ranks. If it raises, all ranks raise: a
-    RunnerError and one of ``kinds`` as that class, any other error as RunnerError::
+    RunnerError of the same class, any other error as RunnerError::
 
         names = on_rank_zero(comm, lambda: commits(location))  # one listing, the same names everywhere
     """
@@ -52,21 +51,21 @@ def on_rank_zero(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = 
         return work()
     own, error = _attempt(work) if comm.rank == 0 else (None, None)
     report = comm.broadcast(own)
-    _raise(report["error"], error, kinds)
+    _raise(report["error"], error)
     return report["value"]
 
 
-def on_all_ranks(comm: Communicator, work: Callable[[], T], *, kinds: Kinds = ()) -> T:
+def on_all_ranks(comm: Communicator, work: Callable[[], T]) -> T:
     """Do ``work`` on every rank, and return this rank's result once all ranks are done. If one raises, all raise::
 
     on_all_ranks(comm, lambda: model.load_state_dict(state))  # all ranks have loaded, or none goes on
     """
     results: list[T] = []
-    gather(comm, lambda: results.append(work()), kinds=kinds)
+    gather(comm, lambda: results.append(work()))
     return results[0]
 
 
-def gather(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) -> list[Any] | None:
+def gather(comm: Communicator, work: Callable[[], Any]) -> list[Any] | None:
     """Do ``work`` on every rank; returns the results (JSON values) of all ranks on rank 0, and None on the others. If
     it raises on any rank, all ranks raise, with the number of that rank in the message.
     """
@@ -75,7 +74,7 @@ def gather(comm: Communicator, work: Callable[[], Any], *, kinds: Kinds = ()) ->
     report, error = _attempt(work, comm.rank)
     reports = comm.gather(report)
     failed = next((report["error"] for report in reports or () if report["error"]), None)
-    _raise(comm.broadcast(failed), error, kinds)
+    _raise(comm.broadcast(failed), error)
     return None if reports is None else [report["value"] for report in reports]
 
 
@@ -89,18 +88,17 @@ def _attempt(work: Callable[[], Any], rank: int | None = None) -> tuple[dict[str
         return {"value": None, "error": {"class": type(error).__name__, "text": text, "kind": kind_of(error)}}, error
 
 
-def _raise(message: dict[str, Any] | None, own: Exception | None, kinds: Kinds) -> None:
+def _raise(message: dict[str, Any] | None, own: Exception | None) -> None:
     """Raise the error in ``message``, if there is one. ``own`` is the error of this rank."""
     if message is None:
         return
-    classes = {kind.__name__: kind for kind in (*_with_subclasses(RunnerError), *kinds)}
+    classes = {kind.__name__: kind for kind in _with_subclasses(RunnerError)}
     if own is not None and message["class"] not in classes:
         raise own
-    error: Any = classes.get(message["class"], RunnerError)(message["text"])
-    if isinstance(error, RunnerError):
-        error.kind = message["kind"]
+    error = classes.get(message["class"], RunnerError)(message["text"])
+    error.kind = message["kind"]
     raise error from own
 
 
-def _with_subclasses(kind: type[Exception]) -> list[type[Exception]]:
+def _with_subclasses(kind: type[RunnerError]) -> list[type[RunnerError]]:
     return [kind, *(each for child in kind.__subclasses__() for each in _with_subclasses(child))]

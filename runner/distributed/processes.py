@@ -23,8 +23,7 @@ from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
 
 _SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two polls of the store
-_FIRST_BYTES = 256  # of a broadcast over a process group: its length, and as much of the message as fits
-_LENGTH_BYTES = 4
+_SHORT_BYTES = 256  # of a value that is broadcast over a process group
 
 
 class PeerFailed(RunnerError):
@@ -91,7 +90,7 @@ class Channel(Communicator):
 
 
 class GroupChannel(Channel):
-    """The channel of the training thread. It broadcasts over a process group, in a tenth of the time of the store."""
+    """The channel of the training thread. It broadcasts short values over a process group, in a tenth of the time."""
 
     def __init__(self, store: Store, world: World, watch: Watchdog, group: ProcessGroup) -> None:
         super().__init__(store, world, watch, thread=MAIN)
@@ -100,19 +99,11 @@ class GroupChannel(Channel):
     def broadcast(self, value: Any) -> Any:
         self._watch.note_exchange(MAIN)
         text = json.dumps(value).encode() if self.rank == 0 else b""
-        text = len(text).to_bytes(_LENGTH_BYTES, "big") + text
-        head = self._broadcast_bytes(text[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
-        length = int.from_bytes(head[:_LENGTH_BYTES], "big")
-        body, rest = head[_LENGTH_BYTES:], length + _LENGTH_BYTES - _FIRST_BYTES
-        if rest > 0:
-            body += self._broadcast_bytes(text[_FIRST_BYTES:].ljust(rest, b"\0"))
-        return json.loads(body[:length])
-
-    def _broadcast_bytes(self, text: bytes) -> bytes:
-        """The bytes of rank 0. ``text`` has the same length on all ranks."""
-        buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        text = text if len(text) <= _SHORT_BYTES else b""  # a longer value follows over the store
+        buffer = torch.frombuffer(bytearray(text.ljust(_SHORT_BYTES, b"\0")), dtype=torch.uint8)
         dist.broadcast(buffer, 0, group=self._group)
-        return buffer.numpy().tobytes()
+        text = buffer.numpy().tobytes().rstrip(b"\0")
+        return json.loads(text) if text else super().broadcast(value)
 
 
 def _raise_if_failed(watch: Watchdog) -> None:
@@ -182,11 +173,6 @@ class ProcessTeam(Team):
     def poll(self) -> str | None:
         self.stop = self.stop or _signal(self._sums(_stop_flags()))
         return self.stop
-
-    def union(self, names: Sequence[str]) -> list[str]:
-        gathered = self.comm.gather([*names]) or []
-        union: list[str] = self.comm.broadcast([*dict.fromkeys(name for part in gathered for name in part)])
-        return union
 
     def sum_tensors(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not values:

@@ -7,6 +7,7 @@ nothing of ``torch.distributed``, which a single process does not need and which
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class Team:
 
     def union(self, names: Sequence[str]) -> list[str]:
         """The names of all processes, each once, in the same order on all."""
-        return [*names]
+        return [*dict.fromkeys(chain.from_iterable(self.all_gather([*names])))]
 
     def sum_tensors(self, values: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
         """The sums over all processes, in double precision; all processes pass the same names."""

@@ -26,7 +26,7 @@ _FOLDER = "metrics"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.jsonl")
 SEGMENT_BYTES = 1 << 20  # bytes after which a commit begins a new segment, because a segment is written whole each time
 MAX_SEGMENT_BYTES = 16 << 20  # bytes after which a new segment begins without a commit
-_LIMIT = 64 << 20  # bytes of a segment that are read: above _FULLEST and a last line
+_LIMIT = 64 << 20  # bytes of a segment that are read: above MAX_SEGMENT_BYTES and a last line
 
 
 class LinesWriter(MetricWriter):
@@ -49,9 +49,10 @@ class LinesWriter(MetricWriter):
         numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
         finite = {tag: value if math.isfinite(value) else None for tag, value in numbers.items()}
         line = json.dumps({"step": step, **finite, TIME: round(time.time(), 3)}).encode() + b"\n"
-        self._segments[-1].lines.append(line)
-        self._segments[-1].size += len(line)
-        if self._segments[-1].size > MAX_SEGMENT_BYTES:
+        segment = self._segments[-1]
+        segment.lines.append(line)
+        segment.size += len(line)
+        if segment.size > MAX_SEGMENT_BYTES:
             self._begin(step)
 
     def mark(self, step: int) -> dict[str, Any]:

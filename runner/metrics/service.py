@@ -169,7 +169,7 @@ class ServiceProcess(MetricWriter):
         facts = {field: getattr(context, field) for field in _CONTEXT}
         request = {"name": name, "target": target, "arguments": dict(arguments), "context": facts, "url": self._url}
         try:
-            text = json.dumps({**request, "options": dict(context.options or {})})
+            text = json.dumps({**request, "options": dict(context.options or {}), "parent": os.getpid()})
         except TypeError as error:
             raise ConfigError(f"metrics.writers.{name}: {error}") from error
         self._child = subprocess.Popen(
@@ -247,30 +247,33 @@ def main() -> None:
     say("ready")
     status = 1
     with suppress(BrokenPipeError):
-        status = _follow(request["name"], writer, say)
+        status = _follow(request["parent"], request["name"], writer, say)
     os._exit(status)  # without waiting for threads of the library
 
 
-def _follow(name: str, writer: ServiceWriter, say: Callable[[str], None]) -> int:
-    """Send whenever the parent says that more is committed, until the attempt ends or the parent dies; returns the exit
-    status.
+def _follow(parent: int, name: str, writer: ServiceWriter, say: Callable[[str], None]) -> int:
+    """Send whenever the process ``parent`` says that more is committed, until the attempt ends or the parent dies;
+    returns the exit status.
     """
-    news: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=[news], daemon=True).start()
-    sender, parent = Sender(name, writer), os.getppid()
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=[messages], daemon=True).start()
+    sender = Sender(name, writer)
     state: dict[str, Any] = {}  # ``end``: as far as lines are committed; ``status``, once the attempt has ended
-    sent: dict[str, Any] | None = None
+    last_end: dict[str, Any] | None = None  # as far as lines are sent
     pause = retry = 0.0  # seconds after an error, and when to try again (time.monotonic)
-    while "status" not in state and os.getppid() == parent:
+    while True:
+        orphaned = os.getppid() != parent  # before the last messages are read
         with suppress(queue.Empty):
-            state |= news.get(timeout=_POLL_SECONDS)
+            state |= messages.get(timeout=_POLL_SECONDS)
             while True:
-                state |= news.get_nowait()
-        if state.get("end") == sent or time.monotonic() < retry:
+                state |= messages.get_nowait()
+        if orphaned or "status" in state:
+            break
+        if state.get("end") == last_end or time.monotonic() < retry:
             continue
         try:
             sender.push(state["end"])
-            sent = state["end"]
+            last_end = state["end"]
         except Exception as error:
             if not pause:
                 say(f"{type(error).__name__}: {error}. Training continues; the points are sent later")
@@ -290,6 +293,6 @@ def _follow(name: str, writer: ServiceWriter, say: Callable[[str], None]) -> int
     return 0
 
 
-def _listen(news: "queue.Queue[dict[str, Any]]") -> None:
+def _listen(messages: "queue.Queue[dict[str, Any]]") -> None:
     for line in sys.stdin:
-        news.put(json.loads(line))
+        messages.put(json.loads(line))

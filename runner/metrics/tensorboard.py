@@ -51,19 +51,14 @@ class TensorBoardWriter(MetricWriter):
         self._begin()
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        self._hide_from(min(step, self._step + 1))
         summaries = (
             text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
             for tag, value in values.items()
         )
-        now = time.time()
-        self._journals.append(encoded(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
+        self._append(step, summaries)
 
     def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
-        """Append what ``summary`` made of pictures and texts."""
-        self._hide_from(min(step, self._step + 1))
-        now, parsed = time.time(), map(Summary.FromString, summaries.values())
-        self._journals.append(encoded(Event(wall_time=now, step=step, summary=each) for each in parsed))
+        self._append(step, map(Summary.FromString, summaries.values()))
 
     def mark(self, step: int) -> dict[str, Any]:
         """Begin a new file if this one is full. There is no mark: TensorBoard hides the points of repeated steps."""
@@ -81,21 +76,26 @@ class TensorBoardWriter(MetricWriter):
             self.flush()
             self._journals.close()
 
+    def _append(self, step: int, summaries: Iterable[Summary]) -> None:
+        self._hide_from(min(step, self._step + 1))
+        now = time.time()
+        self._journals.append(encode_events(Event(wall_time=now, step=step, summary=each) for each in summaries))
+
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
         if not self._hidden:
             start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
-            self._journals.append(encoded([start]))
+            self._journals.append(encode_events([start]))
             self._hidden = True
 
     def _begin(self) -> None:
         name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"
-        head = encoded([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        head = encode_events([Event(wall_time=time.time(), file_version="brain.Event:2")])
         self._journals.begin(f"{_FOLDER}/{name}", head)
         self._files += 1
 
 
-def encoded(events: Iterable[Event]) -> bytes:
+def encode_events(events: Iterable[Event]) -> bytes:
     """Events in the format of an event file."""
     content = io.BytesIO()
     records = RecordWriter(content)
@@ -145,7 +145,7 @@ def write_hparams(location: Location, experiment: str, hyperparameters: Mapping[
     cells = {printable(key): _cell(value) for key, value in flatten(hyperparameters).items()}
     _, start, end = hparams({"experiment": _cell(experiment), **cells}, {})  # type: ignore[no-untyped-call]
     events = [Event(file_version="brain.Event:2"), Event(summary=start), *([Event(summary=end)] if finished else [])]
-    location.replace(_HPARAMS, [encoded(events)])
+    location.replace(_HPARAMS, [encode_events(events)])
 
 
 def _cell(value: Any) -> float | str:

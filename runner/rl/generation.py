@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from runner.checkpoint.sharding import is_distributed
 from runner.errors import ConfigError
+from runner.tasks.language import logits_of
 
 _ONE = 1 << 40  # probabilities are summed as integers: torch has no deterministic sum of floats along a row on CUDA
 
@@ -64,12 +65,6 @@ class Decoder:
             return logits_of(output)[:, -1]
         self._text = tokens if self._text is None else torch.cat([self._text, tokens], 1)
         return logits_of(self._model(self._text))[:, -1]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in the output of a model: itself, or its attribute of that name."""
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
 
 
 @torch.no_grad()

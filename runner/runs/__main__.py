@@ -99,12 +99,12 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    one, other = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
+    a, b = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
     if not parsed.ledger:
-        return _print(parsed, listing.diff(one, other), listing.format_diff)
+        return _print(parsed, listing.diff(a, b), listing.format_diff)
     from runner.runs.audit import first_difference, format_difference
 
-    difference = first_difference(one, other)
+    difference = first_difference(a, b)
     _print(parsed, difference, format_difference)
     return 0 if difference["step"] is None else 1
 
@@ -113,14 +113,14 @@ def _audit(parsed: argparse.Namespace) -> int:
     from runner.runs import audit
 
     directory = RunDirectory.at(parsed.run)
-    report, values = audit.audit(directory)
+    values = audit.audit(directory)
     if parsed.jsonl:
         from runner.runs.audit import json_lines
         from runner.storage import files
 
         files.write(parsed.jsonl, "".join(json_lines(directory)).encode())
     _print(parsed, values, audit.format_audit)
-    return 0 if report.holds else 1
+    return 0 if values["holds"] else 1
 
 
 def _prune(parsed: argparse.Namespace) -> int:
@@ -132,16 +132,17 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from runner.runs.checkpoints import export, format_export
+    from runner.runs.checkpoints import export
 
-    return _print(parsed, export(parsed.run, parsed.target, force=parsed.force), format_export)
+    values = export(parsed.run, parsed.target, force=parsed.force)
+    return _print(parsed, values, "step {step} of {run}: {bytes} bytes, sha256 {sha256}".format_map)
 
 
 def _push(parsed: argparse.Namespace) -> int:
     from runner.runs.push import push
 
-    done = push(parsed.run, parsed.writer, parsed.settings)
-    return _print(parsed, done, lambda _: f"{done['sent']} points sent; {done['writer']} has all up to {done['step']}")
+    report = push(parsed.run, parsed.writer, parsed.settings)
+    return _print(parsed, report, "{sent} points sent; {writer} has all up to step {step}".format_map)
 
 
 def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:

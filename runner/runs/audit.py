@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from runner.data import ledger
-from runner.data.ledger import LedgerLine, LedgerReport, Segment, check_exactly_once, parse_rollouts
+from runner.data.ledger import LedgerLine, Segment, check_exactly_once, parse_rollouts
 from runner.data.order import equal_runs
 from runner.data.plan import Plan
 from runner.errors import ConfigError
@@ -20,22 +20,34 @@ from runner.run_facts import RunFacts, refuse_unusable
 from runner.runs.listing import format_table
 
 
-class _Evidence(NamedTuple):
-    """The ledger of a run, the newest plan of its data (None for an iterable), and its last committed step."""
+def audit(directory: RunDirectory) -> dict[str, Any]:
+    """The verdict as plain values: those of ``LedgerReport``, whether it ``holds``, and what ``format_audit`` needs.
+    Raises ConfigError for a run without a ledger.
+    """
+    segments, plan, begun, committed = _read(directory)
+    with refuse_unusable(f"the ledger of {directory.location.url}"):
+        report = check_exactly_once(segments, plan, begun=begun, committed=committed)
+    plans = {segment.plan for segment in segments if segment.plan}
+    if len(plans) > 1:
+        report.problems.append(f"{len(plans)} plans of the data are in one ledger; judged by the newest")
+    rollouts, problems = account(ledger.lineage(segments, committed=committed)[0])
+    report.problems.extend(problems)
+    return {
+        "run": directory.name,
+        **asdict(report),
+        "holds": report.holds,
+        "weighted": bool(plan and plan.weights),
+        "attempts": len({segment.attempt for segment in segments}),
+        "indexed": plan is not None,
+        "damaged": [segment.damage for segment in segments if segment.damage],
+        "rollouts": rollouts,
+    }
 
-    segments: list[Segment]
-    plan: Plan | None
-    committed: int
-    start: int  # the step after which the run began
 
-    @property
-    def lines(self) -> list[LedgerLine]:
-        """The lines that count."""
-        return ledger.lineage(self.segments, committed=self.committed)[0]
-
-
-def _evidence(directory: RunDirectory) -> _Evidence:
-    """Raises ConfigError for a run without a ledger, StorageError for a damaged plan."""
+def _read(directory: RunDirectory) -> tuple[list[Segment], Plan | None, int, int]:
+    """The ledger of a run, the newest plan of its data (None for an iterable), and the steps after which it began and
+    up to which it is committed.
+    """
     location, facts = directory.location, RunFacts(directory)
     segments = ledger.segments(location)
     if not segments:
@@ -43,28 +55,13 @@ def _evidence(directory: RunDirectory) -> _Evidence:
     recipe = ledger.recipe(location, next((segment.plan for segment in reversed(segments) if segment.plan), ""))
     with refuse_unusable(f"the ledger of {location.url}"):
         plan = None if recipe.get("kind") == "opaque" else Plan.of(recipe)
-    return _Evidence(segments, plan, max(facts.step, facts.committed), facts.start)
+    return segments, plan, facts.start, max(facts.step, facts.committed)
 
 
-def audit(directory: RunDirectory) -> tuple[LedgerReport, dict[str, Any]]:
-    """The report of the check, and the same as plain values. Raises ConfigError for a run without a ledger."""
-    evidence = _evidence(directory)
-    segments, plan = evidence.segments, evidence.plan
-    with refuse_unusable(f"the ledger of {directory.location.url}"):
-        report = check_exactly_once(segments, plan, begun=evidence.start, committed=evidence.committed)
-    plans = {segment.plan for segment in segments if segment.plan}
-    if len(plans) > 1:
-        report.problems.append(f"{len(plans)} plans of the data are in one ledger; judged by the newest")
-    rollouts, problems = account(evidence.lines)
-    report.problems.extend(problems)
-    values = {"run": directory.name, **asdict(report), "holds": report.holds, "weighted": bool(plan and plan.weights)}
-    return report, {
-        **values,
-        "attempts": len({segment.attempt for segment in segments}),
-        "indexed": plan is not None,
-        "damaged": [segment.damage for segment in segments if segment.damage],
-        "rollouts": rollouts,
-    }
+def _lines(directory: RunDirectory) -> tuple[list[LedgerLine], Plan | None]:
+    """The lines that count of a run's ledger, and the plan."""
+    segments, plan, _, committed = _read(directory)
+    return ledger.lineage(segments, committed=committed)[0], plan
 
 
 def format_audit(audit: Mapping[str, Any]) -> str:
@@ -138,10 +135,9 @@ def json_lines(directory: RunDirectory) -> Iterator[str]:
     and with rollouts their digest ``rollouts``, and the positions (ranges ``[first, last]``) ``trained``
     ``times`` times or ``dropped``.
     """
-    evidence = _evidence(directory)
-    plan = evidence.plan
+    lines, plan = _lines(directory)
     order = plan.order() if plan is not None else None
-    for line in evidence.lines:
+    for line in lines:
         values: dict[str, Any] = {"step": line.step, "first": line.first, "last": line.last}
         if plan is not None and order is not None:
             epochs, places = np.divmod(np.arange(line.first, line.last + 1), plan.epoch_size)
@@ -160,7 +156,7 @@ def first_difference(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
     """The first ``step`` that two runs trained on other data, with both lines of the ledger; None if there is none
     among the ``compared`` steps that both have.
     """
-    pairs = [*zip(_evidence(a).lines, _evidence(b).lines, strict=False)]
+    pairs = [*zip(_lines(a)[0], _lines(b)[0], strict=False)]
     for first, second in pairs:
         if first != second:
             same = replace(first, rollouts=second.rollouts) == second

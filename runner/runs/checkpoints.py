@@ -85,8 +85,3 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     files.write(target, data)
     origin = {"run": directory.location.url, "step": checkpoint.step, "commit": str(checkpoint.id)}
     return {**origin, "target": target, "bytes": len(data), "sha256": sha256_digest(data)}
-
-
-def format_export(exported: Mapping[str, Any]) -> str:
-    """The values of ``export`` as text."""
-    return "step {step} of {run}: {bytes} bytes, sha256 {sha256}".format_map(exported)

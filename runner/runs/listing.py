@@ -158,21 +158,14 @@ def _format_codes(codes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not codes:
         yield "code\nNo attempt has a record of it: this version is the first that makes one."
         return
-    cells = [
-        {
-            "attempt": each["attempt"],
-            "commit": ", ".join(
-                f"{commit[:12]}{'+' if top in each['diffs'] else ''}" for top, commit in each["commits"].items()
-            ),
-            "edited": ", ".join(each["edited"]),
-            "files": len(each["files"]),
-        }
-        for each in codes
-    ]
-    yield (
-        "code, where it differs from that of the attempt before (+: with changes that are not committed)\n"
-        + format_table(cells, ["attempt", "commit", "files", "edited"])
-    )
+    cells = []
+    for each in codes:
+        commits = [f"{commit[:12]}{'+' * (top in each['diffs'])}" for top, commit in each["commits"].items()]
+        edited = ", ".join(each["edited"])
+        row = {"attempt": each["attempt"], "commit": ", ".join(commits), "files": len(each["files"]), "edited": edited}
+        cells.append(row)
+    table = format_table(cells, ["attempt", "commit", "files", "edited"])
+    yield f"code, where it differs from that of the attempt before (+: with changes that are not committed)\n{table}"
     newest = codes[-1]
     yield f"files of attempt {newest['attempt']}\n{format_facts(newest['files'])}"
     yield f"packages of attempt {newest['attempt']}\n" + " ".join(f"{k}={v}" for k, v in newest["packages"].items())
@@ -184,10 +177,13 @@ def _format_codes(codes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def diff(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
     """The keys that differ in configuration and result, with their values in ``a`` and ``b``, unless absent there."""
     left, right = RunFacts(a), RunFacts(b)
-    configuration = _changes(left.identity, right.identity, "a", "b")
-    result = _changes(_progress(left), _progress(right), "a", "b")
-    codes = _changes(_code(left), _code(right), "a", "b")
-    return {"a": a.location.url, "b": b.location.url, "configuration": configuration, "code": codes, "result": result}
+    return {
+        "a": a.location.url,
+        "b": b.location.url,
+        "configuration": _changes(left.identity, right.identity, "a", "b"),
+        "code": _changes(_code(left), _code(right), "a", "b"),
+        "result": _changes(_progress(left), _progress(right), "a", "b"),
+    }
 
 
 def _code(facts: RunFacts) -> dict[str, Any]:
@@ -202,10 +198,10 @@ def format_diff(differences: Mapping[str, Any]) -> str:
     """The values of ``diff`` as text."""
     parts = [format_facts({"a": differences["a"], "b": differences["b"]})]
     for part in ("configuration", "code", "result"):
-        rows = differences[part]
         same = (
-            f"The {part}s do not differ." if part != "code" else "The code does not differ, as far as it is recorded."
+            "The code does not differ, as far as it is recorded." if part == "code" else f"The {part}s do not differ."
         )
+        rows = differences[part]
         parts.append(f"{part}\n{_format_changes(rows, 'a', 'b')}" if rows else same)
     return "\n\n".join(parts)
 

@@ -1,9 +1,14 @@
-"""The command that sends the metrics of a run to a service outside after the fact."""
+"""The command that sends the metrics of a run to a service outside after the fact. A name alone is an option of
+``conf/metrics``.
+"""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from runner.app import CONFIGS
 from runner.errors import ConfigError, RunnerError
 from runner.metrics import service
 from runner.metrics.writer import WriterContext
@@ -11,7 +16,6 @@ from runner.restore import read
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
 
-_KNOWN = {"mlflow": "MLflowWriter", "trackio": "TrackioWriter", "wandb": "WandbWriter"}
 _STATUS = {"complete": "finished", "diverged": "failed", "superseded": "running", "unknown": "running"}
 
 
@@ -21,10 +25,12 @@ def push(run: str, name: str, settings: Sequence[str]) -> dict[str, Any]:
 
     Raises ConfigError, RunInUse while a process of this machine sends them, and RunnerError for an unreachable service.
     """
-    arguments = dict(map(_setting, settings))
-    target = arguments.pop("_target_", f"runner.metrics.trackers.{_KNOWN[name]}" if name in _KNOWN else None)
+    options = {path.stem: path for path in CONFIGS.glob("metrics/*.yaml")}
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(options[name])) if name in options else {}
+    arguments = {**defaults.get("writers", {}).get(name, {}), **dict(map(_setting, settings))}
+    target = arguments.pop("_target_", None)
     if not isinstance(target, str):
-        raise ConfigError(f"give _target_=... for {name}; known by name alone: {', '.join(_KNOWN)}")
+        raise ConfigError(f"give _target_=... for {name}; known by name alone: {', '.join(sorted(options))}")
     directory = RunDirectory.at(run)
     facts = RunFacts(directory)
     checkpoint, _ = read(directory, None, lambda _: None)

@@ -4,7 +4,6 @@ A job is killed without the sweep, and all that it held ends with its process, w
 imported once for all jobs. A stop signal is passed on to it, and it stops by itself if the sweep's process is gone.
 """
 
-import contextlib
 import importlib
 import logging
 import multiprocessing
@@ -12,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-import time
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -48,9 +47,6 @@ def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:
     return partial(_run_isolated, task) if shared and config.sweep.isolate and sys.platform == "linux" else task
 
 
-_Ending = tuple[Any, BaseException | None, str | None]  # the job's value, its error, the stop signal it received
-
-
 def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
     """The job's objective. Raises what the job raised, or JobDied."""
     signals.install()
@@ -63,15 +59,7 @@ def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
     process.start()
     child_end.close()
     with parent_end:
-        ending = _wait(process, parent_end)
-    if ending is None:
-        code = process.exitcode or 0
-        if code >= 0:
-            cause = "before the job did: something called os._exit, or ended it from C"
-            raise JobDied(f"its process ended with status {code} {cause}")
-        name = signal.Signals(-code).name
-        raise JobDied(f"its process was killed by {name}{_HINTS.get(name, '')}")
-    value, error, stop = ending
+        value, error, stop = _wait(process, parent_end)
     if stop and isinstance(error, Interrupted):
         signals.request(stop)  # somebody stopped the job alone; the sweep stops with it
     if error:
@@ -79,32 +67,33 @@ def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
     return value
 
 
-def _wait(process: BaseProcess, pipe: Connection) -> _Ending | None:
-    """Wait for the end of the process, and pass a stop signal on to it; None if it was killed."""
-    asked, ending = False, None
+def _wait(process: BaseProcess, pipe: Connection) -> tuple[Any, BaseException | None, str | None]:
+    """The job's value, its error and the stop signal that it received. Passes a stop signal on to the process."""
+    ending, asked = None, False
     # The pipe may outlive the job in processes that the job began.
     while not pipe.poll(_POLL_SECONDS) and process.is_alive():
         stop = signals.received() or ("SIGTERM" if VARIABLE in os.environ and orphaned() else None)
         if stop and not asked:
-            asked = _send(pipe, stop)
-    with contextlib.suppress(EOFError, OSError):
+            asked = True
+            with suppress(OSError):  # the process has ended
+                pipe.send(stop)
+    with suppress(EOFError, OSError):
         ending = pipe.recv() if pipe.poll() else None
-    began = time.monotonic()
-    while process.is_alive():
-        process.join(_POLL_SECONDS)
-        if time.monotonic() - began > (_STOP_SECONDS if signals.received() else _EXIT_SECONDS):
-            log.warning("the process of a job that has ended (pid %d) stays, and is killed", process.pid)
-            process.kill()
-            process.join()
-    return ending
+    process.join(_STOP_SECONDS if signals.received() else _EXIT_SECONDS)
+    if process.is_alive():
+        log.warning("the process of a job that has ended (pid %d) stays, and is killed", process.pid)
+        process.kill()
+        process.join()
+    return ending or (None, _death(process.exitcode or 0), None)
 
 
-def _send(pipe: Connection, message: Any) -> bool:
-    try:
-        pipe.send(message)
-    except OSError:  # the other side is gone
-        return False
-    return True
+def _death(code: int) -> JobDied:
+    """The error of a job whose process ended with this exit status and without a result."""
+    if code >= 0:
+        cause = "before the job did: something called os._exit, or ended it from C"
+        return JobDied(f"its process ended with status {code} {cause}")
+    name = signal.Signals(-code).name
+    return JobDied(f"its process was killed by {name}{_HINTS.get(name, '')}")
 
 
 def _run_job(task: TaskFunction, config: DictConfig, parent_end: Connection, pipe: Connection) -> None:
@@ -121,7 +110,8 @@ def _run_job(task: TaskFunction, config: DictConfig, parent_end: Connection, pip
         own = type(raised).__module__ == errors.__name__
         error = raised if own else RunnerError(f"{type(raised).__name__}: {raised}")
     ended.set()
-    _send(pipe, (value, error, signals.received()))
+    with suppress(OSError):  # the sweep is gone
+        pipe.send((value, error, signals.received()))
 
 
 def _listen(pipe: Connection, ended: threading.Event) -> None:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
@@ -114,7 +113,7 @@ class Study(Sweeper):
             log.info("study    %s, %d of %d trials done", name, finished, settings.n_trials)
             plugin.job_idx = finished
             plugin.n_trials = max(0, settings.n_trials - finished)
-            plugin.launcher = _Launcher(plugin.launcher)
+            self._launcher, plugin.launcher = plugin.launcher, self
             try:
                 plugin.sweep(arguments)
             except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
@@ -128,6 +127,21 @@ class Study(Sweeper):
         best = optuna.load_study(study_name=name, storage=plugin.storage).best_trial
         parameters = " ".join(f"{key}={value}" for key, value in best.params.items())
         log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, parameters)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Launch jobs for the plugin. Raises an error that ends the sweep, which it would take for a failed trial."""
+        jobs = [tuple(overrides) for overrides in job_overrides]
+        distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
+        returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
+        for key, job in returns.items():
+            value = job._return_value
+            if isinstance(value, _NO_FAILED_TRIAL):
+                raise value
+            if isinstance(value, BaseException) or not (value is None or math.isfinite(value)):
+                # A return that raises, unlike that of ``SweepLauncher``, is a failed trial to the plugin.
+                error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
+                returns[key] = JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
+        return [returns[job] for job in jobs]
 
 
 class _Sampler:
@@ -154,29 +168,7 @@ class _Sampler:
         self._joint.after_trial(study, trial, state, values)
 
     def _seeded(self, number: int, name: str) -> Any:
-
         return instantiate(self._config, seed=derive("study", self._seed, number, name) % 2**32)
-
-
-class _Launcher:
-    """The configured launcher; raises an error that ends the sweep, which the plugin would take for a failed trial."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self._launcher = launcher
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        jobs = [tuple(overrides) for overrides in job_overrides]
-        distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
-        returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
-        for key, job in returns.items():
-            value = job._return_value
-            if isinstance(value, _NO_FAILED_TRIAL):
-                raise value
-            if isinstance(value, BaseException) or not (value is None or math.isfinite(value)):
-                # A return that raises, unlike that of ``SweepLauncher``, is a failed trial to the plugin.
-                error = value if isinstance(value, BaseException) else NonFiniteError("the run diverged")
-                returns[key] = JobReturn(overrides=job.overrides, status=JobStatus.FAILED, _return_value=error)
-        return [returns[job] for job in jobs]
 
 
 def _direction(config: DictConfig) -> str:

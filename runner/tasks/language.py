@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from runner.task import Task
 
 
 class LanguageModeling(Task):
-    """Batches are bytes of shape [B, T + 1]; the model maps [B, T] to logits of shape [B, T, 256].
+    """Batches are bytes of shape [B, T + 1]; the model maps [B, T] to logits of shape [B, T, 256], or to
+    an output of transformers that has them.
 
     Evaluation reports ``bits_per_byte`` and a text of ``sample_bytes`` bytes that continues from ``prompt``.
     """
@@ -26,7 +28,7 @@ class LanguageModeling(Task):
 
     def training_step(self, model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         tokens = batch.long()
-        logits = model(tokens[:, :-1])
+        logits = logits_of(model(tokens[:, :-1]))
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())}
 
     def evaluation_end(self, model: nn.Module, metrics: dict[str, float]) -> Mapping[str, float | str]:
@@ -40,6 +42,12 @@ class LanguageModeling(Task):
         window = getattr(model, "block_size", 128)
         text = torch.tensor([list(self.prompt.encode())], device=device)
         for _ in range(self.sample_bytes):
-            logits = model(text[:, -window:])[:, -1] / self.temperature
+            logits = logits_of(model(text[:, -window:]))[:, -1] / self.temperature
             text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1)], dim=1)
         return bytes(text[0].tolist()).decode(errors="replace")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in the output of a model: itself, or its attribute of that name."""
+    logits: Tensor = getattr(output, "logits", output)
+    return logits

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from runner.errors import RunnerError
-from runner.verify.options import check, parse
+from runner.verify.options import parse
 
 _USAGE = """\
 python -m runner.verify experiment=NAME [KEY=VALUE ...] [verify.KEY=VALUE ...] [--json]
@@ -19,7 +19,6 @@ Runs the experiment once undisturbed and once with SIGKILLs and SIGTERMs, and co
   verify.workers=[0,2]    numbers of data workers; the attempts alternate between them
   verify.processes=N      run every attempt in N processes, as torchrun does; some kills hit only one of them
   verify.root=PATH|URL    where to make the runs (default: a temporary folder); they are removed afterwards
-  verify.html=FILE        write a report with both loss curves and a time line of the attempts
   verify.seed=N           choose other moments for the kills
   verify.keep=true        do not remove the runs
 Exit status: 0 it resumes exactly, 1 it does not, 2 configuration error, 130 Ctrl-C."""
@@ -35,13 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
         options, command, as_json = parse(words)
-        check(command)
-        from runner.verify import proof_report
         from runner.verify.proof import prove
 
         verdict = prove(command, options, progress=lambda line: print(line, file=sys.stderr, flush=True))
-        if options.html:
-            verdict = proof_report.write(verdict, options.html)
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status

@@ -28,30 +28,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class KillPlan:
-    """What the killed run does: ``steps``, a checkpoint of ``size`` bytes ``every`` so many steps, and the ``kills``.
-
-    ``limit`` ends a run that would not end after these steps by itself. For each kill, ``victims`` has the only rank
-    that is killed; None: all ranks. ``epoch`` is the length of an epoch in steps, None for iterable data.
+    """What the killed run does: ``steps``, a checkpoint ``every`` so many steps, the ``kills``, and the numbers of
+    data ``workers`` that attempts take in turn. ``limit`` ends a run that would not end after these steps by itself.
     """
 
     steps: int
     limit: int
     every: int
-    size: int
-    epoch: int | None
     kills: tuple[Kill, ...]
-    victims: tuple[int | None, ...]
     workers: tuple[int, ...]
 
 
 def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
     """Overrides for a checkpoint every so many steps, of which all are kept, or the last ones."""
-    return (
-        "checkpoint.every=null",
-        "checkpoint.every_seconds=null",
-        f"checkpoint.every_steps={steps}",
-        f"checkpoint.keep_every_steps={steps if keep else 'null'}",
-    )
+    kept = f"checkpoint.keep_every_steps={steps if keep else 'null'}"
+    return "checkpoint.every=null", "checkpoint.every_seconds=null", f"checkpoint.every_steps={steps}", kept
 
 
 def evaluation_interval(options: Options) -> int:
@@ -67,7 +58,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     seconds = None if options.steps else _SECONDS
     if options.minutes is not None:
         seconds = min(seconds or math.inf, _TRAINING_SHARE * 60 * options.minutes)
-    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds, watch=True)
+    executor.attempt(run, *overrides, workers=options.workers[0], steps=steps, seconds=seconds)
     return run
 
 
@@ -80,33 +71,16 @@ def _save_interval(steps: int) -> int:
 
 def plan(run: RunTrace, options: Options) -> KillPlan:
     """As many steps as the undisturbed run did, with kills at moments of every kind that it had."""
-    attempt = run.attempts[0]
-    built, events = attempt.select("built")[0], attempt.select("step")
-    steps = attempt.last
-    every = _save_interval(steps)
-    chance = random.Random(options.seed)
-    observed = _Observed(
-        steps=steps,
-        every=every,
-        borders=[
-            now["step"] for last, now in pairwise(events) if last["epochs"] < now["epochs"] and now["step"] < steps
-        ],
-        evaluated=[event["step"] for event in events if event["evaluation"] and event["step"] < steps],
-        losable=_losable(run, steps),
-        seconds=sum(event["took"] for event in events),
-    )
-    kills = tuple(_kills(options, observed, chance))
-    ends_itself = attempt.select("finished")[0]["result"]["reason"] != "max_steps"
-    return KillPlan(
-        steps,
-        limit=steps + 1 if ends_itself else steps,
-        every=every,
-        size=max((event["bytes"] for event in attempt.select("committed")), default=0),
-        epoch=built["epoch"],
-        kills=kills,
-        victims=_victims(options, chance),
-        workers=options.workers if built["indexed"] else options.workers[:1],
-    )
+    attempt, chance = run.attempts[0], random.Random(options.seed)
+    observed = _Observed(run, chance)
+    kills = [
+        kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
+        for number, kill in enumerate(observed.kills(options))  # all processes and a single one in turn
+    ]
+    ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
+    workers = options.workers[:1] if attempt.select("built")[0]["epoch"] is None else options.workers
+    limit = observed.steps + 1 if ends_itself else observed.steps
+    return KillPlan(observed.steps, limit, observed.every, tuple(kills), workers)
 
 
 def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
@@ -115,24 +89,23 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
     the ``undisturbed`` run, are left out. Raises OutOfTime.
     """
     run = RunTrace("killed")
-    waiting = deque(zip(plan.kills, plan.victims, strict=True))
+    waiting = deque(plan.kills)
+    keep = undisturbed.select("finished")[0]["size"] <= _SMALL
     for number in count():
-        kill, victim = waiting.popleft() if waiting else (None, None)
         attempt = executor.attempt(
             run,
-            *save_every(plan.every, keep=plan.size <= _SMALL),
+            *save_every(plan.every, keep=keep),
             f"checkpoint.background={'true' if number % 2 else 'false'}",
             workers=plan.workers[(number + 1) % len(plan.workers)],
             server=(number + 1) % 2,
             steps=plan.limit,
-            kill=kill,
-            victim=victim,
+            kill=waiting.popleft() if waiting else None,
             shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:
             break
-        if kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
+        if attempt.request.kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
             waiting.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
@@ -161,89 +134,80 @@ def summary(attempt: AttemptTrace) -> str:
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
 
-def _losable(run: RunTrace, steps: int) -> dict[int, set[object]]:
-    """For each step but the last, memory outside the state that a kill after it would lose: paths of values that have
-    changed since the start, and the periods with which invisible memory may come and go.
-    """
-    changes = difference.changes_by_step(run)
-    return {
-        step: {path.partition("[")[0] for path, _, _ in changes[step]}
-        | {period for period in _PERIODS if step % period}
-        for step in range(1, steps)
-    }
-
-
-@dataclass(slots=True)
 class _Observed:
-    """What the undisturbed run had: steps, steps between checkpoints, the last steps of epochs, steps with an
-    evaluation, memory that a kill would lose, and seconds of training.
+    """What the undisturbed run had, and where kills lose the most of it.
+
+    ``borders`` are the last steps of epochs, ``evaluated`` the steps with an evaluation, and ``seconds`` those of
+    training. ``losable`` is for each step but the last the memory outside the state that a kill after it would lose:
+    paths of values that have changed since the start, and the periods with which invisible memory may come and go.
     """
 
-    steps: int
-    every: int
-    borders: Sequence[int]
-    evaluated: Sequence[int]
-    losable: dict[int, set[object]]
-    seconds: float
+    def __init__(self, run: RunTrace, chance: random.Random) -> None:
+        events = run.attempts[0].select("step")
+        changes = difference.changes_by_step(run)
+        self.steps = run.attempts[0].last
+        self.every = _save_interval(self.steps)
+        self._chance = chance
+        before = [event for event in events if event["step"] < self.steps]
+        self._borders = [now["step"] for last, now in pairwise(before) if last["epochs"] < now["epochs"]]
+        self._evaluated = [event["step"] for event in before if event["evaluation"]]
+        self._seconds = sum(event["took"] for event in events)
+        self._losable: dict[int, set[object]] = {
+            step: {path.partition("[")[0] for path, _, _ in changes[step]}
+            | {period for period in _PERIODS if step % period}
+            for step in range(1, self.steps)
+        }
 
-    def choose(self, steps: Sequence[int], chance: random.Random) -> int:
+    def kills(self, options: Options) -> list[Kill]:
+        """Kills of all kinds, in an order in which the run gets on between them."""
+        needed = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
+        wanted = [options.moments[number % len(options.moments)] for number in range(options.kills)]
+        moments = ["step" if needed.get(moment) == [] else moment for moment in wanted]
+        in_order = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
+        kills = []
+        for moment in moments:
+            if moment == "loaded":
+                kills.append(Kill("loaded"))
+            elif moment == "clock":  # before the steps of later kills are passed
+                limit = next((kill.after for kill in in_order if kill.after), self.steps)
+                milliseconds = round(self._chance.uniform(0, _CLOCK_SHARE * self._seconds) * 1000)
+                kills.append(Kill("clock", milliseconds, limit))
+            else:
+                kills.append(in_order.popleft())
+        return kills
+
+    def _at_steps(self, moments: Sequence[str]) -> Iterator[Kill]:
+        """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
+        free = [moment for moment in moments if moment in _AT_ANY_STEP]
+        for number, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
+            low, high = (self.steps * part // len(free) for part in (number, number + 1))
+            after = self._choose(range(max(1, low), max(2, low + 1, high)))
+            yield Kill(
+                moment, after if moment in ("committed", "stop") else after + 1, after
+            )  # ``save``: the next save
+        for moment in moments:
+            if moment == "border":  # when an epoch has just ended
+                after = self._choose([self._chance.choice(self._borders)])
+                yield Kill("committed", after, after)
+            elif moment == "evaluation":
+                step = self._chance.choice(self._evaluated)
+                before = range(max(1, (step - 1) // self.every * self.every), step)
+                yield Kill("evaluation", step, self._choose(before) if before else None)
+            elif moment == "evaluating":
+                yield Kill("evaluating", self._choose([self._chance.choice(self._evaluated)]))
+
+    def _choose(self, steps: Sequence[int]) -> int:
         """The step whose kill would lose the most memory that no earlier kill has lost, if possible with steps left in
         which the loss shows. Counts its memory as lost.
         """
 
         def worth(step: int) -> tuple[int, int, int, float]:
-            visible = sum(isinstance(memory, str) for memory in self.losable[step])
+            visible = sum(isinstance(memory, str) for memory in self._losable[step])
             left = min(self.steps - step, _PERIODS[-1])
-            return visible, left, len(self.losable[step]) - visible, chance.random()
+            return visible, left, len(self._losable[step]) - visible, self._chance.random()
 
         best = max(steps, key=worth)
-        lost = {*self.losable[best]}
-        for memories in self.losable.values():
+        lost = {*self._losable[best]}
+        for memories in self._losable.values():
             memories -= lost
         return best
-
-
-def _kills(options: Options, observed: _Observed, chance: random.Random) -> list[Kill]:
-    """Kills of all kinds, in an order in which the run gets on between them."""
-    needed = {"border": observed.borders, "evaluation": observed.evaluated, "evaluating": observed.evaluated}
-    lacking = [name for name, steps in needed.items() if not steps]
-    wanted = [options.moments[place % len(options.moments)] for place in range(options.kills)]
-    moments = ["step" if moment in lacking else moment for moment in wanted]
-    in_order = deque(sorted(_at_steps(moments, observed, chance), key=lambda kill: kill.step))
-    kills = []
-    for moment in moments:
-        if moment == "loaded":
-            kills.append(Kill("loaded"))
-        elif moment == "clock":  # before the steps of later kills are passed
-            limit = next((kill.after for kill in in_order if kill.after), observed.steps)
-            milliseconds = round(chance.uniform(0, _CLOCK_SHARE * observed.seconds) * 1000)
-            kills.append(Kill("clock", milliseconds, limit))
-        else:
-            kills.append(in_order.popleft())
-    return kills
-
-
-def _at_steps(moments: Sequence[str], observed: _Observed, chance: random.Random) -> Iterator[Kill]:
-    """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
-    free = [moment for moment in moments if moment in _AT_ANY_STEP]
-    for place, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
-        low, high = (observed.steps * part // len(free) for part in (place, place + 1))
-        after = observed.choose(range(max(1, low), max(2, low + 1, high)), chance)
-        yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # ``save``: in the next save
-    for moment in moments:
-        if moment == "border":  # when an epoch has just ended
-            after = observed.choose([chance.choice(observed.borders)], chance)
-            yield Kill("committed", after, after)
-        elif moment == "evaluation":
-            step = chance.choice(observed.evaluated)
-            before = range(max(1, (step - 1) // observed.every * observed.every), step)
-            yield Kill("evaluation", step, observed.choose(before, chance) if before else None)
-        elif moment == "evaluating":
-            yield Kill("evaluating", observed.choose([chance.choice(observed.evaluated)], chance))
-
-
-def _victims(options: Options, chance: random.Random) -> tuple[int | None, ...]:
-    """All processes and a single one in turn."""
-    if options.processes == 1:
-        return (None,) * options.kills
-    return tuple(chance.randrange(options.processes) if number % 2 else None for number in range(options.kills))

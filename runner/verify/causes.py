@@ -4,15 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runner.verify import fingerprint, memory
-from runner.verify.difference import FirstDifference, Remembered
-
-_STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
-_SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
-_REPLACE = (
-    "let load_state_dict replace what the object has: the runner also calls it to take back what an interrupted "
-    "evaluation changed"
-)
-_EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
+from runner.verify.difference import FirstDifference, Remembered, in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,88 +31,115 @@ class Cause:
         more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
         return replace(self, what=f"{self.what}. Your code reaches {named}{more}", where=next(iter(reached.values())))
 
+    def with_memory(self, words: str) -> "Cause":
+        """The same cause, with the memory that shows it."""
+        return replace(self, what=f"{self.what}: {words}") if words else self
 
-# Causes that repetitions of the run establish: kind -> what, remedy.
-_TEXTS = {
-    "hash": (
-        "hash() of a text or the order of a set is used in training: both differ from process to process",
-        "sort a set before its elements are used, and use hashlib or zlib.crc32 instead of hash()",
-    ),
-    "pid": (
-        "the number of the process (os.getpid) is used in training",
-        "use the configuration's seed instead of the pid",
-    ),
-    "time": (
-        "the time is used in training: seconds, an hour, a date",
-        "count steps instead of seconds; take a date from the configuration; the runner has metrics of time",
-    ),
-    "entropy": (
-        "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
-        f"{_SEEDED}, or seed it from the configuration and save its state",
-    ),
-    "threads": (
-        "the result depends on how threads take turns",
-        "runtime.num_threads=1, or a kernel that adds up in a fixed order",
-    ),
-    "turns": (
-        "two undisturbed runs differ: your code starts threads, and the result depends on which ends first",
-        "use the results of threads in the order in which they were started (executor.map), not as they arrive",
-    ),
-    "kernel": (
-        "a kernel is used whose result varies from call to call",
-        "runtime.deterministic=true refuses such kernels by name; use another",
-    ),
-    "chance": (
-        "two undisturbed runs differ, for another reason than the pid, time, seeds, threads or torch's kernels",
-        "look for other inputs of this part: files, network, other processes, id() of an object, your own kernels",
-    ),
-    "length": (
-        "training depends on the number of steps of the whole run: a longer run differs in the same steps",
-        "do not read the limit of steps in training, or let the configuration fix it",
-    ),
-    "attempts": (
-        "training depends on how often the run was started: nothing was resumed, and still it differs",
-        "do not count starts, and do not read the run's own directory, in training",
-    ),
-    "saving": (
-        "the run depends on how often its state is taken: a state_dict changes something",
-        "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped in the meantime",
-    ),
-    "evaluation": (
-        "evaluation leaves a trace in training: without it a resumed run is equal",
-        "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
-    ),
-    "stopping": (
-        "a stop by SIGTERM leaves a trace: after SIGKILL a resumed run is equal",
-        f"{_REPLACE}; and act on no signal yourself",
-    ),
-    "incomplete": (
-        "nothing differs, but not enough was done to prove anything",
-        "read the output of the attempts, and try again with more verify.steps or memory",
-    ),
+
+_STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
+_SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
+_BY_INDEX = "make a sample depend on its index and on the global generators alone"
+_EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
+_KERNEL = "a kernel is used whose result varies from call to call"
+_HIDDEN = "the data set draws from a generator of its own"
+_OTHER_ORDER = "the samples come in another order after a resume"
+
+# Causes that repetitions of the run establish.
+CAUSES: Mapping[str, Cause] = {
+    cause.kind: cause
+    for cause in (
+        Cause(
+            "hash",
+            "hash() of a text or the order of a set is used in training: both differ from process to process",
+            "sort a set before its elements are used, and use hashlib or zlib.crc32 instead of hash()",
+        ),
+        Cause(
+            "pid",
+            "the number of the process (os.getpid) is used in training",
+            "use the configuration's seed instead of the pid",
+        ),
+        Cause(
+            "time",
+            "the time is used in training: seconds, an hour, a date",
+            "count steps instead of seconds; take a date from the configuration; the runner has metrics of time",
+        ),
+        Cause(
+            "entropy",
+            "a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed",
+            f"{_SEEDED}, or seed it from the configuration and save its state",
+        ),
+        Cause(
+            "threads",
+            "the result depends on how threads take turns",
+            "runtime.num_threads=1, or a kernel that adds up in a fixed order",
+        ),
+        Cause(
+            "turns",
+            "two undisturbed runs differ: your code starts threads, and the result depends on which ends first",
+            "use the results of threads in the order in which they were started (executor.map), not as they arrive",
+        ),
+        Cause("kernel", _KERNEL, "runtime.deterministic=true refuses such kernels by name; use another"),
+        Cause(
+            "chance",
+            "two undisturbed runs differ, for another reason than the pid, time, seeds, threads or torch's kernels",
+            "look for other inputs of this part: files, network, other processes, id() of an object, your own kernels",
+        ),
+        Cause(
+            "length",
+            "training depends on the number of steps of the whole run: a longer run differs in the same steps",
+            "do not read the limit of steps in training, or let the configuration fix it",
+        ),
+        Cause(
+            "attempts",
+            "training depends on how often the run was started: nothing was resumed, and still it differs",
+            "do not count starts, and do not read the run's own directory, in training",
+        ),
+        Cause(
+            "saving",
+            "the run depends on how often its state is taken: a state_dict changes something",
+            "let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped in the meantime",
+        ),
+        Cause(
+            "evaluation",
+            "evaluation leaves a trace in training: without it a resumed run is equal",
+            "give evaluation generators and attributes of its own, or put what it changes into a state_dict",
+        ),
+        Cause(
+            "stopping",
+            "a stop by SIGTERM leaves a trace: after SIGKILL a resumed run is equal",
+            "let load_state_dict replace what the object has: the runner also calls it to take back what an "
+            "interrupted evaluation changed; and act on no signal yourself",
+        ),
+        Cause(
+            "incomplete",
+            "nothing differs, but not enough was done to prove anything",
+            "read the output of the attempts, and try again with more verify.steps or memory",
+        ),
+    )
 }
-CAUSES: Mapping[str, Cause] = {kind: Cause(kind, what, remedy) for kind, (what, remedy) in _TEXTS.items()}
 
 
 def unexplained(difference: FirstDifference) -> Cause:
     """The cause of a difference between undisturbed runs that no pin takes away."""
-    return CAUSES["entropy" if any(_is_generator(was or "") for _, was, _ in difference.remembered) else "chance"]
+    return CAUSES["entropy" if any(_is_generator(was) for _, was, _ in difference.remembered) else "chance"]
 
 
 def of_workers(difference: FirstDifference) -> Cause:
     """The cause of a difference between undisturbed runs with different numbers of data workers."""
-    if any(path.startswith("data.") for path, _, _ in difference.changing):  # each worker has a memory of its own
-        return _data(difference)
-    return Cause(
-        "workers",
-        f"the data depends on the process that reads it: another number of workers gives another {difference.part}",
-        "make a sample depend on its index and on the global generators alone: no worker number, no pid",
-    )
+    entries = [entry for entry in difference.changing if entry[0].startswith("data.")]
+    if not entries:
+        return Cause(
+            "workers",
+            f"the data depends on the process that reads it: another number of workers gives another {difference.part}",
+            "make a sample depend on its index and on the global generators alone: no worker number, no pid",
+        )
+    entries.sort(key=lambda entry: not _is_generator(entry[1]))  # each worker has a memory of its own
+    return _more_exact(_DATA, *entries[0][:2]).with_memory(in_words(entries, ", then {}"))
 
 
 def of_part(difference: FirstDifference) -> Cause:
     """The cause of a difference after a resume by the part that differs first, where no memory could be convicted."""
-    part, sure = difference.part, False
+    part = difference.part
     if difference.restored:
         return Cause(
             "restoring",
@@ -129,11 +148,8 @@ def of_part(difference: FirstDifference) -> Cause:
         )
     match part:
         case "data order":
-            return Cause(
-                "data order",
-                "the samples come in another order after a resume",
-                "an iterable must have its whole position in its state_dict; a map-style data set needs none",
-            )
+            remedy = "an iterable must have its whole position in its state_dict; a map-style data set needs none"
+            return Cause("data order", _OTHER_ORDER, remedy)
         case "generators":
             return Cause(
                 "generators",
@@ -142,13 +158,13 @@ def of_part(difference: FirstDifference) -> Cause:
                 "do not seed or draw in code that is called first after a resume (dropout and noise use them)",
             )
         case "augmentation":
-            return replace(_DATA, sure=sure)
+            return replace(_DATA, sure=False)
         case "scheduler":
-            return replace(_SCHEDULER, sure=sure)
+            return replace(_SCHEDULER, sure=False)
         case "model" | "optimizer":
-            return replace(_OPTIMIZER, sure=sure)
+            return replace(_OPTIMIZER, sure=False)
     what = f"{part} differs although all before it is equal: something remembers outside the state"
-    return Cause("memory", what, f"for the object that remembers: {_STATEFUL}", sure=sure)
+    return Cause("memory", what, f"for the object that remembers: {_STATEFUL}", sure=False)
 
 
 def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
@@ -157,56 +173,37 @@ def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
     cause = next((cause for mark, cause in _MARKED.items() if mark in path), None)
     if cause is None:
         cause = next((cause for root, cause in _ROOTS.items() if path.startswith(root)), _TASK)
-        cause = _more_exact(cause, path, was or "")
-    described = "; ".join(map(_described, entries[:3]))
-    return replace(cause, what=f"{cause.what}: {described}", sure=sure)
+        cause = _more_exact(cause, path, was)
+    return replace(cause.with_memory(in_words(entries)), sure=sure)
 
 
-def _more_exact(cause: Cause, path: str, was: str) -> Cause:
+def _more_exact(cause: Cause, path: str, was: str | None) -> Cause:
     """The same cause with a remedy for what the memory is."""
+    was = was or ""
     root, module, inside = path.partition(" (")
-    if path.startswith("data."):
+    if cause is _DATA:
         return replace(cause, kind="hidden generator", what=_HIDDEN, remedy=_SEEDED) if _is_generator(was) else cause
+    remedy = cause.remedy
     if was.startswith("the function ") and " (its " not in path:
-        return replace(
-            cause,
-            what=f"{cause.what}; it is a function that training exchanges",
-            remedy="exchange it where it is built",
-        )
+        what = f"{cause.what}; it is a function that training exchanges"
+        return replace(cause, what=what, remedy="exchange it where it is built")
     if module and not inside.startswith("its "):
-        return replace(
-            cause, remedy=f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}"
-        )
-    if cause is not _ATTRIBUTE:
-        return cause
-    if _is_generator(was):
-        return replace(
-            cause, remedy="save its get_state() in the module's get_extra_state, and restore it in set_extra_state"
-        )
-    if "]." in path and was.startswith("torch."):
-        return replace(cause, remedy="put modules into a ModuleList or a ModuleDict, not into a plain list or dict")
-    return cause
+        remedy = f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}"
+    elif cause is _MODEL and _is_generator(was):
+        remedy = "save its get_state() in the module's get_extra_state, and restore it in set_extra_state"
+    elif cause is _MODEL and "]." in path and was.startswith("torch."):
+        remedy = "put modules into a ModuleList or a ModuleDict, not into a plain list or dict"
+    return replace(cause, remedy=remedy)
 
 
-def _is_generator(words: str) -> bool:
-    return fingerprint.IN_STATE in words
+def _is_generator(words: str | None) -> bool:
+    return fingerprint.IN_STATE in (words or "")
 
 
-def _data(difference: FirstDifference) -> Cause:
-    """Memory of data sets that training changes; generators first."""
-    entries = [entry for entry in difference.changing if entry[0].startswith("data.")]
-    entries.sort(key=lambda entry: not _is_generator(entry[1] or ""))
-    text = "; ".join(f"{path} was {was or 'absent'}, then {now or 'absent'}" for path, was, now in entries[:3])
-    cause = _more_exact(_DATA, entries[0][0], entries[0][1] or "") if entries else _DATA
-    return replace(cause, what=f"{cause.what}: {text}" if text else cause.what)
-
-
-_HIDDEN = "the data set draws from a generator of its own"
 _DATA = Cause(
     "data memory",
     "the data set changes while training, and a new process begins without it",
-    "make a sample depend on its index and on the global generators alone; a curriculum belongs into the task, whose "
-    "state is saved",
+    f"{_BY_INDEX}; a curriculum belongs into the task, whose state is saved",
 )
 _OPTIMIZER = Cause(
     "optimizer memory",
@@ -218,24 +215,23 @@ _SCHEDULER = Cause(
     "the scheduler continues with another rate: it remembers something that its state_dict lacks",
     f"for the scheduler: {_STATEFUL}",
 )
-_ATTRIBUTE = Cause(
+_MODEL = Cause(
     "model memory",
     "an attribute of the model matters and is not saved",
     "register_buffer it, so that it is in the model's state_dict",
 )
 _TASK = Cause("task memory", "the task has a memory that is not saved", f"for the task: {_STATEFUL}")
+_CALLBACK = Cause("callback memory", "a callback has a memory that is not saved", f"for the callback: {_STATEFUL}")
+_PROCESS = Cause(
+    "process", "training changes a setting of the whole process, and a new one begins without", _EVERY_STEP
+)
 _ROOTS = {
     "data.": _DATA,
     "optimizer": _OPTIMIZER,
     "scheduler": _SCHEDULER,
-    "model": _ATTRIBUTE,
-    "callbacks.": Cause(
-        "callback memory", "a callback has a memory that is not saved", f"for the callback: {_STATEFUL}"
-    ),
-    memory.PROCESS: Cause(
-        "process", "training changes a setting of the whole process, and a new one begins without", _EVERY_STEP
-    ),
-    "task": _TASK,
+    "model": _MODEL,
+    "callbacks.": _CALLBACK,
+    memory.PROCESS: _PROCESS,
 }
 # How ``memory`` marks what a model has beside its attributes, and the cause that it is.
 _MARKED = {
@@ -245,9 +241,7 @@ _MARKED = {
         "make the model's state_dict contain all parameters that are trained",
     ),
     memory.NOT_PERSISTENT: Cause(
-        "model memory",
-        "a buffer of the model that training changes is not saved",
-        "register it with persistent=True",
+        "model memory", "a buffer of the model that training changes is not saved", "register it with persistent=True"
     ),
     memory.HOOKS: Cause(
         "hooks",
@@ -273,11 +267,6 @@ _MARKED = {
 }
 
 
-def _described(entry: Remembered) -> str:
-    path, was, now = entry
-    return f"{path} was {was or 'absent'} and is {now or 'absent'} after loading"
-
-
 def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
     """The cause that training changes which parameters or groups there are: step, path, and how, of each."""
     text = "; ".join(f"{path} {how} in step {step}" for step, path, how in changes[:3])
@@ -289,14 +278,15 @@ def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
     )
 
 
-def of_error(kind: str, changes: str) -> Cause:
-    """The cause of an error, by its kind. ``changes`` is what was seen to change in the data set."""
-    if kind not in _OF_ERRORS:
+def of_error(kind: str, changed: str) -> Cause:
+    """The cause of an error, by its kind. ``changed`` is memory of the data set that was seen to change."""
+    cause = _OF_ERRORS.get(kind)
+    if cause is None:
         return Cause("error", "an attempt ended with the error above", "fix that first", sure=False)
-    cause = _OF_ERRORS[kind]
-    if cause.kind == "data memory" and fingerprint.IN_STATE in changes:
-        cause = replace(cause, kind="hidden generator", what="the data set draws from a generator of its own")
-    return replace(cause, what=f"{cause.what}{f': {changes}' if changes else ''} (refused by the runner, above)")
+    if cause.kind == "data memory" and _is_generator(changed):
+        cause = replace(cause, kind="hidden generator", what=_HIDDEN)
+    cause = cause.with_memory(changed)
+    return replace(cause, what=f"{cause.what} (refused by the runner, above)")
 
 
 _OF_ERRORS = {
@@ -306,7 +296,7 @@ _OF_ERRORS = {
         "look at the places above: at locks and waits without a limit, at files and processes of an earlier attempt",
         sure=False,
     ),
-    "kernel": Cause("kernel", CAUSES["kernel"].what, "use another kernel"),
+    "kernel": Cause("kernel", _KERNEL, "use another kernel"),
     "sample-changed": Cause("data memory", "a sample changes every time it is drawn", _SEEDED),
     "sample-per-process": Cause(
         "workers", "a sample depends on the process that reads it", "make it depend on its index alone"
@@ -314,14 +304,8 @@ _OF_ERRORS = {
     "randomness-off": Cause(
         "randomness", "the data set draws random numbers that nobody seeds", "use data.randomness=sample"
     ),
-    "order-changed": Cause(
-        "data order", "the samples come in another order after a resume", "the order must follow from the position"
-    ),
-    "data-changed": Cause(
-        "data memory",
-        "the samples differ in another process",
-        "make a sample depend on its index and on the global generators alone",
-    ),
+    "order-changed": Cause("data order", _OTHER_ORDER, "the order must follow from the position"),
+    "data-changed": Cause("data memory", "the samples differ in another process", _BY_INDEX),
     "state": Cause("state", "something in a state_dict cannot be saved", "keep plain values and tensors in it"),
     "restore": Cause(
         "restoring", "a part cannot load what it saved", "load_state_dict must take what state_dict gives"

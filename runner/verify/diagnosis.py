@@ -9,10 +9,8 @@ Every repetition ends soon after the step that differed first, so together they 
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from runner.verify import source
 from runner.verify.campaign import ENDS, SHIFT_SECONDS, KillPlan, Progress, save_every
@@ -22,7 +20,7 @@ from runner.verify.execution import Executor, Kill, RunTrace
 from runner.verify.fingerprint import UNSEEN
 from runner.verify.memory import PROCESS
 
-_SINGLE = 8  # suspects that are tried one by one
+_CHUNKS = 8  # of suspects that are tried one by one, or left out one by one
 # Where to look first for the memory behind a part, and the method behind a cause.
 _NEAREST = {
     "data order": ("data.",),
@@ -42,58 +40,44 @@ _METHODS = {
 _SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
 _MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
 _OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
-# What may make two undisturbed runs differ, and how it is held constant: the cause, pins of the process, overrides.
-_PINS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("pid", ("pid",), ()),
-    ("time", ("time",), ()),
-    ("entropy", ("entropy",), ()),
-    ("threads", (), ("runtime.num_threads=1",)),
-    ("turns", ("turns",), ()),
-    ("kernel", (), ("runtime.deterministic=true",)),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """The cause of a difference, the repetitions that led to it, and by how much the states differ."""
-
-    cause: Cause
-    tried: tuple[str, ...]
-    magnitude: str = ""
+# What may make two undisturbed runs differ: the cause, and the override that holds it constant, if no pin does.
+_HELD = {
+    "pid": None,
+    "time": None,
+    "entropy": None,
+    "threads": "runtime.num_threads=1",
+    "turns": None,
+    "kernel": "runtime.deterministic=true",
+}
 
 
 class Investigation:
-    """Repeats a run until the cause of a difference is known."""
+    """Repeats a run until the cause of a difference is known. ``tried`` has the repetitions with their outcomes."""
 
     def __init__(self, executor: Executor, plan: KillPlan, base: RunTrace, progress: Progress) -> None:
+        self.tried: list[str] = []
         self._executor = executor
         self._plan = plan
         self._base = base
         self._progress = progress
-        self._tried: list[str] = []
         self._runs = 0
-        self._first = self._until = 0  # steps: the first that differs, and the last that is compared
+        self._until = 0  # the last step that is compared
         self._killed = base  # the last run that was killed and resumed
-        made = base.attempts[0].select("made")
-        self._sources = {key: places for event in made for key, places in event["sources"].items()}
-        reached = base.attempts[0].select("reached")
-        self._reached: dict[str, str] = reached[0]["reached"] if reached else {}
+        self._sources = base.sources
+        self._reached: dict[str, str] = (base.evidence or {}).get("reached", {})
 
-    def diagnose(self, run: RunTrace, difference: FirstDifference) -> Diagnosis:
+    def diagnose(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """Find the cause of a difference between a killed run and the undisturbed one."""
         self._until = min(difference.step + _MORE_STEPS, self._plan.steps)
-        self._first = max(difference.step, 1)
         cause = self._without_kills() or self._without_resume()
-        magnitude = ""
         if cause is None:
-            self._until = self._first
-            cause, magnitude = self._with_resume(run, difference)
-        self._executor.remove_large_files(self._base)
-        where = cause.where or self._line(cause.kind, difference.part)
-        return Diagnosis(replace(cause, where=where), tuple(self._tried), magnitude)
+            self._until = max(difference.step, 1)
+            cause = self._with_resume(run, difference)
+        self._executor.remove_files(self._base)
+        return replace(cause, where=cause.where or self._line(cause.kind, difference.part))
 
     def _line(self, kind: str, part: str) -> str:
-        """The line of the user's object in which a part is made."""
+        """The line of the user's object in which a part is computed."""
         data = ("data order", "augmentation", "data")
         key = "data.train" if part in data else part.replace("callback.own.", "callbacks.")
         names = [_METHODS[kind]] if kind in _METHODS else []
@@ -101,7 +85,7 @@ class Investigation:
 
     def _without_kills(self) -> Cause | None:
         """The cause if runs differ although none is killed. Makes a run of the same length the one to compare with."""
-        again = self.run(dump=self._first)
+        again = self.run()
         if difference := self.differs("undisturbed, a second time", again):
             if self._equal("the same again", 2, again):
                 whole = self.run(steps=self._plan.limit)
@@ -128,7 +112,7 @@ class Investigation:
             return self.hold(difference)
         later = self.run(shift=SHIFT_SECONDS)
         if difference := self.differs("undisturbed, at another time of another day", later):
-            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_asked(later))
+            return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_callers(later))
         for number in workers:
             again = self.run(workers=number)
             if difference := self.differs(f"undisturbed, {number} data workers", again):
@@ -144,7 +128,8 @@ class Investigation:
     def hold(self, difference: FirstDifference) -> Cause:
         """The cause whose pin makes undisturbed runs equal, which are not so without: neither before nor after."""
         varies = True
-        for name, pins, overrides in _PINS:
+        for name, override in _HELD.items():
+            overrides, pins = ([override], ()) if override else ([], (name,))
             first, second = (self.run(*overrides, pins=pins) for _ in range(2))
             if first.failure and first.failure.kind == "kernel":
                 self._note(f"undisturbed, {name} held constant", "refused by torch")
@@ -157,7 +142,7 @@ class Investigation:
                 varies = not self._equal("undisturbed again, nothing held constant", 2)
                 if varies:
                     cause = CAUSES[name].seen_in(difference.part, difference.path)
-                    return replace(cause, where=_asked(first))
+                    return replace(cause, where=_callers(first))
         cause = replace(unexplained(difference), sure=varies).seen_in(difference.part, _paths(difference))
         return cause.reaching(self._reached)
 
@@ -171,42 +156,41 @@ class Investigation:
             return None
         return CAUSES["attempts"].seen_in(difference.part, difference.path).reaching(self._reached)
 
-    def _with_resume(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
+    def _with_resume(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """The cause of the difference after a single kill and resume, with one thing after another left out."""
         step = run.attempts[difference.attempt].first or max(1, self._until // 2)
-        reproduced, magnitude = self._kill("killed once and resumed", step)
+        reproduced = self._kill("killed once and resumed", Kill("step", step + 1), step)
         if reproduced is None:
             return self._with_stop(run, difference)
         cause = None if reproduced.restored else self._convict(reproduced, step)
         evaluated = any(event["evaluation"] for _, event in self._base.steps() if event["step"] <= step)
         if difference.part != "data order" and evaluated and (cause is None or cause.kind != "callback memory"):
-            without, _ = self._kill("the same without evaluation", step, pins=("evaluation",))
+            without = self._kill("the same without evaluation", Kill("step", step + 1), step, pins=("evaluation",))
             if without is None:
                 evaluation = CAUSES["evaluation"].seen_in(reproduced.part, _paths(reproduced))
-                return replace(evaluation, where=cause.where if cause else ""), magnitude
-        return cause or of_part(reproduced), magnitude
+                return replace(evaluation, where=cause.where if cause else "")
+        return cause or of_part(reproduced)
 
     def _convict(self, difference: FirstDifference, step: int) -> Cause | None:
         """The memory that makes a resumed process go on as the undisturbed one does; else, as a guess, memory that
         cannot be tried.
         """
-        resumed = self._killed.attempts[-1].select("resumed")
-        groups = suspects(difference, resumed[0] if resumed else {})
+        groups = suspects(difference, next(iter(self._killed.attempts[-1].select("resumed")), {}))
         unseen = {path: words for path, words in self._base.by_step()[step]["memory"].items() if UNSEEN in words}
         trial = _Trial(self, step, [*groups, *(path for path in unseen if path not in groups)])
         paths = trial.minimal(difference.part)
+        untried = [path for path in groups if path not in trial.tested]
         if paths:
             cause = of_memory([entry for path in paths for entry in groups.get(path, [(path, unseen.get(path), None)])])
-        elif rest := [path for path in groups if path not in trial.tested]:
-            cause = of_memory([entry for path in rest for entry in groups[path]], sure=False)
+        elif untried:
+            cause = of_memory([entry for path in untried for entry in groups[path]], sure=False)
         else:
-            rest = [path for path in unseen if path not in trial.tested][:3]
-            opaque = ", ".join(f"{path} ({unseen[path]})" for path in rest)
-            cause = of_part(difference)
-            if not opaque:
+            untried, cause = [path for path in unseen if path not in trial.tested][:3], of_part(difference)
+            if not untried:
                 return cause
+            opaque = ", ".join(f"{path} ({unseen[path]})" for path in untried)
             cause = replace(cause, what=f"{cause.what}. Not looked into: {opaque}")
-        return replace(cause, where=self._line_of((paths or rest)[0]))
+        return replace(cause, where=self._line_of((paths or untried)[0]))
 
     def _line_of(self, path: str) -> str:
         """The line that changes memory: of the object that has it, or else of another."""
@@ -218,43 +202,36 @@ class Investigation:
         places = [place for key in others for place in self._sources[key]]
         return source.line_of(names, self._sources.get(root, []), places)
 
-    def _with_stop(self, run: RunTrace, difference: FirstDifference) -> tuple[Cause, str]:
+    def _with_stop(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or an unsure one."""
         stopped = [attempt for attempt in run.attempts[: difference.attempt] if attempt.stopped]
         if stopped:
             kill = Kill(str(stopped[-1].killed), stopped[-1].last)
-            again, magnitude = self._kill(f"{ENDS[kill.moment]} once and resumed", kill.step, kill=kill)
+            again = self._kill(f"{ENDS[kill.moment]} once and resumed", kill, kill.step)
             if again is not None:
-                return CAUSES["stopping"].seen_in(again.part, again.path), magnitude
-        return replace(of_part(difference), sure=False), ""
+                return CAUSES["stopping"].seen_in(again.part, again.path)
+        return replace(of_part(difference), sure=False)
 
-    def _kill(
-        self, trial: str, step: int, *, pins: tuple[str, ...] = (), kill: Kill | None = None
-    ) -> tuple[FirstDifference | None, str]:
-        """Kill after ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
-        base, run = self._base, self._new()
-        if pins:
-            base = self.run(pins=pins, dump=self._until)
-        self._attempt(run, pins=pins, kill=kill or Kill("step", step + 1), every=step)
-        self._attempt(run, pins=pins, dump=self._until, every=step)
-        self._killed = run
+    def _kill(self, trial: str, kill: Kill, step: int, *, pins: tuple[str, ...] = ()) -> FirstDifference | None:
+        """Kill a run whose ``step`` is committed, resume, and compare with an undisturbed run under the same pins."""
+        base = self.run(pins=pins) if pins else self._base
+        self._killed = run = self.resumed(step, kill, pins=pins)
         difference = self.differs(trial, run, base)
-        magnitude = _magnitude(run, base) if difference else ""
-        self._executor.remove_large_files(run, *([base] if pins else []))
-        return difference, magnitude
+        self._executor.remove_files(run)
+        return difference
 
-    def resumed(self, step: int, **fields: Any) -> RunTrace:
+    def resumed(self, step: int, kill: Kill, *, pins: tuple[str, ...] = (), **fields: Any) -> RunTrace:
         """A run that is killed after ``step`` is committed, and resumed by an attempt with ``fields``."""
         run = self._new()
-        self._attempt(run, kill=Kill("step", step + 1), every=step)
-        self._attempt(run, every=step, **fields)
+        self._attempt(run, kill=kill, every=step, pins=pins)
+        self._attempt(run, every=step, pins=pins, **fields)
         return run
 
     def run(self, *overrides: str, **fields: Any) -> RunTrace:
         run = self._new()
         self._attempt(run, *overrides, **fields)
-        if not {"take", "dump"} & {*fields}:
-            self._executor.remove_large_files(run)
+        if "take" not in fields:
+            self._executor.remove_files(run)
         return run
 
     def _attempt(
@@ -283,75 +260,50 @@ class Investigation:
         return difference
 
     def _note(self, trial: str, outcome: str) -> None:
-        self._tried.append(f"{trial}: {outcome}")
-        self._progress(f"  {self._tried[-1]}")
+        self.tried.append(f"{trial}: {outcome}")
+        self._progress(f"  {self.tried[-1]}")
 
 
 class _Trial:
     """Memory on trial: ``paths`` are taken from an undisturbed run after ``step``, and put into resumed ones."""
 
-    def __init__(self, lives: Investigation, step: int, paths: list[str]) -> None:
-        self._lives = lives
+    def __init__(self, investigation: Investigation, step: int, paths: list[str]) -> None:
+        self._investigation = investigation
         self._step = step
         self._paths = paths
         self.tested: set[str] = set()  # which could be put into another process
-        self._base = lives.run(take=step, suspects=tuple(paths)) if paths else None
+        self._base = investigation.run(take=step, suspects=tuple(paths)) if paths else None
 
     def minimal(self, part: str) -> list[str]:
         """The fewest paths that make the difference go away; none if all of them do not."""
         paths = sorted(self._paths, key=lambda path: not path.startswith(_NEAREST.get(part, ("task", "model"))))
         if not paths or not self._equal(paths):
-            single = paths[:_SINGLE] if len(paths) > 1 else []  # one of them may have broken the process
+            single = paths[:_CHUNKS] if len(paths) > 1 else []  # one of them may have broken the process
             return next(([path] for path in single if path in self.tested and self._equal([path])), [])
-        while len(paths) > 1:
-            half = len(paths) // 2
-            better = next((each for each in (paths[:half], paths[half:]) if self._equal(each)), None)
-            if better is None:
-                break
-            paths = better
-        for path in reversed(paths[:_SINGLE]) if len(paths) > 1 else ():
-            others = [each for each in paths if each != path]
-            if others and self._equal(others):
-                paths = others
+        size = len(paths) // 2
+        while size and len(paths) <= _CHUNKS * size:
+            chunks = [paths[first : first + size] for first in range(0, len(paths), size)]
+            rests = ([path for path in paths if path not in chunk] for chunk in reversed(chunks))
+            rest = next((rest for rest in rests if rest and self._equal(rest)), None)
+            paths = rest or paths
+            size = min(size, len(paths) // 2) if rest else size // 2
         return [path for path in paths if path in self.tested]
 
     def _equal(self, paths: list[str]) -> bool:
         assert self._base is not None
-        taken = str(self._base.attempts[-1].request.record)
-        run = self._lives.resumed(self._step, put=taken, suspects=tuple(paths))
+        copies = self._base.attempts[-1].request.file
+        run = self._investigation.resumed(self._step, Kill("step", self._step + 1), put=copies, suspects=tuple(paths))
         put = {path for event in run.attempts[-1].select("put") for path in event["paths"]}
         self.tested |= put
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        return bool(put) and not self._lives.differs(f"the same with {names} of the undisturbed run", run, self._base)
+        trial = f"the same with {names} of the undisturbed run"
+        return bool(put) and not self._investigation.differs(trial, run, self._base)
 
 
-def _asked(run: RunTrace) -> str:
+def _callers(run: RunTrace) -> str:
     """The user's lines that asked for what was held constant or shifted in a run."""
-    lines = [line for event in run.attempts[-1].select("reached") for line in event["pinned"]]
-    return ", ".join(lines[:3])
+    return ", ".join((run.evidence or {}).get("callers", ()))
 
 
 def _paths(difference: FirstDifference) -> str:
     return ", ".join(path for path, _, _ in difference.remembered[:3])
-
-
-def _magnitude(run: RunTrace, base: RunTrace) -> str:
-    """By how much the dumped states of two runs differ."""
-    before, after = (_dumped(each) for each in (base, run))
-    sizes = {
-        name: float((tensor.double() - after[name].double()).abs().max())
-        for name, tensor in before.items()
-        if name in after and tensor.shape == after[name].shape and tensor.numel() and tensor.is_floating_point()
-    }
-    differing = {name: size for name, size in sizes.items() if size > 0}
-    if not differing:
-        return ""
-    name = max(differing, key=lambda each: differing[each])
-    return (
-        f"{len(differing)} of {len(sizes)} tensors after that step, most of all {name} by up to {differing[name]:.3g}"
-    )
-
-
-def _dumped(run: RunTrace) -> dict[str, torch.Tensor]:
-    file = run.attempts[-1].request.dumped
-    return torch.load(file, weights_only=True) if file.exists() else {}

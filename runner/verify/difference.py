@@ -6,8 +6,9 @@ loss, the gradients, then the state part by part. So the first difference is the
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from runner.verify.execution import Event, RunTrace
@@ -58,33 +59,31 @@ class FirstDifference:
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
     """The first difference in time in the records of the attempts, up to a step."""
     steps, ends = undisturbed.by_step(), _different_ends(run, undisturbed)
-    begun = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
+    start = next((event for _, event in undisturbed.compared() if event["event"] == "resumed"), None)
     remembered: tuple[Remembered, ...] = ()
     changing = changes(undisturbed)
     for attempt, event in run.compared():
         step, restored = event["step"], event["event"] == "resumed"
-        expected = begun if restored and step == 0 else steps.get(step)
+        expected = start if restored and step == 0 else steps.get(step)
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
         if restored:
-            remembered = tuple(_unequal(expected["memory"], event["memory"])) if "memory" in event else ()
-        last_of_one = bool(ends) and step == min(ends)
+            remembered = tuple(unequal(expected["memory"], event["memory"])) if "memory" in event else ()
+        last_of_one = ends is not None and step == min(ends)
         for part, path, was, now in _compare(expected, event, restored=restored, last_of_one=last_of_one):
             return FirstDifference(step, attempt, part, path, was, now, restored, remembered, changing)
-    if not ends or (until is not None and min(ends) >= until):
+    if ends is None or (until is not None and min(ends) >= until):
         return None
-    step, attempt = min(ends) + 1, len(run.attempts) - 1
-    return FirstDifference(
-        step, attempt, "end", "the last step", ends[0], ends[1], remembered=remembered, changing=changing
-    )
+    attempt = len(run.attempts) - 1
+    return FirstDifference(min(ends) + 1, attempt, "end", "the last step", *ends, False, remembered, changing)
 
 
-def _different_ends(run: RunTrace, undisturbed: RunTrace) -> tuple[int, ...]:
+def _different_ends(run: RunTrace, undisturbed: RunTrace) -> tuple[int, int] | None:
     """The last steps of the undisturbed run and of the other, if both ended by themselves, but at different steps."""
     if run.evidence is None or undisturbed.evidence is None:
-        return ()
+        return None
     ends = undisturbed.attempts[-1].last, run.attempts[-1].last
-    return ends if ends[0] != ends[1] else ()
+    return ends if ends[0] != ends[1] else None
 
 
 def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifference | None:
@@ -94,23 +93,19 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
     expected, actual = undisturbed.evidence, run.evidence
     if expected is None or actual is None:
         return None
-    steps, attempt = undisturbed.by_step(), len(run.attempts) - 1
+    steps = undisturbed.by_step()
+    compared: list[tuple[int, str, Mapping[str, Any], Mapping[str, Any]]] = []
     for evidence in (expected, actual):
-        for step, state in evidence["checkpoints"].items():
-            # A child saves what it begins with, before any step.
-            before = steps[int(step)]["state"] if int(step) in steps else expected["checkpoints"].get(step, state)
-            for path, was, now in _unequal(before, state):
-                return FirstDifference(int(step), attempt, "checkpoint", path, was, now)
-    lines, others = expected["lines"], actual["lines"]
-    missing: list[Event] = [{}] * (len(others) - len(lines))
-    for old, new in zip([*lines, *missing], others, strict=False):
-        for tag, was, now in _unequal(old, new):
-            return FirstDifference(new.get("step", 0), attempt, "metric lines", tag, was, now)
-    last = actual["result"].get("step", 0)
-    if len(lines) != len(others):
-        return FirstDifference(last, attempt, "metric lines", "how many", len(lines), len(others))
-    for path, was, now in _unequal(_flat(expected["result"]), _flat(actual["result"])):
-        return FirstDifference(last, attempt, "result", path, was, now)
+        for number, state in evidence["checkpoints"].items():
+            step = int(number)  # a child saves what it begins with, before any step
+            before = steps[step]["state"] if step in steps else expected["checkpoints"].get(number, state)
+            compared.append((step, "checkpoint", before, state))
+    for old, new in zip_longest(expected["lines"], actual["lines"], fillvalue=Event()):
+        compared.append((new.get("step", 0), "metric lines", old, new))
+    compared.append((actual["result"].get("step", 0), "result", _flat(expected["result"]), _flat(actual["result"])))
+    for step, part, before, after in compared:
+        for path, was, now in unequal(before, after):
+            return FirstDifference(step, len(run.attempts) - 1, part, path, was, now)
     return None
 
 
@@ -119,15 +114,21 @@ def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     one entry. Without the caches of data sets, whose samples were compared, and of libraries.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
-    private = [path for event in undisturbed.attempts[0].select("private") for path in event["paths"]]
+    private = (undisturbed.evidence or {}).get("private", ())
     entries = [
         entry
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
-        for entry in _unequal(steps[event["step"]]["memory"], event["memory"])
+        for entry in unequal(steps[event["step"]]["memory"], event["memory"])
         if entry[0] in changing and not entry[0].startswith(("data.", *private))
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
+
+
+def in_words(entries: Iterable[Remembered], change: str = " and is {} after loading") -> str:
+    """Memory that differs, for people."""
+    words = [f"{path} was {was or 'absent'}{change.format(now or 'absent')}" for path, was, now in entries]
+    return "; ".join([*words[:3], *([f"and {len(words) - 3} more"] if len(words) > 3 else [])])
 
 
 def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Remembered]]:
@@ -167,24 +168,22 @@ def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
     """Parameters, buffers and param groups of the model and the optimizer that come, go, change their shape or become
     one object while a run trains, as (step, path, how).
     """
-    found: list[tuple[int, str, str]] = []
+    entries: list[tuple[int, str, str]] = []
     before: dict[str, str] = {}
     for _, event in run.compared():
-        shapes = {path: words.partition(" ")[0] for path, words in event.get("state", {}).items() if _is_shape(path)}
-        tied = f"model{TIED}"
-        shapes |= {path: words for path, words in event.get("memory", {}).items() if path == tied}
-        for path in {**before, **shapes} if before else ():
-            was, now = before.get(path), shapes.get(path)
+        shapes = {path: words.partition(" ")[0] for path, words in event.get("state", {}).items() if _SHAPE.match(path)}
+        shapes |= {path: words for path, words in event.get("memory", {}).items() if path == _TIED}
+        for path, was, now in unequal(before, shapes) if before else ():
             if was is None or now is None:
-                found.append((event["step"], path, "came" if was is None else "went"))
-            elif was != now and ("[" in was or path == tied):
-                found.append((event["step"], path, f"changed from {was} to {now}"))
+                entries.append((event["step"], path, "came" if was is None else "went"))
+            elif "[" in was or path == _TIED:
+                entries.append((event["step"], path, f"changed from {was} to {now}"))
         before = shapes
-    return found
+    return entries
 
 
-def _is_shape(path: str) -> bool:
-    return path.startswith("model/") or bool(re.match(r"optimizer(\.\w+)?/param_groups/", path))
+_SHAPE = re.compile(r"model/|optimizer(\.\w+)?/param_groups/")
+_TIED = f"model{TIED}"
 
 
 def changes(run: RunTrace) -> tuple[Remembered, ...]:
@@ -195,7 +194,7 @@ def changes(run: RunTrace) -> tuple[Remembered, ...]:
 def changes_by_step(run: RunTrace) -> dict[int, list[Remembered]]:
     """For each step, the memory that differs from that at the start, as (path, first, now)."""
     memories = [(event["step"], event["memory"]) for _, event in run.compared()]
-    return {step: [*_unequal(memories[0][1], memory)] for step, memory in memories}
+    return {step: [*unequal(memories[0][1], memory)] for step, memory in memories}
 
 
 def _compare(
@@ -206,12 +205,12 @@ def _compare(
     """
     if not restored:
         for field, part in _PARTS.items():
-            for path, was, now in _unequal(_mapping(expected, field), _mapping(actual, field)):
+            for path, was, now in unequal(expected.get(field, {}), actual.get(field, {})):
                 yield "metrics" if field == "metrics" and path != "loss" else part, path, was, now
     callbacks = []
     recorded = "state" in expected and "state" in actual
     states = [event["state"] | event.get("others", {}) if recorded else {} for event in (expected, actual)]
-    for path, was, now in _unequal(*states):
+    for path, was, now in unequal(*states):
         # The scheduler puts the rate of the next step into the optimizer.
         part, _, inner = path.partition("/")
         kind = part.partition(".")[0]  # of several, as in optimizer.generator
@@ -222,17 +221,13 @@ def _compare(
         else:
             yield part, path, was, now
     if not restored and (not last_of_one or (expected["evaluation"] and actual["evaluation"])):
-        yield from (("evaluation", *rest) for rest in _unequal(expected["evaluation"], actual["evaluation"]))
+        yield from (("evaluation", *rest) for rest in unequal(expected["evaluation"], actual["evaluation"]))
     if not last_of_one:
         yield from callbacks
 
 
-def _mapping(event: Event, field: str) -> Mapping[str, Any]:
-    value = event.get(field, {})
-    return value if isinstance(value, dict) else {field: value}
-
-
-def _unequal(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def unequal(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ, with both values; None where one is absent."""
     for key in {**expected, **actual}:
         was, now = expected.get(key), actual.get(key)
         if was != now and not (was != was and now != now):  # NaN equals NaN here

@@ -1,173 +1,137 @@
-"""The client's side of ``runner.verify.fork_server``: attempts at runs in real processes, to be killed.
+"""Runs made of attempts in real processes, which ``fork_server`` forks, and the traces that they leave."""
 
-Two servers with different hash seeds stand ready, like two processes that a user starts.
-"""
-
+import contextlib
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.errors import Interrupted, RunnerError
-from runner.hashing import hex_digest
 from runner.storage.location import is_remote, local_root
-from runner.verify.options import python
+from runner.verify.source import Lines
 
 _HASH_SEEDS = ("1", "2")
 _LAST_LINES = 12  # of a log, for the verdict
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
-_STOPPED = Interrupted.status
-_LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
-
-
-class OutOfTime(Exception):
-    """The proof may not take the time of another attempt."""
 
 
 class Kill(NamedTuple):
     """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
     too: the next attempt begins with the state of that step, and without anything that is in no state. After a stop by
-    SIGTERM it does so anyway.
+    SIGTERM it does so anyway. ``victim`` is the only rank that is killed; None: all ranks.
     """
 
     moment: str
     step: int = 0
     after: int | None = None
+    victim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptRequest:
-    """A request for one attempt, in ``processes`` processes: the runner's ``arguments``, and the file for its record.
+    """A request for one attempt, in ``processes`` processes: the runner's ``arguments``, the ``name`` of the run, and
+    the ``file`` for its record.
 
-    ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed, and ``victim``
-    which rank alone; None: all ranks. ``pins`` are held constant (``runner.verify.pins``), ``dump`` is a step whose
-    state is written beside the record, ``take`` a step after which the memory at the paths ``suspects`` is, and ``put``
-    the record of another attempt whose memory there is taken over. ``watch`` notes what the user's code reaches outside
-    of the process. ``evaluations`` is the most steps between two of them. A ``silent`` attempt records
-    neither states nor memory, because a user's ``state_dict`` may change something. ``shift`` is by how many seconds
-    the user's clocks are ahead. After ``limit`` seconds the attempt is ended, as a failure. ``does``: "train" or
-    "remove".
+    ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed. ``pins`` are
+    held constant (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the
+    step ``take``, or replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps
+    between two of them. A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may
+    change something. ``shift`` is by how many seconds the user's clocks are ahead. After ``limit`` seconds the attempt
+    is ended, as a failure. ``imports`` are modules that it will need. With ``removes`` it removes the run instead.
     """
 
     name: str
     arguments: tuple[str, ...]
-    record: Path
+    file: str
     steps: int | None = None
     seconds: float | None = None
     kill: Kill | None = None
-    victim: int | None = None
     processes: int = 1
     pins: tuple[str, ...] = ()
-    dump: int | None = None
     take: int | None = None
     put: str | None = None
     suspects: tuple[str, ...] = ()
-    watch: bool = False
     evaluations: int | None = None
     silent: bool = False
     shift: int = 0
     limit: float | None = None
-    does: str = "train"
+    imports: tuple[str, ...] = ()
+    removes: bool = False
 
-    def json(self) -> str:
-        """The request as the server reads it."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        paths = {"log": str(self.log), "temporary": str(self.temporary), "title": f"attempt {self.record.stem}"}
-        return json.dumps(fields | {"record": None, "records": [*map(str, self.records)]} | paths)
+    @classmethod
+    def parse(cls, line: bytes) -> "AttemptRequest":
+        """The request that a client sent."""
+        fields = json.loads(line)
+        return cls(**{**fields, "kill": Kill(*fields["kill"]) if fields["kill"] else None})
 
-    @property
-    def records(self) -> list[Path]:
-        """The records of all ranks."""
-        others = [self.record.with_name(f"{self.record.name}.rank{rank}") for rank in range(1, self.processes)]
-        return [self.record, *others]
+    def record(self, rank: int = 0) -> Path:
+        """The record of a rank."""
+        return Path(f"{self.file}.rank{rank}" if rank else self.file)
+
+    def copies(self, rank: int = 0) -> Path:
+        """The values of suspects that a rank copied."""
+        return Path(f"{self.record(rank)}.copies")
 
     @property
     def log(self) -> Path:
         """The output of all ranks."""
-        return self.record.with_suffix(".log")
+        return Path(self.file).with_suffix(".log")
 
     @property
     def temporary(self) -> Path:
-        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name. A
-        short path, because data workers make sockets below it.
-        """
-        folder = self.record.with_name("tmp")
-        if len(os.fsencode(folder)) <= _LONGEST_PATH or not os.access("/tmp", os.W_OK):
-            return folder
-        return Path("/tmp", f"runner-verify-{hex_digest(os.fsencode(folder), size=4)}")
-
-    @property
-    def dumped(self) -> Path:
-        """The tensors of the state after the step ``dump``."""
-        return self.record.with_name(f"{self.record.name}.pt")
+        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name."""
+        return Path(self.file).with_name("tmp")
 
 
 class ForkServer:
     """One process to fork attempts from. Libraries write caches into the ``temporary`` folder while it imports them."""
 
     def __init__(self, hash_seed: str, cwd: Path | None, temporary: str) -> None:
-        environment = {"PYTHONHASHSEED": hash_seed, **os.environ}  # a seed of the user is meant for every attempt
-        environment["TMPDIR"] = temporary
-        self.import_seconds = 0.0
-        self._began = time.monotonic()
+        # With ``python -m`` a ``runner.py`` of the user's in the working directory would hide the runner.
+        path = [*([str(cwd)] if cwd else []), *sys.path]
+        code = f"import sys\nsys.path[:] = {path!r}\nfrom runner.verify.fork_server import serve\nserve()"
         self._process = subprocess.Popen(
-            python("from runner.verify.fork_server import serve\nserve()", first=[str(cwd)] if cwd else []),
+            [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env={"PYTHONHASHSEED": hash_seed, **os.environ, "TMPDIR": temporary},  # a seed of the user is for all
             start_new_session=True,
             cwd=cwd,
         )
 
     def __call__(self, request: AttemptRequest) -> int | None:
         """Run an attempt; returns its exit status, or None after SIGKILL."""
-        self._send(request.json())
-        status: int | None = self._receive()["status"]
-        return status
-
-    def import_modules(self, names: Sequence[str]) -> None:
-        """Have the next attempts find these modules imported; does not wait for it."""
-        self._send(json.dumps({"modules": [*names]}))
-
-    def close(self) -> None:
-        """End the server, and with it a running attempt."""
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _send(self, line: str) -> None:
-        if not self.import_seconds:
-            self._receive()  # that it is ready
-            self.import_seconds = time.monotonic() - self._began
-        assert self._process.stdin
-        self._process.stdin.write(line.encode() + b"\n")
-        self._process.stdin.flush()
-
-    def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RunnerError("the process from which attempts are forked ended; its last output says why")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        status: int | None = json.loads(line)
+        return status
+
+    def close(self) -> None:
+        """End the server, and with it a running attempt."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
 Servers = tuple[ForkServer, ForkServer]
 
 
-@contextmanager
+@contextlib.contextmanager
 def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
-    """Two servers for the length of a block; they import at the same time."""
+    """Two servers with different hash seeds for the length of a block, like two processes that a user starts."""
     with tempfile.TemporaryDirectory(prefix="runner-verify-", ignore_cleanup_errors=True) as temporary:
         first, second = (ForkServer(seed, cwd, temporary) for seed in _HASH_SEEDS)
         try:
@@ -175,6 +139,10 @@ def fork_servers(cwd: Path | None = None) -> Iterator[Servers]:
         finally:
             for server in (first, second):
                 server.close()
+
+
+class OutOfTime(Exception):
+    """The proof may not take the time of another attempt."""
 
 
 Event = dict[str, Any]
@@ -231,12 +199,12 @@ class AttemptTrace:
     @property
     def stopped(self) -> bool:
         """Whether it ended after SIGTERM, as promised: with its last step committed."""
-        return self.status == _STOPPED and any(event["moment"] in STOPS for event in self.select("killed"))
+        return self.status == Interrupted.status and any(event["moment"] in STOPS for event in self.select("killed"))
 
     @property
     def victim(self) -> int | None:
         """The rank that was killed alone, if one was."""
-        return self.request.victim if self.killed and self.select("killed") else None
+        return self.request.kill.victim if self.request.kill and self.killed and self.select("killed") else None
 
     @property
     def failure(self) -> AttemptFailure | None:
@@ -256,7 +224,6 @@ class RunTrace:
 
     name: str
     attempts: list[AttemptTrace] = field(default_factory=list)
-    request: AttemptRequest | None = None  # the last one
 
     def compared(self) -> Iterator[tuple[int, Event]]:
         """All events of steps and of states after loading, with the number of the attempt (from 0). A step whose
@@ -283,10 +250,11 @@ class RunTrace:
         """The last event of every step."""
         return {event["step"]: event for _, event in self.steps()}
 
-    def removal(self) -> AttemptRequest:
-        """The request to remove all objects of this run from its storage."""
-        assert self.request
-        return replace(self.request, does="remove", kill=None, victim=None, pins=(), processes=1)
+    @property
+    def sources(self) -> dict[str, list[Lines]]:
+        """The lines of the user's classes of each object of the experiment."""
+        instances = [event for attempt in self.attempts[:1] for event in attempt.select("instances")]
+        return {key: lines for event in instances for key, lines in event["sources"].items()}
 
     @property
     def evidence(self) -> Event | None:
@@ -300,23 +268,25 @@ class RunTrace:
         return next((attempt.failure for attempt in self.attempts if attempt.failure), None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Executor:
     """Makes runs of the user's ``command``, with records in ``scratch`` and run directories below ``root``.
 
-    ``runs`` collects all runs. Each has ``processes`` processes, and ``evaluations`` steps at most between evaluations.
-    ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by ``time.monotonic``.
+    ``requests`` collects the last request for each run. Each run has ``processes`` processes, and ``evaluations``
+    steps at most between evaluations. ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by
+    ``time.monotonic``. ``imports`` are modules that all attempts need.
     """
 
     command: tuple[str, ...]
     scratch: Path
     root: str
     servers: Servers
-    runs: list[RunTrace]
+    requests: dict[str, AttemptRequest]
     evaluations: int
     processes: int
-    limit: float | None = None
+    limit: float = math.inf
     deadline: float = math.inf
+    imports: tuple[str, ...] = ()
 
     def left(self) -> float:
         """The seconds that are left."""
@@ -324,8 +294,8 @@ class Executor:
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
         """Make the next attempt at a run; ``fields`` are those of an AttemptRequest. Raises OutOfTime."""
-        limits = [limit for limit in (self.limit, self.left()) if limit is not None and limit < math.inf]
-        if self.left() <= 0:
+        limit = min(self.limit, self.left())
+        if limit <= 0:
             raise OutOfTime
         arguments = (
             *self.command,
@@ -335,16 +305,14 @@ class Executor:
             f"runtime.num_workers={workers}",
             *overrides,
         )
-        if run not in self.runs:
-            self.runs.append(run)
-        record = self.scratch / f"{run.name}-{len(run.attempts) + 1}.jsonl"
-        run.request = request = AttemptRequest(
+        self.requests[run.name] = request = AttemptRequest(
             run.name,
             arguments,
-            record,
+            f"{self.scratch}/{run.name}-{len(run.attempts) + 1}.jsonl",
             evaluations=self.evaluations,
             processes=self.processes,
-            limit=min(limits, default=None),
+            limit=limit if limit < math.inf else None,
+            imports=self.imports,
             **fields,
         )
         began = time.monotonic()
@@ -352,24 +320,23 @@ class Executor:
             status = self.servers[server](request)
         finally:
             shutil.rmtree(request.temporary, ignore_errors=True)
-        trace = AttemptTrace(request, status, workers, _merged(request.records), time.monotonic() - began)
+        trace = AttemptTrace(request, status, workers, _events(request), time.monotonic() - began)
         run.attempts.append(trace)
         return trace
 
-    def remove_large_files(self, *runs: RunTrace) -> None:
-        """Remove dumped states, and run directories on a disk, of runs that are compared already."""
+    def remove_files(self, *runs: RunTrace) -> None:
+        """Remove copies of memory, and run directories on a disk, of runs that are compared already."""
         for run in runs:
-            for attempt in run.attempts:
-                for copy in (attempt.request.dumped, *self.scratch.glob(f"{attempt.request.record.name}*.taken")):
-                    copy.unlink(missing_ok=True)
+            for copy in self.scratch.glob(f"{run.name}-*.copies"):
+                copy.unlink()
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _merged(records: Sequence[Path]) -> tuple[Event, ...]:
+def _events(request: AttemptRequest) -> tuple[Event, ...]:
     """The events of rank 0, with the fields that other ranks have for themselves, and how the others ended."""
-    events, *others = map(_read, records)
+    events, *others = (_read(request.record(rank)) for rank in range(request.processes))
     for rank, record in enumerate(others, 1):
         by_step = {(event["event"], event["step"]): event for event in record if event["event"] in _COMPARED}
         for event in events:
@@ -388,7 +355,7 @@ def _merge(event: Event, rank: int, other: Event | None) -> None:
             event[target] = event.get(target, {}) | {f"{p} (rank {rank})": v for p, v in other[name].items()}
 
 
-def _read(record: Path) -> tuple[Event, ...]:
+def _read(record: Path) -> list[Event]:
     """The complete lines of a record; a kill may have cut the last one."""
     text = record.read_bytes() if record.exists() else b""
-    return tuple(map(json.loads, text[: text.rfind(b"\n") + 1].splitlines()))
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]

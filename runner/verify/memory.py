@@ -11,7 +11,6 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from enum import EnumMeta
 from functools import partial
 from inspect import getgeneratorlocals
@@ -42,6 +41,7 @@ FROZEN = " (parameters with requires_grad=False)"
 EVALUATING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 TIED = " (parameters that are the same object)"
+MARKS = (FROZEN, EVALUATING, GRADIENTS, TIED)
 LEFT_OUT = " (a parameter, not in its state_dict)"
 NOT_PERSISTENT = " (a buffer, persistent=False)"
 HOOKS = "_hooks["
@@ -61,25 +61,17 @@ _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "step", "_opt_call
 _PATCHED = ("torch", "torch.nn.functional", "torch.nn.init", "numpy", "numpy.random", "random", "math", "time")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a value is: ``holder`` (a path) has it under ``key``, in the way that ``kind`` names. ``words`` describe
     it; None: it has its own places inside.
     """
 
-    path: str
+    path: str  # while its holder is looked at, from there
     value: Any
-    words: str | None
-    holder: str = ""
     kind: str = ""
     key: Any = None
-
-
-class _Child(NamedTuple):
-    suffix: str
-    value: Any
-    kind: str
-    key: Any
+    words: str | None = None
+    holder: str = ""
 
 
 def memory(objects: Mapping[str, Any], saved: Any = None) -> dict[str, str]:
@@ -153,18 +145,18 @@ class _Walk:
         for name, thing in sorted(objects.items(), key=lambda item: _order(item[0])):
             if thing is self._model:
                 for path, module in modules_of(thing).items():
-                    self._enter(name, _Child(f"{name}{path}", module, "root", name), "")
-                for mark, words in _marks(thing):
-                    self._add(f"{name}{mark}", thing, words or "none", name, mark, "")
+                    self._enter(name, Place(f"{name}{path}", module, "root", name), "")
+                for mark, values in marks(thing).items():
+                    self._add(f"{name}{mark}", thing, _mark_words(mark, values) or "none", name, mark)
             else:
-                self._enter(name, _Child(name, thing, "root", name), "")
+                self._enter(name, Place(name, thing, "root", name), "")
         self._shared()
         if self._left <= 0:
-            self._add("memory", None, f"{UNSEEN} as a whole: it has more than {_BUDGET} values", "", "", "")
+            self._add("memory", None, f"{UNSEEN} as a whole: it has more than {_BUDGET} values")
         return self._places
 
-    def _add(self, path: str, value: Any, words: str | None, holder: str, kind: str, key: Any) -> None:
-        self._places.setdefault(path, Place(path, value, words, holder, kind, key))
+    def _add(self, path: str, value: Any, words: str | None, holder: str = "", kind: str = "", key: Any = None) -> None:
+        self._places.setdefault(path, Place(path, value, kind, key, words, holder))
 
     def _shared(self) -> None:
         """What classes and modules of the user hold, and functions that the user exchanged in a library."""
@@ -195,7 +187,7 @@ class _Walk:
                 if module_name(value) == module.__name__:
                     self._class(root, value)
             elif _is_value(key, value):
-                self._enter(root, _Child(f"{root} ({module.__name__}.{key})", value, "global", key), holder)
+                self._enter(root, Place(f"{root} ({module.__name__}.{key})", value, "global", key), holder)
 
     def _class(self, root: str, kind: type) -> None:
         if id(kind) in self._seen or is_a(kind, EnumMeta):
@@ -205,7 +197,7 @@ class _Walk:
         self._add(holder, kind, None, "", "type", (module_name(kind), type_name(kind)))
         for key, value in [*class_dict(kind).items()]:
             if _is_value(key, value):
-                self._enter(root, _Child(f"{holder[:-1]}.{key})", value, "class", key), holder)
+                self._enter(root, Place(f"{holder[:-1]}.{key})", value, "class", key), holder)
 
     def _exchanged(self, holder: Any, values: Mapping[str, Any], module: str, name: str) -> None:
         if id(holder) in self._seen:
@@ -216,12 +208,12 @@ class _Walk:
                 path = ".".join(filter(None, (module, name, key)))
                 self._add(f"{PROCESS}{path}", value, describe(value), "", "exchanged", (module, name, key))
 
-    def _enter(self, root: str, first: _Child, holder: str) -> None:
-        stack = [(first.suffix, first, holder, 0)]
+    def _enter(self, root: str, first: Place, holder: str) -> None:
+        stack = [(first.path, first, holder, 0)]
         while stack and self._left > 0:
             path, child, holder, depth = stack.pop()
             self._left -= 1
-            inside: list[_Child] = []
+            inside: list[Place] = []
             try:
                 words, inside = self._look(root, path, child.value, depth)
             except Exception as error:
@@ -229,9 +221,9 @@ class _Walk:
             if child.kind == "saved":
                 words = None
             self._add(path, child.value, words, holder, child.kind, child.key)
-            stack += [(f"{path}{each.suffix}", each, path, depth + 1) for each in reversed(inside)]
+            stack += [(f"{path}{each.path}", each, path, depth + 1) for each in reversed(inside)]
 
-    def _look(self, root: str, path: str, value: Any, depth: int) -> tuple[str | None, list[_Child]]:
+    def _look(self, root: str, path: str, value: Any, depth: int) -> tuple[str | None, list[Place]]:
         """The words for a value, and the values inside it."""
         if id(value) in self._seen:
             return None, []
@@ -244,7 +236,7 @@ class _Walk:
         self._kinds.setdefault(id(type(value)), (root, type(value)))
         return words, self._inside(path, value)
 
-    def _inside(self, path: str, value: Any) -> list[_Child]:
+    def _inside(self, path: str, value: Any) -> list[Place]:
         if is_a(value, nn.Module):
             return [*self._in_module(value)]
         inside = [*_inside(value)]
@@ -252,27 +244,27 @@ class _Walk:
             return [each for each in inside if each.key not in _SKIPPED]
         return inside
 
-    def _in_module(self, module: Any) -> Iterator[_Child]:
+    def _in_module(self, module: Any) -> Iterator[Place]:
         held, of_model = attributes(module), id(module) in self._of_model
         lacking = held.get("_non_persistent_buffers_set", ())
         for name, inner in dict.items(held.get("_parameters", {})):
             if inner is not None:
                 saved = of_model and (self._saved is None or id(inner) in self._saved)
                 mark = LEFT_OUT if of_model and not saved else ""
-                yield _Child(f".{name}{mark}", inner, "saved" if saved else "parameter", name)
+                yield Place(f".{name}{mark}", inner, "saved" if saved else "_parameters", name)
         for name, inner in dict.items(held.get("_buffers", {})):
             if inner is not None:
                 saved = of_model and name not in lacking
                 mark = NOT_PERSISTENT if of_model and not saved else ""
-                yield _Child(f".{name}{mark}", inner, "saved" if saved else "buffer", name)
+                yield Place(f".{name}{mark}", inner, "saved" if saved else "_buffers", name)
         for name, inner in dict.items(held.get("_modules", {})):
             if id(inner) not in self._of_model:  # these are entered by themselves
-                yield _Child(f".{name}", inner, "module", name)
+                yield Place(f".{name}", inner, "_modules", name)
         for name, inner in held.items():
             hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
             counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
             if hooks or counts:
-                yield _Child(f".{name}", inner, "attribute", name)
+                yield Place(f".{name}", inner, "attribute", name)
 
     def _digested(self, root: str, value: Any) -> str:
         """A value with all that is inside it in one line."""
@@ -287,24 +279,33 @@ class _Walk:
                 if (words is None or _has_more(inner, words)) and id(inner) not in self._seen:
                     self._seen[id(inner)] = inner
                     self._kinds.setdefault(id(type(inner)), (root, type(inner)))
-                    waiting += [(each.suffix, each.value) for each in self._inside("", inner)]
+                    waiting += [(each.path, each.value) for each in self._inside("", inner)]
             plain = b"\n".join(pieces)
         size = f" of {fingerprint.length(value)}" if is_a(value, dict, list, tuple, deque) else ""
         return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}"
 
 
-def _marks(model: Any) -> Iterator[tuple[str, str]]:
-    """What a model has in no ``state_dict`` and in no attribute, by its mark."""
+def marks(model: Any) -> dict[str, Any]:
+    """What a model has in no ``state_dict`` and in no attribute, by its mark: names of parameters, or values by name;
+    of parameters that are the same object, the first name by each other.
+    """
     named = parameters_of(model)
-    names: dict[int, list[str]] = {}
-    for name, parameter in named:
-        names.setdefault(id(parameter), []).append(name)
-    yield FROZEN, ", ".join(name for name, parameter in named if not parameter.requires_grad)
-    off = [path for path, module in modules_of(model).items() if not attributes(module).get("training", True)]
-    yield EVALUATING, ", ".join(path.removeprefix(".") for path in off)
-    gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
-    yield GRADIENTS, ", ".join(f"{name} {fingerprint.describe_array(gradient)}" for name, gradient in gradients)
-    yield TIED, ", ".join(" = ".join(each) for each in names.values() if len(each) > 1)
+    first = {id(parameter): name for name, parameter in reversed(named)}
+    modules = modules_of(model).items()
+    return {
+        FROZEN: [name for name, parameter in named if not parameter.requires_grad],
+        EVALUATING: [path for path, module in modules if not attributes(module).get("training", True)],
+        GRADIENTS: {name: parameter.grad for name, parameter in named if parameter.grad is not None},
+        TIED: {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name},
+    }
+
+
+def _mark_words(mark: str, values: Any) -> str:
+    if mark == GRADIENTS:
+        return ", ".join(f"{name} {fingerprint.describe_array(value)}" for name, value in values.items())
+    if mark == TIED:
+        return ", ".join(f"{first} = {name}" for name, first in values.items())
+    return ", ".join(name.removeprefix(".") for name in values)
 
 
 def _pointers(model: Any, saved: Any) -> set[int] | None:
@@ -330,44 +331,44 @@ def _is_large(value: Any) -> bool:
     return is_a(value, dict, list, tuple, deque) and fingerprint.length(value) > _FEW
 
 
-def _inside(value: Any) -> Iterator[_Child]:
+def _inside(value: Any) -> Iterator[Place]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
         for place, (key, inner) in enumerate(items(value)):
-            yield _Child(f"[{_key(key, place)}]", inner, "item", key)
+            yield Place(f"[{_key(key, place)}]", inner, "item", key)
     elif is_a(value, list, tuple, deque):
         kind = next(kind for kind in (list, tuple, deque) if is_a(value, kind))
-        yield from (_Child(f"[{place}]", inner, "item", place) for place, inner in enumerate(kind.__iter__(value)))
+        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(kind.__iter__(value)))
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
-        yield from (_Child(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
+        yield from (Place(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
     elif is_a(value, partial):  # as a whole: its parts cannot be set
         parts = [*enumerate(value.args), *value.keywords.items()]
-        yield from (_Child(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
+        yield from (Place(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
     elif is_a(value, torch.Tensor):
         descriptor: Any = torch._C.TensorBase._backward_hooks
         hooks = [*dict.values(descriptor.__get__(value) or {})]
-        yield from (_Child(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
+        yield from (Place(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
     else:
         yield from _inside_code(value)
     if type(value) is not FunctionType and not is_a(value, partial):
-        yield from (_Child(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
+        yield from (Place(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
 
 
-def _inside_code(value: Any) -> Iterator[_Child]:
+def _inside_code(value: Any) -> Iterator[Place]:
     """The values that functions, generators and references keep."""
     if type(value) is FunctionType:
         yield from variables(value)
     elif type(value) is GeneratorType:
         frame = value.gi_frame
-        yield _Child(" (its position)", frame and frame.f_lasti, "", None)
-        yield from (_Child(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
+        yield Place(" (its position)", frame and frame.f_lasti, "", None)
+        yield from (Place(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
     elif is_a(value, MethodType, BuiltinFunctionType):
-        yield _Child(".__self__", value.__self__, "", "__self__")
+        yield Place(".__self__", value.__self__, "", "__self__")
     elif type(value) is ContextVar:
-        yield _Child(" (its value)", value.get(None), "context", None)
+        yield Place(" (its value)", value.get(None), "context", None)
     elif is_a(value, weakref.ref):
-        yield _Child(" (its object)", weakref.ref.__call__(value), "", None)
+        yield Place(" (its object)", weakref.ref.__call__(value), "", None)
 
 
 def items(value: Any) -> list[tuple[Any, Any]]:
@@ -430,7 +431,7 @@ def class_dict(kind: type) -> Mapping[str, Any]:
     return _CLASS_DICT(kind)  # type: ignore[no-any-return]
 
 
-def variables(function: Any) -> Iterator[_Child]:
+def variables(function: Any) -> Iterator[Place]:
     """The values that a function keeps from call to call: defaults, closure, attributes."""
     code, defaults = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
@@ -440,7 +441,7 @@ def variables(function: Any) -> Iterator[_Child]:
         with suppress(ValueError):  # an empty cell
             values.append((name, cell.cell_contents, "cell", place))
     values += [(name, value, "attribute", name) for name, value in vars(function).items()]
-    return (_Child(f" (its {name})", value, kind, key) for name, value, kind, key in values)
+    return (Place(f" (its {name})", value, kind, key) for name, value, kind, key in values)
 
 
 def _is_value(key: str, value: Any) -> bool:

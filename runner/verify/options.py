@@ -1,12 +1,11 @@
 """The options of a proof: ``verify.*`` among the overrides of an ordinary command."""
 
 import difflib
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+import yaml
 
 from runner.errors import ConfigError
 
@@ -28,9 +27,8 @@ class Options:
 
     ``steps`` None: up to 100, within about 20 seconds of training. ``workers`` are numbers of data workers that
     attempts take in turn; the first is that of the undisturbed run. ``moments`` of kills are taken in turn, too.
-    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``html`` names a file
-    for the report. ``seed`` decides the steps of the kills. ``minutes`` is how long the proof may take: steps and
-    kills are left out to keep that.
+    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``seed`` decides the
+    steps of the kills. ``minutes`` is how long the proof may take: steps and kills are left out to keep that.
     """
 
     steps: int | None = None
@@ -40,7 +38,6 @@ class Options:
     workers: tuple[int, ...] = (0, 2)
     processes: int = 1
     root: str | None = None
-    html: str | None = None
     seed: int = 0
     keep: bool = False
 
@@ -49,111 +46,52 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str], bool]:
     """The options, the arguments for the runner, and whether JSON is wanted. Raises ConfigError."""
     options = [argument for argument in arguments if argument.lstrip("+").startswith(_PREFIX)]
     rest = [argument for argument in arguments if argument not in options and argument != "--json"]
-    values = dict(map(_option, options))
     for argument in rest:
         key = argument.lstrip("+~").partition("=")[0]
         if key in _RESERVED:
             raise ConfigError(f"{argument}: {_RESERVED[key]}")
         if argument in ("-m", "--multirun"):
             raise ConfigError("a proof is of one run: leave out -m, and give one value for each key")
-    return Options(**values), rest, "--json" in arguments
-
-
-def python(code: str, *arguments: str, first: Sequence[str] = ()) -> list[str]:
-    """The command of a process that finds modules where this one does, after those in the folders ``first``. With
-    ``python -m`` a ``runner.py`` of the user's in the working directory would hide the runner.
-    """
-    return [sys.executable, "-c", f"import sys\nsys.path[:] = {[*first, *sys.path]!r}\n{code}", *arguments]
-
-
-# The runner until it has composed and checked the configuration: without torch, in a fraction of a second.
-_CHECK = """
-from runner.__main__ import main
-from runner.callbacks.base import Observer, observers
-
-class Checked(Observer):
-    def on_command(self, directory):
-        raise SystemExit(0)
-
-observers.append(Checked())
-sys.exit(main())
-"""
-
-
-def check(command: Sequence[str]) -> None:
-    """Raise ConfigError for a command whose configuration cannot be used, before anything else is started."""
-    with tempfile.TemporaryDirectory(prefix="runner-verify-") as folder:
-        where = (f"run.root={folder}", "run.name=check", f"hydra.run.dir={folder}")
-        done = subprocess.run(
-            python(_CHECK, *command, *where), stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-    if done.returncode == ConfigError.status:
-        raise ConfigError(done.stderr.strip())
+    return Options(**dict(map(_option, options))), rest, "--json" in arguments
 
 
 def _option(argument: str) -> tuple[str, Any]:
     name, equals, text = argument.lstrip("+").removeprefix(_PREFIX).partition("=")
-    if name not in _OPTIONS:
-        near = difflib.get_close_matches(name, _OPTIONS, 1)
+    if name not in _VALID:
+        near = difflib.get_close_matches(name, _VALID, 1)
         hint = f"; did you mean verify.{near[0]}?" if near else "."
-        names = ", ".join(f"verify.{each}" for each in _OPTIONS)
+        names = ", ".join(f"verify.{each.name}" for each in fields(Options))
         raise ConfigError(f"there is no option verify.{name}{hint} Options: {names}")
-    read, example = _OPTIONS[name]
+    valid, example = _VALID[name]
     if not equals:
         raise ConfigError(f"verify.{name} needs a value, for example {example}")
     try:
-        return name, read(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"verify.{name}={text} cannot be used: {example}") from None
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    value = tuple(value) if isinstance(value, list) else value
+    if not valid(value):
+        raise ConfigError(f"verify.{name}={text} cannot be used: {example}")
+    return name, value
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise ValueError
-        return value
-
-    return read
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
 
 
-def _workers(text: str) -> tuple[int, ...]:
-    return tuple(_at_least(0)(each) for each in text.removeprefix("[").removesuffix("]").split(","))
+def _all(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, tuple) and values != () and all(map(valid, values))
 
 
-def _minutes(text: str) -> float:
-    if not float(text) > 0:
-        raise ValueError
-    return float(text)
-
-
-def _moments(text: str) -> tuple[str, ...]:
-    names = (*text.removeprefix("[").removesuffix("]").split(","),)
-    if {*names} - {*MOMENTS}:
-        raise ValueError
-    return names
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError
-    return text
-
-
-def _flag(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-# Name -> how to read it, an example. The names are the fields of Options.
-_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+# Name -> whether a value can be used, an example.
+_VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_at_least(2), "verify.steps=200 (at least 2)"),
-    "minutes": (_minutes, "verify.minutes=2 (more than 0)"),
+    "minutes": (lambda value: type(value) in (int, float) and value > 0, "verify.minutes=2 (more than 0)"),
     "kills": (_at_least(1), "verify.kills=20 (at least 1)"),
-    "moments": (_moments, f"verify.moments=[step,stop]; there are {', '.join(MOMENTS)}"),
-    "workers": (_workers, "verify.workers=[0,2] (numbers of data workers)"),
+    "moments": (_all(MOMENTS.__contains__), f"verify.moments=[step,stop]; there are {', '.join(MOMENTS)}"),
+    "workers": (_all(_at_least(0)), "verify.workers=[0,2] (numbers of data workers)"),
     "processes": (_at_least(1), "verify.processes=2 (at least 1)"),
-    "root": (_text, "verify.root=s3://bucket/scratch, or a folder"),
-    "html": (_text, "verify.html=report.html"),
+    "root": (lambda value: isinstance(value, str), "verify.root=s3://bucket/scratch, or a folder"),
     "seed": (_at_least(0), "verify.seed=1 (at least 0)"),
-    "keep": (_flag, "verify.keep=true, which leaves the scratch runs where they are"),
+    "keep": (lambda value: isinstance(value, bool), "verify.keep=true, which leaves the scratch runs where they are"),
 }

@@ -1,32 +1,161 @@
 """From a command to a verdict: run undisturbed, run killed, compare, and diagnose a difference."""
 
+import json
 import math
 import re
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from runner.errors import ConfigError, StorageError
+from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import is_remote, local_root
 from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
 from runner.verify.causes import CAUSES, Cause, of_error, of_part, of_structure
 from runner.verify.diagnosis import Investigation
-from runner.verify.difference import changes, difference_of_results, first_difference, lost_memory, structural_changes
-from runner.verify.execution import AttemptFailure, Executor, OutOfTime, RunTrace, Servers, fork_servers
+from runner.verify.difference import (
+    FirstDifference,
+    changes,
+    difference_of_results,
+    first_difference,
+    in_words,
+    lost_memory,
+    structural_changes,
+    unequal,
+)
+from runner.verify.execution import AttemptFailure, AttemptRequest, Executor, OutOfTime, RunTrace, Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.source import Sources, line_of
-from runner.verify.verdict import Verdict, cost
+from runner.verify.source import line_of
 
-_OUT_OF_TIME = "verify.minutes was over before the killed run was finished; allow more"
 LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
 TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
 _STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of one proof, for people and for programs.
+
+    It holds if there is no ``difference``, no ``refusal`` (the message of an attempt that failed) and no problem in the
+    ``audit`` of the samples of the runs. ``cause`` belongs to any of these; ``tried`` are the repetitions that led to
+    it, with their outcomes. ``scratch`` says where the runs are, if they were kept.
+    """
+
+    command: Sequence[str]
+    undisturbed: RunTrace
+    killed: RunTrace = field(default_factory=lambda: RunTrace("killed"))
+    seconds: float = 0.0
+    difference: FirstDifference | None = None
+    refusal: str = ""
+    cause: Cause | None = None
+    tried: Sequence[str] = ()
+    audit: Sequence[str] = ()
+    scratch: str | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the experiment resumes exactly."""
+        return self.difference is None and not self.refusal and not self.audit
+
+    @property
+    def proven(self) -> dict[str, Any]:
+        """How much was tried."""
+        evidence = [run.evidence or {} for run in (self.undisturbed, self.killed)]
+        undisturbed, killed = self.undisturbed.attempts, self.killed.attempts
+        moments = Counter(attempt.killed for attempt in killed if attempt.killed)
+        return {
+            "steps": max((attempt.last for attempt in undisturbed), default=0),
+            "samples": evidence[0].get("audit", {}).get("positions", 0),
+            "kills": sum(moments.values()),
+            "moments": dict(moments),
+            "kills_of_one_process": sum(attempt.victim is not None for attempt in killed),
+            "processes": max((attempt.request.processes for attempt in undisturbed), default=1),
+            "attempts": len(killed),
+            "workers": sorted({attempt.workers for attempt in [*undisturbed, *killed]}),
+            "checkpoints": sum(len(each.get("checkpoints", {})) for each in evidence) if killed else 0,
+            "steps_done_again": sum(max(0, before.last - after.first) for before, after in pairwise(killed)),
+            "seconds": round(self.seconds, 1),
+        }
+
+    def json(self) -> str:
+        """The verdict for programs."""
+        difference = self.difference
+        attempts = [
+            {"first": each.first, "last": each.last, "workers": each.workers, "killed": each.killed}
+            for each in self.killed.attempts
+        ]
+        values = {
+            "verdict": "PASS" if self.holds else "FAIL",
+            "command": [*self.command],
+            "proven": self.proven,
+            "difference": difference and asdict(replace(difference, remembered=(), changing=())),
+            "refusal": self.refusal or None,
+            "audit": [*self.audit],
+            "cause": asdict(self.cause) if self.cause else None,
+            "tried": [*self.tried],
+            "attempts": attempts,
+            "notes": [*self.notes],
+            "scratch": self.scratch,
+        }
+        return json.dumps(values, indent=2, default=str)
+
+    def text(self) -> str:
+        """The verdict for people: the result in one line, then the reasons."""
+        proven = self.proven
+        alone, processes = proven["kills_of_one_process"], proven["processes"]
+        several = f" ({alone} of one process alone), {processes} processes" if processes > 1 else ""
+        tried = (
+            f"{proven['kills']} kills{several}, {proven['steps']} steps, {proven['attempts']} attempts, "
+            f"{proven['samples']} samples, {' and '.join(map(str, proven['workers']))} workers, "
+            f"{proven['seconds']:.0f} s"
+        )
+        lines = [f"{'PASS' if self.holds else 'FAIL'}     {tried}"]
+        if self.holds:
+            equal = f"{proven['checkpoints']} checkpoints, evaluations, metric lines and final weights."
+            lines.append(f"         {_EQUAL}\n         {equal}")
+        else:
+            lines += self._failure()
+        lines += [f"note     {note}" for note in self.notes]
+        if self.scratch:
+            lines.append(f"kept     {self.scratch}: the runs, output (*.log) and record (*.jsonl) of each attempt")
+        return printable("\n".join(lines))
+
+    def _failure(self) -> list[str]:
+        lines, difference, cause = [], self.difference, self.cause
+        if difference is not None:
+            when = "right after loading" if difference.restored else "the first that differs"
+            lines.append(f"step     {difference.step}, {when}; attempt {difference.attempt + 1}")
+            lines.append(f"part     {difference.part}: {difference.path}")
+            lines.append(f"differs  {_short(difference.expected)} undisturbed, {_short(difference.actual)} killed")
+            lines += [f"         {size}" for size in [difference.size()] if size]
+        if self.refusal:
+            lines.append(_indented("error    ", self.refusal))
+        lines += [f"audit    {problem}" for problem in self.audit[:5]]
+        if cause is not None:
+            lines.append(_indented("cause    " if cause.sure else "perhaps  ", cause.what))
+            lines.append(_indented("remedy   ", cause.remedy))
+            lines += [f"where    {cause.where}"] if cause.where else []
+        return lines
+
+
+_EQUAL = "Equal to the bit: losses, gradients and samples of every step, the state after steps and loads,"
+
+
+def _indented(label: str, text: str) -> str:
+    return label + text.replace("\n", "\n" + " " * len(label))
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.9g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 90 else f"{text[:87]}..."
 
 
 def prove(command: Sequence[str], options: Options, *, progress: Progress, servers: Servers | None = None) -> Verdict:
@@ -38,17 +167,18 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     """
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="runner-verify-"))
-    folder = f"verify-{secrets.token_hex(4)}"
-    root = str(scratch / "runs") if options.root is None else f"{options.root.rstrip('/')}/{folder}"
-    runs: list[RunTrace] = []
-    keep = False
+    root = str(scratch / "runs")
+    if options.root is not None:
+        root = f"{options.root.rstrip('/')}/verify-{secrets.token_hex(4)}"
     new = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
+    deadline = math.inf if options.minutes is None else began + 60 * options.minutes
+    requests: dict[str, AttemptRequest] = {}
+    keep = False
     try:
         with nullcontext(servers) if servers else fork_servers() as both:
             interval = evaluation_interval(options)
-            deadline = math.inf if options.minutes is None else began + 60 * options.minutes
             executor = Executor(
-                tuple(command), scratch, root, both, runs, interval, options.processes, deadline=deadline
+                tuple(command), scratch, root, both, requests, interval, options.processes, deadline=deadline
             )
             verdict = replace(_judge(executor, options, progress), seconds=time.monotonic() - began)
         keep = options.keep or not verdict.holds
@@ -56,10 +186,26 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
         return replace(verdict, scratch=places) if keep else verdict
     finally:
         if not keep:
-            _remove(root, scratch, runs, servers)
-            for made in new:
+            _remove(root, requests.values(), servers)
+            shutil.rmtree(scratch, ignore_errors=True)
+            for folder in new:
                 with suppress(OSError):  # others use it
-                    made.rmdir()
+                    folder.rmdir()
+
+
+def _remove(root: str, requests: Collection[AttemptRequest], servers: Servers | None) -> None:
+    """Remove all runs from their storage, with the last request for an attempt at each."""
+    if not is_remote(root):
+        shutil.rmtree(local_root(root), ignore_errors=True)
+    elif requests:
+        with nullcontext(servers) if servers else fork_servers() as (server, _):
+            for request in requests:
+                server(replace(request, removes=True, kill=None, pins=(), processes=1))
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """The folders of a path that do not exist, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
@@ -67,35 +213,33 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     failure, attempt = base.failure, base.attempts[0]
     if failure and failure.status == ConfigError.status:
         raise ConfigError(failure.message)
-    if failure and not attempt.select("made"):  # it did not get as far as the experiment
+    if failure and not attempt.select("instances"):  # it did not get as far as the experiment
         raise StorageError(failure.message)
-    verdict = Verdict(executor.command, base, RunTrace("killed"))
+    verdict = Verdict(executor.command, base)
     if failure:
         cause = _of_failure(failure, base, _changes_while_probed(base))
         return replace(verdict, refusal=failure.message, cause=cause)
     if base.evidence is None:
         return replace(verdict, refusal=_unfinished(base), cause=CAUSES["incomplete"])
-    executor = replace(executor, limit=max(LEAST_SECONDS, TIMES * attempt.seconds))
-    for server in executor.servers:
-        server.import_modules(attempt.select("imported")[0]["modules"])
+    executor.limit = max(LEAST_SECONDS, TIMES * attempt.seconds)
+    executor.imports = tuple(base.evidence["modules"])
+    _require_room(executor.root, base.evidence["size"])
     kills = plan(base, options)
-    _require_room(executor.root, kills.size)
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
     try:
         run = run_killed(executor, kills, attempt, progress)
     except OutOfTime:
-        return replace(verdict, refusal=_OUT_OF_TIME, cause=CAUSES["incomplete"])
+        refusal = "verify.minutes was over before the killed run was finished; allow more"
+        return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
-    return replace(
-        verdict, notes=[*verdict.notes, *_notes(kills, base, run), *(_lost_memory(base, run) if verdict.holds else ())]
-    )
+    lost = in_words(lost_memory(run, base)) if verdict.holds else ""
+    effects = [f"not in the state, and without effect within these steps: {lost}"] if lost else []
+    return replace(verdict, notes=[*verdict.notes, *_notes(kills, base, run), *effects])
 
 
 def _require_room(root: str, size: int) -> None:
     """Raise StorageError if the disk cannot hold the checkpoints, each of ``size`` bytes."""
-    if is_remote(root):
-        return
-    free = shutil.disk_usage(local_root(root)).free
+    free = math.inf if is_remote(root) else shutil.disk_usage(local_root(root)).free
     if free < _STATES * size:
         raise StorageError(
             f"{root} has {free / 1e9:.1f} GB free, and the proof needs {_STATES * size / 1e9:.1f} GB there for "
@@ -106,50 +250,40 @@ def _require_room(root: str, size: int) -> None:
 def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace, progress: Progress) -> Verdict:
     difference = first_difference(run, base) or difference_of_results(run, base)
     failure = run.failure
-    verdict = Verdict(
-        executor.command,
-        base,
-        run,
-        difference=difference,
-        refusal=failure.message if failure else "" if difference else _incomplete(base, run),
-        audit=[problem for each in (base, run) for problem in _problems(each)],
-        cost=cost(base, run, imports=min(server.import_seconds for server in executor.servers)),
-    )
+    audits = {each.name: each.evidence["audit"]["problems"] for each in (base, run) if each.evidence}
+    audit = [f"{name}: {problem}" for name, problems in audits.items() for problem in problems]
+    verdict = Verdict(executor.command, base, run, difference=difference, audit=audit)
+    if failure:
+        verdict = replace(verdict, refusal=failure.message)
     if difference is not None:
         progress(f"differs at step {difference.step}: {difference.part} ({difference.path}); looking for the cause")
+        investigation = Investigation(executor, kills, base, progress)
         try:
-            diagnosis = Investigation(executor, kills, base, progress).diagnose(run, difference)
+            return replace(verdict, cause=investigation.diagnose(run, difference), tried=investigation.tried)
         except OutOfTime:
             cut = "the search for the cause was cut short by verify.minutes"
             return replace(verdict, cause=replace(of_part(difference), sure=False), notes=[cut])
-        return replace(verdict, diagnosis=diagnosis, cause=diagnosis.cause)
     if failure:
-        changed = _changes_while_probed(run) or _changes_in_training(base)
+        of_data = [entry for entry in changes(base) if entry[0].startswith("data.")]
+        changed = _changes_while_probed(run) or in_words(of_data, ", then {}")
         return replace(verdict, cause=_of_failure(failure, base, changed))
-    return replace(verdict, cause=CAUSES["incomplete"]) if verdict.refusal else verdict
+    refusal = _incomplete(base, run)
+    return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"]) if refusal else verdict
 
 
-def _of_failure(failure: AttemptFailure, base: RunTrace, changes: str) -> Cause:
+def _of_failure(failure: AttemptFailure, base: RunTrace, changed: str) -> Cause:
+    """The cause of an error. ``changed`` is memory of the data set that was seen to change, in words."""
+    sources = base.sources
     structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
     if structure:
-        return replace(of_structure(structure), where=_line(base, structure[0][1]))
-    path = changes.partition(" was ")[0]
-    where = failure.where or (
-        line_of(re.findall(r"\w+", path)[::-1], _made(base).get("data.train", [])) if path else ""
-    )
-    return replace(of_error(failure.kind, changes), where=where)
-
-
-def _made(base: RunTrace) -> dict[str, Sources]:
-    """The lines of the user's classes of each object of the experiment."""
-    return {key: places for event in base.attempts[0].select("made") for key, places in event["sources"].items()}
-
-
-def _line(base: RunTrace, path: str) -> str:
-    """The line of the user's class whose object is part of the state at a path."""
-    made = _made(base)
-    names = ["add_param_group"] if path.startswith("optimizer") else re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
-    return line_of(names, made.get("task") or made.get("model") or [])
+        path = structure[0][1]
+        names = re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
+        names = ["add_param_group"] if path.startswith("optimizer") else names
+        return replace(of_structure(structure), where=line_of(names, sources.get("task") or sources.get("model") or []))
+    where = failure.where
+    if changed and not where:
+        where = line_of(re.findall(r"\w+", changed.partition(" was ")[0])[::-1], sources.get("data.train", []))
+    return replace(of_error(failure.kind, changed), where=where)
 
 
 def _incomplete(base: RunTrace, run: RunTrace) -> str:
@@ -162,9 +296,8 @@ def _incomplete(base: RunTrace, run: RunTrace) -> str:
     missed = base.by_step().keys() ^ run.by_step().keys()
     if missed or not base.by_step():
         return f"steps were not compared: {sorted(missed)[:10]}"
-    return (
-        "" if any(attempt.killed for attempt in run.attempts) else "no kill came before the end; try more verify.steps"
-    )
+    killed = any(attempt.killed for attempt in run.attempts)
+    return "" if killed else "no kill came before the end; try more verify.steps"
 
 
 def _unfinished(run: RunTrace) -> str:
@@ -173,7 +306,7 @@ def _unfinished(run: RunTrace) -> str:
     if last.status is None:
         return "a run did not come to its end: a process was killed from outside, perhaps for its memory"
     return (
-        f"attempt {last.request.record.stem} ended with exit status {last.status} after step {last.last}, before the "
+        f"attempt {last.request.record().stem} ended with exit status {last.status} after step {last.last}, before the "
         "run was finished: something in your code ends the process, as os._exit does"
     )
 
@@ -181,37 +314,24 @@ def _unfinished(run: RunTrace) -> str:
 def _changes_while_probed(run: RunTrace) -> str:
     """Memory of a data set that the runner refused, as far as drawing a few samples changed it."""
     last = run.attempts[-1]
-    before = {path: value for event in last.select("made") for path, value in event["memory"].items()}
+    before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
-    return "; ".join(
-        f"{path} was {was}, then {after[path]}" for path, was in before.items() if after.get(path, was) != was
-    )
-
-
-def _changes_in_training(base: RunTrace) -> str:
-    """Memory of data sets that training changes."""
-    entries = [entry for entry in changes(base) if entry[0].startswith("data.")]
-    return "; ".join(f"{path} was {was}, then {now}" for path, was, now in entries[:3])
-
-
-def _problems(run: RunTrace) -> list[str]:
-    evidence = run.evidence
-    return [f"{run.name}: {problem}" for problem in evidence["audit"]["problems"]] if evidence else []
+    return in_words(unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}")
 
 
 def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
-    notes = []
-    if kills.epoch is not None and kills.steps <= kills.epoch:
-        notes.append(
-            f"an epoch has {kills.epoch} steps, so none ended within these {kills.steps}; "
-            f"verify.steps={kills.epoch + kills.epoch // 4 + 1} goes past the end of one"
-        )
-    if kills.epoch is None:
+    notes, built = [], base.attempts[0].select("built")[0]
+    if (epoch := built["epoch"]) is None:
         notes.append("the data is an iterable, which is resumed with the same number of workers only")
-    if base.attempts[0].select("unlimited"):
+    elif kills.steps <= epoch:
+        notes.append(
+            f"an epoch has {epoch} steps, so none ended within these {kills.steps}; "
+            f"verify.steps={epoch + epoch // 4 + 1} goes past the end of one"
+        )
+    if built["unlimited"]:
         notes.append("trainer.max_seconds was left out: a run that ends by the clock ends at another step every time")
-    if oftener := base.attempts[0].select("oftener"):
-        notes.append(f"evaluated every {oftener[0]['every']} steps, besides what is configured")
+    if built["evaluated_every"]:
+        notes.append(f"evaluated every {built['evaluated_every']} steps, besides what is configured")
     if missing := len(kills.kills) - sum(attempt.killed is not None for attempt in run.attempts):
         notes.append(
             f"{missing} of {len(kills.kills)} kills did not come: the run ended before, or verify.minutes was over"
@@ -219,29 +339,3 @@ def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
     if not any(event["evaluation"] for _, event in base.steps() if event["step"] < kills.steps):
         notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
     return notes
-
-
-def _lost_memory(base: RunTrace, run: RunTrace) -> list[str]:
-    """Memory whose loss may make a difference later."""
-    entries = lost_memory(run, base)
-    text = "; ".join(
-        f"{path} was {was or 'absent'} and is {now or 'absent'} after loading" for path, was, now in entries[:3]
-    )
-    more = f"; and {len(entries) - 3} more" if len(entries) > 3 else ""
-    return [f"not in the state, and without effect within these steps: {text}{more}"] if entries else []
-
-
-def _missing_folders(folder: Path) -> list[Path]:
-    """The folders of a path that do not exist, the innermost first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
-
-
-def _remove(root: str, scratch: Path, runs: Sequence[RunTrace], servers: Servers | None) -> None:
-    """Remove all that a proof made, also where it was cut short."""
-    if is_remote(root) and runs:
-        with nullcontext(servers) if servers else fork_servers() as (server, _):
-            for run in runs:
-                server(run.removal())
-    elif not is_remote(root):
-        shutil.rmtree(local_root(root), ignore_errors=True)
-    shutil.rmtree(scratch, ignore_errors=True)

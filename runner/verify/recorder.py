@@ -14,17 +14,13 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
-import torch
-
 from runner.callbacks.base import Loop, Observer, TrainingSetup, observers
-from runner.callbacks.evaluate import Evaluate
-from runner.checkpoint.manifest import CommitId, parse_commit, parse_data
-from runner.checkpoint.snapshot import Snapshot
+from runner.callbacks.evaluate import Evaluate, Interval
+from runner.checkpoint.manifest import parse_commit, parse_data
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
@@ -37,21 +33,19 @@ from runner.run_facts import RunFacts
 from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
-from runner.verify import clocks, pins, source, suspects
-from runner.verify.execution import STOPS, Kill
+from runner.verify import controls, source, suspects
+from runner.verify.execution import STOPS, AttemptRequest, Kill
 from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
 from runner.verify.memory import memory, private
 
 _FOLDERS = ("tensorboard", "ledger", "metrics", "data", "commits", "attempts", "")
+_WRITERS = ("runner.metrics.tensorboard.", "runner.metrics.lines.")
 
 
-def install(request: Mapping[str, Any]) -> None:
+def install(request: AttemptRequest, rank: int) -> None:
     """Observe this process as the request asks."""
-    if request["shift"]:
-        clocks.shift(request["shift"])
-    for pin in request["pins"]:
-        pins.hold(pin)  # before the recorder, which notes the batches that the pins leave
-    observers.append(Remover() if request["does"] == "remove" else Recorder(request))
+    controls.hold(*(pin for pin in request.pins if pin != "evaluation"), ahead=request.shift)
+    observers.append(Remover() if request.removes else Recorder(request, rank))
 
 
 class Remover(Observer):
@@ -68,27 +62,26 @@ class Remover(Observer):
 class Recorder(Observer):
     """Writes the record of one attempt, and ends the attempt at the requested moment."""
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
+    def __init__(self, request: AttemptRequest, rank: int) -> None:
         self._request = request
-        self._rank: int = request["rank"]
+        self._rank = rank
         self._objects: dict[str, Any] = {}  # whose memory is compared, by the keys of the configuration
         self._line: dict[str, Any] = {}  # of the current step
-        self._writes: _WatchedLocation | None = None
-        names_of_runs[:] = [f"/{request['name']}"]
-        self._record = os.open(request["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        kill = Kill(*(request["kill"] or ("",)))
-        kills = self._rank == (request["victim"] or 0)  # rank 0 kills where all are killed
+        names_of_runs[:] = [f"/{request.name}"]
+        self._record = os.open(request.record(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        kill = request.kill or Kill("")
+        kills = rank == (kill.victim or 0)  # rank 0 kills where all are killed
         self._moment, self._step = (kill.moment, kill.step) if kills else ("", 0)
-        self._saved = kill.after
+        self._alone = kill.victim is not None
+        self._save_after = kill.after
         self._built = False
-        self._watch = source.Watch() if request["watch"] else None
+        self._watch = source.Watch()
         self._modules = {*sys.modules}
-        self._created = self._since = time.monotonic()
+        self._since = time.monotonic()
 
     def write(self, event: str, **facts: Any) -> None:
         """Write a line; the system has it when this returns."""
-        text = json.dumps({"event": event, "seconds": time.monotonic() - self._created, **facts}, default=str)
-        os.write(self._record, text.encode() + b"\n")
+        os.write(self._record, json.dumps({"event": event, **facts}, default=str).encode() + b"\n")
 
     def die(self, moment: str, step: int) -> None:
         """Kill or stop the whole process group, or this process alone, if this is the moment."""
@@ -96,7 +89,7 @@ class Recorder(Observer):
             self._moment = ""
             self.write("killed", moment=moment, step=step)
             number = signal.SIGTERM if moment in STOPS else signal.SIGKILL
-            if self._request["victim"] is not None:
+            if self._alone:
                 signal.raise_signal(number)
             else:
                 os.killpg(0, number)
@@ -108,7 +101,7 @@ class Recorder(Observer):
     def on_instance(self, key: str, instance: Any) -> None:
         if key in ("model", "task") or key.startswith(("data.", "callbacks.")):
             self._objects[key] = instance
-            self.write("made", memory=memory({key: instance}), sources={key: source.sources(instance)})
+            self.write("instances", memory=memory({key: instance}), sources={key: source.sources(instance)})
 
     def on_error(self, error: Exception) -> None:
         if not self._built:
@@ -116,56 +109,56 @@ class Recorder(Observer):
 
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
-        made = parts("optimizer", setup.state.optimizer) | parts("scheduler", setup.state.scheduler)
-        self._objects |= made
-        self.write("made", memory={}, sources={name: source.sources(each) for name, each in made.items()})
+        instances = parts("optimizer", setup.state.optimizer) | parts("scheduler", setup.state.scheduler)
+        self._objects |= instances
+        self.write("instances", memory={}, sources={name: source.sources(each) for name, each in instances.items()})
         stream = setup.state.stream
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
-        self.write("built", indexed=plan is not None, epoch=None if plan is None else plan.steps_of(1))
-        limits = [limit for limit in (setup.max_steps, self._request["steps"]) if limit is not None]
+        limits = [limit for limit in (setup.max_steps, self._request.steps) if limit is not None]
         setup.max_steps = min(limits, default=None)
-        if setup.max_seconds is not None:
-            self.write("unlimited")
-            setup.max_seconds = None  # a limit by the clock ends every run at another step
+        unlimited, setup.max_seconds = setup.max_seconds, None  # by the clock every run ends at another step
         # A user's writer would log every attempt of the proof somewhere outside.
-        own = ("runner.metrics.tensorboard.", "runner.metrics.lines.")
         setup.writers = {
-            name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(own)
+            name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(_WRITERS)
         }
         for name in [name for name in setup.callbacks if name.startswith("observer.")]:
             del setup.callbacks[name]
-        evaluate = setup.callbacks.get("evaluate")
+        evaluate, more = setup.callbacks.get("evaluate"), None
         if isinstance(evaluate, Evaluate):
-            self._evaluate_often(evaluate)
+            more = self._set_interval(evaluate)
             for data in evaluate.evaluator.validation.values():
                 data.batch_listeners = [*data.batch_listeners, self._on_evaluation_batch]
-        self._writes = _WatchedLocation(setup.store.location, self)
-        setup.store.location = cast("Location", self._writes)
+        setup.store.location = cast("Location", _HalvingLocation(setup.store.location, self))
+        epoch = None if plan is None else plan.steps_of(1)
+        self.write("built", epoch=epoch, unlimited=unlimited is not None, evaluated_every=more)
 
-    def _evaluate_often(self, evaluate: Evaluate) -> None:
-        every = None if "evaluation" in self._request["pins"] else self._request["evaluations"]
-        if every is not None and (evaluate.interval.steps or every + 1) > every:
+    def _set_interval(self, evaluate: Evaluate) -> int | None:
+        """Evaluate as often as requested; returns the number of steps if that is more often than configured."""
+        every = self._request.evaluations
+        if "evaluation" in self._request.pins:  # none but the last
+            evaluate.interval = Interval()
+            evaluate.evaluator.check_batches = 0
+        elif every is not None and (evaluate.interval.steps or every + 1) > every:
             evaluate.interval.steps = every
-            self.write("oftener", every=every)
+            return every
+        return None
 
     def on_resume(self, state: TrainState) -> None:
         step = state.progress.step
         self.write("resumed", step=step, **self._fingerprints(state))
-        self._try(state, of_data=True)
+        self._put(state, of_data=True)
         self.die("loaded", 0)
         self.die("start", step)
         if self._moment == "clock":
             threading.Timer(self._step / 1000, self.die, ("clock", self._step)).start()
 
     def on_start(self, loop: Loop) -> None:
-        self._try(loop.state, of_data=False)
+        self._put(loop.state, of_data=False)
         if loop.evaluation is not None:
             self.write("evaluated", step=loop.step, evaluation=loop.evaluation, **self._fingerprints(loop.state))
-        self._since = time.monotonic()
 
     def on_step_start(self, loop: Loop) -> None:
-        if self._request["shift"]:
-            clocks.advance(clocks.STEP_SECONDS)
+        controls.advance()
         self._line = {"generators": fingerprint({"generators": Generators().state_dict()})}
         self._since = time.monotonic()
 
@@ -186,12 +179,11 @@ class Recorder(Observer):
             "step": loop.step,
             "took": time.monotonic() - self._since,
             "epochs": loop.epochs,
-            "samples": str(loop.state.stream.ledger_line(loop.step)),
-            "rate": loop.rate,
+            "samples": {"samples": str(loop.state.stream.ledger_line(loop.step))},
+            "rate": {"rate": loop.rate},
             "metrics": {name: float(value) for name, value in loop.metrics.items()},
         }
-        limit = self._request["seconds"]
-        if limit is not None and loop.elapsed > limit:
+        if self._request.seconds is not None and loop.elapsed > self._request.seconds:
             loop.stop = "max_steps"
 
     def on_evaluation(self, loop: Loop) -> None:
@@ -199,40 +191,28 @@ class Recorder(Observer):
 
     def on_step(self, loop: Loop) -> None:
         # Once, whatever is requested: a user's state_dict may change something.
-        saved = None if loop.evaluation_due or self._request["silent"] else loop.state.state_dict()
+        saved = None if loop.evaluation_due or self._request.silent else loop.state.state_dict()
         state = {"due": True} if loop.evaluation_due else self._digests(saved)
         self.write("step", **self._line, evaluation=loop.evaluation or {}, **state)
-        if saved and loop.step == self._request["take"]:
-            file = Path(f"{self._request['record']}.taken")
-            suspects.take(self._request["suspects"], self._objects, saved["model"], file)
-        if saved and loop.step == self._request["dump"]:
-            tensors = Snapshot.of(loop.step, saved).tensors
-            torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, f"{self._request['record']}.pt")
+        if saved and loop.step == self._request.take:
+            suspects.take(self._request.suspects, self._objects, saved["model"], self._request.copies(self._rank))
         self.die("step", loop.step)
-        if loop.step == self._saved:
+        if loop.step == self._save_after:
             self.die("clock", self._step)  # at the latest
             loop.save = True
-        self._since = time.monotonic()
-
-    def on_save(self, loop: Loop) -> None:
-        self.write("save", step=loop.step, stall=time.monotonic() - self._since)
 
     def on_commit(self, step: int) -> None:
-        assert self._writes is not None
-        took, size = self._writes.cost(step)
-        self.write("committed", step=step, took=took, bytes=size)
+        self.write("committed", step=step)
         self.die("committed", step)
 
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
-            self.write("finished", **collect(directory))
-            self.write("private", paths=private(self._objects))
-            self.write("reached", reached=self._watch.reached if self._watch else {}, pinned=pins.asked or clocks.asked)
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
-            self.write("imported", modules=libraries)
+            looks = {"private": private(self._objects), "reached": self._watch.reached, "callers": controls.callers}
+            self.write("finished", **collect(directory), **looks, modules=libraries)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:
-        return self._digests(None if self._request["silent"] else state.state_dict())
+        return self._digests(None if self._request.silent else state.state_dict())
 
     def _digests(self, saved: Mapping[str, Any] | None) -> dict[str, Any]:
         """The state, and what the objects remember beside it; nothing of no state."""
@@ -240,24 +220,20 @@ class Recorder(Observer):
             return {}
         return {"state": fingerprint(saved), "memory": memory(self._objects, saved["model"]) | suspects.settings()}
 
-    def _try(self, state: TrainState, *, of_data: bool) -> None:
+    def _put(self, state: TrainState, *, of_data: bool) -> None:
         """Put memory of an undisturbed process into this one: that of data sets before their first sample."""
-        paths = [path for path in self._request["suspects"] if path.startswith("data.") == of_data]
-        if self._request["put"] and paths:
-            file = Path(f"{self._request['put']}{f'.rank{self._rank}' if self._rank else ''}.taken")
-            put = suspects.put(paths, self._objects, state.state_dict()["model"], file)
-            self.write("put", paths=put)
+        paths = [path for path in self._request.suspects if path.startswith("data.") == of_data]
+        if self._request.put and paths:
+            copies = replace(self._request, file=self._request.put).copies(self._rank)
+            self.write("put", paths=suspects.put(paths, self._objects, state.state_dict()["model"], copies))
 
 
-class _WatchedLocation:
-    """A location of checkpoints that measures what is written for each step, and is where ``save`` kills."""
+class _HalvingLocation:
+    """A location of checkpoints where a kill in a save leaves half of an object's first piece."""
 
     def __init__(self, location: Location, recorder: Recorder) -> None:
         self._location = location
         self._recorder = recorder
-        self._began: dict[int, float] = {}
-        self._bytes: dict[int, int] = defaultdict(int)
-        self._lock = threading.Lock()  # several threads write the files of a checkpoint
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._location, name)
@@ -267,19 +243,9 @@ class _WatchedLocation:
         folder, _, entry = name.rpartition("/")
         commit = parse_data(entry) if folder == "data" else parse_commit(entry)
         step = commit.step if commit else 0
-        with self._lock:
-            self._began.setdefault(step, time.monotonic())
-        size = self._location.put(name, self._halved(chunks, step) if self._recorder.kills_save(step) else chunks)
-        with self._lock:
-            self._bytes[step] += size
-        return size
+        return self._location.put(name, self._half(chunks, step) if self._recorder.kills_save(step) else chunks)
 
-    def cost(self, step: int) -> tuple[float, int]:
-        """Seconds since the first object for a step was begun (0 if this rank wrote none), and bytes written for it."""
-        with self._lock:
-            return time.monotonic() - self._began.get(step, time.monotonic()), self._bytes[step]
-
-    def _halved(self, chunks: Iterable[Buffer], step: int) -> Iterator[Buffer]:
+    def _half(self, chunks: Iterable[Buffer], step: int) -> Iterator[Buffer]:
         """Half of the first chunk; then the process dies."""
         for chunk in chunks:
             yield bytes(chunk)[: len(bytes(chunk)) // 2]
@@ -287,30 +253,28 @@ class _WatchedLocation:
 
 
 def collect(directory: RunDirectory) -> dict[str, Any]:
-    """Checkpoints by step, metric lines, result and audit of a finished run, as plain values."""
+    """Checkpoints by step and their largest size in bytes, metric lines, result and audit of a finished run."""
     store = CheckpointStore(directory.location)
-    proof, audited = audit(directory)
-    facts = RunFacts(directory)
+    audited = audit(directory)
+    checkpoints, size = {}, 0
+    for commit in reversed(store.commits()):
+        try:
+            checkpoint = store.open(commit)
+            checkpoints[str(commit.step)] = fingerprint({part: checkpoint.load(part) for part in checkpoint.parts})
+            size = max(size, sum(file.size for file in checkpoint.files.values()))
+        except Damaged as error:
+            checkpoints[str(commit.step)] = {"damaged": str(error)}
     return {
         "url": directory.location.url,
-        "checkpoints": {str(commit.step): _checkpoint(store, commit) for commit in reversed(store.commits())},
+        "checkpoints": checkpoints,
+        "size": size,
         "lines": [
             {tag: value for tag, value in line.items() if not tag.startswith("time/")}
             for line in lines.read(directory.location)
         ],
-        "result": {key: value for key, value in (facts.result or {}).items() if key != "seconds"},
-        "audit": audited | {"holds": proof.holds},
-        "attempts": [record.outcome() for record in facts.attempts],
+        "result": {key: value for key, value in (RunFacts(directory).result or {}).items() if key != "seconds"},
+        "audit": audited,
     }
-
-
-def _checkpoint(store: CheckpointStore, commit: CommitId) -> dict[str, str]:
-    """What a checkpoint holds, with every byte verified."""
-    try:
-        found = store.open(commit)
-        return fingerprint({part: found.load(part) for part in found.parts})
-    except Damaged as error:
-        return {"damaged": str(error)}
 
 
 def _is_library(name: str) -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 from runner.verify.fingerprint import is_a, type_name
 from runner.verify.memory import is_users, modules_of, mro
 
-Place = tuple[str, int, int]  # file, first and last line of a class or a function
-Sources = list[Place]
+Lines = tuple[str, int, int]  # file, first and last line of a class or a function
+Sources = list[Lines]
 
 # Behind a name and its items and attributes: an assignment, or a method.
 _ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
@@ -41,7 +41,7 @@ def sources(value: Any) -> Sources:
     return [*filter(None, places), *files.values()]
 
 
-def _place(thing: Any) -> Place | None:
+def _place(thing: Any) -> Lines | None:
     try:
         lines, first = inspect.getsourcelines(thing)
         return str(inspect.getsourcefile(thing)), first, first + len(lines) - 1
@@ -49,7 +49,7 @@ def _place(thing: Any) -> Place | None:
         return None
 
 
-def line_of(names: Iterable[str], places: Sources, others: Sequence[Place] = ()) -> str:
+def line_of(names: Iterable[str], places: Sources, others: Sequence[Lines] = ()) -> str:
     """``file:line`` of the last line that changes the first of these names that any does, in ``others`` if not in
     ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
     the class.
@@ -64,7 +64,7 @@ def line_of(names: Iterable[str], places: Sources, others: Sequence[Place] = ())
     return f"{places[0][0]}:{places[0][1]}" if places else ""
 
 
-def _best(name: str, places: Sequence[Place], *, sure: bool = True) -> str:
+def _best(name: str, places: Sequence[Lines], *, sure: bool = True) -> str:
     """The line of a name in the first place that has it; ``sure``: that changes it."""
     for file, first, last in places:
         best = max(_hits(name, file, first, last), default=None)

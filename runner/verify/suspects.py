@@ -9,6 +9,7 @@ import decimal
 import io
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections import OrderedDict, deque
@@ -23,32 +24,29 @@ import torch
 
 from runner.verify import fingerprint, memory
 from runner.verify.fingerprint import is_a
-from runner.verify.memory import EVALUATING, FROZEN, GRADIENTS, PROCESS, TIED, Place
+from runner.verify.memory import EVALUATING, FROZEN, GRADIENTS, MARKS, PROCESS, Place
 
-# Settings of the process that training may change: how each is read and set.
+# A setting of the process that training may change: how it is read and set.
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _flag(name: str) -> _Setting:
+    folder, _, flag = name.rpartition(".")
+    owner = attrgetter(folder)(torch.backends)
+    return lambda: getattr(owner, flag), lambda value: setattr(owner, flag, value)
+
+
+_TORCH = ("default_dtype", "default_device", "float32_matmul_precision", "num_threads", "deterministic_debug_mode")
 _FLAGS = ("mkldnn.enabled", "cudnn.enabled", "cudnn.benchmark", "cudnn.deterministic", "cudnn.allow_tf32")
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "torch.get_default_dtype()": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch.get_default_device()": (torch.get_default_device, torch.set_default_device),
-    "torch.get_float32_matmul_precision()": (
-        torch.get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
-    ),
-    "torch.get_num_threads()": (torch.get_num_threads, torch.set_num_threads),
-    "torch.get_deterministic_debug_mode()": (
-        torch.get_deterministic_debug_mode,
-        torch.set_deterministic_debug_mode,
-    ),
+_AUTOCAST = partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")
+_AUTOCAST_TYPE = partial(torch.get_autocast_dtype, "cpu"), partial(torch.set_autocast_dtype, "cpu")
+_SETTINGS: dict[str, _Setting] = {
+    **{f"torch.get_{name}()": (getattr(torch, f"get_{name}"), getattr(torch, f"set_{name}")) for name in _TORCH},
+    **{f"torch.backends.{name}": _flag(name) for name in _FLAGS},
     "torch.is_grad_enabled()": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch.is_anomaly_enabled()": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    "torch.is_autocast_enabled('cpu')": (
-        lambda: torch.is_autocast_enabled("cpu"),
-        lambda value: torch.set_autocast_enabled("cpu", value),
-    ),
-    "torch.get_autocast_dtype('cpu')": (
-        lambda: torch.get_autocast_dtype("cpu"),
-        lambda value: torch.set_autocast_dtype("cpu", value),
-    ),
+    "torch.is_autocast_enabled('cpu')": _AUTOCAST,
+    "torch.get_autocast_dtype('cpu')": _AUTOCAST_TYPE,
     "numpy.geterr()": (np.geterr, lambda value: np.seterr(**value)),
     "numpy.get_printoptions()": (np.get_printoptions, lambda value: np.set_printoptions(**value)),
     "decimal.getcontext().prec": (
@@ -58,45 +56,59 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "os.getcwd()": (os.getcwd, os.chdir),
     "sys.getrecursionlimit()": (sys.getrecursionlimit, sys.setrecursionlimit),
 }
+_VARIABLE = re.compile(r"os\.environ\['(.*)'\]", re.DOTALL)
+
+
+def _setting(name: str) -> _Setting:
+    variable = _VARIABLE.fullmatch(name)
+    return (
+        _SETTINGS[name] if variable is None else (partial(os.environ.get, variable[1]), partial(_export, variable[1]))
+    )
+
+
+def _export(variable: str, value: str | None) -> None:
+    os.environ.pop(variable, None)
+    os.environ.update({} if value is None else {variable: value})
 
 
 def settings() -> dict[str, str]:
     """Settings of the whole process in words; of environment variables their digests."""
     values = {name: str(read()) for name, (read, _) in _SETTINGS.items()}
-    flags = {f"torch.backends.{name}": str(attrgetter(name)(torch.backends)) for name in _FLAGS}
     environment = {f"os.environ[{key!r}]": fingerprint.describe(value) for key, value in [*os.environ.items()]}
     digests = {name: fingerprint.short_digest(str(words).encode()) for name, words in environment.items()}
-    return {f"{PROCESS}{name}": words for name, words in (values | flags | digests).items()}
+    return {f"{PROCESS}{name}": words for name, words in (values | digests).items()}
 
 
 def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> None:
     """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
     places = memory.places(objects, saved)
-    taken: dict[str, Any] = {}
+    copies: dict[str, Any] = {}
     for path in paths:
-        place = places.get(path, Place(path, None, None, kind="setting", key=path.removeprefix(PROCESS)))
+        place = places.get(path, Place(path, None, "setting", path.removeprefix(PROCESS)))
         stream = io.BytesIO()
         try:
-            _Pickler(stream, places, path).dump(_value(place))
+            value = _setting(place.key)[0]() if place.kind == "setting" else place.value
+            value = memory.marks(value)[place.kind] if place.kind in MARKS else value
+            _Pickler(stream, places, path).dump(value)
         except Exception:  # a lambda, a lock, a connection
             continue
-        taken[path] = place.holder, place.kind, place.key, stream.getvalue()
-    file.write_bytes(pickle.dumps(taken))
+        copies[path] = place.holder, place.kind, place.key, stream.getvalue()
+    file.write_bytes(pickle.dumps(copies))
 
 
 def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> list[str]:
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
-    taken, done = pickle.loads(file.read_bytes()), []
-    for path in [path for path in paths if path in taken]:
+    copies, possible = pickle.loads(file.read_bytes()), []
+    for path in [path for path in paths if path in copies]:
         places = memory.places(objects, saved)  # anew: the values before may have made other places
-        holder, kind, key, data = taken[path]
+        holder, kind, key, data = copies[path]
         try:
             _assign(places[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), places).load())
         except Exception as error:
             warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
             continue
-        done.append(path)
-    return done
+        possible.append(path)
+    return possible
 
 
 class _Pickler(pickle.Pickler):
@@ -127,33 +139,11 @@ class _Unpickler(pickle.Unpickler):
         return self._places[path].value
 
 
-def _value(place: Place) -> Any:
-    named = memory.parameters_of(place.value) if place.kind in (FROZEN, GRADIENTS, TIED) else []
-    match place.kind:
-        case "setting":
-            return _read(place.key)
-        case memory.FROZEN:
-            return [name for name, parameter in named if not parameter.requires_grad]
-        case memory.EVALUATING:
-            return [path for path, module in memory.modules_of(place.value).items() if not module.training]
-        case memory.GRADIENTS:
-            return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
-        case memory.TIED:
-            return {name: next(n for n, other in named if other is parameter) for name, parameter in named}
-    return place.value
-
-
-def _read(name: str) -> Any:
-    if name.startswith("os.environ"):
-        return os.environ.get(name[len("os.environ['") : -2])
-    return _SETTINGS[name][0]() if name in _SETTINGS else attrgetter(name)(sys.modules["torch"])
-
-
 def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
     """Give a holder a value, into the object that it has if that is possible, because others may hold it, too."""
     if kind == "setting":
-        _set(key, value)
-    elif kind in (FROZEN, EVALUATING, GRADIENTS, TIED):
+        _setting(key)[1](value)
+    elif kind in MARKS:
         _set_marks(holder, kind, value)
     elif kind == "exchanged":
         module, name, attribute = key
@@ -183,8 +173,7 @@ def _table(holder: Any, kind: str) -> Any:
     if kind == "keyword":
         return holder.__kwdefaults__
     held = memory.dict_of(holder)
-    names = {"parameter": "_parameters", "buffer": "_buffers", "module": "_modules"}
-    return held[names[kind]] if kind in names else held
+    return held[kind] if kind.startswith("_") else held  # _parameters of a module
 
 
 def _store(table: Any, key: Any, value: Any) -> None:
@@ -200,20 +189,15 @@ def _transfer(old: Any, new: Any) -> bool:
         return True
     if type(old) is not type(new):
         return False
-    if is_a(old, torch.Tensor):
-        same = old.shape == new.shape and old.dtype == new.dtype
-        if same:
-            old.data.copy_(new.data)
-        return bool(same)
-    if is_a(old, np.ndarray):
-        same = old.shape == new.shape and old.dtype == new.dtype and old.flags.writeable
-        if same:
-            np.copyto(old, new)
-        return bool(same)
     if is_a(old, torch.Generator):
         old.set_state(new.get_state())
-        return True
-    return _transfer_items(old, new)
+    elif is_a(old, torch.Tensor, np.ndarray):
+        if old.shape != new.shape or old.dtype != new.dtype or (is_a(old, np.ndarray) and not old.flags.writeable):
+            return False
+        old.data.copy_(new.data) if is_a(old, torch.Tensor) else np.copyto(old, new)
+    else:
+        return _transfer_items(old, new)
+    return True
 
 
 def _transfer_items(old: Any, new: Any) -> bool:
@@ -241,28 +225,17 @@ def _transfer_items(old: Any, new: Any) -> bool:
     return True
 
 
-def _set(name: str, value: Any) -> None:
-    if name.startswith("os.environ"):
-        key = name[len("os.environ['") : -2]
-        os.environ.pop(key, None)
-        os.environ.update({} if value is None else {key: value})
-    elif name in _SETTINGS:
-        _SETTINGS[name][1](value)
-    else:
-        folder, _, flag = name.rpartition(".")
-        setattr(attrgetter(folder.removeprefix("torch."))(torch), flag, value)
-
-
 def _set_marks(model: Any, mark: str, values: Any) -> None:
     if mark == EVALUATING:
         for path, module in memory.modules_of(model).items():
             module.training = path not in values
-    named = dict(memory.parameters_of(model)) if mark != EVALUATING else {}
+        return
+    named = dict(memory.parameters_of(model))
     for name, parameter in named.items():
         if mark == FROZEN:
             parameter.requires_grad_(name not in values)
         elif mark == GRADIENTS:
             parameter.grad = values.get(name)
-        else:
+        elif name in values:
             path, _, key = name.rpartition(".")
             memory.dict_of(model.get_submodule(path))["_parameters"][key] = named[values[name]]

@@ -1,0 +1,266 @@
+"""What surrounds the user's code in an attempt, held constant or changed, to see whether a difference comes from it.
+
+A pin holds something constant; only runs under the same pins are compared. Clocks can also be ahead, and go faster:
+this shows what a proof of a minute cannot see, an hour, a date or minutes since the start in training. For the runner
+and, unless pinned, for installed libraries all clocks stay true: heartbeats, commits, certificates and signed requests
+need them. Data workers have the clock that their attempt began with, however they are started.
+"""
+
+import concurrent.futures
+import ctypes
+import datetime
+import gc
+import itertools
+import multiprocessing.spawn
+import os
+import random
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import FrameType, ModuleType
+from typing import Any
+
+import numpy as np
+
+from runner.verify import source
+
+_STEP_SECONDS = 211  # that a step seems to take
+_PID = 4242
+_NOW = 1_700_000_000  # the pinned time, from which each module that asks counts milliseconds
+_PATIENCE_SECONDS = 1.0  # for a thread that waits for others
+_PLACES = 3  # lines for a verdict
+_LIBRARIES = ("site-packages", "dist-packages")
+_SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
+_true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
+
+callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
+_ahead = 0  # seconds
+_step_seconds = 0  # more in the training thread, also of clocks with an arbitrary start
+_training_thread = 0
+_ticks: dict[str, Iterator[int]] | None = None  # of pinned clocks, by module
+
+
+def hold(*pins: str, ahead: int = 0) -> None:
+    """Hold things constant in this process, by the names of ``_PINS``, and let the user's clocks be ``ahead`` by so
+    many seconds, also in processes that it starts by ``multiprocessing``.
+    """
+    global _ahead
+    if ahead:
+        _ahead = ahead
+        _replace_clocks()
+        preparation = multiprocessing.spawn.get_preparation_data
+        multiprocessing.spawn.get_preparation_data = lambda name: {**preparation(name), "clocks": _Ahead(ahead)}
+    for pin in pins:
+        _PINS[pin]()
+
+
+def advance(seconds: int = _STEP_SECONDS) -> None:
+    """Let clocks that are ahead be so much more so in the calling thread, as if its last step had taken so long. Not in
+    others, which may watch over it.
+    """
+    global _step_seconds, _training_thread
+    _training_thread = threading.get_ident()
+    _step_seconds += seconds
+
+
+class _Ahead:
+    """Changes the clocks of a process that it is sent to."""
+
+    def __init__(self, seconds: int) -> None:
+        self._seconds = seconds
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return _begin_ahead, (self._seconds,)
+
+
+def _begin_ahead(seconds: int) -> None:
+    hold(ahead=seconds)
+
+
+def _pin_pid() -> None:
+    def getpid() -> int:
+        _note(sys._getframe(1))
+        return _PID
+
+    os.getpid = getpid
+
+
+def _pin_time() -> None:
+    """Each call of a module reads a little later time than its last call, in every attempt alike."""
+    global _ticks
+    _ticks = defaultdict(itertools.count)
+    _replace_clocks()
+
+
+def _pin_entropy() -> None:
+    """What the system gives as chance: seeds of generators that are made without one. Each module draws for itself,
+    whatever others draw beside it; so do ranks, since names of files come from it.
+    """
+    draws: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    rank, seed = os.environ.get("RANK", "0"), random.Random.seed
+
+    def label() -> str:
+        frame = _asking()
+        _note(frame)
+        return f"{rank} {_name(frame)} {next(draws[_name(frame)])}"
+
+    def urandom(size: int) -> bytes:
+        return random.Random(label()).randbytes(size)
+
+    def seeded(self: random.Random, a: Any = None, version: int = 2) -> None:
+        seed(self, label() if a is None else a, version)
+
+    os.urandom = urandom
+    random._urandom = urandom  # type: ignore[attr-defined]  # SystemRandom's name for it
+    random.Random.seed = seeded  # type: ignore[method-assign]
+
+
+def _pin_turns() -> None:
+    """Threads of the user's do not overlap: each is done before the next begins, and is looked at in that order."""
+    start = threading.Thread.start
+
+    def start_and_wait(self: threading.Thread) -> None:
+        start(self)
+        if _is_users(_asking()):
+            self.join(_PATIENCE_SECONDS)
+
+    def submit(self: ThreadPoolExecutor, call: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **keywords))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def in_order(futures: Iterable[Future[Any]], timeout: float | None = None) -> Iterator[Future[Any]]:
+        return iter([*futures])
+
+    threading.Thread.start, ThreadPoolExecutor.submit = start_and_wait, submit  # type: ignore[method-assign,assignment]
+    concurrent.futures.as_completed = in_order  # type: ignore[assignment]
+
+
+_PINS: dict[str, Callable[[], None]] = {
+    "pid": _pin_pid,
+    "time": _pin_time,
+    "entropy": _pin_entropy,
+    "turns": _pin_turns,
+}
+
+
+def _replace_clocks() -> None:
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        setattr(time, name, _clock(getattr(time, name), 1, of_day=name == "time"))
+        setattr(time, f"{name}_ns", _clock(getattr(time, f"{name}_ns"), 10**9, of_day=name == "time"))
+    for name, position in _SHOWN_NOW.items():
+        setattr(time, name, _showing(getattr(time, name), position, as_struct=name in ("asctime", "strftime")))
+    # In the type itself, which refuses ``setattr``: another type would be no ``datetime`` to pickle and to libraries.
+    # ``today`` and ``date.today`` ask ``time.time``.
+    attributes = gc.get_referents(datetime.datetime.__dict__)[0]
+    attributes |= {"now": classmethod(_datetime_now), "utcnow": classmethod(_datetime_utcnow)}
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(datetime.datetime))
+    np.__class__ = _NumpyModule
+
+
+def _clock(clock: Callable[[], Any], unit: int, *, of_day: bool) -> Callable[[], Any]:
+    """A clock, or one with an arbitrary start. By the latter python's own modules, which read the true one, measure
+    time-outs.
+    """
+
+    def read() -> Any:
+        return _shown(clock(), _asking() if of_day else sys._getframe(1), unit, of_day=of_day)
+
+    return read
+
+
+def _shown(true: Any, frame: FrameType | None, unit: int = 1, *, of_day: bool = True) -> Any:
+    """What a clock with so many units in a second shows to the code that asks."""
+    if frame is None or _is_python(frame) or _name(frame).startswith("runner."):
+        return true
+    if _ticks is not None:
+        _note(frame)
+        return type(true)(_NOW * unit + next(_ticks[_name(frame)]) * unit / 1000)
+    if not _is_users(frame):
+        return true
+    _note(frame)
+    more = _step_seconds if threading.get_ident() == _training_thread else 0
+    return true + unit * ((_ahead if of_day else 0) + more)
+
+
+def _showing(show: Callable[..., Any], position: int, *, as_struct: bool) -> Callable[..., Any]:
+    """A function of ``time`` that shows the present time where none is passed at that position."""
+
+    def shown(*arguments: Any) -> Any:
+        if len(arguments) <= position or arguments[position] is None:
+            now = _shown(_true_time(), _asking())
+            arguments = (*arguments[:position], _true_localtime(now) if as_struct else now)
+        return show(*arguments)
+
+    return shown
+
+
+def _datetime_now(cls: Any, tz: Any = None) -> Any:
+    return cls.fromtimestamp(_shown(_true_time(), _asking()), tz)
+
+
+def _datetime_utcnow(cls: Any) -> Any:
+    return cls.fromtimestamp(_shown(_true_time(), _asking()), datetime.timezone.utc).replace(tzinfo=None)
+
+
+class _Datetime64Meta(type):
+    """numpy's ``datetime64`` as the user's modules see it: only "now" and "today" are others."""
+
+    def __call__(cls, *arguments: Any) -> Any:
+        value = _datetime64(*arguments)
+        if arguments[:1] in (("now",), ("today",)):
+            value = _datetime64(int(_shown(_true_time(), _asking())), "s").astype(value.dtype)
+        return value
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _datetime64)
+
+    def __subclasscheck__(cls, kind: Any) -> bool:
+        return issubclass(kind, _datetime64)
+
+
+class _Datetime64(metaclass=_Datetime64Meta):
+    dtype = np.dtype(_datetime64)  # numpy takes anything with one where it expects a dtype
+
+
+class _NumpyModule(ModuleType):
+    @property
+    def datetime64(self) -> Any:
+        return _Datetime64 if _is_users(sys._getframe(1)) else _datetime64
+
+
+def _asking() -> FrameType | None:
+    """The first frame beyond this module and python's own library."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_filename == __file__ or _is_python(frame)):
+        frame = frame.f_back
+    return frame
+
+
+def _name(frame: FrameType | None) -> str:
+    """Module and file."""
+    return f"{frame.f_globals.get('__name__', '')} {frame.f_code.co_filename}" if frame else ""
+
+
+def _is_python(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_users(frame: FrameType | None) -> bool:
+    name = _name(frame)
+    return frame is not None and not (
+        name.startswith("runner.") or _is_python(frame) or any(each in name for each in _LIBRARIES)
+    )
+
+
+def _note(frame: FrameType | None) -> None:
+    """Note the user's line from which a frame was called."""
+    place = source.of_stack(frame)
+    if place and place not in callers and len(callers) < _PLACES:
+        callers.append(place)
