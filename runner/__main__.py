@@ -166,8 +166,12 @@ def _explain(error: BaseException) -> str:
     if override := getattr(error, "override", None):  # which Hydra does not always name
         (key, _, value), text = override.partition("="), str(error)
         # Hydra says where its grammar ended, which is mostly for want of quotes around a value or a part of it.
-        if _GRAMMAR.search(text) and not {*value} & {*"'\""}:
-            quoted = shlex.quote(f"{key}={(_PART if _NESTED.match(value) else _WHOLE).sub(_QUOTED, value)}")
+        if value[:1] in ("[", "{") and value.count("[") + value.count("{") != value.count("]") + value.count("}"):
+            example = shlex.quote(f"{key}=[1, 2]")
+            why = f"its brackets do not match. If it has spaces, quote it for the shell, as in {example}"
+        elif value and _GRAMMAR.search(text) and not {*value} & {*"'\""}:
+            parts = _PART.sub(_QUOTED, value) if _NESTED.match(value) else value
+            quoted = shlex.quote(f"{key}={_WHOLE.sub(_QUOTED, value) if parts == value else parts}")
             why = f"a value with characters besides {_PLAIN} needs quotes: {quoted}"
         else:
             why = re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", text).strip()

@@ -28,9 +28,10 @@ from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.loader import LoaderOptions
+from runner.data.mixture import head
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import First, require_map_style, training_data
+from runner.data.training_data import require_map_style, training_data
 from runner.distributed.team import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
@@ -128,12 +129,11 @@ def _data(
 ) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
-    pinned = device.type == "cuda"
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, pin_memory=pinned)
+    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
     collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
     train = _instance(data.train, "data.train")
     if data.overfit is not None:
-        train = First(require_map_style(train, "data.train"), data.overfit)
+        train = head(require_map_style(train, "data.train"), data.overfit)
     weighted = data.weights is not None and data.overfit is None
     weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
     stream, plan = training_data(config, train, loading, device, collate, world, weights)
@@ -143,7 +143,7 @@ def _data(
     def evaluation_data(node: Any, key: str) -> EvaluationData:
         held_out = require_map_style(train if data.overfit is not None else _instance(node, key), key)
         return EvaluationData(
-            First(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
+            head(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
             seed=config.seed,
             batch_size=data.evaluation_batch_size,
             randomness=data.randomness.name,

@@ -162,6 +162,13 @@ MISTAKES = {
     "unquoted in a list": smoke(
         "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides", "model.hidden=[a=b,c]"
     ),
+    "a list that the shell has split": smoke(
+        "'model.hidden=[8,' cannot be read: its brackets do not match. If it has spaces, quote it for the shell, "
+        "as in 'model.hidden=[1, 2]'",
+        "model.hidden=[8,",
+        "8]",
+    ),
+    "a bracket in a text": smoke("needs quotes: 'run.root=\"a(b\"'", "run.root=a(b"),
     "its remedy": smoke("needs quotes: 'model.hidden=[\"a=b\",c]'\n", "model.hidden=[a=b,c]"),
     "a call that cannot be": command(
         "the override 'seed=range(a)' cannot be read: TypeError while evaluating",

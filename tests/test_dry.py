@@ -7,7 +7,7 @@ import pytest
 from crews import Crews
 from lives import USER, Lives
 
-from runner.data.training_data import First
+from runner.data.mixture import head
 
 SMOKE = ("experiment=smoke", "runtime.device=cpu")
 
@@ -93,6 +93,6 @@ def test_the_first_samples_of_a_data_set() -> None:
         lengths = (3, 1, 2)
         counts = (2, 1)
 
-    first = First(Sentences(["aaa", "b", "cc"]), 2)
-    assert (len(first), [*first.lengths], first[1], hasattr(first, "counts")) == (2, [3, 1], "b", False)
-    assert len(First(["a"], 5)) == 1
+    two = head(Sentences(["aaa", "b", "cc"]), 2)
+    assert (len(two), [*two.lengths], two[1], hasattr(two, "counts")) == (2, [3, 1], "b", False)
+    assert len(head(["a"], 5)) == 1

@@ -305,8 +305,8 @@ def test_a_position_in_map_style_data_is_refused() -> None:
 
 
 def test_an_iterable_without_a_state_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.train is a Stateless.*state_dict.*map-style.*data\.replay=true"):
-        stream(Stateless(), replay=False)
+    with pytest.raises(DataError, match=r"data\.train \(a Stateless\).*state_dict.*map-style.*data\.replay=true"):
+        step(stream(Stateless(), replay=False))
 
 
 def test_data_that_cannot_be_read_again_is_refused() -> None:

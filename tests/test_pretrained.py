@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lives import USER, Lives
+from results import results
 
 import runner
 
@@ -53,3 +54,27 @@ def test_adapters_are_saved_alone_and_loaded_by_peft(trained: Any, tmp_path: Pat
     again = gpt2()
     again.load_state_dict(state)
     assert torch.equal(peft.PeftModel.from_pretrained(again, folder).eval()(ids).logits, model(ids).logits)
+
+
+def test_adapters_resume_exactly_and_are_saved_alone(life: Lives, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = [f"model.model.config.{key}" for key in ("n_embd=16", "n_layer=1", "n_head=2")]
+    small = (
+        *config,
+        "data.train.block_size=16",
+        "data.validation.limit=8",
+        "task.sample_bytes=4",
+        "runtime.num_threads=1",
+    )
+    often = ("trainer.max_steps=8", "trainer.evaluate_every_steps=4", "checkpoint.every_steps=3")
+    command = ("experiment=lora", *small, *often, f"run.root={tmp_path}")
+    ended = life(*command, "run.name=whole")
+    assert (ended.status, " of them trained" in ended.output) == (0, True), ended.output
+    assert life(*command, "run.name=cut", step=5).status is None
+    assert life(*command, "run.name=cut").status == 0
+    cut = tmp_path / "lora/cut"
+    assert not results(cut).differences(results(tmp_path / "lora/whole"))
+    runner.open(cut).model("last").save_pretrained(tmp_path / "adapters")
+    names = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert "model.safetensors" not in names

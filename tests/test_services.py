@@ -1,18 +1,25 @@
 """Services outside: what is committed reaches them once, over any number of attempts and outages, and nothing waits."""
 
 import json
+import os
 import re
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from lives import Lives
 from results import metric_lines, results
+from servers import free_ports
 from waiting import until
 
 from runner.runs.__main__ import main
@@ -174,6 +181,38 @@ def test_mlflow_has_one_run_over_three_attempts(
     assert rows == losses(run)
     assert Counter(runs) == {("smoke/r", "FINISHED"): 1}
     assert params["optimizer.lr"] == "0.001"
+
+
+def test_a_server_of_mlflow_has_each_point_once(life: Lives, tmp_path: Path) -> None:
+    """With the whole package, which is not in the development environment: its server on the loopback interface."""
+    pytest.importorskip("flask")
+    database, port = tmp_path / "mlflow.db", free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    options = ("--backend-store-uri", f"sqlite:///{database}", "--port", str(port), "--workers", "1")
+    command = (*COMMON, "metrics=mlflow", f"metrics.writers.mlflow.tracking_uri={uri}", f"run.root={tmp_path}")
+    server = [sys.executable, "-m", "mlflow", "server", *options]
+    with subprocess.Popen(
+        server, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            until(lambda: answers(f"{uri}/health"), within=300)
+            assert life(*command, "run.name=r", step=13).status is None
+            assert life(*command, "run.name=r").status == 0
+            assert main(["push", str(tmp_path / "smoke/r"), "mlflow", f"tracking_uri={uri}"]) == 0
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
+        runs = connection.execute("select name, status from runs").fetchall()
+    connection.close()
+    assert rows == losses(tmp_path / "smoke/r")
+    assert runs == [("smoke/r", "FINISHED")]
+
+
+def answers(url: str) -> bool:
+    with suppress(OSError), urlopen(url, timeout=5):
+        return True
+    return False
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -15,9 +15,9 @@ import math
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,10 +41,20 @@ from runner.hashing import content_hasher, derive
 _log = logging.getLogger("runner")
 
 _LARGE = 10_000  # items of an attribute; a larger one is data, which copies may share
-_PLAIN_TYPES = (str, int, float, bool, torch.Tensor, type(None))
+_PLAIN_TYPES = (str, int, float, torch.Tensor, type(None), dict, list, tuple)
 _NUMPY = "numpy"  # key of the dict that stands for a number or an array of numpy
 _NUMERIC_KINDS = "biufcmM"  # of numpy dtypes
 _END = object()
+
+_STATE_STICKS = (
+    "after load_state_dict, every further pass begins where that state was taken: a resumed run would leave out the "
+    "samples before it forever. Let __iter__ forget the state once it is used, or give the data set a set_epoch that "
+    "forgets it, or set data.replay=true"
+)
+_NOT_SEEDED = (
+    " with the same seeds, so a resume could not continue where it was. Seed every generator in it that the runner "
+    "does not control (its own, or seeded by the clock). runtime.audit=false turns this check off"
+)
 
 
 def pack_state(value: Any) -> Any:
@@ -52,13 +62,11 @@ def pack_state(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in _NUMERIC_KINDS:
         shape = [*value.shape] if isinstance(value, np.ndarray) else None
         return {_NUMPY: value.dtype.str, "shape": shape, "bytes": value.tobytes().hex()}
-    if isinstance(value, dict):
+    if type(value) is dict:
         plain = ((key.item() if isinstance(key, np.generic) else key, item) for key, item in value.items())
-        packed = {pack_state(key): pack_state(item) for key, item in plain}
-        return packed if type(value) is dict else value
-    if isinstance(value, list | tuple):
-        items = [pack_state(item) for item in value]
-        return type(value)(items) if type(value) in (list, tuple) else value
+        return {pack_state(key): pack_state(item) for key, item in plain}
+    if type(value) in (list, tuple):
+        return type(value)(map(pack_state, value))
     if not isinstance(value, _PLAIN_TYPES):
         raise DataError(
             f"its state_dict holds a {type(value).__qualname__}, which cannot be saved; it may hold tensors, numbers "
@@ -195,25 +203,25 @@ class IterableBatches(IterableDataset[Batch]):
             self._place = _Place(self._entered)
             return
         parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
+        if not any(map(stateful, parts)):
+            raise DataError(
+                "it has no state_dict and load_state_dict (nor has its iterator), so a resume cannot know where it is. "
+                "Give it both, make it map-style (__len__, __getitem__), or set data.replay=true: every resume then "
+                "reads the current pass again up to there"
+            )
         state = tuple(pack_state(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
         self._place = _Place(self._entered, since=self._item, user_state=state)
 
     def _begin(self) -> int:
         """Go to the loaded place, or to the beginning of the pass. Returns the number of samples read again."""
         place, self._resumed = self._place if self._resumed else _Place(self._number), False
-        if not self.options.replay and self._check(self._state_sticks):
-            raise DataError(
-                "after load_state_dict, every further pass begins where that state was taken: a resumed run would "
-                "leave out the samples before it forever. Let __iter__ forget the state once it is used, or give the "
-                "data set a set_epoch that forgets it, or set data.replay=true"
-            )
-        if self.options.replay and self._check(self._pass_differs):
-            raise DataError(
-                f"pass {self._number} begins with other samples when it is read again with the same seeds, so a resume "
-                "could not continue where it was. Seed every generator in it that the runner does not control "
-                "(its own, or seeded by the clock). runtime.audit=false turns this check off"
-            )
-        self._unchecked = False
+        if self._unchecked and self._worker == 0:
+            self._unchecked = False
+            flaw = ""
+            with suppress(Exception), private_generators():  # a copy fails, or the iterable: training will report it
+                flaw = self._flaw()
+            if flaw:
+                raise DataError(flaw)
         self._enter(place)
         self._read_again(place)
         if place.number < self._number:
@@ -232,41 +240,33 @@ class IterableBatches(IterableDataset[Batch]):
             if self._draw() is _END:
                 raise DataError(f"ended where {place.read} samples were read before; restore the data set")
 
-    def _check(self, check: Callable[[], bool]) -> bool:
-        """The result of a check on copies of the user's iterable, made once; False where a copy fails, or the iterable
-        itself, which training will report.
-        """
-        try:
-            with private_generators():
-                return self._unchecked and self._worker == 0 and check()
-        except Exception:
-            return False
-
-    def _state_sticks(self) -> bool:
-        """Whether a loaded state affects later passes, too."""
+    def _flaw(self) -> str:
+        """Why this iterable cannot be resumed, as copies of it show; empty if they show nothing."""
         first, resumed = self._copy(), self._copy()
-        first._digest_from(_Place(0))
+        if self.options.replay:
+            begun = _Place(self._number)
+            differs = first._digests(begun, samples=2) != resumed._digests(begun, samples=2)
+            return f"pass {self._number} begins with other samples when it is read again{_NOT_SEEDED}" * differs
+        first._digests(_Place(0))
         state = first._place
-        resumed._digest_from(state)
-        resumed._draw()
-        after, stuck = resumed._digest_from(_Place(1)), self._copy()._digest_from(state._replace(number=1, since=0))
-        return after == stuck and after != self._copy()._digest_from(_Place(1))
-
-    def _pass_differs(self) -> bool:
-        """Whether a pass that is read again begins with other samples."""
-        copies = self._copy(), self._copy()
-        first, again = ((each._digest_from(_Place(self._number)), content_digest(each._draw())) for each in copies)
-        return first != again
+        resumed._digests(state, samples=2)
+        after = resumed._digests(_Place(1))
+        stuck = after == self._copy()._digests(state._replace(number=1, since=0))
+        return _STATE_STICKS * (stuck and after != self._copy()._digests(_Place(1)))
 
     def _copy(self) -> "IterableBatches":
         return IterableBatches(_duplicate(self.samples), self.options, self.epoch_lock)
 
-    def _digest_from(self, place: _Place) -> str:
-        """A digest of the first sample from a place on."""
+    def _digests(self, place: _Place, *, samples: int = 1) -> list[str]:
+        """Digests of the first samples from a place on, after the first of which the state is recorded."""
         self._enter(place)
-        row = self._draw()
-        self._record_state()
-        return "" if row is _END else content_digest(row)
+        digests = []
+        for number in range(samples):
+            row = self._draw()
+            digests.append("" if row is _END else content_digest(row))
+            if number == 0:
+                self._record_state()
+        return digests
 
     def _enter(self, place: _Place) -> None:
         """Take the user's iterable to a place, by the same calls in the same order as torchdata."""
@@ -307,7 +307,7 @@ class IterableStream(TrainingStream):
         self, samples: Any, options: BatchOptions, *, micro_batches: int, loading: LoaderOptions, device: torch.device
     ) -> None:
         super().__init__(loading, device)
-        _require_resumable(samples, replay=options.replay)
+        _require_iterable(samples)
         self.count = 0  # samples of the current step
         self.digest = 0  # 64 bits of their content
         self._samples = samples
@@ -319,7 +319,7 @@ class IterableStream(TrainingStream):
         self._pass_state: Any = None  # the state of the loader at its beginning
         self._pass_is_empty = True  # so far
         self._rereading = 0  # further batches before which a worker may have to read the pass again
-        self._end_unseen = False  # a signal came before the batch ahead could tell whether the last step ended the pass
+        self._end_unseen = False
 
     @property
     def guarantee(self) -> str:
@@ -330,10 +330,8 @@ class IterableStream(TrainingStream):
             else "by its own state, as exactly as that is"
         )
         shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
-        return (
-            f"data.train is a {name}, an iterable: a resume continues {method}, and only with "
-            f"runtime.num_workers={workers}{shares}. A map-style data set is resumed exactly"
-        )
+        only = f"and only with runtime.num_workers={workers}{shares}"
+        return f"data.train is a {name}, an iterable: a resume continues {method}, {only}"
 
     def open(self) -> None:
         self.close()
@@ -383,7 +381,7 @@ class IterableStream(TrainingStream):
         try:
             with signals.at_once():
                 self._finish_pass()
-        except signals.Stopped:
+        except signals.Stopped:  # before the batch ahead could tell whether this step ended the pass
             self._end_unseen = True
 
     def ledger_line(self, step: int) -> LedgerLine:
@@ -407,10 +405,10 @@ class IterableStream(TrainingStream):
                 f"data.train is an iterable now ({name}) and was map-style; restore it, or set run.name=..."
             )
         if state["workers"] != workers:
+            before = state["workers"]
             raise DataError(
-                f"the checkpoint holds the state of a data.train read by {state['workers']} workers, and now {workers} "
-                "read it, so samples would be lost or repeated. Continue with runtime.num_workers="
-                f"{state['workers']}, or start a new run with run.name=..."
+                f"the checkpoint holds the state of a data.train read by {before} workers, and now {workers} read it, "
+                f"so samples would be lost or repeated. Set runtime.num_workers={before}, or run.name=... for a new run"
             )
         self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
         self._saved = state["loader"]
@@ -434,12 +432,7 @@ class IterableStream(TrainingStream):
     def _read(self) -> Batch:
         """The next batch, from the next pass where a pass has ended."""
         began = time.perf_counter()
-        while True:
-            rereading, self._rereading = self._rereading > 0, self._rereading - 1
-            with doing("reads again") if rereading else nullcontext():
-                batch: Batch | None = next(self._loader, None)
-            if batch is not None:
-                break
+        while (batch := self._next()) is None:
             if self._pass_is_empty:
                 raise self._empty()
             self._pass += 1
@@ -452,6 +445,12 @@ class IterableStream(TrainingStream):
             _log.info("data.train: read %d samples again to resume, %.1f s", batch.reread, waited)
         if batch.failure:
             raise DataError(batch.failure)
+        return batch
+
+    def _next(self) -> Batch | None:
+        rereading, self._rereading = self._rereading > 0, self._rereading - 1
+        with doing("reads again") if rereading else nullcontext():
+            batch: Batch | None = next(self._loader, None)
         return batch
 
     def _empty(self) -> DataError:
@@ -467,25 +466,13 @@ class IterableStream(TrainingStream):
         )
 
 
-def _require_resumable(samples: Any, *, replay: bool) -> None:
-    """Raise DataError unless the iterable can be resumed by its state or by reading it again."""
+def _require_iterable(samples: Any) -> None:
+    """Raise DataError unless each ``iter`` of the samples can begin anew or at a state."""
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
-    if stateful(samples):
-        return
-    if hasattr(samples, "__next__"):
+    if hasattr(samples, "__next__") and not stateful(samples):
         raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
-    other = samples  # a copy, because the call of iter may change the object that workers get
-    for make in (copy, _duplicate):  # a deep copy where neither an open file nor a lock prevents it
-        with suppress(Exception):
-            other = make(samples)
-    if not replay and not stateful(iter(other)):
-        raise DataError(
-            f"data.train is a {name}, an iterable without state_dict and load_state_dict (nor has its iterator), so a "
-            "resume cannot know where it was. Give it both, make it map-style (__len__, __getitem__), or set "
-            "data.replay=true: every resume then reads the current pass again up to there"
-        )
 
 
 def _duplicate(samples: Any) -> Any:

@@ -1,18 +1,21 @@
-"""Several data sets as one, for ``data.train``. ``order.MixtureOrder`` decides which source a position draws from."""
+"""Data sets that are made of others: several as one, and a part of one."""
 
 from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from runner.data.fetch import Samples, sample_name
 from runner.errors import ConfigError
 
 _RESOLUTION = 1000  # weights are rounded to thousandths
 
 
 class Mixture:
-    """The samples of all ``sources``, indexed source by source, with a relative weight for each.
+    """The samples of all ``sources``, indexed source by source, with a relative weight for each, for ``data.train``.
+    ``order.MixtureOrder`` decides which source a position draws from.
 
     Example: ``Mixture(sources={"web": web, "books": books}, weights={"web": 3, "books": 1})`` draws three of four
     samples from ``web``. Raises ConfigError for an empty source and for weights that do not match the sources.
@@ -43,8 +46,7 @@ class Mixture:
     def locate(self, index: int) -> str:
         """Where a sample is stored, for messages."""
         source, within = self._find(index)
-        locate = getattr(self.sources[source], "locate", None)
-        return f"source {self.names[source]}, {locate(within) if locate else f'sample {within}'}"
+        return f"source {self.names[source]}, {sample_name(self.sources[source], within)}"
 
     def hold(self, windows: int, window: int) -> None:
         """Tell the sources how many windows of consecutive samples are read in turn."""
@@ -57,6 +59,32 @@ class Mixture:
         if index < 0 or source == len(self.sources):
             raise IndexError(f"sample {index} of {len(self)}")
         return source, index - int(self._ends[source]) + len(self.sources[source])
+
+
+class Subset:
+    """The samples at ``indices`` of a map-style data set. They lie in no shards, and are of no mixture."""
+
+    def __init__(self, samples: Samples, indices: ArrayLike) -> None:
+        self._samples = samples
+        self._indices = np.asarray(indices)
+        self.fingerprint = str(getattr(samples, "fingerprint", ""))
+        if (lengths := getattr(samples, "lengths", None)) is not None:
+            self.lengths = np.asarray(lengths)[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._samples[int(self._indices[index])]
+
+    def locate(self, index: int) -> str:
+        """Where a sample is stored, for messages."""
+        return sample_name(self._samples, int(self._indices[index]))
+
+
+def head(samples: Samples, count: int) -> Subset:
+    """The first ``count`` samples, or all of fewer."""
+    return Subset(samples, range(min(count, len(samples))))
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:

@@ -54,32 +54,14 @@ def training_data(
             replay=data.replay,
             audit=config.runtime.audit,
         )
-        micro_batches = config.trainer.accumulate
-        return IterableStream(samples, options, micro_batches=micro_batches, loading=loading, device=device), None
+        accumulate = config.trainer.accumulate
+        return IterableStream(samples, options, micro_batches=accumulate, loading=loading, device=device), None
     plan = _plan(config, require_map_style(samples, "data.train"), weights, world)
     if plan.interleaving is not None:
-        loading = _without_overlap(loading, plan, samples)
+        loading = _without_overlap(loading, plan, plan.interleaving, samples)
     substitute = data.on_bad_record is OnBadRecord.substitute
     fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
     return MapStyleStream(fetcher, loading=loading, device=device, audit=config.runtime.audit), plan
-
-
-class First:
-    """The first ``count`` samples of a map-style data set. They lie in no shards, and are of no mixture."""
-
-    def __init__(self, samples: Samples, count: int) -> None:
-        self._samples = samples
-        self._count = min(count, len(samples))
-        if (lengths := getattr(samples, "lengths", None)) is not None:
-            self.lengths = lengths[: self._count]
-        self.fingerprint = str(getattr(samples, "fingerprint", ""))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        """As the data set underneath."""
-        return self._samples[index]
 
 
 def require_map_style(samples: Any, key: str) -> Samples:
@@ -163,21 +145,20 @@ def _shards(samples: Any) -> tuple[int, ...]:
     return tuple(map(int, getattr(samples, "counts", ())))
 
 
-def _without_overlap(loading: LoaderOptions, plan: Plan, samples: Any) -> LoaderOptions:
+def _without_overlap(loading: LoaderOptions, plan: Plan, interleaving: Interleaving, samples: Any) -> LoaderOptions:
     """Reduce the workers so that no two read the same streams, and say how many windows to hold."""
-    assert plan.interleaving is not None
-    count, limit, world_size = plan.interleaving.count, loading.num_workers, plan.world.size
+    count, limit, world_size = interleaving.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them
         workers, held = limit, 2 * count
     else:
         slice_size = plan.batch_size // plan.slices_per_step
-        chunks = max(1, slice_size // plan.interleaving.chunk)
-        workers = plan.interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
+        chunks = max(1, slice_size // interleaving.chunk)
+        workers = interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
         # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if workers < limit:
             remedy = f"make data.streams.count a multiple of runtime.num_workers x {chunks * world_size}"
             log.warning("workers  %d, not %d: more would read the same streams; %s", workers, limit, remedy)
     if hasattr(samples, "hold"):
-        samples.hold(held, plan.interleaving.window)
+        samples.hold(held, interleaving.window)
     return replace(loading, num_workers=workers)

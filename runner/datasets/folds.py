@@ -1,15 +1,14 @@
 """Cross-validation: the parts of a data set for training and validation, one fold of which is held out."""
 
-from typing import Any
-
 import numpy as np
 
-from runner.data.fetch import Samples, sample_name
+from runner.data.fetch import Samples
+from runner.data.mixture import Subset
 from runner.data.order import PermutationOrder
 from runner.errors import ConfigError
 
 
-class Fold:
+class Fold(Subset):
     """The samples of ``source`` that are in the fold (``split=validation``), or in none but the others (``train``).
 
     Each sample is in one of the ``folds``, a pure function of its index and the ``seed``; their sizes differ by 1.
@@ -26,18 +25,5 @@ class Fold:
         size = len(source)
         order = PermutationOrder(size, seed=seed, shuffle=True)(0, np.arange(size))
         inside = np.arange(size) * folds // size == fold
-        self._source = source
-        self._indices = np.sort(order[inside if split == "validation" else ~inside])
-        self.fingerprint = f"{getattr(source, 'fingerprint', '')} {split} {fold}/{folds} {seed}"
-        if (lengths := getattr(source, "lengths", None)) is not None:
-            self.lengths = np.asarray(lengths)[self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[int(self._indices[index])]
-
-    def locate(self, index: int) -> str:
-        """Where a sample is stored, for messages."""
-        return sample_name(self._source, int(self._indices[index]))
+        super().__init__(source, np.sort(order[inside if split == "validation" else ~inside]))
+        self.fingerprint += f" {split} {fold}/{folds} {seed}"

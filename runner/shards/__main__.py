@@ -33,15 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of tokens in files without a header (default: uint16)")
     parser.add_argument("--jobs", type=int, default=4, help="shards to scan at the same time (default: 4)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _scan(parser.parse_args(arguments))
+        _scan(parser.parse_args(arguments), command=f"python -m runner.shards {shlex.join(arguments)}")
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
     return 0
 
 
-def _scan(parsed: argparse.Namespace) -> None:
+def _scan(parsed: argparse.Namespace, *, command: str) -> None:
+    """Write the manifest, incomplete ones first, of which each names the ``command`` that completes it."""
     scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, exclude=files.resolve(parsed.out))
     kept = 0
     if files.exists(parsed.out):
@@ -49,9 +51,6 @@ def _scan(parsed: argparse.Namespace) -> None:
             kept = scan.keep(manifests.load(parsed.out, partial=True))
         except DataError as error:
             raise DataError(f"{error}\n--out {parsed.out} is in the way: remove it, or give another name") from error
-    words = [*parsed.patterns, "--out", parsed.out]
-    words += ["--format", parsed.format] if parsed.format else []
-    words += ["--dtype", parsed.dtype] if parsed.dtype else []
     due = time.monotonic() + _SAVE_SECONDS
 
     def save(*, now: bool = False) -> None:
@@ -59,7 +58,7 @@ def _scan(parsed: argparse.Namespace) -> None:
         nonlocal due
         if now or time.monotonic() >= due:
             began = time.monotonic()
-            manifests.save(parsed.out, scan.partial, command=f"python -m runner.shards {shlex.join(words)}")
+            manifests.save(parsed.out, scan.partial, command=command)
             ended = time.monotonic()
             due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
@@ -67,23 +66,20 @@ def _scan(parsed: argparse.Namespace) -> None:
     try:
         with tqdm(total=size, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None) as bar:
             scan.run(jobs=parsed.jobs, progress=bar.update, save=save)
+    except RunnerError:
+        save(now=True)
+        raise
     except KeyboardInterrupt:
         save(now=True)
         counts = f"kept {kept}, scanned {missing - len(scan.missing)}, missing {len(scan.missing)}"
         raise Interrupted(f"stopped: {counts}; run it again") from None
-    except RunnerError:
-        save(now=True)
-        raise
     complete = scan.manifest
     manifests.save(parsed.out, complete)
     shards, records = complete.shards, int(complete.firsts[-1])
     size = sum(shard.size for shard in shards)
-    if parsed.json:
-        summary = {"shards": len(shards), "records": records, "bytes": size, "kept": kept, "scanned": missing}
-        print(json.dumps(summary))
-    else:
-        counts = f"{records} records in {len(shards)} shards of {scan.kind}, {size} bytes"
-        print(f"{parsed.out}: {counts}; kept {kept}, scanned {missing}")
+    summary = {"shards": len(shards), "records": records, "bytes": size, "kept": kept, "scanned": missing}
+    counts = f"{records} records in {len(shards)} shards of {scan.kind}, {size} bytes"
+    print(json.dumps(summary) if parsed.json else f"{parsed.out}: {counts}; kept {kept}, scanned {missing}")
 
 
 if __name__ == "__main__":
