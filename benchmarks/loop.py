@@ -94,7 +94,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     from runner.callbacks.base import Loop, Observer, observed_by
     from runner.distributed.team import Team
     from runner.run.directory import RunDirectory
-    from runner.run.opening import open_run
+    from runner.run.opening import RunSpec, open_run
 
     class Gated(Observer):
         def on_step(self, loop: Loop) -> None:
@@ -103,9 +103,9 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
 
     check(config)
     directory = RunDirectory.under(config.run.root, "benchmark", "runner")
-    opening = open_run(directory, identity(config), on_drift="refuse", command="")
+    opening = open_run(RunSpec(directory, identity(config), overrides=overrides))
     with observed_by(Gated()):
-        experiment.run(opening, config, Team(), overrides=overrides)
+        experiment.run(opening, config, Team())
 
 
 def train_bare(config: Any, gate: Gate, save_every: int) -> None:

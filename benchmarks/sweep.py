@@ -56,7 +56,7 @@ def finished(root: Path, count: int) -> None:
     seconds([sys.executable, "-m", "runner", *arguments(root, "seed=0")], "1 done")
     (real,) = (path.parent for path in root.glob("smoke/*/result.json"))
     first = RunDirectory.under(str(root), "smoke", real.name)
-    identity = first.configured() or {}
+    identity = first.configuration() or {}
     result = {key: value for key, value in (first.result(identity) or {}).items() if key != "identity"}
     for seed in range(1, count):
         copy = RunDirectory.under(str(root), "smoke", variant([f"seed={seed}", SHORT]))

@@ -14,25 +14,22 @@ verdict).
    13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,
        memory, options, proof, recorder, source, suspects)
    12  __main__
-   11  runs/ (__main__, audit, checkpoints, compare, listing, push)
+   11  sweep/ (jobs, launcher, optuna)     runs/ (__main__, audit, checkpoints, compare, listing, push)
    10  app
-    9  experiment     sweep/ (jobs, launcher, optuna)
-    8  run_spec     finish     inference
-    7  trainer     build     restore
+    9  experiment
+    8  restore
+    7  trainer     build
     6  callbacks/ (base, dry, evaluate, observers, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
-    5  run_facts     state     foreign     evaluation
-       datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
+    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
     3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
-       metrics/ (lines, service, tensorboard, trackers, writer)     stop_request
-       tasks/ (adversarial, classification, language)
-    2  storage/ (backend, files, local, location, remote)     optimizers
-       config/ (composition, help, identity, schema, secrets)
-    1  signals     task     names
+       metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
+    2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
+    1  storage/ (backend, files, local, location, remote)     task
     0  errors     activity     cache     hashing     rng     schedules     plain
        models/ (convnet, gan, gpt, mlp)
 """

@@ -28,7 +28,6 @@ from runner.metrics import lines
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
 from runner.runs.compare import compare_runs
-from runner.stop_request import orphaned
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -96,19 +95,19 @@ class Run:
         objective. The random generators stay as they are. Raises ConfigError for a step that is not kept,
         NoLoadableCheckpoint, StateError for a model that the code builds differently now.
         """
-        from runner.inference import load_model
+        from runner.restore import load_model
 
         return load_model(self._facts, checkpoint)
 
     def task(self, checkpoint: int | str | None = None) -> "Task":
         """The task, with the state that it had at a checkpoint, chosen as for ``model``."""
-        from runner.inference import load_task
+        from runner.restore import load_task
 
         return load_task(self._facts, checkpoint)
 
     def data(self, name: str = "validation") -> Any:
         """The data set ``train`` or ``validation``."""
-        from runner.inference import rebuild
+        from runner.restore import rebuild
 
         return rebuild(self._facts, f"data.{name}")
 
@@ -130,19 +129,10 @@ def train(
     keys = [f"{key}={_literal(value)}" for key, value in flatten(values).items()]
     reader, writer = os.pipe()
     with open(reader, "rb") as reports:
-        command = [
-            sys.executable,
-            "-m",
-            "runner.api",
-            str(writer),
-            *folder,
-            f"experiment={experiment}",
-            *overrides,
-            *keys,
-        ]
+        words = [*folder, f"experiment={experiment}", *overrides, *keys]
         try:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "runner.api", str(writer), *words],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -231,7 +221,7 @@ class _Announce(Observer):
 
 
 def _stop_with_parent() -> None:
-    while not orphaned():
+    while not signals.orphaned():
         time.sleep(_POLL_SECONDS)
     signals.request("SIGTERM")
 
@@ -242,7 +232,7 @@ def _child() -> int:
 
     writer = int(sys.argv.pop(1))
     os.set_inheritable(writer, False)
-    orphaned()  # remembers the parent
+    signals.orphaned()  # remembers the parent
     threading.Thread(target=_stop_with_parent, name="parent", daemon=True).start()
     with observed_by(_Announce(writer)):
         return run_main()

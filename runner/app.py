@@ -16,7 +16,6 @@ SIGTERM ends the process at once.
 """
 
 import atexit
-import copy
 import logging
 import os
 import shlex
@@ -27,29 +26,34 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from runner import signals
 from runner.callbacks.base import notify, observed_by, observers
 from runner.config import composition, schema
+from runner.config.identity import identity, is_name, variant
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
 from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
 from runner.distributed.team import Team
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
-from runner.run.opening import OpenedRun, must_wait, refuse_links
-from runner.run_spec import RunSpec, run_name
-from runner.stop_request import VARIABLE, StopRequest
-from runner.storage.location import is_remote, local_folder
+from runner.run.directory import RunDirectory
+from runner.run.opening import RunSpec, must_wait, open_run, refuse_links
+from runner.run.parent import CheckpointRef, Parent
+from runner.storage import open_location
+from runner.storage.location import is_remote, local_folder, local_root, protocol
 
 log = logging.getLogger("runner")
 
@@ -101,7 +105,7 @@ def main(config: DictConfig) -> float | None:
                 with suppress(OSError):  # the terminal was closed
                     print(error, file=sys.stderr)
             sys.exit(error.status)
-        if isinstance(error, Interrupted) and VARIABLE in os.environ:
+        if isinstance(error, Interrupted) and signals.VARIABLE in os.environ:
             try:
                 signals.call_previous_handlers()
             except Exception as cause:  # not queued again by the cluster; the sweep starts the job again
@@ -129,10 +133,10 @@ def _run(config: DictConfig) -> float | None:
         if config.run.dry:
             _dry_run(config, team)
             return None
-        spec = RunSpec.of(config)
-        request = StopRequest.from_environment(spec.directory.root, spec.directory.options)
+        spec = run_spec(config)
+        name, root = os.environ.get(signals.VARIABLE), open_location(spec.directory.root, spec.directory.options)
         notify(observers, "on_command", spec.directory)
-        with request.obey() if request else nullcontext():
+        with signals.StopRequest(root, name).obey() if name else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
             return _finished(spec, config, team)
 
@@ -152,9 +156,9 @@ def _dry_run(config: DictConfig, team: Team) -> None:
     try:
         with observed_by(dry):
             for _ in ("to be resumed", "resumed"):
-                spec = RunSpec.of(config)
+                spec = _opened(run_spec(config), team.comm)
                 try:
-                    experiment.run(_opened(spec, team.comm), copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
+                    experiment.run(spec, config, team)  # type: ignore[arg-type]
                 except Interrupted:
                     if team.stop:
                         raise
@@ -183,52 +187,129 @@ def _temporary() -> str:
 
 def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
     """Train until the run is finished, unless it is already; returns its objective."""
-    opening = _opened(spec, team.comm)
-    result = opening.result
+    opened = _opened(spec, team.comm)
+    result = opened.result
     if result is None:
         from runner import experiment
 
         try:
-            # A copy: to instantiate resolves nodes in place, and Hydra hands the configuration back to the launcher.
-            result = experiment.run(opening, copy.deepcopy(config), team, overrides=spec.overrides)  # type: ignore[arg-type]
+            result = experiment.run(opened, config, team)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _finished(spec, config, team)
-    _log_result(opening, result, curves=config.metrics.writers.get("tensorboard") is not None)
+    _log_result(opened, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")
     return objective
 
 
-def _opened(spec: RunSpec, comm: Communicator) -> OpenedRun:
+def _opened(spec: RunSpec, comm: Communicator) -> RunSpec:
     """The run as rank 0 opens it. Other ranks take over its state, because the storage may change between two reads.
 
     While the command must wait for another process, all ranks look again together, so that none runs into a timeout.
     """
-    openings: list[OpenedRun] = []
+    opened: list[RunSpec] = []
 
-    def open_run() -> dict[str, Any] | None:
+    def open_unless_in_use() -> dict[str, Any] | None:
         if must_wait(spec.directory, spec.on_conflict):
             signals.raise_if_received("while waiting for the run")
             return None
-        openings.append(spec.open())
-        return {"variant": openings[0].directory.variant, "result": openings[0].result}
+        opened.append(open_run(spec))
+        return {"variant": opened[0].directory.variant, "result": opened[0].result}
 
-    while (state := on_rank_zero(comm, open_run)) is None:
+    while (state := on_rank_zero(comm, open_unless_in_use)) is None:
         time.sleep(_POLL_SECONDS)
-    return openings[0] if openings else spec.follow(**state)
+    if opened:
+        return opened[0]
+    own = spec.directory
+    directory = RunDirectory.under(own.root, own.experiment, state["variant"], own.options)
+    parent = spec.parent if directory.variant == own.variant else Parent.forked(own)
+    return replace(spec, directory=directory, parent=parent, result=state["result"])
 
 
-def _log_result(opening: OpenedRun, result: dict[str, Any], *, curves: bool) -> None:
+def _log_result(spec: RunSpec, result: dict[str, Any], *, curves: bool) -> None:
     metrics = "".join(f", {name} {value:.4g}" for name, value in result["metrics"].items() if value is not None)
     log.info("finished step %d (%s)%s", result["step"], result.get("reason"), metrics)
     objective = result.get("objective")
     if objective and objective.get("value") is not None:
         log.info("best     %s %.4g at step %s", objective.get("metric"), objective["value"], objective.get("step"))
-    url = opening.directory.location.url
+    url = spec.directory.location.url
     if not is_remote(url):
         url = os.path.relpath(url, to_absolute_path("."))  # hydra.job.chdir may have changed the working directory
     if curves:
         log.info("curves   tensorboard --logdir %s", shlex.quote(url))
-    notify(observers, "on_finish", opening.directory, result)
+    notify(observers, "on_finish", spec.directory, result)
+
+
+def run_spec(config: DictConfig) -> RunSpec:
+    """The run of ``config``, which must be the configuration that HydraConfig holds. Reads no run directory.
+
+    Raises ConfigError for values that cannot work.
+    """
+    schema.check(config)
+    hydra, run = HydraConfig.get(), config.run
+    overrides = _unresolved(hydra.overrides.task)
+    experiment, name = hydra.runtime.choices["experiment"], _run_name(config, hydra)
+    directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
+    parent, command = _parent(config), _command(hydra, overrides)
+    return RunSpec(directory, identity(config), command, overrides, parent, run.on_drift, run.on_conflict)
+
+
+def absolute_root(config: DictConfig) -> str:
+    """The folder or URL under which the runs are."""
+    root: str = config.run.root
+    # hydra.job.chdir may have moved this process.
+    return root if is_remote(root) else to_absolute_path(local_root(root))
+
+
+def storage_options(config: DictConfig) -> dict[str, Any]:
+    """The options of fsspec for the root."""
+    return OmegaConf.to_container(config.run.storage_options, resolve=True)  # type: ignore[return-value]
+
+
+def _run_name(config: DictConfig, hydra: HydraConf) -> str:
+    """The name of the run's directory: ``run.name``, or one made from the overrides as given. Raises ConfigError."""
+    if config.run.name is not None:
+        if not is_name(config.run.name):
+            message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
+            raise ConfigError(f"run.name={config.run.name}: {message}")
+        return str(config.run.name)
+    names = [variant(_unresolved(hydra.overrides.task))]
+    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
+        names.append(variant([*hydra.overrides.task]))
+    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
+        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
+        for name in names:
+            if RunDirectory.under(root, experiment, name, options).record() is not None:
+                return name
+    return names[0]
+
+
+def _command(hydra: HydraConf, overrides: list[str]) -> str:
+    """A command that starts this run alone, to be pasted into a shell."""
+    sources = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    here = to_absolute_path(".")
+    folders = [f"--config-dir={os.path.relpath(path.removeprefix('file://'), here)}" for path in sources]
+    search = [word for word in _unresolved(hydra.overrides.hydra) if word.startswith("hydra.searchpath=")]
+    name, console = Path(sys.executable).name, Path(sys.argv[0])
+    python = name if shutil.which(name) == sys.executable else sys.executable
+    program = [python, "-m", "runner"]
+    if console.name == "hydra-runner":
+        program = [console.name if shutil.which(console.name) == str(console) else str(console)]
+    return shlex.join([*program, *folders, *search, *overrides])
+
+
+def _unresolved(overrides: Any) -> list[str]:
+    """The overrides with ``${oc.env:NAME}`` as typed: they are stored and shown, and the variable may be a secret."""
+    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
+
+
+def _parent(config: DictConfig) -> Parent | None:
+    run = config.run
+    if run.parent is None:
+        return None
+    source = CheckpointRef.parse(run.parent if is_remote(run.parent) else to_absolute_path(local_root(run.parent)))
+    same_store = protocol(run.root) in ("file", protocol(run.parent))
+    options = storage_options(config) if same_store else None
+    return Parent(source, run.inherit.name, str(source.under(absolute_root(config))), run.load.name, options)
 
 
 def _directory(*, _root_: DictConfig) -> str:
@@ -237,7 +318,7 @@ def _directory(*, _root_: DictConfig) -> str:
 
 
 def _variant(*, _root_: DictConfig) -> str:
-    name, (root, experiment) = run_name(_root_, _root_.hydra), _local_folder(_root_)
+    name, (root, experiment) = _run_name(_root_, _root_.hydra), _local_folder(_root_)
     _without_links(_root_, root, f"{experiment}/{name}")
     return name
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from runner.callbacks.base import Callback, Observer, notify, observers
+from runner.callbacks.base import Callback, Observer, TrainingSetup, notify, observers
 from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
@@ -40,11 +39,20 @@ from runner.hashing import derive
 from runner.metrics.lines import LinesWriter
 from runner.metrics.service import ServiceProcess, ServiceWriter
 from runner.metrics.writer import MetricWriter, MetricWriters, WriterContext
-from runner.names import matching
-from runner.optimizers import Named, NamedWeights, add_group, divide, for_each, grouped, require_plain_step, settings_of
+from runner.optimizers import (
+    Named,
+    NamedWeights,
+    add_group,
+    divide,
+    for_each,
+    grouped,
+    matching,
+    require_plain_step,
+    settings_of,
+)
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
-from runner.run.opening import OpenedRun
+from runner.run.opening import RunSpec
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
 from runner.update import WeightUpdate, moving_average
@@ -76,7 +84,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     seed_all(derive("model", config.seed))
     model = _model(config.model).to(device)
     train_mode(model)
-    task = _instance(config.task, "task", kind=Task)
+    task = instance(config.task, "task", kind=Task)
     reference = copy.deepcopy(model) if task.needs_reference else None
     for part in vars(task).values():
         if isinstance(part, nn.Module):
@@ -85,7 +93,8 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         seed_all(derive("task", config.seed))
         task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
-    parallelism = _parallelism(config, model, average, plan, device, team.world)
+    models = [model] if average is None else [model, average.module]
+    parallelism = _parallelism(config, models, plan, device, team.world)
     if config.runtime.compile:
         model.compile()
     optimizer = _optimizers(config.optimizer, model, task)
@@ -120,7 +129,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     evaluator = Evaluator(
         task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
     )
-    own = {str(name): _instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
+    own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 
 
@@ -130,18 +139,18 @@ def _data(
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
-    collate = None if data.collate is None else _instance(data.collate, "data.collate", _partial_=True)
-    train = _instance(data.train, "data.train")
+    collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
+    train = instance(data.train, "data.train")
     if data.overfit is not None:
         train = head(require_map_style(train, "data.train"), data.overfit)
     weighted = data.weights is not None and data.overfit is None
-    weights = _instance(data.weights, "data.weights", _partial_=True) if weighted else None
+    weights = instance(data.weights, "data.weights", _partial_=True) if weighted else None
     stream, plan = training_data(config, train, loading, device, collate, world, weights)
     if data.evaluation_collate is not None:
-        collate = _instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
+        collate = instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
 
     def evaluation_data(node: Any, key: str) -> EvaluationData:
-        held_out = require_map_style(train if data.overfit is not None else _instance(node, key), key)
+        held_out = require_map_style(train if data.overfit is not None else instance(node, key), key)
         return EvaluationData(
             head(held_out, 2 * data.evaluation_batch_size) if config.run.dry else held_out,
             seed=config.seed,
@@ -169,7 +178,7 @@ def _data(
 
 
 def _model(node: Any) -> nn.Module:
-    model: nn.Module = _instance(node, "model", kind=nn.Module)
+    model: nn.Module = instance(node, "model", kind=nn.Module)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if shapeless := [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]:
         raise ConfigError(
@@ -180,12 +189,7 @@ def _model(node: Any) -> nn.Module:
 
 
 def _parallelism(
-    config: Config,
-    model: nn.Module,
-    average: AveragedModel | None,
-    plan: Plan | None,
-    device: torch.device,
-    world: World,
+    config: Config, models: list[nn.Module], plan: Plan | None, device: torch.device, world: World
 ) -> Parallelism:
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
@@ -195,12 +199,11 @@ def _parallelism(
         return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
-    micro_batches = None if _are_several(config.optimizer) else plan.micro_batches
-    models = [model] if average is None else [model, average.module]
+    micro_batches = None if _is_by_name(config.optimizer) else plan.micro_batches
     sharded = runtime.parallel is Parallel.fsdp
     if runtime.parallel is Parallel.auto and device.type == "cuda":
         # Weights, gradients and two moments would need more than half of the device's memory.
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        size = sum(parameter.numel() * parameter.element_size() for parameter in models[0].parameters())
         sharded = 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
     if not sharded:
         from runner.distributed.parallel import Replicated
@@ -219,39 +222,38 @@ def _parallelism(
 def make_callbacks(
     config: Config,
     parts: Parts,
-    opening: OpenedRun,
-    store: CheckpointStore,
+    spec: RunSpec,
+    configured: Mapping[str, Callback],
     number: int,
     attempt: Attempt | None,
-    writers: MetricWriters,
     team: Team,
 ) -> dict[str, Callback]:
     """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
     state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
     """
+    location, writers = spec.directory.location, MetricWriters()
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
     callbacks: dict[str, Callback] = {}
     if attempt is not None:
-        location, accept = opening.directory.location, config.run.on_drift is OnDrift.accept or bool(opening.changes)
+        accept = config.run.on_drift is OnDrift.accept or bool(spec.changes)
         ledger = Ledger(location, attempt=number, recipe=parts.recipe, grouping=config.data.batch_size, accept=accept)
         callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
     callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
-    callbacks["last"] = LastEvaluation([*evaluation.values()])
+    callbacks |= {"last": LastEvaluation([*evaluation.values()]), **configured}
     best: Any = evaluation.get("best")
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
     if attempt is not None:
         callbacks |= {"progress": ShowProgress(config.metrics.show), "heartbeat": NoteProgress(attempt)}
     checkpoint, goal = config.checkpoint, config.objective
-    every = SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto)
     mode = goal.mode.name if goal.metric else None
     callbacks["checkpoint"] = SaveCheckpoint(
-        store,
-        every,
+        CheckpointStore(location, team.channel("writer")),
+        SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto),
         Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
         attempt=number,
-        identity=opening.identity,
+        identity=spec.identity,
         owner=attempt,
         records=[] if attempt is None else [ledger, writers],
         guard=guard,
@@ -265,7 +267,7 @@ def make_callbacks(
 def make_observers(config: Config) -> dict[str, Callback]:
     """The configured observers, by the names that they have among the callbacks of an attempt."""
     nodes = {str(name): node for name, node in config.observers.items() if node is not None}
-    return {f"observer.{name}": _instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
+    return {f"observer.{name}": instance(node, f"observers.{name}", kind=Observer) for name, node in nodes.items()}
 
 
 def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
@@ -285,33 +287,26 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def build_part(config: DictConfig, key: str) -> Any:
-    """The object under a key of a configuration, such as ``model``, built alone. Raises ConfigError."""
-    return _instance(OmegaConf.select(config, key), key)
-
-
-def _instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
+def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
     """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
     is not of that ``kind``; errors of the runner that its constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        example = f"{key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
-        raise ConfigError(
-            f"{key} needs a _target_: the dotted path of the class or function that makes it, as in {example}"
-        )
+        example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
+        raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        instance = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
+        built = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
-        raise ConfigError(_why(node, key, error)) from error
-    if not isinstance(instance, kind):
-        raise ConfigError(f"{key} is a {_path(type(instance))}; expected an object of a subclass of {_path(kind)}")
-    notify(observers, "on_instance", key, instance)
-    return instance
+        raise ConfigError(_instantiation_error(node, key, error)) from error
+    if not isinstance(built, kind):
+        raise ConfigError(f"{key} is a {_path(type(built))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, built)
+    return built
 
 
-def _are_several(node: Any) -> bool:
+def _is_by_name(node: Any) -> bool:
     """Whether a configuration has several optimizers or schedulers, by name."""
     inner = [*node.values()] if isinstance(node, DictConfig) and "_target_" not in node else []
     return bool(inner) and all(isinstance(each, DictConfig) for each in inner)
@@ -319,7 +314,7 @@ def _are_several(node: Any) -> bool:
 
 def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     """The optimizer, or several by name, each with its share of the weights. Raises ConfigError."""
-    if not _are_several(node):
+    if not _is_by_name(node):
         return _optimizer(node, model, task, "optimizer", [*model.named_parameters()])
     if wrong := [name for name in map(str, node) if not name.isidentifier()]:
         raise ConfigError(f"optimizer: {wrong[0]!r} is no name: use letters, digits and _")
@@ -329,13 +324,13 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
 
 
 def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWeights) -> Any:
-    maker = _instance(node, key, _partial_=True)
+    maker = instance(node, key, _partial_=True)
     settings = settings_of(maker)
     if (patterns := settings.pop("params", None)) is not None and key == "optimizer":
         chosen = {*matching(dict(named), patterns, "optimizer.params")}
         named = [(name, weight) for name, weight in named if name in chosen]
     rate = getattr(maker, "keywords", {}).get("lr")
-    optimizer = _called(maker, grouped(model, named, key, lr=rate, **settings), key)
+    optimizer = _construct(maker, grouped(model, named, key, lr=rate, **settings), key)
     if type(task).optimization_step is Task.optimization_step:
         require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):
@@ -351,8 +346,8 @@ def _not_averaged(config: Config, model: nn.Module) -> list[str]:
     return [name for name in names if name not in averaged]
 
 
-def _called(maker: Any, argument: Any, key: str) -> Any:
-    """An optimizer or scheduler, made by what the configuration names."""
+def _construct(maker: Any, argument: Any, key: str) -> Any:
+    """An optimizer or scheduler, built by what the configuration names."""
     try:
         return maker(argument)
     except (TypeError, ValueError) as error:
@@ -371,15 +366,15 @@ def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any,
     node = config.scheduler
     if not isinstance(optimizer, Named):
         return _scheduler(config, node, "scheduler", optimizer, plan)
-    nodes = {name: (node[name], f"scheduler.{name}") for name in node} if _are_several(node) else None
-    if nodes is not None and nodes.keys() != optimizer.keys():
+    nodes = dict.fromkeys(optimizer, (node, "scheduler"))
+    if _is_by_name(node):
+        nodes = {name: (node[name], f"scheduler.{name}") for name in node}
+    if nodes.keys() != optimizer.keys():
         expected = ", ".join(optimizer)
         raise ConfigError(f"scheduler has {', '.join(nodes)}: give one for each optimizer ({expected}), or one for all")
-    pairs = {
-        name: _scheduler(config, *(nodes[name] if nodes else (node, "scheduler")), each, plan)
-        for name, each in optimizer.items()
-    }
-    return Named({n: pair[0] for n, pair in pairs.items()}), Named({n: pair[1] for n, pair in pairs.items()})
+    pairs = {name: _scheduler(config, *nodes[name], each, plan) for name, each in optimizer.items()}
+    schedulers, intervals = zip(*pairs.values(), strict=True)
+    return Named(zip(pairs, schedulers, strict=True)), Named(zip(pairs, intervals, strict=True))
 
 
 def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan | None) -> tuple[Any, str]:
@@ -402,15 +397,15 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
         elif last is not None and node.total_steps > last:
             unit = interval or "step"
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
-    scheduler = _called(_instance(node, key, _partial_=True, **options), optimizer, key)
-    if _takes(scheduler) or not _takes(scheduler, 0.0):
+    scheduler = _construct(instance(node, key, _partial_=True, **options), optimizer, key)
+    if _step_takes(scheduler) or not _step_takes(scheduler, 0.0):
         require_plain_step(scheduler, key)
         return scheduler, interval or "step"
     _require_objective(config, key, scheduler, interval)
     return scheduler, "evaluation"
 
 
-def _takes(scheduler: Any, *arguments: Any) -> bool:
+def _step_takes(scheduler: Any, *arguments: Any) -> bool:
     """Whether ``scheduler.step`` takes these arguments."""
     try:
         signature(type(scheduler).step).bind(scheduler, *arguments)
@@ -432,16 +427,19 @@ def _require_objective(config: Config, key: str, scheduler: Any, interval: str |
         raise ConfigError(f"{key}.interval={interval}: {path} steps after evaluations; leave the interval out")
 
 
-def open_writers(
-    writers: MetricWriters, nodes: Mapping[str, Any], context: WriterContext, facts: Mapping[str, Any]
-) -> None:
+def open_writers(spec: RunSpec, setup: TrainingSetup, step: int, facts: Mapping[str, Any]) -> None:
     """Construct the configured metric writers, each with its mark among the ``facts`` of the commit that was resumed.
 
     Raises ConfigError for a writer that cannot be constructed; errors of the runner that its
     constructor raises pass through.
     """
+    report, directory = setup.callbacks["report"], spec.directory
+    assert isinstance(report, Report)
+    place = (directory.location, directory.experiment, directory.name, spec.identity, setup.attempt, step)
+    context = WriterContext(*place, id=str((directory.record() or {}).get("id")), options=directory.options)
+    writers = report.writers
     writers.resume(facts)
-    for name, node in nodes.items():
+    for name, node in setup.writers.items():
         writers.by_name[name] = _writer(node, name, replace(context, mark=writers.marks.get(name)))
     if services := [name for name, writer in writers.by_name.items() if isinstance(writer, ServiceProcess)]:
         if not any(isinstance(writer, LinesWriter) for writer in writers.by_name.values()):
@@ -451,7 +449,7 @@ def open_writers(
 
 def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     key = f"metrics.writers.{name}"
-    maker = _instance(node, key, _partial_=True)
+    maker = instance(node, key, _partial_=True)
     if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
         return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
     try:
@@ -459,7 +457,7 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     except RunnerError:
         raise
     except Exception as error:
-        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_frames(error)}") from error
+        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_traceback_text(error)}") from error
     if not isinstance(writer, MetricWriter):
         raise ConfigError(
             f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
@@ -467,7 +465,7 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     return writer
 
 
-def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
+def _instantiation_error(node: DictConfig, key: str, error: InstantiationException) -> str:
     """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
     cause = error.__cause__
     if cause is None:
@@ -477,11 +475,11 @@ def _why(node: DictConfig, key: str, error: InstantiationException) -> str:
         where = version or import_hint(cause)
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
-    message = _frames(cause)
+    message = _traceback_text(cause)
     return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
 
 
-def _frames(error: BaseException) -> str:
+def _traceback_text(error: BaseException) -> str:
     """An error with the lines of code that led to it, without the first: the call of the constructor."""
     lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
     return "".join([*lines, f"{type(error).__name__}: {error}"])

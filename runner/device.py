@@ -75,9 +75,10 @@ def choose_device(name: str, world: World, visible: int) -> str:
 _FOR_PEOPLE = {"cpus"}  # facts that do not change float results
 
 
-def topology(device: torch.device, processes: int, parallel: str, *, compiled: bool) -> dict[str, Any]:
+def topology(config: Config, device: torch.device, processes: int) -> dict[str, Any]:
     """The topology of a run's processes, as plain JSON values. Call it after threads and device were set."""
-    on_cuda = device.type == "cuda"
+    on_cuda, runtime = device.type == "cuda", config.runtime
+    parallel = runtime.parallel.name + ("" if runtime.shard is None else f", {runtime.shard} slices")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -88,7 +89,7 @@ def topology(device: torch.device, processes: int, parallel: str, *, compiled: b
         "device": device.type,
         "processes": processes,
         "parallel": parallel if processes > 1 else None,
-        "compiled": compiled,
+        "compiled": runtime.compile,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_cuda else [],
         "cuda": torch.version.cuda if on_cuda else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -23,7 +23,7 @@ from runner.distributed.team import Team
 from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
 from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
-from runner.task import Metrics, Task, check_metrics
+from runner.task import Metrics, Task, check_metrics, type_text
 
 _SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -102,10 +102,10 @@ def _report(
     task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore", seed: int
 ) -> Mapping[str, float | str]:
     name = type(task).__name__
-    metrics = _metrics(task, model, data, team, before)
+    metrics = _aggregate(task, model, data, team, before)
     if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
         seed_all(seed)
-    report = _in_all(team, lambda: _checked(task.evaluation_end(model, metrics), name))
+    report = _in_all(team, lambda: _checked_report(task.evaluation_end(model, metrics), name))
     return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
 
 
@@ -186,7 +186,9 @@ class _Totals:
 
 
 @doing("evaluates")
-def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore") -> dict[str, Any]:
+def _aggregate(
+    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
+) -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
     totals, polls = _Totals(), _polls(len(data) + 1, team, before)  # the last one before the end of the data is seen
     measure = partial(_measure, totals, polls, task, model, data)
@@ -198,7 +200,7 @@ def _metrics(task: Task, model: nn.Module, data: EvaluationData, team: Team, bef
     shares = {name: totals.sums.get(name, zero) for name in team.union([*totals.sums])}
     sums = team.sum_tensors({**shares, _SAMPLES: zero + totals.samples})
     means = {name: value.item() / sums[_SAMPLES].item() for name, value in sums.items() if name != _SAMPLES}
-    return means | _joined(totals.rows, team, f"{type(task).__name__}.evaluation_step")
+    return means | _join_rows(totals.rows, team, f"{type(task).__name__}.evaluation_step")
 
 
 def _polls(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
@@ -221,11 +223,11 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
                 break
         count, batch = item
         if not count:  # the batch of another process, which must not count in what the task adds up
-            task = copy_of(task, model) or task
+            task = copy_of(task, [model, *_weights_of(task, model)]) or task
         totals.add(count, check_metrics(task.evaluation_step(model, batch), step, training=False))
 
 
-def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:
+def _join_rows(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:
     """The rows of all batches of all processes, to which the batches were dealt in turn."""
     names = team.union([*dict.fromkeys(name for batch in rows for name in batch)])
     if not names:
@@ -243,44 +245,32 @@ def _joined(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, T
     return joined
 
 
-def copy_of(task: Task, *models: nn.Module) -> Task | None:
-    """A copy of the task, with the same weights and ``models``, and a memory of its own; None if there can be none."""
-    modules = [*models, *(part for part in (task, *vars(task).values()) if isinstance(part, nn.Module))]
-    shared = [*models, *(weight for module in modules for weight in module.parameters())]
+def copy_of(thing: T, shared: Iterable[object]) -> T | None:
+    """A deep copy, except of the objects in ``shared``; None for what cannot be copied: a lock, a file, a generator."""
     try:
-        return deepcopy(task, {id(each): each for each in shared})
-    except Exception:  # it holds a lock, an open file, a generator ...
+        return deepcopy(thing, {id(each): each for each in shared})
+    except Exception:
         return None
 
 
-_MEMBERS = ("_parameters", "_buffers", "_modules")  # dicts of a module, which it changes in place
-
-
 @contextmanager
-def without_trace(models: Sequence[nn.Module], team: Team) -> Iterator[None]:
-    """Within the block, models may be evaluated; afterwards buffers and trained weights are what they were, to the bit,
-    and attributes of modules are the same objects: a layer that was made in the block is gone.
+def without_trace(task: Task, models: Sequence[nn.Module], team: Team) -> Iterator[tuple[Task, list[nn.Module]] | None]:
+    """Within the block, the copies of task and models may be evaluated: training does not change. None if they cannot
+    be copied. Frozen weights and sharded models are not copied; buffers of the latter are restored after the block.
 
-    Raises TaskError if other weights have changed, or weights were replaced.
+    Raises TaskError if weights that were not copied have changed, or were replaced.
     """
     before = _StateBefore(models)
-    modules = [module for model in models for module in model.modules()]
-    attributes = [(module, {**vars(module)}, [{**vars(module)[kind]} for kind in _MEMBERS]) for module in modules]
-    trained = [weight for model in models for weight in model.parameters() if weight.requires_grad]
-    copies = [(weight, weight.detach().clone()) for weight in trained if not is_distributed(weight)]
-    yield
-    if not any(is_distributed(weight) for model in models for weight in model.parameters()):
-        for module, own, members in attributes:
-            vars(module).clear()
-            vars(module).update(own)
-            for kind, members_of_kind in zip(_MEMBERS, members, strict=True):
-                own[kind].clear()
-                own[kind].update(members_of_kind)
-    with torch.no_grad():
-        for weight, copy in copies:
-            weight.copy_(copy)
+    sharded = [model for model in models if any(map(is_distributed, model.parameters()))]
+    frozen = [weight for weight in _weights_of(task, *models) if not weight.requires_grad]
+    yield copy_of((task, [*models]), [*frozen, *sharded])
     if not before.restore(team):
         raise TaskError("an evaluation before the first step changed or replaced weights, which cannot be undone")
+
+
+def _weights_of(task: Task, *models: nn.Module) -> Iterator[nn.Parameter]:
+    for module in (*models, *(part for part in (task, *vars(task).values()) if isinstance(part, nn.Module))):
+        yield from module.parameters()
 
 
 class _StateBefore:
@@ -374,7 +364,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _checked(report: Any, task: str) -> Mapping[str, float | str]:
+def _checked_report(report: Any, task: str) -> Mapping[str, float | str]:
     """The report with numbers for tensors and arrays of a single value, as torchmetrics and scikit-learn return."""
     example = "expected a dict of numbers and texts, as in {**metrics, 'perplexity': math.exp(metrics['loss'])}"
     if not isinstance(report, Mapping):
@@ -384,8 +374,7 @@ def _checked(report: Any, task: str) -> Mapping[str, float | str]:
         if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
             value = value.item()
         if not isinstance(value, int | float | str):
-            kind = f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
-            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {kind}; {example}")
+            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {type_text(value)}; {example}")
         checked[name] = value
     return checked
 

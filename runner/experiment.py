@@ -1,121 +1,108 @@
 """One attempt at a run.
 
-claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> result
+claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> export -> result
 """
 
+import copy
 import logging
+import math
 import shlex
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from textwrap import indent
 from typing import Any
 
+from torch import Tensor
+
 import runner
 from runner import signals
+from runner.activity import doing
 from runner.build import Parts, build, make_callbacks, make_observers, open_writers, training_steps
 from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
-from runner.callbacks.evaluate import Evaluate
+from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.manifest import commits
-from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
 from runner.config.identity import flatten
 from runner.config.schema import Config, OnBadRecord, OnCodeChange
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
-from runner.distributed.communicator import on_rank_zero
+from runner.distributed.communicator import Communicator, on_rank_zero
 from runner.distributed.team import Team
-from runner.errors import (
-    DriftRefused,
-    Interrupted,
-    NonFiniteError,
-    RunnerError,
-    StorageError,
-    Superseded,
-    printable,
-)
-from runner.finish import finish
-from runner.metrics.writer import MetricWriters, WriterContext
-from runner.optimizers import table
-from runner.restore import Resumed, load_reference, resolve, restore_newest
-from runner.restore import begin as begin_state
+from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
+from runner.hashing import sha256_hasher
+from runner.metrics import tensorboard
+from runner.optimizers import saved_name, table
+from runner.restore import Resumed, evaluated_weights, load_reference, read_step, resolve, restore
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
-from runner.run.directory import RunDirectory
-from runner.run.opening import OpenedRun, claim_run, trained
-from runner.run.parent import ParentRecord, new_run_hint
+from runner.run.directory import BEST, MODEL
+from runner.run.opening import RunSpec, claim_run, has_trained
 from runner.state import Stateful
+from runner.storage.location import Buffer, Location
 from runner.trainer import Trainer
 
 log = logging.getLogger("runner")
 
+_LONGEST_PAUSE = 30.0  # seconds between two tries to export
+_POLL_SECONDS = 0.5  # while waiting for the next try
 
-def run(opening: OpenedRun, config: Config, team: Team, *, overrides: list[str]) -> dict[str, Any]:
+
+def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     """Start the run, or resume it, and train until it is finished; returns its result.
 
     All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal
     (see there) and RunInUse while another process works on the run.
     """
+    config = copy.deepcopy(config)  # to instantiate resolves nodes in place, and Hydra hands it back to the launcher
     device = set_up_device(config, team.world)
     team.begin(device)
-    directory, runtime = opening.directory, config.runtime
-    parallel = runtime.parallel.name if runtime.shard is None else f"{runtime.parallel.name}, {runtime.shard} slices"
-    here = topology(device, team.world.size, parallel, compiled=runtime.compile)
-    claimed = _attempt(opening, team, {"overrides": overrides, "topology": here})
+    here = topology(config, device, team.world.size)
+    claimed = _claim(spec, team, {"overrides": spec.overrides, "topology": here})
     callbacks: dict[str, Callback] = {}
-    reporting = _reporting_errors(callbacks)
-    with claimed as (number, attempt), team.blame_peer(), reporting, _closing() as stack:
-        observers = make_observers(config)
-        callbacks.update(observers)
-        notify(observers.values(), "on_command", directory)
+    with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks) as stack:
+        configured = make_observers(config)
+        callbacks.update(configured)
+        notify(configured.values(), "on_command", spec.directory)
         with signals.at_once(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
-        store, writers = CheckpointStore(directory.location, team.channel("writer")), MetricWriters()
-        callbacks |= make_callbacks(config, parts, opening, store, number, attempt, writers, team)
-        last = (*observers, "report", "progress", "heartbeat", "checkpoint")
-        callbacks.update({name: callbacks.pop(name) for name in last if name in callbacks})
-        setup = _set_up(config, parts, callbacks, store, directory, number)
-        with_state = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
-        parts.state.memories = {name: call for name, call in with_state.items() if name not in observers}
+        ordered = make_callbacks(config, parts, spec, configured, number, attempt, team)
+        callbacks.clear()
+        callbacks.update(ordered)
+        setup = _set_up(config, parts, callbacks, spec, number)
+        stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
+        parts.state.memories = {name: call for name, call in stateful.items() if name not in configured}
 
-        on_rank_zero(team.comm, partial(_record_code, opening, config.run.on_code_change, attempt))
-        resumed = _resume(opening, config, parts, store, team)
+        on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
+        resumed = _resume(spec, config, parts, setup, team)
         calls = _connect(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
-            place = (directory.location, directory.experiment, directory.name, opening.identity, number, resumed.step)
-            name = str((directory.record() or {}).get("id"))
-            context = WriterContext(*place, id=name, options=directory.options)
-            open_writers(writers, setup.writers, context, resumed.facts)
+            open_writers(spec, setup, resumed.step, resumed.facts)
             attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
-            _log_start(opening, parts, resumed, number, here)
+            _log_start(spec, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
         if resumed.commit is None or resumed.origin is not None:
             parts.evaluator.rehearse(parts.state)
-        loop = _train(opening, parts, setup, calls, resumed, team)
-        patience = config.checkpoint.max_unsaved
-        result = finish(opening, parts, store, callbacks, loop, team.comm, attempt, patience)
-        notify(callbacks.values(), "on_finish", directory, result)
+        loop = _train(spec, parts, setup, calls, resumed, team)
+        result = finish(spec, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
+        notify(callbacks.values(), "on_finish", spec.directory, result)
         return result
 
 
-def _set_up(
-    config: Config,
-    parts: Parts,
-    callbacks: dict[str, Callback],
-    store: CheckpointStore,
-    directory: RunDirectory,
-    number: int,
-) -> TrainingSetup:
+def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], spec: RunSpec, number: int) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
-    trainer, steps = config.trainer, training_steps(config.trainer, parts.plan)
+    trainer, saver = config.trainer, callbacks["checkpoint"]
+    limits = (training_steps(trainer, parts.plan), trainer.max_epochs, trainer.max_seconds)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
-    limits = (steps, trainer.max_epochs, trainer.max_seconds)
-    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, directory.local, number)
+    store: Any = saver.store  # type: ignore[attr-defined]
+    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, spec.directory.local, number)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
 
@@ -135,7 +122,7 @@ def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
 
 
 def _train(
-    opening: OpenedRun, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
+    spec: RunSpec, parts: Parts, setup: TrainingSetup, calls: list[Callback], resumed: Resumed, team: Team
 ) -> Loop:
     """Train to the end. Raises Interrupted after a stop signal, with the last step committed, and NonFiniteError."""
     users = [callback for name, callback in setup.callbacks.items() if name.startswith("own.")]
@@ -145,10 +132,10 @@ def _train(
     elapsed = resumed.facts.get("elapsed", 0.0)
     try:
         with closing(saver):
-            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(opening.identity))
+            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(spec.identity))
     except NonFiniteError as error:
-        if opening.identity["trainer"]["on_nonfinite"] == "stop":
-            command = f"{opening.command} trainer.on_nonfinite=skip run.on_drift=accept"
+        if spec.identity["trainer"]["on_nonfinite"] == "stop":
+            command = f"{spec.command} trainer.on_nonfinite=skip run.on_drift=accept"
             error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
         raise
     if (failure := loop.failure) is not None:
@@ -167,10 +154,21 @@ def _train(
 
 
 @contextmanager
-def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
-    """Tell callbacks and observers of an error that ends the attempt; the callbacks may still be built in the block."""
+def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
+    """Tell callbacks and observers of an error that ends the attempt; the callbacks may still be built in the block.
+
+    A signal that breaks off reading data, where no step is whole, interrupts the attempt. A user's sys.exit becomes an
+    error: it would end a whole sweep, or claim success. The stack closes what the block opens.
+    """
     try:
-        yield
+        try:
+            with ExitStack() as stack:
+                yield stack
+        except signals.Stopped as stopped:
+            remedy = "run the same command again to continue from the last checkpoint"
+            raise Interrupted(f"{stopped} while data was read; {remedy}") from None
+        except SystemExit as error:
+            raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
     except Exception as error:
         for call in overriding([*callbacks.values(), *observers], "on_error"):
             try:
@@ -181,22 +179,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[None]:
 
 
 @contextmanager
-def _closing() -> Iterator[ExitStack]:
-    """Within the block, data is opened, which is closed at the end. A signal that breaks off reading it, where no step
-    is whole, interrupts the attempt. A user's sys.exit becomes an error: it would end a whole sweep, or claim success.
-    """
-    try:
-        with ExitStack() as stack:
-            yield stack
-    except signals.Stopped as stopped:
-        remedy = "run the same command again to continue from the last checkpoint"
-        raise Interrupted(f"{stopped} while data was read; {remedy}") from None
-    except SystemExit as error:
-        raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
-
-
-@contextmanager
-def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
+def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[int, Attempt | None]]:
     """Within the block, the run is claimed. Yields the attempt's number, and the attempt itself on rank 0.
 
     Records how the attempt ended, unless the process is killed.
@@ -206,12 +189,12 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
 
     def claim() -> int:
         # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
-        opening.directory.settle()
-        above = max((commit.attempt for commit in commits(opening.directory.location)), default=0)
+        spec.directory.settle()
+        above = max((commit.attempt for commit in commits(spec.directory.location)), default=0)
         parent = None  # an existing run has its parent in its record already
-        if opening.parent is not None and opening.directory.record() is None:
-            parent = asdict(resolve(opening.parent))
-        attempt = claim_run(opening, facts | {"version": runner.__version__}, above=above, parent=parent)
+        if spec.parent is not None and spec.directory.record() is None:
+            parent = asdict(resolve(spec.parent))
+        attempt = claim_run(spec, facts | {"version": runner.__version__}, above=above, parent=parent)
         claimed.append(attempt)
         return attempt.number
 
@@ -223,7 +206,7 @@ def _attempt(opening: OpenedRun, team: Team, facts: dict[str, Any]) -> Iterator[
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "finished", ""
     try:
-        opening.directory.sweep()
+        spec.directory.sweep()
         yield number, attempt
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
@@ -240,26 +223,26 @@ def _outcome(status: int) -> str:
     return "interrupted" if status == Interrupted.status else "failed"
 
 
-def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt | None) -> None:
+def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None) -> None:
     """Record what code this attempt runs. Reports files that were edited since the attempt before, or raises
     DriftRefused for them. A run that has trained nothing yet takes a correction.
     """
     assert attempt is not None, "rank 0 has it"
-    location = opening.directory.location
+    location = spec.directory.location
     before = None
     with suppress(StorageError):  # without the record a run goes on
         before = code.newest(location, below=attempt.number) if attempt.number > 1 else None
-    settings = flatten(opening.identity).items()
+    settings = flatten(spec.identity).items()
     now = code.running([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
     edited = printable(", ".join(before.edited(now) if before else []))
-    if edited and on_change is not OnCodeChange.accept and trained(opening.directory):
+    if edited and on_change is not OnCodeChange.accept and has_trained(spec.directory):
         if on_change is OnCodeChange.refuse:
-            another = shlex.quote(f"{opening.directory.variant[:150]}-2")
+            another = shlex.quote(f"{spec.directory.variant[:150]}-2")
             raise DriftRefused(
                 f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
                 "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
-                f"or\n  continue with the new code: {opening.command} run.on_code_change=accept\n"
-                f"  start a new run:        {opening.command} run.name={another}"
+                f"or\n  continue with the new code: {spec.command} run.on_code_change=accept\n"
+                f"  start a new run:        {spec.command} run.name={another}"
             )
         log.warning("code     edited since the last attempt: %s", edited)
     if now != before:
@@ -267,50 +250,33 @@ def _record_code(opening: OpenedRun, on_change: OnCodeChange, attempt: Attempt |
             code.record(location, attempt.name, now)
 
 
-def _resume(opening: OpenedRun, config: Config, parts: Parts, store: CheckpointStore, team: Team) -> Resumed:
+def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
     """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
-    directory, state = opening.directory, parts.state
-
-    def evidence() -> str | None:
-        """A record of some attempt that says that it committed, whatever ``commits/`` holds now."""
-        for record in attempts.history(directory.location):
-            for source in (record.beat, record.end or {}):
-                if source.get("committed"):
-                    return f"attempt {record.number} noted one at step {printable(source['committed'])}"
-        return None
-
+    state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
-        recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(directory.location, parts.recipe).items()])
+        location = spec.directory.location
+        recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
         state.stream.repeat_substitutions(dict(recorded))
-    origin = ParentRecord.of(directory)
     with signals.at_once(team.world.size == 1):
         if parts.reference is not None:
-            parts.task.reference = load_reference(parts.reference, state, origin, opening.parent, directory, team.comm)
-        return restore_newest(
-            state,
-            store,
-            opening.identity,
-            evidence=evidence,
-            fresh=partial(begin_state, state, opening.identity, origin, opening.parent, directory, team.comm),
-            anew=partial(new_run_hint, opening.command, directory),
-            comm=team.comm,
-        )
+            parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
+        return restore(state, setup.store, spec, team.comm)
 
 
-def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, here: dict[str, Any]) -> None:
+def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here: dict[str, Any]) -> None:
     """Print the first lines, once per attempt. ``here`` is the topology of this process."""
-    before = attempts.newest(opening.directory.location, before=number)
+    before = attempts.newest(spec.directory.location, before=number)
     stream = parts.state.stream
     weights = [*parts.state.model.parameters()]
     count, learning = (sum(each.numel() for each in weights if every or each.requires_grad) for every in (True, False))
-    log.info("run      %s", opening.directory.location.url)
-    log.info("attempt  %d, %s", number, _from_where(resumed, before))
+    log.info("run      %s", spec.directory.location.url)
+    log.info("attempt  %d, %s", number, _describe_start(resumed, before))
     for line in resumed.unusable:
         log.warning("unused   %s", line)
     for line in resumed.unmatched:
         log.warning("weights  %s", printable(line))
-    if opening.changes:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in opening.changes))
+    if spec.changes:
+        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:
@@ -328,7 +294,7 @@ def _log_start(opening: OpenedRun, parts: Parts, resumed: Resumed, number: int, 
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
 
-def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
+def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     origin = resumed.origin
     if origin is not None:
         if origin.foreign:
@@ -349,3 +315,142 @@ def _from_where(resumed: Resumed, before: AttemptRecord | None) -> str:
 def _ended(before: AttemptRecord) -> str:
     outcome = before.outcome()
     return f"attempt {before.number} {'' if outcome in ('failed', 'diverged') else 'was '}{outcome}"
+
+
+@doing("saves")
+def finish(
+    spec: RunSpec,
+    parts: Parts,
+    setup: TrainingSetup,
+    loop: Loop,
+    comm: Communicator,
+    attempt: Attempt | None,
+    patience: float,
+) -> dict[str, Any]:
+    """Export the weights, evaluate the test data, and declare the run finished; returns its result. Safe to
+    repeat after a kill. A storage that fails is tried again for ``patience`` seconds.
+    """
+    live = parts.state.evaluated_model.state_dict()
+    weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
+    result = retry(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
+    result["metrics"] |= _test_report(parts, setup, result, comm)
+
+    def declare() -> dict[str, Any]:
+        tensorboard.declare_finished(spec.directory.location, spec.directory.experiment, spec.identity)
+        spec.directory.finish(spec.identity, result)
+        return result
+
+    return retry(declare, attempt, patience, comm)
+
+
+def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], comm: Communicator) -> dict[str, Any]:
+    """The report on the test data with the best weights by the objective, or the last."""
+    if not parts.evaluator.test:
+        return {}
+    state, step = parts.state, (result["objective"] or result)["step"]
+    others = {*state.parts()} - {"model", "average", "task"}
+    try:
+        if step != result["step"]:
+            read_step(setup.store, step, lambda checkpoint: state.restore(checkpoint, without=others), comm)
+    except Damaged as error:
+        log.warning("data.test is not evaluated: step %d was the best, but %s", step, error)
+        return {}
+    report = parts.evaluator.measure(state)
+    log.info("test     step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items() if isinstance(v, float)))
+    return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
+
+
+def retry(
+    work: Callable[[], dict[str, Any]], attempt: Attempt | None, patience: float, comm: Communicator
+) -> dict[str, Any]:
+    """The result of ``work`` on rank 0, which has the ``attempt``. While the storage fails, the work is tried again for
+    ``patience`` seconds, with growing pauses. Raises StorageError, Superseded, RunGone and Interrupted.
+    """
+    began, next_try, pause = 0.0, 0.0, 1.0
+
+    def work_once() -> dict[str, Any] | None:
+        nonlocal began, next_try, pause
+        assert attempt is not None, "rank 0 has it"
+        if time.monotonic() < next_try:
+            signals.raise_if_received("while the weights could not be exported; every step is committed")
+            time.sleep(_POLL_SECONDS)
+            return None
+        try:
+            attempt.require_newest()
+            return work()
+        except StorageError as error:
+            began = began or time.monotonic()
+            left = began + patience - time.monotonic()
+            if left <= 0:
+                raise StorageError(
+                    f"the weights could not be exported: {error}.\nEvery step is committed; fix the storage and run "
+                    f"the same command again (checkpoint.max_unsaved={patience:g})."
+                ) from error
+            text = "the weights could not be exported: %s. Trying again in %.0f seconds, for another %.0f"
+            log.warning(text, printable(error), pause, left)
+            next_try, pause = time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE)
+            return None
+
+    result: dict[str, Any] | None = None
+    while result is None:  # an exchange for each try, so that waiting ranks do not run into a timeout
+        result = on_rank_zero(comm, work_once)
+    return result
+
+
+def _export(
+    spec: RunSpec, parts: Parts, setup: TrainingSetup, loop: Loop, final: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Write the last weights, and the best by the objective; returns the result without that of the test data."""
+    weights, objective = {MODEL: final}, None
+    evaluate, best = setup.callbacks.get("evaluate"), setup.callbacks.get("best")
+    scalars = evaluate.scalars if isinstance(evaluate, Evaluate) else {}
+    if isinstance(best, Best) and best.step:
+        objective = {"metric": best.metric, "mode": best.mode, "value": _number(best.value), "step": best.step}
+        try:
+            is_last = best.step == loop.step
+            weights[BEST] = final if is_last else read_step(setup.store, best.step, evaluated_weights)
+        except Damaged as error:
+            log.warning("%s is not written: step %d was the best, but %s", BEST, best.step, error)
+    exported = {name: export(spec.directory.location, name, tensors) for name, tensors in weights.items()}
+    return {
+        "step": loop.step,
+        "epochs": loop.epochs,
+        "reason": loop.stop,
+        "metrics": {name: _number(value) for name, value in scalars.items()},
+        "objective": objective,
+        "skipped_steps": parts.update.skipped,
+        "substituted_samples": parts.state.stream.substituted,
+        "seconds": loop.elapsed,
+        "sha256": {name: digest for name, (digest, _) in exported.items()},
+        "bytes": {name: size for name, (_, size) in exported.items()},
+    }
+
+
+def export(location: Location, name: str, weights: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Write weights as a plain safetensors file; returns its sha256 and its size."""
+    hasher, size = sha256_hasher(), 0
+
+    def hashed() -> Iterator[Buffer]:
+        nonlocal size
+        for chunk in safetensors_file(weights):
+            hasher.update(chunk)
+            size += memoryview(chunk).nbytes
+            yield chunk
+
+    location.replace(name, hashed())
+    return hasher.hexdigest(), size
+
+
+def safetensors_file(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """The bytes of a safetensors file that anyone can load. Shared tensors are written under each name, for strict
+    loading. Warns of a module's extra state, which has no place in the file.
+    """
+    tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    if left := [name for name in weights if name not in tensors]:
+        log.warning("exported without %s: only tensors have a place in a safetensors file", printable(", ".join(left)))
+    return SafetensorsFile(tensors, metadata={"format": "pt"}).chunks()
+
+
+def _number(value: float) -> float | None:
+    """The value for JSON: None in place of NaN and infinity."""
+    return value if math.isfinite(value) else None

@@ -1,6 +1,8 @@
-"""Which optimizer trains which weights, and in which groups, as the configuration divides them by their names."""
+"""The weights by their names: as they are saved, and which optimizer trains them, in which groups."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -10,9 +12,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runner.errors import ConfigError
-from runner.names import Patterns, matching
 
+Patterns = str | Sequence[str]  # paths of weights or modules, with * and ?
 NamedWeights = list[tuple[str, nn.Parameter]]
+
+
+def saved_name(name: str) -> str:
+    """The name under which a tensor is saved: without the prefix of modules that torch.compile has wrapped, so that the
+    weights fit a model that is not compiled.
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def matching(names: Iterable[str], patterns: Patterns, key: str) -> list[str]:
+    """The names of weights that a pattern matches, or that are below a module that it matches. Raises ConfigError,
+    naming the ``key`` of the configuration, for a pattern without a match.
+    """
+    names, chosen = [*names], set[str]()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = {
+            n for n in names if fnmatchcase(saved_name(n), pattern) or fnmatchcase(saved_name(n), f"{pattern}.*")
+        }
+        if not matches:
+            near = get_close_matches(pattern, names, 3, cutoff=0.3) or names[:3]
+            raise ConfigError(f"{key}: no weight of the model matches {pattern!r}; there are {', '.join(near)} ...")
+        chosen |= matches
+    return [name for name in names if name in chosen]
 
 
 class Named(dict[str, Any]):
@@ -31,7 +56,7 @@ def for_each(function: Callable[[Any], Any], thing: Any) -> Any:
     )
 
 
-def parts(kind: str, thing: Any) -> dict[str, Any]:
+def parts_of(kind: str, thing: Any) -> dict[str, Any]:
     """Optimizers or schedulers by the names of their parts of the state: ``optimizer`` or ``optimizer.generator``."""
     return {f"{kind}.{name}" if name else kind: each for name, each in by_name(thing).items()}
 
@@ -106,12 +131,12 @@ def grouped(
     for group, settings in reversed([*(groups or {}).items()]):  # the first comes last, and wins
         own = {name: value for name, value in settings.items() if name != "params"}
         base |= dict.fromkeys(matching(names, settings.get("params", group), f"{key}.groups.{group}"), (group, own))
-    bare = _biases_and_norms(model) if no_decay is True else set(matching(names, no_decay or [], f"{key}.no_decay"))
+    exempt = _biases_and_norms(model) if no_decay is True else {*matching(names, no_decay or [], f"{key}.no_decay")}
     layers, last = _layers(model) if layer_decay is not None else ({}, 0)
     by_settings: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for name, weight in named:
         group, settings = base[name]
-        layer, plain = layers.get(name, last), name in bare and "weight_decay" not in settings
+        layer, plain = layers.get(name, last), name in exempt and "weight_decay" not in settings
         settings = {"name": group, **settings, **({"weight_decay": 0.0} if plain else {})}
         if layer_decay is not None:
             rate = settings.get("lr", lr)

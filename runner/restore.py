@@ -1,36 +1,46 @@
-"""Restores the state from which training continues: from a run's own checkpoints, from its parent, or from scratch."""
+"""Restores the state from which training continues: from a run's own checkpoints, from its parent, or from scratch.
+
+Also the model and the task of a run outside of training, and weights that another program wrote.
+"""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runner import signals
+from runner.build import instance
 from runner.callbacks.base import FAILED
-from runner.checkpoint.checkpoint import Checkpoint
+from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes
+from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, parse_commit
-from runner.checkpoint.sharding import local
+from runner.checkpoint.sharding import Box, FileGroup, local
 from runner.checkpoint.store import CheckpointStore, ranked
-from runner.checkpoint.tensor_file import Damaged, is_finite
-from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
+from runner.checkpoint.structure import Structure
+from runner.checkpoint.tensor_file import Damaged, Kind, is_finite
+from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
-from runner.foreign import read_weights
 from runner.hashing import derive
-from runner.names import saved_name
-from runner.optimizers import by_name
-from runner.optimizers import parts as parts_of
-from runner.rng import seed_all
+from runner.optimizers import by_name, parts_of, saved_name
+from runner.rng import seed_all, temporary_seed
+from runner.run import attempts
 from runner.run.directory import RunDirectory
 from runner.run.drift import compare
-from runner.run.parent import Parent, ParentRecord, digest_of, weight_files
+from runner.run.opening import RunSpec
+from runner.run.parent import Parent, ParentRecord, digest_of, new_run_hint, weight_files
+from runner.run_facts import RunFacts
 from runner.state import TrainState, retype
 from runner.storage import open_location
 from runner.storage.location import Location, is_remote
+from runner.task import Task
 
 T = TypeVar("T")
 
@@ -45,9 +55,9 @@ class Resumed:
 
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    unusable: tuple[str, ...] = ()
+    unusable: Sequence[str] = ()
     origin: ParentRecord | None = None
-    unmatched: tuple[str, ...] = ()
+    unmatched: Sequence[str] = ()
 
     @property
     def step(self) -> int:
@@ -63,214 +73,120 @@ class Resumed:
         return None if compare(self.facts.get("identity", identity), identity) else printable(word)
 
 
-def restore_newest(
-    state: TrainState,
-    store: CheckpointStore,
-    identity: dict[str, Any],
-    *,
-    evidence: Callable[[], str | None],
-    fresh: Callable[[], Resumed],
-    anew: Callable[[int], str],
-    comm: Communicator,
-) -> Resumed:
-    """Load the newest undamaged checkpoint; begin with ``fresh`` only if nothing was ever committed.
+def restore(state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Communicator) -> Resumed:
+    """Load the newest undamaged checkpoint; begin from the parent or from scratch only if nothing was ever committed.
 
-    ``evidence`` returns a description of any trace of an earlier commit, or None. All ranks of ``comm`` load the same
-    checkpoint: a checkpoint that is damaged for one rank is damaged for all.
+    All ranks of ``comm`` load the same checkpoint: a checkpoint that is damaged for one rank is damaged for all.
 
     Raises NoLoadableCheckpoint, and then has changed nothing; StateError or NonFiniteError for a checkpoint from which
-    training cannot continue. To their messages it adds ``anew`` of the newest older step that can be trained further.
+    training cannot continue, with the newest older step that can be trained further; ConfigError for a parent in a
+    store that the command does not name.
     """
     unusable: list[str] = []
     commits = _listed(store, comm)
     for number, commit in enumerate(commits):
         try:
-            checkpoint = store.open(commit, comm)
-            _restore(state, checkpoint, identity)
-            on_all_ranks(comm, partial(_require_finite, state, commit))
+            facts = _continue_from(commit, state, store, spec, comm)
             store.verified.add(commit)
-            return Resumed(commit, checkpoint.facts, tuple(unusable))
+            return Resumed(commit, facts, unusable)
         except Damaged as error:
             store.damaged.add(commit)
-            unusable.append(_why(commit, error))
+            unusable.append(_describe_damage(commit, error))
         except (StateError, NonFiniteError) as error:
+            hint = "No older checkpoint is kept that fits and is finite."
             tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
-            rest = [other for other in commits[number + 1 :] if other.step not in tried]
-            older = _older(state, store, rest, identity, comm)
-            hint = anew(older) if older else "No older checkpoint is kept that fits and is finite."
+            for older in (other for other in commits[number + 1 :] if other.step not in tried):
+                with suppress(Damaged, StateError, NonFiniteError):
+                    _continue_from(older, state, store, spec, comm)
+                    hint = new_run_hint(spec.command, spec.directory, older.step)
+                    break
             error.args = (f"{error}\n{hint}",)
             raise
-    trace = on_rank_zero(comm, evidence)
-    if trace is not None:
+    if trace := on_rank_zero(comm, lambda: _trace_of_a_commit(store.location)):
         raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
-    return replace(fresh(), unusable=tuple(unusable))
+    return replace(_begin(state, spec, comm), unusable=unusable)
 
 
-def begin(
-    state: TrainState,
-    identity: dict[str, Any],
-    origin: ParentRecord | None,
-    asked: Parent | None,
-    directory: RunDirectory,
-    comm: Communicator,
-) -> Resumed:
-    """Begin a run from scratch, or from the checkpoint of its parent. ``asked`` is the parent in this command.
+def _continue_from(
+    commit: CommitId, state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Communicator
+) -> Mapping[str, Any]:
+    """Load a commit from which training can continue; returns its facts. Raises Damaged, StateError, NonFiniteError."""
+    checkpoint = store.open(commit, comm)
+    _load(state, checkpoint, spec.identity)
+    on_all_ranks(comm, lambda: _require_finite(state, commit))
+    return checkpoint.facts
 
-    Raises NoLoadableCheckpoint, StateError, ConfigError for a parent in a store that the command does not name.
-    """
-    seed = derive("train", identity["seed"], *([comm.rank] if comm.rank else []))  # another one on each rank
-    if origin is None:
-        state.stream.open()  # draws random numbers: the generators are seeded afterwards
-        seed_all(seed)
-        return Resumed()
-    if origin.foreign:
-        unmatched = state.inherit(_foreign_weights(origin, asked, comm), strict=origin.load == "strict")
-        state.stream.open()
-        seed_all(seed)
-        return Resumed(origin=origin, unmatched=tuple(unmatched))
-    with _opened(origin, asked, directory, comm) as (url, commit, checkpoint):
-        origin = replace(origin, run=url)
-        if origin.inherit == "model":
+
+def _trace_of_a_commit(location: Location) -> str:
+    """A record of some attempt that says that it committed, whatever ``commits/`` holds now; empty without one."""
+    for record in attempts.history(location):
+        for source in (record.beat, record.end or {}):
+            if source.get("committed"):
+                return f"attempt {record.number} noted one at step {printable(source['committed'])}"
+    return ""
+
+
+def _begin(state: TrainState, spec: RunSpec, comm: Communicator) -> Resumed:
+    """Begin a run from scratch, or from the checkpoint of its parent."""
+    origin, resumed = ParentRecord.of(spec.directory), Resumed()
+    if origin is not None:
+        with _parent_checkpoint(origin, spec.parent, spec.directory, comm) as (url, checkpoint):
+            origin = replace(origin, run=url)
+            if not origin.weights_only:
+                # The data position only if it means the same samples; the parent's callbacks are not this run's.
+                same_data = not state.stream.changes(checkpoint.load("data"))
+                if not same_data:
+                    state.stream.open()
+                _load(state, checkpoint, spec.identity, without=() if same_data else ("data",), memories=False)
+                return Resumed(checkpoint.id, origin=origin)
             unmatched = state.inherit(checkpoint, strict=origin.load == "strict")
-            state.stream.open()
-            seed_all(seed)
-            return Resumed(origin=origin, unmatched=tuple(unmatched))
-        # The data position only if it means the same samples; the parent's callbacks are not this run's.
-        same_data = not state.stream.changes(checkpoint.load("data"))
-        if not same_data:
-            state.stream.open()
-        _restore(state, checkpoint, identity, without=() if same_data else ("data",), memories=False)
-        return Resumed(commit, origin=origin)
+            resumed = Resumed(origin=origin, unmatched=unmatched)
+    state.stream.open()  # draws random numbers: the generators are seeded afterwards, each rank's with another seed
+    seed_all(derive("train", spec.identity["seed"], *([comm.rank] if comm.rank else [])))
+    return resumed
 
 
-def load_reference(
-    model: nn.Module,
-    state: TrainState,
-    origin: ParentRecord | None,
-    asked: Parent | None,
-    directory: RunDirectory,
-    comm: Communicator,
-) -> nn.Module:
+def load_reference(model: nn.Module, state: TrainState, spec: RunSpec, comm: Communicator) -> nn.Module:
     """``model``, as it was built, with the weights with which the run of ``state`` began: frozen, in evaluation mode.
     A run that began as the continuation of another has the reference of that one.
 
     Raises NoLoadableCheckpoint, ConfigError, StateError.
     """
-    while origin is not None and origin.inherit == "all":
+    directory, asked = spec.directory, spec.parent
+    origin = ParentRecord.of(directory)
+    while origin is not None and not origin.weights_only:
         location = _parent(origin, asked, directory)
         directory, asked = RunDirectory.at(location.url, asked.options if asked else directory.options), None
         origin = ParentRecord.of(directory)
-    whole = replace(state, model=model, average=None, built=None)
-    if origin is not None and origin.foreign:
-        whole.inherit(_foreign_weights(origin, asked, comm), strict=origin.load == "strict")
-    elif origin is not None:
-        with _opened(origin, asked, directory, comm) as (_, _, checkpoint):
+    if origin is not None:
+        whole = replace(state, model=model, average=None, built=None)
+        with _parent_checkpoint(origin, asked, directory, comm) as (_, checkpoint):
             whole.inherit(checkpoint, strict=origin.load == "strict")
     return model.requires_grad_(False).eval()
 
 
-def _foreign_weights(origin: ParentRecord, asked: Parent | None, comm: Communicator) -> Checkpoint:
-    """The weights of files that no run made, unchanged since the run began. Raises ConfigError if they are gone."""
-    files = on_rank_zero(comm, lambda: [*map(str, origin.unchanged_files(asked))])
-    if not files:
-        raise ConfigError(f"{origin.run} is gone, and this run needs its weights: restore it")
-    return read_weights([*map(Path, files)], comm)
-
-
 @contextmanager
-def _opened(
+def _parent_checkpoint(
     origin: ParentRecord, asked: Parent | None, directory: RunDirectory, comm: Communicator
-) -> Iterator[tuple[str, CommitId, Checkpoint]]:
-    """Within the block, the checkpoint of a parent, and its run's URL. Raises NoLoadableCheckpoint if it is damaged."""
+) -> Iterator[tuple[str, Checkpoint]]:
+    """Within the block, the checkpoint of a parent, and its run's URL; or weights that no run made, and their path.
+
+    Raises NoLoadableCheckpoint if the checkpoint is damaged, and ConfigError if the weights are gone.
+    """
+    if origin.foreign:
+        paths = on_rank_zero(comm, lambda: [*map(str, origin.unchanged_files(asked))])
+        if not paths:
+            raise ConfigError(f"{origin.run} is gone, and this run needs its weights: restore it")
+        yield origin.run, read_weights([*map(Path, paths)], comm)
+        return
     parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
     try:
-        yield parent.location.url, commit, parent.open(commit, comm)
+        yield parent.location.url, parent.open(commit, comm)
     except Damaged as error:
         why = f"and this run begins from its step {origin.step}"
-        raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_why(commit, error)])) from error
-
-
-def resolve(parent: Parent) -> ParentRecord:
-    """The checkpoint that a new run begins from, with all its bytes verified.
-
-    Raises ConfigError for a run or a step that does not exist, NoLoadableCheckpoint.
-    """
-    if files := weight_files(parent.source.run):
-        if parent.inherit != "model":
-            raise ConfigError(
-                f"run.inherit={parent.inherit}: {parent.source.run} has weights only; leave run.inherit out"
-            )
-        return ParentRecord(parent.source.run, 0, digest_of(files), parent.inherit, parent.asked, parent.load)
-    directory = RunDirectory.at(parent.source.run, parent.options)
-    checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
-    commit, url = str(checkpoint.id), directory.location.url
-    return ParentRecord(url, checkpoint.step, commit, parent.inherit, parent.asked, parent.load)
-
-
-def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
-    """The newest undamaged checkpoint (or that of a step, or the ``best``), and the result of ``take`` for it.
-
-    Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
-    """
-    store = CheckpointStore(directory.location)
-    unusable: list[str] = []
-    for commit in _chosen(store, which, directory):
-        try:
-            checkpoint = store.open(commit)
-            return checkpoint, take(checkpoint)
-        except Damaged as error:
-            unusable.append(_why(commit, error))
-    raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", unusable))
-
-
-def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights that were evaluated: the averaged ones if there are any. Raises Damaged."""
-    if "average" not in checkpoint.parts:
-        return {saved_name(name): tensor for name, tensor in checkpoint.load("model").items()}
-    average = checkpoint.load("average").items()
-    return {saved_name(name.removeprefix("module.")): tensor for name, tensor in average if name.startswith("module.")}
-
-
-def restore_evaluated(state: TrainState, store: CheckpointStore, step: int, comm: Communicator) -> str:
-    """Load model, average and task of the kept commit at ``step``, in all processes; returns why that is impossible."""
-    why = "its checkpoint is gone"
-    for commit in _listed(store, comm):
-        if commit.step == step:
-            try:
-                others = {*state.parts()} - {"model", "average", "task"}
-                state.restore(store.open(commit, comm), without=others)
-                return ""
-            except Damaged as error:
-                why = str(error)
-    return why
-
-
-def _listed(store: CheckpointStore, comm: Communicator) -> list[CommitId]:
-    """The commits, the newest first, as rank 0 lists them."""
-    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
-    return [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
-
-
-def _chosen(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
-    """The commits that ``which`` allows, the preferred commit first."""
-    commits = store.commits()
-    if which is None:
-        return commits
-    if which == "best":
-        goal, infos = (directory.identity() or {}).get("objective") or {}, store.survey()
-        if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
-            which = best[0].id.step
-        elif all(info.damaged for info in infos):
-            return commits  # opening them will say what is wrong with each
-        else:
-            raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
-    chosen = [commit for commit in commits if commit.step == which]
-    if commits and not chosen:
-        steps = ", ".join(map(str, sorted({commit.step for commit in commits})))
-        raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
-    return chosen
+        raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_describe_damage(commit, error)])) from error
 
 
 def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
@@ -289,7 +205,174 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
     return open_location(origin.run, directory.options if is_remote(origin.run) else None)
 
 
-def _restore(
+def resolve(parent: Parent) -> ParentRecord:
+    """The checkpoint that a new run begins from, with all its bytes verified.
+
+    Raises ConfigError for a run or a step that does not exist, NoLoadableCheckpoint.
+    """
+    run = parent.source.run
+    if files := weight_files(run):
+        if parent.inherit != "model":
+            raise ConfigError(f"run.inherit={parent.inherit}: {run} has weights only; leave run.inherit out")
+        return ParentRecord(run, 0, digest_of(files), parent.inherit, parent.asked, parent.load)
+    directory = RunDirectory.at(run, parent.options)
+    checkpoint, _ = read(directory, parent.source.checkpoint, Checkpoint.verify)
+    commit, url = str(checkpoint.id), directory.location.url
+    return ParentRecord(url, checkpoint.step, commit, parent.inherit, parent.asked, parent.load)
+
+
+def read(directory: RunDirectory, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """The newest undamaged checkpoint (or that of a step, or the ``best``), and the result of ``take`` for it.
+
+    Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
+    """
+    store = CheckpointStore(directory.location)
+    unusable: list[str] = []
+    for commit in _select_commits(store, which, directory):
+        try:
+            checkpoint = store.open(commit)
+            return checkpoint, take(checkpoint)
+        except Damaged as error:
+            unusable.append(_describe_damage(commit, error))
+    raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", unusable))
+
+
+def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights that were evaluated: the averaged ones if there are any. Raises Damaged."""
+    if "average" not in checkpoint.parts:
+        return {saved_name(name): tensor for name, tensor in checkpoint.load("model").items()}
+    average = checkpoint.load("average").items()
+    return {saved_name(name.removeprefix("module.")): tensor for name, tensor in average if name.startswith("module.")}
+
+
+def read_step(
+    store: CheckpointStore, step: int, take: Callable[[Checkpoint], T], comm: Communicator = SINGLE_PROCESS
+) -> T:
+    """The result of ``take`` for an undamaged checkpoint of ``step``. Raises Damaged where none is kept."""
+    failure = Damaged("its checkpoint is gone")
+    for commit in _listed(store, comm):
+        if commit.step == step:
+            try:
+                return take(store.open(commit, comm))
+            except Damaged as error:
+                failure = error
+    raise failure
+
+
+def load_model(facts: RunFacts, which: int | str | None) -> nn.Module:
+    """The model on the CPU in evaluation mode with its evaluated weights, which are the averaged ones if there are any.
+    The random generators stay as they are.
+
+    ``which``: a step, ``"best"`` by the objective, or ``"last"``; None: the best, or the last without an objective.
+    Raises ConfigError for a step that is not kept, NoLoadableCheckpoint, and StateError for a model that the code
+    builds differently now.
+    """
+    checkpoint, weights = _read_evaluated(facts, which, evaluated_weights)
+    model: nn.Module = rebuild(facts, "model").cpu()
+    resized = checkpoint.facts.get("structure", {}).get("buffers", {})
+    buffers = {name.removeprefix("module.") for names in resized.values() for name in names}
+    Structure({"model": model}, None, partial(rebuild, facts, "model")).resize("model", buffers, weights)
+    live = {saved_name(name): name for name in model.state_dict()}
+    try:
+        model.load_state_dict({live.get(name, name): value for name, value in weights.items()})
+    except Exception as error:  # a user's code may load it
+        url = facts.directory.location.url
+        raise StateError(
+            f"the weights of step {checkpoint.step} of {url} do not fit the model as it is built now: {error}\n"
+            f"python -m runner.runs show --code says what code the run was made with"
+        ) from error
+    return model.eval()
+
+
+def load_task(facts: RunFacts, which: int | str | None) -> Task:
+    """The task with the state that it had at a checkpoint; ``which`` as for ``load_model``."""
+    task: Task = rebuild(facts, "task")
+    if hasattr(task, "load_state_dict"):
+        _, state = _read_evaluated(facts, which, lambda each: each.load("task") if "task" in each.parts else None)
+        if state is not None:
+            task.load_state_dict(state)
+    return task
+
+
+def rebuild(facts: RunFacts, key: str) -> Any:
+    """The object under a key of the configuration, newly built. Raises ConfigError if that is not possible."""
+    with temporary_seed(0):
+        return instance(OmegaConf.select(OmegaConf.create(facts.identity), key), key)
+
+
+def _read_evaluated(facts: RunFacts, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    if which is None and (facts.identity.get("objective") or {}).get("metric"):
+        with suppress(ConfigError):  # nothing was evaluated yet
+            return read(facts.directory, "best", take)
+    return read(facts.directory, None if which == "last" else which, take)
+
+
+def read_weights(files: Sequence[Path], comm: Communicator) -> Checkpoint:
+    """The tensors of safetensors files, as a checkpoint that has nothing but a model: without the prefixes of
+    torch.compile, and of DistributedDataParallel where all names have it. Raises ConfigError.
+    """
+    keys: dict[str, tuple[Path, str]] = {}
+    kinds: dict[str, Kind] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in sorted(file.keys()):
+                    stored = file.get_slice(key)
+                    name = saved_name(f"model/{key}")
+                    keys[name], kinds[name] = (path, key), Kind(stored.get_dtype(), tuple(stored.get_shape()))
+        except (SafetensorError, Damaged, OSError) as error:
+            raise ConfigError(f"run.parent: {path} cannot be read as safetensors: {error}") from error
+    if all(name.startswith("model/module.") for name in keys):
+        keys, kinds = ({n.replace("/module.", "/", 1): v for n, v in each.items()} for each in (keys, kinds))  # type: ignore[assignment]
+    group = FileGroup((), kinds)
+    like = {name.removeprefix("model/"): torch.empty(0) for name in kinds}  # only their names are encoded
+    places = {name: TensorBytes(group, name, 0) for name in kinds}
+    value, _ = encode(like, "model")
+    return Checkpoint(CommitId(0, 0, ""), 1, {}, {"model": value}, places, {}, _SafetensorsReader(keys), comm)
+
+
+class _SafetensorsReader(Reader):
+    def __init__(self, keys: Mapping[str, tuple[Path, str]]) -> None:
+        self._keys = keys
+
+    def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            paths = {self._keys[place.name][0] for place, _ in wanted.values()}
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            for name, (place, box) in wanted.items():
+                path, key = self._keys[place.name]
+                tensors[name] = files[path].get_tensor(key)[box.within(Box.whole(place.kind.shape))].clone()
+        return tensors
+
+
+def _listed(store: CheckpointStore, comm: Communicator) -> list[CommitId]:
+    """The commits, the newest first, as rank 0 lists them."""
+    names = on_rank_zero(comm, lambda: [commit.commit for commit in store.commits()])
+    return [*filter(None, (parse_commit(name.rpartition("/")[2]) for name in names))]
+
+
+def _select_commits(store: CheckpointStore, which: int | str | None, directory: RunDirectory) -> list[CommitId]:
+    """The commits that ``which`` allows, the preferred commit first."""
+    commits = store.commits()
+    if which is None:
+        return commits
+    if which == "best":
+        goal, infos = (directory.identity() or {}).get("objective") or {}, store.survey()
+        if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
+            which = best[0].id.step
+        elif all(info.damaged for info in infos):
+            return commits  # spec them will say what is wrong with each
+        else:
+            raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
+    chosen = [commit for commit in commits if commit.step == which]
+    if commits and not chosen:
+        steps = ", ".join(map(str, sorted({commit.step for commit in commits})))
+        raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
+    return chosen
+
+
+def _load(
     state: TrainState,
     checkpoint: Checkpoint,
     identity: dict[str, Any],
@@ -341,21 +424,7 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
         raise NonFiniteError(f"step {commit.step} was saved with {bad} that is NaN or infinite, as every step after it")
 
 
-def _older(
-    state: TrainState, store: CheckpointStore, commits: list[CommitId], identity: dict[str, Any], comm: Communicator
-) -> int | None:
-    """The step of the first of these commits from which training can continue, found by restoring them."""
-    for commit in commits:
-        with suppress(Damaged, StateError, NonFiniteError):
-            checkpoint = store.open(commit, comm)
-            if state.fits(checkpoint):
-                _restore(state, checkpoint, identity)
-                on_all_ranks(comm, partial(_require_finite, state, commit))
-                return commit.step
-    return None
-
-
-def _why(commit: CommitId, error: Damaged) -> str:
+def _describe_damage(commit: CommitId, error: Damaged) -> str:
     return printable(f"step {commit.step} of attempt {commit.attempt}: {error}")
 
 

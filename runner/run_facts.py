@@ -97,7 +97,7 @@ class RunFacts:
             max_steps=integer((self.identity.get("trainer") or {}).get("max_steps")),
             objective=number((result.get("objective") or {}).get("value")),
             attempts=newest.number if newest else 0,
-            seen=_time(newest.seen()) if newest else None,
+            seen=_time(newest.last_sign()) if newest else None,
             host=host if newest and isinstance(host := newest.claim.get("host"), str) else None,
         )
 

@@ -4,18 +4,25 @@ A handler does nothing else: an exception or an exit from there could leave half
 exceptions. Where data is waited for or read, which may last forever, a stop signal raises ``Stopped``. And a second
 SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this module has global state.
 What follows, from the signal to the exit, is described in ``app``.
+
+Signals reach only processes of the same machine: to its jobs elsewhere a sweep sends a ``StopRequest``.
 """
 
 import os
+import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from runner.errors import Interrupted
+from runner.errors import Interrupted, StorageError
+from runner.storage.location import Location
+
+VARIABLE = "HYDRA_RUNNER_SWEEP"  # environment variable of a job: the name of its sweep's stop request
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
@@ -37,6 +44,10 @@ _at_once = False
 _check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
 _pipe: tuple[int, int] | None = None
 
+_LIMIT = 1 << 10  # bytes of a stop request
+_LISTEN_SECONDS = 0.2
+_parents: dict[int, int] = {}  # pid -> pid of its parent at the first call of ``orphaned``
+
 
 class Stopped(BaseException):
     """A stop signal arrived while data was read. No Exception, because the data set's code might handle it."""
@@ -51,10 +62,10 @@ def install() -> None:
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
-            previous = signal.signal(number, _note)
-            if previous is not _note:
+            previous = signal.signal(number, _handle_stop)
+            if previous is not _handle_stop:
                 _previous[number.name] = previous
-        signal.signal(_WAKE, _look)
+        signal.signal(_WAKE, _handle_wake)
         if _pipe is None:
             _pipe = os.pipe()
             os.set_blocking(_pipe[1], False)
@@ -141,8 +152,81 @@ def reading(check: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 def wake() -> None:
     """Interrupt a wait of the main thread, so that it calls the ``check`` of ``reading``."""
-    if signal.getsignal(_WAKE) is _look:
+    if signal.getsignal(_WAKE) is _handle_wake:
         signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """A sweep's request to its jobs to stop: an object under the root of the runs. It exists from the moment when the
+    sweep receives a signal until the sweep has ended; every sweep uses a new name.
+    """
+
+    location: Location
+    name: str = field(default_factory=lambda: f"s{secrets.token_hex(8)}")
+
+    @contextmanager
+    def forward_signals(self) -> Iterator[None]:
+        """Within the block, write the request once this process has received a stop signal."""
+
+        def forward() -> bool:
+            if name := received():
+                self.location.replace(self._object, [name.encode()])
+            return name is not None
+
+        with _repeating(forward, _LISTEN_SECONDS):
+            yield
+
+    def withdraw(self) -> None:
+        """Remove the request, after the last job that could obey it has ended."""
+        with suppress(StorageError):
+            self.location.remove(self._object)
+
+    @contextmanager
+    def obey(self) -> Iterator[None]:
+        """Within the block, the request stops this process like a signal. So does the death of its parent, because then
+        nobody else could stop it.
+        """
+        orphaned()  # remembers the parent
+
+        def check() -> bool:
+            stop = orphaned() or self.location.read(self._object, limit=_LIMIT) is not None
+            if stop:
+                request("SIGTERM")
+            return stop
+
+        with suppress(StorageError):
+            check()
+        with _repeating(check, self.location.beat_seconds):
+            yield
+
+    @property
+    def _object(self) -> str:
+        return f"sweeps/{self.name}.stop"
+
+
+def orphaned() -> bool:
+    """Whether the parent that this process had at the first call is gone."""
+    return _parents.setdefault(os.getpid(), os.getppid()) != os.getppid()
+
+
+@contextmanager
+def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Within the block, call ``action`` every ``seconds`` in a thread until it returns True."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            with suppress(StorageError):
+                if action():
+                    return
+
+    thread = threading.Thread(target=work, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _stop() -> None:
@@ -152,13 +236,13 @@ def _stop() -> None:
         raise Stopped(_received)
 
 
-def _look(number: int, frame: FrameType | None) -> None:
+def _handle_wake(number: int, frame: FrameType | None) -> None:
     _stop()
     if _check is not None:
         _check()
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _handle_stop(number: int, frame: FrameType | None) -> None:
     global _received
     if _is_second(number, "handler"):  # do not wait for the step
         signal.signal(number, signal.SIG_DFL)
@@ -225,7 +309,7 @@ def _restore_handlers() -> None:
     _forget()
     _check, _at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
-        if signal.getsignal(number) in (_note, _look, _ignore):
+        if signal.getsignal(number) in (_handle_stop, _handle_wake, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)

@@ -15,9 +15,7 @@ from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
 from runner.hashing import derive
-from runner.names import saved_name
-from runner.optimizers import by_name
-from runner.optimizers import parts as parts_of
+from runner.optimizers import by_name, parts_of, saved_name
 from runner.rng import Generators, seed_all
 
 _MEMORY = "callback."
@@ -114,26 +112,14 @@ class TrainState:
         optimizer = getattr(self.update, "optimizer", self.optimizer)
         return self.built.changes(self.progress.step, self.parts(), optimizer)
 
-    def fits(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint can be loaded, judged by its manifest."""
-        shapes = {name[6:]: place.kind.shape for name, place in checkpoint.places.items() if name.startswith("model/")}
-        if self.built is None or {*checkpoint.parts} != {*self.parts()}:
-            return False
-        try:
-            changes = checkpoint.facts.get("structure", {})
-            sizes = {part: _sizes(checkpoint, part) for part in self.built.groups if groups_key(part) not in changes}
-            return self.built.fits(shapes, changes.get("buffers", {}).get("model", ()), sizes)
-        except (AttributeError, KeyError, TypeError):  # a manifest that says something else there
-            return False
-
     def weights(self) -> list[str]:
         """The names, in a checkpoint, of the tensors that have to be finite."""
         return [f"{part}{saved_name(name)}" for part in ("model/", "average/module.") for name in self.trained()]
 
     def trained(self) -> list[str]:
         """The names of the weights that have to be finite: those that are trained, and were finite when built."""
-        odd = self.built.odd if self.built else ()
-        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in odd]
+        nonfinite = self.built.nonfinite if self.built else ()
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in nonfinite]
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
         """Load every part that is not in ``without``; the callbacks only with ``memories``.
@@ -176,15 +162,14 @@ class TrainState:
         ]
         if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
-        whole = strict and (left or new)  # torch says what does not fit
-        self._load("model", self.model, checkpoint, only=None if whole or len(fitting) == len(built) else fitting)
+        whole = strict if left or new else len(fitting) == len(built)  # if strict, torch says what does not fit
+        self._load("model", self.model, checkpoint, only=None if whole else fitting)
         if self.average is not None and "average" in checkpoint.parts and not (left or new):
             self._load("average", self.average, checkpoint)
-            return []
-        if self.average is not None:
+        elif self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
         lines = {"not used, of the parent": left, "not in the parent, as they were built": new}
-        return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names and not strict]
+        return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names]
 
     def _load(self, name: str, part: Stateful, checkpoint: Checkpoint, *, only: Collection[str] | None = None) -> Any:
         """Load a part, and return its state. A sharded part is loaded in the layout of its live state, or of the state

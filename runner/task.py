@@ -159,16 +159,17 @@ def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
     if type(metrics) is not dict and any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
-        raise TaskError(f"{step} returned a {_kind(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
+        raise TaskError(f"{step} returned a {type_text(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():
         if not isinstance(value, Tensor) or (training and value.dim()):
             expected = f"a tensor of shape []: a mean over the samples of the batch, as in {_EXAMPLE}"
-            raise TaskError(f"{step} returned {name!r} as a {_kind(value)}; expected {expected}")
+            raise TaskError(f"{step} returned {name!r} as a {type_text(value)}; expected {expected}")
     if training and "loss" not in metrics:
         names = ", ".join(map(repr, metrics)) or "nothing"
         raise TaskError(f"{step} returned {names} and no 'loss', which is minimised; expected a dict as in {_EXAMPLE}")
     return metrics
 
 
-def _kind(value: Any) -> str:
+def type_text(value: Any) -> str:
+    """The type of a value, for a message; of a tensor its shape."""
     return f"tensor of shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__

@@ -96,7 +96,7 @@ def records(path: str) -> None:
     directory.result(directory.identity() or {})
     for record in attempts.history(directory.location):
         assert (record.owner() + record.outcome()).isprintable()
-        record.seen()
+        record.last_sign()
 
 
 def show(path: str) -> None:

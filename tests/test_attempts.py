@@ -20,12 +20,12 @@ from lives import Lives, Mines
 from results import results
 from waiting import Clock, until
 
-from runner.config.schema import OnConflict
+from runner.config.schema import OnConflict, OnDrift
 from runner.errors import DriftRefused, RunInUse, RunnerError, StorageError, Superseded
 from runner.run import attempts
 from runner.run.attempts import Attempt, ClaimName, claim
 from runner.run.directory import RunDirectory
-from runner.run.opening import claim_run, must_wait, open_run
+from runner.run.opening import RunSpec, claim_run, must_wait, open_run
 from runner.storage import open_location
 from runner.storage.local import LocalLocation
 from runner.storage.location import Buffer, Entry
@@ -440,8 +440,9 @@ def test_an_owner_notices_that_its_directory_was_moved(location: LocalLocation) 
     attempt.end("finished")
 
 
-def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "refuse") -> Any:
-    return open_run(RunDirectory("", "a", "b", location), identity, on_drift=on_drift, command="again")
+def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "refuse") -> RunSpec:
+    spec = RunSpec(RunDirectory("", "a", "b", location), identity, command="again", on_drift=OnDrift[on_drift])
+    return open_run(spec)
 
 
 def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation) -> None:
@@ -454,7 +455,7 @@ def test_a_kill_between_claim_and_record_is_gone_on_from(location: LocalLocation
     attempt.end("failed")
     found = opening(location, {"seed": 1})
     claim_run(found, {}, above=0, parent=None)
-    assert found.directory.configured() == {"seed": 1}
+    assert found.directory.configuration() == {"seed": 1}
 
 
 def test_a_number_that_committed_is_never_given_again(location: LocalLocation) -> None:

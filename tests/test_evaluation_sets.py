@@ -116,14 +116,15 @@ class Judge(Task):
 def test_a_copy_of_a_task_shares_weights_and_has_its_own_memory() -> None:
     task, model = Judge(), nn.Linear(1, 1)
     task.trained = model  # type: ignore[attr-defined]
-    copy: Any = copy_of(task, model)
+    weights = [*model.parameters(), *task.model.parameters()]
+    copy: Any = copy_of(task, [model, *weights])
     copy.seen.append(1)
     copy.model.running_mean += 1
     assert task.seen == [0]
     assert task.model.running_mean.sum() == 0
     assert copy.trained is model
     assert all(mine is theirs for mine, theirs in zip(copy.model.parameters(), task.model.parameters(), strict=True))
-    assert copy_of(Judge(lock=True), model) is None
+    assert copy_of(Judge(lock=True), []) is None
 
 
 @pytest.mark.parametrize("call", [25, 26], ids=["first", "second"])

@@ -14,8 +14,9 @@ from servers import Server
 from waiting import until
 
 from runner import signals
+from runner.distributed.communicator import SINGLE_PROCESS
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
-from runner.finish import Retries
+from runner.experiment import retry
 from runner.run import attempts
 from runner.run.attempts import Attempt, claim
 from runner.storage import open_location
@@ -146,19 +147,17 @@ def test_an_export_waits_for_a_storage_that_comes_back(life: Lives, tmp_path: Pa
 
 def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> dict[str, object]:
+        monkeypatch.setattr(signals, "received", lambda: "SIGTERM")
         raise StorageError("no answer")
 
     location = open_location(str(tmp_path))
     attempt = claim(location, {})
-    tries = Retries(attempt, 1000.0, fails)
-    assert tries.next() is None
-    monkeypatch.setattr(signals, "received", lambda: "SIGTERM")
     with pytest.raises(Interrupted, match="SIGTERM while the weights could not be exported; every step is committed"):
-        tries.next()
+        retry(fails, attempt, 1000.0, SINGLE_PROCESS)
     monkeypatch.undo()
     newer = attempts.claim(location, {}, steal=True)
     with pytest.raises(Superseded, match="attempt 2"):
-        Retries(attempt, 1000.0, lambda: pytest.fail("it exported")).next()
+        retry(lambda: pytest.fail("it exported"), attempt, 1000.0, SINGLE_PROCESS)
     for one in (attempt, newer):
         one.end("finished")
 

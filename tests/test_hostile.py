@@ -17,8 +17,7 @@ import torch
 from faults import MemoryLocation, save
 
 from runner.checkpoint import tensor_file
-from runner.checkpoint.manifest import MAX_DEPTH, MAX_VALUES, seal, seal_of, unseal
-from runner.checkpoint.sharding import MAX_TENSORS
+from runner.checkpoint.manifest import MAX_DEPTH, MAX_TENSORS, MAX_VALUES, seal, seal_of, unseal
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import Damaged

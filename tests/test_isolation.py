@@ -17,7 +17,7 @@ from waiting import Clock, until
 from runner.run import attempts
 from runner.run.attempts import AttemptRecord, ClaimName, encode, history, machine
 from runner.run.directory import RunDirectory
-from runner.run_spec import RunSpec
+from runner.run.opening import RunSpec
 from runner.storage.local import LocalLocation
 from runner.sweep import launcher
 
@@ -183,7 +183,7 @@ def claimed(root: Path, run: str, number: int, end: str | None = None, **facts: 
 
 
 def statuses(*directories: RunDirectory) -> list[launcher.RunStatus]:
-    jobs = {(each.variant,): RunSpec(each, {}, [], None, "refuse", "") for each in directories}
+    jobs = {(each.variant,): RunSpec(each, {}) for each in directories}
     return [*launcher.survey(jobs).values()]
 
 

@@ -211,14 +211,14 @@ def test_a_run_finished_before_its_claim_is_not_begun_again(tmp_path: Path) -> N
 import subprocess, sys
 from runner.runs.__main__ import main
 from runner.__main__ import main
-from runner.run_spec import RunSpec
-opened = RunSpec.open
+from runner import app
+opened = app.open_run
 def slowly(job):
     found = opened(job)
     if found.result is None:
         subprocess.run([sys.executable, "-m", "runner", *sys.argv[1:]], check=True, capture_output=True)
     return found
-RunSpec.open = slowly
+app.open_run = slowly
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}", "run.name=r"]

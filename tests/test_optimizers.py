@@ -14,8 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import ConfigError, TaskError
 from runner.models.gpt import GPT
-from runner.names import matching
-from runner.optimizers import Named, divide, grouped, table
+from runner.optimizers import Named, divide, grouped, matching, table
 from runner.runs.__main__ import main
 from runner.storage import LocalLocation
 from runner.update import WeightUpdate

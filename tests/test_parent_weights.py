@@ -92,6 +92,9 @@ def test_weights_of_another_head_are_left_out(life: Lives, tmp_path: Path) -> No
     assert torch.equal(found["layers.1.weight"], weights()["layers.1.weight"])
     ended = life(*command, "run.name=s", "run.load=strict")
     assert (ended.status, "size mismatch for layers.4.weight" in ended.output) == (1, True), ended.output
+    save_file({**weights(), "extra.bias": torch.zeros(3)}, tmp_path / "larger.safetensors")
+    ended = life(*COMMAND, f"run.root={tmp_path}", "run.name=l", f"run.parent={tmp_path}/larger.safetensors")
+    assert (ended.status, "not used, of the parent: extra.bias [3]\n" in ended.output) == (0, True), ended.output
 
 
 def test_a_weight_that_is_used_twice_may_be_saved_once(life: Lives, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_text_that_looks_like_something_else_is_stored(value: str, tmp_path: P
     identity = {"seed": 2**64, "model": {value: [value, 1.5, float("inf"), None, False, -1]}}
     directory = RunDirectory.under(str(tmp_path), "e", "v")
     directory.create(identity, parent=None)
-    assert directory.configured() == identity
+    assert directory.configuration() == identity
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**300), b"bytes", {1, 2}])
@@ -58,10 +58,10 @@ def test_a_kind_of_value_that_is_never_stored_is_refused(text: str, tmp_path: Pa
     path = tmp_path / "e/v/config.yaml"
     path.write_text(f"seed: {text}\n")
     if text == "&a x":
-        assert directory.configured() == yaml.safe_load(path.read_text())
+        assert directory.configuration() == yaml.safe_load(path.read_text())
         return
     with pytest.raises(StorageError, match="which no stored configuration has"):
-        directory.configured()
+        directory.configuration()
 
 
 def test_an_error_never_moves_the_cursor() -> None:

@@ -15,7 +15,7 @@ from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.store import CheckpointStore, Retention, Torn
 from runner.checkpoint.tensor_file import Damaged
 from runner.data.ledger import Ledger, LedgerLine, segments
-from runner.finish import export
+from runner.experiment import export
 from runner.run import attempts
 from runner.run.directory import MODEL, RunDirectory
 from runner.storage import LocalLocation, local

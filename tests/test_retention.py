@@ -14,7 +14,7 @@ def known(attempt: int, step: int, *, objective: float | None = None, state: str
 
 
 def left(retention: Retention, *commits: CommitInfo) -> list[tuple[int, int]]:
-    return sorted((one.attempt, one.step) for one in retention.kept(commits))
+    return sorted((one.attempt, one.step) for one in retention.reasons(commits))
 
 
 def test_the_newest_stay_by_attempt_then_by_step() -> None:
@@ -124,7 +124,7 @@ def test_the_policy_is_its_rules() -> None:
         retention = Retention(
             chance.randint(0, 4), chance.choice([None, 2, 5]), chance.randint(0, 3), chance.choice(["min", "max", None])
         )
-        kept = retention.kept(commits)
+        kept = {*retention.reasons(commits)}
         assert kept == {one.id for one in commits if stays(one, commits, retention)}
         verified = sum(one.verified and not one.damaged for one in commits)
         assert sum(one.verified and one.id in kept for one in commits) >= min(verified, 2)

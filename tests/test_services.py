@@ -195,7 +195,7 @@ def test_a_server_of_mlflow_has_each_point_once(life: Lives, tmp_path: Path) -> 
         server, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            until(lambda: answers(f"{uri}/health"), within=300)
+            until(lambda: answers(f"{uri}/health"))
             assert life(*command, "run.name=r", step=13).status is None
             assert life(*command, "run.name=r").status == 0
             assert main(["push", str(tmp_path / "smoke/r"), "mlflow", f"tracking_uri={uri}"]) == 0

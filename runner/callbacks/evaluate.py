@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from runner.callbacks.base import FAILED, Callback, Loop
 from runner.data.stream import EvaluationData
 from runner.distributed.team import Parallelism, Team
 from runner.errors import EvaluationFailed, Interrupted, printable
-from runner.evaluation import EvaluationInterrupted, copy_of, evaluate, objective, without_trace
+from runner.evaluation import EvaluationInterrupted, evaluate, objective, without_trace
 from runner.hashing import derive
 from runner.state import TrainState
 from runner.task import Task
@@ -60,12 +61,13 @@ class Evaluator:
     def validate(self, state: TrainState) -> dict[str, float | str]:
         """The report on all validation sets after a step. Raises as ``evaluate`` does."""
         key = derive("evaluation", self.seed, state.progress.step)
-        return self._report(state, self.validation, key, trained=state.model, metric=self.metric, changed=self._changed)
+        options = {"trained": state.model, "metric": self.metric, "changed": self._changed}
+        return self._report(self.task, state.evaluated_model, self.validation, key, **options)
 
     def measure(self, state: TrainState) -> dict[str, float | str]:
         """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
         try:
-            return self._report(state, self.test, derive("test", self.seed))
+            return self._report(self.task, state.evaluated_model, self.test, derive("test", self.seed))
         except EvaluationInterrupted:
             raise self._interrupted("in the evaluation of data.test, before which every step was committed") from None
         except EvaluationFailed as error:
@@ -81,20 +83,20 @@ class Evaluator:
         if not batches or not (self.validation or self.test):
             return
         models = [*dict.fromkeys([state.evaluated_model, state.model])]
-        task = copy_of(self.task, *models)
-        if task is None:
-            log.info("check    no batch is evaluated before training: a copy of the task cannot be made")
-            return
         with ExitStack() as stack:
-            stack.enter_context(without_trace(models, self.team))
+            copies = stack.enter_context(without_trace(self.task, models, self.team))
+            if copies is None:
+                log.info("check    no batch is evaluated before training: a copy of model and task cannot be made")
+                return
             if "torch._dynamo" in sys.modules:  # its guards would remember the shapes
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             heads = [{name: data.head(batches) for name, data in sets.items()} for sets in (self.validation, self.test)]
             for data in (data for sets in heads for data in sets.values()):
                 stack.callback(data.close)
+            task, (model, *_) = copies
             try:
-                self._report(state, heads[0], 0, task=task, metric=self.metric)
-                self._report(state, heads[1], 0, task=task)
+                self._report(task, model, heads[0], 0, metric=self.metric)
+                self._report(task, model, heads[1], 0)
             except EvaluationInterrupted:
                 raise self._interrupted("during start-up, nothing to commit") from None
             except EvaluationFailed as error:
@@ -109,9 +111,8 @@ class Evaluator:
             data.close()
 
     def _report(
-        self, state: TrainState, sets: Mapping[str, EvaluationData], key: int, task: Task | None = None, **options: Any
+        self, task: Task, model: nn.Module, sets: Mapping[str, EvaluationData], key: int, **options: Any
     ) -> dict[str, float | str]:
-        model, task = state.evaluated_model, task or self.task
         report = evaluate(task, model, sets, key=key, autocast=self.autocast, team=self.team, **options)
         # An evaluation may move buffers, too, in each process by the batches that it has.
         self.parallelism.sync_buffers()

@@ -224,7 +224,7 @@ class SaveCheckpoint(Callback):
     def _exact(self, loop: Loop) -> Order:
         """Order a copy of this step as soon as there is room for it; before that, what makes room."""
         began, warned = time.monotonic(), False
-        while (first := self._kept(loop)) is not None:
+        while (first := self._blocking(loop)) is not None:
             if self.writer.idle:  # its commit failed
                 if self._clock() < self._retry_at:
                     time.sleep(min(self._pause, 5.0))
@@ -233,11 +233,11 @@ class SaveCheckpoint(Callback):
                 warned = True
                 text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
                 log.warning(f"{text} being written", first, loop.step)
-            self.writer.wait(_POLL_SECONDS, lambda: self._kept(loop) is None)
+            self.writer.wait(_POLL_SECONDS, lambda: self._blocking(loop) is None)
             self._handle_failure()
         return self._order(exact=True)
 
-    def _kept(self, loop: Loop) -> int | None:
+    def _blocking(self, loop: Loop) -> int | None:
         """The step of a copy that waits, and must not be dropped for that of this step."""
         replaceable = loop.improved and self.retention.best == 1
         steps = (step for step, copy in self.writer.waiting.items() if copy.exact)

@@ -6,8 +6,7 @@ from torch import nn
 
 from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.errors import ConfigError
-from runner.names import Patterns, matching
-from runner.optimizers import by_name
+from runner.optimizers import Patterns, by_name, matching
 from runner.state import TrainState
 
 

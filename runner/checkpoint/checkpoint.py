@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from runner.activity import doing
-from runner.checkpoint.encoding import decode, encode, laid_out, orders
-from runner.checkpoint.manifest import CommitId, digest
-from runner.checkpoint.sharding import MAX_TENSORS, Box, FileGroup, LocalShard, cells_in, is_distributed, rebuilt, shard
+from runner.checkpoint.encoding import decode, encode, in_memory_order, orders
+from runner.checkpoint.manifest import MAX_TENSORS, CommitId, digest
+from runner.checkpoint.sharding import Box, FileGroup, LocalShard, cells_in, distribute, is_distributed, shard
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks
 from runner.errors import StateError
@@ -176,7 +176,7 @@ class Checkpoint:
         self._require_shapes(live)
         try:
             tensors = self.tensors_of(part, shard(live, self.comm))
-            tensors |= {name: rebuilt(tensors[name], like) for name, like in live.items() if name in tensors}
+            tensors |= {name: distribute(tensors[name], like) for name, like in live.items() if name in tensors}
             return decode(self._value(part), tensors.__getitem__)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StateError) as error:
             raise Damaged(f"{self.id.commit} has no state of {part} that can be read: {error!r}") from error
@@ -199,7 +199,7 @@ class Checkpoint:
         aliases = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
         read = self.reader.read({name: wanted[name] for name in first.values()})
         # Popped one by one, so that no more than one of them is in memory in two layouts.
-        tensors = {name: laid_out(read.pop(name), names[name]) for name in [*read]}
+        tensors = {name: in_memory_order(read.pop(name), names[name]) for name in [*read]}
         return {name: tensors[original] for name, original in aliases.items()}
 
     @doing("saves")

@@ -68,7 +68,7 @@ def orders(value: Any) -> list[tuple[str, Any]]:
     return [entry for item in inner for entry in orders(item)]
 
 
-def laid_out(tensor: Tensor, order: Any) -> Tensor:
+def in_memory_order(tensor: Tensor, order: Any) -> Tensor:
     """The tensor with its dimensions in this order in memory. Raises ValueError for an impossible order."""
     if order is None:
         return tensor

@@ -50,6 +50,7 @@ def _key() -> bytes | None:
 FORMAT = 2
 LIMIT = 64 << 20  # bytes of a manifest
 MAX_VALUES = 1 << 22  # in a manifest; JSON's smallest value takes 2 bytes there and 90 in memory
+MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 MAX_DEPTH = 200  # of nested lists and objects, which are read recursively
 
 _COMMIT = re.compile(r"a([0-9]{6,15})-s([0-9]{9,15})-([0-9a-f]{12})\.json")
@@ -103,15 +104,14 @@ def parse_data(name: str) -> CommitId | None:
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as sealed JSON. Raises StateError for a manifest that ``unseal`` would refuse."""
-    try:
-        body = json.dumps(manifest, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-    except RecursionError:
-        raise StateError(f"cannot save a state that is nested more than {MAX_DEPTH} levels deep") from None
+    if is_deep(manifest, MAX_DEPTH):
+        raise StateError(f"cannot save a state that is nested more than {MAX_DEPTH} levels deep")
+    body = json.dumps(manifest, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     raw = body + seal_of(body) + b"\n"
-    if len(raw) > LIMIT or _values(body) > MAX_VALUES or is_deep(manifest, MAX_DEPTH):
+    if len(raw) > LIMIT or _values(body) > MAX_VALUES:
         raise StateError(
-            f"cannot save the state: what is not a tensor in it takes {len(raw)} bytes of JSON; up to {LIMIT} bytes, "
-            f"{MAX_VALUES} values and {MAX_DEPTH} levels can be read again. Keep long lists of numbers as tensors."
+            f"cannot save the state: what is not a tensor in it takes {len(raw)} bytes of JSON; up to {LIMIT} bytes "
+            f"and {MAX_VALUES} values can be read again. Keep long lists of numbers as tensors."
         )
     return raw
 

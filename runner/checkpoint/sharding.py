@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.checkpoint.manifest import MAX_TENSORS
 from runner.checkpoint.tensor_file import Damaged, Kind, in_order, memory_key
 from runner.distributed.communicator import Communicator
 from runner.errors import StateError
-
-MAX_TENSORS = 1 << 18  # of a checkpoint; about as many as the bytes of a manifest have room for
 
 Cuts = tuple[tuple[int, int], ...]  # (dimension, number of chunks), as torch.chunk makes them; cells in row-major order
 
@@ -106,7 +105,7 @@ def is_distributed(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def rebuilt(local: Tensor, like: Any) -> Tensor:
+def distribute(local: Tensor, like: Any) -> Tensor:
     """A distributed tensor made of this rank's cell, distributed like ``like``."""
     tensor: Tensor = type(like).from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

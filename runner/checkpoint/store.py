@@ -57,12 +57,10 @@ class Retention:
         """Whether the newest commit of this step is always kept."""
         return self.every_steps is not None and step % self.every_steps == 0
 
-    def kept(self, commits: Iterable[CommitInfo]) -> set[CommitId]:
-        """The commits to keep: at least two verified ones, and all if there are fewer."""
-        return {*self.reasons(commits)}
-
     def reasons(self, commits: Iterable[CommitInfo]) -> dict[CommitId, str]:
-        """The commits to keep, the newest first, each with the reason in a few words."""
+        """The commits to keep, the newest first, each with the reason in a few words: at least two verified ones, and
+        all if there are fewer.
+        """
         newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
         best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
         reasons: dict[CommitId, str] = {}
@@ -233,8 +231,7 @@ class CheckpointStore:
         """
         listed = self.commits()
         infos = self.survey(listed, limit=SURVEYED_MANIFESTS)
-        retained = {*retention.kept(infos), *listed[len(infos) :]}
-        self.remove(listed, retained, attempt=attempt)
+        self.remove(listed, {*retention.reasons(infos), *listed[len(infos) :]}, attempt=attempt)
 
     @doing("saves")
     def survey(self, listed: Sequence[CommitId] | None = None, *, limit: int | None = None) -> list[CommitInfo]:
@@ -265,14 +262,14 @@ class CheckpointStore:
         except Damaged:
             self.damaged.add(commit)
 
-    def remove(self, listed: Sequence[CommitId], kept: Container[CommitId], *, attempt: int) -> None:
-        """Remove the ``listed`` commits that are not ``kept``, and what attempts before ``attempt`` left half done."""
+    def remove(self, listed: Sequence[CommitId], keep: Container[CommitId], *, attempt: int) -> None:
+        """Remove the ``listed`` commits but those to ``keep``, and what attempts before ``attempt`` left half done."""
         for commit in sorted(listed):  # oldest first: a kill in between leaves the newest ones
-            if commit not in kept:
+            if commit not in keep:
                 self.location.remove(commit.commit)  # before its data: a commit never names data that is gone
         for entry in self.location.list("data"):
             owner = manifests.parse_data(entry.name)
-            if owner is not None and owner not in kept and (owner in listed or owner.attempt < attempt):
+            if owner is not None and owner not in keep and (owner in listed or owner.attempt < attempt):
                 self.location.remove(f"data/{entry.name}")
 
 

@@ -5,7 +5,7 @@ another size, other groups of the optimizer), the commit says what a restore has
 restore could bring back is not saved.
 """
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from runner.checkpoint.sharding import is_distributed, local
 from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
-from runner.names import saved_name
-from runner.optimizers import parts as parts_of
+from runner.optimizers import parts_of, saved_name
 from runner.rng import temporary_seed
 
 Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
@@ -26,20 +25,20 @@ class Structure:
     """The ``parts`` of a state as they are built: names, shapes and types of the model and of its average, and the
     groups of the ``optimizer`` that updates the weights.
 
-    ``again`` builds another model, to test whether the model's own code for loading accepts the present structure.
-    ``odd`` are weights that were built with NaN or infinite elements.
+    ``build`` builds another model, to test whether the model's own code for loading accepts the present structure.
+    ``nonfinite`` are weights that were built with NaN or infinite elements.
     """
 
-    def __init__(self, parts: Mapping[str, Any], optimizer: Any, again: Callable[[], nn.Module]) -> None:
+    def __init__(self, parts: Mapping[str, Any], optimizer: Any, build: Callable[[], nn.Module]) -> None:
         self.parts = {**parts, **parts_of("optimizer of the update", optimizer)}
         self.modules: dict[str, nn.Module] = {part: parts[part] for part in ("model", "average") if part in parts}
         self.kinds = {part: _kinds(module) for part, module in self.modules.items()}
         self.groups = {name: _groups(each) for name, each in parts_of("optimizer", optimizer).items()}
         self._declared = {part: _declared(module) for part, module in self.modules.items()}
         self._weights: dict[str, Tensor] = dict(self.modules["model"].named_parameters(remove_duplicate=False))
-        self.odd = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
-        self._again = again
-        self._taken: set[str] = set()  # tensors that the model's own code loads
+        self.nonfinite = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
+        self._build = build
+        self._loadable: set[str] = set()  # tensors that the model's own code loads
 
     def changes(self, step: int, parts: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
         """What a restore of this step has to change first, as JSON: names of ``buffers`` in other sizes by part, and of
@@ -54,17 +53,6 @@ class Structure:
             groups = self._regrouped(step, parts, name, _groups(each))
             changes |= {} if groups is None else {groups_key(name): groups}
         return changes
-
-    def fits(
-        self, shapes: Mapping[str, tuple[int, ...]], buffers: Container[str], sizes: Mapping[str, Sequence[int]]
-    ) -> bool:
-        """Whether a model of these shapes, but for some ``buffers``, and optimizers with groups of these ``sizes`` can
-        be loaded.
-        """
-        kinds = self.kinds["model"].items()
-        built = {saved_name(name): kind[0] for name, kind in kinds if kind and name not in buffers}
-        same = built == {saved_name(name): shape for name, shape in shapes.items() if name not in buffers}
-        return same and all([*each] == [*map(len, self.groups[part])] for part, each in sizes.items() if each)
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
@@ -90,19 +78,19 @@ class Structure:
         built, now = self.kinds[part], _kinds(module)
         changed = [name for name in {**built, **now} if built.get(name, ()) != now.get(name, ())]
         declared = self._declared[part] & _declared(module) if changed else set()
-        other = [name for name in changed if name not in declared and name not in self._taken]
-        if other and not (part == "model" and self._takes(module, declared, now)):
+        other = [name for name in changed if name not in declared and name not in self._loadable]
+        if other and not (part == "model" and self._loads(module, declared, now)):
             name = other[0]
             raise _refused(step, f"{part}/{name} is {_words(now, name)}, and was built {_words(built, name)}")
-        self._taken.update(other)
+        self._loadable.update(other)
         return [name for name in changed if name in declared]
 
-    def _takes(self, module: nn.Module, buffers: set[str], now: Mapping[str, Kind]) -> bool:
+    def _loads(self, module: nn.Module, buffers: set[str], now: Mapping[str, Kind]) -> bool:
         """Whether the model's own code for loading gives a new model the structure of this one."""
         if not any(map(_loads_itself, module.modules())):
             return False
         with temporary_seed(0):
-            model, state = self._again(), module.state_dict()
+            model, state = self._build(), module.state_dict()
             _resize(model, buffers, state)
             try:
                 model.load_state_dict(state)

@@ -95,7 +95,7 @@ class AttemptRecord:
             interval = self.location.beat_seconds
         return _SILENT_BEATS * min(max(interval, _BEAT_SECONDS[0]), _BEAT_SECONDS[1]) + _SLACK_SECONDS
 
-    def watched(self, since: float | None = None) -> bool:
+    def watch(self, since: float | None = None) -> bool:
         """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes,
         from ``since`` (``time.monotonic``, a moment after the record was read) on. Uses only this process's clock,
         because clocks of two machines need not agree. Raises Interrupted after a stop signal.
@@ -113,7 +113,7 @@ class AttemptRecord:
             now, alive = again, again.alive()
         return now.beat != self.beat if alive is None else alive
 
-    def seen(self) -> str | None:
+    def last_sign(self) -> str | None:
         """The time of its last sign of life (ISO 8601, UTC)."""
         return (self.end or self.beat).get("time") or self.claim.get("started")
 
@@ -172,7 +172,7 @@ def live(location: Location, claims: list[ClaimName], *, dead: set[ClaimName]) -
     unknown = [name for name in _newest(location, claims) if name not in dead]
     records = [(name, read(location, name), time.monotonic()) for name in unknown]  # to be watched at the same time
     for name, record, since in records:
-        if record is not None and record.watched(since):
+        if record is not None and record.watch(since):
             return record
         dead.add(name)
     return None

@@ -129,7 +129,7 @@ class RunDirectory:
                 raise ConfigError(f"the configuration cannot be stored: {error}") from error
             self.location.replace(_CONFIG, [raw])
 
-    def configured(self) -> dict[str, Any] | None:
+    def configuration(self) -> dict[str, Any] | None:
         """The configuration that the run was created with; None between the two writes of ``create``."""
         raw = self.location.read(_CONFIG, limit=_LIMIT)
         if raw is None:
@@ -148,7 +148,7 @@ class RunDirectory:
     def identity_since(self, newest: attempts.AttemptRecord | None) -> dict[str, Any] | None:
         """The configuration that the run has since its ``newest`` attempt, whose record was read already."""
         accepted = newest.claim.get("accepted") if newest else None
-        return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configured()
+        return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configuration()
 
     def settle(self) -> None:
         """Make the folder of the run and its parents durable; Hydra may have created them without a sync."""
@@ -173,7 +173,7 @@ class RunDirectory:
             raise StorageError(f"{self.location.url}/{_RESULT} is not a run's result. Remove it to finish it again.")
         return result
 
-    def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+    def complete_result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result; None also if exported weights are not there in full size, so that the run makes them again."""
         result = self.result(identity)
         return None if result is None or self.missing_export(result) else result

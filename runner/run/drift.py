@@ -30,23 +30,23 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey
     """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``. A value that an older version saved in
     place of ``${oc.env:NAME}`` equals the interpolation while the variable has that value.
     """
-    left, right, older = flatten(saved), flatten(now), flatten(resolved(now))
+    left, right, older = flatten(saved), flatten(now), flatten(resolve(now))
     changes = []
     for key in sorted(left | right):
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)
         if not _equal(old, new) and not _equal(old, older.get(key, ABSENT)):
             # A value that an older version saved of the environment may be a secret.
-            secret = resolved(new) != new and old is not ABSENT and "${" not in str(old)
+            secret = resolve(new) != new and old is not ABSENT and "${" not in str(old)
             changes.append(ChangedKey(key, "***" if secret else old, new))
     return changes
 
 
-def resolved(value: Any) -> Any:
+def resolve(value: Any) -> Any:
     """Plain values with the values of the environment in place of interpolations, as older versions saved them."""
     if isinstance(value, Mapping):
-        return {key: resolved(inner) for key, inner in value.items()}
+        return {key: resolve(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [*map(resolved, value)]
+        return [*map(resolve, value)]
     return value.value if isinstance(value, Unresolved) else value
 
 

@@ -10,17 +10,17 @@ import shlex
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.config.identity import digest
-from runner.config.schema import OnConflict
+from runner.config.schema import OnConflict, OnDrift
 from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.drift import ChangedKey, compare, drift_table, resolved
+from runner.run.drift import ChangedKey, compare, drift_table, resolve
 from runner.run.parent import CheckpointRef, Parent, ParentRecord
 from runner.storage.location import is_remote, local_root
 
@@ -32,22 +32,24 @@ _HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
 
 
 @dataclass(frozen=True, slots=True)
-class OpenedRun:
-    """A run directory as this command finds it, before it claims the run.
+class RunSpec:
+    """The run that a command asks for: its directory, what it computes, and what a new run starts from. ``command``
+    starts this run alone, for messages.
 
-    ``command``: this command, for messages. ``changes``: those of the configuration that the user accepted, or all
-    changes if the run has not trained yet.
-    ``accepted``: the configuration from now on, if it is not the one that the run was created with. ``parent``: what a
-    new run starts from. ``result``: that of a finished run.
+    ``open_run`` adds what the directory says, before the run is claimed. ``changes``: those of the configuration that
+    the user accepted, or all changes if the run has not trained yet. ``accepted``: the configuration from now on, if it
+    is not the one that the run was created with. ``result``: that of a finished run.
     """
 
     directory: RunDirectory
     identity: dict[str, Any]
-    command: str
-    on_conflict: OnConflict
+    command: str = ""
+    overrides: Sequence[str] = ()
+    parent: Parent | None = None
+    on_drift: OnDrift = OnDrift.refuse
+    on_conflict: OnConflict = OnConflict.fail
     changes: Sequence[ChangedKey] = ()
     accepted: dict[str, Any] | None = None
-    parent: Parent | None = None
     result: dict[str, Any] | None = None
 
 
@@ -58,36 +60,29 @@ def must_wait(directory: RunDirectory, on_conflict: OnConflict) -> bool:
     return attempts.live(directory.location, attempts.names(directory.location), dead=set()) is not None
 
 
-def open_run(
-    directory: RunDirectory,
-    identity: dict[str, Any],
-    *,
-    on_drift: str,
-    command: str,
-    parent: Parent | None = None,
-    on_conflict: OnConflict = OnConflict.fail,
-) -> OpenedRun:
-    """The state of the run; a new one starts from ``parent``. Only reads. Raises DriftRefused and ConfigError."""
+def open_run(spec: RunSpec) -> RunSpec:
+    """The run with the state of its directory, or its fork. Only reads. Raises DriftRefused and ConfigError."""
+    directory, identity = spec.directory, spec.identity
     refuse_links(directory.root, directory.name)
     saved = None
     if directory.record() is not None:
-        _require_same_parent(directory, parent)
+        _require_same_parent(directory, spec.parent)
         saved = directory.identity()
     if saved is None:
-        return OpenedRun(directory, identity, command, on_conflict, parent=parent)
+        return spec
     differences = compare(saved, identity)
-    if differences and on_drift != "accept" and trained(directory):
-        if on_drift == "fork":
-            return _fork(directory, identity, command, on_conflict)
-        raise DriftRefused(_refusal(directory, differences, command))
+    if differences and spec.on_drift is not OnDrift.accept and has_trained(directory):
+        if spec.on_drift is OnDrift.fork:
+            return _fork(spec)
+        raise DriftRefused(_refusal(spec, differences))
     if not differences:
         identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
-    accepted = identity if compare(directory.configured() or identity, identity) else None
+    accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if differences else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
         log.warning("finished, but %s: made again from the last checkpoint", missing)
         result = None
-    return OpenedRun(directory, identity, command, on_conflict, differences, accepted, parent, result)
+    return replace(spec, identity=identity, changes=differences, accepted=accepted, result=result)
 
 
 def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None:
@@ -113,23 +108,23 @@ def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None
         origin.unchanged_files(parent)
 
 
-def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:
+def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[str, Any] | None) -> Attempt:
     """Claim the run, with a number above ``above``, and write its record and configuration unless they are there.
 
     Raises RunInUse while another process works on it, unless ``run.on_conflict=steal``. Raises, and withdraws the
     claim, if the run has changed since it was opened: DriftRefused if another command with the same run.name created
     or changed it, FinishedMeanwhile if it now has a result.
     """
-    directory = opening.directory
-    steal = opening.on_conflict is OnConflict.steal
-    attempt = attempts.claim(directory.location, facts | {"accepted": opening.accepted}, above=above, steal=steal)
+    directory = spec.directory
+    steal = spec.on_conflict is OnConflict.steal
+    attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
     try:
-        directory.create(opening.identity, parent=parent)
+        directory.create(spec.identity, parent=parent)
         saved = directory.identity(before=attempt.number) or {}
-        differences = compare(saved, opening.identity)
-        if differences and drift_table(differences) != drift_table(opening.changes):
-            raise DriftRefused(_refusal(directory, differences, opening.command))
-        if not differences and directory.finished(opening.identity) is not None:
+        differences = compare(saved, spec.identity)
+        if differences and drift_table(differences) != drift_table(spec.changes):
+            raise DriftRefused(_refusal(spec, differences))
+        if not differences and directory.complete_result(spec.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
@@ -138,7 +133,7 @@ def claim_run(opening: OpenedRun, facts: dict[str, Any], *, above: int, parent: 
     return attempt
 
 
-def trained(directory: RunDirectory) -> bool:
+def has_trained(directory: RunDirectory) -> bool:
     """Whether any attempt completed a step. If none did, a correction of the configuration loses nothing."""
     if directory.location.list("commits"):
         return True
@@ -146,9 +141,10 @@ def trained(directory: RunDirectory) -> bool:
     return any(facts.get("step") or facts.get("committed") for each in history for facts in (each.beat, each.end or {}))
 
 
-def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_conflict: OnConflict) -> OpenedRun:
+def _fork(spec: RunSpec) -> RunSpec:
     """The fork's name is made from its configuration, so that the same command finds it again."""
-    older = resolved(identity)  # an older version named it so
+    parent, identity = spec.directory, spec.identity
+    older = resolve(identity)  # an older version named it so
     fork, before = (
         RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
         for each in (identity, older)
@@ -156,11 +152,12 @@ def _fork(parent: RunDirectory, identity: dict[str, Any], command: str, on_confl
     if fork.record() is None and before.record() is not None:
         fork, identity = before, older
     refuse_links(fork.root, fork.name)
-    finished = fork.finished(identity) if fork.record() is not None else None
-    return OpenedRun(fork, identity, command, on_conflict, parent=Parent.forked(parent), result=finished)
+    finished = fork.complete_result(identity) if fork.record() is not None else None
+    return replace(spec, directory=fork, identity=identity, parent=Parent.forked(parent), result=finished)
 
 
-def _refusal(directory: RunDirectory, differences: Sequence[ChangedKey], command: str) -> str:
+def _refusal(spec: RunSpec, differences: Sequence[ChangedKey]) -> str:
+    directory, command = spec.directory, spec.command
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
         f"{drift_table(differences)}\n\n"
@@ -178,11 +175,9 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
     """
     if is_remote(root):
         return
-    folder, paths = Path(local_root(root)), []
-    for name in filter(None, below.split("/")):
-        folder /= name
-        paths.append(folder)
-    for path in (*paths, *(folder / name for name in (log_file, *_HYDRA_FILES))):
+    folder = Path(local_root(root), below)
+    way = [folder, *folder.parents][: len(Path(below).parts)]
+    for path in (*reversed(way), *(folder / name for name in (log_file, *_HYDRA_FILES))):
         try:
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):

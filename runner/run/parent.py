@@ -100,9 +100,14 @@ class ParentRecord:
         return files
 
     @property
+    def weights_only(self) -> bool:
+        """Whether the run started at step 0 with the parent's weights; else it continued from the parent's state."""
+        return self.foreign or self.inherit == "model"
+
+    @property
     def start(self) -> int:
         """The step after which the run started."""
-        return 0 if self.inherit == "model" else self.step
+        return 0 if self.weights_only else self.step
 
 
 def weight_files(path: str) -> list[Path]:

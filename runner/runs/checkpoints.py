@@ -12,7 +12,7 @@ from runner.checkpoint.store import CheckpointStore, CommitInfo, Retention
 from runner.checkpoint.tensor_file import Damaged
 from runner.config.schema import LEAST_KEPT
 from runner.errors import ConfigError
-from runner.finish import safetensors_file
+from runner.experiment import safetensors_file
 from runner.hashing import sha256_digest
 from runner.restore import evaluated_weights, read
 from runner.run import attempts
@@ -37,7 +37,7 @@ def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, r
     store = CheckpointStore(run.location)
     # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
     while remove and len(store.verified) < LEAST_KEPT:
-        unproven = retention.kept(_survey(store)) - store.verified - store.damaged
+        unproven = {*retention.reasons(_survey(store))} - store.verified - store.damaged
         if not unproven:
             break  # there are fewer than two, so everything is kept
         newest_unproven = max(unproven)

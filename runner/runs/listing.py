@@ -98,9 +98,9 @@ def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, An
         ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
         beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
         claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
-        attempts.append({**ending, **beat, "seen": record.seen(), **claim, "lost": lost})
+        attempts.append({**ending, **beat, "seen": record.last_sign(), **claim, "lost": lost})
     changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
-    before = configured = directory.configured() or {}
+    before = configured = directory.configuration() or {}
     for record in facts.attempts:
         accepted = record.claim.get("accepted")
         after = accepted if isinstance(accepted, dict) else configured

@@ -133,7 +133,7 @@ class Backend:
                 failure = error
                 if _is_final(error):
                     break
-        raise self._explained(verb, name, failure)
+        raise self._error(verb, name, failure)
 
     def check_bucket(self, system: Any) -> None:
         """Raise FileNotFoundError if there is no bucket, which would look like an empty folder. Asks once."""
@@ -200,7 +200,7 @@ class Backend:
         if client is not None and not isinstance(system, AsyncFileSystem):
             _start(client.close)
 
-    def _explained(self, verb: str, name: str, error: BaseException) -> StorageError:
+    def _error(self, verb: str, name: str, error: BaseException) -> StorageError:
         reason = next(iter(str(error).splitlines()), "")  # azure appends pages of headers
         if not reason and isinstance(error, asyncio.TimeoutError):
             reason = "no answer in time"

@@ -37,28 +37,28 @@ class LocalLocation:
         self._synced: set[Path] = set()  # folders in use, whose entries in their parents are durable
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
-        with self._explained("write", name):
+        with self._errors("write", name):
             path = self._prepare(name)
             size = _write(path, chunks, durable=True)
             sync_folder(path.parent)
             return size
 
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
-        with self._explained("write", name):
+        with self._errors("write", name):
             path = self._prepare(name) if durable else self._path(name)
             replace_file(path, chunks, durable=durable)
             if durable:
                 sync_folder(path.parent)
 
     def journal(self, name: str) -> "LocalJournal":
-        with self._explained("write", name):
+        with self._errors("write", name):
             path = self._prepare(name)
             descriptor = os.open(path, _NEW, 0o644)
             sync_folder(path.parent)
         return LocalJournal(descriptor, f"{self.url}/{name}")
 
     def read(self, name: str, *, limit: int) -> bytes | None:
-        with self._explained("read", name):
+        with self._errors("read", name):
             try:
                 file = _open(self._path(name))
             except FileNotFoundError:
@@ -72,14 +72,14 @@ class LocalLocation:
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         end = offset + sum(map(len, buffers))
-        with self._explained("read", name), _open(self._path(name)) as file:
+        with self._errors("read", name), _open(self._path(name)) as file:
             file.seek(offset)
             if sum(map(file.readinto, buffers)) < end - offset:
                 size = os.fstat(file.fileno()).st_size
                 raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {size}, {end} are needed")
 
     def list(self, folder: str) -> list[Entry]:
-        with self._explained("list", folder):
+        with self._errors("list", folder):
             try:
                 scan = os.scandir(self._path(folder) if folder else self.path)
             except FileNotFoundError:
@@ -109,18 +109,18 @@ class LocalLocation:
         return LocalLocation(self.path / folder)
 
     def remove(self, name: str) -> None:
-        with self._explained("remove", name), contextlib.suppress(FileNotFoundError):
+        with self._errors("remove", name), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(name))
 
     def remove_leftovers(self, folder: str) -> None:
-        with self._explained("sweep", folder), contextlib.suppress(FileNotFoundError):
+        with self._errors("sweep", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
                 status = path.lstat()
                 if time.time() - status.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(status.st_mode):
                     os.unlink(path)
 
     def lock(self, name: str) -> Lock | None:
-        with self._explained("lock", name):
+        with self._errors("lock", name):
             descriptor = os.open(self._prepare(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class LocalLocation:
             return Lock(descriptor)
 
     def is_locked(self, name: str) -> bool:
-        with self._explained("lock", name):
+        with self._errors("lock", name):
             try:
                 file = _open(self._path(name))
             except FileNotFoundError:
@@ -153,7 +153,7 @@ class LocalLocation:
 
     def sync_parents(self) -> None:
         """Make the entries of this folder and its parents durable: Hydra makes a run's folder without syncing it."""
-        with self._explained("sync", ""):
+        with self._errors("sync", ""):
             for folder in (self.path, *self.path.parents):
                 if folder.is_mount():
                     break
@@ -177,7 +177,7 @@ class LocalLocation:
         return path
 
     @contextlib.contextmanager
-    def _explained(self, verb: str, name: str) -> Iterator[None]:
+    def _errors(self, verb: str, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -66,7 +66,7 @@ class RemoteLocation:
 
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
-        with _spooled(chunks) as (content, size):
+        with _spool(chunks) as (content, size):
             write = self._upload if self._backend.store.atomic else _write_and_rename
             self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
         return size
@@ -231,7 +231,7 @@ def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) 
 
 
 @contextlib.contextmanager
-def _spooled(chunks: Iterable[Buffer]) -> Iterator[tuple[bytes | Path, int]]:
+def _spool(chunks: Iterable[Buffer]) -> Iterator[tuple[bytes | Path, int]]:
     """All chunks, as bytes or, beyond ``MEMORY_BYTES``, in a temporary file; with their size in bytes.
 
     They are collected before the upload starts, because a store may take an interrupted upload for a complete one.

@@ -23,9 +23,10 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from runner import errors, signals
+from runner.app import run_spec
 from runner.errors import Interrupted, JobDied, RunnerError
-from runner.run_spec import RunSpec
-from runner.stop_request import VARIABLE, orphaned
+from runner.run.opening import RunSpec
+from runner.signals import VARIABLE, orphaned
 
 log = logging.getLogger("runner")
 
@@ -144,7 +145,7 @@ class SpecLoader:
         before, holder.cfg = holder.cfg, None
         holder.set_config(config)
         try:
-            self._specs[tuple(sweep_overrides)] = RunSpec.of(config)
+            self._specs[tuple(sweep_overrides)] = run_spec(config)
         except RunnerError as error:
             self._specs[tuple(sweep_overrides)] = error
         finally:

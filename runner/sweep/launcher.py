@@ -23,15 +23,17 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from runner import signals
+from runner.app import absolute_root, storage_options
 from runner.checkpoint.manifest import CommitId
 from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
 from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
 from runner.run.attempts import AttemptRecord, cluster_job, requeued
 from runner.run.drift import compare
+from runner.run.opening import RunSpec, open_run
 from runner.run_facts import RunFacts
-from runner.run_spec import RunSpec, absolute_root, storage_options
-from runner.stop_request import VARIABLE, StopRequest
+from runner.signals import VARIABLE, StopRequest
+from runner.storage import open_location
 from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoader, isolate
 
 log = logging.getLogger("runner")
@@ -125,7 +127,8 @@ class SweepLauncher(Launcher):
         self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run, over all calls
         self._sweep = config.sweep
         self._steal = config.run.on_conflict is OnConflict.steal
-        self._stop = None if self._serial else StopRequest.new(absolute_root(config), storage_options(config))
+        root = open_location(absolute_root(config), storage_options(config))
+        self._stop = None if self._serial else StopRequest(root)
         self._launcher_failed = False
         self._report = report
 
@@ -300,7 +303,7 @@ def survey(specs: Specs) -> dict[Overrides, RunStatus]:
         statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
         since = time.monotonic()
         unclear = {job: status.unclear for job, status in statuses.items() if status.unclear}
-        alive = pool.map(lambda record: record.watched(since), unclear.values())
+        alive = pool.map(lambda record: record.watch(since), unclear.values())
         for job in (job for job, lives in zip(unclear, alive, strict=True) if lives):
             statuses[job] = replace(statuses[job], status=RUNNING, failures=0, reason=unclear[job].owner())
     return statuses
@@ -330,7 +333,7 @@ def _status(job: tuple[Overrides, RunSpec | RunnerError]) -> RunStatus:
         return RunStatus(" ".join(overrides), NEW).failed(spec, failures=0)
     name = spec.directory.name
     try:
-        result = spec.directory.finished(spec.identity) or spec.open().result
+        result = spec.directory.complete_result(spec.identity) or open_run(spec).result
         if result is not None:
             objective = result.get("objective") or {}
             return RunStatus(name, DONE, result.get("step", 0), objective.get("value"))

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.errors import Interrupted, RunnerError
+from runner.hashing import hex_digest
 from runner.storage.location import is_remote, local_root
 from runner.verify.source import Lines
 
 _HASH_SEEDS = ("1", "2")
+_LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
 _LAST_LINES = 12  # of a log, for the verdict
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 
@@ -87,8 +89,13 @@ class AttemptRequest:
 
     @property
     def temporary(self) -> Path:
-        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name."""
-        return Path(self.file).with_name("tmp")
+        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name. A
+        short path, because data workers make sockets below it.
+        """
+        folder = Path(self.file).with_name("tmp")
+        if len(os.fsencode(folder)) <= _LONGEST_PATH or not os.access("/tmp", os.W_OK):
+            return folder
+        return Path("/tmp", f"runner-verify-{hex_digest(os.fsencode(folder), size=4)}")
 
 
 class ForkServer:

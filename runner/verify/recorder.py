@@ -26,7 +26,7 @@ from runner.checkpoint.tensor_file import Damaged
 from runner.data.probe import leaves
 from runner.data.stream import MapStyleStream
 from runner.metrics import lines
-from runner.optimizers import parts
+from runner.optimizers import parts_of
 from runner.rng import Generators
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
@@ -109,7 +109,7 @@ class Recorder(Observer):
 
     def on_build(self, setup: TrainingSetup) -> None:
         self._built = True
-        instances = parts("optimizer", setup.state.optimizer) | parts("scheduler", setup.state.scheduler)
+        instances = parts_of("optimizer", setup.state.optimizer) | parts_of("scheduler", setup.state.scheduler)
         self._objects |= instances
         self.write("instances", memory={}, sources={name: source.sources(each) for name, each in instances.items()})
         stream = setup.state.stream

@@ -106,7 +106,9 @@ def of_stack(frame: FrameType | None) -> str:
 def of_error(error: BaseException | None) -> str:
     """The same for the frames that an error, or the error behind it, came through."""
     place = ""
-    while error is not None and not place:
+    errors: set[int] = set()
+    while error is not None and not place and id(error) not in errors:  # it may be behind itself
+        errors.add(id(error))
         for frame, line in traceback.walk_tb(error.__traceback__):
             if is_users(frame.f_globals.get("__name__")):
                 place = f"{frame.f_code.co_filename}:{line}"
