@@ -156,9 +156,9 @@ def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
     Of an output of transformers, which is a mapping, the loss is taken. Raises TaskError, with the name of the method
     ``step`` that returned the metrics.
     """
-    if any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
+    if type(metrics) is not dict and any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
-    if not isinstance(metrics, Mapping):
+    if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {type_text(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
     for name, value in metrics.items():
         if not isinstance(value, Tensor) or (training and value.dim()):

@@ -9,7 +9,7 @@ from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.team import Parallelism, StepReport, Team
-from runner.optimizers import by_name
+from runner.optimizers import Named
 from runner.state import TrainState
 from runner.task import Metrics, Task, check_metrics
 from runner.update import WeightUpdate, is_measured
@@ -92,16 +92,13 @@ class Trainer:
         self.update.end()
         for scheduler in state.schedulers("step"):
             scheduler.step()
-        news = self.team.exchange(StepReport(*stream.step_samples, time.monotonic() - began, tuple(sorted(metrics))))
-        stream.advance(StepSamples(news.digest, news.swaps))
-        loop.elapsed, loop.metrics = news.elapsed, self._whole(metrics, news.metrics)
+        self._advance(loop, metrics, time.monotonic() - began)
         state.progress.step += 1
-        for scheduler in state.schedulers("epoch"):
-            for _ in range(loop.epochs_before, stream.epochs):
-                scheduler.step()
-
         loop.step, loop.epochs, loop.consumed = state.progress.step, stream.epochs, stream.consumed
         loop.waited = stream.waited
+        for _ in range(loop.epochs_before, loop.epochs):
+            for scheduler in state.schedulers("epoch"):
+                scheduler.step()
         for call in self._on_update:
             call(loop)
 
@@ -113,13 +110,21 @@ class Trainer:
                 batch = batch if replacement is None else replacement
             yield share, batch
 
-    def _whole(self, metrics: Metrics, names: Sequence[str]) -> Metrics:
-        """Metrics over the global batch, from those over this process's share of it."""
+    def _advance(self, loop: Loop, metrics: Metrics, elapsed: float) -> None:
+        """The step is done: record its samples, its time, and the metrics over the global batch, not over the share of
+        this process.
+        """
+        stream = loop.state.stream
         if self.team.world.size == 1:
-            return {**metrics}
+            self.team.poll()
+            stream.advance()
+            loop.elapsed, loop.metrics = elapsed, {**metrics}
+            return
+        whole = self.team.exchange(StepReport(*stream.step_samples, elapsed, tuple(sorted(metrics))))
+        stream.advance(StepSamples(whole.digest, whole.swaps))
         zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
-        shares = {name: metrics.get(name, zero) for name in names if not is_measured(name)}
-        return {**metrics, **self.team.sum_tensors(shares)}
+        shares = {name: metrics.get(name, zero) for name in whole.metrics if not is_measured(name)}
+        loop.elapsed, loop.metrics = whole.elapsed, {**metrics, **self.team.sum_tensors(shares)}
 
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
         """The record as it stood after the last step, so that what is due there and was cut short is done now."""
@@ -140,14 +145,18 @@ class Trainer:
 
     def _rate(self, state: TrainState) -> float:
         """The learning rate of the coming step: of the (first) scheduler, or of the optimizer's first group."""
-        scheduler, optimizer = (next(iter(by_name(each).values())) for each in (state.scheduler, self.update.optimizer))
+        scheduler, optimizer = _first(state.scheduler), _first(self.update.optimizer)
         last = getattr(scheduler, "get_last_lr", None)
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
     def _limit(self, loop: Loop) -> str | None:
-        # Epochs first: ``limits.max_steps`` may be the number of steps in them.
-        for name, value in (("max_epochs", loop.epochs), ("max_steps", loop.step), ("max_seconds", loop.elapsed)):
-            limit = getattr(self.limits, name)
-            if limit is not None and value >= limit:
-                return name
-        return None
+        limits = self.limits
+        if limits.max_epochs is not None and loop.epochs >= limits.max_epochs:
+            return "max_epochs"  # first, since ``max_steps`` may be the number of steps in them
+        if limits.max_steps is not None and loop.step >= limits.max_steps:
+            return "max_steps"
+        return "max_seconds" if limits.max_seconds is not None and loop.elapsed >= limits.max_seconds else None
+
+
+def _first(thing: Any) -> Any:
+    return next(iter(thing.values())) if isinstance(thing, Named) else thing

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from runner.data import probe, sandbox
 from runner.data.fetch import Fetcher
@@ -283,3 +283,58 @@ def test_python_is_looked_at_as_its_kind_allows(memory: bool) -> None:
     generator.enter()
     assert random.gauss(0, 1) == first
     generator.leave(saved)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: int
+
+
+ROWS: dict[str, Callable[[int], Any]] = {
+    "tensor and int": lambda index: (torch.full((2, 3), index), index),
+    "list": lambda index: [torch.ones(2), index],
+    "named tuple": lambda index: Pair(torch.ones(2), index),
+    "nested": lambda index: ((torch.ones(2), index), {"number": index}),
+    "bool among int": lambda index: (index if index % 2 else True,),
+    "float among int": lambda index: (index if index % 2 else 0.5,),
+    "tensor among int": lambda index: (index if index % 2 else torch.tensor(0.5),),
+    "numpy among int": lambda index: (index if index % 2 else np.int32(7), np.float32(index)),
+    "large int": lambda index: (2**63 - 1 - index, -(2**63) + index),
+    "too large int": lambda index: (2**63 + index,),
+    "text": lambda index: (torch.ones(2), str(index)),
+    "parameter": lambda index: (torch.nn.Parameter(torch.ones(2)), index),
+    "empty": lambda index: (),
+    "lengths": lambda index: (index,) * (1 + index % 2),
+    "shapes": lambda index: (torch.ones(1 + index % 2), index),
+    "types": lambda index: (torch.ones(2, dtype=(torch.int64, torch.float32)[index % 2]),),
+    "sparse": lambda index: (torch.ones(2).to_sparse(), index),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_batches_are_those_of_default_collate(kind: str) -> None:
+    """Also in what it refuses, whichever way the rows are collated."""
+
+    def read(collate: Any) -> tuple[str, str]:
+        rows = fetcher(lambda data, index: None, collate=collate)
+        rows.samples = [ROWS[kind](index) for index in range(N)]  # type: ignore[assignment]
+        fetched = rows[Slice(0, 4)]
+        described = [(type(each), getattr(each, "dtype", None), each) for each in fetched.batch or []]
+        return repr((type(fetched.batch), described)), fetched.failure.rpartition("Error")[2]
+
+    assert read(None) == read(lambda rows: default_collate(rows))
+
+
+@pytest.mark.parametrize("generator", DRAWS)
+def test_a_collate_function_that_draws_is_seeded(generator: str) -> None:
+    """Also where it draws only from the second epoch on, and no sample does."""
+    calls: list[int] = []
+
+    def collate(rows: list[Any]) -> Any:
+        calls.append(len(rows))
+        return rows, DRAWS[generator]() if len(calls) > N // 4 else 0.0
+
+    expected = batches(fetcher(lambda data, index: index, drawn=ALL, collate=collate))
+    calls.clear()
+    seed_all(9)
+    assert batches(fetcher(lambda data, index: index, collate=collate)) == expected

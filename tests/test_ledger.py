@@ -204,6 +204,7 @@ def test_other_samples_can_be_accepted_and_both_lines_stay(
     again.add(line(2))
     assert not caplog.text
     again.add(line(3, bad=" 8:3>4"))
+    again.mark(3)
     assert "step 3 is done again and has other samples" in caplog.text
     assert [one.lines[-1] for one in segments(location)] == [line(3), line(3, bad=" 8:3>4")]
     add(attempt(location, 3, 3), 4)
@@ -213,13 +214,16 @@ def test_substitutes_are_those_of_the_last_time(location: LocalLocation) -> None
     opened = attempt(location, 1, 0)
     for one in (line(1, bad=" 0:7>5 3:2>1"), line(2, bad=" 5:1>2"), line(3, bad=" 9:1>0")):
         opened.add(one)
+    opened.mark(3)
     again = Ledger(location, attempt=2, recipe=RECIPE, grouping=4, accept=True)
     again.open(1)
     for one in (line(2), line(3, bad=" 9:1>4 10:1>2")):
         again.add(one)
+    again.mark(3)
     other = Ledger(location, attempt=3, recipe={"samples": 11}, grouping=4, accept=True)
     other.open(2)
     other.add(line(3, bad=" 8:1>8"))
+    other.mark(3)
     assert ledger.substitutions(location, RECIPE) == {0: 5, 3: 1, 9: 4, 10: 2}
 
 
@@ -280,6 +284,7 @@ def lived(location: LocalLocation, code: str) -> subprocess.CompletedProcess[str
     """A process that opens the ledger and continues with ``code``."""
     start = f"""
 import os, resource, signal
+from runner.data import ledger
 from runner.data.ledger import Ledger, LedgerLine
 from runner.errors import StorageError
 from runner.storage import LocalLocation
@@ -291,14 +296,20 @@ opened.open(0)
     return done
 
 
-def test_every_line_outlives_a_killed_process(location: LocalLocation) -> None:
+def test_lines_outlive_a_killed_process(location: LocalLocation) -> None:
+    """All up to the last mark, and later ones but for those of a moment."""
     code = """
 for step in range(1, 501):
     opened.add(LedgerLine(step, 4 * step - 4, 4 * step - 1, 7 * step))
+    if step == 400:
+        opened.mark(step)
+        ledger.BLOCK_SECONDS = 0.0
+    if step == 450:
+        ledger.BLOCK_SECONDS = 1000.0
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert lived(location, code).returncode == -signal.SIGKILL
-    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 501))
+    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 451))
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
@@ -317,6 +328,7 @@ except StorageError as error:
 print(os.path.getsize(opened._location.path / "ledger/s000000000-a000001.txt"))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 opened.add(LedgerLine(101, 400, 403, 707))
+opened.mark(101)
 """
     told, size = lived(location, code).stdout.splitlines()
     assert told == f"cannot write {location.url}/{FIRST}: File too large"
@@ -392,6 +404,7 @@ def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypa
     """Where nothing is committed for long, which is what begins a new one otherwise."""
     monkeypatch.setattr(ledger, "SEGMENT_BYTES", 900)
     monkeypatch.setattr(ledger, "MAX_SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(ledger, "BLOCK_SECONDS", 0.0)
     book = Ledger(location, attempt=1, recipe=RECIPE, grouping=10**6)
     book.open(0)
     for step in range(1, 201):

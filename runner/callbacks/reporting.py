@@ -81,7 +81,10 @@ class KeepLedger(Callback):
         self.ledger.open(loop.step)
 
     def on_step(self, loop: Loop) -> None:
-        self.ledger.add(replace(loop.state.stream.ledger_line(loop.step), rollouts=rollouts_text(self.task.rollouts)))
+        line = loop.state.stream.ledger_line(loop.step)
+        if self.task.rollouts is not None:
+            line = replace(line, rollouts=rollouts_text(self.task.rollouts))
+        self.ledger.add(line)
 
     def on_end(self, loop: Loop) -> None:
         self.ledger.close()

@@ -269,6 +269,8 @@ class SaveCheckpoint(Callback):
         self._raise_if_stuck()
 
     def _raise_if_stuck(self) -> None:
+        if self._unsaved_since is None:
+            return
         unsaved = self._unsaved()
         if unsaved > max(self.max_unsaved, _ALWAYS_ALLOWED):
             rank = self.store.comm.describe_wait()

@@ -2,18 +2,22 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, default_collate
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from runner import signals
 from runner.cache import LRUCache
 from runner.data.loader import remedy_for
-from runner.data.order import Indices, Words, digest_words, splitmix64
+from runner.data.order import digest_words, splitmix64
 from runner.data.plan import Plan, Slice
 from runner.data.sandbox import drawn, one_thread, private_generators, seed_host, seeding
 from runner.errors import DataError
@@ -68,6 +72,14 @@ class FetchedBatch(NamedTuple):
     failure: str = ""
 
 
+class _Block(NamedTuple):
+    """Neighbouring positions; ``digests[n]`` is the digest of the first n of them."""
+
+    indices: list[int]
+    keys: list[int]
+    digests: list[int]
+
+
 class Fetcher(Dataset[Any]):
     """Maps slices of positions to batches.
 
@@ -90,7 +102,7 @@ class Fetcher(Dataset[Any]):
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
         self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
-        self._blocks = LRUCache[tuple[Indices, Words, Words]](4)
+        self._blocks = LRUCache[_Block](4)
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
 
@@ -115,14 +127,14 @@ class Fetcher(Dataset[Any]):
         if self.plan.randomness != "off" and self.collate is not default_collate:
             seed_host(self._key("collate", piece))
         try:
-            batch = self.collate(rows)
+            batch = _collate(rows) if self.collate is default_collate else self.collate(rows)
         except Exception as error:
             failure = (
                 f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
                 f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
-        return FetchedBatch(piece.first, batch, self._digest % 2**64, tuple(self._bad))
+        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad))
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""
@@ -146,44 +158,54 @@ class Fetcher(Dataset[Any]):
 
     def _read(self, piece: Slice, seed: "Callable[[int], object] | None" = None) -> list[Any]:
         """The samples of the slice, each after a call of ``seed`` with the key of its position."""
-        rows: list[Any] = []
+        indices, keys, self._digest = self._lookup(piece)
+        self._bad = []
+        if seed is None and not self.drawn and not self.substitutions:
+            with suppress(Exception):  # else one by one
+                rows = [self.samples[index] for index in indices]
+                if all(row is not None for row in rows):
+                    return rows
+        rows = []
         samples, substitutions = self.samples, self.substitutions
-        self._bad, self._digest = [], 0
-        for indices, keys, words in self._lookup(piece):
-            self._digest += int(words.sum(dtype=np.uint64))
-            for key, index in zip(keys.tolist(), indices.tolist(), strict=True):
-                position, failure = piece.first + len(rows), None
-                if not substitutions or position not in substitutions:
-                    if seed is not None:
-                        seed(key)
-                    try:
-                        row = samples[index]
-                        if row is not None:
-                            rows.append(row)
-                            continue
-                    except MemoryError:
-                        raise
-                    except Exception as error:
-                        failure = error
-                    failure = failure or _none()
-                rows.append(self._row(position, index, key, seed or _nothing, failure))
+        for position, (index, key) in enumerate(zip(indices, keys, strict=True), piece.first):
+            failure = None
+            if position not in substitutions:
+                if seed is not None:
+                    seed(key)
+                try:
+                    row = samples[index]
+                    if row is not None:
+                        rows.append(row)
+                        continue
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    failure = error
+                failure = failure or _none()
+            rows.append(self._row(position, index, key, seed or _nothing, failure))
         return rows
 
-    def _lookup(self, piece: Slice) -> Iterator[tuple[Indices, Words, Words]]:
-        """Indices, seeds and digest words of a slice, in parts of blocks: a whole one takes hardly longer."""
+    def _lookup(self, piece: Slice) -> tuple[list[int], list[int], int]:
+        """Indices, seeds and digest of a slice, from blocks: a whole one takes hardly longer."""
+        indices: list[int] = []
+        keys: list[int] = []
+        digest = 0
         for epoch, start, stop in self.plan.spans(piece):
             for number in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
-                first = number * _BLOCK
-                part = slice(max(start, first) - first, min(stop, first + _BLOCK) - first)
-                indices, keys, words = self._block(epoch, number)
-                yield indices[part], keys[part], words[part]
+                block, first = self._block(epoch, number), number * _BLOCK
+                start_in, stop_in = max(start - first, 0), min(stop - first, _BLOCK)
+                indices += block.indices[start_in:stop_in]
+                keys += block.keys[start_in:stop_in]
+                digest += block.digests[stop_in] - block.digests[start_in]
+        return indices, keys, digest % 2**64
 
-    def _block(self, epoch: int, number: int) -> tuple[Indices, Words, Words]:
-        def compute() -> tuple[Indices, Words, Words]:
+    def _block(self, epoch: int, number: int) -> "_Block":
+        def compute() -> _Block:
             places = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.plan.epoch_size))
             indices = self.order(epoch, places)
             keys = splitmix64(places.astype(np.uint64) ^ np.uint64(derive(self.label, self.plan.seed, epoch)))
-            return indices, keys, digest_words(epoch * self.plan.epoch_size + places, indices)
+            words = digest_words(epoch * self.plan.epoch_size + places, indices)
+            return _Block(indices.tolist(), keys.tolist(), [0, *np.cumsum(words, dtype=np.uint64).tolist()])
 
         return self._blocks.get((epoch, number), compute)
 
@@ -234,6 +256,26 @@ class Fetcher(Dataset[Any]):
 
     def _key(self, purpose: str, piece: Slice) -> int:
         return derive(f"{self.label} {purpose}", self.plan.seed, piece.first)
+
+
+def _collate(rows: list[Any]) -> Any:
+    """``default_collate``, in half of its time for tuples of tensors and integers, in the training process."""
+    if type(rows[0]) is tuple and get_worker_info() is None:
+        with suppress(Exception):  # torch's function then has the result, or the message
+            return [_COLUMNS[type(column[0])](column) for column in zip(*rows, strict=True)]
+    return default_collate(rows)
+
+
+def _stack(column: Sequence[Tensor]) -> Tensor:
+    if column[0].layout is not torch.strided or column[0].is_nested:
+        raise ValueError("default_collate refuses it")
+    return torch.stack(column)  # type: ignore[arg-type]
+
+
+_COLUMNS: dict[type, Callable[[Any], Tensor]] = {
+    Tensor: _stack,
+    int: lambda column: torch.frombuffer(array("q", column), dtype=torch.int64),
+}
 
 
 def _none() -> ValueError:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
-from itertools import chain
+from itertools import chain, tee
 from typing import Any, NamedTuple
 
 import torch
@@ -143,9 +143,8 @@ class MapStyleStream(TrainingStream):
 
     def open(self) -> None:
         self.close()
-        order, world = self._fetcher.order, self.plan.world
-        self._steps = self.plan.steps(self.consumed, order)
-        prefetched = self.plan.steps(self.consumed, order)  # runs ahead of the steps above
+        world = self.plan.world
+        self._steps, prefetched = tee(self.plan.steps(self.consumed, self._fetcher.order))
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
         self._probe_awaited = self._probe_digests is not None and self.workers > 0
         requests = [probe.sample_digests] if self._probe_awaited else []
@@ -172,7 +171,8 @@ class MapStyleStream(TrainingStream):
                 raise DataError(f"data.train: {fetched.failure}")
             assert fetched.first == piece.first, f"the loader delivered {fetched.first} where {piece.first} was due"
             digest += fetched.digest
-            substitutions += self._report(fetched.bad)
+            if fetched.bad:
+                substitutions += self._report(fetched.bad)
             if number == len(own):
                 self._step = slices[0].first, total, StepSamples(digest % 2**64, substitutions)
             self.positions = range(piece.first, piece.first + piece.count)
