@@ -5,9 +5,10 @@
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
 for every sample that could not be read, then the rollouts of the task (``rollouts_text``). Nothing is ever
-removed: if a step is repeated after a kill, both lines stay, and they must be equal. ``check_exactly_once``
-reconstructs the order of the samples from the stored plan, and counts a line only if its digest is the digest of the
-samples at its positions.
+removed: if a step is repeated after a kill, both lines stay, and they must be equal. Lines are durable before the
+commit of their step; of steps after the last commit, a kill may take the lines of the last tenth of a second.
+``check_exactly_once`` reconstructs the order of the samples from the stored plan, and counts a line only if its digest
+is the digest of the samples at its positions.
 """
 
 import json
