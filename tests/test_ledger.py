@@ -297,19 +297,15 @@ opened.open(0)
 
 
 def test_lines_outlive_a_killed_process(location: LocalLocation) -> None:
-    """All up to the last mark, and later ones but for those of a moment."""
     code = """
 for step in range(1, 501):
     opened.add(LedgerLine(step, 4 * step - 4, 4 * step - 1, 7 * step))
     if step == 400:
         opened.mark(step)
-        ledger.BLOCK_SECONDS = 0.0
-    if step == 450:
-        ledger.BLOCK_SECONDS = 1000.0
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert lived(location, code).returncode == -signal.SIGKILL
-    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 451))
+    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 501))
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
@@ -404,7 +400,6 @@ def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypa
     """Where nothing is committed for long, which is what begins a new one otherwise."""
     monkeypatch.setattr(ledger, "SEGMENT_BYTES", 900)
     monkeypatch.setattr(ledger, "MAX_SEGMENT_BYTES", 1000)
-    monkeypatch.setattr(ledger, "BLOCK_SECONDS", 0.0)
     book = Ledger(location, attempt=1, recipe=RECIPE, grouping=10**6)
     book.open(0)
     for step in range(1, 201):

@@ -156,7 +156,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
         assert [name.number for name in attempts.names(there)] == [1]
         assert (reader.record() or {})["variant"] == "v"
         assert reader.identity() == identity
-        assert reader.finished(identity) is not None
+        assert reader.complete_result(identity) is not None
         assert [segment.lines for segment in segments(there)] == [(LedgerLine(1, 0, 3, 7),)]
 
 

@@ -46,7 +46,7 @@ def test_the_two_files_of_a_user_run_and_resume_from_a_wheel(wheel: Path, tmp_pa
     arguments = commands.splitlines()[0].removeprefix("python ")
     first = python(arguments, tmp_path, wheel)
     assert first.returncode == 0, first.stderr
-    assert "finished step 400 (max_steps), val/loss" in first.stdout
+    assert "finished step 400 (max_epochs), val/loss" in first.stdout
     assert python(arguments, tmp_path, wheel).stdout.splitlines()[0] == first.stdout.splitlines()[-3]
 
 

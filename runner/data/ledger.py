@@ -5,16 +5,14 @@
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
 for every sample that could not be read, then the rollouts of the task (``rollouts_text``). Nothing is ever
-removed: if a step is repeated after a kill, both lines stay, and they must be equal. Lines are durable before the
-commit of their step; of steps after the last commit, a kill may take the lines of the last tenth of a second.
-``check_exactly_once`` reconstructs the order of the samples from the stored plan, and counts a line only if its digest
-is the digest of the samples at its positions.
+removed: if a step is repeated after a kill, both lines stay, and they must be equal. ``check_exactly_once``
+reconstructs the order of the samples from the stored plan, and counts a line only if its digest is the digest of the
+samples at its positions.
 """
 
 import json
 import logging
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -44,7 +42,6 @@ _ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{
 SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
 MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
 _MAX_SEGMENT = 64 << 20  # bytes
-BLOCK_SECONDS = 0.1  # between two writes: a kill may take the lines since the last, of steps that are done again
 _MAX_PLAN = 256 << 20  # bytes
 _MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
@@ -133,8 +130,6 @@ class Ledger:
         self._accept = accept
         self._header = {"plan": json_digest(recipe, sort_keys=True), "grouping": grouping}
         self._journals = JournalChain(location)
-        self._unwritten: list[LedgerLine] = []
-        self._written = 0.0  # when lines were last written
         self._earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its last line so far, and the attempt
 
     def open(self, step: int) -> None:
@@ -153,13 +148,9 @@ class Ledger:
         """Record a step. Raises DataError if an earlier attempt trained it on other samples or rollouts."""
         if self._earlier:
             self._compare(line)
-        self._unwritten.append(line)
-        now = time.monotonic()
-        if now - self._written >= BLOCK_SECONDS:
-            self._written = now
-            self._write()
-            if self._journals.size > MAX_SEGMENT_BYTES:
-                self.mark(line.step)
+        self._journals.append(f"{line}\n".encode())
+        if self._journals.size > MAX_SEGMENT_BYTES:
+            self.mark(line.step)
 
     def _compare(self, line: LedgerLine) -> None:
         earlier, attempt = self._earlier.pop(line.step, (line, 0))
@@ -178,13 +169,8 @@ class Ledger:
                 )
             log.warning("changed  %sThat is accepted, and stays in the ledger.", difference)
 
-    def _write(self) -> None:
-        self._journals.append("".join(f"{line}\n" for line in self._unwritten).encode())
-        self._unwritten = []
-
     def mark(self, step: int) -> dict[str, Any]:
         """All lines so far belong to the commit at ``step``; ``flush``, in any thread, makes them durable."""
-        self._write()
         if self._journals.size > SEGMENT_BYTES:
             with suppress(StorageError):  # without room for another file, this one goes on growing
                 self._begin(step)
@@ -196,7 +182,6 @@ class Ledger:
 
     def close(self) -> None:
         """Close the files."""
-        self._write()
         self._journals.close()
 
     def _begin(self, step: int) -> None:
