@@ -195,6 +195,15 @@ def test_other_rollouts_of_the_same_samples_are_refused(location: LocalLocation)
     assert "Give it state_dict" in str(refused.value)
 
 
+def test_rollouts_of_the_version_before_are_the_same(location: LocalLocation) -> None:
+    rollouts = " rollouts=00000000000000ff trained=0-3x2 dropped="
+    add(attempt(location, 1, 0), 1)
+    path = next((location.path / "ledger").glob("s*.txt"))
+    path.write_text(f"{path.read_text()}{line(2)}{rollouts.replace('rollouts', 'made')}\n")
+    assert [each.rollouts for each in segments(location)[0].lines] == ["", rollouts]
+    attempt(location, 2, 1).add(replace(line(2), rollouts=rollouts))  # not refused
+
+
 def test_other_samples_can_be_accepted_and_both_lines_stay(
     location: LocalLocation, caplog: pytest.LogCaptureFixture
 ) -> None:

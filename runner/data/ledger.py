@@ -35,7 +35,8 @@ log = logging.getLogger("runner")
 _FOLDER = "ledger"
 _SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
 _LINE = re.compile(
-    r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)(| rollouts=[^\n]*)"
+    r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)"
+    r"(| (?:rollouts|made)=[^\n]*)"
 )
 _RANGES = r"(?:[0-9]{1,18}-[0-9]{1,18}(?:,[0-9]{1,18}-[0-9]{1,18})*)?"
 _ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
@@ -267,9 +268,10 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
     if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
-    if fields[6]:
-        parse_rollouts(fields[6])
-    return LedgerLine(step, first, last, int(fields[4], 16), fields[5], fields[6])
+    rollouts = fields[6].replace(" made=", " rollouts=", 1)  # as the version before wrote it
+    if rollouts:
+        parse_rollouts(rollouts)
+    return LedgerLine(step, first, last, int(fields[4], 16), fields[5], rollouts)
 
 
 @dataclass(slots=True)
