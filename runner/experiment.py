@@ -348,10 +348,10 @@ def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], com
     if not parts.evaluator.test:
         return {}
     state, step = parts.state, (result["objective"] or result)["step"]
-    others = {*state.parts()} - {"model", "average", "task"}
+    unused = {*state.parts()} - {"model", "average", "task"}
     try:
         if step != result["step"]:
-            read_step(setup.store, step, lambda checkpoint: state.restore(checkpoint, without=others), comm)
+            read_step(setup.store, step, lambda checkpoint: state.restore(checkpoint, without=unused), comm)
     except Damaged as error:
         log.warning("data.test is not evaluated: step %d was the best, but %s", step, error)
         return {}

@@ -200,7 +200,7 @@ def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory)
         raise ConfigError(
             printable(f"{directory.location.url}/run.json says that the run began from {origin.run}, a store that ")
             + "this command does not name, and that was not called. Use the command that began the run "
-            "(run.on_drift=fork, for a fork), or start a new one: run.parent=... run.name=..."
+            "(a fork: with run.on_drift=fork), or start a new run with run.parent=... run.name=..."
         )
     return open_location(origin.run, directory.options if is_remote(origin.run) else None)
 

@@ -97,15 +97,15 @@ class RunFacts:
             max_steps=integer((self.identity.get("trainer") or {}).get("max_steps")),
             objective=number((result.get("objective") or {}).get("value")),
             attempts=newest.number if newest else 0,
-            seen=_time(newest.last_sign()) if newest else None,
+            last_seen=_time(newest.last_sign()) if newest else None,
             host=host if newest and isinstance(host := newest.claim.get("host"), str) else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One run in a line. ``run``: its name or its path below the root; ``step``: the last committed one; ``seen``: the
-    last sign of life of its process (ISO 8601, UTC). Of an unreadable run only ``run`` and ``experiment`` are there.
+    """One run in a line. ``run``: its name or its path below the root; ``step``: the last committed one; ``last_seen``:
+    when its process last gave a sign of life (ISO 8601, UTC). An unreadable run has only ``run`` and ``experiment``.
     """
 
     run: str
@@ -115,7 +115,7 @@ class RunSummary:
     max_steps: int | None = None
     objective: float | None = None
     attempts: int | None = None
-    seen: str | None = None
+    last_seen: str | None = None
     host: str | None = None
 
     @property

@@ -126,7 +126,7 @@ def proof(bug: str, servers: Servers) -> str:
         if verdict.cause is None:
             return "PASS"
         file, _, line = verdict.cause.where.partition(", ")[0].rpartition(":")
-        what = verdict.cause.what.partition(". It shows")[0].replace("|", "\\|")
+        what = verdict.cause.description.partition(". It shows")[0].replace("|", "\\|")
         return f"FAIL: {what}" + (f" (`{Path(file).name}:{line}`)" if file else "")
 
 

@@ -44,7 +44,7 @@ def sort_runs(runs: list[RunSummary], column: str, *, reverse: bool = False) -> 
         if column == "status":
             return STATES.index(run.state) if run.state in STATES else len(STATES)
         if column == "age":
-            return -datetime.fromisoformat(run.seen).timestamp() if run.seen else None
+            return -datetime.fromisoformat(run.last_seen).timestamp() if run.last_seen else None
         return getattr(run, "run" if column == "name" else column)
 
     valued = sorted((run for run in runs if key(run) is not None), key=key, reverse=reverse)
@@ -59,8 +59,8 @@ def format_runs(runs: list[RunSummary]) -> str:
 def _row(run: RunSummary) -> dict[str, Any]:
     steps = run.step if run.max_steps is None else f"{run.step} / {run.max_steps}"
     age = None
-    if run.seen is not None:  # another machine's clock may be ahead
-        seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(run.seen)).total_seconds()
+    if run.last_seen is not None:  # another machine's clock may be ahead
+        seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(run.last_seen)).total_seconds()
         age = next((f"{seconds // size:.0f} {unit} ago" for unit, size in _UNITS if seconds >= size), "now")
     return {**asdict(run), "step / max": steps, "age": age}
 
@@ -98,7 +98,7 @@ def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, An
         ending = {"attempt": record.number, "outcome": record.outcome(), "reason": record.ending("reason")}
         beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
         claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
-        attempts.append({**ending, **beat, "seen": record.last_sign(), **claim, "lost": lost})
+        attempts.append({**ending, **beat, "last_seen": record.last_sign(), **claim, "lost": lost})
     changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
     before = configured = directory.configuration() or {}
     for record in facts.attempts:

@@ -40,9 +40,9 @@ class KillPlan:
 
 
 def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
-    """Overrides for a checkpoint every so many steps, of which all are kept, or the last ones."""
-    kept = f"checkpoint.keep_every_steps={steps if keep else 'null'}"
-    return "checkpoint.every=null", "checkpoint.every_seconds=null", f"checkpoint.every_steps={steps}", kept
+    """Overrides for a checkpoint every ``steps`` steps; with ``keep``, none is removed."""
+    retention = f"checkpoint.keep_every_steps={steps if keep else 'null'}"
+    return "checkpoint.every=null", "checkpoint.every_seconds=null", f"checkpoint.every_steps={steps}", retention
 
 
 def evaluation_interval(options: Options) -> int:

@@ -9,19 +9,19 @@ from runner.verify.difference import FirstDifference, Remembered, in_words
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A ``kind`` for programs; ``what`` and ``remedy`` for people; whether repetitions made it ``sure``; and ``where``
-    it is in the user's code, as ``file:line``, if anywhere.
+    """A ``kind`` for programs; ``description`` and ``remedy`` for people; whether repetitions made it ``sure``; and
+    ``where`` it is in the user's code, as ``file:line``, if anywhere.
     """
 
     kind: str
-    what: str
+    description: str
     remedy: str
     sure: bool = True
     where: str = ""
 
     def seen_in(self, part: str, names: str = "") -> "Cause":
         """The same cause, with the part in which it shows first."""
-        return replace(self, what=f"{self.what}. It shows in: {part}{f' ({names})' if names else ''}")
+        return replace(self, description=f"{self.description}. It shows in: {part}{f' ({names})' if names else ''}")
 
     def reaching(self, reached: Mapping[str, str]) -> "Cause":
         """The same cause, with what the user's code reaches outside of the process: ``what -> file:line``."""
@@ -29,11 +29,13 @@ class Cause:
             return self
         named = "; ".join(f"{thing} ({place})" for thing, place in [*reached.items()][:3])
         more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
-        return replace(self, what=f"{self.what}. Your code reaches {named}{more}", where=next(iter(reached.values())))
+        return replace(
+            self, description=f"{self.description}. Your code reaches {named}{more}", where=next(iter(reached.values()))
+        )
 
     def with_memory(self, words: str) -> "Cause":
         """The same cause, with the memory that shows it."""
-        return replace(self, what=f"{self.what}: {words}") if words else self
+        return replace(self, description=f"{self.description}: {words}") if words else self
 
 
 _STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
@@ -182,11 +184,15 @@ def _more_exact(cause: Cause, path: str, was: str | None) -> Cause:
     was = was or ""
     root, module, inside = path.partition(" (")
     if cause is _DATA:
-        return replace(cause, kind="hidden generator", what=_HIDDEN, remedy=_SEEDED) if _is_generator(was) else cause
+        return (
+            replace(cause, kind="hidden generator", description=_HIDDEN, remedy=_SEEDED)
+            if _is_generator(was)
+            else cause
+        )
     remedy = cause.remedy
     if was.startswith("the function ") and " (its " not in path:
-        what = f"{cause.what}; it is a function that training exchanges"
-        return replace(cause, what=what, remedy="exchange it where it is built")
+        text = f"{cause.description}; it is a function that training exchanges"
+        return replace(cause, description=text, remedy="exchange it where it is built")
     if module and not inside.startswith("its "):
         remedy = f"keep it in an attribute of the {root}, not of a class or a module: {cause.remedy}"
     elif cause is _MODEL and _is_generator(was):
@@ -284,9 +290,9 @@ def of_error(kind: str, changed: str) -> Cause:
     if cause is None:
         return Cause("error", "an attempt ended with the error above", "fix that first", sure=False)
     if cause.kind == "data memory" and _is_generator(changed):
-        cause = replace(cause, kind="hidden generator", what=_HIDDEN)
+        cause = replace(cause, kind="hidden generator", description=_HIDDEN)
     cause = cause.with_memory(changed)
-    return replace(cause, what=f"{cause.what} (refused by the runner, above)")
+    return replace(cause, description=f"{cause.description} (refused by the runner, above)")
 
 
 _OF_ERRORS = {

@@ -189,7 +189,7 @@ class Investigation:
             if not untried:
                 return cause
             opaque = ", ".join(f"{path} ({unseen[path]})" for path in untried)
-            cause = replace(cause, what=f"{cause.what}. Not looked into: {opaque}")
+            cause = replace(cause, description=f"{cause.description}. Not looked into: {opaque}")
         return replace(cause, where=self._line_of((paths or untried)[0]))
 
     def _line_of(self, path: str) -> str:

@@ -65,7 +65,7 @@ def _facts(verdict: Verdict) -> Iterable[tuple[str, str]]:
     """Term and text, the most important first."""
     cause, proven = verdict.cause, verdict.proven
     if cause:
-        yield ("Cause" if cause.sure else "Probable cause"), _without_digests(cause.what)
+        yield ("Cause" if cause.sure else "Probable cause"), _without_digests(cause.description)
         yield "Remedy", cause.remedy
         yield "Where", cause.where
     yield "First difference", _difference(verdict.difference) if verdict.difference else ""

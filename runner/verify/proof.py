@@ -140,7 +140,7 @@ class Verdict:
             lines.append(_indented("error    ", self.refusal))
         lines += [f"audit    {problem}" for problem in self.audit[:5]]
         if cause is not None:
-            lines.append(_indented("cause    " if cause.sure else "perhaps  ", cause.what))
+            lines.append(_indented("cause    " if cause.sure else "perhaps  ", cause.description))
             lines.append(_indented("remedy   ", cause.remedy))
             lines += [f"where    {cause.where}"] if cause.where else []
         return lines
