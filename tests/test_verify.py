@@ -430,6 +430,22 @@ def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -
     assert [*map(json.loads, output.stdout.splitlines())] == [[11, 11, 1], [10, 10, 0], [10, 10, 0]]
 
 
+def test_a_late_attempt_has_the_clock_of_others() -> None:
+    code = """if True:
+        import time
+        from runner.verify import controls
+        now, monotonic = time.time, time.monotonic
+        controls.hold(late=1000)
+        controls.advance(10**6)
+        names = {"__name__": "mine", "time": time, "now": now, "monotonic": monotonic}
+        read = "print(round(time.time() - now()), round(time.monotonic() - monotonic()))"
+        exec(compile(read, "user.py", "exec"), names)
+        print(controls.callers)
+    """
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=300, text=True)
+    assert output.stdout.splitlines() == ["-1000 0", "[]"]
+
+
 def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:
     verdict = judged(servers, steps=12, kills=3, processes=2, workers=(0,))
     proven = verdict.proven

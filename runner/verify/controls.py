@@ -3,7 +3,8 @@
 A pin holds something constant; only runs under the same pins are compared. Clocks can also be ahead, and go faster:
 this shows what a proof of a minute cannot see, an hour, a date or minutes since the start in training. For the runner
 and, unless pinned, for installed libraries all clocks stay true: heartbeats, commits, certificates and signed requests
-need them. Data workers have the clock that their attempt began with, however they are started.
+need them. Data workers have the clock that their attempt began with, however they are started. Late clocks
+let attempts that follow each other begin at the same time.
 """
 
 import concurrent.futures
@@ -37,22 +38,24 @@ _SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime":
 _true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
 
 callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
-_ahead = 0  # seconds
+_ahead = 0  # seconds; negative: late
+_fast = False  # whether steps seem to take longer
 _step_seconds = 0  # more in the training thread, also of clocks with an arbitrary start
 _training_thread = 0
 _ticks: dict[str, Iterator[int]] | None = None  # of pinned clocks, by module
 
 
-def hold(*pins: str, ahead: int = 0) -> None:
-    """Hold things constant in this process, by the names of ``_PINS``, and let the user's clocks be ``ahead`` by so
-    many seconds, also in processes that it starts by ``multiprocessing``.
+def hold(*pins: str, ahead: int = 0, late: int = 0) -> None:
+    """Hold things constant in this process, by the names of ``_PINS``, and let the user's clocks be ``ahead`` or
+    ``late`` by so many seconds, also in processes that it starts by ``multiprocessing``. Clocks that are only late do
+    not ``advance``.
     """
-    global _ahead
-    if ahead:
-        _ahead = ahead
+    global _ahead, _fast
+    if ahead or late:
+        _ahead, _fast = ahead - late, ahead != 0
         _replace_clocks()
         preparation = multiprocessing.spawn.get_preparation_data
-        multiprocessing.spawn.get_preparation_data = lambda name: {**preparation(name), "clocks": _Ahead(ahead)}
+        multiprocessing.spawn.get_preparation_data = lambda name: {**preparation(name), "clocks": _Ahead(_ahead)}
     for pin in pins:
         _PINS[pin]()
 
@@ -63,7 +66,7 @@ def advance(seconds: int = _STEP_SECONDS) -> None:
     """
     global _step_seconds, _training_thread
     _training_thread = threading.get_ident()
-    _step_seconds += seconds
+    _step_seconds += seconds * _fast
 
 
 class _Ahead:
@@ -184,7 +187,8 @@ def _shown(true: Any, frame: FrameType | None, unit: int = 1, *, of_day: bool = 
         return type(true)(_NOW * unit + next(_ticks[_name(frame)]) * unit / 1000)
     if not _is_users(frame):
         return true
-    _note(frame)
+    if _fast:
+        _note(frame)
     more = _step_seconds if threading.get_ident() == _training_thread else 0
     return true + unit * ((_ahead if of_day else 0) + more)
 

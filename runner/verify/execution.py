@@ -22,6 +22,7 @@ from runner.verify.source import Lines
 _HASH_SEEDS = ("1", "2")
 _LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
 _LAST_LINES = 12  # of a log, for the verdict
+_SECOND = 15  # of a minute, in which attempts seem to begin: short ones do not come to another minute
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 
 
@@ -46,8 +47,9 @@ class AttemptRequest:
     held constant (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the
     step ``take``, or replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps
     between two of them. A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may
-    change something. ``shift`` is by how many seconds the user's clocks are ahead. After ``limit`` seconds the attempt
-    is ended, as a failure. ``imports`` are modules that it will need. With ``removes`` it removes the run instead.
+    change something. ``shift`` is by how many seconds the user's clocks are ahead, ``late`` by how many they are behind.
+    After ``limit`` seconds the attempt is ended, as a failure. ``imports`` are modules that it will need. With
+    ``removes`` it removes the run instead.
     """
 
     name: str
@@ -64,6 +66,7 @@ class AttemptRequest:
     evaluations: int | None = None
     silent: bool = False
     shift: int = 0
+    late: int = 0
     limit: float | None = None
     imports: tuple[str, ...] = ()
     removes: bool = False
@@ -281,7 +284,9 @@ class Executor:
 
     ``requests`` collects the last request for each run. Each run has ``processes`` processes, and ``evaluations``
     steps at most between evaluations. ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by
-    ``time.monotonic``. ``imports`` are modules that all attempts need.
+    ``time.monotonic``. ``imports`` are modules that all attempts need. By the user's ``clock``, in seconds since the
+    epoch, all attempts begin at the same time: a task that reads the time of day is not to be blamed for a minute that
+    passed between them.
     """
 
     command: tuple[str, ...]
@@ -294,6 +299,7 @@ class Executor:
     limit: float = math.inf
     deadline: float = math.inf
     imports: tuple[str, ...] = ()
+    clock: int = field(default_factory=lambda: int(time.time()) // 60 * 60 + _SECOND)
 
     def left(self) -> float:
         """The seconds that are left."""
@@ -320,6 +326,7 @@ class Executor:
             processes=self.processes,
             limit=limit if limit < math.inf else None,
             imports=self.imports,
+            late=round(time.time() - self.clock),
             **fields,
         )
         began = time.monotonic()

@@ -44,7 +44,7 @@ _WRITERS = ("runner.metrics.tensorboard.", "runner.metrics.lines.")
 
 def install(request: AttemptRequest, rank: int) -> None:
     """Observe this process as the request asks."""
-    controls.hold(*(pin for pin in request.pins if pin != "evaluation"), ahead=request.shift)
+    controls.hold(*(pin for pin in request.pins if pin != "evaluation"), ahead=request.shift, late=request.late)
     observers.append(Remover() if request.removes else Recorder(request, rank))
 
 
