@@ -24,6 +24,8 @@ _UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they hav
     "data.evaluation_collate": None,
     "trainer.ema_params": None,
 }
+# Keys with a new name, by their old one, which is read for one version, with a warning; also in runs of that version.
+RENAMED: dict[str, str] = {}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from runner.config.identity import flatten
+from runner.config.identity import RENAMED, flatten
 from runner.config.secrets import Unresolved
 from runner.errors import printable
 
@@ -31,6 +31,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey
     place of ``${oc.env:NAME}`` equals the interpolation while the variable has that value.
     """
     left, right, older = flatten(saved), flatten(now), flatten(resolve(now))
+    left = {RENAMED.get(key, key): value for key, value in left.items()}
     changes = []
     for key in sorted(left | right):
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)
