@@ -5,7 +5,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -58,12 +58,19 @@ class BadRecord:
     substitute: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadTime:
+    """Seconds that it took to read a batch, and those of them on a core. Batches are the same whatever it is."""
+
+    seconds: float = field(compare=False)
+    cpu_seconds: float = field(compare=False)
+
+
 class FetchedBatch(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
     Digests of slices add up, modulo 2^64, to the digest of all of them. There is no batch if a record in ``bad`` has no
-    substitute, or if the collate function raised ``failure``. To read it took ``seconds``, with ``cpu_seconds`` on a
-    core.
+    substitute, or if the collate function raised ``failure``.
     """
 
     first: int
@@ -71,8 +78,7 @@ class FetchedBatch(NamedTuple):
     digest: int = 0
     bad: tuple[BadRecord, ...] = ()
     failure: str = ""
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    time: "ReadTime | None" = None
 
 
 class _Block(NamedTuple):
@@ -123,7 +129,7 @@ class Fetcher(Dataset[Any]):
                 return self._batch(piece, self._read_seeded)
 
     def _batch(self, piece: Slice, read: Callable[[Slice], list[Any]]) -> FetchedBatch:
-        began, cpu = time.perf_counter(), time.thread_time()
+        began, on_core = time.perf_counter(), time.thread_time()
         try:
             rows = read(piece)
         except _NoSubstituteError as error:
@@ -138,8 +144,8 @@ class Fetcher(Dataset[Any]):
                 f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
-        spent = time.perf_counter() - began, time.thread_time() - cpu
-        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), "", *spent)
+        spent = ReadTime(time.perf_counter() - began, time.thread_time() - on_core)
+        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""

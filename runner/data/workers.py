@@ -175,8 +175,9 @@ class AdaptiveLoader:
             batch = self._next()
         self._items.delivered()
         self._waited += time.perf_counter() - began
-        self._reading += batch.seconds
-        self._cpu += batch.cpu_seconds
+        if batch.time is not None:  # it could be read
+            self._reading += batch.time.seconds
+            self._cpu += batch.time.cpu_seconds
         self._last = batch
         return batch
 
