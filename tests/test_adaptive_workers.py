@@ -246,8 +246,8 @@ def choice(cores: float = 4, *, free: float = math.inf, shared: float = math.inf
     return WorkerChoice(limits, LoaderOptions(start_method="fork", limits=limits))
 
 
-def measured(workers: int, rest: float, waited: float, reading: float, *, cpu: float = 1.0) -> Measurement:
-    return Measurement(workers, rest, waited, reading, cpu * reading, size=1000)
+def measured(workers: int, rest: float, waited: float, reading: float, *, busy: float = 1.0) -> Measurement:
+    return Measurement(workers, rest, waited, reading, busy, size=1000)
 
 
 def test_the_number_grows_until_reading_is_hidden() -> None:
@@ -278,7 +278,7 @@ def test_a_short_read_is_left_in_this_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "cpu", "number"),
+    ("limits", "busy", "number"),
     [
         ({"cores": 2}, 1.0, 2),
         ({"cores": 0.5}, 1.0, 0),
@@ -289,8 +289,8 @@ def test_a_short_read_is_left_in_this_process() -> None:
         ({"cores": 100}, 1.0, 32),
     ],
 )
-def test_the_number_is_limited(limits: dict[str, Any], cpu: float, number: int) -> None:
-    now = measured(0, 0.001, 1.0, 1.0, cpu=cpu)
+def test_the_number_is_limited(limits: dict[str, Any], busy: float, number: int) -> None:
+    now = measured(0, 0.001, 1.0, 1.0, busy=busy)
     assert choice(**limits).limit(now)[0] == choice(**limits).after(now) == number
 
 

@@ -48,14 +48,14 @@ _PAUSE = 10  # times the median of a step beside data: one that takes longer had
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """What a step took with ``workers``, in seconds: waiting for data, the ``rest``, and (in the process that does it)
-    reading, of which ``cpu`` on a core. A batch has ``size`` bytes.
+    reading, of which the share ``busy`` on a core. A batch has ``size`` bytes.
     """
 
     workers: int
     rest: float
     waited: float
     reading: float
-    cpu: float
+    busy: float
     size: int
 
     @property
@@ -94,7 +94,7 @@ class WorkerChoice:
         the cores to other workers.
         """
         limits = self._limits
-        busy = min(1.0, max(0.1, measured.cpu / max(measured.reading, 1e-9)))
+        busy = max(0.1, measured.busy)
         held = self._prefetch * measured.size
         numbers = {
             f"{limits.cores:g} cores": limits.cores / (busy if busy < 0.5 else 1.0),
@@ -132,6 +132,7 @@ class AdaptiveLoader:
     _waited: float  # seconds of this step
     _all_waited: float
     _step_began: float
+    _busy: list[float]  # shares of reading on a core
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class AdaptiveLoader:
         self._said: int | None = None
         self._windows = options.limits.windows
         self._window = self._windows[0]
+        self._share = 1.0
         self._last: Any = None  # batch
         self._measure()
         self._open(0)
@@ -177,7 +179,7 @@ class AdaptiveLoader:
         self._waited += time.perf_counter() - began
         if batch.time is not None:  # it could be read
             self._reading += batch.time.seconds
-            self._cpu += batch.time.cpu_seconds
+            self._busy += [] if batch.time.busy is None else [batch.time.busy]
         self._last = batch
         return batch
 
@@ -217,15 +219,18 @@ class AdaptiveLoader:
         rests, count = sorted(self._rests), len(self._rests)
         usual = [seconds for seconds in rests if seconds <= _PAUSE * rests[count // 2]]
         rest = max(sum(usual) / len(usual), 1e-6)
-        spent = self._all_waited / count, self._reading / count, self._cpu / count
-        return Measurement(self.workers, rest, *spent, _size(self._last))
+        if self._busy:
+            self._share = sum(self._busy) / len(self._busy)
+        spent = self._all_waited / count, self._reading / count
+        return Measurement(self.workers, rest, *spent, self._share, _size(self._last))
 
     def _measure(self, leave_out: int = 0) -> None:
         """Measure from now on, but for some steps."""
         self._leave_out, self._rests = leave_out, []
         self._step_began = time.perf_counter()
         self._due = self._step_began + self._window
-        self._waited = self._all_waited = self._reading = self._cpu = 0.0
+        self._waited = self._all_waited = self._reading = 0.0
+        self._busy = []
 
     def _next(self) -> FetchedBatch:
         if self._items.asking:
@@ -303,6 +308,7 @@ def examine(
     """
     if options.limits is None:
         return fetcher, *probe.examine(fetcher, options, audit=audit, key=key)
+    fetcher.timed = True
     before = _open_files()
     try:
         here, trial = _over_copy(fetcher), _over_copy(fetcher)
