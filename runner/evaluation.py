@@ -67,9 +67,9 @@ def evaluate(
     among those already ``changed``, to which they are added.
 
     Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
-    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. That is
-    not possible where the evaluation has changed weights, which it then ends first, or fails as it does; and where a
-    process of FSDP fails in ``evaluation_step``, since the others may wait for its slices.
+    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. An
+    evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
+    raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its slices.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}
@@ -190,7 +190,10 @@ def _aggregate(
     task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
 ) -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
-    totals, polls = _Totals(), _polls(len(data) + 1, team, before)  # the last one before the end of the data is seen
+    totals, polls = (
+        _Totals(),
+        _interruption_points(len(data) + 1, team, before),
+    )  # the last one before the end of the data is seen
     measure = partial(_measure, totals, polls, task, model, data)
     if any(map(is_distributed, model.parameters())):
         measure()
@@ -203,7 +206,7 @@ def _aggregate(
     return means | _join_rows(totals.rows, team, f"{type(task).__name__}.evaluation_step")
 
 
-def _polls(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
+def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
     """Exchange signals with the other processes so many times. Each time says whether a signal may interrupt a wait for
     data: where a single process can return to the state before.
     """
@@ -218,7 +221,7 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
     step = f"{type(task).__name__}.evaluation_step"
     batches = iter(data)
     for at_once in polls:
-        with signals.at_once(at_once):
+        with signals.interrupt_reads(at_once):
             if (item := next(batches, None)) is None:
                 break
         count, batch = item

@@ -67,7 +67,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         configured = make_observers(config)
         callbacks.update(configured)
         notify(configured.values(), "on_command", spec.directory)
-        with signals.at_once(team.world.size == 1):
+        with signals.interrupt_reads(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
@@ -76,7 +76,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         callbacks.update(ordered)
         setup = _set_up(config, parts, callbacks, spec, number)
         stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
-        parts.state.memories = {name: call for name, call in stateful.items() if name not in configured}
+        parts.state.stateful_callbacks = {name: call for name, call in stateful.items() if name not in configured}
 
         on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
         resumed = _resume(spec, config, parts, setup, team)
@@ -148,7 +148,7 @@ def _train(
         )
         interruption.agreed = True
         raise interruption
-    if 0 < loop.step <= parts.update.in_a_row:
+    if 0 < loop.step <= parts.update.consecutive_skips:
         raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
     return loop
 
@@ -251,13 +251,13 @@ def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None
 
 
 def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
-    """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
+    """Restore the newest good checkpoint, or begin; with the substitutes of earlier attempts for bad records."""
     state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
         location = spec.directory.location
         recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
         state.stream.repeat_substitutions(dict(recorded))
-    with signals.at_once(team.world.size == 1):
+    with signals.interrupt_reads(team.world.size == 1):
         if parts.reference is not None:
             parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
         return restore(state, setup.store, spec, team.comm)
@@ -287,7 +287,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         assert plan is not None, "iterable data was refused"
         each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
         share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
-        log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
+        log.info("parallel %s; each process takes %s of %s", parts.parallelism.description, each, share)
     log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
     log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
     if groups := table(parts.update.optimizer):
@@ -308,7 +308,7 @@ def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
         text += f"; {_ended(before)} at step {reached} or later, "
-        text += f"{reached - resumed.step} steps are done again"
+        text += f"{reached - resumed.step} steps are repeated"
     return text
 
 
