@@ -26,7 +26,7 @@ verdict).
        data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
        run/ (attempts, code, directory, drift, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
     2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
     1  storage/ (backend, files, local, location, remote)     task

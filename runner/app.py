@@ -45,8 +45,7 @@ from runner.config import composition, schema
 from runner.config.identity import identity, is_name, variant
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
-from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.run.directory import RunDirectory

@@ -31,7 +31,7 @@ from runner.data.mixture import head
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
 from runner.data.training_data import require_map_style, training_data
-from runner.distributed.team import Parallelism, Team
+from runner.distributed.communicator import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import train_mode
@@ -111,6 +111,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         not_averaged=_not_averaged(config, model),
         parallelism=parallelism,
         positions=lambda: stream.positions,
+        gather=team.all_gather,
     )
     state = TrainState(
         model=model,
@@ -287,15 +288,18 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
-    """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
-    is not of that ``kind``; errors of the runner that its constructor raises pass through.
+def instance(node: Any, key: str, *arguments: Any, kind: type = object, **options: Any) -> Any:
+    """The object that the configuration names under ``key``, made with ``arguments`` and ``options`` in addition.
+    Raises ConfigError if it cannot be constructed, or is not of that ``kind``; errors of the runner that its
+    constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        built = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
+        built = instantiate(
+            node, *arguments, **{"_convert_": node.get("_convert_", "all"), **options}
+        )  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
@@ -452,16 +456,7 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     maker = instance(node, key, _partial_=True)
     if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
         return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
-    try:
-        writer: MetricWriter = maker(context)
-    except RunnerError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_traceback_text(error)}") from error
-    if not isinstance(writer, MetricWriter):
-        raise ConfigError(
-            f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
-        )
+    writer: MetricWriter = instance(node, key, context, kind=MetricWriter)
     return writer
 
 

@@ -30,8 +30,7 @@ from runner.config.schema import Config, OnBadRecord, OnCodeChange
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
-from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_rank_zero
 from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard

@@ -8,7 +8,7 @@ from typing import Any
 from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
-from runner.distributed.team import Parallelism, StepReport, Team
+from runner.distributed.communicator import Parallelism, StepReport, Team
 from runner.optimizers import Named
 from runner.state import TrainState
 from runner.task import Metrics, Task, check_metrics

@@ -1,4 +1,4 @@
-"""How the model is distributed over several processes: replicated or sharded (``team.Parallelism``).
+"""How the model is distributed over several processes: replicated or sharded (``communicator.Parallelism``).
 
 *Replicated*: every process has the whole model, and gradients are summed during the backward pass. torch's
 ``DistributedDataParallel`` rebuilds its buckets after the first step of a process, and with three or more processes the
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from runner.distributed.team import Parallelism
+from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, TaskError
 from runner.optimizers import blocks
 
@@ -43,11 +43,6 @@ class _SeveralProcesses(Parallelism):
         verdict = self.full_tensor(verdict).int()
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return verdict
-
-    def gather(self, value: Any) -> list[Any]:
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
 
     def sync_buffers(self) -> None:
         """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStore
 
 from runner import signals
-from runner.distributed.communicator import Communicator
-from runner.distributed.team import StepReport, Team
+from runner.distributed.communicator import Communicator, StepReport, Team
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
