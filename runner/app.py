@@ -37,7 +37,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from runner import signals
 from runner.callbacks.base import notify, observed_by, observers
@@ -271,15 +270,7 @@ def _run_name(config: DictConfig, hydra: HydraConf) -> str:
             message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
             raise ConfigError(f"run.name={config.run.name}: {message}")
         return str(config.run.name)
-    names = [variant(_unresolved(hydra.overrides.task))]
-    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
-        names.append(variant([*hydra.overrides.task]))
-    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
-        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
-        for name in names:
-            if RunDirectory.under(root, experiment, name, options).record() is not None:
-                return name
-    return names[0]
+    return variant(_unresolved(hydra.overrides.task))
 
 
 def _command(hydra: HydraConf, overrides: list[str]) -> str:

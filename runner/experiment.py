@@ -275,7 +275,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     for line in resumed.unmatched:
         log.warning("weights  %s", printable(line))
     if spec.changes:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in spec.changes))
+        log.info("changed  %s", ", ".join(f"{d.key} {d.before!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:

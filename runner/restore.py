@@ -26,6 +26,7 @@ from runner.checkpoint.sharding import Box, FileGroup, local
 from runner.checkpoint.store import CheckpointStore, ranked
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged, Kind, is_finite
+from runner.config.identity import compare
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
 from runner.hashing import derive
@@ -33,7 +34,6 @@ from runner.optimizers import by_name, parts_of, saved_name
 from runner.rng import seed_all, temporary_seed
 from runner.run import attempts
 from runner.run.directory import RunDirectory
-from runner.run.drift import compare
 from runner.run.opening import RunSpec
 from runner.run.parent import Parent, ParentRecord, digest_of, new_run_hint, weight_files
 from runner.run_facts import RunFacts

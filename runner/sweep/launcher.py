@@ -25,11 +25,11 @@ from tabulate import tabulate
 from runner import signals
 from runner.app import absolute_root, storage_options
 from runner.checkpoint.manifest import CommitId
+from runner.config.identity import compare
 from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
 from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
 from runner.run.attempts import AttemptRecord, cluster_job, requeued
-from runner.run.drift import compare
 from runner.run.opening import RunSpec, open_run
 from runner.run_facts import RunFacts
 from runner.signals import VARIABLE, StopRequest
