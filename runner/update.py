@@ -26,8 +26,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer, or over several by name.
 
-    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``consecutive_skips``
-    are the last ones without any other.
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing;
+    ``consecutive_skips`` counts those since the last step that moved the weights.
     """
 
     model: nn.Module

@@ -1,8 +1,8 @@
 """Saves the state of a run: copies it between two steps, and commits the copy in the background.
 
 The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoint.snapshot``); the thread of
-``checkpoint.snapshot.CommitThread`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
-files (``checkpoint.tensor_file``) and then the manifest.
+``checkpoint.snapshot.CommitThread`` makes the records durable and calls ``CheckpointStore.commit``, which writes the
+data files (``checkpoint.tensor_file``) and then the manifest.
 """
 
 import logging
@@ -222,7 +222,7 @@ class SaveCheckpoint(Callback):
         return self._request() if self.writer.waiting or self._saved != loop.step else None
 
     def _request_exact(self, loop: Loop) -> SaveRequest:
-        """SaveRequest a copy of this step as soon as there is room for it; before that, what makes room."""
+        """A copy of this step as soon as a buffer is free for it; before that, a request that frees a buffer."""
         began, warned = time.monotonic(), False
         while (first := self._undroppable_step(loop)) is not None:
             if self.writer.idle:  # its commit failed
@@ -244,7 +244,7 @@ class SaveCheckpoint(Callback):
         return next((step for step in steps if not replaceable or self.is_milestone(step)), None)
 
     def _request(self, *, exact: bool = False) -> SaveRequest:
-        """SaveRequest a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
+        """A new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
         waiting = self.writer.hold()  # until the request is carried out
         self.timer.restart()
         retry = not exact and any(copy.exact for copy in waiting.values())
