@@ -26,11 +26,10 @@ from runner.checkpoint.structure import Structure
 from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
-from runner.data.loader import LoaderOptions
 from runner.data.mixture import head
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import require_map_style, training_data
+from runner.data.training_data import loader_options, require_map_style, training_data
 from runner.distributed.communicator import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
@@ -139,7 +138,7 @@ def _data(
 ) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
+    loading = loader_options(runtime, pin_memory=device.type == "cuda")
     collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
     train = instance(data.train, "data.train")
     if data.overfit is not None:

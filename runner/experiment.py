@@ -287,7 +287,8 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
         share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
         log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
-    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
+    workers = "auto" if stream.automatic else stream.workers
+    log.info("device   %s, threads %d, data workers %s", here["device"], here["threads"], workers)
     log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
     if groups := table(parts.update.optimizer):
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))

@@ -39,6 +39,13 @@ def world() -> World:
     return World(rank, size, _number(environ, "LOCAL_RANK", rank))
 
 
+def local_size() -> int:
+    """The processes of this run on this machine; where nobody says it, all of them."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
+    most = max(map(int, re.findall(r"(?<![(\dx])\d+", tasks)), default=_number(_environment(), "WORLD_SIZE", 1))
+    return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", most))
+
+
 def rendezvous() -> Rendezvous:
     """Where to find the other processes. Raises ConfigError for missing environment variables."""
     environ = _environment()
