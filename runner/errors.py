@@ -1,6 +1,6 @@
 """Every error a user may meet, named by what the user must do about it; ``status`` is the exit status of the command.
 
-A message says what, where, what was expected and found, and the remedy.
+A message says what failed and where, the expected and the actual value, and the remedy.
 Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 

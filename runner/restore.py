@@ -118,7 +118,7 @@ def _continue_from(
 
 
 def _trace_of_a_commit(location: Location) -> str:
-    """A record of some attempt that says that it committed, whatever ``commits/`` holds now; empty without one."""
+    """The first record of an attempt that mentions a commit, whatever ``commits/`` holds now; empty if none does."""
     for record in attempts.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):

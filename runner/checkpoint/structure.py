@@ -62,8 +62,8 @@ class Structure:
 
     def regroup(self, part: str, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
         """Put the weights of these names into the groups of an optimizer, the ``part`` of this name; without ``names``,
-        the weights that were built.
-        Added groups have the settings of the first group until they are loaded. Raises KeyError for an unknown name.
+        the weights that were built. Added groups have the settings of the first group until they are loaded. Raises
+        KeyError for an unknown name.
         """
         weights, groups = _weights(parts) if names else {}, getattr(parts[part], "param_groups", [])
         tensors_of_groups = (
@@ -168,7 +168,7 @@ def _declared(module: nn.Module) -> set[str]:
 
 
 def _loads_itself(module: nn.Module) -> bool:
-    """Whether a user wrote how this module is loaded."""
+    """Whether the module has loading code of its own."""
     methods = (getattr(type(module), name) for name in ("load_state_dict", "_load_from_state_dict"))
     return bool(module._load_state_dict_pre_hooks) or any(not m.__module__.startswith("torch.") for m in methods)
 

@@ -87,7 +87,7 @@ def open_run(spec: RunSpec) -> RunSpec:
 
 
 def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None:
-    """Raise DriftRefused if the existing run started from something else than this command asks for."""
+    """Raise DriftRefused if the existing run started from another parent than the command names."""
 
     def words(source: CheckpointRef, inherit: str) -> str:
         return printable(f"with run.parent={shlex.quote(str(source))} run.inherit={inherit}")
