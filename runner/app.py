@@ -140,7 +140,7 @@ def _run(config: DictConfig) -> float | None:
 
 
 def _dry_run(config: DictConfig, team: Team) -> None:
-    """Two attempts of the run in a folder that is removed, and what they have shown."""
+    """Run two attempts in a temporary folder, and log a summary of both."""
     from runner import experiment
     from runner.callbacks.dry import STEPS, DryRun
 

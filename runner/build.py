@@ -169,10 +169,10 @@ def _data(
             return {}
         if not isinstance(node, DictConfig) or "_target_" in node:
             return {name: evaluation_data(node, key)}
-        named = {str(each): inner for each, inner in node.items()}
-        if odd := [each for each in named if "/" in each]:
-            raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
-        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
+        nodes = {str(each): inner for each, inner in node.items()}
+        if invalid := [each for each in nodes if "/" in each]:
+            raise ConfigError(f"{key}.{invalid[0]}: the name of a set has no slash")
+        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in nodes.items()}
 
     return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
@@ -326,14 +326,14 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     return Named({name: _optimizer(node[name], model, task, f"optimizer.{name}", shares[name]) for name in shares})
 
 
-def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWeights) -> Any:
+def _optimizer(node: Any, model: nn.Module, task: Task, key: str, weights: NamedWeights) -> Any:
     maker = instance(node, key, _partial_=True)
     settings = settings_of(maker)
     if (patterns := settings.pop("params", None)) is not None and key == "optimizer":
-        chosen = {*matching(dict(named), patterns, "optimizer.params")}
-        named = [(name, weight) for name, weight in named if name in chosen]
+        matches = {*matching(dict(weights), patterns, "optimizer.params")}
+        weights = [(name, weight) for name, weight in weights if name in matches]
     rate = getattr(maker, "keywords", {}).get("lr")
-    optimizer = _construct(maker, grouped(model, named, key, lr=rate, **settings), key)
+    optimizer = _construct(maker, grouped(model, weights, key, lr=rate, **settings), key)
     if type(task).optimization_step is Task.optimization_step:
         require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):

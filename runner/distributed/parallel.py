@@ -92,10 +92,10 @@ class Replicated(_SeveralProcesses):
     def __init__(self, models: list[nn.Module], *, micro_batches: int | None) -> None:
         self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         super().__init__(models, micro_batches=micro_batches)
-        trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
-        self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
+        weights_to_train = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
+        self._buckets = [_Bucket(parameters) for parameters in _split(weights_to_train)]
         self._shared = {*models[0].parameters()}  # parameters with the values of rank 0
-        self._in_buckets = {*trained.values()}
+        self._in_buckets = {*weights_to_train.values()}
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
@@ -141,11 +141,11 @@ class Replicated(_SeveralProcesses):
             self._next += 1
 
 
-def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _split(weights: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Buckets of one dtype and device, in about the order in which the backward pass completes gradients."""
     bucket: list[nn.Parameter] = []
     size = 0
-    for name, parameter in reversed(trained.items()):
+    for name, parameter in reversed(weights.items()):
         if parameter.layout != torch.strided:
             kind = f"is a {parameter.layout} parameter"
             raise ConfigError(f"model: {name} {kind}; several processes train dense ones only")

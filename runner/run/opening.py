@@ -65,19 +65,19 @@ def open_run(spec: RunSpec) -> RunSpec:
     """The run with the state of its directory, or its fork. Only reads. Raises DriftRefused and ConfigError."""
     directory, identity = spec.directory, spec.identity
     refuse_links(directory.root, directory.name)
-    saved = None
+    current = None
     if directory.record() is not None:
         _require_same_parent(directory, spec.parent)
-        saved = directory.identity()
-    if saved is None:
+        current = directory.identity()
+    if current is None:
         return spec
-    changes = compare(saved, identity)
+    changes = compare(current, identity)
     if changes and spec.on_drift is not OnDrift.accept and has_trained(directory):
         if spec.on_drift is OnDrift.fork:
             return _fork(spec)
         raise DriftRefused(_refusal(spec, changes))
     if not changes:
-        identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
+        identity = current  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if changes else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
@@ -87,7 +87,7 @@ def open_run(spec: RunSpec) -> RunSpec:
 
 
 def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None:
-    """Raise DriftRefused if the existing run started from something else than this command asks for."""
+    """Raise DriftRefused if the existing run started from another parent than the command names."""
 
     def words(source: CheckpointRef, inherit: str) -> str:
         return printable(f"with run.parent={shlex.quote(str(source))} run.inherit={inherit}")
@@ -121,8 +121,8 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
     attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
     try:
         directory.create(spec.identity, parent=parent)
-        saved = directory.identity(before=attempt.number) or {}
-        changes = compare(saved, spec.identity)
+        current = directory.identity(before=attempt.number) or {}
+        changes = compare(current, spec.identity)
         if changes and drift_table(changes) != drift_table(spec.changes):
             raise DriftRefused(_refusal(spec, changes))
         if not changes and directory.complete_result(spec.identity) is not None:

@@ -296,8 +296,8 @@ class _Failed(JobReturn):
 
 
 def survey(specs: Specs) -> dict[Overrides, RunStatus]:
-    """The status of the run of each job. Heartbeats of other machines are watched last, and all from the same moment: a
-    thousand dead runs take as long as one, and a look at each. Raises Interrupted after a stop signal.
+    """The status of the run of each job. Heartbeats of other machines are watched last and all at the same time: a
+    thousand dead runs take little longer than a single dead run. Raises Interrupted after a stop signal.
     """
     with ThreadPoolExecutor(_READERS) as pool:
         statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
