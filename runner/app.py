@@ -44,7 +44,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from runner import signals
 from runner.callbacks.base import notify, observed_by, observers
@@ -52,8 +51,7 @@ from runner.config import composition, schema
 from runner.config.identity import identity, is_name, variant
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
-from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.run.directory import RunDirectory
@@ -149,7 +147,7 @@ def _run(config: DictConfig) -> float | None:
 
 
 def _dry_run(config: DictConfig, team: Team) -> None:
-    """Two attempts of the run in a folder that is removed, and what they have shown."""
+    """Run two attempts in a temporary folder, and log a summary of both."""
     from runner import experiment
     from runner.callbacks.dry import STEPS, DryRun
 
@@ -279,15 +277,7 @@ def _run_name(config: DictConfig, hydra: HydraConf) -> str:
             message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
             raise ConfigError(f"run.name={config.run.name}: {message}")
         return str(config.run.name)
-    names = [variant(_unresolved(hydra.overrides.task))]
-    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
-        names.append(variant([*hydra.overrides.task]))
-    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
-        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
-        for name in names:
-            if RunDirectory.under(root, experiment, name, options).record() is not None:
-                return name
-    return names[0]
+    return variant(_unresolved(hydra.overrides.task))
 
 
 def _command(hydra: HydraConf, overrides: list[str]) -> str:

@@ -30,8 +30,7 @@ from runner.config.schema import Config, OnBadRecord, OnCodeChange
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
-from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_rank_zero
 from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
@@ -276,7 +275,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     for line in resumed.unmatched:
         log.warning("weights  %s", printable(line))
     if spec.changes:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in spec.changes))
+        log.info("changed  %s", ", ".join(f"{d.key} {d.before!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:

@@ -8,8 +8,8 @@ from typing import Any
 from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
-from runner.distributed.team import Parallelism, StepReport, Team
-from runner.optimizers import Named
+from runner.distributed.communicator import Parallelism, StepReport, Team
+from runner.optimizers import by_name
 from runner.state import TrainState
 from runner.task import Metrics, Task, check_metrics
 from runner.update import WeightUpdate, is_measured
@@ -145,7 +145,7 @@ class Trainer:
 
     def _rate(self, state: TrainState) -> float:
         """The learning rate of the coming step: of the (first) scheduler, or of the optimizer's first group."""
-        scheduler, optimizer = _first(state.scheduler), _first(self.update.optimizer)
+        scheduler, optimizer = (next(iter(by_name(each).values())) for each in (state.scheduler, self.update.optimizer))
         last = getattr(scheduler, "get_last_lr", None)
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
@@ -156,7 +156,3 @@ class Trainer:
         if limits.max_steps is not None and loop.step >= limits.max_steps:
             return "max_steps"
         return "max_seconds" if limits.max_seconds is not None and loop.elapsed >= limits.max_seconds else None
-
-
-def _first(thing: Any) -> Any:
-    return next(iter(thing.values())) if isinstance(thing, Named) else thing

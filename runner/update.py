@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.distributed.team import Parallelism
+from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
 from runner.optimizers import Named, by_name
 
@@ -48,6 +48,7 @@ class WeightUpdate:
     _is_nonfinite: bool = False  # ... not finite, ...
     _has_stepped: bool = False  # ... weights were moved
     positions: Callable[[], range] = lambda: range(0)
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -67,9 +68,6 @@ class WeightUpdate:
             known = ", ".join(by_name(self.optimizer)) or "one, without a name: use update.step(loss)"
             raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {known}")
         return NamedUpdate(self, name)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self.parallelism.gather(value)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         if isinstance(self.optimizer, Named):

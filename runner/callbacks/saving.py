@@ -93,8 +93,8 @@ class SaveCheckpoint(Callback):
         Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
         self._saved = loop.step
         self.timer.restart()
-        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
-        # run begins with may be gone from its parent when it is next started.
+        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. The
+        # parent may have removed the checkpoint that this run begins with by the time of the next start.
         due = loop.evaluation is not None or self.save_at_start
         if request := on_rank_zero(self.comm, lambda: self._request(exact=True) if due else None):
             self.act(loop, request)
