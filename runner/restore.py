@@ -371,7 +371,7 @@ def _select_commits(store: CheckpointStore, which: int | str | None, directory: 
         raise ConfigError(
             f"{store.location.url} has no checkpoint of step {which}; it has checkpoints of steps {steps}"
         )
-    return chosen
+    return of_step
 
 
 def _load(
