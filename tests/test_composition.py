@@ -11,9 +11,8 @@ from lives import Lives
 from omegaconf import DictConfig, OmegaConf
 
 from runner import app
-from runner.config.identity import RENAMED
+from runner.config.identity import RENAMED, compare
 from runner.errors import ConfigError
-from runner.run.drift import compare
 
 SGD = "optimizer._target_=torch.optim.SGD"
 
