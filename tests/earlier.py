@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ARCHIVES = {"exact": HERE / "earlier.tar.gz", "programs": HERE / "earlier_programs.tar.gz"}
 USER = HERE / "user"
+TORCH = "2.13"  # of the archives: with another, the states of optimizers and schedulers have other entries
 CUT = 10  # the step after which the unfinished run is killed: its last checkpoint is older
 
 

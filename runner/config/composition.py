@@ -93,7 +93,7 @@ def _rename(old: str, new: str, repo: IConfigRepository, listed: DefaultsList) -
         prefix = f"{default.package}." if default.package else ""
         parent, _, name = old.removeprefix(prefix).rpartition(".")
         node = OmegaConf.select(config, parent) if parent and config else config
-        if old.startswith(prefix) and isinstance(node, DictConfig) and name in node:
+        if config and old.startswith(prefix) and isinstance(node, DictConfig) and name in node:
             OmegaConf.update(config, new.removeprefix(prefix), node.pop(name), force_add=True)
             there = True
     return there
