@@ -283,7 +283,7 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        saved = max([*self.store.verified], default=None)  # of a fork's parent it is none of this run
+        saved = max([*self.store.verified], default=None)  # the checkpoint of a parent is in another store
         last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
         how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
         return f"{last}; fix the storage and {how}"
