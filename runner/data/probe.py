@@ -116,48 +116,38 @@ def differences(then: Sketch, now: Sketch) -> list[str]:
 def require_pure(fetcher: Fetcher) -> list[str]:
     """The digests of the probed samples. Raises DataError if a sample differs when it is drawn again."""
     digests = sample_digests(fetcher)
-    _require_equal(
-        fetcher,
-        digests,
-        sample_digests(fetcher, backwards=True),
+    require_equal(fetcher, digests, sample_digests(fetcher, backwards=True), "sample-changed")
+    if fetcher.plan.randomness == "off":
+        require_equal(fetcher, digests, sample_digests(fetcher, label="another"), "randomness-off")
+    return digests
+
+
+_IMPURE = {
+    "sample-changed": (
         "is different when it is drawn again with the same seed, so a resumed run would train on other data. It "
         "depends on something that the runner does not control: a generator of its own (np.random.default_rng(), "
         "random.Random(), torch.Generator()), a counter or cache that changes from call to call, the clock. Draw from "
         "python's, numpy's or torch's global generators, which are seeded for every sample, or make it depend on the "
-        "index alone",
-        kind="sample-changed",
-    )
-    if fetcher.plan.randomness == "off":
-        _require_equal(
-            fetcher,
-            digests,
-            sample_digests(fetcher, label="another"),
-            "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
-            "data.randomness=sample",
-            kind="randomness-off",
-        )
-    return digests
-
-
-def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], in_worker: Sequence[str]) -> None:
-    """Raise DataError if a data worker read other samples than this process."""
-    _require_equal(
-        fetcher,
-        here,
-        in_worker,
+        "index alone"
+    ),
+    "randomness-off": (
+        "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
+        "data.randomness=sample"
+    ),
+    "sample-per-process": (
         "is different in a data worker than in this process. It depends on the process: a generator seeded at import, "
         "the pid or worker number, hash() of a text or the order of a set, the number of threads, a file position "
-        "shared after a fork. Make it depend on the index alone",
-        kind="sample-per-process",
-    )
+        "shared after a fork. Make it depend on the index alone"
+    ),
+}
 
 
-def _require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], message: str, *, kind: str) -> None:
-    """Raise DataError that names the first probed sample with two digests."""
+def require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], kind: str) -> None:
+    """Raise DataError of a ``kind`` that names the first probed sample with two digests."""
     for index, digest, other in zip(indices(len(fetcher.samples)), digests, others, strict=True):
         if digest != other:
             name = f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
-            raise DataError(f"{name} {message}; runtime.audit=false turns this check off.", kind=kind)
+            raise DataError(f"{name} {_IMPURE[kind]}; runtime.audit=false turns this check off.", kind=kind)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

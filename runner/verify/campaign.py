@@ -63,9 +63,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
 
 
 def _save_interval(steps: int) -> int:
-    """Steps between two checkpoints: no multiple of 2, 3 or 5, so that checkpoints fall on steps of every phase of
-    memory that comes and goes.
-    """
+    """Steps between two checkpoints: no multiple of 2, 3 or 5, which are likely periods of memory."""
     return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
@@ -84,9 +82,8 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
 
 
 def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
-    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers,
-    and each of which begins at a later time of the user's clocks. Kills for which no time is left, by the seconds of
-    the ``undisturbed`` run, are left out. Raises OutOfTime.
+    """The same run, killed as planned. Attempts alternate between hash seeds and numbers of workers, and begin at later
+    and later times of the user's clocks. Kills for which too little time is left are omitted. Raises OutOfTime.
     """
     run = RunTrace("killed")
     waiting = deque(plan.kills)
@@ -129,7 +126,7 @@ ENDS = {
 
 def summary(attempt: AttemptTrace) -> str:
     """One line on an attempt."""
-    end = ENDS.get(attempt.killed, "killed")
+    end = ENDS.get(attempt.killed, "killed") if attempt.failure is None else "ended with an error"
     alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
@@ -182,9 +179,7 @@ class _Observed:
         for number, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
             low, high = (self.steps * part // len(free) for part in (number, number + 1))
             after = self._choose(range(max(1, low), max(2, low + 1, high)))
-            yield Kill(
-                moment, after if moment in ("committed", "stop") else after + 1, after
-            )  # ``save``: the next save
+            yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # save: the next save
         for moment in moments:
             if moment == "border":  # when an epoch has just ended
                 after = self._choose([self._chance.choice(self._borders)])
@@ -197,9 +192,7 @@ class _Observed:
                 yield Kill("evaluating", self._choose([self._chance.choice(self._evaluated)]))
 
     def _choose(self, steps: Sequence[int]) -> int:
-        """The step whose kill would lose the most memory that no earlier kill has lost, if possible with steps left in
-        which the loss shows. Counts its memory as lost.
-        """
+        """The step whose kill loses the most memory that no earlier kill has lost, if possible with steps after it."""
 
         def worth(step: int) -> tuple[int, int, int, float]:
             visible = sum(isinstance(memory, str) for memory in self._losable[step])

@@ -132,9 +132,7 @@ def length(value: Any) -> int:
 
 
 def describe(value: Any) -> str | None:
-    """A value in words, without a call of a method that its class overrides; None for a value that has to be entered
-    alone.
-    """
+    """A value in words, without a call of a method that its class overrides; None for an object with values inside."""
     kind = type(value)
     if value is None or is_a(value, *PLAIN[:-1], PurePath):
         return _short(_text(value))
@@ -213,9 +211,7 @@ _ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, 
 
 
 def is_opaque(kind: type) -> bool:
-    """Whether objects of a class may hold what no attribute shows: it, or one of its bases, has methods in C, and is
-    not entered.
-    """
+    """Whether objects of a class may hold what no attribute shows: it or a base has methods in C."""
     if id(kind) not in _OPAQUE:
         methods = (MethodDescriptorType, ClassMethodDescriptorType)
         bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]

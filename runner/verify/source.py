@@ -50,9 +50,8 @@ def _place(thing: Any) -> Lines | None:
 
 
 def line_of(names: Iterable[str], places: Sources, others: Sequence[Lines] = ()) -> str:
-    """``file:line`` of the last line that changes the first of these names that any does, in ``others`` if not in
-    ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
-    the class.
+    """``file:line`` of the last line that changes the first possible one of these names, in ``places`` or in
+    ``others``; else of a line with the name; else of the class. Methods that make or load an object come last.
     """
     names = [*names]
     if any(_best(name, places) for name in names[:-1]):  # the names of an object's parts may be those of anything
