@@ -198,6 +198,8 @@ class Fetcher(Dataset[Any]):
         for attempt in range(1 + MAX_SUBSTITUTES * self.substitute):
             try:
                 row = self.sample(candidate, key, seed)
+                if row is None:
+                    raise ValueError("__getitem__ returned None; expected a sample")
             except MemoryError:
                 raise
             except Exception as error:
@@ -215,10 +217,7 @@ class Fetcher(Dataset[Any]):
             if seed is not None:
                 seed(key)
             try:
-                row = self.samples[index]
-                if row is None:
-                    raise ValueError("__getitem__ returned None; expected a sample")
-                return row
+                return self.samples[index]
             except Exception as error:
                 if pause is None or pause not in _retry_pauses(error):
                     raise
