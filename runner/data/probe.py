@@ -51,10 +51,10 @@ def examine(
     if not options.num_workers:
         findings = request(fetcher)
     elif multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-        sent = copy(fetcher)  # with the data set as workers get it
-        with suppress(Exception):  # if it cannot be sent, the start of the workers will fail
-            sent.samples = pickle.loads(pickle.dumps(fetcher.samples))
-        findings = request(sent)
+        duplicate = copy(fetcher)  # with the data set as workers get it
+        with suppress(Exception):  # if it cannot be pickled, the start of the workers will fail
+            duplicate.samples = pickle.loads(pickle.dumps(fetcher.samples))
+        findings = request(duplicate)
     else:
         alone = LoaderOptions(1, start_method=options.start_method)
         with closing(Loader(fetcher, [request], alone, key=key)) as loader:
@@ -81,9 +81,9 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
 
 def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
     """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read."""
-    chosen = indices(len(fetcher.samples))
     step = -1 if backwards else 1
-    return [content_digest(row) for row in _rows(fetcher, chosen[::step], label=label)][::step]
+    rows = _rows(fetcher, indices(len(fetcher.samples))[::step], label=label)
+    return [*map(content_digest, rows)][::step]
 
 
 def indices(size: int) -> tuple[int, ...]:
@@ -93,10 +93,10 @@ def indices(size: int) -> tuple[int, ...]:
 
 def sketch(fetcher: Fetcher) -> Sketch:
     """A description of a few samples, which later attempts compare with theirs. Plain values, some hundred bytes."""
-    chosen = indices(len(fetcher.samples))
+    probed = indices(len(fetcher.samples))
     return {
         str(index): [_describe(path, value) for path, value in islice(leaves(row), _MAX_VALUES)]
-        for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
+        for index, row in zip(probed, _rows(fetcher, probed), strict=True)
         if not isinstance(row, _ReadError)
     }
 
@@ -174,7 +174,7 @@ class _ReadError(str):
     """In place of a sample, the type of the error; its message may contain addresses."""
 
 
-def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
+def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> list[Any]:
     """The samples; the fetcher gets the generators from which they draw."""
     rows: list[Any] = []
     seeded: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
         seeded.update(states())
 
     with sandboxed(draws=True), signals.reading():
-        for index in chosen:
+        for index in indices:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index), seed))
             except Exception as error:  # training will report it, if it comes that far

@@ -238,14 +238,9 @@ class Scan:
         return len(self._shards)
 
     @property
-    def missing(self) -> list[str]:
-        """The URLs of shards that are not scanned yet."""
-        return [url for url in self._stats if url not in self._shards]
-
-    @property
-    def missing_bytes(self) -> int:
-        """Their size in bytes."""
-        return sum(self._stats[url].size for url in self.missing)
+    def missing(self) -> dict[str, int]:
+        """The sizes in bytes of the shards that are not scanned yet, by their URLs."""
+        return {url: stat.size for url, stat in self._stats.items() if url not in self._shards}
 
     @property
     def partial(self) -> Manifest:
@@ -306,8 +301,8 @@ def open_manifest(
     if manifest is None:
         assert path is not None
         return scan(path, kind=kind, dtype=dtype)
-    loaded = load(manifest)
-    if kind not in (None, loaded.kind) or dtype not in (None, loaded.dtype):
-        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (loaded.kind, loaded.dtype)))
-        raise ConfigError(f"{manifest} lists shards of {listed}, but the configuration says {expected}")
-    return loaded
+    result = load(manifest)
+    if kind not in (None, result.kind) or dtype not in (None, result.dtype):
+        expected, actual = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (result.kind, result.dtype)))
+        raise ConfigError(f"{manifest} lists shards of {actual}, but the configuration says {expected}")
+    return result

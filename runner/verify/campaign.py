@@ -5,7 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count, cycle, islice, pairwise
 
 from runner.verify import difference
 from runner.verify.execution import AttemptTrace, Executor, Kill, RunTrace
@@ -86,7 +86,7 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
     and later times of the user's clocks. Kills for which too little time is left are omitted. Raises OutOfTime.
     """
     run = RunTrace("killed")
-    waiting = deque(plan.kills)
+    kills = deque(plan.kills)
     keep = undisturbed.select("finished")[0]["size"] <= _SMALL
     for number in count():
         attempt = executor.attempt(
@@ -96,14 +96,14 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
             workers=plan.workers[(number + 1) % len(plan.workers)],
             server=(number + 1) % 2,
             steps=plan.limit,
-            kill=waiting.popleft() if waiting else None,
+            kill=kills.popleft() if kills else None,
             shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:
             break
         if attempt.request.kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
-            waiting.clear()  # the next attempt goes to the end
+            kills.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
             break
@@ -132,11 +132,10 @@ def summary(attempt: AttemptTrace) -> str:
 
 
 class _Observed:
-    """What the undisturbed run had, and where kills lose the most of it.
+    """Steps of the undisturbed run, at the borders of epochs and with evaluations, and what kills after them lose.
 
-    ``borders`` are the last steps of epochs, ``evaluated`` the steps with an evaluation, and ``seconds`` those of
-    training. ``losable`` is for each step but the last the memory outside the state that a kill after it would lose:
-    paths of values that have changed since the start, and the periods with which invisible memory may come and go.
+    ``losable`` is for each step but the last the memory outside the state that a kill after it loses: paths of values
+    that have changed since the start, and the periods with which invisible memory may come and go.
     """
 
     def __init__(self, run: RunTrace, chance: random.Random) -> None:
@@ -157,9 +156,9 @@ class _Observed:
 
     def kills(self, options: Options) -> list[Kill]:
         """Kills of all kinds, in an order in which the run gets on between them."""
-        needed = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
-        wanted = [options.moments[number % len(options.moments)] for number in range(options.kills)]
-        moments = ["step" if needed.get(moment) == [] else moment for moment in wanted]
+        places = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
+        moments = [*islice(cycle(options.moments), options.kills)]
+        moments = ["step" if places.get(moment) == [] else moment for moment in moments]
         in_order = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
         kills = []
         for moment in moments:
@@ -196,8 +195,8 @@ class _Observed:
 
         def worth(step: int) -> tuple[int, int, int, float]:
             visible = sum(isinstance(memory, str) for memory in self._losable[step])
-            left = min(self.steps - step, _PERIODS[-1])
-            return visible, left, len(self._losable[step]) - visible, self._chance.random()
+            rest = min(self.steps - step, _PERIODS[-1])
+            return visible, rest, len(self._losable[step]) - visible, self._chance.random()
 
         best = max(steps, key=worth)
         lost = {*self._losable[best]}
