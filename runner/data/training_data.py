@@ -120,8 +120,8 @@ def _plan(config: Config, samples: Samples, weights: Weights | None, world: Worl
 
 
 def _micro_batches(config: Config, world: World) -> int:
-    """Micro-batches per process and step, so that a step has the same samples as with one process, in micro-batches
-    that are not larger. Raises ConfigError for a number of processes that does not divide the step.
+    """Micro-batches per process and step: none is larger than with one process. Raises ConfigError for a number of
+    processes that does not divide the samples (or the planned micro-batches) of a step.
     """
     size, accumulate = config.data.batch_size, config.trainer.accumulate
     if world.size == 1:

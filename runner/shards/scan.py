@@ -226,7 +226,8 @@ class Scan:
             raise DataError(f"{self._where}: there are only hidden files; give a glob that matches the shards")
         self.kind = kind or formats.kind_of([*self._stats])
         self.dtype = formats.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
-        self._blocks = formats.TokenArrays(self.dtype).blocks if self.dtype else formats.READERS[self.kind].blocks
+        tokens = self.dtype and partial(formats.token_blocks, dtype=self.dtype)
+        self._blocks = tokens or formats.READERS[self.kind].blocks
         self._shards: dict[str, Shard] = {}  # that have been scanned
         self._stop = threading.Event()
 
@@ -255,9 +256,7 @@ class Scan:
         return self.partial
 
     def run(self, *, jobs: int = 4, progress: Callable[[int], object] = int, save: Callable[[], object] = bool) -> None:
-        """Scan the missing shards. ``progress`` is called with numbers of scanned bytes, ``save`` after each shard. An
-        error or Ctrl-C stops all threads.
-        """
+        """Scan the missing shards; calls ``progress`` with numbers of bytes, and ``save`` after each shard."""
         missing = self.missing
         pool = ThreadPool(max(1, min(jobs, len(missing))))
         try:

@@ -326,8 +326,8 @@ def _inside(value: Any) -> Iterator[Place]:
         for place, (key, inner) in enumerate(items(value)):
             yield Place(f"[{_key(key, place)}]", inner, "item", key)
     elif is_a(value, list, tuple, deque):
-        kind = next(kind for kind in (list, tuple, deque) if is_a(value, kind))
-        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(kind.__iter__(value)))
+        content = fingerprint.base_of(value, list, tuple, deque).__iter__(value)
+        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(content))
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (Place(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))

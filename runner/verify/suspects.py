@@ -176,7 +176,7 @@ def _table(holder: Any, kind: str) -> Any:
 
 
 def _store(table: Any, key: Any, value: Any) -> None:
-    base = next(kind for kind in (OrderedDict, dict, list) if is_a(table, kind))
+    base = fingerprint.base_of(table, OrderedDict, dict, list)
     old = list.__getitem__(table, key) if base is list else dict.get(table, key)
     if not _transfer(old, value):
         base.__setitem__(table, key, value)
@@ -209,8 +209,7 @@ def _transfer_items(old: Any, new: Any) -> bool:
             old_value = before[id(key)]
             kind.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
     elif is_a(old, list, deque, bytearray, set):
-        base: Any = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
-        values: Any = new
+        base, values = fingerprint.base_of(old, list, deque, bytearray, set), new
         if is_a(old, list) and len(old) == len(new):
             pairs = zip(list.__iter__(old), list.__iter__(new), strict=True)
             values = [mine if _transfer(mine, value) else value for mine, value in pairs]
