@@ -97,7 +97,7 @@ class Interleaving:
     chunk: int
 
     def max_workers(self, limit: int, *, slice_size: int, world: int) -> int:
-        """The most workers up to ``limit`` that share no stream; ``limit`` if slices are not whole numbers of chunks."""
+        """The most workers up to ``limit`` that share no stream; ``limit`` where slices divide chunks."""
         chunks, rest = divmod(slice_size, self.chunk)
         if rest:
             return limit

@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def private_generators(*, look: bool = True) -> Iterator[None]:
-    """The generators are in the fixed state in the block, and restored after it; faster without a ``look`` at numpy's."""
+    """The generators are in the fixed state in the block, and restored after it; without a ``look``, faster."""
     python, numpy, of_torch = _PYTHON.enter(), _NUMPY.enter(look=look), _TORCH.enter()
     try:
         yield
