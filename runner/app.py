@@ -37,7 +37,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from runner import signals
 from runner.callbacks.base import notify, observed_by, observers
@@ -45,8 +44,7 @@ from runner.config import composition, schema
 from runner.config.identity import identity, is_name, variant
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
-from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.run.directory import RunDirectory
@@ -138,11 +136,11 @@ def _run(config: DictConfig) -> float | None:
         notify(observers, "on_command", spec.directory)
         with signals.StopRequest(root, name).obey() if name else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            return _finished(spec, config, team)
+            return _run_to_completion(spec, config, team)
 
 
 def _dry_run(config: DictConfig, team: Team) -> None:
-    """Two attempts of the run in a folder that is removed, and what they have shown."""
+    """Run two attempts in a temporary folder, and log a summary of both."""
     from runner import experiment
     from runner.callbacks.dry import STEPS, DryRun
 
@@ -156,7 +154,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
     try:
         with observed_by(dry):
             for _ in ("to be resumed", "resumed"):
-                spec = _opened(run_spec(config), team.comm)
+                spec = _open_on_rank_zero(run_spec(config), team.comm)
                 try:
                     experiment.run(spec, config, team)  # type: ignore[arg-type]
                 except Interrupted:
@@ -185,9 +183,9 @@ def _temporary() -> str:
     return folder
 
 
-def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
+def _run_to_completion(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
     """Train until the run is finished, unless it is already; returns its objective."""
-    opened = _opened(spec, team.comm)
+    opened = _open_on_rank_zero(spec, team.comm)
     result = opened.result
     if result is None:
         from runner import experiment
@@ -195,13 +193,13 @@ def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
         try:
             result = experiment.run(opened, config, team)  # type: ignore[arg-type]
         except FinishedMeanwhile:
-            return _finished(spec, config, team)
+            return _run_to_completion(spec, config, team)
     _log_result(opened, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")
     return objective
 
 
-def _opened(spec: RunSpec, comm: Communicator) -> RunSpec:
+def _open_on_rank_zero(spec: RunSpec, comm: Communicator) -> RunSpec:
     """The run as rank 0 opens it. Other ranks take over its state, because the storage may change between two reads.
 
     While the command must wait for another process, all ranks look again together, so that none runs into a timeout.
@@ -272,15 +270,7 @@ def _run_name(config: DictConfig, hydra: HydraConf) -> str:
             message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
             raise ConfigError(f"run.name={config.run.name}: {message}")
         return str(config.run.name)
-    names = [variant(_unresolved(hydra.overrides.task))]
-    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
-        names.append(variant([*hydra.overrides.task]))
-    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
-        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
-        for name in names:
-            if RunDirectory.under(root, experiment, name, options).record() is not None:
-                return name
-    return names[0]
+    return variant(_unresolved(hydra.overrides.task))
 
 
 def _command(hydra: HydraConf, overrides: list[str]) -> str:

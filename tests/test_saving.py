@@ -55,7 +55,7 @@ class Run:
             max_unsaved=100.0,
             background=background,
         )
-        self.saver.pins = pinned.__contains__
+        self.saver.is_milestone = pinned.__contains__
         self.saver.on_start(self.loop)
 
     def step(self, *, improved: bool = False) -> None:

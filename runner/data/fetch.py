@@ -5,7 +5,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from runner.hashing import derive
 Collate = Callable[[list[Any]], Any]
 
 MAX_SUBSTITUTES = 8  # samples that are tried in place of a bad record
+_READS = 8  # of which the time on a core is measured once, because that clock is slow on some systems
 _BLOCK = 1024  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -57,6 +58,16 @@ class BadRecord:
     substitute: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadTime:
+    """Seconds that it took to read a batch, and the share of them on a core if it was measured. Batches are the same
+    whatever it is.
+    """
+
+    seconds: float = field(compare=False)
+    busy: float | None = field(compare=False)
+
+
 class FetchedBatch(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
@@ -69,6 +80,7 @@ class FetchedBatch(NamedTuple):
     digest: int = 0
     bad: tuple[BadRecord, ...] = ()
     failure: str = ""
+    time: "ReadTime | None" = None
 
 
 class _Block(NamedTuple):
@@ -101,6 +113,8 @@ class Fetcher(Dataset[Any]):
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
         self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
+        self.timed = False  # whether batches say how long they took to read
+        self._reads = 0
         self._blocks = LRUCache[_Block](4)
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
@@ -119,6 +133,9 @@ class Fetcher(Dataset[Any]):
                 return self._batch(piece, self._read_seeded)
 
     def _batch(self, piece: Slice, read: Callable[[Slice], list[Any]]) -> FetchedBatch:
+        self._reads += 1
+        measures = self.timed and self._reads % _READS == 1
+        began, on_core = time.perf_counter(), time.thread_time() if measures else 0.0
         try:
             rows = read(piece)
         except _NoSubstituteError as error:
@@ -133,7 +150,11 @@ class Fetcher(Dataset[Any]):
                 f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
-        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad))
+        spent = None
+        if self.timed:
+            seconds = time.perf_counter() - began
+            spent = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
+        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""

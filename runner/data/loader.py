@@ -33,6 +33,7 @@ from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProc
 from tqdm import tqdm
 
 from runner import signals
+from runner.data.limits import Limits
 from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError, RunnerError
 
@@ -48,13 +49,14 @@ signal_handling._SIGCHLD_handler_set = True
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
     """How batches are loaded, which may change between attempts. Each worker has ``prefetch`` batches in flight; with 0
-    workers this process loads.
+    workers this process loads. With ``limits`` the number of workers changes while they load.
     """
 
     num_workers: int = 0
     prefetch: int = 2
     start_method: str | None = None
     pin_memory: bool = False
+    limits: Limits | None = None
 
 
 class Loader:
