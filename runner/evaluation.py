@@ -67,9 +67,9 @@ def evaluate(
     among those already ``changed``, to which they are added.
 
     Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
-    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. That is
-    not possible where the evaluation has changed weights, which it then ends first, or fails as it does; and where a
-    process of FSDP fails in ``evaluation_step``, since the others may wait for its slices.
+    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. An
+    evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
+    raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its slices.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}

@@ -250,7 +250,7 @@ def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None
 
 
 def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
-    """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
+    """Restore the newest good checkpoint, or begin; with the substitutes of earlier attempts for bad records."""
     state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
         location = spec.directory.location
@@ -286,7 +286,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         assert plan is not None, "iterable data was refused"
         each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
         share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
-        log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
+        log.info("parallel %s; each process takes %s of %s", parts.parallelism.description, each, share)
     workers = "auto" if stream.automatic else stream.workers
     log.info("device   %s, threads %d, data workers %s", here["device"], here["threads"], workers)
     log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
@@ -308,7 +308,7 @@ def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
         text += f"; {_ended(before)} at step {reached} or later, "
-        text += f"{reached - resumed.step} steps are done again"
+        text += f"{reached - resumed.step} steps are repeated"
     return text
 
 

@@ -362,13 +362,15 @@ def _select_commits(store: CheckpointStore, which: int | str | None, directory: 
         if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
             which = best[0].id.step
         elif all(info.damaged for info in infos):
-            return commits  # to open them raises an error that says what is wrong with each
+            return commits  # opening them reports the damage of each
         else:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
     of_step = [commit for commit in commits if commit.step == which]
     if commits and not of_step:
         steps = ", ".join(map(str, sorted({commit.step for commit in commits})))
-        raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
+        raise ConfigError(
+            f"{store.location.url} has no checkpoint of step {which}; it has checkpoints of steps {steps}"
+        )
     return of_step
 
 

@@ -21,7 +21,7 @@ class Trainer:
     the ``team``. Callbacks do everything else, such as saving.
 
     ``users`` are those callbacks that the runner did not write. Where the evaluation after a step is interrupted, their
-    ``on_step`` is called by the attempt that repeats it, so that each step and its evaluation are one moment for them.
+    ``on_step`` is called by the attempt that repeats it, so that they see each step once, with its evaluation.
     """
 
     task: Task
@@ -40,8 +40,8 @@ class Trainer:
         self._has_own_step = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
-        """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
-        ``stopped`` one of them ended at this step by that word of a callback, and the result alone is missing.
+        """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
+        ``stopped``: why a callback ended training at this step in an earlier attempt; only the export is left.
 
         A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.
         """
@@ -127,7 +127,7 @@ class Trainer:
         loop.elapsed, loop.metrics = whole.elapsed, {**metrics, **self.team.sum_tensors(shares)}
 
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
-        """The record as it stood after the last step, so that what is due there and was cut short is done now."""
+        """The record as it was after the last step, so that an interrupted evaluation, for example, is finished now."""
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
         loop.log = self.task.log
@@ -137,7 +137,7 @@ class Trainer:
         loop.stop = limit or stopped
         for callback in self.callbacks:
             callback.on_start(loop)
-            # Where a user's callback ended training, it had this step before the evaluation.
+            # A user's callback that ended training has had ``on_step`` for this step.
             if loop.evaluation is not None and callback in self.users and (stopped is None or limit is not None):
                 callback.on_step(loop)
         loop.stop = loop.stop or self.team.poll()

@@ -26,8 +26,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer, or over several by name.
 
-    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing;
-    ``consecutive_skips`` counts those since the last step that moved the weights.
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore changed no weight;
+    ``consecutive_skips`` the last of them in a row, up to now.
     """
 
     model: nn.Module
@@ -103,7 +103,7 @@ class WeightUpdate:
         return measured
 
     def end(self) -> None:
-        """After the update, or all updates of a step by several optimizers: what is done once. Raises TaskError."""
+        """Once per step, after all optimizers: the moving average, buffers and the loss scale. Raises TaskError."""
         if isinstance(self.optimizer, Named):
             self._require_no_gradients()
         if not self._has_gradients:
@@ -133,7 +133,9 @@ class WeightUpdate:
         left = [name for name, weight in self.model.named_parameters() if weight.grad is not None]
         if left:
             remedy = 'take a step with them, or differentiate for one optimizer alone: update["name"].backward(loss)'
-            raise TaskError(f"the step is over, and {left[0]} has a gradient that no checkpoint would hold: {remedy}")
+            raise TaskError(
+                f"{left[0]} still has a gradient after the step, and checkpoints hold no gradients: {remedy}"
+            )
 
     def _weights(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         """The weights that have a gradient; a sparse one has each of its elements once.

@@ -161,7 +161,7 @@ def make(target: str, context: WriterContext, arguments: Mapping[str, Any]) -> S
 
 class ServiceProcess(MetricWriter):
     """The metric writer in the training process, for a ``ServiceWriter`` in a child. Raises ConfigError if the child
-    cannot make it. What is added, the child reads where ``LinesWriter`` has written it, once it is committed.
+    cannot make it. The child reads committed metrics from the file of ``LinesWriter``, so ``add`` does nothing.
     """
 
     def __init__(self, name: str, target: str, arguments: Mapping[str, Any], context: WriterContext) -> None:

@@ -187,8 +187,8 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
         regular = stat.S_ISREG(status.st_mode)
         if stat.S_ISDIR(status.st_mode) or (regular and status.st_nlink == 1):
             continue
-        kind = "a link" if regular or stat.S_ISLNK(status.st_mode) else "no file"
+        kind = "a link" if regular or stat.S_ISLNK(status.st_mode) else "a special file"
         raise ConfigError(
-            f"{printable(path)} is {kind}, and what is written there would end elsewhere. Everything below run.root "
-            "must be there itself: remove it, or choose another run.root or run.name"
+            f"{printable(path)} is {kind}: refusing to write through it. Everything below run.root must be a file or a "
+            "folder: remove it, or choose another run.root or run.name"
         )
