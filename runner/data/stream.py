@@ -164,7 +164,7 @@ class MapStyleStream(TrainingStream):
 
     def _open_adaptive(self, slices: Iterator[Slice]) -> None:
         request = None if self._probe_digests is None else probe.sample_digests
-        examine = partial(probe.require_same_in_worker, self._here, self._probe_digests or [])
+        examine = partial(probe.require_equal, self._here, self._probe_digests or [], kind="sample-per-process")
         self._loader = AdaptiveLoader(
             self._fetcher, slices, self._loading, here=self._here, request=request, examine=examine
         )
@@ -173,7 +173,7 @@ class MapStyleStream(TrainingStream):
     def ready(self) -> None:
         if self._probe_awaited:
             assert self._probe_digests is not None
-            probe.require_same_in_worker(self._fetcher, self._probe_digests, next(self._loader))
+            probe.require_equal(self._fetcher, self._probe_digests, next(self._loader), "sample-per-process")
             self._probe_awaited = False
         if self._ahead is None and self.automatic:
             self._loader.adapt()
