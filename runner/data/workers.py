@@ -154,7 +154,7 @@ class AdaptiveLoader:
         self._said: int | None = None
         self._windows = options.limits.windows
         self._window = self._windows[0]
-        self._share = 1.0
+        self._share = 1.0  # of reading on a core
         self._last: Any = None  # batch
         self._measure()
         self._open(0)
@@ -220,7 +220,7 @@ class AdaptiveLoader:
         usual = [seconds for seconds in rests if seconds <= _PAUSE * rests[count // 2]]
         rest = max(sum(usual) / len(usual), 1e-6)
         if self._busy:
-            self._share = sum(self._busy) / len(self._busy)
+            self._share = max(self._busy)  # the others may have waited for a core
         spent = self._all_waited / count, self._reading / count
         return Measurement(self.workers, rest, *spent, self._share, _size(self._last))
 
