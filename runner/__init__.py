@@ -25,9 +25,9 @@ verdict).
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, limits, loader, mixture, order, plan, probe, sandbox, stream, training_data,
        weights, workers)
-       run/ (attempts, code, directory, drift, opening, parent)
+       run/ (attempts, code, directory, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
     2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
     1  storage/ (backend, files, local, location, remote)     task

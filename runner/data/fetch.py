@@ -27,7 +27,7 @@ Collate = Callable[[list[Any]], Any]
 
 MAX_SUBSTITUTES = 8  # samples that are tried in place of a bad record
 _READS = 8  # of which the time on a core is measured once, because that clock is slow on some systems
-_BLOCK = 1024  # neighbouring positions whose indices and seeds are computed together
+_BLOCK = 4096  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
@@ -39,8 +39,9 @@ class Samples(Protocol):
 
     ``counts``: samples per shard, in order of index; shards are then read almost sequentially, and ``hold(windows,
     window)`` tells the data set how many windows of samples are read in turn. ``lengths``: tokens per sample, for
-    ``data.max_tokens``. ``fingerprint``: a text that changes with the data. ``locate(index)``: where a sample is
-    stored, for messages.
+    ``data.max_tokens``. ``__getitems__(indices)``: the list of their samples, for data sets where that is faster than
+    one by one; it is called for samples that draw nothing, if it gave the same samples at the start. ``fingerprint``: a
+    text that changes with the data. ``locate(index)``: where a sample is stored, for messages.
     """
 
     def __len__(self) -> int: ...
@@ -113,6 +114,7 @@ class Fetcher(Dataset[Any]):
         self.order = plan.order()
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
+        self.by_batch = False  # whether to call ``__getitems__``; decided by ``probe.examine``
         self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
         self.timed = False  # whether batches say how long they took to read
         self._reads = 0
@@ -183,7 +185,7 @@ class Fetcher(Dataset[Any]):
         self._bad = []
         if seed is None and not self.drawn and not self.substitutions:
             with suppress(Exception):  # else one by one
-                rows = [self.samples[index] for index in indices]
+                rows = self._items(indices)
                 if all(row is not None for row in rows):
                     return rows
         rows = []
@@ -204,6 +206,15 @@ class Fetcher(Dataset[Any]):
                     failure = error
                 failure = failure or _none()
             rows.append(self._row(position, index, key, seed or _nothing, failure))
+        return rows
+
+    def _items(self, indices: list[int]) -> list[Any]:
+        """The samples, from one call if the data set can."""
+        if not self.by_batch:
+            return [self.samples[index] for index in indices]
+        rows = [*self.samples.__getitems__(indices)]  # type: ignore[attr-defined]
+        if len(rows) != len(indices):
+            raise ValueError("not one sample for each index")
         return rows
 
     def _lookup(self, piece: Slice) -> tuple[list[int], list[int], int]:

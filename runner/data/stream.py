@@ -203,7 +203,7 @@ class MapStyleStream(TrainingStream):
         if self._step is None:
             raise DataError(
                 f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
-                "their samples would be missed. Go through all that it is given"
+                "their samples would be missed. Iterate over all of them"
             )
         return self._step[2]
 

@@ -317,6 +317,7 @@ def examine(
         return fetcher, *probe.examine(fetcher, options, audit=audit, key=key)
     results = probe.examine(trial, options, audit=audit, key=key)
     here.drawn = fetcher.drawn = trial.drawn
+    here.by_batch = fetcher.by_batch = trial.by_batch
     del trial
     if left := _open_files() - before:
         _say_never(fetcher, key, f"its samples leave open what workers must not share: {', '.join(sorted(left))}")

@@ -27,7 +27,7 @@ class Rendezvous:
     host: str
     port: int
     served_by_launcher: bool  # and outlives the processes; else rank 0 serves it
-    restart: int  # counts the lives of the processes, so that none reads a message from an earlier life
+    restart: int  # how often the launcher restarted the processes: none reads a message from before a restart
 
 
 def world() -> World:
