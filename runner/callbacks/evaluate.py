@@ -13,7 +13,7 @@ from torch import nn
 
 from runner.callbacks.base import FAILED, Callback, Loop
 from runner.data.stream import EvaluationData
-from runner.distributed.team import Parallelism, Team
+from runner.distributed.communicator import Parallelism, Team
 from runner.errors import EvaluationFailed, Interrupted, printable
 from runner.evaluation import EvaluationInterrupted, evaluate, objective, without_trace
 from runner.hashing import derive
@@ -75,7 +75,7 @@ class Evaluator:
             error.args = (f"data.test: {error}\n{remedy}",)
             raise
         finally:
-            self.team.rest()
+            self.team.disarm_timeout()
 
     def rehearse(self, state: TrainState) -> None:
         """Evaluate ``check_batches`` of each set, so that a mistake shows before training. Leaves no trace."""
@@ -103,7 +103,7 @@ class Evaluator:
                 where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
                 error.args = (f"{error}\nThis is the evaluation of {where} (runtime.check_batches; 0 leaves it out)",)
                 raise
-        self.team.rest()
+        self.team.disarm_timeout()
 
     def close(self) -> None:
         """End the workers."""

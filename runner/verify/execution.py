@@ -47,9 +47,9 @@ class AttemptRequest:
     held constant (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the
     step ``take``, or replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps
     between two of them. A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may
-    change something. ``shift`` is by how many seconds the user's clocks are ahead, ``late`` by how many they are behind.
-    After ``limit`` seconds the attempt is ended, as a failure. ``imports`` are modules that it will need. With
-    ``removes`` it removes the run instead.
+    change something. The user's clocks are ahead by ``shift`` seconds, and behind by ``late`` seconds. After
+    ``limit`` seconds the attempt is ended, as a failure. ``imports`` are modules that it will need. With ``removes``
+    it removes the run instead.
     """
 
     name: str
