@@ -34,7 +34,7 @@ def using(name: str) -> str:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ((using("Unsized"),), ["data.train is a Unsized without __len__ and __getitem__"]),
+        ((using("Unsized"),), ["data.train is a Unsized without __len__; both are needed"]),
         (("data.train.size=0",), ["data.train is empty: a Rows of length 0"]),
         (("data.validation.size=0",), ["data.validation is empty"]),
         ((using("Stateless"),), ["Stateless", "state_dict", "data.replay=true", "__getitem__"]),
