@@ -138,7 +138,7 @@ def _run(config: DictConfig) -> float | None:
         notify(observers, "on_command", spec.directory)
         with signals.StopRequest(root, name).obey() if name else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
-            return _finished(spec, config, team)
+            return _run_to_completion(spec, config, team)
 
 
 def _dry_run(config: DictConfig, team: Team) -> None:
@@ -156,7 +156,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
     try:
         with observed_by(dry):
             for _ in ("to be resumed", "resumed"):
-                spec = _opened(run_spec(config), team.comm)
+                spec = _open_on_rank_zero(run_spec(config), team.comm)
                 try:
                     experiment.run(spec, config, team)  # type: ignore[arg-type]
                 except Interrupted:
@@ -185,9 +185,9 @@ def _temporary() -> str:
     return folder
 
 
-def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
+def _run_to_completion(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
     """Train until the run is finished, unless it is already; returns its objective."""
-    opened = _opened(spec, team.comm)
+    opened = _open_on_rank_zero(spec, team.comm)
     result = opened.result
     if result is None:
         from runner import experiment
@@ -195,13 +195,13 @@ def _finished(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
         try:
             result = experiment.run(opened, config, team)  # type: ignore[arg-type]
         except FinishedMeanwhile:
-            return _finished(spec, config, team)
+            return _run_to_completion(spec, config, team)
     _log_result(opened, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")
     return objective
 
 
-def _opened(spec: RunSpec, comm: Communicator) -> RunSpec:
+def _open_on_rank_zero(spec: RunSpec, comm: Communicator) -> RunSpec:
     """The run as rank 0 opens it. Other ranks take over its state, because the storage may change between two reads.
 
     While the command must wait for another process, all ranks look again together, so that none runs into a timeout.

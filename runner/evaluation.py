@@ -190,7 +190,10 @@ def _aggregate(
     task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
 ) -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
-    totals, polls = _Totals(), _polls(len(data) + 1, team, before)  # the last one before the end of the data is seen
+    totals, polls = (
+        _Totals(),
+        _interruption_points(len(data) + 1, team, before),
+    )  # the last one before the end of the data is seen
     measure = partial(_measure, totals, polls, task, model, data)
     if any(map(is_distributed, model.parameters())):
         measure()
@@ -203,7 +206,7 @@ def _aggregate(
     return means | _join_rows(totals.rows, team, f"{type(task).__name__}.evaluation_step")
 
 
-def _polls(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
+def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
     """Exchange signals with the other processes so many times. Each time says whether a signal may interrupt a wait for
     data: where a single process can return to the state before.
     """
@@ -218,7 +221,7 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
     step = f"{type(task).__name__}.evaluation_step"
     batches = iter(data)
     for at_once in polls:
-        with signals.at_once(at_once):
+        with signals.interrupt_reads(at_once):
             if (item := next(batches, None)) is None:
                 break
         count, batch = item

@@ -67,7 +67,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         configured = make_observers(config)
         callbacks.update(configured)
         notify(configured.values(), "on_command", spec.directory)
-        with signals.at_once(team.world.size == 1):
+        with signals.interrupt_reads(team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
@@ -76,7 +76,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         callbacks.update(ordered)
         setup = _set_up(config, parts, callbacks, spec, number)
         stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
-        parts.state.memories = {name: call for name, call in stateful.items() if name not in configured}
+        parts.state.stateful_callbacks = {name: call for name, call in stateful.items() if name not in configured}
 
         on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
         resumed = _resume(spec, config, parts, setup, team)
@@ -148,7 +148,7 @@ def _train(
         )
         interruption.agreed = True
         raise interruption
-    if 0 < loop.step <= parts.update.in_a_row:
+    if 0 < loop.step <= parts.update.consecutive_skips:
         raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
     return loop
 
@@ -257,7 +257,7 @@ def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, t
         location = spec.directory.location
         recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
         state.stream.repeat_substitutions(dict(recorded))
-    with signals.at_once(team.world.size == 1):
+    with signals.interrupt_reads(team.world.size == 1):
         if parts.reference is not None:
             parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
         return restore(state, setup.store, spec, team.comm)

@@ -137,7 +137,7 @@ def _begin(state: TrainState, spec: RunSpec, comm: Communicator) -> Resumed:
                 same_data = not state.stream.changes(checkpoint.load("data"))
                 if not same_data:
                     state.stream.open()
-                _load(state, checkpoint, spec.identity, without=() if same_data else ("data",), memories=False)
+                _load(state, checkpoint, spec.identity, without=() if same_data else ("data",), callbacks=False)
                 return Resumed(checkpoint.id, origin=origin)
             unmatched = state.inherit(checkpoint, strict=origin.load == "strict")
             resumed = Resumed(origin=origin, unmatched=unmatched)
@@ -378,18 +378,18 @@ def _load(
     identity: dict[str, Any],
     *,
     without: tuple[str, ...] = (),
-    memories: bool = True,
+    callbacks: bool = True,
 ) -> None:
     """Load all parts, but keep the settings of optimizer and scheduler that the user changed since, and accepted."""
     changed = compare(checkpoint.facts.get("identity", identity), identity)
     if not any(difference.key.split(".")[0] in ("optimizer", "scheduler") for difference in changed):
-        state.restore(checkpoint, without=without, memories=memories)
+        state.restore(checkpoint, without=without, callbacks=callbacks)
         return
     keys = {difference.key.rpartition(".")[2] for difference in changed}
     optimizers, schedulers = by_name(state.optimizer), by_name(state.scheduler)
     built = {name: optimizer.state_dict()["param_groups"] for name, optimizer in optimizers.items()}
     schedules = {name: dict(scheduler.state_dict()) for name, scheduler in schedulers.items()}
-    state.restore(checkpoint, without=(*without, *parts_of("scheduler", state.scheduler)), memories=memories)
+    state.restore(checkpoint, without=(*without, *parts_of("scheduler", state.scheduler)), callbacks=callbacks)
     for name, interval in by_name(state.schedule).items():
         _keep_settings(optimizers[name], built[name], lr=interval == "evaluation" and "lr" not in keys)
         scheduler = schedulers[name]

@@ -39,8 +39,8 @@ _received: str | None = None
 _arrived: list[str] = []
 _previous: dict[str, Any] = {}  # signal name -> handler before ``install``
 _first: dict[str, float] = {}  # when the first signal that ends the process twice came to "handler" and to "guard"
-_late = False  # whether a step must no longer wait for data
-_at_once = False
+_is_deadline_over = False  # whether a step must no longer wait for data
+_reads_end_at_once = False
 _check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
 _pipe: tuple[int, int] | None = None
 
@@ -90,7 +90,7 @@ def request(name: str) -> None:
     global _received
     if _received is None:
         _received = name
-        _lose_patience_later()
+        _start_deadline()
         wake()
 
 
@@ -120,16 +120,16 @@ def raise_if_received(where: str) -> None:
 
 
 @contextmanager
-def at_once(allowed: bool = True) -> Iterator[None]:
+def interrupt_reads(allowed: bool = True) -> Iterator[None]:
     """Within the block a stop signal breaks off reading data at once, because no step is half done; if ``allowed``.
     Elsewhere reading goes on for some seconds, so that the step can be finished.
     """
-    global _at_once
-    before, _at_once = _at_once, allowed
+    global _reads_end_at_once
+    before, _reads_end_at_once = _reads_end_at_once, allowed
     try:
         yield
     finally:
-        _at_once = before
+        _reads_end_at_once = before
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
 
 def _stop() -> None:
     global _check
-    if _check is not None and _received is not None and (_at_once or _late):
+    if _check is not None and _received is not None and (_reads_end_at_once or _is_deadline_over):
         _check = None  # raise once: the clean-up must not be broken off
         raise Stopped(_received)
 
@@ -244,37 +244,37 @@ def _handle_wake(number: int, frame: FrameType | None) -> None:
 
 def _handle_stop(number: int, frame: FrameType | None) -> None:
     global _received
-    if _is_second(number, "handler"):  # do not wait for the step
+    if _note_and_is_second(number, "handler"):  # do not wait for the step
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if _received is None:
-        _lose_patience_later()
+        _start_deadline()
     _received = signal.Signals(number).name
     _arrived.append(_received)
     _stop()
 
 
-def _is_second(number: int, witness: str) -> bool:
+def _note_and_is_second(number: int, observer: str) -> bool:
     """Whether this is the second signal, which ends the process."""
     if number not in _REPEAT_SECONDS:
         return False
     now = time.monotonic()
-    if witness not in _first:
-        _first[witness] = now
+    if observer not in _first:
+        _first[observer] = now
         return False
-    return now - _first[witness] >= _REPEAT_SECONDS[signal.Signals(number)]
+    return now - _first[observer] >= _REPEAT_SECONDS[signal.Signals(number)]
 
 
-def _lose_patience_later() -> None:
+def _start_deadline() -> None:
     """After some seconds, break off a step that waits for data."""
-    timer = threading.Timer(_PATIENCE_SECONDS, _lose_patience)
+    timer = threading.Timer(_PATIENCE_SECONDS, _end_deadline)
     timer.daemon = True
     timer.start()
 
 
-def _lose_patience() -> None:
-    global _late
-    _late = _received is not None
+def _end_deadline() -> None:
+    global _is_deadline_over
+    _is_deadline_over = _received is not None
     wake()
 
 
@@ -282,14 +282,14 @@ def _guard(arrivals: int) -> None:
     """End the process at the second signal even if the main thread never returns to Python to run a handler."""
     while numbers := os.read(arrivals, 64):
         for number in numbers:
-            if _is_second(number, "guard"):
+            if _note_and_is_second(number, "guard"):
                 time.sleep(1.0)  # for the handler, which ends the process by the signal itself
                 os._exit(128 + number)
 
 
 def _forget() -> None:
-    global _received, _late
-    _received, _late = None, False
+    global _received, _is_deadline_over
+    _received, _is_deadline_over = None, False
     _arrived.clear()
     _first.clear()
 
@@ -305,9 +305,9 @@ def _unblock() -> None:
 
 def _restore_handlers() -> None:
     """In a child that a user's code forked: it ends by signals, as its parent expects."""
-    global _pipe, _check, _at_once
+    global _pipe, _check, _reads_end_at_once
     _forget()
-    _check, _at_once = None, False
+    _check, _reads_end_at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
         if signal.getsignal(number) in (_handle_stop, _handle_wake, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL

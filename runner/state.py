@@ -18,7 +18,7 @@ from runner.hashing import derive
 from runner.optimizers import by_name, parts_of, saved_name
 from runner.rng import Generators, seed_all
 
-_MEMORY = "callback."
+_CALLBACK_PREFIX = "callback."
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class TrainState:
     data draws random numbers.
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
-    ``task`` and the callbacks in ``memories`` are part of the state only if they have a ``state_dict``. ``built`` is
+    ``task`` and the callbacks in ``stateful_callbacks`` are part of the state only if they have a ``state_dict``. ``built`` is
     the structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
     steps: ``step``, ``epoch`` or ``evaluation``. Of several optimizers, ``optimizer``, ``scheduler`` and ``schedule``
     are ``Named``: ``state.optimizer["generator"]``.
@@ -64,7 +64,7 @@ class TrainState:
     task: Stateful | None
     stream: TrainingStream
     progress: Progress
-    memories: dict[str, Stateful] = field(default_factory=dict)
+    stateful_callbacks: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
     built: Structure | None = None
     schedule: Any = "step"
@@ -82,7 +82,7 @@ class TrainState:
         named: dict[str, Stateful | None] = {
             "model": self.model,
             "task": self.task,
-            **{_MEMORY + name: memory for name, memory in self.memories.items()},
+            **{_CALLBACK_PREFIX + name: memory for name, memory in self.stateful_callbacks.items()},
             **parts_of("optimizer", self.optimizer),
             **parts_of("scheduler", self.scheduler),
             "update": self.update,
@@ -121,13 +121,13 @@ class TrainState:
         nonfinite = self.built.nonfinite if self.built else ()
         return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in nonfinite]
 
-    def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), memories: bool = True) -> None:
-        """Load every part that is not in ``without``; the callbacks only with ``memories``.
+    def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), callbacks: bool = True) -> None:
+        """Load every part that is not in ``without``; the callbacks only with ``callbacks``.
 
         Raises StateError for parts that do not fit, Damaged for bad bytes.
         """
         parts, saved = (
-            [name for name in names if memories or not name.startswith(_MEMORY)]
+            [name for name in names if callbacks or not name.startswith(_CALLBACK_PREFIX)]
             for names in (self.parts(), checkpoint.parts)
         )
         _require_same(parts, saved, checkpoint)

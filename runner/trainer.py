@@ -37,7 +37,7 @@ class Trainer:
         self._on_batch = overriding(self.callbacks, "on_batch")
         self._on_update = overriding(self.callbacks, "on_update")
         step = self.task.optimization_step
-        self._unchecked = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
+        self._has_own_step = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
         """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
@@ -49,7 +49,7 @@ class Trainer:
         loop = self._start(state, elapsed, stopped)
         on_step, of_users = (overriding(each, "on_step") for each in (self.callbacks, self.users))
         while loop.stop is None:
-            loop.stop = self._stopped(loop.state.stream)
+            loop.stop = self._wait_for_data(loop.state.stream)
             if loop.stop is not None:
                 break
             self._step(loop, began)
@@ -58,18 +58,18 @@ class Trainer:
                 if not (loop.evaluation_due and call in of_users):
                     call(loop)
             loop.stop = loop.stop or self.team.stop
-        self.team.rest()
+        self.team.disarm_timeout()
         for callback in reversed(self.callbacks):  # the checkpoint first, while the others are still open
             callback.on_end(loop)
         return loop
 
-    def _stopped(self, stream: TrainingStream) -> str | None:
+    def _wait_for_data(self, stream: TrainingStream) -> str | None:
         """Wait for data; returns the stop signal if one comes first, when the state is still that of the last step.
         Other processes may be in the next step already, so only a single one stops here.
         """
         alone = self.team.world.size == 1
         try:
-            with signals.at_once(alone):
+            with signals.interrupt_reads(alone):
                 stream.ready()
         except signals.Stopped:
             if alone:
@@ -85,9 +85,9 @@ class Trainer:
         for call in self._on_step_start:
             call(loop)
 
-        micro_batches = self._seen(loop, stream.step()) if self._on_batch else stream.step()
+        micro_batches = self._apply_on_batch(loop, stream.step()) if self._on_batch else stream.step()
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
-        if self._unchecked:
+        if self._has_own_step:
             metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
         self.update.end()
         for scheduler in state.schedulers("step"):
@@ -102,7 +102,7 @@ class Trainer:
         for call in self._on_update:
             call(loop)
 
-    def _seen(self, loop: Loop, micro_batches: Iterator[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
+    def _apply_on_batch(self, loop: Loop, micro_batches: Iterator[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
         """The micro-batches as callbacks leave them."""
         for number, (share, batch) in enumerate(micro_batches):
             for call in self._on_batch:
@@ -121,7 +121,7 @@ class Trainer:
             loop.elapsed, loop.metrics = elapsed, {**metrics}
             return
         whole = self.team.exchange(StepReport(*stream.step_samples, elapsed, tuple(sorted(metrics))))
-        stream.advance(StepSamples(whole.digest, whole.swaps))
+        stream.advance(StepSamples(whole.digest, whole.substitutions))
         zero = metrics["loss"].new_zeros(())  # for metrics that only other processes measured
         shares = {name: metrics.get(name, zero) for name in whole.metrics if not is_measured(name)}
         loop.elapsed, loop.metrics = whole.elapsed, {**metrics, **self.team.sum_tensors(shares)}
@@ -131,7 +131,7 @@ class Trainer:
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
         loop.log = self.task.log
-        loop.directory, loop.attempt, loop.resumed = self.limits.directory, self.limits.attempt, loop.step
+        loop.directory, loop.attempt, loop.start_step = self.limits.directory, self.limits.attempt, loop.step
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         limit = self._limit(loop) if loop.step else None
         loop.stop = limit or stopped

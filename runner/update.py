@@ -26,7 +26,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer, or over several by name.
 
-    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``in_a_row``
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``consecutive_skips``
     are the last ones without any other.
     """
 
@@ -42,11 +42,11 @@ class WeightUpdate:
     not_averaged: Collection[str] = ()  # names of weights that the average takes over as they are
     parallelism: Parallelism = field(default_factory=Parallelism)
     skipped: int = 0
-    in_a_row: int = 0
+    consecutive_skips: int = 0
     gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
-    _begun: bool = False  # since the last ``end``: some gradients were used, ...
-    _bad: bool = False  # ... not finite, ...
-    _moved: bool = False  # ... weights were moved
+    _has_gradients: bool = False  # since the last ``end``: some gradients were used, ...
+    _is_nonfinite: bool = False  # ... not finite, ...
+    _has_stepped: bool = False  # ... weights were moved
     positions: Callable[[], range] = lambda: range(0)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -83,7 +83,9 @@ class WeightUpdate:
         self.parallelism.reduce_gradients()
         weights = self._weights(optimizers)
         if len(optimizers) > 1:
-            optimizers = [each for each in optimizers if any(weight.grad is not None for weight in _own([each]))]
+            optimizers = [
+                each for each in optimizers if any(weight.grad is not None for weight in _optimizer_weights([each]))
+            ]
         if self.scaler is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
@@ -92,13 +94,13 @@ class WeightUpdate:
             listener()
         measured = {}
         if self.clip_norm is not None:
-            measured[_NORM] = self._clip(_values(weights), self.clip_norm)
-        self._begun = self._begun or bool(optimizers)
-        if self.skip_nonfinite and not self._finite(loss, _values(weights)):
-            self._bad = True
+            measured[_NORM] = self._clip(_gradient_values(weights), self.clip_norm)
+        self._has_gradients = self._has_gradients or bool(optimizers)
+        if self.skip_nonfinite and not self._finite(loss, _gradient_values(weights)):
+            self._is_nonfinite = True
         else:
             for optimizer in optimizers:
-                self._move(optimizer)
+                self._step_optimizer(optimizer)
         self._clear(weights, optimizers)
         return measured
 
@@ -106,26 +108,26 @@ class WeightUpdate:
         """After the update, or all updates of a step by several optimizers: what is done once. Raises TaskError."""
         if isinstance(self.optimizer, Named):
             self._require_no_gradients()
-        if not self._begun:
+        if not self._has_gradients:
             return
-        if self.average is not None and self._moved:
+        if self.average is not None and self._has_stepped:
             update_average(self.average, self.model, self.not_averaged)
         self.parallelism.sync_buffers()
-        skipped = self._bad
+        skipped = self._is_nonfinite
         self.skipped += skipped
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             self.scaler.update()
             skipped = skipped or self.scaler.get_scale() < scale
-        self._begun = self._bad = self._moved = False
+        self._has_gradients = self._is_nonfinite = self._has_stepped = False
         self._count(skipped)
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.scaler.state_dict() if self.scaler else None
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "scaler": scaler}
+        return {"skipped": self.skipped, "in_a_row": self.consecutive_skips, "scaler": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state.get("in_a_row", 0)
+        self.skipped, self.consecutive_skips = state["skipped"], state.get("in_a_row", 0)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -141,7 +143,7 @@ class WeightUpdate:
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        all_weights = [*_weights(self.model), *_own(optimizers)]
+        all_weights = [*_weights(self.model), *_optimizer_weights(optimizers)]
         weights = {id(weight): weight for weight in all_weights if weight is not None and weight.grad is not None}
         for weight in weights.values():
             if weight.grad is not None and weight.grad.is_sparse:
@@ -154,33 +156,33 @@ class WeightUpdate:
             zero_grad = optimizer.zero_grad
             if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch takes as long as a kernel
                 zero_grad(set_to_none=True)
-        for weight in chain(weights, _own(optimizers)):
+        for weight in chain(weights, _optimizer_weights(optimizers)):
             weight.grad = None
 
     def _unscale(self, weights: list[Tensor], optimizers: Sequence[Optimizer]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
         assert self.scaler is not None
-        own = {id(weight) for weight in _own(optimizers)}
+        own = {id(weight) for weight in _optimizer_weights(optimizers)}
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
                 weight.grad.div_(self.scaler.get_scale())
 
     def _count(self, skipped: bool) -> None:
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= _MOST_SKIPPED:
+        self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
+        if self.consecutive_skips >= _MOST_SKIPPED:
             why = "because their loss or gradients were NaN or infinite: nothing is learned any more"
             remedy = "Look at their samples and at the loss, or lower the learning rate"
-            raise NonFiniteError(f"{self.in_a_row} steps in a row were skipped, {why}. {remedy}")
+            raise NonFiniteError(f"{self.consecutive_skips} steps in a row were skipped, {why}. {remedy}")
 
-    def _move(self, optimizer: Any) -> None:
+    def _step_optimizer(self, optimizer: Any) -> None:
         if self.scaler is None:
             optimizer.step()
-            self._moved = True
+            self._has_stepped = True
             return
         self.scaler.step(optimizer)
         if self.average is not None:  # where the loss was scaled too far, the optimizer did not step
             infinite = self.scaler._found_inf_per_device(optimizer).values()
-            self._moved = self._moved or not any(flag.item() for flag in infinite)
+            self._has_stepped = self._has_stepped or not any(flag.item() for flag in infinite)
 
     def _clip(self, gradients: list[Tensor], most: float) -> Tensor:
         """``nn.utils.clip_grad_norm_`` for gradients that may be sparse, and distributed over processes."""
@@ -220,7 +222,7 @@ class NamedUpdate:
     def _alone(self) -> Iterator[None]:
         """Within the block, the weights of the other optimizers have no gradients."""
         others = [each for each in self.update.optimizer.values() if each is not self.optimizer]
-        before = [(weight, weight.grad) for weight in _own(others)]
+        before = [(weight, weight.grad) for weight in _optimizer_weights(others)]
         for weight, _ in before:
             weight.grad = None
         try:
@@ -249,13 +251,13 @@ def _weights(model: nn.Module) -> list[Tensor | None]:
     return weights
 
 
-def _values(weights: Sequence[Tensor]) -> list[Tensor]:
+def _gradient_values(weights: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, of sparse ones the values."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return [each._values() if each.is_sparse else each for each in gradients]
 
 
-def _own(optimizers: Sequence[Any]) -> Iterator[Tensor]:
+def _optimizer_weights(optimizers: Sequence[Any]) -> Iterator[Tensor]:
     return (weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"])
 
 

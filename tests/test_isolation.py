@@ -199,7 +199,7 @@ def test_dead_runs_of_another_machine_are_watched_together(monkeypatch: pytest.M
 
     monkeypatch.setattr(attempts, "time", Clock(beat, seconds=60))
     found = statuses(*dead, living)
-    assert [one.status for one in found] == [launcher.CUT] * len(dead) + [launcher.RUNNING]
+    assert [one.status for one in found] == [launcher.RESUMABLE] * len(dead) + [launcher.RUNNING]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_deaths_in_a_row_are_counted_and_requeues_are_not(
         directory = claimed(tmp_path, "run", number, machine=machine(LocalLocation(tmp_path)), **facts)
     (found,) = statuses(directory)
     assert found.failures == failures
-    assert found.status == launcher.CUT
+    assert found.status == launcher.RESUMABLE
 
 
 def test_a_requeue_by_the_cluster_explains_the_last_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

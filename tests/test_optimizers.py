@@ -135,7 +135,7 @@ def test_a_step_that_one_optimizer_skips_counts_once() -> None:
         update[name].backward(losses(model)[0] * torch.nan)
         update[name].step(torch.tensor(torch.nan))
     update.end()
-    assert (update.skipped, update.in_a_row) == (1, 1)
+    assert (update.skipped, update.consecutive_skips) == (1, 1)
     with pytest.raises(TaskError, match="there is no optimizer 'third' for update"):
         update["third"]
 

@@ -55,7 +55,7 @@ class Run:
             max_unsaved=100.0,
             background=background,
         )
-        self.saver.pins = pinned.__contains__
+        self.saver.is_milestone = pinned.__contains__
         self.saver.on_start(self.loop)
 
     def step(self, *, improved: bool = False) -> None:
@@ -312,7 +312,7 @@ def test_saves_cost_no_more_than_their_share() -> None:
     for cost, pause in ((0.5, 50.0), (1e6, 3600.0)):
         timer.restart()
         timer.saved(stall=cost)
-        timer.settle()
+        timer.update_pause()
         since = now
         now = since + pause - 1
         assert not timer.due(1)
@@ -328,7 +328,7 @@ def test_steps_beside_a_save_add_to_its_cost() -> None:
             timer.saved(stall=0.0)
         now += seconds
         timer.step(writing=writing, counts=seconds < 9)  # the last one evaluated, too
-    timer.settle()
+    timer.update_pause()
     timer.restart()
     now += 49.0
     assert not timer.due(1)

@@ -47,7 +47,7 @@ class Loop:
     log: Callable[[str, Any], None] = lambda name, value: None  # see ``Task.log``
     directory: Path = Path()  # of the run, for files; for a remote run.root a folder of this machine
     attempt: int = 0  # its number, from 1
-    resumed: int = 0  # the step that this attempt started after; 0: from scratch
+    start_step: int = 0  # the step that this attempt started after; 0: from scratch
 
 
 @dataclass(slots=True)

@@ -75,7 +75,7 @@ class Evaluator:
             error.args = (f"data.test: {error}\n{remedy}",)
             raise
         finally:
-            self.team.rest()
+            self.team.disarm_timeout()
 
     def rehearse(self, state: TrainState) -> None:
         """Evaluate ``check_batches`` of each set, so that a mistake shows before training. Leaves no trace."""
@@ -103,7 +103,7 @@ class Evaluator:
                 where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
                 error.args = (f"{error}\nThis is the evaluation of {where} (runtime.check_batches; 0 leaves it out)",)
                 raise
-        self.team.rest()
+        self.team.disarm_timeout()
 
     def close(self) -> None:
         """End the workers."""

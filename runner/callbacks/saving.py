@@ -1,7 +1,7 @@
 """Saves the state of a run: copies it between two steps, and commits the copy in the background.
 
 The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoint.snapshot``); the thread of
-``checkpoint.snapshot.Writer`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
+``checkpoint.snapshot.CommitThread`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
 files (``checkpoint.tensor_file``) and then the manifest.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.reporting import FiniteLoss
-from runner.checkpoint.snapshot import Snapshot, Staging, Writer
+from runner.checkpoint.snapshot import CommitThread, Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
 from runner.data.ledger import Ledger
@@ -30,7 +30,7 @@ log = logging.getLogger("runner")
 
 # What rank 0 decides and all ranks do, as JSON: ``retry`` the commit that failed, or ``drop`` the copies of these steps
 # and copy the state now (``exact``: this very step is needed).
-Order = dict[str, Any]
+SaveRequest = dict[str, Any]
 
 _SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
 _LEAST_PAUSE, _MOST_PAUSE = 10.0, 3600.0  # seconds between two of them
@@ -55,7 +55,7 @@ class SaveCheckpoint(Callback):
     A storage that fails does not stop training: the next save is tried after a growing pause. Only after it has failed
     for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for just as long.
 
-    All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its order at the same step.
+    All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its request at the same step.
     Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
     """
 
@@ -75,8 +75,8 @@ class SaveCheckpoint(Callback):
     save_at_start: bool = False  # the state at the start is in no commit of this run yet
 
     def __post_init__(self) -> None:
-        self.pins = self.retention.pins
-        self.writer = Writer(self._commit, self.store.comm)
+        self.is_milestone = self.retention.is_milestone
+        self.writer = CommitThread(self._commit, self.store.comm)
         self._clock = self.timer.clock
         self._listener_error: BaseException | None = None
         self._free: list[Staging] = []
@@ -95,8 +95,8 @@ class SaveCheckpoint(Callback):
         # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
         # run begins with may be gone from its parent when it is next started.
         due = loop.evaluation is not None or self.save_at_start
-        if order := on_rank_zero(self.comm, lambda: self._order(exact=True) if due else None):
-            self.act(loop, order)
+        if request := on_rank_zero(self.comm, lambda: self._request(exact=True) if due else None):
+            self.act(loop, request)
         if self.save_at_start:
             self._wait()
 
@@ -104,16 +104,16 @@ class SaveCheckpoint(Callback):
         if self._listener_error is not None:
             raise self._listener_error
         self.timer.step(writing=not self.writer.idle, counts=loop.evaluation is None)
-        while order := on_rank_zero(self.comm, lambda: self.decide(loop)):
-            self.act(loop, order)
-            if not order["retry"]:
+        while request := on_rank_zero(self.comm, lambda: self.decide(loop)):
+            self.act(loop, request)
+            if not request["retry"]:
                 break
 
     @doing("saves")
     def on_end(self, loop: Loop) -> None:
         self._wait()
-        while order := on_rank_zero(self.comm, lambda: self._last(loop)):
-            self.act(loop, order)
+        while request := on_rank_zero(self.comm, lambda: self._request_last(loop)):
+            self.act(loop, request)
             self._wait()
             if self.writer.waiting:  # it failed
                 time.sleep(min(self._pause, 5.0))
@@ -126,27 +126,27 @@ class SaveCheckpoint(Callback):
         left = self.max_unsaved - self._unsaved() if self.comm.rank == 0 else 0.0
         self.writer.close(max(left, _LAST_SECONDS))
 
-    def decide(self, loop: Loop) -> Order | None:
+    def decide(self, loop: Loop) -> SaveRequest | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
         self._handle_failure()
-        if loop.improved or loop.save or self.pins(loop.step):
-            return self._exact(loop)
+        if loop.improved or loop.save or self.is_milestone(loop.step):
+            return self._request_exact(loop)
         if self._overdue or self.timer.due(loop.step):
             self._overdue = True
             self._unsaved_since = self._unsaved_since or self._clock()
             if self.writer.idle and self._clock() >= self._retry_at:
-                return self._order()
+                return self._request()
         return None
 
     @doing("saves")
-    def act(self, loop: Loop, order: Order) -> None:
+    def act(self, loop: Loop, request: SaveRequest) -> None:
         """Carry out the order of rank 0: here a save begins."""
         began = self._clock()
-        if order["retry"]:
+        if request["retry"]:
             self.writer.retry()
         else:
-            self._free += map(self.writer.take, order["drop"])
-            self.writer.put(self._copy(loop, exact=order["exact"]))
+            self._free += map(self.writer.take, request["drop"])
+            self.writer.put(self._copy(loop, exact=request["exact"]))
         if loop.save or not self.background:
             self._wait()
             on_rank_zero(self.comm, self._handle_failure)
@@ -216,36 +216,36 @@ class SaveCheckpoint(Callback):
         while not self.writer.wait(_POLL_SECONDS):
             self._raise_if_stuck()
 
-    def _last(self, loop: Loop) -> Order | None:
+    def _request_last(self, loop: Loop) -> SaveRequest | None:
         """What is left to be saved at the end."""
         self._handle_failure()
-        return self._order() if self.writer.waiting or self._saved != loop.step else None
+        return self._request() if self.writer.waiting or self._saved != loop.step else None
 
-    def _exact(self, loop: Loop) -> Order:
-        """Order a copy of this step as soon as there is room for it; before that, what makes room."""
+    def _request_exact(self, loop: Loop) -> SaveRequest:
+        """SaveRequest a copy of this step as soon as there is room for it; before that, what makes room."""
         began, warned = time.monotonic(), False
-        while (first := self._blocking(loop)) is not None:
+        while (first := self._undroppable_step(loop)) is not None:
             if self.writer.idle:  # its commit failed
                 if self._clock() < self._retry_at:
                     time.sleep(min(self._pause, 5.0))
-                return self._order()
+                return self._request()
             if not warned and time.monotonic() - began > QUIET_SECONDS:
                 warned = True
                 text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
                 log.warning(f"{text} being written", first, loop.step)
-            self.writer.wait(_POLL_SECONDS, lambda: self._blocking(loop) is None)
+            self.writer.wait(_POLL_SECONDS, lambda: self._undroppable_step(loop) is None)
             self._handle_failure()
-        return self._order(exact=True)
+        return self._request(exact=True)
 
-    def _blocking(self, loop: Loop) -> int | None:
+    def _undroppable_step(self, loop: Loop) -> int | None:
         """The step of a copy that waits, and must not be dropped for that of this step."""
         replaceable = loop.improved and self.retention.best == 1
         steps = (step for step, copy in self.writer.waiting.items() if copy.exact)
-        return next((step for step in steps if not replaceable or self.pins(step)), None)
+        return next((step for step in steps if not replaceable or self.is_milestone(step)), None)
 
-    def _order(self, *, exact: bool = False) -> Order:
-        """Order a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
-        waiting = self.writer.hold()  # until the order is carried out
+    def _request(self, *, exact: bool = False) -> SaveRequest:
+        """SaveRequest a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
+        waiting = self.writer.hold()  # until the request is carried out
         self.timer.restart()
         retry = not exact and any(copy.exact for copy in waiting.values())
         self._overdue = retry
@@ -254,7 +254,7 @@ class SaveCheckpoint(Callback):
     def _handle_failure(self) -> None:
         """Handle what happened in the writer's thread. Raises errors that must end training."""
         if self.writer.idle:
-            self.timer.settle()
+            self.timer.update_pause()
         if self.writer.failure is not None:
             (step, error), self.writer.failure = self.writer.failure, None
             if not isinstance(error, StorageError):
@@ -344,7 +344,7 @@ class SaveTimer:
         """A save began; training waited ``stall`` seconds for it."""
         self._spent, self._last = stall, self.clock()
 
-    def settle(self) -> None:
+    def update_pause(self) -> None:
         """No save is running: the cost of the last one is known, and with it the pause before the next one."""
         if self._spent is not None:
             self._pause = min(max(self._spent / _SHARE, _LEAST_PAUSE), _MOST_PAUSE)

@@ -189,7 +189,7 @@ class Staging:
             event.synchronize()
 
 
-class Writer:
+class CommitThread:
     """Calls ``commit`` in a background thread for every copy that was ``put``, in their order.
 
     A copy whose commit raised is the next again, and the writer is idle until ``retry``, or until that copy is taken.

@@ -53,7 +53,7 @@ class Retention:
     best: int = 1
     mode: str | None = None
 
-    def pins(self, step: int) -> bool:
+    def is_milestone(self, step: int) -> bool:
         """Whether the newest commit of this step is always kept."""
         return self.every_steps is not None and step % self.every_steps == 0
 
@@ -67,7 +67,7 @@ class Retention:
         verified, pinned = 0, set[int]()
         for commit in newest_first:
             step = commit.id.step
-            first_of_step = self.pins(step) and not commit.damaged and step not in pinned
+            first_of_step = self.is_milestone(step) and not commit.damaged and step not in pinned
             if first_of_step:
                 pinned.add(step)
             if verified < max(self.last, LEAST_KEPT):

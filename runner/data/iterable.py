@@ -379,7 +379,7 @@ class IterableStream(TrainingStream):
         self.consumed += self.count
         self.epochs_before = self.epochs
         try:
-            with signals.at_once():
+            with signals.interrupt_reads():
                 self._finish_pass()
         except signals.Stopped:  # before the batch ahead could tell whether this step ended the pass
             self._end_unseen = True

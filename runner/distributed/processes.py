@@ -158,17 +158,17 @@ class ProcessTeam(Team):
         names = crc32(",".join(report.metrics).encode()) >> 8  # 24 bits, so that the sum of squares fits into 64 bits
         elapsed = 0 if self.world.rank else round(report.elapsed * _NANOSECONDS)
         digest = report.digest - (report.digest >> 63 << 64)  # the same bits as a signed number
-        sums = self._sums([digest, len(report.swaps), elapsed, names, names**2, *_stop_flags()])
+        sums = self._sums([digest, len(report.substitutions), elapsed, names, names**2, *_stop_flags()])
         digest, swapped, elapsed, names, squares, *flags = sums
         self.stop = self.stop or _signal(flags)
-        swaps = ""
+        substitutions = ""
         if swapped:  # in the order of their positions
-            gathered = "".join(self.comm.gather(report.swaps) or []).split()
-            gathered.sort(key=lambda swap: int(swap.partition(":")[0]))
-            swaps = self.comm.broadcast("".join(f" {swap}" for swap in gathered))
+            gathered = "".join(self.comm.gather(report.substitutions) or []).split()
+            gathered.sort(key=lambda substitution: int(substitution.partition(":")[0]))
+            substitutions = self.comm.broadcast("".join(f" {substitution}" for substitution in gathered))
         # Equal on all ranks if and only if the mean of the squares is the square of the mean.
         metrics = report.metrics if squares * self.world.size == names**2 else self.union(report.metrics)
-        return StepReport(digest % 2**64, swaps, elapsed / _NANOSECONDS, tuple(metrics))
+        return StepReport(digest % 2**64, substitutions, elapsed / _NANOSECONDS, tuple(metrics))
 
     def poll(self) -> str | None:
         self.stop = self.stop or _signal(self._sums(_stop_flags()))
@@ -199,7 +199,7 @@ class ProcessTeam(Team):
 
     def leave(self) -> None:
         """End without an error, all processes together. Rank 0 goes last, because it may serve the store."""
-        self.watch.rest()
+        self.watch.disarm()
         self._say_left()
         self.comm.gather(None)
         self.watch.close()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class StepReport:
     """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``."""
 
-    digest: int  # of the samples that were read (``TrainingStream.step_samples``), like ``swaps``
-    swaps: str
+    digest: int  # of the samples that were read (``TrainingStream.step_samples``), like ``substitutions``
+    substitutions: str
     elapsed: float  # training time on rank 0 in seconds
     metrics: tuple[str, ...]  # names
 
@@ -80,10 +80,10 @@ class Team:
         """The values of all processes, which may hold tensors on the CPU, in the order of the ranks."""
         return [value]
 
-    def rest(self) -> None:
+    def disarm_timeout(self) -> None:
         """Training is over: the timeout does not hold any more."""
         if self.watch is not None:
-            self.watch.rest()
+            self.watch.disarm()
 
     def on_failure(self, last_words: Callable[[str, int], None]) -> None:
         """Register a function that is called with reason and exit status before ``watch`` ends this process."""

@@ -106,8 +106,12 @@ _DUMP_SECONDS = 2.0  # for data workers to write where they are
 _DUMP_POLL_SECONDS = 0.02
 _DUMP = "worker-stacks"
 _dumps: list[IO[bytes]] = []  # registered by their numbers: they must stay open
-_PATIENT = {"saves": "no end of a save", "joins": "no end of a save", "ends evaluation": "no end of an evaluation"}
-_LACKING = _PATIENT | {"evaluates": "no batch of an evaluation"}
+_OVERDUE_LATER = {
+    "saves": "no end of a save",
+    "joins": "no end of a save",
+    "ends evaluation": "no end of an evaluation",
+}
+_OVERDUE = _OVERDUE_LATER | {"evaluates": "no batch of an evaluation"}
 _COMPILERS = {f"{_TORCH}_dynamo/convert_frame.py", f"{_TORCH}_inductor/compile_fx.py"}
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
 
@@ -134,7 +138,7 @@ class Stall:
         if first:  # from this thread: the next step may keep Python's lock before the other thread looks
             self._signal_outside()
 
-    def rest(self) -> None:
+    def disarm(self) -> None:
         self._watching = False
 
     def close(self) -> None:
@@ -170,12 +174,12 @@ class Stall:
             if self._progressed or not self._watching:
                 spent.clear()
                 self._progressed = False
-            elif (lack := self._lack()) is not None:
-                spent[lack] += passed  # type: ignore[assignment]
-                if spent[lack] > self._timeout + self._patience * (lack in _PATIENT.values()):
-                    self._end(lack, spent[lack])
+            elif (overdue := self._overdue()) is not None:
+                spent[overdue] += passed  # type: ignore[assignment]
+                if spent[overdue] > self._timeout + self._patience * (overdue in _OVERDUE_LATER.values()):
+                    self._end(overdue, spent[overdue])
 
-    def _lack(self) -> str | None:
+    def _overdue(self) -> str | None:
         """What is overdue while the training thread does what it does; None if that may take any time."""
         declared = activities(self._training)
         debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
@@ -183,10 +187,10 @@ class Stall:
         compiles = any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
         if debugged or compiles or "reads again" in declared:
             return None
-        return _LACKING[declared[-1]] if declared else "no step"
+        return _OVERDUE[declared[-1]] if declared else "no step"
 
-    def _end(self, lack: str, seconds: float) -> None:
-        key = "runtime.timeout and checkpoint.max_unsaved" if lack in _PATIENT.values() else "runtime.timeout"
+    def _end(self, overdue: str, seconds: float) -> None:
+        key = "runtime.timeout and checkpoint.max_unsaved" if overdue in _OVERDUE_LATER.values() else "runtime.timeout"
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -195,7 +199,7 @@ class Stall:
         training = f"the training thread is at {thread_status(self._training)[1]}."
         remedy = "If the work there needs that long, set a longer runtime.timeout."
         again = "The same command continues from the last checkpoint."
-        lines = [f"{lack} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
+        lines = [f"{overdue} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
         end_process("\n".join(lines), 1, self.last_words, who="this process")
 
 
@@ -319,7 +323,7 @@ class Watchdog:
             self._training = self._training or training
             self._since = time.monotonic()
 
-    def rest(self) -> None:
+    def disarm(self) -> None:
         """Training is over: processes no longer have to meet within the timeout."""
         self._training = False
 
@@ -403,8 +407,8 @@ class Watchdog:
         if last and last.host == _HOST and not _lives(last.pid):
             self._blame(self._next, f"{process} died.")
         elif silent > self._timeout:
-            lack = "has shown no sign of life" if beat else "has not come"
-            self._blame(self._next, f"{process} {lack} for {silent:.0f} s ({_TIMEOUT}).")
+            overdue = "has shown no sign of life" if beat else "has not come"
+            self._blame(self._next, f"{process} {overdue} for {silent:.0f} s ({_TIMEOUT}).")
 
     def _judge(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""

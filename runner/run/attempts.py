@@ -277,7 +277,7 @@ class Attempt:
         """The thread."""
         while not self._stopped:
             request = self._requests
-            self._look()
+            self._check_superseded()
             if self.gone_since is None:
                 self._sequence += 1
                 beat = encode({"sequence": self._sequence, **self._facts, "time": now()})
@@ -297,7 +297,7 @@ class Attempt:
             self._changed.notify_all()
         self._thread.join(_JOIN_SECONDS)
 
-    def _look(self) -> None:
+    def _check_superseded(self) -> None:
         """Look for a newer attempt, and for the own claim."""
         skip = self.gone_since is None and self._sequence % (1 + self.number // _FEW)
         if self._superseded is None and not skip:
@@ -377,7 +377,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
         before = names(location)
         if not steal and (record := live(location, before, dead=dead)):
             raise RunInUse(f"{location.url} is in use by {record.owner()}.{_REMEDY}")
-        attempt = _try(location, facts, before, above)
+        attempt = _try_claim(location, facts, before, above)
         if attempt is not None:
             return attempt
         time.sleep(_RANDOM.uniform(0, min(_PAUSE_SECONDS * 2 ** min(tries, 16), location.beat_seconds)))
@@ -390,7 +390,7 @@ def raise_if_live(location: Location) -> None:
         raise RunInUse(f"{location.url} is in use by {record.owner()}.")
 
 
-def _try(location: Location, facts: dict[str, Any], before: list[ClaimName], above: int) -> Attempt | None:
+def _try_claim(location: Location, facts: dict[str, Any], before: list[ClaimName], above: int) -> Attempt | None:
     """Claim the next number; None if the claims differ from those of ``before`` by more than this one."""
     name = ClaimName(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
     if name.number > HIGHEST:

@@ -144,8 +144,8 @@ def json_lines(directory: RunDirectory) -> Iterator[str]:
             values["indices"] = np.concatenate(
                 [order(int(epochs[run.start]), places[run]) for run in equal_runs(epochs)]
             ).tolist()
-        swaps = (text.replace(">", ":").split(":") for text in line.substitutions.split())
-        values["substituted"] = {position: int(index) for position, _, index in swaps}
+        substitutions = (text.replace(">", ":").split(":") for text in line.substitutions.split())
+        values["substituted"] = {position: int(index) for position, _, index in substitutions}
         if line.rollouts:
             digest, trained, times, dropped = parse_rollouts(line.rollouts)
             values |= {"rollouts": digest, "trained": trained, "times": times, "dropped": dropped}

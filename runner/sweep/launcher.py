@@ -38,7 +38,7 @@ from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoade
 
 log = logging.getLogger("runner")
 
-DONE, DIVERGED, FAILED, RUNNING, CUT, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
+DONE, DIVERGED, FAILED, RUNNING, RESUMABLE, NEW = "done", "diverged", "failed", "in use", "to resume", "new"
 Specs = Mapping[Overrides, RunSpec | RunnerError]  # an error where the overrides cannot be used
 
 _instantiate = Plugins.instantiate_launcher
@@ -196,12 +196,12 @@ class SweepLauncher(Launcher):
     def _startable(self, run: RunStatus) -> bool:
         if run.status == FAILED:
             return not run.final
-        return run.status in (NEW, CUT) or (run.status == RUNNING and self._steal)
+        return run.status in (NEW, RESUMABLE) or (run.status == RUNNING and self._steal)
 
     def _settle(self, run: RunStatus) -> RunStatus:
         """``run``, marked as ``final`` if it has failed, or was killed without a new checkpoint, too often."""
         often = run.failures > self._sweep.max_retries
-        if run.status == CUT and often:
+        if run.status == RESUMABLE and often:
             error = JobDied(f"{run.reason}. Run it alone to see why, or try it again with a higher sweep.max_retries")
             return replace(run, status=FAILED, final=True, error=error)
         if run.status == FAILED and (often or not self._sweep.retry_failed):
@@ -312,7 +312,7 @@ def survey(specs: Specs) -> dict[Overrides, RunStatus]:
 def format_statuses(statuses: Sequence[RunStatus]) -> str:
     """Counts by status, and the runs themselves: the first of each status where there are many."""
     counts = Counter(run.status for run in statuses)
-    order = [NEW, CUT, FAILED, RUNNING, DIVERGED, DONE]
+    order = [NEW, RESUMABLE, FAILED, RUNNING, DIVERGED, DONE]
     rows = []
     for status in order:
         alike = [run for run in statuses if run.status == status]
@@ -347,7 +347,7 @@ def _unfinished(name: str, facts: RunFacts) -> RunStatus:
         return RunStatus(name, NEW)
     last = facts.attempts[-1]
     alive, outcome, reason = last.alive(), last.ending("outcome"), _first_line(last.ending("reason") or "")
-    status = RunStatus(name, CUT, facts.committed, attempts=last.number, reason=reason)
+    status = RunStatus(name, RESUMABLE, facts.committed, attempts=last.number, reason=reason)
     if alive:
         return replace(status, status=RUNNING, reason=last.owner())
     if outcome == "diverged":
@@ -356,7 +356,7 @@ def _unfinished(name: str, facts: RunFacts) -> RunStatus:
     if last.end is None and failures:
         reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
     unclear = last if alive is None else None
-    ended = FAILED if outcome == "failed" else CUT
+    ended = FAILED if outcome == "failed" else RESUMABLE
     return replace(status, status=ended, failures=failures, reason=reason, unclear=unclear)
 
 

@@ -18,7 +18,7 @@ class Place(Callback):
         print("place", "build", setup.attempt, setup.directory)
 
     def on_start(self, loop):
-        print("place", "start", loop.attempt, loop.resumed, loop.directory)
+        print("place", "start", loop.attempt, loop.start_step, loop.directory)
 
 
 class Pictures(Callback):
