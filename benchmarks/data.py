@@ -12,8 +12,9 @@
                tracemalloc while the same is done again
     shards     MB/s of reading one epoch in default streams (shuffled, from the page cache, randomness off), against a
                loop over the files that parses as much: 200 MB as lines of 1 kB of JSON, as tar members of 100 kB, and
-               as rows of 1025 tokens. With two workers the bare side is a DataLoader over that loop, shards dealt out.
-               The batches that are sent are the numbers of their samples.
+               as rows of 1025 tokens. Both sides hold the records of a batch at a time, as training must. With two
+               workers the bare side is a DataLoader over that loop, shards dealt out. The batches that are sent are the
+               numbers of their samples.
     ledger     microseconds per step for a line of the ledger, against ``os.write`` of such a line; and for the digest
                of a micro-batch's samples, against blake2b of their indices
 
@@ -45,7 +46,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from hashlib import blake2b
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -463,12 +464,13 @@ def shards(turns: int, megabytes: int = 200) -> None:
 
 
 def bare_counts(reader: BareReader, workers: int) -> Iterator[int]:
-    """Records, one by one or batch by batch."""
+    """Records, batch by batch."""
     if workers:
         yield from DataLoader(reader, batch_size=BATCH, num_workers=workers, collate_fn=len)
-    else:
-        for _ in reader:
-            yield 1
+        return
+    records = iter(reader)
+    while batch := [*islice(records, BATCH)]:
+        yield len(batch)
 
 
 def counts_of(make: Callable[[], Any], workers: int) -> Iterator[int]:

@@ -92,7 +92,7 @@ def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
     """The way of ``app.main``, with the gate as an observer."""
     from runner import experiment
     from runner.callbacks.base import Loop, Observer, observed_by
-    from runner.distributed.team import Team
+    from runner.distributed.communicator import Team
     from runner.run.directory import RunDirectory
     from runner.run.opening import RunSpec, open_run
 

@@ -23,10 +23,11 @@ verdict).
        rl/ (buffer, completion, generation, grpo, rewards)
     5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
-       data/ (fetch, iterable, ledger, loader, mixture, order, plan, probe, sandbox, stream, training_data, weights)
-       run/ (attempts, code, directory, drift, opening, parent)
+       data/ (fetch, iterable, ledger, limits, loader, mixture, order, plan, probe, sandbox, stream, training_data,
+       weights, workers)
+       run/ (attempts, code, directory, opening, parent)
        shards/ (__main__, formats, packing, records, scan, tokens)     update     device
-    3  distributed/ (communicator, outside, parallel, processes, team, watchdog, world)
+    3  distributed/ (communicator, outside, parallel, processes, watchdog, world)
        metrics/ (lines, service, tensorboard, trackers, writer)     tasks/ (adversarial, classification, language)
     2  signals     optimizers     config/ (composition, help, identity, schema, secrets)
     1  storage/ (backend, files, local, location, remote)     task

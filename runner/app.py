@@ -2,17 +2,24 @@
 
 torch is imported only for a run that has something left to train.
 
-**From a SIGTERM to the exit.** The handler, installed by ``signals.install``, only notes the signal, and starts a timer
-of ten seconds after which a wait for data is broken off (the steps since the last checkpoint are then done again, and
-with several processes the others end, too); a wait of a single process between two steps ends at once. ``Trainer.fit``
-finishes its step. ``Team.exchange`` tells all processes of the signal with each step, and ``Team.stop`` ends the loop
-in all of them after the same step. ``SaveCheckpoint.on_end`` commits that step and waits for the writer thread.
-``experiment.run`` raises ``Interrupted``; on the way up ``Callback.on_error`` closes the metric writers (which waits up
-to ten seconds for a service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run. ``main``
-below prints the error and exits with 75; a job of a sweep raises it instead, after ``signals.call_previous_handlers``
-let the cluster queue the job again. ``__main__`` no longer waits for threads that the user's code left behind. Before
-training, and wherever nothing has to be committed first, ``signals.raise_if_received`` raises the same error. A second
-SIGTERM ends the process at once.
+**From a SIGTERM to the exit**
+
+1. The handler, installed by ``signals.install``, stores the signal's name and starts a deadline of 10 s. A single
+   process that waits for data between two steps stops waiting at once.
+2. ``Trainer.fit`` finishes its step. If the data of the step does not come before the deadline, the step is abandoned
+   in all processes and nothing is committed: the next attempt repeats the steps since the last checkpoint. An
+   evaluation is abandoned, and repeated by the next attempt.
+3. All processes end the loop after the same step: ``Team.exchange`` sends the signal to the others with each step.
+4. ``SaveCheckpoint.on_end`` commits the state of that step. If the storage fails, it tries again for up to
+   ``checkpoint.max_unsaved`` seconds.
+5. ``experiment.run`` raises ``Interrupted``; ``Callback.on_error`` closes the metric writers (at most 10 s for a
+   service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run.
+6. ``main`` below prints the error and exits with 75. A job of a sweep raises it instead, after
+   ``signals.call_previous_handlers`` let the cluster queue the job again. ``__main__`` does not wait for threads of the
+   user's code.
+
+Before training, and wherever nothing has to be committed first, ``signals.raise_if_received`` raises the same error. A
+second SIGTERM, 0.5 s after the first or later (5 s under torchrun), ends the process by that signal.
 """
 
 import atexit
@@ -37,7 +44,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from runner import signals
 from runner.callbacks.base import notify, observed_by, observers
@@ -45,8 +51,7 @@ from runner.config import composition, schema
 from runner.config.identity import identity, is_name, variant
 from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
-from runner.distributed.communicator import Communicator, on_all_ranks, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
 from runner.run.directory import RunDirectory
@@ -142,7 +147,7 @@ def _run(config: DictConfig) -> float | None:
 
 
 def _dry_run(config: DictConfig, team: Team) -> None:
-    """Two attempts of the run in a folder that is removed, and what they have shown."""
+    """Run two attempts in a temporary folder, and log a summary of both."""
     from runner import experiment
     from runner.callbacks.dry import STEPS, DryRun
 
@@ -272,15 +277,7 @@ def _run_name(config: DictConfig, hydra: HydraConf) -> str:
             message = "use letters, digits and . _ = , + ~ - only; it becomes a directory"
             raise ConfigError(f"run.name={config.run.name}: {message}")
         return str(config.run.name)
-    names = [variant(_unresolved(hydra.overrides.task))]
-    with suppress(OmegaConfBaseException):  # a variable is not set; the code that uses it says so
-        names.append(variant([*hydra.overrides.task]))
-    if len({*names}) == 2:  # an older version named runs with the values of ${oc.env:NAME}
-        root, experiment, options = absolute_root(config), hydra.runtime.choices["experiment"], storage_options(config)
-        for name in names:
-            if RunDirectory.under(root, experiment, name, options).record() is not None:
-                return name
-    return names[0]
+    return variant(_unresolved(hydra.overrides.task))
 
 
 def _command(hydra: HydraConf, overrides: list[str]) -> str:

@@ -26,12 +26,11 @@ from runner.checkpoint.structure import Structure
 from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
-from runner.data.loader import LoaderOptions
 from runner.data.mixture import head
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, TrainingStream
-from runner.data.training_data import require_map_style, training_data
-from runner.distributed.team import Parallelism, Team
+from runner.data.training_data import loader_options, require_map_style, training_data
+from runner.distributed.communicator import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError
 from runner.evaluation import train_mode
@@ -111,6 +110,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         not_averaged=_not_averaged(config, model),
         parallelism=parallelism,
         positions=lambda: stream.positions,
+        gather=team.all_gather,
     )
     state = TrainState(
         model=model,
@@ -138,7 +138,7 @@ def _data(
 ) -> tuple[TrainingStream, Plan | None, tuple[dict[str, EvaluationData], dict[str, EvaluationData]]]:
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
-    loading = LoaderOptions(runtime.num_workers, runtime.prefetch, runtime.start_method, device.type == "cuda")
+    loading = loader_options(runtime, pin_memory=device.type == "cuda")
     collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
     train = instance(data.train, "data.train")
     if data.overfit is not None:
@@ -169,10 +169,10 @@ def _data(
             return {}
         if not isinstance(node, DictConfig) or "_target_" in node:
             return {name: evaluation_data(node, key)}
-        named = {str(each): inner for each, inner in node.items()}
-        if odd := [each for each in named if "/" in each]:
-            raise ConfigError(f"{key}.{odd[0]}: the name of a set has no slash")
-        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in named.items()}
+        nodes = {str(each): inner for each, inner in node.items()}
+        if invalid := [each for each in nodes if "/" in each]:
+            raise ConfigError(f"{key}.{invalid[0]}: the name of a set has no slash")
+        return {f"{name}/{each}": evaluation_data(inner, f"{key}.{each}") for each, inner in nodes.items()}
 
     return stream, plan, (sets(data.validation, "data.validation", "val"), sets(data.test, "data.test", "test"))
 
@@ -287,15 +287,18 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
     return callbacks
 
 
-def instance(node: Any, key: str, *, kind: type = object, **options: Any) -> Any:
-    """The object that the configuration names under ``key``. Raises ConfigError if it cannot be constructed, or
-    is not of that ``kind``; errors of the runner that its constructor raises pass through.
+def instance(node: Any, key: str, *arguments: Any, kind: type = object, **options: Any) -> Any:
+    """The object that the configuration names under ``key``, made with ``arguments`` and ``options`` in addition.
+    Raises ConfigError if it cannot be constructed, or is not of that ``kind``; errors of the runner that its
+    constructor raises pass through.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        built = instantiate(node, **{"_convert_": node.get("_convert_", "all"), **options})  # plain lists and dicts
+        built = instantiate(
+            node, *arguments, **{"_convert_": node.get("_convert_", "all"), **options}
+        )  # plain lists and dicts
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
@@ -323,14 +326,14 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     return Named({name: _optimizer(node[name], model, task, f"optimizer.{name}", shares[name]) for name in shares})
 
 
-def _optimizer(node: Any, model: nn.Module, task: Task, key: str, named: NamedWeights) -> Any:
+def _optimizer(node: Any, model: nn.Module, task: Task, key: str, weights: NamedWeights) -> Any:
     maker = instance(node, key, _partial_=True)
     settings = settings_of(maker)
     if (patterns := settings.pop("params", None)) is not None and key == "optimizer":
-        chosen = {*matching(dict(named), patterns, "optimizer.params")}
-        named = [(name, weight) for name, weight in named if name in chosen]
+        matches = {*matching(dict(weights), patterns, "optimizer.params")}
+        weights = [(name, weight) for name, weight in weights if name in matches]
     rate = getattr(maker, "keywords", {}).get("lr")
-    optimizer = _construct(maker, grouped(model, named, key, lr=rate, **settings), key)
+    optimizer = _construct(maker, grouped(model, weights, key, lr=rate, **settings), key)
     if type(task).optimization_step is Task.optimization_step:
         require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):
@@ -452,16 +455,7 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
     maker = instance(node, key, _partial_=True)
     if isinstance(kind := getattr(maker, "func", maker), type) and issubclass(kind, ServiceWriter):
         return ServiceProcess(name, f"{kind.__module__}:{kind.__qualname__}", getattr(maker, "keywords", {}), context)
-    try:
-        writer: MetricWriter = maker(context)
-    except RunnerError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{key}: {node._target_} raised an error:\n{_traceback_text(error)}") from error
-    if not isinstance(writer, MetricWriter):
-        raise ConfigError(
-            f"{key} is a {_path(type(writer))}; expected an object of a subclass of {_path(MetricWriter)}"
-        )
+    writer: MetricWriter = instance(node, key, context, kind=MetricWriter)
     return writer
 
 

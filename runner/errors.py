@@ -1,6 +1,6 @@
 """Every error a user may meet, named by what the user must do about it; ``status`` is the exit status of the command.
 
-A message says what, where, what was expected and found, and the remedy.
+A message says what failed and where, the expected and the actual value, and the remedy.
 Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 
@@ -97,12 +97,13 @@ class EvaluationFailed(RunnerError):
     """An evaluation raised an error, and the state is that before it: fix the task, and run the same command again."""
 
     @classmethod
-    def of(cls, cause: Exception, title: str = "the evaluation failed") -> "EvaluationFailed":
+    def of(cls, cause: Exception) -> "EvaluationFailed":
         """For an error of the user's code, with its traceback; or for another error of the runner."""
-        known = isinstance(cause, RunnerError)
-        text = str(cause) if known else "".join(traceback.format_exception(cause)).rstrip()
-        error = cls(f"{title}:{' ' if known else chr(10)}{text}", kind=kind_of(cause))
-        error.status = getattr(cause, "status", cls.status) if known else cls.status
+        text, status = f"\n{''.join(traceback.format_exception(cause)).rstrip()}", cls.status
+        if isinstance(cause, RunnerError):
+            text, status = f" {cause}", cause.status
+        error = cls(f"the evaluation failed:{text}", kind=kind_of(cause))
+        error.status = status
         return error
 
 

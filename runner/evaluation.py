@@ -19,7 +19,7 @@ from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, is_expanded
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
-from runner.distributed.team import Team
+from runner.distributed.communicator import Team, on_all_ranks
 from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
 from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
@@ -67,9 +67,9 @@ def evaluate(
     among those already ``changed``, to which they are added.
 
     Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
-    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. That is
-    not possible where the evaluation has changed weights, which it then ends first, or fails as it does; and where a
-    process of FSDP fails in ``evaluation_step``, since the others may wait for its slices.
+    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. An
+    evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
+    raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its slices.
     """
     before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}
@@ -115,26 +115,24 @@ def _in_all(team: Team, work: Callable[[], T], polls: Iterable[bool] = ()) -> T:
     """
     if team.world.size == 1:
         return work()
-    results: list[T] = []
-    failure = None
+
+    def work_or_drain() -> T:
+        try:
+            return work()
+        except EvaluationInterrupted:  # in all
+            raise
+        except Exception as error:
+            # At once: the others may wait for this process in an exchange of the task's own.
+            log.warning("failed   in the evaluation on rank %d: %s: %s", team.world.rank, type(error).__name__, error)
+            for _ in polls:
+                pass
+            raise EvaluationFailed.of(error) from error
+
     try:
-        results.append(work())
-    except EvaluationInterrupted:  # in all
+        return on_all_ranks(team.comm, work_or_drain)
+    except EvaluationFailed as error:
+        error.agreed = True
         raise
-    except Exception as error:
-        failure = EvaluationFailed.of(error)
-        # At once: the others may wait for this process in an exchange of the task's own.
-        log.warning("failed   in the evaluation on rank %d: %s: %s", team.world.rank, type(error).__name__, error)
-        for _ in polls:
-            pass
-    own = None if failure is None else [str(failure), failure.kind, failure.status]
-    reports = team.comm.broadcast(team.comm.gather(own))
-    if reported := next(filter(None, reports), None):
-        text, kind, status = reported
-        agreed = EvaluationFailed(text, kind=kind)
-        agreed.status, agreed.agreed = status, True
-        raise agreed from failure
-    return results[0]
 
 
 def objective(report: Mapping[str, float | str], metric: str) -> float:

@@ -30,8 +30,7 @@ from runner.config.schema import Config, OnBadRecord, OnCodeChange
 from runner.data import ledger
 from runner.data.stream import MapStyleStream
 from runner.device import set_up_device, topology, topology_changes
-from runner.distributed.communicator import Communicator, on_rank_zero
-from runner.distributed.team import Team
+from runner.distributed.communicator import Communicator, Team, on_rank_zero
 from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
@@ -251,7 +250,7 @@ def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None
 
 
 def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, team: Team) -> Resumed:
-    """Restore the newest good checkpoint, or begin; with the samples that earlier attempts took for bad records."""
+    """Restore the newest good checkpoint, or begin; with the substitutes of earlier attempts for bad records."""
     state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
         location = spec.directory.location
@@ -276,7 +275,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     for line in resumed.unmatched:
         log.warning("weights  %s", printable(line))
     if spec.changes:
-        log.info("changed  %s", ", ".join(f"{d.key} {d.saved!r} -> {d.now!r}" for d in spec.changes))
+        log.info("changed  %s", ", ".join(f"{d.key} {d.before!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
     moved = topology_changes(then, here) if isinstance(then, dict) else []
     if moved:
@@ -287,8 +286,9 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         assert plan is not None, "iterable data was refused"
         each = f"{plan.micro_batches} micro-batch" + "es" * (plan.micro_batches > 1)
         share = f"{'up to ' * bool(plan.max_tokens)}{plan.batch_size // plan.slices_per_step} samples"
-        log.info("together %s; each takes %s of %s", parts.parallelism.description, each, share)
-    log.info("device   %s, threads %d, data workers %d", here["device"], here["threads"], stream.workers)
+        log.info("parallel %s; each process takes %s of %s", parts.parallelism.description, each, share)
+    workers = "auto" if stream.automatic else stream.workers
+    log.info("device   %s, threads %d, data workers %s", here["device"], here["threads"], workers)
     log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
     if groups := table(parts.update.optimizer):
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
@@ -308,7 +308,7 @@ def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
         text += f"; {_ended(before)} at step {reached} or later, "
-        text += f"{reached - resumed.step} steps are done again"
+        text += f"{reached - resumed.step} steps are repeated"
     return text
 
 

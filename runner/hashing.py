@@ -12,8 +12,8 @@ Buffer = bytes | bytearray | memoryview
 
 
 def derive(label: str, *parts: int | str) -> int:
-    """A 64-bit seed for the purpose ``label``: a hash and no sum, because ``seed + epoch`` of one run is that of its
-    neighbour.
+    """A 64-bit seed for the purpose ``label``: a hash, not a sum: ``seed + epoch`` is the same for one run and
+    for the next epoch of the run with the seed before.
     """
     return int_digest(json.dumps([label, *parts]).encode())
 

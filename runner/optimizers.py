@@ -28,7 +28,7 @@ def matching(names: Iterable[str], patterns: Patterns, key: str) -> list[str]:
     """The names of weights that a pattern matches, or that are below a module that it matches. Raises ConfigError,
     naming the ``key`` of the configuration, for a pattern without a match.
     """
-    names, chosen = [*names], set[str]()
+    names, selection = [*names], set[str]()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = {
             n for n in names if fnmatchcase(saved_name(n), pattern) or fnmatchcase(saved_name(n), f"{pattern}.*")
@@ -36,8 +36,8 @@ def matching(names: Iterable[str], patterns: Patterns, key: str) -> list[str]:
         if not matches:
             near = get_close_matches(pattern, names, 3, cutoff=0.3) or names[:3]
             raise ConfigError(f"{key}: no weight of the model matches {pattern!r}; there are {', '.join(near)} ...")
-        chosen |= matches
-    return [name for name in names if name in chosen]
+        selection |= matches
+    return [name for name in names if name in selection]
 
 
 class Named(dict[str, Any]):
@@ -62,15 +62,15 @@ def parts_of(kind: str, thing: Any) -> dict[str, Any]:
 
 
 def divide(
-    model: nn.Module, params: Mapping[str, Patterns | None], chosen: Mapping[str, Iterable[Tensor]]
+    model: nn.Module, params: Mapping[str, Patterns | None], by_task: Mapping[str, Iterable[Tensor]]
 ) -> dict[str, NamedWeights]:
-    """The weights of each optimizer: those that the task has ``chosen`` for its name, or those that its ``params``
+    """The weights of each optimizer: those that the task gives it in ``by_task``, or those that its ``params``
     match; an optimizer without either gets all the others. Raises ConfigError unless each weight that is trained
     belongs to exactly one.
     """
     weights, shares = dict(model.named_parameters()), dict[str, list[str]]()
     names = {id(weight): name for name, weight in weights.items()}
-    for name, tensors in chosen.items():
+    for name, tensors in by_task.items():
         if name not in params or params[name] is not None:
             raise ConfigError(
                 f"optimizer: the task divides the weights, and also optimizer.{name}.params, or {name} is unknown"

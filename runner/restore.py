@@ -26,6 +26,7 @@ from runner.checkpoint.sharding import Box, FileGroup, local
 from runner.checkpoint.store import CheckpointStore, ranked
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged, Kind, is_finite
+from runner.config.identity import compare
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
 from runner.errors import ConfigError, NoLoadableCheckpoint, NonFiniteError, StateError, StorageError, printable
 from runner.hashing import derive
@@ -33,7 +34,6 @@ from runner.optimizers import by_name, parts_of, saved_name
 from runner.rng import seed_all, temporary_seed
 from runner.run import attempts
 from runner.run.directory import RunDirectory
-from runner.run.drift import compare
 from runner.run.opening import RunSpec
 from runner.run.parent import Parent, ParentRecord, digest_of, new_run_hint, weight_files
 from runner.run_facts import RunFacts
@@ -118,7 +118,7 @@ def _continue_from(
 
 
 def _trace_of_a_commit(location: Location) -> str:
-    """A record of some attempt that says that it committed, whatever ``commits/`` holds now; empty without one."""
+    """The first record of an attempt that mentions a commit, whatever ``commits/`` holds now; empty if none does."""
     for record in attempts.history(location):
         for source in (record.beat, record.end or {}):
             if source.get("committed"):
@@ -227,14 +227,14 @@ def read(directory: RunDirectory, which: int | str | None, take: Callable[[Check
     Raises ConfigError, naming the steps there are, and NoLoadableCheckpoint.
     """
     store = CheckpointStore(directory.location)
-    unusable: list[str] = []
+    damage: list[str] = []
     for commit in _select_commits(store, which, directory):
         try:
             checkpoint = store.open(commit)
             return checkpoint, take(checkpoint)
         except Damaged as error:
-            unusable.append(_describe_damage(commit, error))
-    raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", unusable))
+            damage.append(_describe_damage(commit, error))
+    raise NoLoadableCheckpoint(_nothing_loadable(store, "and one is needed", damage))
 
 
 def evaluated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -362,14 +362,16 @@ def _select_commits(store: CheckpointStore, which: int | str | None, directory: 
         if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
             which = best[0].id.step
         elif all(info.damaged for info in infos):
-            return commits  # spec them will say what is wrong with each
+            return commits  # opening them reports the damage of each
         else:
             raise ConfigError(f"{store.location.url} has no checkpoint with an objective; give a step, as in ...@100")
-    chosen = [commit for commit in commits if commit.step == which]
-    if commits and not chosen:
+    of_step = [commit for commit in commits if commit.step == which]
+    if commits and not of_step:
         steps = ", ".join(map(str, sorted({commit.step for commit in commits})))
-        raise ConfigError(f"{store.location.url} has no checkpoint of step {which}; there are those of steps {steps}")
-    return chosen
+        raise ConfigError(
+            f"{store.location.url} has no checkpoint of step {which}; it has checkpoints of steps {steps}"
+        )
+    return of_step
 
 
 def _load(
@@ -408,13 +410,13 @@ def _keep_settings(optimizer: Any, built: list[dict[str, Any]], *, lr: bool) -> 
     """Give a restored optimizer the settings that were ``built``, without those of groups that training added, keys
     that it added to a group, and, if ``lr``, the rates: no other scheduler would compute them again.
     """
-    saved = optimizer.state_dict()
-    old = {"params", "param_names", *(["lr"] * lr)}
-    new = [{k: v for k, v in group.items() if k not in old} for group in built]
-    new += [{}] * (len(saved["param_groups"]) - len(new))
-    groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], new, strict=False)]
-    optimizer.load_state_dict({**saved, "param_groups": groups})
-    retype(optimizer.state_dict().get("state"), saved.get("state"))
+    state_dict = optimizer.state_dict()
+    excluded_keys = {"params", "param_names", *(["lr"] * lr)}
+    new_settings = [{k: v for k, v in group.items() if k not in excluded_keys} for group in built]
+    new_settings += [{}] * (len(state_dict["param_groups"]) - len(new_settings))
+    groups = [{**group, **settings} for group, settings in zip(state_dict["param_groups"], new_settings, strict=False)]
+    optimizer.load_state_dict({**state_dict, "param_groups": groups})
+    retype(optimizer.state_dict().get("state"), state_dict.get("state"))
 
 
 def _require_finite(state: TrainState, commit: CommitId) -> None:

@@ -1,8 +1,8 @@
 """Requests to stop, noted by a signal handler and acted on at a step boundary.
 
-A handler does nothing else: an exception or an exit from there could leave half a file behind. There are two
-exceptions. Where data is waited for or read, which may last forever, a stop signal raises ``Stopped``. And a second
-SIGTERM or Ctrl-C ends the process, whatever it does. Signals belong to the process, so this module has global state.
+The handler only sets a flag, since an exception or an exit from there could leave half a file behind, with two
+exceptions: it interrupts a read of data, which may last forever, by raising ``Stopped``; and a second SIGTERM or Ctrl-C
+ends the process. Signals belong to the process, so this module has global state.
 What follows, from the signal to the exit, is described in ``app``.
 
 Signals reach only processes of the same machine: to its jobs elsewhere a sweep sends a ``StopRequest``.
@@ -38,8 +38,8 @@ _WAKE = signal.SIGURG  # ignored by default
 _received: str | None = None
 _arrived: list[str] = []
 _previous: dict[str, Any] = {}  # signal name -> handler before ``install``
-_first: dict[str, float] = {}  # when the first signal that ends the process twice came to "handler" and to "guard"
-_is_deadline_over = False  # whether a step must no longer wait for data
+_first: dict[str, float] = {}  # time of the first SIGTERM or Ctrl-C, by observer: the handler or the guard
+_is_deadline_over = False  # whether a step must not wait for data any longer
 _reads_end_at_once = False
 _check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
 _pipe: tuple[int, int] | None = None
@@ -121,8 +121,8 @@ def raise_if_received(where: str) -> None:
 
 @contextmanager
 def interrupt_reads(allowed: bool = True) -> Iterator[None]:
-    """Within the block a stop signal breaks off reading data at once, because no step is half done; if ``allowed``.
-    Elsewhere reading goes on for some seconds, so that the step can be finished.
+    """If ``allowed``, a stop signal interrupts reads of data within the block at once, because no step is half done.
+    Elsewhere reads continue until the deadline, so that the step can be finished.
     """
     global _reads_end_at_once
     before, _reads_end_at_once = _reads_end_at_once, allowed
@@ -266,7 +266,7 @@ def _note_and_is_second(number: int, observer: str) -> bool:
 
 
 def _start_deadline() -> None:
-    """After some seconds, break off a step that waits for data."""
+    """Start the time in which a step may still wait for data."""
     timer = threading.Timer(_PATIENCE_SECONDS, _end_deadline)
     timer.daemon = True
     timer.start()

@@ -50,9 +50,9 @@ class TrainState:
     data draws random numbers.
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
-    ``task`` and the callbacks in ``stateful_callbacks`` are part of the state only if they have a ``state_dict``. ``built`` is
-    the structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
-    steps: ``step``, ``epoch`` or ``evaluation``. Of several optimizers, ``optimizer``, ``scheduler`` and ``schedule``
+    ``task`` and ``stateful_callbacks`` are part of the state only if they have a ``state_dict``. ``built`` is the
+    structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
+    steps: ``step``, ``epoch`` or ``evaluation``. With several optimizers, ``optimizer``, ``scheduler`` and ``schedule``
     are ``Named``: ``state.optimizer["generator"]``.
     """
 

@@ -96,8 +96,8 @@ class Task(ABC):
     def log(self, name: str, value: Any) -> None:
         """Show a picture or a text of this step, or of the evaluation after it, in TensorBoard: a str, a matplotlib
         figure, images as a tensor or array of shape [height, width], [channels, height, width] or [images, channels,
-        height, width] (floats from 0 to 1, or bytes), or the histogram of a vector. Of a name the last value of a step
-        counts; of several processes, that of rank 0. Raises TaskError for anything else.
+        height, width] (floats from 0 to 1, or bytes), or the histogram of a vector. If a name is
+        logged twice in a step, the last value counts; only rank 0's are shown. Raises TaskError for anything else.
         """
         if Task.sink is not None:
             Task.sink(name, value)

@@ -8,8 +8,8 @@ from typing import Any
 from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
 from runner.data.stream import StepSamples, TrainingStream
-from runner.distributed.team import Parallelism, StepReport, Team
-from runner.optimizers import Named
+from runner.distributed.communicator import Parallelism, StepReport, Team
+from runner.optimizers import by_name
 from runner.state import TrainState
 from runner.task import Metrics, Task, check_metrics
 from runner.update import WeightUpdate, is_measured
@@ -21,7 +21,7 @@ class Trainer:
     the ``team``. Callbacks do everything else, such as saving.
 
     ``users`` are those callbacks that the runner did not write. Where the evaluation after a step is interrupted, their
-    ``on_step`` is called by the attempt that repeats it, so that each step and its evaluation are one moment for them.
+    ``on_step`` is called by the attempt that repeats it, so that they see each step once, with its evaluation.
     """
 
     task: Task
@@ -40,8 +40,8 @@ class Trainer:
         self._has_own_step = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
 
     def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
-        """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record. With
-        ``stopped`` one of them ended at this step by that word of a callback, and the result alone is missing.
+        """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
+        ``stopped``: why a callback ended training at this step in an earlier attempt; only the export is left.
 
         A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.
         """
@@ -127,7 +127,7 @@ class Trainer:
         loop.elapsed, loop.metrics = whole.elapsed, {**metrics, **self.team.sum_tensors(shares)}
 
     def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
-        """The record as it stood after the last step, so that what is due there and was cut short is done now."""
+        """The record as it was after the last step, so that an interrupted evaluation, for example, is finished now."""
         stream = state.stream
         loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
         loop.log = self.task.log
@@ -137,7 +137,7 @@ class Trainer:
         loop.stop = limit or stopped
         for callback in self.callbacks:
             callback.on_start(loop)
-            # Where a user's callback ended training, it had this step before the evaluation.
+            # A user's callback that ended training has had ``on_step`` for this step.
             if loop.evaluation is not None and callback in self.users and (stopped is None or limit is not None):
                 callback.on_step(loop)
         loop.stop = loop.stop or self.team.poll()
@@ -145,7 +145,7 @@ class Trainer:
 
     def _rate(self, state: TrainState) -> float:
         """The learning rate of the coming step: of the (first) scheduler, or of the optimizer's first group."""
-        scheduler, optimizer = _first(state.scheduler), _first(self.update.optimizer)
+        scheduler, optimizer = (next(iter(by_name(each).values())) for each in (state.scheduler, self.update.optimizer))
         last = getattr(scheduler, "get_last_lr", None)
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
@@ -156,7 +156,3 @@ class Trainer:
         if limits.max_steps is not None and loop.step >= limits.max_steps:
             return "max_steps"
         return "max_seconds" if limits.max_seconds is not None and loop.elapsed >= limits.max_seconds else None
-
-
-def _first(thing: Any) -> Any:
-    return next(iter(thing.values())) if isinstance(thing, Named) else thing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.distributed.team import Parallelism
+from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
 from runner.optimizers import Named, by_name
 
@@ -26,8 +26,8 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightUpdate:
     """Implements ``task.Update`` over one optimizer, or over several by name.
 
-    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore moved nothing; ``consecutive_skips``
-    are the last ones without any other.
+    ``skipped`` counts the steps whose loss or gradients were not finite and that therefore changed no weight;
+    ``consecutive_skips`` the last of them in a row, up to now.
     """
 
     model: nn.Module
@@ -48,6 +48,7 @@ class WeightUpdate:
     _is_nonfinite: bool = False  # ... not finite, ...
     _has_stepped: bool = False  # ... weights were moved
     positions: Callable[[], range] = lambda: range(0)
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -67,9 +68,6 @@ class WeightUpdate:
             known = ", ".join(by_name(self.optimizer)) or "one, without a name: use update.step(loss)"
             raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {known}")
         return NamedUpdate(self, name)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self.parallelism.gather(value)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         if isinstance(self.optimizer, Named):
@@ -105,7 +103,7 @@ class WeightUpdate:
         return measured
 
     def end(self) -> None:
-        """After the update, or all updates of a step by several optimizers: what is done once. Raises TaskError."""
+        """Once per step, after all optimizers: the moving average, buffers and the loss scale. Raises TaskError."""
         if isinstance(self.optimizer, Named):
             self._require_no_gradients()
         if not self._has_gradients:
@@ -135,7 +133,9 @@ class WeightUpdate:
         left = [name for name, weight in self.model.named_parameters() if weight.grad is not None]
         if left:
             remedy = 'take a step with them, or differentiate for one optimizer alone: update["name"].backward(loss)'
-            raise TaskError(f"the step is over, and {left[0]} has a gradient that no checkpoint would hold: {remedy}")
+            raise TaskError(
+                f"{left[0]} still has a gradient after the step, and checkpoints hold no gradients: {remedy}"
+            )
 
     def _weights(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         """The weights that have a gradient; a sparse one has each of its elements once.

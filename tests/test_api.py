@@ -132,7 +132,7 @@ def test_a_model_computes_what_the_run_reported(run: runner.Run) -> None:
 def test_what_cannot_be_opened_is_explained(run: runner.Run, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
         runner.open(folder)
-    with pytest.raises(ConfigError, match="no checkpoint of step 7; there are those of steps"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 7; it has checkpoints of steps"):
         run.model(7)
     other = tmp_path / "other"
     shutil.copytree(run.url, other)

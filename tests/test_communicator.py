@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from threads import ThreadRanks, ends_among
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from runner.distributed.communicator import gather, on_rank_zero
+from runner.distributed.communicator import gather, on_all_ranks, on_rank_zero
 from runner.distributed.processes import Channel, PeerFailed
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import World
-from runner.errors import DataError
+from runner.errors import DataError, EvaluationFailed
 
 SIZE = 3
 Work = Callable[[Channel, Watchdog], Any]
@@ -96,3 +97,17 @@ def test_a_rank_that_waits_for_a_failed_rank_gets_its_error(server: TCPStore) ->
         return later or watch.failure
 
     assert together(server, work) == [Failure(2, 5, "gone")] * SIZE
+
+
+def test_an_error_keeps_its_class_kind_and_status() -> None:
+    def fail() -> None:
+        error = EvaluationFailed("no", kind="mine")
+        error.status = 2
+        raise error
+
+    def work(comm: ThreadRanks) -> None:
+        on_all_ranks(comm, fail if comm.rank == 1 else lambda: None)
+
+    for error in ends_among(3, work):
+        assert isinstance(error, EvaluationFailed)
+        assert (str(error), error.kind, error.status) == ("rank 1: no", "mine", 2)

@@ -59,7 +59,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_says_so(damage, folder: str
     assert ended.status == 0
     assert "resumed from step 20 of attempt 1" in ended.output
     assert "attempt 1 was killed at step 3" in ended.output
-    assert "steps are done again" in ended.output
+    assert "steps are repeated" in ended.output
     if (folder, damage) != ("commits", Path.unlink):  # of a deleted manifest nothing is left to tell
         assert "unused   step 30 of attempt 1" in ended.output
     assert not results(run).differences(results(run.parent / "whole"))

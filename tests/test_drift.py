@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from runner.run.drift import ABSENT, ChangedKey, compare, drift_table
+from runner.config.identity import ABSENT, ChangedKey, compare
+from runner.run.opening import drift_table
 
 
 def test_equal_configurations_have_no_differences() -> None:

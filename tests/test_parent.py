@@ -153,7 +153,11 @@ def test_averaged_weights_are_taken_over_where_both_have_them(then: bool, now: b
 def refusals(parent: Path, root: Path) -> dict[str, tuple[tuple[str, ...], int, str]]:
     return {
         "missing": ((f"run.parent={root}/nowhere",), 2, "is not a run directory: it has no run.json"),
-        "no such step": ((f"run.parent={parent}@21",), 2, "no checkpoint of step 21; there are those of steps 20, 30"),
+        "no such step": (
+            (f"run.parent={parent}@21",),
+            2,
+            "no checkpoint of step 21; it has checkpoints of steps 20, 30",
+        ),
         "shapes": ((f"run.parent={parent}", "model.hidden=[7]", "run.load=strict"), 1, "size mismatch for "),
         "inherit alone": (("run.inherit=all",), 2, "run.inherit=all needs run.parent"),
     }

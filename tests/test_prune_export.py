@@ -117,7 +117,7 @@ def test_export_takes_the_newest_good_checkpoint(run: Path, tmp_path: Path, caps
     assert main(["export", f"{run}@60", target, "--force"]) == 5
     assert "step 60 of attempt 1: data/" in capsys.readouterr().err
     assert main(["export", f"{run}@55", target, "--force"]) == 2
-    assert "has no checkpoint of step 55; there are those of steps 10, 20, 30, 40, 50, 60" in capsys.readouterr().err
+    assert "has no checkpoint of step 55; it has checkpoints of steps 10, 20, 30, 40, 50, 60" in capsys.readouterr().err
 
 
 def test_a_damaged_best_checkpoint_is_reported_with_its_damage(

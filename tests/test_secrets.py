@@ -228,28 +228,6 @@ def test_a_computed_value_is_no_secret(nest: Nest) -> None:
         assert re.search(row, ended.output)
 
 
-def test_a_run_of_an_older_version_goes_on(nest: Nest) -> None:
-    """It has the values of the environment in its name and its configuration, and keeps them."""
-    assert nest(GIVEN, "checkpoint.every_steps=2", step=3).status is None
-    (run,) = nest.runs()
-    older = run.rename(run.parent / f"data.train.secrets.given={CANARY}")
-    config = (older / "config.yaml").read_text()
-    assert config.count("${oc.env:CANARY}") == 12
-    (older / "config.yaml").write_text(
-        config.replace("${oc.env:CANARY}", CANARY).replace("${oc.env:SIGNATURE,none}", "none")
-    )
-    ended = nest(GIVEN, canary="swordfish-canary")
-    assert (ended.status, "from scratch" in ended.output) == (0, True), "another name, as it always was"
-    ended = nest(f"run.name='{older.name}'", GIVEN, canary="swordfish-canary")
-    assert ended.status == 3
-    assert CANARY not in ended.output.replace(older.name, "")
-    shutil.rmtree(run)
-    ended = nest(GIVEN)
-    assert (ended.status, "resumed from step 2 of attempt 1" in ended.output) == (0, True), ended.output
-    assert nest.runs() == [older]
-    assert nest(GIVEN).output.startswith("finished step 4")
-
-
 WRITTEN = {
     "key": ("+data.train.password={canary}",),
     "list": ("+data.train.headers=[['Authorization','{canary}']]",),

@@ -13,7 +13,7 @@ from torch import nn
 
 from runner.callbacks.base import FAILED, Callback, Loop
 from runner.data.stream import EvaluationData
-from runner.distributed.team import Parallelism, Team
+from runner.distributed.communicator import Parallelism, Team
 from runner.errors import EvaluationFailed, Interrupted, printable
 from runner.evaluation import EvaluationInterrupted, evaluate, objective, without_trace
 from runner.hashing import derive

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.callbacks.evaluate import Best
 from runner.data.ledger import Ledger, rollouts_text
-from runner.distributed.team import Team
+from runner.distributed.communicator import Team
 from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
 from runner.metrics import tensorboard

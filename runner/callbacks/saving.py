@@ -1,8 +1,8 @@
 """Saves the state of a run: copies it between two steps, and commits the copy in the background.
 
 The way of a checkpoint: ``SaveCheckpoint`` decides when and copies (``checkpoint.snapshot``); the thread of
-``checkpoint.snapshot.CommitThread`` makes the records durable and calls ``CheckpointStore.commit``, which writes the data
-files (``checkpoint.tensor_file``) and then the manifest.
+``checkpoint.snapshot.CommitThread`` makes the records durable and calls ``CheckpointStore.commit``, which writes the
+data files (``checkpoint.tensor_file``) and then the manifest.
 """
 
 import logging
@@ -29,7 +29,7 @@ from runner.run.attempts import Attempt
 log = logging.getLogger("runner")
 
 # What rank 0 decides and all ranks do, as JSON: ``retry`` the commit that failed, or ``drop`` the copies of these steps
-# and copy the state now (``exact``: this very step is needed).
+# and copy the state now (``exact``: the state of another step will not do).
 SaveRequest = dict[str, Any]
 
 _SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
@@ -38,7 +38,7 @@ _MAX_PAUSE = 60.0  # seconds between two tries
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
 QUIET_SECONDS = 5.0  # that training waits for room before it says so
 _ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsaved is
-_LAST_SECONDS = 5.0  # for the commit in flight when training ends with an error
+_LAST_SECONDS = 5.0  # least wait in ``close``; the most is what is left of max_unsaved
 
 
 @dataclass(eq=False)
@@ -47,13 +47,14 @@ class SaveCheckpoint(Callback):
     evaluated and reported.
 
     A periodic save waits until the previous one is written, and then copies the state of that moment, so that one copy
-    in memory is enough. A state that improved the objective, or is of a step that ``retention`` pins, must be saved at
-    its own step: it is copied at once, into a second buffer if needed. If that has a copy which must be kept, too,
-    training waits until it is being written, and says so. Only where retention keeps a single best checkpoint does a
-    better state replace it.
+    in memory is enough. A state that improved the objective, or is of a milestone of ``retention``, must be
+    saved at its own step: it is copied at once, into a second buffer if needed. If both buffers hold states that must
+    be saved, training waits until the first is being written, and logs it. Only where retention keeps a single best
+    checkpoint does a better state replace it.
 
-    A storage that fails does not stop training: the next save is tried after a growing pause. Only after it has failed
-    for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for just as long.
+    A failing storage does not stop training: the next save is tried after a growing pause. Only after it has failed
+    for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for as long, also after a
+    stop signal.
 
     All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its request at the same step.
     Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
@@ -92,8 +93,8 @@ class SaveCheckpoint(Callback):
         Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
         self._saved = loop.step
         self.timer.restart()
-        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. What a
-        # run begins with may be gone from its parent when it is next started.
+        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. The
+        # parent may have removed the checkpoint that this run begins with by the time of the next start.
         due = loop.evaluation is not None or self.save_at_start
         if request := on_rank_zero(self.comm, lambda: self._request(exact=True) if due else None):
             self.act(loop, request)
@@ -222,7 +223,7 @@ class SaveCheckpoint(Callback):
         return self._request() if self.writer.waiting or self._saved != loop.step else None
 
     def _request_exact(self, loop: Loop) -> SaveRequest:
-        """SaveRequest a copy of this step as soon as there is room for it; before that, what makes room."""
+        """A copy of this step as soon as a buffer is free for it; before that, a request that frees a buffer."""
         began, warned = time.monotonic(), False
         while (first := self._undroppable_step(loop)) is not None:
             if self.writer.idle:  # its commit failed
@@ -244,7 +245,7 @@ class SaveCheckpoint(Callback):
         return next((step for step in steps if not replaceable or self.is_milestone(step)), None)
 
     def _request(self, *, exact: bool = False) -> SaveRequest:
-        """SaveRequest a new copy in place of those that wait; or, unless ``exact``, another try to write an exact copy."""
+        """A new copy in place of waiting copies; or, unless ``exact``, another try to write an exact copy."""
         waiting = self.writer.hold()  # until the request is carried out
         self.timer.restart()
         retry = not exact and any(copy.exact for copy in waiting.values())
@@ -283,7 +284,9 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        saved = max([*self.store.verified], default=None)  # of a fork's parent it is none of this run
+        saved = max(
+            [*self.store.verified], default=None
+        )  # none of this run yet in a fork, which starts from a checkpoint of its parent
         last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
         how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
         return f"{last}; fix the storage and {how}"

@@ -235,7 +235,7 @@ class Checkpoint:
 
 
 def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, comm: Communicator) -> Checkpoint:
-    """The checkpoint that a manifest describes, if everything it says can be true. Raises Damaged."""
+    """The checkpoint that a manifest describes. Raises Damaged for values that no run writes."""
     try:
         files = {name: StoredFile(*fields) for name, fields in manifest["files"].items()}
         places = dict(_places(manifest["shelves"], len(files)))

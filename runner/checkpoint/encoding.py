@@ -1,8 +1,8 @@
 """State as strict JSON beside named tensors, and back, without loss and without pickle.
 
 A tensor is replaced by its name, which is its path (``model/head.weight``). Tuples, OrderedDict, Counter, dicts with
-keys that are not strings, and non-finite floats are tagged, because JSON has none of them. A value that only resembles
-one of these (a member of an enumeration, a defaultdict) would come back as less than it was, and is refused.
+keys that are not strings, and non-finite floats are tagged, because JSON has none of them. A value of
+a subclass (a member of an enumeration, a defaultdict) would be restored as its base class, and is refused.
 
 A tensor's entry has the order of its dimensions in memory where the tensor is not contiguous (channels last): fused
 optimizers pair the bytes of a weight with those of its moments in the order of memory. It also says whether the tensor

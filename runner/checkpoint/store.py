@@ -34,8 +34,9 @@ _READERS = 8
 
 @dataclass(frozen=True, slots=True)
 class CommitInfo:
-    """A commit as the policy sees it. ``verified``: this process wrote its bytes, or read all of them, so a resumed run
-    keeps more for a while. A commit that is neither verified nor ``damaged`` may be good.
+    """A commit as the policy sees it. ``verified``: this process wrote its bytes, or read all of them. After a resume
+    older commits are not verified, so more are kept until two new ones are. A commit that is neither verified nor
+    ``damaged`` may be good.
     """
 
     id: CommitId
@@ -226,8 +227,8 @@ class CheckpointStore:
     def retain(self, retention: Retention, *, attempt: int) -> None:
         """Remove the commits that do not stay, and what attempts before ``attempt`` left half done.
 
-        Manifests that this process has not read yet are read a few at a time, the newest first, and older commits stay
-        until theirs is read: their contents can only be one more reason to remove a newer commit.
+        Manifests that this process has not read yet are read a few at a time, the newest first. Commits older than
+        these are kept: reading them can only make a newer commit removable.
         """
         listed = self.commits()
         infos = self.survey(listed, limit=SURVEYED_MANIFESTS)

@@ -62,15 +62,17 @@ class Structure:
 
     def regroup(self, part: str, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
         """Put the weights of these names into the groups of an optimizer, the ``part`` of this name; without ``names``,
-        the weights that were built.
-        Added groups have the settings of the first group until they are loaded. Raises KeyError for an unknown name.
+        the weights that were built. Added groups have the settings of the first group until they are loaded. Raises
+        KeyError for an unknown name.
         """
         weights, groups = _weights(parts) if names else {}, getattr(parts[part], "param_groups", [])
-        wanted = [[weights[saved_name(name)] for name in group] for group in names] if names else self.groups[part]
+        tensors_of_groups = (
+            [[weights[saved_name(name)] for name in group] for group in names] if names else self.groups[part]
+        )
         settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
-        del groups[len(wanted) :]
-        groups += [dict(settings) for _ in wanted[len(groups) :]]
-        for group, tensors in zip(groups, wanted, strict=True):
+        del groups[len(tensors_of_groups) :]
+        groups += [dict(settings) for _ in tensors_of_groups[len(groups) :]]
+        for group, tensors in zip(groups, tensors_of_groups, strict=True):
             group["params"] = [*tensors]
 
     def _buffers(self, part: str, module: nn.Module, step: int) -> list[str]:
@@ -135,8 +137,8 @@ def _resize(module: nn.Module, buffers: Collection[str], state: Mapping[str, Any
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
     for name in _declared(module).intersection(buffers):
         path, _, own = name.rpartition(".")
-        saved = state.get(name)
-        module.get_submodule(path)._buffers[own] = None if saved is None else torch.empty_like(saved, device=device)
+        value = state.get(name)
+        module.get_submodule(path)._buffers[own] = None if value is None else torch.empty_like(value, device=device)
 
 
 def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -148,8 +150,8 @@ def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
         attributes = getattr(owner, "__dict__", {}).items()
         inner = [("", owner)] if isinstance(owner, nn.Module) else [(f"{name}.", value) for name, value in attributes]
         for path, value in inner:
-            named = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
-            for name, weight in named:
+            pairs = value.named_parameters() if isinstance(value, nn.Module) else [("", value)]
+            for name, weight in pairs:
                 if isinstance(weight, Tensor):
                     named_by_id.setdefault(id(weight), (saved_name(f"{part}/{path}{name}").rstrip("."), weight))
     return dict(named_by_id.values())
@@ -166,7 +168,7 @@ def _declared(module: nn.Module) -> set[str]:
 
 
 def _loads_itself(module: nn.Module) -> bool:
-    """Whether a user wrote how this module is loaded."""
+    """Whether the module has loading code of its own."""
     methods = (getattr(type(module), name) for name in ("load_state_dict", "_load_from_state_dict"))
     return bool(module._load_state_dict_pre_hooks) or any(not m.__module__.startswith("torch.") for m in methods)
 

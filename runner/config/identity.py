@@ -1,4 +1,5 @@
-"""The half of a configuration that determines what is computed (its *identity*), and the run's name made from it.
+"""The half of a configuration that determines what is computed (its *identity*), the run's name made from it, and the
+differences between two identities.
 
 Hydra is imported only in functions, because commands that look at runs do not need it and start faster without.
 """
@@ -7,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner.hashing import sha256_digest
 
@@ -100,6 +101,37 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+class ChangedKey(NamedTuple):
+    """One key with two values; ``ABSENT`` where a side has no such key."""
+
+    key: str
+    before: Any
+    now: Any
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``."""
+    left, right = flatten(before), flatten(now)
+    pairs = (ChangedKey(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left | right))
+    return [pair for pair in pairs if not _equal(pair.before, pair.now)]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return (bool(a == b) or (a != a and b != b)) and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _sorted(value: Any) -> Any:

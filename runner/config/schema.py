@@ -127,7 +127,7 @@ class RuntimeConfig:
     shard: int | None
     timeout: float
     compile: bool
-    num_workers: int
+    num_workers: Any  # a number or auto
     prefetch: int
     start_method: str | None
     num_threads: int | None
@@ -185,7 +185,7 @@ def register() -> None:
 
 
 _FROM_ZERO = """
-    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.num_workers runtime.check_batches
+    data.streams.count checkpoint.every_seconds checkpoint.max_unsaved runtime.check_batches
     sweep.max_retries
 """
 _FROM_ONE = """
@@ -222,7 +222,13 @@ def check(config: DictConfig) -> None:
     refuse_secrets(config)
     if config.run.parent is None and config.run.inherit is not Inherit.model:
         raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
-    if (method := config.runtime.start_method) not in (None, "fork", "spawn", "forkserver"):
+    _check_workers(config.runtime)
+
+
+def _check_workers(runtime: Any) -> None:
+    if runtime.num_workers != "auto" and not str(runtime.num_workers).isdecimal():
+        raise ConfigError(f"runtime.num_workers={runtime.num_workers}: expected a number from 0 on, or auto")
+    if (method := runtime.start_method) not in (None, "fork", "spawn", "forkserver"):
         raise ConfigError(f"runtime.start_method={method} is not one of fork, spawn, forkserver")
 
 

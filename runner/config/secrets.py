@@ -102,7 +102,7 @@ def hide_secrets(text: str) -> str:
 
 
 def may_be_secret(value: str) -> bool:
-    """Whether a text under any name looks rather like a secret than like a word, a number, a path or an address."""
+    """Whether a text, under any key, looks more like a secret than like a word, a number, a path or an address."""
     word_with_digit = value.split() == [value] and re.search(r"\d", value) is not None
     return word_with_digit and len(value) >= 6 and not _HARMLESS.fullmatch(value)
 

@@ -5,7 +5,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,8 @@ from runner.hashing import derive
 Collate = Callable[[list[Any]], Any]
 
 MAX_SUBSTITUTES = 8  # samples that are tried in place of a bad record
-_BLOCK = 1024  # neighbouring positions whose indices and seeds are computed together
+_READS = 8  # of which the time on a core is measured once, because that clock is slow on some systems
+_BLOCK = 4096  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
@@ -38,8 +39,9 @@ class Samples(Protocol):
 
     ``counts``: samples per shard, in order of index; shards are then read almost sequentially, and ``hold(windows,
     window)`` tells the data set how many windows of samples are read in turn. ``lengths``: tokens per sample, for
-    ``data.max_tokens``. ``fingerprint``: a text that changes with the data. ``locate(index)``: where a sample is
-    stored, for messages.
+    ``data.max_tokens``. ``__getitems__(indices)``: the list of their samples, for data sets where that is faster than
+    one by one; it is called for samples that draw nothing, if it gave the same samples at the start. ``fingerprint``: a
+    text that changes with the data. ``locate(index)``: where a sample is stored, for messages.
     """
 
     def __len__(self) -> int: ...
@@ -58,6 +60,16 @@ class BadRecord:
     substitute: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadTime:
+    """Seconds that it took to read a batch, and the share of them on a core if it was measured. Batches are the same
+    whatever it is.
+    """
+
+    seconds: float = field(compare=False)
+    busy: float | None = field(compare=False)
+
+
 class FetchedBatch(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
@@ -70,6 +82,7 @@ class FetchedBatch(NamedTuple):
     digest: int = 0
     bad: tuple[BadRecord, ...] = ()
     failure: str = ""
+    time: "ReadTime | None" = None
 
 
 class _Block(NamedTuple):
@@ -101,7 +114,10 @@ class Fetcher(Dataset[Any]):
         self.order = plan.order()
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
+        self.by_batch = False  # whether to call ``__getitems__``; decided by ``probe.examine``
         self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
+        self.timed = False  # whether batches say how long they took to read
+        self._reads = 0
         self._blocks = LRUCache[_Block](4)
         self._bad: list[BadRecord] = []  # of the current slice, as is the digest
         self._digest = 0
@@ -120,6 +136,9 @@ class Fetcher(Dataset[Any]):
                 return self._batch(piece, self._read_seeded)
 
     def _batch(self, piece: Slice, read: Callable[[Slice], list[Any]]) -> FetchedBatch:
+        self._reads += 1
+        measures = self.timed and self._reads % _READS == 1
+        began, on_core = time.perf_counter(), time.thread_time() if measures else 0.0
         try:
             rows = read(piece)
         except _NoSubstituteError as error:
@@ -134,7 +153,11 @@ class Fetcher(Dataset[Any]):
                 f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
-        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad))
+        spent = None
+        if self.timed:
+            seconds = time.perf_counter() - began
+            spent = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
+        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""
@@ -162,7 +185,7 @@ class Fetcher(Dataset[Any]):
         self._bad = []
         if seed is None and not self.drawn and not self.substitutions:
             with suppress(Exception):  # else one by one
-                rows = [self.samples[index] for index in indices]
+                rows = self._items(indices)
                 if all(row is not None for row in rows):
                     return rows
         rows = []
@@ -183,6 +206,15 @@ class Fetcher(Dataset[Any]):
                     failure = error
                 failure = failure or _none()
             rows.append(self._row(position, index, key, seed or _nothing, failure))
+        return rows
+
+    def _items(self, indices: list[int]) -> list[Any]:
+        """The samples, from one call if the data set can."""
+        if not self.by_batch:
+            return [self.samples[index] for index in indices]
+        rows = [*self.samples.__getitems__(indices)]  # type: ignore[attr-defined]
+        if len(rows) != len(indices):
+            raise ValueError("not one sample for each index")
         return rows
 
     def _lookup(self, piece: Slice) -> tuple[list[int], list[int], int]:

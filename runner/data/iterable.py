@@ -11,14 +11,13 @@ Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers a
 """
 
 import logging
-import math
 import multiprocessing
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,12 +34,12 @@ from runner.data.order import splitmix64
 from runner.data.probe import content_digest, hash_content
 from runner.data.sandbox import private_generators, sandboxed, seed_host
 from runner.data.stream import StepSamples, TrainingStream, stateful, to_device
+from runner.data.workers import unread_copy
 from runner.errors import DataError, RunnerError
 from runner.hashing import content_hasher, derive
 
 _log = logging.getLogger("runner")
 
-_LARGE = 10_000  # items of an attribute; a larger one is data, which copies may share
 _PLAIN_TYPES = (str, int, float, torch.Tensor, type(None), dict, list, tuple)
 _NUMPY = "numpy"  # key of the dict that stands for a number or an array of numpy
 _NUMERIC_KINDS = "biufcmM"  # of numpy dtypes
@@ -255,7 +254,7 @@ class IterableBatches(IterableDataset[Batch]):
         return _STATE_STICKS * (stuck and after != self._copy()._digests(_Place(1)))
 
     def _copy(self) -> "IterableBatches":
-        return IterableBatches(_duplicate(self.samples), self.options, self.epoch_lock)
+        return IterableBatches(unread_copy(self.samples), self.options, self.epoch_lock)
 
     def _digests(self, place: _Place, *, samples: int = 1) -> list[str]:
         """Digests of the first samples from a place on, after the first of which the state is recorded."""
@@ -399,11 +398,14 @@ class IterableStream(TrainingStream):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        name, workers = type(self._samples).__qualname__, self.workers
+        name = type(self._samples).__qualname__
         if state.get("kind") != "opaque":
             raise DataError(
                 f"data.train is an iterable now ({name}) and was map-style; restore it, or set run.name=..."
             )
+        if self.automatic:  # a new run has none
+            self._loading = replace(self._loading, num_workers=state["workers"])
+        workers = self.workers
         if state["workers"] != workers:
             before = state["workers"]
             raise DataError(
@@ -473,12 +475,3 @@ def _require_iterable(samples: Any) -> None:
         raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
     if hasattr(samples, "__next__") and not stateful(samples):
         raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
-
-
-def _duplicate(samples: Any) -> Any:
-    """A copy that can be read without a change to the original. They share only large data."""
-    values = getattr(samples, "__dict__", {}).values()
-    shared: list[Any] = [value for value in values if isinstance(value, list | tuple | dict) and len(value) > _LARGE]
-    arrays = [value for value in values if isinstance(value, np.ndarray | torch.Tensor)]
-    shared += [array for array in arrays if math.prod(array.shape) > _LARGE]
-    return deepcopy(samples, {id(value): value for value in shared})

@@ -33,6 +33,7 @@ from torchdata.stateful_dataloader.stateful_dataloader import _StatefulMultiProc
 from tqdm import tqdm
 
 from runner import signals
+from runner.data.limits import Limits
 from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError, RunnerError
 
@@ -48,13 +49,14 @@ signal_handling._SIGCHLD_handler_set = True
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
     """How batches are loaded; may change between attempts. ``num_workers`` processes (0: in this process), each with
-    ``prefetch`` batches in flight, started by ``start_method``.
+    ``prefetch`` batches in flight, started by ``start_method``. With ``limits`` the number changes while they load.
     """
 
     num_workers: int = 0
     prefetch: int = 2
     start_method: str | None = None
     pin_memory: bool = False
+    limits: Limits | None = None
 
 
 class Loader:

@@ -68,8 +68,8 @@ class PermutationOrder(Order):
 class WeightedOrder(Order):
     """Samples as often as their weights say, in epochs of as many places as there are samples.
 
-    Points at equal distances are laid on the cumulated weights (systematic sampling), and permuted: in every epoch a
-    sample has its share of the places, rounded down or up, and none where its weight is 0. ``phases`` are integer
+    Systematic sampling over the cumulative weights, permuted: in every epoch a sample has its share of the places,
+    rounded down or up, and none where its weight is 0. ``phases`` are integer
     weights [size] by the first epoch in which they hold. Takes memory in proportion to the samples and phases.
     """
 
@@ -83,7 +83,9 @@ class WeightedOrder(Order):
     def __call__(self, epoch: int, places: Indices) -> Indices:
         ends = self._ends[int(np.searchsorted(self._first, epoch, side="right")) - 1]
         total = int(ends[-1])
-        start = derive("weights", self._seed, epoch) % total  # others profit from the rounding in every epoch
+        start = (
+            derive("weights", self._seed, epoch) % total
+        )  # a random offset: rounding favours other samples in each epoch
         points = (self._order(epoch, places) * total + start) // self.size
         return np.searchsorted(ends, points, side="right").astype(np.int64)
 

@@ -32,7 +32,7 @@ from runner.errors import DataError, RunnerError
 from runner.hashing import derive, hex_digest
 
 Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kind, and numbers that describe it
-Findings = tuple[Sketch, list[str] | None, frozenset[str]]
+Findings = tuple[Sketch, list[str] | None, frozenset[str], bool]
 
 _SAMPLES = 4
 _MAX_VALUES = 8  # of a sample, in a sketch
@@ -45,7 +45,7 @@ def examine(
 ) -> tuple[Sketch, list[str] | None]:
     """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure.
 
-    The fetcher gets the generators from which the probed samples draw.
+    The fetcher gets the generators from which the probed samples draw, and whether to read by batch.
     """
     request = partial(_findings, audit=audit)
     if not options.num_workers:
@@ -61,7 +61,7 @@ def examine(
             findings = next(iter(loader))
     if isinstance(findings, RunnerError):
         raise findings
-    description, digests, fetcher.drawn = findings
+    description, digests, fetcher.drawn, fetcher.by_batch = findings
     return description, digests
 
 
@@ -74,9 +74,21 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
             others = sample_digests(fetcher, label="another")
             if others != (digests or sample_digests(fetcher)):  # a sample looks at a state, or restores it
                 fetcher.drawn = frozenset(states())
-        return description, digests, fetcher.drawn
+        return description, digests, fetcher.drawn, _can_read_by_batch(fetcher)
     except RunnerError as error:
         return error
+
+
+def _can_read_by_batch(fetcher: Fetcher) -> bool:
+    """Whether the data set has ``__getitems__``, its samples draw nothing, and they are the same from it."""
+    read = getattr(fetcher.samples, "__getitems__", None)
+    if not callable(read) or fetcher.drawn:
+        return False
+    with sandboxed(draws=True), signals.reading(), suppress(Exception):  # training reads one by one then
+        rows = [*read([*indices(len(fetcher.samples))])]
+        same = [*map(content_digest, rows)] == sample_digests(fetcher)
+        return same and not drawn()
+    return False
 
 
 def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:

@@ -118,10 +118,10 @@ class PythonGenerator:
 
 
 class _Numpy:
-    """A gaussian that numpy has in store is told by ``get_state`` alone, in 30 us. A new one comes to the store only by
-    a draw: if there was none at a state, there is none as long as the state stays (but for one who loads a state with a
-    gaussian there, so ``look`` wherever numpy is going to be seeded). Without one, the state is changed and restored in
-    its memory, else another generator takes its place.
+    """Only ``get_state``, in 30 us, shows whether numpy caches a gaussian. A draw alone caches a new one: an unchanged
+    state that had none has none, unless a state with a gaussian was loaded (so ``look`` wherever numpy is going to be
+    seeded). Without a gaussian, the state is changed and restored in its memory; with one, another generator takes its
+    place.
     """
 
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from itertools import chain, tee
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from runner.data.fetch import MAX_SUBSTITUTES, BadRecord, Collate, FetchedBatch,
 from runner.data.ledger import LedgerLine
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan, Slice
+from runner.data.workers import AdaptiveLoader, examine
 from runner.distributed.world import World
 from runner.errors import DataError, printable
 
@@ -57,8 +59,13 @@ class TrainingStream(ABC):
 
     @property
     def workers(self) -> int:
-        """The number of processes that load data."""
-        return self._loading.num_workers
+        """The number of processes that load data at present."""
+        return self._loader.workers if isinstance(self._loader, AdaptiveLoader) else self._loading.num_workers
+
+    @property
+    def automatic(self) -> bool:
+        """Whether ``runtime.num_workers=auto``."""
+        return self._loading.limits is not None
 
     @property
     @abstractmethod
@@ -121,7 +128,7 @@ class MapStyleStream(TrainingStream):
         self.plan = fetcher.plan
         self._fetcher = fetcher
         self._plan_state = self.plan.state()
-        sketch, self._probe_digests = probe.examine(fetcher, loading, audit=audit)
+        self._here, sketch, self._probe_digests = examine(fetcher, loading, audit=audit)
         text = str(getattr(fetcher.samples, "fingerprint", ""))
         self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
@@ -139,24 +146,37 @@ class MapStyleStream(TrainingStream):
 
     def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
         """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
-        self._fetcher.substitutions = {**substitutions}
+        self._fetcher.substitutions = self._here.substitutions = {**substitutions}
 
     def open(self) -> None:
         self.close()
+        self._ahead = None
         world = self.plan.world
         self._steps, prefetched = tee(self.plan.steps(self.consumed, self._fetcher.order))
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
+        if self.automatic:
+            self._open_adaptive(slices)
+            return
         self._probe_awaited = self._probe_digests is not None and self.workers > 0
         requests = [probe.sample_digests] if self._probe_awaited else []
         self._loader = Loader(self._fetcher, chain(requests, slices), self._loading)
         iter(self._loader)
-        self._ahead = None
+
+    def _open_adaptive(self, slices: Iterator[Slice]) -> None:
+        request = None if self._probe_digests is None else probe.sample_digests
+        examine = partial(probe.require_same_in_worker, self._here, self._probe_digests or [])
+        self._loader = AdaptiveLoader(
+            self._fetcher, slices, self._loading, here=self._here, request=request, examine=examine
+        )
+        iter(self._loader)
 
     def ready(self) -> None:
         if self._probe_awaited:
             assert self._probe_digests is not None
             probe.require_same_in_worker(self._fetcher, self._probe_digests, next(self._loader))
             self._probe_awaited = False
+        if self._ahead is None and self.automatic:
+            self._loader.adapt()
         self._ahead = self._ahead or self._next()
 
     def step(self) -> Iterator[tuple[float, Any]]:
@@ -183,7 +203,7 @@ class MapStyleStream(TrainingStream):
         if self._step is None:
             raise DataError(
                 f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
-                "their samples would be missed. Go through all that it is given"
+                "their samples would be missed. Iterate over all of them"
             )
         return self._step[2]
 
@@ -204,7 +224,7 @@ class MapStyleStream(TrainingStream):
     def first_batches(self) -> list[Any]:
         """The micro-batches of the run's first step, of all processes, on the device; the position does not move."""
         pieces = next(self.plan.steps(0, self._fetcher.order))
-        return [to_device(self._fetcher[piece].batch, self._device) for piece in pieces]
+        return [to_device(self._here[piece].batch, self._device) for piece in pieces]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -293,8 +313,12 @@ class EvaluationData:
         self.device = device
         self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called with a batch's number, from 0, before it
         self._fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        sketch, _ = probe.examine(self._fetcher, loading, audit=audit, key=key)
-        self._loader = Loader(self._fetcher, slices, loading, key=key)
+        self._here, sketch, _ = examine(self._fetcher, loading, audit=audit, key=key)
+        self._loader: Any = (
+            Loader(self._fetcher, slices, loading, key=key)
+            if loading.limits is None
+            else AdaptiveLoader(self._fetcher, slices, loading, here=self._here, key=key)
+        )
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
 
     def head(self, batches: int) -> "EvaluationData":
@@ -302,7 +326,7 @@ class EvaluationData:
         first = copy(self)
         first._slices, first._weights, first.batch_listeners = self._slices[:batches], self._weights[:batches], ()
         loading = replace(self._loading, num_workers=min(1, self._loading.num_workers))
-        first._loader = Loader(self._fetcher, first._slices, loading, key=self.key)
+        first._loader = Loader(self._here, first._slices, loading, key=self.key)
         return first
 
     def changes(self, then: dict[str, Any]) -> list[str]:
@@ -324,6 +348,8 @@ class EvaluationData:
         for number, (weight, fetched) in enumerate(zip(self._weights, self._loader, strict=True)):
             for listener in self.batch_listeners:
                 listener(number)
+            if isinstance(self._loader, AdaptiveLoader):
+                self._loader.adapt()
             if fetched.bad:
                 remedy = f"fix it or take it out of {self.key}: every figure is over all of its samples"
                 raise bad_record_error(fetched.bad[0], self._fetcher.samples, remedy=remedy)

@@ -3,22 +3,24 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_collate
 
-from runner.config.schema import Config, OnBadRecord
+from runner.config.schema import Config, OnBadRecord, RuntimeConfig
 from runner.data.fetch import Collate, Fetcher, Samples
 from runner.data.iterable import BatchOptions, IterableStream
+from runner.data.limits import Limits, cores
 from runner.data.loader import LoaderOptions
 from runner.data.mixture import Mixture
 from runner.data.order import Interleaving
 from runner.data.plan import Plan, Source
 from runner.data.stream import MapStyleStream, TrainingStream, stateful
 from runner.data.weights import integer_weights
-from runner.distributed.world import World
+from runner.distributed.world import World, local_size
 from runner.errors import ConfigError, DataError
 
 Weights = Callable[[Any], Any]  # data set -> weights [samples], or by the first epoch in which they hold
@@ -62,6 +64,18 @@ def training_data(
     substitute = data.on_bad_record is OnBadRecord.substitute
     fetcher = Fetcher(samples, plan, label="train", collate=collate, substitute=substitute)
     return MapStyleStream(fetcher, loading=loading, device=device, audit=config.runtime.audit), plan
+
+
+def loader_options(runtime: RuntimeConfig, *, pin_memory: bool) -> LoaderOptions:
+    """How batches are loaded in this process."""
+    automatic = runtime.num_workers == "auto"
+    return LoaderOptions(
+        0 if automatic else int(runtime.num_workers),
+        runtime.prefetch,
+        runtime.start_method,
+        pin_memory,
+        Limits(cores() / local_size()) if automatic else None,
+    )
 
 
 def require_map_style(samples: Any, key: str) -> Samples:
@@ -162,6 +176,9 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, interleaving: Interleav
         workers = interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
         # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
         held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
+        if loading.limits is not None:
+            fit = partial(interleaving.max_workers, slice_size=slice_size, world=world_size)
+            loading = replace(loading, limits=replace(loading.limits, fit=fit))
         if workers < limit:
             remedy = f"make data.streams.count a multiple of runtime.num_workers x {chunks * world_size}"
             log.warning("workers  %d, not %d: more would read the same streams; %s", workers, limit, remedy)

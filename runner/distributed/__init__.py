@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runner.distributed.team import Team
+from runner.distributed.communicator import Team
 from runner.distributed.world import World, rendezvous
 
 

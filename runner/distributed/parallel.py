@@ -1,4 +1,4 @@
-"""How the model is distributed over several processes: replicated or sharded (``team.Parallelism``).
+"""How the model is distributed over several processes: replicated or sharded (``communicator.Parallelism``).
 
 *Replicated*: every process has the whole model, and gradients are summed during the backward pass. torch's
 ``DistributedDataParallel`` rebuilds its buckets after the first step of a process, and with three or more processes the
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from runner.distributed.team import Parallelism
+from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, TaskError
 from runner.optimizers import blocks
 
@@ -43,11 +43,6 @@ class _SeveralProcesses(Parallelism):
         verdict = self.full_tensor(verdict).int()
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return verdict
-
-    def gather(self, value: Any) -> list[Any]:
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
 
     def sync_buffers(self) -> None:
         """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
@@ -97,10 +92,10 @@ class Replicated(_SeveralProcesses):
     def __init__(self, models: list[nn.Module], *, micro_batches: int | None) -> None:
         self.description = f"ddp: {dist.get_world_size()} processes, each with the whole model"
         super().__init__(models, micro_batches=micro_batches)
-        trained = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
-        self._buckets = [_Bucket(parameters) for parameters in _split(trained)]
+        weights_to_train = {name: weight for name, weight in models[0].named_parameters() if weight.requires_grad}
+        self._buckets = [_Bucket(parameters) for parameters in _split(weights_to_train)]
         self._shared = {*models[0].parameters()}  # parameters with the values of rank 0
-        self._in_buckets = {*trained.values()}
+        self._in_buckets = {*weights_to_train.values()}
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
@@ -146,11 +141,11 @@ class Replicated(_SeveralProcesses):
             self._next += 1
 
 
-def _split(trained: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _split(weights: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Buckets of one dtype and device, in about the order in which the backward pass completes gradients."""
     bucket: list[nn.Parameter] = []
     size = 0
-    for name, parameter in reversed(trained.items()):
+    for name, parameter in reversed(weights.items()):
         if parameter.layout != torch.strided:
             kind = f"is a {parameter.layout} parameter"
             raise ConfigError(f"model: {name} {kind}; several processes train dense ones only")

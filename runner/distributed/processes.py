@@ -16,8 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStore
 
 from runner import signals
-from runner.distributed.communicator import Communicator
-from runner.distributed.team import StepReport, Team
+from runner.distributed.communicator import Communicator, StepReport, Team
 from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
@@ -163,9 +162,9 @@ class ProcessTeam(Team):
         self.stop = self.stop or _signal(flags)
         substitutions = ""
         if swapped:  # in the order of their positions
-            gathered = "".join(self.comm.gather(report.substitutions) or []).split()
-            gathered.sort(key=lambda substitution: int(substitution.partition(":")[0]))
-            substitutions = self.comm.broadcast("".join(f" {substitution}" for substitution in gathered))
+            all_substitutions = "".join(self.comm.gather(report.substitutions) or []).split()
+            all_substitutions.sort(key=lambda substitution: int(substitution.partition(":")[0]))
+            substitutions = self.comm.broadcast("".join(f" {substitution}" for substitution in all_substitutions))
         # Equal on all ranks if and only if the mean of the squares is the square of the mean.
         metrics = report.metrics if squares * self.world.size == names**2 else self.union(report.metrics)
         return StepReport(digest % 2**64, substitutions, elapsed / _NANOSECONDS, tuple(metrics))

@@ -91,8 +91,8 @@ def stack(thread: int) -> list[FrameType]:
 
 def _line(frames: Sequence[tuple[str, Any, str]]) -> str:
     """The first of the frames (file, line, function) that is not of torch or the standard library, else the first."""
-    chosen = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
-    return "{}:{} in {}".format(*chosen) if chosen else "an unknown place"
+    frame_to_show = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
+    return "{}:{} in {}".format(*frame_to_show) if frame_to_show else "an unknown place"
 
 
 def _is_library(file: str) -> bool:

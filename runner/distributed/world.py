@@ -27,7 +27,7 @@ class Rendezvous:
     host: str
     port: int
     served_by_launcher: bool  # and outlives the processes; else rank 0 serves it
-    restart: int  # counts the lives of the processes, so that none reads a message from an earlier life
+    restart: int  # how often the launcher restarted the processes: none reads a message from before a restart
 
 
 def world() -> World:
@@ -37,6 +37,13 @@ def world() -> World:
     if not 0 <= rank < size:
         raise ConfigError(f"RANK={rank} and WORLD_SIZE={size}: a rank is a number below WORLD_SIZE. {_REMEDY}")
     return World(rank, size, _number(environ, "LOCAL_RANK", rank))
+
+
+def local_size() -> int:
+    """The processes of this run on this machine; where nobody says it, all of them."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
+    most = max(map(int, re.findall(r"(?<![(\dx])\d+", tasks)), default=_number(_environment(), "WORLD_SIZE", 1))
+    return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", most))
 
 
 def rendezvous() -> Rendezvous:

@@ -1,6 +1,6 @@
 """Metric writers for services outside, such as MLflow: a process of its own sends what is committed.
 
-The training process has a ``ServiceProcess``. It tells its child after each commit how far the lines of
+The training process has a ``ServiceProcess``. After each commit it sends its child the mark up to which the lines of
 ``metrics.lines`` are committed, and never waits for it. The child reads these lines, sends them, and notes in the run
 directory the id of the run at the service and the last step sent:
 
@@ -161,7 +161,7 @@ def make(target: str, context: WriterContext, arguments: Mapping[str, Any]) -> S
 
 class ServiceProcess(MetricWriter):
     """The metric writer in the training process, for a ``ServiceWriter`` in a child. Raises ConfigError if the child
-    cannot make it. What is added, the child reads where ``LinesWriter`` has written it, once it is committed.
+    cannot make it. The child reads committed metrics from the file of ``LinesWriter``, so ``add`` does nothing.
     """
 
     def __init__(self, name: str, target: str, arguments: Mapping[str, Any], context: WriterContext) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from runner.errors import RunnerError, StorageError
 from runner.storage.location import Location
 
-_LINES = "lines"  # its mark is the fact "metrics" of a commit, from before there were other writers
+_LINES = "lines"  # its mark is the fact "metrics" of a commit, as in checkpoints of before other writers existed
 
 
 class MetricWriter:

@@ -62,7 +62,7 @@ class CodeRecord:
     diffs: Mapping[str, str] = field(default_factory=dict)
 
     def edited(self, now: "CodeRecord") -> list[str]:
-        """The files that both have, with another content. Modules that are new or gone come with an edit of another."""
+        """The files in both records whose contents differ. A new or removed module comes with a change of another."""
         return sorted(name for name, digest in self.files.items() if now.files.get(name, digest) != digest)
 
 

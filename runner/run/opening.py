@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.config.identity import digest
+from tabulate import tabulate
+
+from runner.config.identity import ChangedKey, compare, digest
 from runner.config.schema import OnConflict, OnDrift
 from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.run.drift import ChangedKey, compare, drift_table, resolve
 from runner.run.parent import CheckpointRef, Parent, ParentRecord
 from runner.storage.location import is_remote, local_root
 
@@ -64,29 +65,29 @@ def open_run(spec: RunSpec) -> RunSpec:
     """The run with the state of its directory, or its fork. Only reads. Raises DriftRefused and ConfigError."""
     directory, identity = spec.directory, spec.identity
     refuse_links(directory.root, directory.name)
-    saved = None
+    current = None
     if directory.record() is not None:
         _require_same_parent(directory, spec.parent)
-        saved = directory.identity()
-    if saved is None:
+        current = directory.identity()
+    if current is None:
         return spec
-    differences = compare(saved, identity)
-    if differences and spec.on_drift is not OnDrift.accept and has_trained(directory):
+    changes = compare(current, identity)
+    if changes and spec.on_drift is not OnDrift.accept and has_trained(directory):
         if spec.on_drift is OnDrift.fork:
             return _fork(spec)
-        raise DriftRefused(_refusal(spec, differences))
-    if not differences:
-        identity = saved  # as it was first written: 1 where this command says 1.0, which is the same run
+        raise DriftRefused(_refusal(spec, changes))
+    if not changes:
+        identity = current  # as it was first written: 1 where this command says 1.0, which is the same run
     accepted = identity if compare(directory.configuration() or identity, identity) else None
-    result = None if differences else directory.result(identity)
+    result = None if changes else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
         log.warning("finished, but %s: made again from the last checkpoint", missing)
         result = None
-    return replace(spec, identity=identity, changes=differences, accepted=accepted, result=result)
+    return replace(spec, identity=identity, changes=changes, accepted=accepted, result=result)
 
 
 def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None:
-    """Raise DriftRefused if the existing run started from something else than this command asks for."""
+    """Raise DriftRefused if the existing run started from another parent than the command names."""
 
     def words(source: CheckpointRef, inherit: str) -> str:
         return printable(f"with run.parent={shlex.quote(str(source))} run.inherit={inherit}")
@@ -120,11 +121,11 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
     attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
     try:
         directory.create(spec.identity, parent=parent)
-        saved = directory.identity(before=attempt.number) or {}
-        differences = compare(saved, spec.identity)
-        if differences and drift_table(differences) != drift_table(spec.changes):
-            raise DriftRefused(_refusal(spec, differences))
-        if not differences and directory.complete_result(spec.identity) is not None:
+        current = directory.identity(before=attempt.number) or {}
+        changes = compare(current, spec.identity)
+        if changes and drift_table(changes) != drift_table(spec.changes):
+            raise DriftRefused(_refusal(spec, changes))
+        if not changes and directory.complete_result(spec.identity) is not None:
             raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
@@ -143,24 +144,25 @@ def has_trained(directory: RunDirectory) -> bool:
 
 def _fork(spec: RunSpec) -> RunSpec:
     """The fork's name is made from its configuration, so that the same command finds it again."""
-    parent, identity = spec.directory, spec.identity
-    older = resolve(identity)  # an older version named it so
-    fork, before = (
-        RunDirectory.under(parent.root, parent.experiment, f"{parent.variant}~{digest(each)}", parent.options)
-        for each in (identity, older)
-    )
-    if fork.record() is None and before.record() is not None:
-        fork, identity = before, older
+    parent = spec.directory
+    variant = f"{parent.variant}~{digest(spec.identity)}"
+    fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     refuse_links(fork.root, fork.name)
-    finished = fork.complete_result(identity) if fork.record() is not None else None
-    return replace(spec, directory=fork, identity=identity, parent=Parent.forked(parent), result=finished)
+    result = fork.complete_result(spec.identity) if fork.record() is not None else None
+    return replace(spec, directory=fork, parent=Parent.forked(parent), result=result)
 
 
-def _refusal(spec: RunSpec, differences: Sequence[ChangedKey]) -> str:
+def drift_table(changes: Sequence[ChangedKey]) -> str:
+    """``key | saved | now``, with control characters escaped, because anyone may have written the saved values."""
+    rows = [[*map(printable, (key, repr(before), repr(now)))] for key, before, now in changes]
+    return tabulate(rows, headers=["key", "saved", "now"], disable_numparse=True)
+
+
+def _refusal(spec: RunSpec, changes: Sequence[ChangedKey]) -> str:
     directory, command = spec.directory, spec.command
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
-        f"{drift_table(differences)}\n\n"
+        f"{drift_table(changes)}\n\n"
         "The run was left as it is. Either\n"
         f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
         f"  continue with the new values:    {command} run.on_drift=accept\n"
@@ -185,8 +187,8 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
         regular = stat.S_ISREG(status.st_mode)
         if stat.S_ISDIR(status.st_mode) or (regular and status.st_nlink == 1):
             continue
-        kind = "a link" if regular or stat.S_ISLNK(status.st_mode) else "no file"
+        kind = "a link" if regular or stat.S_ISLNK(status.st_mode) else "a special file"
         raise ConfigError(
-            f"{printable(path)} is {kind}, and what is written there would end elsewhere. Everything below run.root "
-            "must be there itself: remove it, or choose another run.root or run.name"
+            f"{printable(path)} is {kind}: refusing to write through it. Everything below run.root must be a file or a "
+            "folder: remove it, or choose another run.root or run.name"
         )

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from runner.config.identity import flatten
+from runner.config.identity import compare, flatten
 from runner.errors import ConfigError
 from runner.metrics import lines
-from runner.run.drift import compare
 from runner.run_facts import RunFacts, RunSummary, map_runs, number
 from runner.runs.listing import format_cell, format_setting, format_table
 

@@ -14,11 +14,11 @@ from typing import Any
 from tabulate import tabulate
 
 from runner.checkpoint import manifest
+from runner.config.identity import ABSENT, compare
 from runner.errors import printable
 from runner.run import code
 from runner.run.attempts import HIGHEST, AttemptRecord
 from runner.run.directory import RunDirectory
-from runner.run.drift import ABSENT, compare
 from runner.run_facts import RunFacts, RunSummary, integer, map_runs
 
 # The statuses of runs, the most interesting first.
@@ -208,7 +208,7 @@ def format_diff(differences: Mapping[str, Any]) -> str:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, right: str) -> list[dict[str, Any]]:
     """The keys that differ, as plain values under ``left`` and ``right``, without absent ones."""
-    rows = ({"key": each.key, left: each.saved, right: each.now} for each in compare(before, after))
+    rows = ({"key": each.key, left: each.before, right: each.now} for each in compare(before, after))
     return [{name: value for name, value in row.items() if value is not ABSENT} for row in rows]
 
 

@@ -4,6 +4,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from runner.hashing import json_digest
 from runner.shards.scan import open_manifest
 from runner.storage import files
 
+_NO_MAP = (-1, None)
 _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
 # torch has few operations on the wider unsigned types
 _WIDENED = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
@@ -55,13 +57,19 @@ class Tokens:
             size = f"{len(tokens)} shards ({self.manifest.shards[0].url} ...) hold {sum(tokens)} tokens"
             raise DataError(f"{size}: too few for one sample of {length + 1}; give more, or a smaller length")
         self._maps: LRUCache[NDArray[np.integer] | None] = LRUCache(_MAPS_HELD)
+        self._last: tuple[int, NDArray[np.integer] | None] = _NO_MAP
 
     def __len__(self) -> int:
         return self._layout.rows
 
     def __getitem__(self, index: int) -> Tensor:
         parts = self._layout.row(index, self._read)
+        if len(parts) == 1:
+            return torch.from_numpy(parts[0].astype(self._widened))
         return torch.from_numpy(np.concatenate(parts, dtype=self._widened, casting="unsafe"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": _NO_MAP}
 
     def locate(self, index: int) -> str:
         """Shards and tokens of a sample, for messages."""
@@ -69,7 +77,9 @@ class Tokens:
         return " and ".join(f"{shards[number].url}, tokens {start} to {stop}" for number, start, stop in spans)
 
     def _read(self, number: int, start: int, stop: int) -> NDArray[np.integer]:
-        tokens = self._maps.get(number, partial(self._map, number))
+        if number != self._last[0]:  # neighbours are often asked for one after the other
+            self._last = number, self._maps.get(number, partial(self._map, number))
+        tokens = self._last[1]
         if tokens is not None:
             return tokens[start:stop]
         shard, width = self.manifest.shards[number], self._dtype.itemsize

@@ -1,7 +1,7 @@
-"""The interface to anything that stores bytes, with the guarantees that every implementation gives.
+"""The interface to a storage of bytes, with the guarantees that every implementation gives.
 
 A name is a relative path of segments ``[a-z0-9][a-z0-9._-]*`` joined by ``/``, so nothing outside the location can be
-named. No other package needs to know which implementation it has.
+named. No other package depends on the implementation.
 """
 
 import os

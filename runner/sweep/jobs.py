@@ -1,7 +1,8 @@
 """The jobs of a sweep: each composed once, and run in a process of its own.
 
-A job is killed without the sweep, and all that it held ends with its process, which is forked after torch has been
-imported once for all jobs. A stop signal is passed on to it, and it stops by itself if the sweep's process is gone.
+A job that is killed does not end the sweep, and its memory and workers end with its process, which is forked after
+torch has been imported once for all jobs. A stop signal is passed on to it, and it stops by itself if
+the sweep's process is gone.
 """
 
 import importlib

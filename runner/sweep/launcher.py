@@ -25,11 +25,11 @@ from tabulate import tabulate
 from runner import signals
 from runner.app import absolute_root, storage_options
 from runner.checkpoint.manifest import CommitId
+from runner.config.identity import compare
 from runner.config.schema import OnConflict, refuse_secrets
 from runner.distributed.world import world
 from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunInUse, RunnerError, printable
 from runner.run.attempts import AttemptRecord, cluster_job, requeued
-from runner.run.drift import compare
 from runner.run.opening import RunSpec, open_run
 from runner.run_facts import RunFacts
 from runner.signals import VARIABLE, StopRequest
@@ -296,8 +296,8 @@ class _Failed(JobReturn):
 
 
 def survey(specs: Specs) -> dict[Overrides, RunStatus]:
-    """The status of the run of each job. Heartbeats of other machines are watched last, and all from the same moment: a
-    thousand dead runs take as long as one, and a look at each. Raises Interrupted after a stop signal.
+    """The status of the run of each job. Heartbeats of other machines are watched last and all at the same time: a
+    thousand dead runs take little longer than a single dead run. Raises Interrupted after a stop signal.
     """
     with ThreadPoolExecutor(_READERS) as pool:
         statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
