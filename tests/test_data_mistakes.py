@@ -61,7 +61,12 @@ def using(name: str) -> str:
         ((using("Broken"), "runtime.num_workers=2"), ["of Broken cannot be read", 'raise KeyError("label")']),
         (
             ("data.collate={_target_:json.dumps}", "runtime.num_workers=1", "runtime.check_batches=0"),
-            ["data.train: the ", " samples from position 0 on cannot be collated", "TypeError", "set data.collate to"],
+            [
+                "data.train: the ",
+                " samples from position 0 on cannot be collated",
+                "TypeError",
+                "data.collate raised it",
+            ],
         ),
         (
             ("data.validation._target_=mine.data.Unreadable",),
