@@ -83,9 +83,8 @@ class WeightedOrder(Order):
     def __call__(self, epoch: int, places: Indices) -> Indices:
         ends = self._ends[int(np.searchsorted(self._first, epoch, side="right")) - 1]
         total = int(ends[-1])
-        start = (
-            derive("weights", self._seed, epoch) % total
-        )  # a random offset: rounding favours other samples in each epoch
+        # By a random offset rounding favours other samples in each epoch.
+        start = derive("weights", self._seed, epoch) % total
         points = (self._order(epoch, places) * total + start) // self.size
         return np.searchsorted(ends, points, side="right").astype(np.int64)
 

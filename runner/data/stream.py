@@ -221,11 +221,6 @@ class MapStyleStream(TrainingStream):
         first, count, (digest, substitutions) = self._step
         return LedgerLine(step, first, first + count - 1, digest, substitutions)
 
-    def first_batches(self) -> list[Any]:
-        """The micro-batches of the run's first step, of all processes, on the device; the position does not move."""
-        pieces = next(self.plan.steps(0, self._fetcher.order))
-        return [to_device(self._here[piece].batch, self._device) for piece in pieces]
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "consumed": self.consumed,
