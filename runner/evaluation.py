@@ -205,7 +205,7 @@ def _aggregate(
 
 
 def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
-    """Exchange signals with the other processes so many times. Each time says whether a signal may interrupt a wait for
+    """Exchange signals with the other processes ``number`` times. Yields whether a signal may interrupt a wait for
     data: where a single process can return to the state before.
     """
     for _ in range(number):

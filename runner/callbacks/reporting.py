@@ -240,7 +240,7 @@ class ShowProgress(Callback):
         log.info("step %d%s: %s, %.1f steps/s%s", loop.step, total, shown, rate, left)
 
     def _metrics(self, loop: Loop) -> str:
-        """The metrics of the step that are to be shown, in at most so many characters."""
+        """The metrics of the step that are to be shown, as many as fit the line."""
         names = self._show if self._show is not None else ["loss", *(name for name in loop.metrics if name != "loss")]
         names = [name for name in names if name in loop.metrics]
         values = torch.stack([loop.metrics[name].float() for name in names]).tolist() if names else []

@@ -284,10 +284,8 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        saved = max(
-            [*self.store.verified], default=None
-        )  # none of this run yet in a fork, which starts from a checkpoint of its parent
-        last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
+        newest = max([*self.store.verified], default=None)  # a new fork has none: it began in the store of its parent
+        last = "No step is saved" if newest is None else f"The last one is of step {newest.step} and is whole"
         how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
         return f"{last}; fix the storage and {how}"
 

@@ -259,7 +259,7 @@ class CommitThread:
 
     @doing("joins")
     def close(self, seconds: float) -> None:
-        """Finish all commits, for so many seconds at most, and end the thread."""
+        """Finish all commits, within ``seconds`` at most, and end the thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
             self._closed, self._held = True, False
