@@ -560,6 +560,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; default: all")
     parser.add_argument("--turns", type=int, help="of each side; default: " + ", ".join(map(turns_of, TABLES)))
+    parser.add_argument("--megabytes", type=int, default=200, help="of shards; default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -574,6 +575,8 @@ def main() -> None:
     logging.getLogger("runner").setLevel(logging.ERROR)
     for name in arguments.tables or TABLES:
         measure, turns = TABLES[name]
+        if name == "shards":
+            measure = partial(shards, megabytes=arguments.megabytes)
         measure(arguments.turns or turns)
 
 

@@ -79,7 +79,7 @@ class SaveCheckpoint(Callback):
         self.is_milestone = self.retention.is_milestone
         self.writer = CommitThread(self._commit, self.store.comm)
         self._clock = self.timer.clock
-        self._listener_error: Exception | None = None
+        self._listener_error: BaseException | None = None
         self._free: list[Staging] = []
         self._saved = 0  # the step of the last acknowledged commit
         self._overdue = False  # a save was due and could not begin
@@ -193,7 +193,7 @@ class SaveCheckpoint(Callback):
         try:
             for listener in self.commit_listeners:
                 listener(commit.step)
-        except Exception as error:  # for the training thread, since the commit itself is whole
+        except BaseException as error:  # also sys.exit: for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
 
     def _prepare(self, copy: Staging) -> None:

@@ -198,7 +198,7 @@ class CommitThread:
     """
 
     def __init__(self, commit: Callable[[Staging], None], comm: Communicator) -> None:
-        self.failure: tuple[int, Exception] | None = None
+        self.failure: tuple[int, BaseException] | None = None
         self._commit = commit
         self._comm = comm
         self._changed = threading.Condition()
@@ -277,7 +277,7 @@ class CommitThread:
             try:
                 with doing("saves"):
                     self._commit(copy)
-            except Exception as error:  # for the owner: this thread has no caller
+            except BaseException as error:  # also sys.exit: for the owner, since this thread has no caller
                 failure = error
             with self._changed:
                 if failure is not None:

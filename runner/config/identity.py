@@ -25,6 +25,8 @@ _UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they hav
     "data.evaluation_collate": None,
     "trainer.ema_params": None,
 }
+# Keys with a new name, by their old one, which is read for one version, with a warning; also in runs of that version.
+RENAMED: dict[str, str] = {}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
@@ -124,6 +126,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKe
     shown as ``***``, because it may be a secret that was written out.
     """
     left, right = flatten(before), flatten(now)
+    left = {RENAMED.get(key, key): value for key, value in left.items()}
     changes = []
     for key in sorted(left | right):
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)

@@ -30,7 +30,7 @@ _BLOCK = 4096  # neighbouring positions whose indices and seeds are computed tog
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
-_SHAPES = "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
+_COLLATE = "set data.collate to a function that makes a batch of a list of them"
 
 
 class Samples(Protocol):
@@ -149,7 +149,7 @@ class Fetcher(Dataset[Any]):
         except Exception as error:
             failure = (
                 f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
-                f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
+                f"{_traceback(error)}\n{self._remedy(error)}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
         spent = None
@@ -157,6 +157,12 @@ class Fetcher(Dataset[Any]):
             seconds = time.perf_counter() - began
             spent = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
         return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
+
+    def _remedy(self, error: Exception) -> str:
+        if self.collate is not default_collate:
+            return remedy_for(error) or "data.collate raised it"
+        shapes = "give all samples the same shape, or " if "equal size" in str(error) else ""
+        return remedy_for(error) or f"To make a batch of them, {shapes}{_COLLATE}"
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""

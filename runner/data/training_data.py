@@ -81,12 +81,18 @@ def loader_options(runtime: RuntimeConfig, *, pin_memory: bool) -> LoaderOptions
 def require_map_style(samples: Any, key: str) -> Samples:
     """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
     name = type(samples).__qualname__
-    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+    both = ("__len__", "__getitem__")
+    missing = both if isinstance(samples, IterableDataset) else [each for each in both if not hasattr(samples, each)]
+    if missing:
         raise DataError(
-            f"{key} is a {name} without __len__ and __getitem__; a data set needs both, so that a position alone says "
+            f"{key} is a {name} without {' and '.join(missing)}; both are needed, so that a position says "
             "which sample comes next"
         )
-    if len(samples) == 0:
+    try:
+        size = len(samples)
+    except (TypeError, ValueError) as error:  # also that of a subclass of torch's Dataset without a length of its own
+        raise DataError(f"{key} is a {name} whose length is no number of samples: {error}") from error
+    if size == 0:
         raise DataError(f"{key} is empty: a {name} of length 0")
     if stateful(samples):
         why = "the position alone says which sample comes next, so no state of a data set with __getitem__ is saved"

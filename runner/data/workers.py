@@ -36,9 +36,10 @@ log = logging.getLogger("runner")
 
 _LARGE = 10_000  # items or numbers; what is larger is data, which copies may share
 _DEPTH = 8  # of attributes and containers in which large data is looked for
+_WAITING = 0.25  # of reading on a core: reading with less of it waits, and does not just share the core with others
 _MOST = 32  # workers, whatever the machine has
 _WORTH = 0.05  # of a step's time: a shorter wait is left as it is
-_GAIN = 0.02  # of a step's time: less is not worth the memory of more workers
+_GAIN = 0.04  # of a step's time: less is not worth the memory of more workers
 _SEND_SECONDS = 0.5e-3, 1e-9  # that a batch from a worker takes of this process: for itself, and for each byte
 _WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # of a worker that holds no batches
 _WINDOW_STEPS = 4
@@ -97,7 +98,7 @@ class WorkerChoice:
         busy = max(0.1, measured.busy)
         in_flight = self._prefetch * measured.size
         numbers = {
-            f"{limits.cores:g} cores": limits.cores / (busy if busy < 0.5 else 1.0),
+            f"{limits.cores:g} cores": limits.cores / (busy if busy < _WAITING else 1.0),
             "free memory": limits.memory() / 2 / (self._worker_bytes + in_flight),
             "free shared memory": limits.shared_memory() / 2 / max(1, in_flight),
             "the most that are tried": _MOST,
@@ -154,7 +155,7 @@ class AdaptiveLoader:
         self._said: int | None = None
         self._windows = options.limits.windows
         self._window = self._windows[0]
-        self._share = 1.0
+        self._share = 1.0  # of reading on a core
         self._last: Any = None  # batch
         self._measure()
         self._open(0)
@@ -220,7 +221,7 @@ class AdaptiveLoader:
         usual = [seconds for seconds in rests if seconds <= _PAUSE * rests[count // 2]]
         rest = max(sum(usual) / len(usual), 1e-6)
         if self._busy:
-            self._share = sum(self._busy) / len(self._busy)
+            self._share = max(self._busy)  # the others may have waited for a core
         spent = self._all_waited / count, self._reading / count
         return Measurement(self.workers, rest, *spent, self._share, _size(self._last))
 
