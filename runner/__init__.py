@@ -21,7 +21,8 @@ verdict).
     7  trainer     build
     6  callbacks/ (base, dry, evaluate, observers, reporting, saving, unfreeze)
        rl/ (buffer, completion, generation, grpo, rewards)
-    5  run_facts     state     evaluation     datasets/ (arithmetic, digits, fashion_mnist, folds, images, text)
+    5  run_facts     state     evaluation
+       datasets/ (arithmetic, digits, fashion_mnist, folds, images, reasoning, text)
     4  checkpoint/ (checkpoint, encoding, manifest, sharding, snapshot, store, structure, tensor_file)
        data/ (fetch, iterable, ledger, limits, loader, mixture, order, plan, probe, sandbox, stream, training_data,
        weights, workers)

@@ -11,6 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -122,8 +123,7 @@ def report_error(error: Exception) -> int:
     status = 2
     if isinstance(error, OSError):
         status = 1
-        name = f" {error.filename}" if error.filename else ""  # a full disk does not name the file
-        message = f"cannot make the run directory{name}: {error.strerror}. Choose another run.root."
+        message = _unwritable(error)
     elif type(error).__module__.startswith("yaml."):
         message = f"a configuration file is not YAML: {error}"
     elif "Config group override must be a string" in str(error):  # Hydra's words, in a plain ValueError
@@ -138,6 +138,16 @@ def report_error(error: Exception) -> int:
     if _prints():
         print(printable(message), file=sys.stderr)
     return status
+
+
+def _unwritable(error: OSError) -> str:
+    name = f" {error.filename}" if error.filename else ""  # a full disk does not name the file
+    folders = Path(str(error.filename)).parents if error.filename else ()
+    run = next((folder for folder in folders if (folder / "run.json").exists()), None)
+    if run is None:
+        return f"cannot make the run directory{name}: {error.strerror}. Choose another run.root."
+    shown = shlex.join(["python", "-m", "runner.runs", "show", str(run)])
+    return f"cannot write to the run directory{name}: {error.strerror}. `{shown}` shows the run and writes nothing."
 
 
 def _prints() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from runner import signals
 from runner.activity import doing
-from runner.checkpoint.encoding import decode, encode
+from runner.checkpoint.encoding import decode, encode, is_expanded
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
 from runner.distributed.communicator import Team, on_all_ranks
@@ -205,7 +205,7 @@ def _aggregate(
 
 
 def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
-    """Exchange signals with the other processes so many times. Each time says whether a signal may interrupt a wait for
+    """Exchange signals with the other processes ``number`` times. Yields whether a signal may interrupt a wait for
     data: where a single process can return to the state before.
     """
     for _ in range(number):
@@ -303,7 +303,7 @@ class _StateBefore:
         for module, saved in self._buffers:
             module._buffers.clear()
             for name, (buffer, copy) in saved.items():
-                if buffer is not None and copy is not None:
+                if buffer is not None and copy is not None and not is_expanded(buffer):
                     buffer = buffer.copy_(copy) if buffer.shape == copy.shape else copy
                 module._buffers[name] = buffer
         for module, extra in self._extra:

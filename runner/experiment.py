@@ -172,7 +172,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
         for call in overriding([*callbacks.values(), *observers], "on_error"):
             try:
                 call(error)
-            except Exception:  # the cause matters more
+            except (Exception, SystemExit):  # the cause matters more
                 log.exception("a callback failed in on_error")
         raise
 

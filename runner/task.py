@@ -88,7 +88,7 @@ class Task(ABC):
         Called once in every attempt and process, when the model is built, in training mode and on the device; before it
         is averaged, compiled or divided among processes, before the optimizer is made, and before anything is restored,
         also the weights of ``run.parent``. The random generators have a seed of their own here. What training changes
-        later belongs into ``state_dict``; what stays as it was made does not.
+        later belongs into ``state_dict``; what stays as ``setup`` made it does not.
         """
 
     sink: ClassVar[Callable[[str, Any], None] | None] = None  # of ``log``, while a run reports
@@ -112,7 +112,7 @@ class Task(ABC):
         """The metrics of one evaluation batch, without gradients. By default those of training.
 
         A tensor with a first dimension has a row for each sample (or any number of rows), such as scores and labels of
-        which ``evaluation_end`` computes what is no mean.
+        which ``evaluation_end`` computes metrics that are not means.
         """
         return self.training_step(model, batch)
 

@@ -11,6 +11,7 @@ from lives import Lives
 from omegaconf import DictConfig, OmegaConf
 
 from runner import app
+from runner.config.identity import RENAMED, compare
 from runner.errors import ConfigError
 
 SGD = "optimizer._target_=torch.optim.SGD"
@@ -99,6 +100,59 @@ def test_so_they_do_in_files(experiment: Any, name: str, overrides: tuple[str, .
 def test_of_the_scheduler_too(experiment: Any) -> None:
     config = experiment("experiment=schedule", **FILES)
     assert set(config.scheduler) == {"_target_", "step_size"}
+
+
+TWO = "{clean: {_target_: mine.data.Rows}, noisy: {_target_: mine.data.Rows, noise: 1}}"
+SETS = {
+    "option": "defaults: [override /data: digits]",
+    "file": f"defaults: [override /data: digits]\ndata: {{validation: {TWO}, test: {TWO}}}",
+    "fold": "data: {validation: {_target_: runner.datasets.folds.Fold, split: validation, folds: 4}}",
+    "grandchild": f"defaults: [fold]\ndata: {{validation: {TWO}}}",
+    "back": "defaults: [grandchild]\ndata: {validation: {_target_: mine.data.Rows, size: 3}}",
+    "source": "defaults: [fold]\ndata: {validation: {source: {_target_: mine.data.Rows}}}",
+    "size": "defaults: [grandchild]\ndata: {validation: {noisy: {size: 3}}}",
+}
+CLEAN = "{clean:{_target_:mine.data.Rows},noisy:{_target_:mine.data.Rows}}"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "keys"),
+    [
+        ("option", (), {"_target_", "split"}),
+        ("option", ("+data.validation.size=3",), {"_target_", "split", "size"}),
+        ("option", (f"data.validation={CLEAN}",), {"clean", "noisy"}),
+        ("option", ("+data.validation.clean._target_=mine.data.Rows",), {"clean"}),
+        ("file", (), {"clean", "noisy"}),
+        ("grandchild", (), {"clean", "noisy"}),
+        ("grandchild", ("+data.validation.other={_target_:mine.data.Rows}",), {"clean", "noisy", "other"}),
+        ("grandchild", ("+data.validation._target_=mine.data.Rows",), {"_target_"}),
+        ("back", (), {"_target_", "size"}),
+        ("source", (), {"_target_", "split", "folds", "source"}),  # an argument of Fold, no name
+        ("size", (), {"clean", "noisy"}),
+    ],
+)
+def test_one_set_and_several_are_not_merged(
+    experiment: Any, name: str, overrides: tuple[str, ...], keys: set[str]
+) -> None:
+    config = experiment(f"experiment={name}", *overrides, **SETS)
+    assert set(config.data.validation) == keys
+    assert name != "file" or set(config.data.test) == keys
+
+
+@pytest.mark.parametrize(
+    "old", [{"file": "trainer: {most_steps: 7}"}, {"file": "", "word": "trainer.most_steps=7"}], ids=["file", "command"]
+)
+def test_an_old_name_of_a_key_is_read_with_a_warning(
+    experiment: Any, old: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a run that was made with it has not changed."""
+    monkeypatch.setitem(RENAMED, "trainer.most_steps", "trainer.max_steps")
+    words = [f"+{old['word']}"] if "word" in old else []
+    config = experiment("experiment=renamed", *words, renamed=old["file"])
+    assert config.trainer.max_steps == 7
+    expected = "trainer.most_steps is now trainer.max_steps: the old name will not be read by the next version\n"
+    assert capsys.readouterr().err == expected
+    assert compare({"trainer": {"most_steps": 7}}, {"trainer": {"max_steps": 7}}) == []
 
 
 REGISTERS = """

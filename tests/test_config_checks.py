@@ -51,6 +51,7 @@ def test_workable_settings_pass(overrides: list[str]) -> None:
         ("trainer.early_stopping.patience=0", 1),
         ("checkpoint.every_steps=0", 1),
         ("checkpoint.every_seconds=-0.5", 0),
+        ("checkpoint.every_seconds=nan", 0),
         ("checkpoint.keep_last=1", 2),
         ("checkpoint.keep_every_steps=0", 1),
         ("checkpoint.keep_best=0", 1),
@@ -63,6 +64,14 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
     with pytest.raises(ConfigError) as refused:
         check(configured(override))
     assert str(refused.value) == f"{override} is too small: at least {least}"
+
+
+@pytest.mark.parametrize("value", ["0.0", "-1.0", "nan"])
+@pytest.mark.parametrize("key", ["trainer.clip_norm", "trainer.max_seconds"])
+def test_a_limit_that_would_stop_all_training_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(configured(f"{key}={value}"))
+    assert str(refused.value) == f"{key}={value} is too small: above 0; null sets no limit"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def using(name: str) -> str:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ((using("Unsized"),), ["data.train is a Unsized without __len__ and __getitem__"]),
+        ((using("Unsized"),), ["data.train is a Unsized without __len__; both are needed"]),
         (("data.train.size=0",), ["data.train is empty: a Rows of length 0"]),
         (("data.validation.size=0",), ["data.validation is empty"]),
         ((using("Stateless"),), ["Stateless", "state_dict", "data.replay=true", "__getitem__"]),
@@ -61,7 +61,12 @@ def using(name: str) -> str:
         ((using("Broken"), "runtime.num_workers=2"), ["of Broken cannot be read", 'raise KeyError("label")']),
         (
             ("data.collate={_target_:json.dumps}", "runtime.num_workers=1", "runtime.check_batches=0"),
-            ["data.train: the ", " samples from position 0 on cannot be collated", "TypeError", "set data.collate to"],
+            [
+                "data.train: the ",
+                " samples from position 0 on cannot be collated",
+                "TypeError",
+                "data.collate raised it",
+            ],
         ),
         (
             ("data.validation._target_=mine.data.Unreadable",),

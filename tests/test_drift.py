@@ -75,3 +75,9 @@ def test_values_of_a_stranger_cannot_drive_the_terminal() -> None:
     shown = drift_table(compare({"a\x1b[2J": "\x1b]0;title\x07"}, {"b": "\r"}))
     assert all(character.isprintable() for line in shown.split("\n") for character in line)
     assert r"a\x1b[2J" in shown
+
+
+def test_a_value_that_an_interpolation_replaces_is_hidden() -> None:
+    changes = compare({"key": "hunter2", "url": "${oc.env:URL}"}, {"key": "${oc.env:KEY}", "url": "${oc.env:HOST}"})
+    assert changes == [ChangedKey("key", "***", "${oc.env:KEY}"), ChangedKey("url", "${oc.env:URL}", "${oc.env:HOST}")]
+    assert compare({}, {"key": "${oc.env:KEY}"}) == [ChangedKey("key", ABSENT, "${oc.env:KEY}")]

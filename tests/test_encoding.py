@@ -131,6 +131,10 @@ class Halved(torch.Tensor):
         return function(*whole, **(keywords or {}))
 
 
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
 class Pair(NamedTuple):
     first: int
     second: int
@@ -150,7 +154,8 @@ class Level(IntEnum):
         ({"a": [0, {1, 2}]}, "cannot save part/a/1: it is a builtins.set"),
         ({"a": {"b": object()}}, "cannot save part/a/b: it is a builtins.object"),
         ([np.int64(1)], "cannot save part/0: it is a numpy.int64"),
-        ({3: np.zeros(2)}, "cannot save part/3: it is a numpy.ndarray"),
+        ({3: np.zeros(2)}, r"cannot save part/3: it is a numpy.ndarray. .* torch.from_numpy\(array\)"),
+        (CYCLE, "cannot save part: it holds itself, or is nested too deeply"),
         ([Pair(1, 2)], "cannot save part/0: it is a test_encoding.Pair"),
         ([b"bytes"], "cannot save part/0: it is a builtins.bytes"),
         ([Phase.WARM], "cannot save part/0: it is a test_encoding.Phase"),

@@ -54,6 +54,11 @@ def test_an_evaluation_that_moves_the_model_is_warned_of(life: Lives, tmp_path: 
     assert "the evaluation changes" not in life(*command, "run.name=b", cwd=USER).output
 
 
+def test_an_expanded_buffer_is_refused_by_name(life: Lives, tmp_path: Path) -> None:
+    ended = life(*ROWS, "model._target_=mine.odd.Shared", f"run.root={tmp_path}", cwd=USER)
+    assert "cannot save model/mean: Tensor, torch.strided, on cpu; only dense tensors" in ended.output, ended.output
+
+
 @pytest.mark.parametrize("call", [6, 10], ids=["between", "last"])
 def test_callbacks_see_a_step_with_its_evaluation(call: int, life: Lives, tmp_path: Path) -> None:
     """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""

@@ -183,6 +183,22 @@ def test_samples_are_fetched_on_one_thread(randomness: str, two_threads: None) -
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        ([torch.ones(2), torch.ones(3)], "of them, give all samples the same shape, or set data.collate to"),
+        ([[1, 2], [1]], "of them, give all samples the same shape, or set data.collate to"),
+        ([2**70, 1], "of them, set data.collate to"),
+        ([object(), object()], "of them, set data.collate to"),
+    ],
+    ids=["tensors", "lists", "integers", "objects"],
+)
+def test_a_batch_that_cannot_be_made_has_its_remedy(samples: list[Any], told: str) -> None:
+    failure = Fetcher(samples, Plan(2, 1, 2), label="train")[Slice(0, 2)].failure
+    assert failure is not None
+    assert told in failure
+
+
 def test_a_failing_sample_restores_generators_and_threads(two_threads: None) -> None:
     def fail(_: list[Any]) -> None:
         raise KeyError

@@ -247,6 +247,15 @@ def test_a_disk_that_is_full_before_the_run_begins_is_reported(capsys: pytest.Ca
     )
 
 
+def test_a_run_that_cannot_be_written_is_not_begun_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").touch()
+    file = str(tmp_path / ".hydra/config.yaml")
+    assert report_error(OSError(errno.EROFS, os.strerror(errno.EROFS), file)) == 1
+    problem = f"cannot write to the run directory {file}: Read-only file system."
+    remedy = f"`python -m runner.runs show {tmp_path}` shows the run and writes nothing."
+    assert capsys.readouterr().err == f"{problem} {remedy}\n"
+
+
 def test_many_starters_at_once_make_one_lineage(life: Lives, tmp_path: Path) -> None:
     """One wins; the others leave with 4, or find the run finished."""
     started = [life.start(*COMMAND, f"run.root={tmp_path}", "run.name=r") for _ in range(4)]

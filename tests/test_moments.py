@@ -81,6 +81,18 @@ def test_an_error_after_a_commit_ends_training_and_keeps_it(run: Run, tmp_path: 
     assert (ended.status, "resumed from step" in ended.output) == (0, True), ended.output
 
 
+@pytest.mark.parametrize("moment", ["on_commit", "on_step", "on_save"])
+def test_sys_exit_in_a_moment_is_an_error(moment: str, run: Run) -> None:
+    ended = run("+callbacks.exits._target_=mine.callbacks.Exits", f"+callbacks.exits.at={moment}")
+    assert (ended.status, "sys.exit('enough') was called in the run" in ended.output) == (1, True), ended.output
+
+
+@pytest.mark.parametrize(("shape", "kind"), [("null", "float"), ("[3]", "tensor of shape [3]")])
+def test_a_callbacks_metric_that_is_no_number_is_named(shape: str, kind: str, run: Run) -> None:
+    ended = run(f"+callbacks.measures={{_target_: mine.callbacks.Measures, shape: {shape}}}")
+    assert (ended.status, f"returned 'mine' as a {kind}; expected" in ended.output) == (1, True), ended.output
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_after_a_commit_on_one_rank_ends_all(rank: int, crew: Crews, tmp_path: Path) -> None:
     mirror = f"+callbacks.mirror={{_target_: mine.callbacks.FailsToMirror, step: 2, rank: {rank}}}"

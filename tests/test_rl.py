@@ -178,6 +178,12 @@ def test_the_splits_of_arithmetic_share_no_problem() -> None:
     assert eval(problem["prompt"][:-1]) == int(problem["answer"])
 
 
+def test_a_split_without_a_problem_is_refused() -> None:
+    """Not waited for without an end."""
+    with pytest.raises(ConfigError, match="none of 2000 problems belongs to the validation split"):
+        Arithmetic(split="validation", size=1, largest=1, held_out=2)[0]
+
+
 def test_an_answer_is_rewarded() -> None:
     reward = Answer(correct=1.0, format=0.1)
     assert reward("1+1=", "2\n", "2") == (1.1, True)

@@ -311,9 +311,27 @@ def test_data_without_positions_is_refused_by_key_and_type() -> None:
         def __iter__(self) -> Iterator[int]:
             return iter([])
 
-    for data, kind in ((iter([1]), "list_iterator"), (Endless(), "Endless"), ({1}, "set")):
-        with pytest.raises(DataError, match=rf"^data\.train is a .*{kind} without __len__ and __getitem__"):
+    both = "__len__ and __getitem__"
+    for data, kind, missing in (
+        (iter([1]), "list_iterator", both),
+        (Endless(), "Endless", both),
+        ({1}, "set", "__getitem__"),
+    ):
+        with pytest.raises(DataError, match=rf"^data\.train is a .*{kind} without {missing}; both are needed"):
             require_map_style(data, "data.train")
+
+
+@pytest.mark.parametrize("length", [2.0, -1, None])
+def test_a_length_that_is_no_number_of_samples_is_refused(length: Any) -> None:
+    class Odd:
+        def __len__(self) -> Any:
+            return length
+
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    with pytest.raises(DataError, match=r"^data\.train is a .*Odd whose length is no number of samples: "):
+        require_map_style(Odd(), "data.train")
 
 
 def test_empty_data_is_refused_by_key() -> None:

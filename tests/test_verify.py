@@ -122,7 +122,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
     "a cache of a function": (data("Memoized"), "data memory", ["mine.broken.noise", "a cache of "]),
     "threads that race": (
         node("task", "Arrives", mended=False),
-        "turns",
+        "chance",
         ["two undisturbed runs differ", "executor.map"],
     ),
     "freezing that is not saved": (node("task", "Unfreezes", mended=False), "freezing", ["requires_grad=False"]),

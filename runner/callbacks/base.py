@@ -148,7 +148,7 @@ class Callback:
 
 
 class Observer(Callback):
-    """A callback that looks on and is no part of what is computed: not in the run's identity, nor in its checkpoints.
+    """A callback that does not affect what is computed: it is in neither the run's identity nor its checkpoints.
     The configuration's ``observers`` name it, or ``observed_by`` registers it for all attempts of a process.
 
     It is called after the configuration's callbacks (but before the step is saved), and has three moments more.

@@ -24,7 +24,7 @@ from runner.metrics import tensorboard
 from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
-from runner.task import Task
+from runner.task import Task, check_metrics
 
 log = logging.getLogger("runner")
 
@@ -33,6 +33,7 @@ _BAR_SECONDS = 0.1  # between two updates of the bar
 _LINE_SECONDS = 15.0  # between two lines, where there is no terminal
 _WIDEST = 80  # characters of the metrics in a line ...
 _BAR = 60  # ... and of a bar without them
+_STEP = "the step, or a callback in loop.metrics,"
 _REMEDY = (
     "What a callback adds to loop.metrics must be the same in all processes. Return the value from training_step "
     "instead, whose metrics are averaged over the samples of all processes"
@@ -121,7 +122,11 @@ class Report(Callback):
 
     def on_step(self, loop: Loop) -> None:
         # Copies, because a metric may be a weight or a running mean that the next step changes in place.
-        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
+        try:
+            self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
+        except AttributeError:
+            check_metrics(loop.metrics, _STEP)
+            raise
         self._rate = loop.rate
         self._report(loop)
 
@@ -190,8 +195,13 @@ class Report(Callback):
     def _read(self) -> None:
         """Copy the metrics of all unread steps from their device, with one transfer for each name."""
         for name in {name: None for metrics in self._unread for name in metrics}:
-            values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
-            self._window.setdefault(name, []).extend(filter(math.isfinite, values))
+            try:
+                values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
+                self._window.setdefault(name, []).extend(filter(math.isfinite, values))
+            except (RuntimeError, TypeError):
+                for metrics in self._unread:
+                    check_metrics(metrics, _STEP)
+                raise
         self._unread = []
         self._window = {name: values for name, values in self._window.items() if values}
 
@@ -240,7 +250,7 @@ class ShowProgress(Callback):
         log.info("step %d%s: %s, %.1f steps/s%s", loop.step, total, shown, rate, left)
 
     def _metrics(self, loop: Loop) -> str:
-        """The metrics of the step that are to be shown, in at most so many characters."""
+        """The metrics of the step that are to be shown, as many as fit the line."""
         names = self._show if self._show is not None else ["loss", *(name for name in loop.metrics if name != "loss")]
         names = [name for name in names if name in loop.metrics]
         values = torch.stack([loop.metrics[name].float() for name in names]).tolist() if names else []

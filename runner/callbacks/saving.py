@@ -79,7 +79,7 @@ class SaveCheckpoint(Callback):
         self.is_milestone = self.retention.is_milestone
         self.writer = CommitThread(self._commit, self.store.comm)
         self._clock = self.timer.clock
-        self._listener_error: Exception | None = None
+        self._listener_error: BaseException | None = None
         self._free: list[Staging] = []
         self._saved = 0  # the step of the last acknowledged commit
         self._overdue = False  # a save was due and could not begin
@@ -193,7 +193,7 @@ class SaveCheckpoint(Callback):
         try:
             for listener in self.commit_listeners:
                 listener(commit.step)
-        except Exception as error:  # for the training thread, since the commit itself is whole
+        except BaseException as error:  # also sys.exit: for the training thread, since the commit itself is whole
             self._listener_error = self._listener_error or error
 
     def _prepare(self, copy: Staging) -> None:
@@ -284,10 +284,8 @@ class SaveCheckpoint(Callback):
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
     def _remedy(self) -> str:
-        saved = max(
-            [*self.store.verified], default=None
-        )  # none of this run yet in a fork, which starts from a checkpoint of its parent
-        last = "No step is saved" if saved is None else f"The last one is of step {saved.step} and is whole"
+        newest = max([*self.store.verified], default=None)  # a new fork has none: it began in the store of its parent
+        last = "No step is saved" if newest is None else f"The last one is of step {newest.step} and is whole"
         how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
         return f"{last}; fix the storage and {how}"
 

@@ -32,7 +32,10 @@ def encode(state: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
     values that can be restored exactly.
     """
     tensors: dict[str, Tensor] = {}
-    return _encode(state, path, tensors), tensors
+    try:
+        return _encode(state, path, tensors), tensors
+    except RecursionError:
+        raise StateError(f"cannot save {path}: it holds itself, or is nested too deeply") from None
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
@@ -58,6 +61,12 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
             return _ordered(decode(value["items"], tensor), decode(value["versions"], tensor))
         case unknown:
             raise StateError(f"a stored state holds the unknown tag {unknown!r}", kind="structure")
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share their bytes, so that the tensor cannot be written in place."""
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=bool(strides)))
 
 
 def orders(value: Any) -> list[tuple[str, Any]]:
@@ -104,6 +113,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise StateError(
         f"cannot save {path}: it is a {type(value).__module__}.{type(value).__qualname__}. A state_dict may hold "
         "tensors, str, int, float, bool, None, and dicts, lists and tuples of them."
+        + (" Of numpy, save value.item() or torch.from_numpy(array)." if type(value).__module__ == "numpy" else "")
     )
 
 
@@ -126,7 +136,7 @@ def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
     """
     wraps = hasattr(type(tensor), "__tensor_flatten__") and not is_distributed(tensor)
     dense = tensor.layout == torch.strided and not (wraps or tensor.is_quantized or tensor.is_meta)
-    if not dense or any(stride == 0 and n > 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    if not dense or is_expanded(tensor):
         kind = f"{type(tensor).__qualname__}, {tensor.layout}, on {tensor.device}"
         raise StateError(
             f"cannot save {path}: {kind}; only dense tensors can be saved, with bytes of their own for each element"

@@ -273,7 +273,7 @@ def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePl
 
 
 def _spread(kinds: Mapping[str, Kind], cuts: Cuts, ways: int) -> Iterable[dict[str, Kind]]:
-    """The tensors in as many shares of about the same bytes: the largest first, each to the smallest share."""
+    """The tensors in ``ways`` shares of about the same bytes: the largest first, each to the smallest share."""
     if ways == 1:
         return [dict(kinds)]
     sizes = {name: prod(cell_of(kind.shape, cuts, 0).shape) * kind.itemsize for name, kind in kinds.items()}

@@ -198,7 +198,7 @@ class CommitThread:
     """
 
     def __init__(self, commit: Callable[[Staging], None], comm: Communicator) -> None:
-        self.failure: tuple[int, Exception] | None = None
+        self.failure: tuple[int, BaseException] | None = None
         self._commit = commit
         self._comm = comm
         self._changed = threading.Condition()
@@ -259,7 +259,7 @@ class CommitThread:
 
     @doing("joins")
     def close(self, seconds: float) -> None:
-        """Finish all commits, for so many seconds at most, and end the thread."""
+        """Finish all commits, within ``seconds`` at most, and end the thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.idle or self._error is not None, seconds)
             self._closed, self._held = True, False
@@ -277,7 +277,7 @@ class CommitThread:
             try:
                 with doing("saves"):
                     self._commit(copy)
-            except Exception as error:  # for the owner: this thread has no caller
+            except BaseException as error:  # also sys.exit: for the owner, since this thread has no caller
                 failure = error
             with self._changed:
                 if failure is not None:

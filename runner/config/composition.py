@@ -1,4 +1,4 @@
-"""What the runner adds to Hydra's composition: ``imports``, and a ``_target_`` that starts clean.
+"""What the runner adds to Hydra's composition: ``imports``, old names of keys, and a ``_target_`` that starts clean.
 
 Hydra offers no place for either. Its function that decides which files are merged, in which order, is wrapped here, and
 is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from runner.config.identity import RENAMED
 from runner.errors import ConfigError
 
 
@@ -46,7 +49,12 @@ def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **op
             _import(override.value())
     repo.load_config = partial(_load, repo.load_config)  # type: ignore[method-assign]
     listed = create_defaults_list(repo=repo, overrides_list=overrides_list, **options)
+    for old, new in RENAMED.items():
+        if _rename(old, new, repo, listed):
+            print(f"{old} is now {new}: the old name will not be read by the next version", file=sys.stderr)
     _start_clean(repo, listed)
+    for key in ("validation", "test"):
+        _start_clean_sets(key, repo, listed)
     return listed
 
 
@@ -74,6 +82,23 @@ def _import(modules: Any) -> None:
             raise ConfigError("\n".join([message, *lines]).rstrip()) from error
 
 
+def _rename(old: str, new: str, repo: IConfigRepository, listed: DefaultsList) -> bool:
+    """Give a value its key's new name, wherever the command or a file has the old one; whether any has."""
+    there = False
+    for override in listed.config_overrides:
+        if override.key_or_group == old:
+            override.key_or_group, there = new, True
+    for default in listed.defaults:
+        config = getattr(repo.load_config(default.config_path or ""), "config", None)
+        prefix = f"{default.package}." if default.package else ""
+        parent, _, name = old.removeprefix(prefix).rpartition(".")
+        node = OmegaConf.select(config, parent) if parent and config else config
+        if config and old.startswith(prefix) and isinstance(node, DictConfig) and name in node:
+            OmegaConf.update(config, new.removeprefix(prefix), node.pop(name), force_add=True)
+            there = True
+    return there
+
+
 def _start_clean(repo: IConfigRepository, listed: DefaultsList) -> None:
     """Take the keys of an option that nobody chose out of it, where an experiment or the command line names another
     ``_target_``, or objects of their own below. Keys that these give, too, stay: they override them.
@@ -88,10 +113,62 @@ def _start_clean(repo: IConfigRepository, listed: DefaultsList) -> None:
         others = [other for other in listed.defaults if other is not default]
         files = [(other.package, repo.load_config(other.config_path or "")) for other in others]
         explicit = _explicit(group, files, listed)
-        several = "_target_" not in explicit and any(isinstance(v, dict) and "_target_" in v for v in explicit.values())
-        if several or explicit.get("_target_", option._target_) != option._target_:
+        if _several(explicit) or explicit.get("_target_", option._target_) != option._target_:
             for key in {*option} - {*explicit}:
                 del option[key]
+
+
+def _start_clean_sets(key: str, repo: IConfigRepository, listed: DefaultsList) -> None:
+    """Take the set of ``data`` out of the files that give it where a later file, or the command line, names several
+    instead, and the reverse: the arguments of the one set and the names of the others would be merged.
+    """
+    earlier: list[DictConfig] = []
+    for data in [*_data_nodes(repo, listed), _data_of_command(key, listed)]:
+        node = _plain(data).get(key)
+        if not isinstance(node, dict):
+            earlier = [] if key in data else earlier
+            continue
+        before: dict[str, Any] = {name: value for each in earlier for name, value in _plain(each[key]).items()}
+        if _several(node) and "_target_" in before and not _takes(before["_target_"], node):
+            starts = True
+        else:
+            starts = "_target_" in node and _several(before)
+        if starts:
+            for each in earlier:
+                del each[key]
+            earlier = []
+        earlier.append(data)
+
+
+def _data_nodes(repo: IConfigRepository, listed: DefaultsList) -> Iterable[DictConfig]:
+    for default in listed.defaults:
+        config = getattr(repo.load_config(default.config_path or ""), "config", None)
+        node = config if default.package == "data" else OmegaConf.select(config, "data") if config else None
+        if default.package in ("", "data") and isinstance(node, DictConfig):
+            yield node
+
+
+def _data_of_command(key: str, listed: DefaultsList) -> DictConfig:
+    data = OmegaConf.create()
+    for override in listed.config_overrides:
+        parent, _, rest = override.key_or_group.partition(".")
+        plain = not override.is_delete() and not override.is_sweep_override()
+        if plain and parent == "data" and f"{rest}.".startswith(f"{key}."):
+            OmegaConf.update(data, rest, override.value(), force_add=True)
+    return data
+
+
+def _several(node: dict[str, Any]) -> bool:
+    return "_target_" not in node and any(isinstance(value, dict) and "_target_" in value for value in node.values())
+
+
+def _takes(target: Any, names: Iterable[str]) -> bool:
+    """Whether a function has arguments of these names: objects with a ``_target_`` may be arguments, too."""
+    try:
+        parameters = signature(get_object(target)).parameters.values()
+    except Exception:  # said where the data are built
+        return True
+    return any(each.kind is each.VAR_KEYWORD or each.name in names for each in parameters)
 
 
 def _explicit(group: str, files: Iterable[tuple[str | None, Any]], listed: DefaultsList) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they hav
     "data.evaluation_collate": None,
     "trainer.ema_params": None,
 }
+# Keys with a new name, by their old one, which is read for one version, with a warning; also in runs of that version.
+RENAMED: dict[str, str] = {}
 # The parent of a run: recorded in run.json, and a part of the run's name, too.
 _ORIGIN = ("run.parent", "run.inherit")
 
@@ -120,10 +122,18 @@ class ChangedKey(NamedTuple):
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
-    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``."""
+    """The keys whose values differ. ``1`` equals ``1.0``, but not ``true``. A value that an interpolation replaces is
+    shown as ``***``, because it may be a secret that was written out.
+    """
     left, right = flatten(before), flatten(now)
-    pairs = (ChangedKey(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left | right))
-    return [pair for pair in pairs if not _equal(pair.before, pair.now)]
+    left = {RENAMED.get(key, key): value for key, value in left.items()}
+    changes = []
+    for key in sorted(left | right):
+        old, new = left.get(key, ABSENT), right.get(key, ABSENT)
+        if not _equal(old, new):
+            replaced = old is not ABSENT and "${" in str(new) and "${" not in str(old)
+            changes.append(ChangedKey(key, "***" if replaced else old, new))
+    return changes
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -196,6 +196,7 @@ _FROM_ONE = """
 """
 _MINIMUM = dict.fromkeys(_FROM_ZERO.split(), 0) | dict.fromkeys(_FROM_ONE.split(), 1)
 _MINIMUM |= {"runtime.timeout": 2, "checkpoint.keep_last": LEAST_KEPT}
+_ABOVE_ZERO = ("trainer.max_seconds", "trainer.clip_norm")
 # Hydra's own settings, which are stored in .hydra/.
 _HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
 
@@ -207,10 +208,7 @@ def check(config: DictConfig) -> None:
     own = OmegaConf.masked_copy(config, [field.name for field in fields(Config)])
     if missing := sorted(OmegaConf.missing_keys(own)):
         raise ConfigError(f"{', '.join(missing)} not set: give a value in the experiment or on the command line")
-    for key, least in _MINIMUM.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value < least:
-            raise ConfigError(f"{key}={value} is too small: at least {least}")
+    _check_numbers(config)
     trainer = config.trainer
     if trainer.max_steps is None and trainer.max_epochs is None and trainer.max_seconds is None:
         raise ConfigError("the training has no end: set trainer.max_steps, trainer.max_epochs or trainer.max_seconds")
@@ -232,6 +230,17 @@ def _check_workers(runtime: Any) -> None:
         raise ConfigError(f"runtime.num_workers={runtime.num_workers}: expected a number from 0 on, or auto")
     if (method := runtime.start_method) not in (None, "fork", "spawn", "forkserver"):
         raise ConfigError(f"runtime.start_method={method} is not one of fork, spawn, forkserver")
+
+
+def _check_numbers(config: DictConfig) -> None:
+    for key, least in _MINIMUM.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= least:  # also for NaN
+            raise ConfigError(f"{key}={value} is too small: at least {least}")
+    for key in _ABOVE_ZERO:
+        value = OmegaConf.select(config, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{key}={value} is too small: above 0; null sets no limit")
 
 
 def _check_keys(node: DictConfig, path: str = "") -> None:

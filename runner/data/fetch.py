@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,7 +30,7 @@ _BLOCK = 4096  # neighbouring positions whose indices and seeds are computed tog
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
-_SHAPES = "Give all samples the same shape, or set data.collate to a function that makes a batch of a list of them"
+_COLLATE = "set data.collate to a function that makes a batch of a list of them"
 
 
 class Samples(Protocol):
@@ -150,7 +149,7 @@ class Fetcher(Dataset[Any]):
         except Exception as error:
             failure = (
                 f"the {len(rows)} samples from position {piece.first} on cannot be collated to a batch:\n"
-                f"{_traceback(error)}\n{remedy_for(error) or _SHAPES}"
+                f"{_traceback(error)}\n{self._remedy(error)}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
         spent = None
@@ -158,6 +157,12 @@ class Fetcher(Dataset[Any]):
             seconds = time.perf_counter() - began
             spent = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
         return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
+
+    def _remedy(self, error: Exception) -> str:
+        if self.collate is not default_collate:
+            return remedy_for(error) or "data.collate raised it"
+        shapes = "give all samples the same shape, or " if "equal size" in str(error) else ""
+        return remedy_for(error) or f"To make a batch of them, {shapes}{_COLLATE}"
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""
@@ -180,7 +185,7 @@ class Fetcher(Dataset[Any]):
             self.drawn |= unseeded
 
     def _read(self, piece: Slice, seed: "Callable[[int], object] | None" = None) -> list[Any]:
-        """The samples of the slice, each after a call of ``seed`` with the key of its position."""
+        """The samples of the slice, each drawn after ``seed`` was called with the key of its position."""
         indices, keys, self._digest = self._lookup(piece)
         self._bad = []
         if seed is None and not self.drawn and not self.substitutions:
@@ -188,25 +193,8 @@ class Fetcher(Dataset[Any]):
                 rows = self._items(indices)
                 if all(row is not None for row in rows):
                     return rows
-        rows = []
-        samples, substitutions = self.samples, self.substitutions
-        for position, (index, key) in enumerate(zip(indices, keys, strict=True), piece.first):
-            failure = None
-            if position not in substitutions:
-                if seed is not None:
-                    seed(key)
-                try:
-                    row = samples[index]
-                    if row is not None:
-                        rows.append(row)
-                        continue
-                except MemoryError:
-                    raise
-                except Exception as error:
-                    failure = error
-                failure = failure or _none()
-            rows.append(self._row(position, index, key, seed or _nothing, failure))
-        return rows
+        places = enumerate(zip(indices, keys, strict=True), piece.first)
+        return [self._row(position, index, key, seed) for position, (index, key) in places]
 
     def _items(self, indices: list[int]) -> list[Any]:
         """The samples, from one call if the data set can."""
@@ -241,48 +229,36 @@ class Fetcher(Dataset[Any]):
 
         return self._blocks.get((epoch, number), compute)
 
-    def _row(
-        self, position: int, index: int, key: int, seed: Callable[[int], object], failure: Exception | None
-    ) -> Any:
-        """The sample of a position, or its substitute, after the first read of it ended in a ``failure``. Raises
-        _NoSubstituteError.
-        """
-        recorded = self.substitutions.get(position)
-        cause = "" if recorded is None else "replaced when this step was done before"
-        attempts = range(MAX_SUBSTITUTES if self.substitute else 0)
-        substitutes = (derive("substitute", key, attempt) % self.plan.samples for attempt in attempts)
-        failed = False
-        for chosen in chain([index if recorded is None else recorded], substitutes):
+    def _row(self, position: int, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
+        """The sample of a position, or its substitute. Raises _NoSubstituteError."""
+        candidate = self.substitutions.get(position, index)
+        cause = "" if position not in self.substitutions else "replaced when this step was done before"
+        for attempt in range(1 + MAX_SUBSTITUTES * self.substitute):
             try:
-                row = self.sample(chosen, key, seed, failure)
+                row = self.sample(candidate, key, seed)
                 if row is None:
-                    raise _none()
+                    raise ValueError("__getitem__ returned None; expected a sample")
             except MemoryError:
                 raise
             except Exception as error:
-                cause, failed, failure = cause if failed else _traceback(error), True, None
+                cause = cause if attempt else _traceback(error)
+                candidate = derive("substitute", key, attempt) % self.plan.samples
                 continue
             if cause:
-                self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, chosen))
+                self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, candidate))
             return row
         raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
 
-    def sample(
-        self, index: int, key: int, seed: Callable[[int], object] = seed_host, failure: Exception | None = None
-    ) -> Any:
-        """A sample, drawn after ``seed(key)``. The read is repeated after an error that may pass, also after the
-        ``failure`` of a first read.
-        """
+    def sample(self, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
+        """A sample, drawn after ``seed(key)``, and drawn again after an error that may pass."""
         for pause in (*_RETRY_PAUSES, None):
-            if failure is None:
+            if seed is not None:
                 seed(key)
-                try:
-                    return self.samples[index]
-                except Exception as error:
-                    failure = error
-            if pause is None or pause not in _retry_pauses(failure):
-                raise failure
-            failure = None
+            try:
+                return self.samples[index]
+            except Exception as error:
+                if pause is None or pause not in _retry_pauses(error):
+                    raise
             time.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -308,14 +284,6 @@ _COLUMNS: dict[type, Callable[[Any], Tensor]] = {
     Tensor: _stack,
     int: lambda column: torch.frombuffer(array("q", column), dtype=torch.int64),
 }
-
-
-def _none() -> ValueError:
-    return ValueError("__getitem__ returned None; expected a sample")
-
-
-def _nothing(key: int) -> None:
-    """Seeds nothing."""
 
 
 class _NoSubstituteError(Exception):

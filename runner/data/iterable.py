@@ -243,8 +243,8 @@ class IterableBatches(IterableDataset[Batch]):
         """Why this iterable cannot be resumed, as copies of it show; empty if they show nothing."""
         first, resumed = self._copy(), self._copy()
         if self.options.replay:
-            begun = _Place(self._number)
-            differs = first._digests(begun, samples=2) != resumed._digests(begun, samples=2)
+            start = _Place(self._number)
+            differs = first._digests(start, samples=2) != resumed._digests(start, samples=2)
             return f"pass {self._number} begins with other samples when it is read again{_NOT_SEEDED}" * differs
         first._digests(_Place(0))
         state = first._place

@@ -87,9 +87,7 @@ def rollouts_text(rollouts: Rollouts | None) -> str:
 
 
 def parse_rollouts(text: str) -> tuple[str, list[tuple[int, int]], int, list[tuple[int, int]]]:
-    """The inverse of ``rollouts_text``: digest, positions trained (first and last of each range), how often, and
-    positions dropped. Raises ValueError.
-    """
+    """Digest, ranges of positions trained, how often, ranges of positions dropped. Raises ValueError."""
     fields = _ROLLOUTS.fullmatch(text)
     if fields is None:
         raise ValueError(f"not the rollouts of a step: {text[:80]!r}")

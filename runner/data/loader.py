@@ -48,8 +48,8 @@ signal_handling._SIGCHLD_handler_set = True
 
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
-    """How batches are loaded; may change between attempts. ``num_workers`` processes (0: in this process), each with
-    ``prefetch`` batches in flight, started by ``start_method``. With ``limits`` the number changes while they load.
+    """How batches are loaded, which may change between attempts. Each worker has ``prefetch`` batches in flight; with 0
+    workers this process loads. With ``limits`` the number of workers changes while they load.
     """
 
     num_workers: int = 0
@@ -125,8 +125,8 @@ class Loader:
             self._context.close()
 
     def _result(self, function: Callable[[], Any], *, starting: bool = False) -> Any:
-        """What ``function`` returns. An error in a worker or on the way from it ends the workers and becomes a
-        DataError, without a cause, because the frames of a cause would keep open what has run out.
+        """The result of ``function``. An error of a worker ends the workers and becomes a DataError, without a cause,
+        whose frames would keep files and sockets open.
         """
         try:
             result = function()
@@ -239,8 +239,8 @@ class WorkerContext(BaseContext):
         return self._queues[-1]
 
     def watch(self, request_end: Callable[[], Any]) -> None:
-        """All workers have started, and ``request_end`` asks them to end. From now on a thread wakes the training
-        process when a worker dies, because it may be reading a batch that was sent in half.
+        """Called when all workers have started; ``request_end`` asks them to end. A thread then wakes the training
+        process when a worker dies, because it may be reading half a batch.
         """
         self._request_end = request_end
         _open_contexts.add(self)
@@ -343,9 +343,8 @@ def _replacement(error: Exception, message: Any) -> Any:
 
 
 def _end_with_parent() -> None:
-    """End this process when the training process is gone, even in the middle of a sample. The parent of a process of
-    forkserver is the server, which lives as long as its children; the sentinel of a forked process is held open by its
-    younger siblings.
+    """End this process when the training process is gone, even in the middle of a sample. Neither is enough alone: the
+    parent of a process of forkserver is the server, and forked siblings keep the sentinel open.
     """
     training = multiprocessing.parent_process()
     assert training is not None

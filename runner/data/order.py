@@ -91,18 +91,14 @@ class WeightedOrder(Order):
 
 @dataclass(frozen=True, slots=True)
 class Interleaving:
-    """``data.streams``: how many streams of shards are read in turn, the samples of a window, and the consecutive
-    samples that are taken from a stream at its turn.
-    """
+    """``data.streams``: the number of streams of shards, the samples of a window, and those of a stream at its turn."""
 
     count: int
     window: int
     chunk: int
 
     def max_workers(self, limit: int, *, slice_size: int, world: int) -> int:
-        """The largest number of workers up to ``limit`` with which no two workers read the same stream. It is ``limit``
-        where a slice is not a whole number of chunks, because then they share streams anyway.
-        """
+        """The most workers up to ``limit`` that share no stream; ``limit`` where slices divide chunks."""
         chunks, rest = divmod(slice_size, self.chunk)
         if rest:
             return limit
@@ -296,9 +292,7 @@ def equal_runs(column: Indices) -> Iterator[slice]:
 
 
 def group_rows(*columns: Indices) -> Iterator[Indices]:
-    """The rows of each combination of values, in ascending order of the combinations and of the rows in each. Takes
-    time in proportion to the rows, not to rows times combinations.
-    """
+    """The rows of each combination of values, both in ascending order, in time proportional to the rows."""
     rows = np.lexsort(columns[::-1])
     changes = np.any([np.diff(column[rows]) != 0 for column in columns], axis=0)
     return iter(np.split(rows, np.flatnonzero(changes) + 1) if len(rows) else [])

@@ -51,10 +51,10 @@ def examine(
     if not options.num_workers:
         findings = request(fetcher)
     elif multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-        sent = copy(fetcher)  # with the data set as workers get it
-        with suppress(Exception):  # if it cannot be sent, the start of the workers will fail
-            sent.samples = pickle.loads(pickle.dumps(fetcher.samples))
-        findings = request(sent)
+        duplicate = copy(fetcher)  # with the data set as workers get it
+        with suppress(Exception):  # if it cannot be pickled, the start of the workers will fail
+            duplicate.samples = pickle.loads(pickle.dumps(fetcher.samples))
+        findings = request(duplicate)
     else:
         alone = LoaderOptions(1, start_method=options.start_method)
         with closing(Loader(fetcher, [request], alone, key=key)) as loader:
@@ -93,9 +93,9 @@ def _can_read_by_batch(fetcher: Fetcher) -> bool:
 
 def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
     """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read."""
-    chosen = indices(len(fetcher.samples))
     step = -1 if backwards else 1
-    return [content_digest(row) for row in _rows(fetcher, chosen[::step], label=label)][::step]
+    rows = _rows(fetcher, indices(len(fetcher.samples))[::step], label=label)
+    return [*map(content_digest, rows)][::step]
 
 
 def indices(size: int) -> tuple[int, ...]:
@@ -105,10 +105,10 @@ def indices(size: int) -> tuple[int, ...]:
 
 def sketch(fetcher: Fetcher) -> Sketch:
     """A description of a few samples, which later attempts compare with theirs. Plain values, some hundred bytes."""
-    chosen = indices(len(fetcher.samples))
+    probed = indices(len(fetcher.samples))
     return {
         str(index): [_describe(path, value) for path, value in islice(leaves(row), _MAX_VALUES)]
-        for index, row in zip(chosen, _rows(fetcher, chosen), strict=True)
+        for index, row in zip(probed, _rows(fetcher, probed), strict=True)
         if not isinstance(row, _ReadError)
     }
 
@@ -128,48 +128,38 @@ def differences(then: Sketch, now: Sketch) -> list[str]:
 def require_pure(fetcher: Fetcher) -> list[str]:
     """The digests of the probed samples. Raises DataError if a sample differs when it is drawn again."""
     digests = sample_digests(fetcher)
-    _require_equal(
-        fetcher,
-        digests,
-        sample_digests(fetcher, backwards=True),
+    require_equal(fetcher, digests, sample_digests(fetcher, backwards=True), "sample-changed")
+    if fetcher.plan.randomness == "off":
+        require_equal(fetcher, digests, sample_digests(fetcher, label="another"), "randomness-off")
+    return digests
+
+
+_IMPURE = {
+    "sample-changed": (
         "is different when it is drawn again with the same seed, so a resumed run would train on other data. It "
         "depends on something that the runner does not control: a generator of its own (np.random.default_rng(), "
         "random.Random(), torch.Generator()), a counter or cache that changes from call to call, the clock. Draw from "
         "python's, numpy's or torch's global generators, which are seeded for every sample, or make it depend on the "
-        "index alone",
-        kind="sample-changed",
-    )
-    if fetcher.plan.randomness == "off":
-        _require_equal(
-            fetcher,
-            digests,
-            sample_digests(fetcher, label="another"),
-            "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
-            "data.randomness=sample",
-            kind="randomness-off",
-        )
-    return digests
-
-
-def require_same_in_worker(fetcher: Fetcher, here: Sequence[str], in_worker: Sequence[str]) -> None:
-    """Raise DataError if a data worker read other samples than this process."""
-    _require_equal(
-        fetcher,
-        here,
-        in_worker,
+        "index alone"
+    ),
+    "randomness-off": (
+        "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
+        "data.randomness=sample"
+    ),
+    "sample-per-process": (
         "is different in a data worker than in this process. It depends on the process: a generator seeded at import, "
         "the pid or worker number, hash() of a text or the order of a set, the number of threads, a file position "
-        "shared after a fork. Make it depend on the index alone",
-        kind="sample-per-process",
-    )
+        "shared after a fork. Make it depend on the index alone"
+    ),
+}
 
 
-def _require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], message: str, *, kind: str) -> None:
-    """Raise DataError that names the first probed sample with two digests."""
+def require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], kind: str) -> None:
+    """Raise DataError of a ``kind`` that names the first probed sample with two digests."""
     for index, digest, other in zip(indices(len(fetcher.samples)), digests, others, strict=True):
         if digest != other:
             name = f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
-            raise DataError(f"{name} {message}; runtime.audit=false turns this check off.", kind=kind)
+            raise DataError(f"{name} {_IMPURE[kind]}; runtime.audit=false turns this check off.", kind=kind)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,7 +186,7 @@ class _ReadError(str):
     """In place of a sample, the type of the error; its message may contain addresses."""
 
 
-def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> list[Any]:
+def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> list[Any]:
     """The samples; the fetcher gets the generators from which they draw."""
     rows: list[Any] = []
     seeded: dict[str, Any] = {}
@@ -206,7 +196,7 @@ def _rows(fetcher: Fetcher, chosen: Sequence[int], *, label: str = "probe") -> l
         seeded.update(states())
 
     with sandboxed(draws=True), signals.reading():
-        for index in chosen:
+        for index in indices:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index), seed))
             except Exception as error:  # training will report it, if it comes that far

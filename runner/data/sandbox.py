@@ -1,10 +1,10 @@
 """The global random generators of python, numpy and torch (on the CPU), and the number of threads, while samples are
 read.
 
-Samples do not see the generators of the training thread, but generators in one fixed state. A sample that draws leaves
-another state behind, so a look at the states after a batch tells what has to be seeded for the samples of a data set.
-A look must cost next to nothing, as seeding does not: it compares memory where python and numpy would copy their state
-number by number.
+Samples see the generators in one fixed state, not in that of the training thread. A sample that draws changes the
+state, so the states after a batch show which generators have to be seeded for the samples of a data set. Comparing
+states must cost next to nothing, unlike seeding: the memory of the generators is compared, where python and numpy would
+copy their state number by number.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def seeding(names: Collection[str]) -> Callable[[int], object]:
 
 
 def states() -> dict[str, Any]:
-    """The states of the generators within ``private_generators``, by name; to be compared."""
+    """The states of the generators within ``private_generators``, by name, for comparisons."""
     return {name: generator.state() for name, generator in _GENERATORS.items()}
 
 
@@ -79,9 +79,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def private_generators(*, look: bool = True) -> Iterator[None]:
-    """Within the block the generators are in the fixed state; afterwards as they were before. ``look=False`` is faster,
-    where numpy is probably not going to be used.
-    """
+    """The generators are in the fixed state in the block, and restored after it; without a ``look``, faster."""
     python, numpy, of_torch = _PYTHON.enter(), _NUMPY.enter(look=look), _TORCH.enter()
     try:
         yield
@@ -118,10 +116,9 @@ class PythonGenerator:
 
 
 class _Numpy:
-    """Only ``get_state``, in 30 us, shows whether numpy caches a gaussian. A draw alone caches a new one: an unchanged
-    state that had none has none, unless a state with a gaussian was loaded (so ``look`` wherever numpy is going to be
-    seeded). Without a gaussian, the state is changed and restored in its memory; with one, another generator takes its
-    place.
+    """Whether numpy has a second gaussian of a pair in store, only ``get_state`` shows, in 30 us. Only a draw puts one
+    there, so a state without one has none until the state changes (or somebody sets a state with one, so ``look`` where
+    numpy will be seeded). Without one, the state is changed in its memory, else another generator takes its place.
     """
 
     def __init__(self) -> None:

@@ -164,7 +164,7 @@ class MapStyleStream(TrainingStream):
 
     def _open_adaptive(self, slices: Iterator[Slice]) -> None:
         request = None if self._probe_digests is None else probe.sample_digests
-        examine = partial(probe.require_same_in_worker, self._here, self._probe_digests or [])
+        examine = partial(probe.require_equal, self._here, self._probe_digests or [], kind="sample-per-process")
         self._loader = AdaptiveLoader(
             self._fetcher, slices, self._loading, here=self._here, request=request, examine=examine
         )
@@ -173,7 +173,7 @@ class MapStyleStream(TrainingStream):
     def ready(self) -> None:
         if self._probe_awaited:
             assert self._probe_digests is not None
-            probe.require_same_in_worker(self._fetcher, self._probe_digests, next(self._loader))
+            probe.require_equal(self._fetcher, self._probe_digests, next(self._loader), "sample-per-process")
             self._probe_awaited = False
         if self._ahead is None and self.automatic:
             self._loader.adapt()
@@ -220,11 +220,6 @@ class MapStyleStream(TrainingStream):
         assert self._step is not None, "advance() comes first"
         first, count, (digest, substitutions) = self._step
         return LedgerLine(step, first, first + count - 1, digest, substitutions)
-
-    def first_batches(self) -> list[Any]:
-        """The micro-batches of the run's first step, of all processes, on the device; the position does not move."""
-        pieces = next(self.plan.steps(0, self._fetcher.order))
-        return [to_device(self._here[piece].batch, self._device) for piece in pieces]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -81,12 +81,18 @@ def loader_options(runtime: RuntimeConfig, *, pin_memory: bool) -> LoaderOptions
 def require_map_style(samples: Any, key: str) -> Samples:
     """``samples``, if it is a map-style data set with at least one sample. Raises DataError naming the key."""
     name = type(samples).__qualname__
-    if isinstance(samples, IterableDataset) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+    both = ("__len__", "__getitem__")
+    missing = both if isinstance(samples, IterableDataset) else [each for each in both if not hasattr(samples, each)]
+    if missing:
         raise DataError(
-            f"{key} is a {name} without __len__ and __getitem__; a data set needs both, so that a position alone says "
+            f"{key} is a {name} without {' and '.join(missing)}; both are needed, so that a position says "
             "which sample comes next"
         )
-    if len(samples) == 0:
+    try:
+        size = len(samples)
+    except (TypeError, ValueError) as error:  # also that of a subclass of torch's Dataset without a length of its own
+        raise DataError(f"{key} is a {name} whose length is no number of samples: {error}") from error
+    if size == 0:
         raise DataError(f"{key} is empty: a {name} of length 0")
     if stateful(samples):
         why = "the position alone says which sample comes next, so no state of a data set with __getitem__ is saved"
@@ -134,8 +140,8 @@ def _plan(config: Config, samples: Samples, weights: Weights | None, world: Worl
 
 
 def _micro_batches(config: Config, world: World) -> int:
-    """Micro-batches per process and step, so that a step has the same samples as with one process, in micro-batches
-    that are not larger. Raises ConfigError for a number of processes that does not divide the step.
+    """Micro-batches per process and step: none is larger than with one process. Raises ConfigError for a number of
+    processes that does not divide the samples (or the planned micro-batches) of a step.
     """
     size, accumulate = config.data.batch_size, config.trainer.accumulate
     if world.size == 1:
@@ -163,13 +169,13 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, interleaving: Interleav
     """Reduce the workers so that no two read the same streams, and say how many windows to hold."""
     count, limit, world_size = interleaving.count, loading.num_workers, plan.world.size
     if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them
-        workers, held = limit, 2 * count
+        workers, windows = limit, 2 * count
     else:
         slice_size = plan.batch_size // plan.slices_per_step
         chunks = max(1, slice_size // interleaving.chunk)
         workers = interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
         # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
-        held = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
+        windows = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if loading.limits is not None:
             fit = partial(interleaving.max_workers, slice_size=slice_size, world=world_size)
             loading = replace(loading, limits=replace(loading.limits, fit=fit))
@@ -177,5 +183,5 @@ def _without_overlap(loading: LoaderOptions, plan: Plan, interleaving: Interleav
             remedy = f"make data.streams.count a multiple of runtime.num_workers x {chunks * world_size}"
             log.warning("workers  %d, not %d: more would read the same streams; %s", workers, limit, remedy)
     if hasattr(samples, "hold"):
-        samples.hold(held, interleaving.window)
+        samples.hold(windows, interleaving.window)
     return replace(loading, num_workers=workers)

@@ -96,11 +96,11 @@ class WorkerChoice:
         """
         limits = self._limits
         busy = max(0.1, measured.busy)
-        held = self._prefetch * measured.size
+        in_flight = self._prefetch * measured.size
         numbers = {
             f"{limits.cores:g} cores": limits.cores / (busy if busy < _WAITING else 1.0),
-            "free memory": limits.memory() / 2 / (self._worker_bytes + held),
-            "free shared memory": limits.shared_memory() / 2 / max(1, held),
+            "free memory": limits.memory() / 2 / (self._worker_bytes + in_flight),
+            "free shared memory": limits.shared_memory() / 2 / max(1, in_flight),
             "the most that are tried": _MOST,
         }
         cause = min(numbers, key=lambda name: numbers[name])

@@ -1,9 +1,12 @@
 """Small sums with their answers, generated from a seed."""
 
 import random
+from collections.abc import Callable
 
 from runner.errors import ConfigError
 from runner.hashing import derive, int_digest
+
+_ATTEMPTS = 2000  # a split with a tenth of all problems is missed by so many once in 10^91 times
 
 
 class Arithmetic:
@@ -40,15 +43,33 @@ class Arithmetic:
 
     def __getitem__(self, index: int) -> dict[str, str]:
         draw = random.Random(derive("arithmetic", self._seed, index))
-        while True:
-            numbers = [draw.randrange(self._largest) for _ in range(self._terms)]
-            text, value = str(numbers[0]), [numbers[0]]
-            for number in numbers[1:]:
-                operator = draw.choice(self._operators)
-                text += f"{operator}{number}"
-                if operator == "*":
-                    value[-1] *= number
-                else:
-                    value.append(number if operator == "+" else -number)
-            if (int_digest(text.encode()) % self._held_out == 0) is self._validation:
-                return {"prompt": f"{text}=", "answer": str(sum(value))}
+        return first_of_split(lambda _: self._problem(draw), self._held_out, self._validation)
+
+    def _problem(self, draw: random.Random) -> dict[str, str]:
+        numbers = [draw.randrange(self._largest) for _ in range(self._terms)]
+        text, value = str(numbers[0]), [numbers[0]]
+        for number in numbers[1:]:
+            operator = draw.choice(self._operators)
+            text += f"{operator}{number}"
+            if operator == "*":
+                value[-1] *= number
+            else:
+                value.append(number if operator == "+" else -number)
+        return {"prompt": f"{text}=", "answer": str(sum(value))}
+
+
+def first_of_split(
+    problem: Callable[[int], dict[str, str]],
+    held_out: int,
+    validation: bool,
+) -> dict[str, str]:
+    """The first of ``problem(0)``, ``problem(1)``, ... that belongs to the split, by the hash of its prompt."""
+    for number in range(_ATTEMPTS):
+        drawn = problem(number)
+        if (int_digest(drawn["prompt"].removesuffix("=").encode()) % held_out == 0) is validation:
+            return drawn
+    split = "validation" if validation else "training"
+    raise ConfigError(
+        f"none of {_ATTEMPTS} problems belongs to the {split} split with data.*.held_out={held_out}: there are too "
+        "few problems. Use larger ones, or another held_out"
+    )

@@ -13,6 +13,9 @@ T = TypeVar("T")
 class Buffer(Generic[T]):
     """First in, first out. Items are instances of the dataclass ``kind``, whose fields are plain values and CPU
     tensors; of a field, all tensors have one dtype, and any shape. A checkpoint has one tensor for each such field.
+
+    Every checkpoint has the buffer as a whole. What waits is bounded by the age at which it is dropped, and is small
+    beside the weights and their moments: 1000 groups of 8 samples of 1000 tokens take 96 MB.
     """
 
     def __init__(self, kind: type[T]) -> None:

@@ -62,9 +62,11 @@ def _scan(parsed: argparse.Namespace, *, command: str) -> None:
             ended = time.monotonic()
             due = ended + max(_SAVE_SECONDS, _SAVE_SHARE * (ended - began))
 
-    missing, size = len(scan.missing), scan.missing_bytes
+    missing = len(scan.missing)
     try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None) as bar:
+        with tqdm(
+            total=sum(scan.missing.values()), unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None
+        ) as bar:
             scan.run(jobs=parsed.jobs, progress=bar.update, save=save)
     except RunnerError:
         save(now=True)

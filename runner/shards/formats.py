@@ -39,8 +39,8 @@ class Format(Protocol):
 
 
 class TextLines:
-    """A record is a line that ends with LF or CRLF. A compressed shard cannot be read from the middle, so it is one
-    block: to read one record decompresses all of it. Prefer many small compressed shards to a large one.
+    """A record is a line that ends with LF or CRLF. A compressed shard is one block, because it cannot be read from the
+    middle; many small ones are read faster than a large one.
     """
 
     keeps_blank = True
@@ -178,9 +178,7 @@ def _check_tar_end(archive: tarfile.TarFile, file: BinaryIO, path: str) -> None:
 
 
 class Parquet:
-    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group, and is kept as columns,
-    because Python values take many times the memory.
-    """
+    """Parquet files, through pyarrow. A record is a row, as a dict; a block is a row group, in memory as columns."""
 
     def blocks(self, path: str, size: int) -> Iterator[Block]:
         with _parquet_file(path) as file:
@@ -221,27 +219,21 @@ def _first_byte(group: Any) -> int:
 _NPY_HEADER_BYTES = 4096  # numpy writes 128; the rest allows for other writers
 
 
-class TokenArrays:
-    """Flat arrays of tokens: ``.bin`` (little endian) or ``.npy``. A record is a token; a file is one block."""
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-
-    def blocks(self, path: str, size: int) -> Iterator[Block]:
-        """One block, without reading the tokens."""
-        if files.is_compressed(path):
-            raise DataError(f"{path}: a compressed array cannot be read from the middle; decompress it")
-        start, width = 0, self.dtype.itemsize
-        if path.endswith(".npy"):
-            dtype, count, start = _npy_header(path, size)
-            if dtype != self.dtype.name:
-                raise DataError(f"{path} holds {dtype}, but other shards or the configuration have {self.dtype.name}")
-            if size != start + count * width:
-                raise DataError(f"{path} is truncated: {size} bytes, but its header promises {count} tokens of {dtype}")
-        if (size - start) % width:
-            expected = f"expected tokens of {width} bytes ({self.dtype.name}), found {size - start} bytes"
-            raise DataError(f"{path}: {expected}; give the right dtype or restore the file")
-        yield Block(start, (size - start) // width)
+def token_blocks(path: str, size: int, *, dtype: str) -> Iterator[Block]:
+    """The one block of a flat array of tokens, ``.bin`` (little endian) or ``.npy``, whose records are the tokens."""
+    if files.is_compressed(path):
+        raise DataError(f"{path}: a compressed array cannot be read from the middle; decompress it")
+    start, width = 0, np.dtype(dtype).itemsize
+    if path.endswith(".npy"):
+        actual, count, start = _npy_header(path, size)
+        if actual != dtype:
+            raise DataError(f"{path} holds {actual}, but other shards or the configuration have {dtype}")
+        if size != start + count * width:
+            raise DataError(f"{path} is truncated: {size} bytes, but its header promises {count} tokens of {dtype}")
+    if (size - start) % width:
+        expected = f"expected tokens of {width} bytes ({dtype}), found {size - start} bytes"
+        raise DataError(f"{path}: {expected}; give the right dtype or restore the file")
+    yield Block(start, (size - start) // width)
 
 
 def dtype_of(paths: Sequence[str], dtype: str | None) -> str:

@@ -226,7 +226,8 @@ class Scan:
             raise DataError(f"{self._where}: there are only hidden files; give a glob that matches the shards")
         self.kind = kind or formats.kind_of([*self._stats])
         self.dtype = formats.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
-        self._blocks = formats.TokenArrays(self.dtype).blocks if self.dtype else formats.READERS[self.kind].blocks
+        tokens = self.dtype and partial(formats.token_blocks, dtype=self.dtype)
+        self._blocks = tokens or formats.READERS[self.kind].blocks
         self._shards: dict[str, Shard] = {}  # that have been scanned
         self._stop = threading.Event()
 
@@ -238,14 +239,9 @@ class Scan:
         return len(self._shards)
 
     @property
-    def missing(self) -> list[str]:
-        """The URLs of shards that are not scanned yet."""
-        return [url for url in self._stats if url not in self._shards]
-
-    @property
-    def missing_bytes(self) -> int:
-        """Their size in bytes."""
-        return sum(self._stats[url].size for url in self.missing)
+    def missing(self) -> dict[str, int]:
+        """The sizes in bytes of the shards that are not scanned yet, by their URLs."""
+        return {url: stat.size for url, stat in self._stats.items() if url not in self._shards}
 
     @property
     def partial(self) -> Manifest:
@@ -260,9 +256,7 @@ class Scan:
         return self.partial
 
     def run(self, *, jobs: int = 4, progress: Callable[[int], object] = int, save: Callable[[], object] = bool) -> None:
-        """Scan the missing shards. ``progress`` is called with numbers of scanned bytes, ``save`` after each shard. An
-        error or Ctrl-C stops all threads.
-        """
+        """Scan the missing shards; calls ``progress`` with numbers of bytes, and ``save`` after each shard."""
         missing = self.missing
         pool = ThreadPool(max(1, min(jobs, len(missing))))
         try:
@@ -306,8 +300,8 @@ def open_manifest(
     if manifest is None:
         assert path is not None
         return scan(path, kind=kind, dtype=dtype)
-    loaded = load(manifest)
-    if kind not in (None, loaded.kind) or dtype not in (None, loaded.dtype):
-        expected, listed = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (loaded.kind, loaded.dtype)))
-        raise ConfigError(f"{manifest} lists shards of {listed}, but the configuration says {expected}")
-    return loaded
+    result = load(manifest)
+    if kind not in (None, result.kind) or dtype not in (None, result.dtype):
+        expected, actual = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (result.kind, result.dtype)))
+        raise ConfigError(f"{manifest} lists shards of {actual}, but the configuration says {expected}")
+    return result

@@ -70,7 +70,7 @@ class Location(Protocol):
 
     url: str
     part_bytes: int  # write larger data as several objects of this size ...
-    parallel_puts: int  # ... and so many of them at the same time
+    parallel_puts: int  # ... with this many uploads at the same time
     beat_seconds: float  # the interval of heartbeats in this location
 
     @property

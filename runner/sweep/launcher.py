@@ -57,7 +57,7 @@ class RunStatus:
     step: int = 0
     objective: float | None = None
     attempts: int = 0  # the number of the newest attempt, if the run is not done
-    failures: int = 0  # so many of the last attempts in a row failed, or were killed without a new checkpoint
+    failures: int = 0  # how many of the last attempts in a row failed, or were killed without a new checkpoint
     reason: str = ""
     final: bool = False  # do not try again
     error: BaseException | None = None

@@ -1,5 +1,6 @@
 """Prove that an experiment resumes exactly: in real processes, with real kills, to the bit."""
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ def assert_resumes(*command: str, servers: "Servers | None" = None, **options: A
     """
     from runner.verify.options import check, parse
 
-    parsed, rest, _ = parse([*command, *(f"verify.{name}={_text(value)}" for name, value in options.items())])
+    values = [f"verify.{name}={json.dumps(value, default=str)}" for name, value in options.items()]
+    parsed, rest, _ = parse([*command, *values])
     if servers is None:
         check(rest)
     from runner.verify.proof import prove
@@ -29,9 +31,3 @@ def assert_resumes(*command: str, servers: "Servers | None" = None, **options: A
     verdict = prove(rest, parsed, progress=lambda line: print(line, file=sys.stderr), servers=servers)
     if not verdict.holds:
         raise AssertionError(f"{' '.join(command)} does not resume exactly\n{verdict.text()}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str([*value]) if isinstance(value, list | tuple) else str(value)

@@ -5,7 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count, cycle, islice, pairwise
 
 from runner.verify import difference
 from runner.verify.execution import AttemptTrace, Executor, Kill, RunTrace
@@ -63,9 +63,7 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
 
 
 def _save_interval(steps: int) -> int:
-    """Steps between two checkpoints: no multiple of 2, 3 or 5, so that checkpoints fall on steps of every phase of
-    memory that comes and goes.
-    """
+    """Steps between two checkpoints: no multiple of 2, 3 or 5, which are likely periods of memory."""
     return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
@@ -84,12 +82,11 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
 
 
 def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
-    """The same run, killed as planned, in attempts that alternate between hash seeds and numbers of workers,
-    and each of which begins at a later time of the user's clocks. Kills for which no time is left, by the seconds of
-    the ``undisturbed`` run, are left out. Raises OutOfTime.
+    """The same run, killed as planned. Attempts alternate between hash seeds and numbers of workers, and begin at later
+    and later times of the user's clocks. Kills for which too little time is left are omitted. Raises OutOfTime.
     """
     run = RunTrace("killed")
-    waiting = deque(plan.kills)
+    kills = deque(plan.kills)
     keep = undisturbed.select("finished")[0]["size"] <= _SMALL
     for number in count():
         attempt = executor.attempt(
@@ -99,14 +96,14 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
             workers=plan.workers[(number + 1) % len(plan.workers)],
             server=(number + 1) % 2,
             steps=plan.limit,
-            kill=waiting.popleft() if waiting else None,
+            kill=kills.popleft() if kills else None,
             shift=(number + 1) * SHIFT_SECONDS,
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:
             break
         if attempt.request.kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
-            waiting.clear()  # the next attempt goes to the end
+            kills.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
             break
@@ -129,17 +126,16 @@ ENDS = {
 
 def summary(attempt: AttemptTrace) -> str:
     """One line on an attempt."""
-    end = ENDS.get(attempt.killed, "killed")
+    end = ENDS.get(attempt.killed, "killed") if attempt.failure is None else "ended with an error"
     alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"
 
 
 class _Observed:
-    """What the undisturbed run had, and where kills lose the most of it.
+    """Steps of the undisturbed run, at the borders of epochs and with evaluations, and what kills after them lose.
 
-    ``borders`` are the last steps of epochs, ``evaluated`` the steps with an evaluation, and ``seconds`` those of
-    training. ``losable`` is for each step but the last the memory outside the state that a kill after it would lose:
-    paths of values that have changed since the start, and the periods with which invisible memory may come and go.
+    ``losable`` is for each step but the last the memory outside the state that a kill after it loses: paths of values
+    that have changed since the start, and the periods with which invisible memory may come and go.
     """
 
     def __init__(self, run: RunTrace, chance: random.Random) -> None:
@@ -160,9 +156,9 @@ class _Observed:
 
     def kills(self, options: Options) -> list[Kill]:
         """Kills of all kinds, in an order in which the run gets on between them."""
-        needed = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
-        wanted = [options.moments[number % len(options.moments)] for number in range(options.kills)]
-        moments = ["step" if needed.get(moment) == [] else moment for moment in wanted]
+        places = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
+        moments = [*islice(cycle(options.moments), options.kills)]
+        moments = ["step" if places.get(moment) == [] else moment for moment in moments]
         in_order = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
         kills = []
         for moment in moments:
@@ -182,9 +178,7 @@ class _Observed:
         for number, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
             low, high = (self.steps * part // len(free) for part in (number, number + 1))
             after = self._choose(range(max(1, low), max(2, low + 1, high)))
-            yield Kill(
-                moment, after if moment in ("committed", "stop") else after + 1, after
-            )  # ``save``: the next save
+            yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # save: the next save
         for moment in moments:
             if moment == "border":  # when an epoch has just ended
                 after = self._choose([self._chance.choice(self._borders)])
@@ -197,14 +191,12 @@ class _Observed:
                 yield Kill("evaluating", self._choose([self._chance.choice(self._evaluated)]))
 
     def _choose(self, steps: Sequence[int]) -> int:
-        """The step whose kill would lose the most memory that no earlier kill has lost, if possible with steps left in
-        which the loss shows. Counts its memory as lost.
-        """
+        """The step whose kill loses the most memory that no earlier kill has lost, if possible with steps after it."""
 
         def worth(step: int) -> tuple[int, int, int, float]:
             visible = sum(isinstance(memory, str) for memory in self._losable[step])
-            left = min(self.steps - step, _PERIODS[-1])
-            return visible, left, len(self._losable[step]) - visible, self._chance.random()
+            rest = min(self.steps - step, _PERIODS[-1])
+            return visible, rest, len(self._losable[step]) - visible, self._chance.random()
 
         best = max(steps, key=worth)
         lost = {*self._losable[best]}

@@ -7,7 +7,6 @@ need them. Data workers have the clock that their attempt began with, however th
 let attempts that follow each other begin at the same time.
 """
 
-import concurrent.futures
 import ctypes
 import datetime
 import gc
@@ -19,8 +18,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -31,7 +30,6 @@ from runner.verify import source
 _STEP_SECONDS = 211  # that a step seems to take
 _PID = 4242
 _NOW = 1_700_000_000  # the pinned time, from which each module that asks counts milliseconds
-_PATIENCE_SECONDS = 1.0  # for a thread that waits for others
 _PLACES = 3  # lines for a verdict
 _LIBRARIES = ("site-packages", "dist-packages")
 _SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
@@ -46,9 +44,8 @@ _ticks: dict[str, Iterator[int]] | None = None  # of pinned clocks, by module
 
 
 def hold(*pins: str, ahead: int = 0, late: int = 0) -> None:
-    """Hold things constant in this process, by the names of ``_PINS``, and let the user's clocks be ``ahead`` or
-    ``late`` by so many seconds, also in processes that it starts by ``multiprocessing``. Clocks that are only late do
-    not ``advance``.
+    """Hold the ``_PINS`` of these names constant in this process. The user's clocks are ``ahead`` or ``late`` by so
+    many seconds, also in processes that ``multiprocessing`` starts; clocks that are only late do not ``advance``.
     """
     global _ahead, _fast
     if ahead or late:
@@ -61,26 +58,17 @@ def hold(*pins: str, ahead: int = 0, late: int = 0) -> None:
 
 
 def advance(seconds: int = _STEP_SECONDS) -> None:
-    """Let clocks that are ahead be so much more so in the calling thread, as if its last step had taken so long. Not in
-    others, which may watch over it.
-    """
+    """Move clocks that are ahead further, as if the last step had taken so long, for the calling thread alone."""
     global _step_seconds, _training_thread
     _training_thread = threading.get_ident()
     _step_seconds += seconds * _fast
 
 
-class _Ahead:
-    """Changes the clocks of a process that it is sent to."""
+class _Ahead(int):
+    """Seconds, by which the clocks of a process are ahead that unpickles them."""
 
-    def __init__(self, seconds: int) -> None:
-        self._seconds = seconds
-
-    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
-        return _begin_ahead, (self._seconds,)
-
-
-def _begin_ahead(seconds: int) -> None:
-    hold(ahead=seconds)
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[()], None]:
+        return partial(hold, ahead=int(self)), (), None
 
 
 def _pin_pid() -> None:
@@ -99,9 +87,7 @@ def _pin_time() -> None:
 
 
 def _pin_entropy() -> None:
-    """What the system gives as chance: seeds of generators that are made without one. Each module draws for itself,
-    whatever others draw beside it; so do ranks, since names of files come from it.
-    """
+    """Entropy of the system, which seeds generators that are made without a seed. Each module and rank has its own."""
     draws: dict[str, Iterator[int]] = defaultdict(itertools.count)
     rank, seed = os.environ.get("RANK", "0"), random.Random.seed
 
@@ -121,36 +107,7 @@ def _pin_entropy() -> None:
     random.Random.seed = seeded  # type: ignore[method-assign]
 
 
-def _pin_turns() -> None:
-    """Threads of the user's do not overlap: each is done before the next begins, and is looked at in that order."""
-    start = threading.Thread.start
-
-    def start_and_wait(self: threading.Thread) -> None:
-        start(self)
-        if _is_users(_asking()):
-            self.join(_PATIENCE_SECONDS)
-
-    def submit(self: ThreadPoolExecutor, call: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(call(*arguments, **keywords))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def in_order(futures: Iterable[Future[Any]], timeout: float | None = None) -> Iterator[Future[Any]]:
-        return iter([*futures])
-
-    threading.Thread.start, ThreadPoolExecutor.submit = start_and_wait, submit  # type: ignore[method-assign,assignment]
-    concurrent.futures.as_completed = in_order  # type: ignore[assignment]
-
-
-_PINS: dict[str, Callable[[], None]] = {
-    "pid": _pin_pid,
-    "time": _pin_time,
-    "entropy": _pin_entropy,
-    "turns": _pin_turns,
-}
+_PINS: dict[str, Callable[[], None]] = {"pid": _pin_pid, "time": _pin_time, "entropy": _pin_entropy}
 
 
 def _replace_clocks() -> None:
@@ -168,9 +125,7 @@ def _replace_clocks() -> None:
 
 
 def _clock(clock: Callable[[], Any], unit: int, *, of_day: bool) -> Callable[[], Any]:
-    """A clock, or one with an arbitrary start. By the latter python's own modules, which read the true one, measure
-    time-outs.
-    """
+    """A clock of the day, or with an arbitrary start, by which python's own modules measure time-outs, unshifted."""
 
     def read() -> Any:
         return _shown(clock(), _asking() if of_day else sys._getframe(1), unit, of_day=of_day)

@@ -46,7 +46,6 @@ _HELD = {
     "time": None,
     "entropy": None,
     "threads": "runtime.num_threads=1",
-    "turns": None,
     "kernel": "runtime.deterministic=true",
 }
 
@@ -172,9 +171,7 @@ class Investigation:
         return cause or of_part(reproduced)
 
     def _convict(self, difference: FirstDifference, step: int) -> Cause | None:
-        """The memory that makes a resumed process go on as the undisturbed one does; else, as a guess, memory that
-        cannot be tried.
-        """
+        """The memory that makes a resumed process continue like the undisturbed one; else, as a guess, others."""
         groups = suspects(difference, next(iter(self._killed.attempts[-1].select("resumed")), {}))
         unseen = {path: words for path, words in self._base.by_step()[step]["memory"].items() if UNSEEN in words}
         trial = _Trial(self, step, [*groups, *(path for path in unseen if path not in groups)])

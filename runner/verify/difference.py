@@ -87,9 +87,7 @@ def _different_ends(run: RunTrace, undisturbed: RunTrace) -> tuple[int, int] | N
 
 
 def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifference | None:
-    """The first difference in what finished runs left: every checkpoint against the undisturbed run's state at its
-    step, then metric lines and result.
-    """
+    """The first difference in checkpoints (against the state at their step), metric lines and results."""
     expected, actual = undisturbed.evidence, run.evidence
     if expected is None or actual is None:
         return None
@@ -110,8 +108,8 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
-    """Memory that training changes and that was gone after a load, as (path, undisturbed, killed); of every container
-    one entry. Without the caches of data sets, whose samples were compared, and of libraries.
+    """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container,
+    none for data sets (whose samples were compared) and for what libraries keep for themselves.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
     private = (undisturbed.evidence or {}).get("private", ())
@@ -132,8 +130,8 @@ def in_words(entries: Iterable[Remembered], change: str = " and is {} after load
 
 
 def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Remembered]]:
-    """The values that a process lacked after loading, by the path at which they can be put into it: whole containers,
-    and the first object on the way that the process (as ``resumed``) has not at all.
+    """The values that a process lacked after loading, by the path at which they can be put into it: that of a whole
+    container, or of the outermost object that the process (as ``resumed``) does not have.
     """
     changed = {path for path, _, _ in difference.changing}
     saved = [path.replace("/", ".") for path in resumed.get("state", {}) if path.startswith("model/")]
@@ -165,8 +163,8 @@ def _prefixes(path: str) -> list[str]:
 
 
 def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
-    """Parameters, buffers and param groups of the model and the optimizer that come, go, change their shape or become
-    one object while a run trains, as (step, path, how).
+    """Parameters, buffers and param groups that appear, vanish, change their shape or become one object while a run
+    trains, as (step, path, how).
     """
     entries: list[tuple[int, str, str]] = []
     before: dict[str, str] = {}
@@ -200,8 +198,8 @@ def changes_by_step(run: RunTrace) -> dict[int, list[Remembered]]:
 def _compare(
     expected: Event, actual: Event, *, restored: bool, last_of_one: bool
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """The parts that differ, with path and values. ``last_of_one``: one of the runs ended with this step, and for that
-    reason alone may have an evaluation, and callbacks in another state.
+    """The parts that differ, with path and values. ``last_of_one``: one of the runs ended with this step, and may
+    therefore have an evaluation, and callbacks in another state.
     """
     if not restored:
         for field, part in _PARTS.items():

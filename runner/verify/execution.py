@@ -27,9 +27,8 @@ STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is 
 
 
 class Kill(NamedTuple):
-    """The ``moment`` of a kill, the first ``step`` at which it may come, and a step ``after`` which the state is saved,
-    too: the next attempt begins with the state of that step, and without anything that is in no state. After a stop by
-    SIGTERM it does so anyway. ``victim`` is the only rank that is killed; None: all ranks.
+    """A kill at a ``moment``, in ``step`` at the earliest. ``after`` is a step whose state is saved, too, so that the
+    next attempt begins with it (after a stop by SIGTERM it does anyway). ``victim`` is a rank; None: all ranks.
     """
 
     moment: str
@@ -40,16 +39,14 @@ class Kill(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRequest:
-    """A request for one attempt, in ``processes`` processes: the runner's ``arguments``, the ``name`` of the run, and
-    the ``file`` for its record.
+    """A request for one attempt at the run ``name``, with the runner's ``arguments`` and a ``file`` for its record.
 
-    ``steps`` is the last step; ``seconds`` of training end it earlier. ``kill`` says when it is killed. ``pins`` are
-    held constant (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the
-    step ``take``, or replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps
-    between two of them. A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may
-    change something. The user's clocks are ahead by ``shift`` seconds, and behind by ``late`` seconds. After
-    ``limit`` seconds the attempt is ended, as a failure. ``imports`` are modules that it will need. With ``removes``
-    it removes the run instead.
+    ``steps`` is the last step; ``seconds`` of training end it earlier. ``pins`` are held constant
+    (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the step ``take``, or
+    replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps between two of them.
+    A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may change something. The
+    user's clocks are ``shift`` seconds ahead and ``late`` seconds behind. After ``limit`` seconds the attempt is ended,
+    as a failure. ``imports`` are modules that it needs. With ``removes`` it removes the run instead.
     """
 
     name: str
@@ -92,9 +89,7 @@ class AttemptRequest:
 
     @property
     def temporary(self) -> Path:
-        """The folder for temporary files: empty at the start, and the same for all attempts, which may see its name. A
-        short path, because data workers make sockets below it.
-        """
+        """The folder for temporary files: the same for all attempts, and short, because workers make sockets in it."""
         folder = Path(self.file).with_name("tmp")
         if len(os.fsencode(folder)) <= _LONGEST_PATH or not os.access("/tmp", os.W_OK):
             return folder
@@ -164,9 +159,7 @@ _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradien
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailure:
-    """Why an attempt ended by itself with an error: exit ``status``, the error's ``kind``, its message (or the end of
-    the output), and the line of the user's code that it came through.
-    """
+    """The error that ended an attempt: exit ``status``, ``kind``, message (or end of the output), the user's line."""
 
     status: int
     kind: str
@@ -200,9 +193,7 @@ class AttemptTrace:
 
     @property
     def killed(self) -> str | None:
-        """The moment at which it, or one of its processes, was killed or stopped. "?": by somebody else. None: it was
-        not.
-        """
+        """The moment at which it or one of its processes was killed or stopped, if any; "?": by somebody else."""
         moment = next((event["moment"] for event in self.select("killed")), "?")
         return moment if self.status is None or self.stopped else None
 
@@ -236,7 +227,7 @@ class RunTrace:
     attempts: list[AttemptTrace] = field(default_factory=list)
 
     def compared(self) -> Iterator[tuple[int, Event]]:
-        """All events of steps and of states after loading, with the number of the attempt (from 0). A step whose
+        """The events of steps and of states after loading, with the number of the attempt, from 0. A step whose
         evaluation was interrupted is an event of the attempt that repeats the evaluation.
         """
         due: Event = {}
@@ -284,9 +275,8 @@ class Executor:
 
     ``requests`` collects the last request for each run. Each run has ``processes`` processes, and ``evaluations``
     steps at most between evaluations. ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by
-    ``time.monotonic``. ``imports`` are modules that all attempts need. By the user's ``clock``, in seconds since the
-    epoch, all attempts begin at the same time: a task that reads the time of day is not to be blamed for a minute that
-    passed between them.
+    ``time.monotonic``. ``imports`` are modules that all attempts need. All attempts begin at the same time of the
+    user's ``clock`` (seconds since the epoch), so that a minute that passes between them makes no difference.
     """
 
     command: tuple[str, ...]

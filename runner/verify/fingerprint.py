@@ -126,15 +126,18 @@ def module_name(kind: type) -> str:
     return name if type(name) is str else ""
 
 
+def base_of(value: Any, *kinds: type) -> Any:
+    """The first of these builtin classes that a value is an instance of, to call its methods; None for any other."""
+    return next((kind for kind in kinds if is_a(value, kind)), None)
+
+
 def length(value: Any) -> int:
     """The length of a container of a builtin kind."""
-    return next(kind for kind in (dict, list, tuple, deque, set, frozenset) if is_a(value, kind)).__len__(value)
+    return int(base_of(value, dict, list, tuple, deque, set, frozenset).__len__(value))
 
 
 def describe(value: Any) -> str | None:
-    """A value in words, without a call of a method that its class overrides; None for a value that has to be entered
-    alone.
-    """
+    """A value in words, without a call of a method that its class overrides; None for an object with values inside."""
     kind = type(value)
     if value is None or is_a(value, *PLAIN[:-1], PurePath):
         return _short(_text(value))
@@ -169,7 +172,7 @@ def _code(value: Any) -> str | None:
 def _text(value: Any) -> str:
     if is_a(value, PurePath):
         value = PurePath.__str__(value)
-    base: Any = next((kind for kind in PLAIN if is_a(value, kind)), None)
+    base = base_of(value, *PLAIN)
     text = str(base.__repr__(value)) if base else ""
     for name in names_of_runs if is_a(value, str) else ():
         text = text.replace(name, "(run)")
@@ -213,9 +216,7 @@ _ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, 
 
 
 def is_opaque(kind: type) -> bool:
-    """Whether objects of a class may hold what no attribute shows: it, or one of its bases, has methods in C, and is
-    not entered.
-    """
+    """Whether objects of a class may hold what no attribute shows: it or a base has methods in C."""
     if id(kind) not in _OPAQUE:
         methods = (MethodDescriptorType, ClassMethodDescriptorType)
         bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]
@@ -226,8 +227,7 @@ def is_opaque(kind: type) -> bool:
 
 def plain_bytes(value: Any) -> bytes | None:
     """A container of plain values in bytes; None if it holds any object."""
-    kinds = (dict, list, tuple, deque)
-    base = next((kind for kind in kinds if is_a(value, kind)), None)
+    base = base_of(value, dict, list, tuple, deque)
     if base is None:
         return None
     content = [*dict.items(value)] if base is dict else [*base.__iter__(value)]
@@ -240,8 +240,7 @@ def plain_bytes(value: Any) -> bytes | None:
 
 
 def _unordered(value: Any) -> str:
-    kind = set if is_a(value, set) else frozenset
-    words = [_text(each) or type_name(type(each)) for each in kind.__iter__(value)]
+    words = [_text(each) or type_name(type(each)) for each in base_of(value, set, frozenset).__iter__(value)]
     return short_digest(repr(sorted(words)).encode())
 
 

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import itertools
 import json
 import os
 import select
@@ -97,8 +96,8 @@ def _wait(pids: Sequence[int], request: AttemptRequest) -> int | None:
     overdue = False
     while len(codes) < len(pids):
         for pid in pids:
-            done, status = (0, 0) if pid in codes else os.waitpid(pid, os.WNOHANG)
-            if done:
+            ended, status = (0, 0) if pid in codes else os.waitpid(pid, os.WNOHANG)
+            if ended:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         if select.select([0], [], [], _TICK_SECONDS)[0]:  # no request comes now: the client is gone
             _kill(pids[0])
@@ -129,17 +128,17 @@ def _record_places(pids: Sequence[int], request: AttemptRequest) -> None:
 
 def _children(pid: int) -> list[int]:
     """The processes that a process has started, and those that they have started."""
-    lists = []
+    children: list[int] = []
     with contextlib.suppress(OSError):
-        lists = [tasks.read_text().split() for tasks in Path(f"/proc/{pid}/task").glob("*/children")]
-    children = [*map(int, itertools.chain.from_iterable(lists))]
+        for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+            children += map(int, tasks.read_text().split())
     return [*children, *(each for child in children for each in _children(child))]
 
 
 def _end_all() -> None:
     """End what an attempt has left behind: data workers, and processes in sessions of their own."""
-    while left := _children(os.getpid()):
-        for pid in left:
+    while children := _children(os.getpid()):
+        for pid in children:
             with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)

@@ -62,8 +62,8 @@ _PATCHED = ("torch", "torch.nn.functional", "torch.nn.init", "numpy", "numpy.ran
 
 
 class Place(NamedTuple):
-    """Where a value is: ``holder`` (a path) has it under ``key``, in the way that ``kind`` names. ``words`` describe
-    it; None: it has its own places inside.
+    """A value: the object at the path ``holder`` has it under ``key``, in the way that ``kind`` names. It is described
+    by ``words``, or by the places inside it.
     """
 
     path: str  # while its holder is looked at, from there
@@ -74,27 +74,24 @@ class Place(NamedTuple):
     holder: str = ""
 
 
-def memory(objects: Mapping[str, Any], saved: Any = None) -> dict[str, str]:
-    """``path -> value in words`` for all that the objects, their classes and the user's modules hold. ``saved`` is the
-    model's state_dict, whose parameters are not memory.
+def memory(objects: Mapping[str, Any], state: Any = None) -> dict[str, str]:
+    """``path -> value in words`` for the values of the objects, their classes and the user's modules, without the
+    parameters in ``state``, which is the model's state_dict.
     """
-    return {path: place.words for path, place in places(objects, saved).items() if place.words is not None}
+    return {path: place.words for path, place in places(objects, state).items() if place.words is not None}
 
 
-def places(objects: Mapping[str, Any], saved: Any = None) -> dict[str, Place]:
-    """The same with every value that is entered, and where it is."""
-    return _Walk(objects.get("model"), saved).all(objects)
+def places(objects: Mapping[str, Any], state: Any = None) -> dict[str, Place]:
+    """The same with the objects that have values inside."""
+    return _Walk(objects.get("model"), state).all(objects)
 
 
 def private(objects: Mapping[str, Any]) -> list[str]:
     """The paths of what libraries keep for themselves: attributes with an underscore of objects of their classes."""
-    held = places(objects)
-    owners = [(place, held[place.holder]) for place in held.values() if place.holder in held and _is_private(place)]
-    return [place.path for place, owner in owners if not any(map(is_users, map(module_name, mro(type(owner.value)))))]
-
-
-def _is_private(place: Place) -> bool:
-    return place.kind == "attribute" and str(place.key).startswith("_")
+    by_path = places(objects)
+    private = [each for each in by_path.values() if each.kind == "attribute" and str(each.key).startswith("_")]
+    owners = [(each.path, type(by_path[each.holder].value)) for each in private if each.holder in by_path]
+    return [path for path, owner in owners if not any(is_users(module_name(base)) for base in mro(owner))]
 
 
 def modules_of(model: Any) -> dict[str, nn.Module]:
@@ -129,7 +126,7 @@ def _order(key: str) -> int:
 class _Walk:
     """One look at all objects. Keeps them alive meanwhile, so that no other object gets the same id."""
 
-    def __init__(self, model: Any, saved: Any) -> None:
+    def __init__(self, model: Any, state: Any) -> None:
         self._places: dict[str, Place] = {}
         self._seen: dict[int, Any] = {}
         self._kinds: dict[int, tuple[str, type]] = {}  # the classes that were met, and under which object
@@ -138,7 +135,7 @@ class _Walk:
         self._model = model if is_a(model, nn.Module) else None
         modules = [] if self._model is None else [*modules_of(model).values()]
         self._of_model = {id(module) for module in modules}
-        self._saved = _pointers(model, saved) if modules else None
+        self._saved = _saved_parameters(model, state) if modules else None
 
     def all(self, objects: Mapping[str, Any]) -> dict[str, Place]:
         self._own = {name for name in objects if _order(name) < len(_FIRST)}
@@ -163,15 +160,13 @@ class _Walk:
         done: set[str] = set()
         while self._kinds:
             _, (root, kind) = self._kinds.popitem()
-            modules = []
-            for each in mro(kind):
-                home = module_name(each)
-                if is_users(home):
-                    self._class(root, each)
-                    modules += _modules(home)
-                elif each is not object:
-                    self._exchanged(each, class_dict(each), home, type_name(each))
-            for module in modules:
+            users = [base for base in mro(kind) if is_users(module_name(base))]
+            for base in mro(kind)[:-1]:
+                if base in users:
+                    self._class(root, base)
+                else:
+                    self._exchanged(base, class_dict(base), module_name(base), type_name(base))
+            for module in [module for base in users for module in _modules(module_name(base))]:
                 if module.__name__ not in done:
                     done.add(module.__name__)
                     self._namespace(root, module)
@@ -230,7 +225,7 @@ class _Walk:
         words = describe(value)
         if words is not None and not _has_more(value, words):
             return words, []
-        if depth >= _DEPTH or _is_large(value):
+        if depth >= _DEPTH or (is_a(value, dict, list, tuple, deque) and fingerprint.length(value) > _FEW):
             return self._digested(root, value), []
         self._seen[id(value)] = value
         self._kinds.setdefault(id(type(value)), (root, type(value)))
@@ -245,22 +240,22 @@ class _Walk:
         return inside
 
     def _in_module(self, module: Any) -> Iterator[Place]:
-        held, of_model = attributes(module), id(module) in self._of_model
-        lacking = held.get("_non_persistent_buffers_set", ())
-        for name, inner in dict.items(held.get("_parameters", {})):
+        members, of_model = attributes(module), id(module) in self._of_model
+        transient = members.get("_non_persistent_buffers_set", ())
+        for name, inner in dict.items(members.get("_parameters", {})):
             if inner is not None:
                 saved = of_model and (self._saved is None or id(inner) in self._saved)
                 mark = LEFT_OUT if of_model and not saved else ""
                 yield Place(f".{name}{mark}", inner, "saved" if saved else "_parameters", name)
-        for name, inner in dict.items(held.get("_buffers", {})):
+        for name, inner in dict.items(members.get("_buffers", {})):
             if inner is not None:
-                saved = of_model and name not in lacking
+                saved = of_model and name not in transient
                 mark = NOT_PERSISTENT if of_model and not saved else ""
                 yield Place(f".{name}{mark}", inner, "saved" if saved else "_buffers", name)
-        for name, inner in dict.items(held.get("_modules", {})):
+        for name, inner in dict.items(members.get("_modules", {})):
             if id(inner) not in self._of_model:  # these are entered by themselves
                 yield Place(f".{name}", inner, "_modules", name)
-        for name, inner in held.items():
+        for name, inner in members.items():
             hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
             counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
             if hooks or counts:
@@ -286,17 +281,16 @@ class _Walk:
 
 
 def marks(model: Any) -> dict[str, Any]:
-    """What a model has in no ``state_dict`` and in no attribute, by its mark: names of parameters, or values by name;
-    of parameters that are the same object, the first name by each other.
+    """The state of a model that is in no ``state_dict`` and no attribute, by its mark: names of parameters, or values
+    by name; of parameters that are one object, the first name by each other name.
     """
-    named = parameters_of(model)
-    first = {id(parameter): name for name, parameter in reversed(named)}
-    modules = modules_of(model).items()
+    parameters, modules = parameters_of(model), modules_of(model)
+    first = {id(parameter): name for name, parameter in reversed(parameters)}
     return {
-        FROZEN: [name for name, parameter in named if not parameter.requires_grad],
-        EVALUATING: [path for path, module in modules if not attributes(module).get("training", True)],
-        GRADIENTS: {name: parameter.grad for name, parameter in named if parameter.grad is not None},
-        TIED: {name: first[id(parameter)] for name, parameter in named if first[id(parameter)] != name},
+        FROZEN: [name for name, parameter in parameters if not parameter.requires_grad],
+        EVALUATING: [path for path, module in modules.items() if not attributes(module).get("training", True)],
+        GRADIENTS: {name: parameter.grad for name, parameter in parameters if parameter.grad is not None},
+        TIED: {name: first[id(parameter)] for name, parameter in parameters if first[id(parameter)] != name},
     }
 
 
@@ -308,15 +302,14 @@ def _mark_words(mark: str, values: Any) -> str:
     return ", ".join(name.removeprefix(".") for name in values)
 
 
-def _pointers(model: Any, saved: Any) -> set[int] | None:
+def _saved_parameters(model: Any, state: Any) -> set[int] | None:
     """The ids of the parameters that a state_dict has, by their name or by their memory; None without a state_dict."""
-    if saved is None:
+    if state is None:
         return None
-    named = parameters_of(model)
-    lacking = [(name, parameter) for name, parameter in named if name not in saved]
-    pointers = {value.data_ptr() for value in saved.values() if is_a(value, torch.Tensor)} if lacking else set()
-    lost = {id(parameter) for _, parameter in lacking if parameter.data_ptr() not in pointers}
-    return {id(parameter) for _, parameter in named} - lost
+    missing = [(name, parameter) for name, parameter in parameters_of(model) if name not in state]
+    pointers = {value.data_ptr() for value in state.values() if is_a(value, torch.Tensor)} if missing else set()
+    unsaved = {id(parameter) for _, parameter in missing if parameter.data_ptr() not in pointers}
+    return {id(parameter) for _, parameter in parameters_of(model)} - unsaved
 
 
 def _has_more(value: Any, words: str) -> bool:
@@ -327,18 +320,14 @@ def _has_more(value: Any, words: str) -> bool:
     return bound or is_a(value, MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
 
 
-def _is_large(value: Any) -> bool:
-    return is_a(value, dict, list, tuple, deque) and fingerprint.length(value) > _FEW
-
-
 def _inside(value: Any) -> Iterator[Place]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
         for place, (key, inner) in enumerate(items(value)):
             yield Place(f"[{_key(key, place)}]", inner, "item", key)
     elif is_a(value, list, tuple, deque):
-        kind = next(kind for kind in (list, tuple, deque) if is_a(value, kind))
-        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(kind.__iter__(value)))
+        content = fingerprint.base_of(value, list, tuple, deque).__iter__(value)
+        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(content))
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (Place(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
@@ -392,12 +381,12 @@ def _is_plain(value: Any) -> bool:
 
 def attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object, also those in slots, without its properties."""
-    held: dict[str, Any] = {}
+    in_slots: dict[str, Any] = {}
     for name, slot in layout(type(value))[0]:
         with suppress(AttributeError):  # an empty slot
-            held.setdefault(name, slot.__get__(value))
+            in_slots.setdefault(name, slot.__get__(value))
     in_dict = dict_of(value)
-    return held | (dict(dict.items(in_dict)) if in_dict else {})
+    return in_slots | (dict(dict.items(in_dict)) if in_dict else {})
 
 
 _LAYOUTS: dict[int, tuple[type, list[tuple[str, Any]], Any]] = {}  # by id: a metaclass may override __hash__
@@ -406,9 +395,9 @@ _LAYOUTS: dict[int, tuple[type, list[tuple[str, Any]], Any]] = {}  # by id: a me
 def layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
     """The slots of a class, and the descriptor of ``__dict__``."""
     if id(kind) not in _LAYOUTS:
-        named = [each for base in mro(kind) for each in class_dict(base).items()]
-        slots = [(n, slot) for n, slot in named if type(slot) is MemberDescriptorType and not n.startswith("__")]
-        dicts = [slot for name, slot in named if name == "__dict__" and is_a(slot, *_DESCRIPTORS)]
+        members = [member for base in mro(kind) for member in class_dict(base).items()]
+        slots = [(n, slot) for n, slot in members if type(slot) is MemberDescriptorType and not n.startswith("__")]
+        dicts = [slot for name, slot in members if name == "__dict__" and is_a(slot, *_DESCRIPTORS)]
         _LAYOUTS[id(kind)] = kind, slots, dicts[0] if dicts else None
     return _LAYOUTS[id(kind)][1:]
 
@@ -445,9 +434,7 @@ def variables(function: Any) -> Iterator[Place]:
 
 
 def _is_value(key: str, value: Any) -> bool:
-    """Whether a name of a class or a module stands for a value, or for a function that keeps values or that was put in
-    another's place.
-    """
+    """Whether a name of a class or a module is that of a value, of a stateful function or of an exchanged function."""
     if is_a(value, staticmethod, classmethod):
         value = value.__func__
     elif type(value) is property:
@@ -465,17 +452,16 @@ def _modules(name: str) -> list[ModuleType]:
     waiting = [*modules]
     while waiting:
         for value in [*vars(modules[waiting.pop()]).values()]:
-            home = value.__name__ if type(value) is ModuleType else _home(value)
+            if type(value) is ModuleType:
+                home = value.__name__
+            elif type(value) is FunctionType:
+                home = value.__globals__.get("__name__") or ""
+            else:
+                home = module_name(value if is_a(value, type) else type(value))
             if home in sys.modules and home not in modules and is_users(home):
                 modules[home] = sys.modules[home]
                 waiting.append(home)
     return [*modules.values()]
-
-
-def _home(value: Any) -> str:
-    if type(value) is FunctionType:
-        return value.__globals__.get("__name__") or ""
-    return module_name(value if is_a(value, type) else type(value))
 
 
 def is_users(name: Any) -> bool:

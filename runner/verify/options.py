@@ -26,13 +26,8 @@ _RESERVED = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much is tried, and where.
-
-    ``steps`` None: up to 100, within about 20 seconds of training. ``workers`` are numbers of data workers that
-    attempts take in turn; the first is that of the undisturbed run. ``moments`` of kills are taken in turn, too.
-    ``processes`` is the number of processes of each attempt. ``root`` None: a temporary folder. ``html`` is the path
-    or URL of a page. ``seed`` decides the steps of the kills. ``minutes`` is how long the proof may take: steps and
-    kills are left out to keep that.
+    """The options that ``python -m runner.verify --help`` explains. ``steps`` None: up to 100, within about 20 seconds
+    of training. The first of ``workers`` is their number in the undisturbed run. ``root`` None: a temporary folder.
     """
 
     steps: int | None = None
@@ -82,9 +77,9 @@ def check(command: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="runner-verify-") as folder:
         where = (f"run.root={folder}", "run.name=check", f"hydra.run.dir={folder}")
         line = [sys.executable, "-c", _CHECK.format(path=sys.path), *command, *where]
-        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == ConfigError.status:
-        raise ConfigError(done.stderr.strip())
+        result = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode == ConfigError.status:
+        raise ConfigError(result.stderr.strip())
 
 
 def _option(argument: str) -> tuple[str, Any]:

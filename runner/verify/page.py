@@ -3,14 +3,13 @@
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from runner.errors import printable
-from runner.verify.campaign import ENDS
+from runner.verify.campaign import summary
 from runner.verify.difference import FirstDifference
-from runner.verify.execution import Event, RunTrace
+from runner.verify.execution import RunTrace
 from runner.verify.proof import Verdict
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT = 480, 220, 52, 14  # pixels of the picture, and its margins
@@ -25,10 +24,9 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 720px; padding: 0 1em; color: #222; }
 h1 { font-size: 1.3em; } h2 { font-size: 1.05em; margin-top: 1.6em; }
 .verdict { color: white; padding: .1em .5em; border-radius: .3em; background: #1a7f37; } .fail { background: #b42318; }
-code, pre, td { overflow-wrap: anywhere; } pre { background: #f6f6f6; padding: .8em 1em; white-space: pre-wrap; }
+code, pre, li { overflow-wrap: anywhere; } pre { background: #f6f6f6; padding: .8em 1em; white-space: pre-wrap; }
 dt { font-weight: bold; } dd { margin: 0 0 .6em; } svg { width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: #444; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .2em .6em .2em 0; }
 """
 
 
@@ -49,7 +47,7 @@ def page(verdict: Verdict) -> str:
 <h2>Loss</h2>
 {_curves([verdict.undisturbed, verdict.killed], verdict.difference)}
 <h2>Attempts of the run with kills</h2>
-<table><tr><th>steps<th>workers<th>end</tr>{"".join(_rows(verdict.killed))}</table>
+<ol>{"".join(f"<li>{summary(attempt)}</li>" for attempt in verdict.killed.attempts)}</ol>
 <h2>More</h2>
 {search}
 <details><summary>The report of the terminal</summary><pre>{escape(verdict.text())}</pre></details>
@@ -93,16 +91,12 @@ def _without_digests(text: str) -> str:
     return _DIGEST.sub("(its contents)", text)
 
 
-def _rows(run: RunTrace) -> Iterable[str]:
-    for attempt in run.attempts:
-        alone = "" if attempt.victim is None else f", process {attempt.victim} alone"
-        end = ENDS.get(attempt.killed, "killed") if attempt.failure is None else "ended with an error"
-        yield f"<tr><td>{attempt.first} to {attempt.last}<td>{attempt.workers}<td>{end}{alone}</tr>"
-
-
 def _curves(runs: Sequence[RunTrace], difference: FirstDifference | None) -> str:
     """The losses of runs by step, a line for each over all its attempts. Values that are not finite are left out."""
-    curves = [{step: _loss(event) for step, event in sorted(run.by_step().items())} for run in runs]
+    curves = [
+        {step: float(event["metrics"].get("loss", math.nan)) for step, event in sorted(run.by_step().items())}
+        for run in runs
+    ]
     values = [loss for curve in curves for loss in curve.values() if math.isfinite(loss)]
     if not values:
         return "<p>No step was done.</p>"
@@ -115,25 +109,20 @@ def _curves(runs: Sequence[RunTrace], difference: FirstDifference | None) -> str
     def y(loss: float) -> float:
         return round(24 + (_HEIGHT - 34) * (high - loss) / (high - low), 1)
 
-    drawn = []
+    shapes = []
     for part in range(_PARTS + 1):
         loss, step = low + (high - low) * part / _PARTS, round(last * part / _PARTS)
-        drawn.append(f'<line x1="{_LEFT}" x2="{x(last)}" y1="{y(loss)}" y2="{y(loss)}" stroke="#e4e4e4"/>')
-        drawn.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4}" text-anchor="end">{loss:.3g}</text>')
-        drawn.append(f'<text x="{x(step)}" y="{_HEIGHT + 8}" text-anchor="middle">{step}</text>')
-    drawn.append(f'<text x="{x(last / 2)}" y="{_HEIGHT + 24}" text-anchor="middle">step</text>')
+        shapes.append(f'<line x1="{_LEFT}" x2="{x(last)}" y1="{y(loss)}" y2="{y(loss)}" stroke="#e4e4e4"/>')
+        shapes.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4}" text-anchor="end">{loss:.3g}</text>')
+        shapes.append(f'<text x="{x(step)}" y="{_HEIGHT + 8}" text-anchor="middle">{step}</text>')
+    shapes.append(f'<text x="{x(last / 2)}" y="{_HEIGHT + 24}" text-anchor="middle">step</text>')
     for number, (curve, (colour, width, name)) in enumerate(zip(curves, _RUNS, strict=True)):
         points = " ".join(f"{x(step)},{y(loss)}" for step, loss in curve.items() if math.isfinite(loss))
         style = f'stroke="{colour}" stroke-width="{width}" opacity="{0.9 if number else 0.4}"'
-        drawn.append(f'<polyline points="{points}" fill="none" stroke-linejoin="round" {style}/>')
-        drawn.append(f'<text x="{_LEFT + 110 * number}" y="12" style="fill: {colour}">{name}</text>')
+        shapes.append(f'<polyline points="{points}" fill="none" stroke-linejoin="round" {style}/>')
+        shapes.append(f'<text x="{_LEFT + 110 * number}" y="12" style="fill: {colour}">{name}</text>')
     if difference is not None:
         where = f'x1="{x(difference.step)}" x2="{x(difference.step)}" y1="16" y2="{_HEIGHT - 10}"'
-        drawn.append(f'<line {where} stroke="#b42318" stroke-dasharray="4 3"/>')
-        drawn.append(f'<text x="{_WIDTH}" y="12" text-anchor="end" style="fill: #b42318">┆ first difference</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 30}" role="img">{"".join(drawn)}</svg>'
-
-
-def _loss(event: Event) -> float:
-    metrics: Mapping[str, Any] = event["metrics"]
-    return float(metrics.get("loss", math.nan))
+        shapes.append(f'<line {where} stroke="#b42318" stroke-dasharray="4 3"/>')
+        shapes.append(f'<text x="{_WIDTH}" y="12" text-anchor="end" style="fill: #b42318">┆ first difference</text>')
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 30}" role="img">{"".join(shapes)}</svg>'

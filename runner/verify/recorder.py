@@ -255,7 +255,6 @@ class _HalvingLocation:
 def collect(directory: RunDirectory) -> dict[str, Any]:
     """Checkpoints by step and their largest size in bytes, metric lines, result and audit of a finished run."""
     store = CheckpointStore(directory.location)
-    audited = audit(directory)
     checkpoints, size = {}, 0
     for commit in reversed(store.commits()):
         try:
@@ -273,7 +272,7 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
             for line in lines.read(directory.location)
         ],
         "result": {key: value for key, value in (RunFacts(directory).result or {}).items() if key != "seconds"},
-        "audit": audited,
+        "audit": audit(directory),
     }
 
 

@@ -35,24 +35,23 @@ def sources(value: Any) -> Sources:
     values = modules_of(value).values() if is_a(value, torch.nn.Module) else [value]
     kinds = {id(kind): kind for each in values for kind in mro(type(each))}
     function = value.func if is_a(value, functools.partial) else value
-    things = [*kinds.values(), function]
-    places = [_place(thing) for thing in things if is_users(getattr(thing, "__module__", None))]
+    owners = [*kinds.values(), function]
+    places = [_place(owner) for owner in owners if is_users(getattr(owner, "__module__", None))]
     files = {place[0]: (place[0], 1, _WHOLE) for place in places if place}
     return [*filter(None, places), *files.values()]
 
 
-def _place(thing: Any) -> Lines | None:
+def _place(owner: Any) -> Lines | None:
     try:
-        lines, first = inspect.getsourcelines(thing)
-        return str(inspect.getsourcefile(thing)), first, first + len(lines) - 1
+        lines, first = inspect.getsourcelines(owner)
+        return str(inspect.getsourcefile(owner)), first, first + len(lines) - 1
     except (OSError, TypeError):  # no source, or no code
         return None
 
 
 def line_of(names: Iterable[str], places: Sources, others: Sequence[Lines] = ()) -> str:
-    """``file:line`` of the last line that changes the first of these names that any does, in ``others`` if not in
-    ``places``, or else has it; of methods that make or load an object only if no other has the name. Else the line of
-    the class.
+    """``file:line`` of the last line that changes the first possible one of these names, in ``places`` or in
+    ``others``; else of a line with the name; else of the class. Methods that make or load an object come last.
     """
     names = [*names]
     if any(_best(name, places) for name in names[:-1]):  # the names of an object's parts may be those of anything
@@ -142,14 +141,14 @@ class Watch:
 
 
 def _reached(event: str, arguments: tuple[Any, ...]) -> str:
-    thing = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
+    target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
-        volatile = is_a(thing, str) and thing.startswith(("/proc/", "/sys/", "/dev/"))
-        if type(thing) is int or not (volatile or {*mode} & {*"wax+"}):
+        volatile = is_a(target, str) and target.startswith(("/proc/", "/sys/", "/dev/"))
+        if type(target) is int or not (volatile or {*mode} & {*"wax+"}):
             return ""  # what is only read is the same for every run
-    if is_a(thing, PurePath):
-        thing = PurePath.__str__(thing)
-    if not is_a(thing, str, bytes, tuple):
-        thing = type_name(type(thing))
-    return f"{_WATCHED[event]} {thing if type(thing) is str else repr(thing)}"
+    if is_a(target, PurePath):
+        target = PurePath.__str__(target)
+    if not is_a(target, str, bytes, tuple):
+        target = type_name(type(target))
+    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}"

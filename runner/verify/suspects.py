@@ -60,10 +60,8 @@ _VARIABLE = re.compile(r"os\.environ\['(.*)'\]", re.DOTALL)
 
 
 def _setting(name: str) -> _Setting:
-    variable = _VARIABLE.fullmatch(name)
-    return (
-        _SETTINGS[name] if variable is None else (partial(os.environ.get, variable[1]), partial(_export, variable[1]))
-    )
+    match = _VARIABLE.fullmatch(name)
+    return (partial(os.environ.get, match[1]), partial(_export, match[1])) if match else _SETTINGS[name]
 
 
 def _export(variable: str, value: str | None) -> None:
@@ -73,15 +71,16 @@ def _export(variable: str, value: str | None) -> None:
 
 def settings() -> dict[str, str]:
     """Settings of the whole process in words; of environment variables their digests."""
-    values = {name: str(read()) for name, (read, _) in _SETTINGS.items()}
-    environment = {f"os.environ[{key!r}]": fingerprint.describe(value) for key, value in [*os.environ.items()]}
-    digests = {name: fingerprint.short_digest(str(words).encode()) for name, words in environment.items()}
-    return {f"{PROCESS}{name}": words for name, words in (values | digests).items()}
+    values = {f"{PROCESS}{name}": str(read()) for name, (read, _) in _SETTINGS.items()}
+    for key, value in [*os.environ.items()]:
+        digest = fingerprint.short_digest(str(fingerprint.describe(value)).encode())
+        values[f"{PROCESS}os.environ[{key!r}]"] = digest
+    return values
 
 
-def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> None:
+def take(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path) -> None:
     """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
-    places = memory.places(objects, saved)
+    places = memory.places(objects, state)
     copies: dict[str, Any] = {}
     for path in paths:
         place = places.get(path, Place(path, None, "setting", path.removeprefix(PROCESS)))
@@ -96,11 +95,11 @@ def take(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Pat
     file.write_bytes(pickle.dumps(copies))
 
 
-def put(paths: Iterable[str], objects: Mapping[str, Any], saved: Any, file: Path) -> list[str]:
+def put(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path) -> list[str]:
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
     copies, possible = pickle.loads(file.read_bytes()), []
     for path in [path for path in paths if path in copies]:
-        places = memory.places(objects, saved)  # anew: the values before may have made other places
+        places = memory.places(objects, state)  # anew: the values before may have made other places
         holder, kind, key, data = copies[path]
         try:
             _assign(places[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), places).load())
@@ -172,12 +171,12 @@ def _table(holder: Any, kind: str) -> Any:
         return vars(holder)
     if kind == "keyword":
         return holder.__kwdefaults__
-    held = memory.dict_of(holder)
-    return held[kind] if kind.startswith("_") else held  # _parameters of a module
+    attributes = memory.dict_of(holder)
+    return attributes[kind] if kind.startswith("_") else attributes  # _parameters of a module
 
 
 def _store(table: Any, key: Any, value: Any) -> None:
-    base = next(kind for kind in (OrderedDict, dict, list) if is_a(table, kind))
+    base = fingerprint.base_of(table, OrderedDict, dict, list)
     old = list.__getitem__(table, key) if base is list else dict.get(table, key)
     if not _transfer(old, value):
         base.__setitem__(table, key, value)
@@ -210,8 +209,7 @@ def _transfer_items(old: Any, new: Any) -> bool:
             old_value = before[id(key)]
             kind.__setitem__(old, key, old_value if _transfer(old_value, value) else value)
     elif is_a(old, list, deque, bytearray, set):
-        base: Any = next(kind for kind in (list, deque, bytearray, set) if is_a(old, kind))
-        values: Any = new
+        base, values = fingerprint.base_of(old, list, deque, bytearray, set), new
         if is_a(old, list) and len(old) == len(new):
             pairs = zip(list.__iter__(old), list.__iter__(new), strict=True)
             values = [mine if _transfer(mine, value) else value for mine, value in pairs]
@@ -230,12 +228,12 @@ def _set_marks(model: Any, mark: str, values: Any) -> None:
         for path, module in memory.modules_of(model).items():
             module.training = path not in values
         return
-    named = dict(memory.parameters_of(model))
-    for name, parameter in named.items():
+    parameters = dict(memory.parameters_of(model))
+    for name, parameter in parameters.items():
         if mark == FROZEN:
             parameter.requires_grad_(name not in values)
         elif mark == GRADIENTS:
             parameter.grad = values.get(name)
         elif name in values:
             path, _, key = name.rpartition(".")
-            memory.dict_of(model.get_submodule(path))["_parameters"][key] = named[values[name]]
+            memory.dict_of(model.get_submodule(path))["_parameters"][key] = parameters[values[name]]

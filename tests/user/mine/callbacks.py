@@ -1,7 +1,10 @@
 """Callbacks that a user might write."""
 
 import os
+import sys
 import threading
+
+import torch
 
 from mine.tasks import first
 from runner.callbacks.base import Callback
@@ -151,6 +154,23 @@ class FailsToMirror(Callback):
     def on_commit(self, step):
         if step == self.step:
             raise StorageError("the mirror is full")
+
+
+class Exits(Callback):
+    """Calls sys.exit at a moment."""
+
+    def __init__(self, *, at):
+        setattr(self, at, lambda *_: sys.exit("enough"))
+
+
+class Measures(Callback):
+    """Adds a metric that is no tensor of shape []."""
+
+    def __init__(self, *, shape=None):
+        self.value = 0.5 if shape is None else torch.ones(*shape)
+
+    def on_step(self, loop):
+        loop.metrics = {**loop.metrics, "mine": self.value}
 
 
 class Nothing(Callback):

@@ -53,6 +53,14 @@ class Centres(MLP):
         return super().forward(x - self.mean)
 
 
+class Shared(MLP):
+    """Has a saved buffer whose elements are all the same bytes."""
+
+    def __init__(self, inputs, **how):
+        super().__init__(inputs=inputs, **how)
+        self.register_buffer("mean", torch.zeros(1).expand(inputs))
+
+
 class Normed(MLP):
     """Takes running averages of what it sees from it, as a batch norm does."""
 
