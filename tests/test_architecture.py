@@ -37,6 +37,7 @@ DOORS = {
     "pyarrow": {"shards"},
     "pandas": {"api"},
     "sklearn": {"datasets"},
+    "reasoning_gym": {"datasets"},
 }
 
 
