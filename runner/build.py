@@ -185,6 +185,12 @@ def _model(node: Any) -> nn.Module:
             f"model: {', '.join(shapeless)} of lazy modules have no shape yet, and without one no checkpoint can be "
             "loaded: give the sizes, or call the model on zeros at the end of its constructor"
         )
+    scripts = (name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule))
+    if (script := next(scripts, None)) is not None:
+        raise ConfigError(
+            f"model{'.' * bool(script)}{script} is a TorchScript module, whose buffers cannot be restored: give the "
+            "module as it was before torch.jit, and runtime.compile=true for speed; script the exported weights later"
+        )
     return model
 
 

@@ -156,6 +156,11 @@ MISTAKES = {
         "~model",
         "+model={_target_:torch.nn.LazyLinear,out_features:10}",
     ),
+    "a script": smoke(
+        "model.0 is a TorchScript module",
+        "~model",
+        "+model={_target_:torch.nn.Sequential,_args_:[{_target_:torch.jit.script,obj:{_target_:torch.nn.Identity}}]}",
+    ),
     "no target": smoke("model needs a _target_", "~model._target_"),
     "remote root": smoke("run.root=nosuch://...: no kind of storage for runs", "run.root=nosuch://b/x"),
     "unquoted": smoke("needs quotes: 'run.root=\"~/x\"'", "run.root=~/x"),
