@@ -4,9 +4,9 @@ All modules by layer, the highest first. A module imports only from lower layers
 layer, there are no import cycles. Few modules import any given third-party package. ``tests/test_architecture.py``
 checks the code against this map.
 
-Where to look first: ``trainer`` (the loop), ``data/order`` (which sample comes next), ``state`` (what a resume
-restores), ``config/identity`` (which commands name the same run), ``callbacks/saving`` (when a checkpoint is made),
-``checkpoint/store`` (what a commit is, and which checkpoints are kept), ``app`` (from a SIGTERM to the exit),
+Where to look first: ``trainer`` (the loop), ``data/order`` and ``data/plan`` (which sample comes next), ``state`` (what
+a resume restores), ``config/identity`` (which commands name the same run), ``callbacks/saving`` (when a checkpoint is
+made), ``checkpoint/store`` (what a commit is, and which checkpoints are kept), ``app`` (from a SIGTERM to the exit),
 ``metrics/writer`` and ``metrics/service`` (a logger of your own, such as MLflow), ``verify/proof`` (from a command to a
 verdict).
 

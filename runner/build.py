@@ -257,7 +257,9 @@ def make_callbacks(
     callbacks["checkpoint"] = SaveCheckpoint(
         CheckpointStore(location, team.channel("writer")),
         SaveTimer(checkpoint.every_steps, checkpoint.every_seconds, checkpoint.every is Every.auto),
-        Retention(checkpoint.keep_last, checkpoint.keep_every_steps, checkpoint.keep_best, mode),
+        Retention(
+            last=checkpoint.keep_last, every_steps=checkpoint.keep_every_steps, best=checkpoint.keep_best, mode=mode
+        ),
         attempt=number,
         identity=spec.identity,
         owner=attempt,

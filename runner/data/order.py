@@ -1,6 +1,9 @@
 """The order of samples: which sample is at which place of an epoch, as a pure function of (seed, epoch, place).
 
-No other module decides the order. ``Plan.order`` chooses among these, and may stack them:
+``Plan.order`` chooses among these, and may stack them; an iterable of the user's has its own order
+(``data.iterable``). A *position* counts the samples of a run from its start, a *place* those of an epoch; an *index* is
+the argument of ``__getitem__``. ``Plan`` maps positions to places, an order places to indices, and a resume continues
+at the first position that was not trained (``data.stream``).
 
     PermutationOrder    a permutation of all samples; the identity without ``shuffle``
     WeightedOrder       samples as often as their weights say, which may change from epoch to epoch

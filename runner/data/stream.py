@@ -133,7 +133,7 @@ class MapStyleStream(TrainingStream):
         self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
         self._probe_awaited = False  # the first item of the loader is the answer of a worker to the probe
-        self._ahead: FetchedBatch | None = None
+        self._prefetched: FetchedBatch | None = None
         self._step: tuple[int, int, StepSamples] | None = None  # the current one: first position, positions, samples
 
     @property
@@ -150,7 +150,7 @@ class MapStyleStream(TrainingStream):
 
     def open(self) -> None:
         self.close()
-        self._ahead = None
+        self._prefetched = None
         world = self.plan.world
         self._steps, prefetched = tee(self.plan.steps(self.consumed, self._fetcher.order))
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
@@ -175,9 +175,9 @@ class MapStyleStream(TrainingStream):
             assert self._probe_digests is not None
             probe.require_equal(self._fetcher, self._probe_digests, next(self._loader), "sample-per-process")
             self._probe_awaited = False
-        if self._ahead is None and self.automatic:
+        if self._prefetched is None and self.automatic:
             self._loader.adapt()
-        self._ahead = self._ahead or self._next()
+        self._prefetched = self._prefetched or self._next()
 
     def step(self) -> Iterator[tuple[float, Any]]:
         self.ready()
@@ -186,7 +186,7 @@ class MapStyleStream(TrainingStream):
         own = slices[self.plan.world.rank :: self.plan.world.size]
         digest, substitutions, self._step = 0, "", None
         for number, piece in enumerate(own, 1):
-            fetched, self._ahead = self._ahead or self._next(), None
+            fetched, self._prefetched = self._prefetched or self._next(), None
             if fetched.failure:
                 raise DataError(f"data.train: {fetched.failure}")
             assert fetched.first == piece.first, f"the loader delivered {fetched.first} where {piece.first} was due"

@@ -1,7 +1,7 @@
 """The base class of metric writers, and the writers of an attempt as a group.
 
 TensorBoard's event files and the JSON lines are the two writers of every run. A service outside, such as MLflow, has a
-``ServiceWriter`` (``metrics.service``). To write in another way, name a subclass of ``MetricWriter`` in the
+``ServiceWriter`` (``metrics.service``). To write elsewhere, name a subclass of ``MetricWriter`` in the
 configuration: ``metrics.writers.mine: {_target_: my_module.MyWriter}``.
 """
 
