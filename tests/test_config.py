@@ -125,10 +125,6 @@ MISTAKES = {
         "optimizer=adamw",
         "optimizer._target_=torch.optim.SGD",
     ),
-    "sets beside the set of the option": smoke(
-        "'clean'. If an option gave it, which Hydra merges with your data.validation, give its whole group without",
-        "+data.validation.clean={_target_:runner.datasets.digits.Digits,split:validation}",
-    ),
     "a scheduler that wants a metric": smoke(
         "ReduceLROnPlateau steps by the objective: set data.validation and objective.metric",
         "~scheduler",

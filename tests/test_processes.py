@@ -230,7 +230,9 @@ def test_another_number_of_processes_has_the_same_samples(life: Lives, crew: Cre
         ended = crew(size, *command, "run.name=hops", layout, step=cut)
     finished(ended)
     assert "moved    processes 2 -> 4" in ended.output
-    assert "1 x 4 processes (replicas x slices), 0 repeated layers; each takes 1 micro-batch of 16" in ended.output
+    assert (
+        "1 x 4 processes (replicas x slices), 0 repeated layers; each process takes 1 micro-batch of 16" in ended.output
+    )
     alone, hops_ = folder(tmp_path, "one"), folder(tmp_path, "hops")
     assert ledger(hops_) == ledger(alone)
     proof = audit(RunDirectory.at(str(hops_)))
