@@ -314,7 +314,7 @@ more = ("torch.distributed", "torch.nn.parallel", "torch._dynamo")
 assert not [name for name in {*sys.modules} - before if name.startswith(more)]
 assert main() == 0
 ours = {name.removeprefix("runner.distributed.") for name in sys.modules if name.startswith("runner.distributed.")}
-assert ours == {"communicator", "outside", "team", "watchdog", "world"}, ours
+assert ours == {"communicator", "outside", "watchdog", "world"}, ours
 """
     command = [sys.executable, "-c", code, "experiment=smoke", "trainer.max_steps=2", f"run.root={tmp_path}"]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(USER.parent.parent)})
