@@ -65,7 +65,8 @@ def test_c_code_that_keeps_the_lock_is_ended_from_outside(life: Lives, tmp_path:
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.campaign)])
 def test_a_stuck_worker_says_where_it_is(method: str, life: Lives, tmp_path: Path) -> None:
-    more = ("runtime.num_workers=2", f"runtime.start_method={method}", "runtime.timeout=8")
+    timeout = {"fork": 8, "spawn": 30}[method]  # longer than workers take to start, which import torch
+    more = ("runtime.num_workers=2", f"runtime.start_method={method}", f"runtime.timeout={timeout}")
     ended = run(life, tmp_path, *stuck("lock", tmp_path), *more)
     assert ended.status == 1, ended.output
     assert len(re.findall(r"process .* is at .*mine/stalls.py:\d+ in stuck", reason(tmp_path))) == 1, ended.output
