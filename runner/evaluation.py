@@ -188,10 +188,8 @@ def _aggregate(
     task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
 ) -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
-    totals, polls = (
-        _Totals(),
-        _interruption_points(len(data) + 1, team, before),
-    )  # the last one before the end of the data is seen
+    totals = _Totals()
+    polls = _interruption_points(len(data) + 1, team, before)  # the last one before the end of the data is seen
     measure = partial(_measure, totals, polls, task, model, data)
     if any(map(is_distributed, model.parameters())):
         measure()

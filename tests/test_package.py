@@ -86,6 +86,8 @@ def test_the_schema_accepts_experiments_of_users(file: Path) -> None:
         ({"trainer": {"max_stepps": 1}}, "trainer"),
         ({"trainer": {"precision": "fp8"}}, "trainer.precision"),
         ({"data": {"batch_size": "many"}}, "data.batch_size"),
+        ({"runtime": {"num_workers": "many"}}, "runtime.num_workers"),
+        ({"runtime": {"num_workers": -1}}, "runtime.num_workers"),
         ({"trainr": {}}, ""),
     ],
 )
@@ -99,3 +101,4 @@ def test_the_schema_explains_keys_and_allows_interpolations() -> None:
     assert "batch_size" in schema["properties"]["data"]["properties"]
     assert "samples per optimizer step" in json.dumps(schema)
     assert not schema_errors({"trainer": {"max_steps": "${params.steps}"}, "hydra": {}, "defaults": []})
+    assert not any(schema_errors({"runtime": {"num_workers": value}}) for value in (0, 4, "auto", "${params.workers}"))

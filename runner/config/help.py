@@ -18,6 +18,7 @@ from runner.errors import ConfigError
 
 _KINDS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{|^\?\?\?$"}
+_NUMBER_OR_AUTO = {"anyOf": [_INTERPOLATION, {"type": "integer", "minimum": 0}, {"const": "auto"}]}
 _KEY = re.compile(r"( *)(\w+):(?: (?P<value>[^#]*?))?(?: *# (?P<comment>.*))?")
 
 
@@ -103,6 +104,8 @@ def _json_type(kind: Any, key: str, comments: Mapping[str, str]) -> dict[str, An
         path = f"{key}." if key else ""
         inner = {name: _json_type(each, f"{path}{name}", comments) for name, each in get_type_hints(kind).items()}
         return {**about, "type": "object", "properties": inner, "additionalProperties": False}
+    if key == "runtime.num_workers":  # ``Any``, because OmegaConf 2.3 cannot merge ``int | str``
+        return {**about, **_NUMBER_OR_AUTO}
     if kind is Any:
         return about
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -28,6 +28,7 @@ MAX_SUBSTITUTES = 8  # samples that are tried in place of a bad record
 _READS = 8  # of which the time on a core is measured once, because that clock is slow on some systems
 _BLOCK = 4096  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
+_PAUSES = (*_RETRY_PAUSES, None)  # after each read of a sample; None: after the last
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
 _COLLATE = "set data.collate to a function that makes a batch of a list of them"
@@ -81,7 +82,7 @@ class FetchedBatch(NamedTuple):
     digest: int = 0
     bad: tuple[BadRecord, ...] = ()
     failure: str = ""
-    time: "ReadTime | None" = None
+    time: ReadTime | None = None
 
 
 class _Block(NamedTuple):
@@ -231,8 +232,9 @@ class Fetcher(Dataset[Any]):
 
     def _row(self, position: int, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
         """The sample of a position, or its substitute. Raises _NoSubstituteError."""
-        candidate = self.substitutions.get(position, index)
-        cause = "" if position not in self.substitutions else "replaced when this step was done before"
+        candidate, cause = index, ""
+        if position in self.substitutions:
+            candidate, cause = self.substitutions[position], "replaced when this step was done before"
         for attempt in range(1 + MAX_SUBSTITUTES * self.substitute):
             try:
                 row = self.sample(candidate, key, seed)
@@ -251,7 +253,7 @@ class Fetcher(Dataset[Any]):
 
     def sample(self, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
         """A sample, drawn after ``seed(key)``, and drawn again after an error that may pass."""
-        for pause in (*_RETRY_PAUSES, None):
+        for pause in _PAUSES:
             if seed is not None:
                 seed(key)
             try:

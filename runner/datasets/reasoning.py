@@ -31,8 +31,8 @@ class ReasoningGym:
             raise ConfigError(f"reasoning-gym cannot make data.*.name={name} with {options}: {error}") from error
         self._name, self._size, self._seed, self._end = name, size, seed, end
         self._validation, self._held_out = split == "validation", held_out
-        what = [split, size, seed, held_out, end, options, version("reasoning-gym")]
-        self.fingerprint = f"{name} {json_digest(what, sort_keys=True)}"
+        arguments = [split, size, seed, held_out, end, options, version("reasoning-gym")]
+        self.fingerprint = f"{name} {json_digest(arguments, sort_keys=True)}"
 
     def __len__(self) -> int:
         return self._size

@@ -407,8 +407,8 @@ class Watchdog:
         if last and last.host == _HOST and not _lives(last.pid):
             self._blame(self._next, f"{process} died.")
         elif silent > self._timeout:
-            overdue = "has shown no sign of life" if beat else "has not come"
-            self._blame(self._next, f"{process} {overdue} for {silent:.0f} s ({_TIMEOUT}).")
+            fault = "has shown no sign of life" if beat else "has not come"
+            self._blame(self._next, f"{process} {fault} for {silent:.0f} s ({_TIMEOUT}).")
 
     def _judge(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""
