@@ -78,9 +78,9 @@ class Short(Batched):
 
 
 def fetcher(samples: Any, *, randomness: str = "sample", audit: bool = True) -> Fetcher:
-    made = Fetcher(samples, Plan(N, 1, BATCH, randomness=randomness), label="train")
-    examine(made, LoaderOptions(), audit=audit)
-    return made
+    reader = Fetcher(samples, Plan(N, 1, BATCH, randomness=randomness), label="train")
+    examine(reader, LoaderOptions(), audit=audit)
+    return reader
 
 
 def batches(samples: Any, workers: int = 0, randomness: str = "sample") -> list[Any]:
@@ -99,10 +99,10 @@ def batches(samples: Any, workers: int = 0, randomness: str = "sample") -> list[
 @pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
 def test_a_batch_is_one_call(randomness: str, audit: bool) -> None:
     samples = Batched()
-    made = fetcher(samples, randomness=randomness, audit=audit)
+    reader = fetcher(samples, randomness=randomness, audit=audit)
     samples.calls.clear()
-    slice_ = next(iter(made.plan.steps(0, made.order)))[0]
-    assert len(made[slice_].batch) == BATCH
+    slice_ = next(iter(reader.plan.steps(0, reader.order)))[0]
+    assert len(reader[slice_].batch) == BATCH
     assert [len(call) for call in samples.calls] == [BATCH]
 
 
@@ -131,17 +131,17 @@ def test_a_data_set_of_hugging_face_is_read_by_batch(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
-    made = datasets.Dataset.from_dict({"x": [[i, 2 * i] for i in range(N)], "y": [*range(N)]}).with_format("torch")
+    dataset = datasets.Dataset.from_dict({"x": [[i, 2 * i] for i in range(N)], "y": [*range(N)]}).with_format("torch")
 
     class OneByOne:
         def __len__(self) -> int:
             return N
 
         def __getitem__(self, index: int) -> Any:
-            return made[index]
+            return dataset[index]
 
-    assert fetcher(made).by_batch
-    for batch, other in zip(batches(made), batches(OneByOne()), strict=True):
+    assert fetcher(dataset).by_batch
+    for batch, other in zip(batches(dataset), batches(OneByOne()), strict=True):
         assert torch.equal(batch["x"], other["x"])
         assert torch.equal(batch["y"], other["y"])
         assert batch["x"].dtype == other["x"].dtype

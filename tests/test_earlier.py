@@ -26,9 +26,9 @@ def test_a_run_of_an_earlier_version_is_resumed(life: Lives, tmp_path: Path, exp
     assert "attempt  2, resumed from step 9 of attempt 1" in train(life, experiment, tmp_path, "cut")
     train(life, experiment, tmp_path, "scratch")
     resumed = results(tmp_path / experiment / "cut")
-    others = [results(tmp_path / experiment / name) for name in ("scratch", "finished")]
+    references = [results(tmp_path / experiment / name) for name in ("scratch", "finished")]
     of_torch = set() if torch.__version__.startswith(earlier.TORCH) else {"parts"}
-    assert not [*filter(None, ({*resumed.differences(other)} - of_torch for other in others))]
+    assert not [*filter(None, ({*resumed.differences(other)} - of_torch for other in references))]
 
 
 def test_a_finished_run_of_an_earlier_version_is_left_alone(life: Lives, tmp_path: Path) -> None:
