@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,32 @@ from runner.run.attempts import Attempt
 # them ignore the end of the session.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+CAMPAIGN_END = "RUNNER_CAMPAIGN_END"  # set here for the processes of pytest-xdist, in seconds since 1970
+
+
+def pytest_configure() -> None:
+    """The time for the campaigns counts from the start of the first process of pytest."""
+    if minutes := os.environ.get("RUNNER_CAMPAIGN_MINUTES"):
+        os.environ.setdefault(CAMPAIGN_END, str(time.time() + 60 * float(minutes)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a limit of time, the first campaign of each file comes before the second of any."""
+    if CAMPAIGN_END in os.environ:
+        turns: Counter[Path] = Counter()
+        turn = {}
+        for item in items:
+            turn[item] = turns[item.path]
+            turns[item.path] += "cluster" not in getattr(item, "fixturenames", ())  # one cluster for all its tests
+        items.sort(key=turn.__getitem__)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No campaign starts after the end of the time for campaigns."""
+    if item.get_closest_marker("campaign") and time.time() > float(os.environ.get(CAMPAIGN_END, "inf")):
+        pytest.skip("the time for the campaigns is over (RUNNER_CAMPAIGN_MINUTES)")
 
 
 @pytest.fixture(scope="session", autouse=True)
