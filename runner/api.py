@@ -152,15 +152,16 @@ def train(
     raise error(f"the run ended with status {process.returncode}:\n" + "".join(last))
 
 
-def table(root: str | Path = "outputs") -> "DataFrame":
+def table(root: str | Path = "outputs", storage_options: Mapping[str, Any] | None = None) -> "DataFrame":
     """The runs under a root as a pandas DataFrame, the best first: status, objective, and a column for each parameter
-    in which they differ and for each metric of their results. Raises ConfigError without runs, or without pandas.
+    in which they differ and for each metric of their results. ``storage_options`` are those of fsspec for a URL. Raises
+    ConfigError without runs, or without pandas.
     """
     try:
         import pandas
     except ImportError as error:
         raise ConfigError("runner.table needs pandas: pip install pandas, or the extra pandas") from error
-    comparison = compare_runs(str(root), lambda run: True)
+    comparison = compare_runs(str(root), lambda run: True, storage_options)
     rows: dict[str, dict[str, Any]] = {}
     for run in comparison["runs"]:
         values = {key: run[key] for key in ("status", "step", "objective", "attempts")}
