@@ -1,6 +1,5 @@
 """``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ class Rollouts:
     dropped: Sequence[int] = ()
 
 
-class Task(ABC):
+class Task:
     """One way to turn a batch into a loss and metrics.
 
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
@@ -82,7 +81,7 @@ class Task(ABC):
     reference: nn.Module | None = None
     rollouts: Rollouts | None = None
 
-    def setup(self, model: nn.Module, device: torch.device) -> None:  # noqa: B027  # most tasks need nothing
+    def setup(self, model: nn.Module, device: torch.device) -> None:
         """Make what the task needs besides the model: a teacher, a critic, reference weights.
 
         Called once in every attempt and process, when the model is built, in training mode and on the device; before it
@@ -102,11 +101,11 @@ class Task(ABC):
         if Task.sink is not None:
             Task.sink(name, value)
 
-    @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one micro-batch; the one called ``"loss"`` is minimised. An output of Hugging Face's models
-        will do, for its ``loss``.
+        will do, for its ``loss``. Needless where ``optimization_step`` and ``evaluation_step`` are the task's own.
         """
+        raise TaskError(f"{type(self).__name__} has no training_step(self, model, batch), which gives the loss")
 
     def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one evaluation batch, without gradients. By default those of training.

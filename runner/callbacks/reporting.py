@@ -265,7 +265,7 @@ class ShowProgress(Callback):
             return
         if self._bar is not None:
             self._bar.clear()
-        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if isinstance(n, float))
+        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if not isinstance(n, str))
         log.info("step %d: %s", loop.step, numbers)
         if self._bar is not None:
             self._bar.refresh()
