@@ -289,8 +289,8 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if parts.state.schedulers("evaluation"):
             callbacks["schedule"] = StepSchedule()
         stopping = trainer.early_stopping
-        if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta)
+        if stopping.patience is not None or stopping.target is not None:
+            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta, stopping.target)
     return callbacks
 
 

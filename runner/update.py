@@ -113,6 +113,8 @@ class WeightUpdate:
 
     def _require_apply(self, *_: Any) -> None:
         """Hook: an optimizer steps. Raises TaskError if the task calls it itself and something would be left out."""
+        if not self.is_of_task:
+            return
         settings = {
             "trainer.clip_norm": self.clip_norm is not None,
             "trainer.ema_decay": self.average is not None,
@@ -120,7 +122,7 @@ class WeightUpdate:
             "trainer.on_nonfinite=skip": self.skip_nonfinite,
             "the sum of gradients over several processes": bool(self.parallelism.description),
         }
-        if self.is_of_task and any(settings.values()):
+        if any(settings.values()):
             left_out = ", ".join(name for name, is_set in settings.items() if is_set)
             raise TaskError(
                 f"the task calls step() of an optimizer itself, which leaves out {left_out}. Call update.step(loss), "
