@@ -170,6 +170,8 @@ class _Walk:
                 if module.__name__ not in done:
                     done.add(module.__name__)
                     self._namespace(root, module)
+        for name in [name for name in sys.modules if name not in done and is_users(name)]:  # imported in functions
+            self._namespace("task", sys.modules[name])
         for name in _PATCHED:
             if name in sys.modules:
                 self._exchanged(sys.modules[name], vars(sys.modules[name]), name, "")

@@ -6,8 +6,10 @@ sees them in the undisturbed run, and notes the line of the user's that asked.
 
 import functools
 import inspect
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -25,8 +27,12 @@ _ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
+_STARTS = ("_thread.start_new_thread", "_thread.start_joinable_thread")
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
-_WATCHED = _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
+UNTRIED = {"socket.gethostname": "the host name", **dict.fromkeys(_STARTS, "a timer of")}
+_WATCHED = (
+    UNTRIED | _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
+)
 
 
 def sources(value: Any) -> Sources:
@@ -123,6 +129,15 @@ class Watch:
         self._busy = False
         sys.addaudithook(self._hook)
 
+    def lasting(self) -> dict[str, str]:
+        """What was reached, the files last that are gone: they do not outlive the process."""
+
+        def gone(item: tuple[str, str]) -> bool:
+            kind, _, file = item[0].partition("the file ")
+            return not kind and not os.path.exists(file)
+
+        return dict(sorted(self.reached.items(), key=gone))
+
     def close(self) -> None:
         """See no more; python has no way to take a hook away."""
         self._busy = True
@@ -141,6 +156,9 @@ class Watch:
 
 
 def _reached(event: str, arguments: tuple[Any, ...]) -> str:
+    if event in _STARTS:
+        thread = getattr(arguments[0], "__self__", None)
+        return f"{_WATCHED[event]} {float(thread.interval)} s" if type(thread) is threading.Timer else ""
     target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
@@ -151,4 +169,4 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
         target = PurePath.__str__(target)
     if not is_a(target, str, bytes, tuple):
         target = type_name(type(target))
-    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}"
+    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}".strip()
