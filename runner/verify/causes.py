@@ -44,7 +44,7 @@ _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and 
 
 # A line has the kind of a cause, in parentheses its variant, and the description; the next line has the remedy.
 _TEXTS = f"""
-hash: hash() of a text, id() of an object or the order of a set is used in training: they differ from process to process
+hash: hash() of a text or the order of a set, or id() of an object, is used: they differ from process to process
     sort a set before its elements are used, by names and not by id(), and use hashlib or zlib.crc32 instead of hash()
 pid: the number of the process (os.getpid) is used in training
     use the configuration's seed instead of the pid

@@ -67,7 +67,7 @@ def of_value(value: Any) -> str:
     """
     if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
         array = np.ascontiguousarray(value)
-        return f"{array.dtype}{[*array.shape]} {digest(memoryview(array.reshape(-1).view(np.uint8)))}"
+        return f"{array.dtype}{[*array.shape]} {digest(array.reshape(-1).view(np.uint8).data)}"
     if isinstance(value, torch.Tensor):
         whole: torch.Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
         tensor = whole.detach().cpu()

@@ -27,12 +27,11 @@ _ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
-_STARTS = ("_thread.start_new_thread", "_thread.start_joinable_thread")
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
-UNTRIED = {"socket.gethostname": "the host name", **dict.fromkeys(_STARTS, "a timer of")}
-_WATCHED = (
-    UNTRIED | _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
-)
+UNTRIED = ("the host name", "a timer with an interval of")  # what no proof of a minute on one machine can change
+_WATCHED = {"socket.gethostname": UNTRIED[0], "timer": UNTRIED[1], "sqlite3.connect": "the database"}
+_WATCHED |= _STORES | _OTHERS
+_WATCHED |= {"os.remove": "the file", "os.rename": "the file"}
 
 
 def sources(value: Any) -> Sources:
@@ -128,6 +127,7 @@ class Watch:
         self.reached: dict[str, str] = {}
         self._busy = False
         sys.addaudithook(self._hook)
+        threading.Timer.start = _start  # type: ignore[assignment, method-assign]
 
     def lasting(self) -> dict[str, str]:
         """What was reached, the files last that are gone: they do not outlive the process."""
@@ -155,10 +155,12 @@ class Watch:
             self._busy = False
 
 
+def _start(timer: threading.Timer) -> None:
+    sys.audit("timer", timer.interval)
+    threading.Thread.start(timer)
+
+
 def _reached(event: str, arguments: tuple[Any, ...]) -> str:
-    if event in _STARTS:
-        thread = getattr(arguments[0], "__self__", None)
-        return f"{_WATCHED[event]} {float(thread.interval)} s" if type(thread) is threading.Timer else ""
     target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
@@ -167,6 +169,6 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
             return ""  # what is only read is the same for every run
     if is_a(target, PurePath):
         target = PurePath.__str__(target)
-    if not is_a(target, str, bytes, tuple):
+    if not is_a(target, str, bytes, tuple, int, float):
         target = type_name(type(target))
     return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}".strip()
