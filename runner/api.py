@@ -152,15 +152,16 @@ def train(
     raise error(f"the run ended with status {process.returncode}:\n" + "".join(last))
 
 
-def table(root: str | Path = "outputs") -> "DataFrame":
+def table(root: str | Path = "outputs", storage_options: Mapping[str, Any] | None = None) -> "DataFrame":
     """The runs under a root as a pandas DataFrame, the best first: status, objective, and a column for each parameter
-    in which they differ and for each metric of their results. Raises ConfigError without runs, or without pandas.
+    in which they differ and for each metric of their results. ``storage_options`` are those of fsspec for a URL. Raises
+    ConfigError without runs, or without pandas.
     """
     try:
         import pandas
     except ImportError as error:
         raise ConfigError("runner.table needs pandas: pip install pandas, or the extra pandas") from error
-    comparison = compare_runs(str(root), lambda run: True)
+    comparison = compare_runs(str(root), lambda run: True, storage_options)
     rows: dict[str, dict[str, Any]] = {}
     for run in comparison["runs"]:
         values = {key: run[key] for key in ("status", "step", "objective", "attempts")}
@@ -170,17 +171,22 @@ def table(root: str | Path = "outputs") -> "DataFrame":
 
 
 def _literal(value: Any) -> str:
-    """A value as Hydra's grammar writes it."""
+    """A value as Hydra's grammar writes it; numbers and arrays of numpy and torch as those of Python."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_literal(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return "[" + ",".join(map(_literal, value)) + "]"
     if isinstance(value, str | Path):
         text = str(value)
         return text if _WORD.fullmatch(text) else QuotedString(text, Quote.double).with_quotes()
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if not isinstance(value, int | float):
+        kind = type(value).__qualname__
+        raise ConfigError(f"{value!r} is a {kind}; expected a number, a text, a path, a list or a mapping of them")
+    return repr(value)
 
 
 def _follow(process: "subprocess.Popen[str]", *, quiet: bool) -> deque[str]:

@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -48,6 +47,7 @@ from runner.optimizers import (
     matching,
     require_plain_step,
     settings_of,
+    step_error,
 )
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -139,15 +139,14 @@ def _data(
     """The training data with its plan, and the sets of validation and test data."""
     data, runtime = config.data, config.runtime
     loading = loader_options(runtime, pin_memory=device.type == "cuda")
-    collate = None if data.collate is None else instance(data.collate, "data.collate", _partial_=True)
+    collate = _collate(data.collate, "data.collate")
     train = instance(data.train, "data.train")
     if data.overfit is not None:
         train = head(require_map_style(train, "data.train"), data.overfit)
     weighted = data.weights is not None and data.overfit is None
     weights = instance(data.weights, "data.weights", _partial_=True) if weighted else None
     stream, plan = training_data(config, train, loading, device, collate, world, weights)
-    if data.evaluation_collate is not None:
-        collate = instance(data.evaluation_collate, "data.evaluation_collate", _partial_=True)
+    collate = _collate(data.evaluation_collate, "data.evaluation_collate") or collate
 
     def evaluation_data(node: Any, key: str) -> EvaluationData:
         held_out = require_map_style(train if data.overfit is not None else instance(node, key), key)
@@ -290,8 +289,8 @@ def _evaluation_callbacks(config: Config, parts: Parts) -> dict[str, Callback]:
         if parts.state.schedulers("evaluation"):
             callbacks["schedule"] = StepSchedule()
         stopping = trainer.early_stopping
-        if stopping.patience is not None:
-            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta)
+        if stopping.patience is not None or stopping.target is not None:
+            callbacks["early_stopping"] = EarlyStopping(mode, stopping.patience, stopping.min_delta, stopping.target)
     return callbacks
 
 
@@ -317,6 +316,13 @@ def instance(node: Any, key: str, *arguments: Any, kind: type = object, **option
     return built
 
 
+def _collate(node: Any, key: str) -> Any:
+    """A function of the samples, or an object that is called with them, as collators of transformers are; or None."""
+    maker = None if node is None else instance(node, key, _partial_=True)
+    kind = getattr(maker, "func", None)
+    return instance(node, key) if any("__call__" in vars(base) for base in getattr(kind, "__mro__", ())) else maker
+
+
 def _is_by_name(node: Any) -> bool:
     """Whether a configuration has several optimizers or schedulers, by name."""
     inner = [*node.values()] if isinstance(node, DictConfig) and "_target_" not in node else []
@@ -328,7 +334,7 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     if not _is_by_name(node):
         return _optimizer(node, model, task, "optimizer", [*model.named_parameters()])
     if wrong := [name for name in map(str, node) if not name.isidentifier()]:
-        raise ConfigError(f"optimizer: {wrong[0]!r} is no name: use letters, digits and _")
+        raise ConfigError(f"optimizer: {wrong[0]!r} is not a name: use letters, digits and _")
     with_params = {str(name): plain_value(each, "params") if "params" in each else None for name, each in node.items()}
     shares = divide(model, with_params, task.divide(model))
     return Named({name: _optimizer(node[name], model, task, f"optimizer.{name}", shares[name]) for name in shares})
@@ -409,20 +415,11 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
             unit = interval or "step"
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
     scheduler = _construct(instance(node, key, _partial_=True, **options), optimizer, key)
-    if _step_takes(scheduler) or not _step_takes(scheduler, 0.0):
+    if not step_error(scheduler) or step_error(scheduler, 0.0):
         require_plain_step(scheduler, key)
         return scheduler, interval or "step"
     _require_objective(config, key, scheduler, interval)
     return scheduler, "evaluation"
-
-
-def _step_takes(scheduler: Any, *arguments: Any) -> bool:
-    """Whether ``scheduler.step`` takes these arguments."""
-    try:
-        signature(type(scheduler).step).bind(scheduler, *arguments)
-    except (AttributeError, TypeError):
-        return False
-    return True
 
 
 def _require_objective(config: Config, key: str, scheduler: Any, interval: str | None) -> None:

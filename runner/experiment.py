@@ -356,7 +356,9 @@ def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], com
         log.warning("data.test is not evaluated: step %d was the best, but %s", step, error)
         return {}
     report = parts.evaluator.measure(state)
-    log.info("test     step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items() if isinstance(v, float)))
+    log.info(
+        "test     step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items() if not isinstance(v, str))
+    )
     return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
 
 

@@ -193,19 +193,26 @@ def add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> 
     type(optimizer).add_param_group(optimizer, group)
 
 
+def step_error(instance: Any, *arguments: Any) -> Exception | None:
+    """Why ``instance.step`` does not take these arguments; None if it does."""
+    try:
+        signature(type(instance).step).bind(instance, *arguments)
+    except (AttributeError, TypeError) as error:
+        return error
+    return None
+
+
 def require_plain_step(instance: Any, key: str) -> None:
     """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
-    try:
-        signature(type(instance).step).bind(instance)
-    except (AttributeError, TypeError) as error:
+    if error := step_error(instance):
         path = f"{type(instance).__module__}.{type(instance).__qualname__}"
-        remedy = (
+        own = (
             ""
             if key.startswith("scheduler")
             else ". A task with an optimization_step of its own may call step(closure)"
         )
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}{own}"
         ) from error
 
 

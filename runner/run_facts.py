@@ -133,13 +133,18 @@ def refuse_unusable(url: str) -> Iterator[None]:
         raise StorageError(f"{url} has a value that cannot be used: {error!r:.300}") from error
 
 
-def map_runs(root: str, read: Callable[[str, RunFacts], T], unreadable: Callable[[RunSummary], T]) -> list[T]:
+def map_runs(
+    root: str,
+    read: Callable[[str, RunFacts], T],
+    unreadable: Callable[[RunSummary], T],
+    options: Mapping[str, Any] | None = None,
+) -> list[T]:
     """Call ``read`` with the path below the root and the facts of each run under it, in threads; for a run that cannot
-    be read call ``unreadable`` with a summary that says why.
+    be read call ``unreadable`` with a summary that says why. ``options`` are those of fsspec for the root.
 
     Raises ConfigError if there are no runs, and StorageError for the root.
     """
-    folders = {folder: at for folder, at in find_folders(root, _MARKER, own=FOLDERS).items() if folder != "."}
+    folders = {folder: at for folder, at in find_folders(root, _MARKER, options, own=FOLDERS).items() if folder != "."}
     if not folders:
         raise ConfigError(f"no runs under {root}; give the run.root of the runs you mean")
 
@@ -148,7 +153,7 @@ def map_runs(root: str, read: Callable[[str, RunFacts], T], unreadable: Callable
         location = folders[folder]
         try:
             with refuse_unusable(location.url):
-                return read(folder, RunFacts(RunDirectory(root, experiment, variant, location)))
+                return read(folder, RunFacts(RunDirectory(root, experiment, variant, location, options)))
         except RunnerError as error:
             url = printable(location.url)
             reason = str(error).replace(f"{url}/", "").replace(url, "it")[:300]

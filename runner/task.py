@@ -1,9 +1,9 @@
 """``Task``: the loss and the metrics that a user defines, and the interface to the training loop."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -65,13 +65,13 @@ class Rollouts:
     dropped: Sequence[int] = ()
 
 
-class Task(ABC):
+class Task:
     """One way to turn a batch into a loss and metrics.
 
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
     with the model. ``load_state_dict`` gets tensors on the CPU. Modules that are attributes of a task, such as metrics
     of torchmetrics, are moved to the run's device. Metrics are tensors of shape [], means over the samples of the
-    batch, left on their device.
+    batch, left on their device; or numbers, for which a device has to be waited for.
 
     A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
     began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
@@ -82,7 +82,7 @@ class Task(ABC):
     reference: nn.Module | None = None
     rollouts: Rollouts | None = None
 
-    def setup(self, model: nn.Module, device: torch.device) -> None:  # noqa: B027  # most tasks need nothing
+    def setup(self, model: nn.Module, device: torch.device) -> None:
         """Make what the task needs besides the model: a teacher, a critic, reference weights.
 
         Called once in every attempt and process, when the model is built, in training mode and on the device; before it
@@ -102,11 +102,11 @@ class Task(ABC):
         if Task.sink is not None:
             Task.sink(name, value)
 
-    @abstractmethod
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one micro-batch; the one called ``"loss"`` is minimised. An output of Hugging Face's models
-        will do, for its ``loss``.
+        will do, for its ``loss``. Needless where ``optimization_step`` and ``evaluation_step`` are the task's own.
         """
+        raise TaskError(f"{type(self).__name__} has no training_step(self, model, batch), which gives the loss")
 
     def evaluation_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one evaluation batch, without gradients. By default those of training.
@@ -152,6 +152,7 @@ class Task(ABC):
 
 def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
     """``metrics``, if they are a dict of tensors; in ``training`` all of shape [], and one of them the ``"loss"``.
+    Numbers become tensors.
 
     Of an output of transformers, which is a mapping, the loss is taken. Raises TaskError, with the name of the method
     ``step`` that returned the metrics.
@@ -160,14 +161,23 @@ def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {type_text(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
+    numbers: dict[str, Real] = {}
     for name, value in metrics.items():
-        if not isinstance(value, Tensor) or (training and value.dim()):
+        if isinstance(value, Tensor):
+            usable = not (training and value.dim())
+        elif usable := isinstance(value, Real):
+            numbers[name] = value
+        if not usable:
             expected = f"a tensor of shape []: a mean over the samples of the batch, as in {_EXAMPLE}"
             raise TaskError(f"{step} returned {name!r} as a {type_text(value)}; expected {expected}")
     if training and "loss" not in metrics:
         names = ", ".join(map(repr, metrics)) or "nothing"
         raise TaskError(f"{step} returned {names} and no 'loss', which is minimised; expected a dict as in {_EXAMPLE}")
-    return metrics
+    if not numbers:
+        return metrics
+    device = next((value.device for value in metrics.values() if isinstance(value, Tensor)), None)
+    tensors = {n: torch.tensor(float(each), dtype=torch.float64, device=device) for n, each in numbers.items()}
+    return {**metrics, **tensors}
 
 
 def type_text(value: Any) -> str:

@@ -49,6 +49,13 @@ class WeightUpdate:
     _has_stepped: bool = False  # ... weights were moved
     positions: Callable[[], range] = lambda: range(0)
     gather: Callable[[Any], list[Any]] = lambda value: [value]
+    is_of_task: bool = False  # the task is in its own step, and not in `apply`
+
+    def __post_init__(self) -> None:
+        for optimizer in by_name(self.optimizer).values():
+            for each in (optimizer, *getattr(optimizer, "__dict__", {}).values()):  # that of SAM has another inside
+                if isinstance(each, Optimizer):
+                    each.register_step_pre_hook(self._require_apply)
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST.get(self.precision)
@@ -97,10 +104,30 @@ class WeightUpdate:
         if self.skip_nonfinite and not self._finite(loss, _gradient_values(weights)):
             self._is_nonfinite = True
         else:
+            is_of_task, self.is_of_task = self.is_of_task, False
             for optimizer in optimizers:
                 self._step_optimizer(optimizer)
+            self.is_of_task = is_of_task
         self._clear(weights, optimizers)
         return measured
+
+    def _require_apply(self, *_: Any) -> None:
+        """Hook: an optimizer steps. Raises TaskError if the task calls it itself and something would be left out."""
+        if not self.is_of_task:
+            return
+        settings = {
+            "trainer.clip_norm": self.clip_norm is not None,
+            "trainer.ema_decay": self.average is not None,
+            "trainer.precision=fp16": self.scaler is not None,
+            "trainer.on_nonfinite=skip": self.skip_nonfinite,
+            "the sum of gradients over several processes": bool(self.parallelism.description),
+        }
+        if any(settings.values()):
+            left_out = ", ".join(name for name, is_set in settings.items() if is_set)
+            raise TaskError(
+                f"the task calls step() of an optimizer itself, which leaves out {left_out}. Call update.step(loss), "
+                "or, where the optimizer needs a closure, do without"
+            )
 
     def end(self) -> None:
         """Once per step, after all optimizers: the moving average, buffers and the loss scale. Raises TaskError."""

@@ -4,7 +4,7 @@ its own, as a launcher would start it.
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,19 @@ class Crews:
         after: float | None = None,
         when: str | None = None,
         step: int | None = None,
+        call: tuple[str, int] | None = None,
+        operation: int | None = None,
         hang: int | None = None,
     ) -> Ended:
         """One life of ``size`` ranks. The signal ``send`` goes to the ranks ``to`` (default all) ``after`` so many
-        seconds, or once there is a file that matches ``when``. ``step`` kills rank ``to[0]`` after that step, ``hang``
-        has its n-th put never return. A stopped rank is killed when the others have ended.
+        seconds, or once there is a file that matches ``when``; a ``call`` and an ``operation`` kill each of them as in
+        ``lives``. ``step`` kills rank ``to[0]`` after that step, ``hang`` has its n-th put never return. A stopped rank
+        is killed when the others have ended.
         """
         ranks = range(size) if to is None else to
-        sent = Mines(send=send, after=after, when=when)
+        sent = Mines(send=send, after=after, when=when, call=call, operation=operation)
         mines = dict.fromkeys(ranks, sent)
-        if step is not None or hang is not None:
-            mines[ranks[0]] = Mines(step=step, hang=hang)
+        mines[ranks[0]] = replace(sent, step=step, hang=hang)
         lives = self._started(size, arguments, cwd, mines)
         stopped = [lives[rank] for rank in ranks] if send == signal.SIGSTOP else []
         return _ended(lives, stopped)

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+import pkgutil
 import select
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from typing import Any
 from counts import count
 
 USER = Path(__file__).parent / "user"
+LAST = ("runner.experiment.finish", 1)  # a ``call`` when all but the result is written
 WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
 
 
@@ -46,11 +48,11 @@ class Mines:
     send: int = signal.SIGKILL
     step: int | None = None
     restored: bool = False
-    written: bool = False
     operation: int | None = None
     fail: int | None = None
     put: int | None = None
     commit: int | None = None
+    call: tuple[str, int] | None = None
     hang: int | None = None
     hang_seconds: float | None = None
     without: str | None = None
@@ -120,11 +122,11 @@ class Lives:
         send: int = signal.SIGKILL,
         step: int | None = None,
         restored: bool = False,
-        written: bool = False,
         operation: int | None = None,
         fail: int | None = None,
         put: int | None = None,
         commit: int | None = None,
+        call: tuple[str, int] | None = None,
         hang: int | None = None,
         hang_seconds: float | None = None,
         without: str | None = None,
@@ -133,12 +135,12 @@ class Lives:
         """One life from its start to its end.
 
         ``send`` is the signal that ends it: ``after`` so many seconds, or ``when`` a file matches a pattern; after an
-        optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; when all but the
-        result is ``written``; at the n-th storage ``operation``, which fails with the errno ``fail`` if that is set;
-        in the n-th remote ``put``. The n-th local put does ``hang`` for ``hang_seconds``, by default forever.
-        ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks no other
-        sees. Checkpoints are waited for unless the arguments say otherwise, so that
-        it is certain what is committed after a step.
+        optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; at the n-th
+        ``call`` of a function by its name; in the n-th remote ``put``; at the n-th storage ``operation``, which fails
+        with the errno ``fail`` if that is set. The n-th local put does ``hang`` for ``hang_seconds``, by default
+        forever. ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks
+        no other sees. Checkpoints are waited for unless the arguments say otherwise, so that it is certain what is
+        committed after a step.
         """
         mines = Mines(
             after=after,
@@ -146,11 +148,11 @@ class Lives:
             send=send,
             step=step,
             restored=restored,
-            written=written,
             operation=operation,
             fail=fail,
             put=put,
             commit=commit,
+            call=call,
             hang=hang,
             hang_seconds=hang_seconds,
             without=without,
@@ -317,7 +319,6 @@ def become(request: dict[str, Any]) -> None:
 
 def _arm(mines: Mines) -> None:
     """Lay the mines that a request asks for."""
-    from runner import experiment
     from runner.callbacks.base import observers
     from runner.state import TrainState
     from runner.storage import local
@@ -328,10 +329,10 @@ def _arm(mines: Mines) -> None:
         _die_at_put(mines.put)
     if mines.commit is not None:
         _die_at_commit(mines.commit, mines.send)
+    if mines.call is not None:
+        _die_at_call(*mines.call)
     if mines.hang is not None:
         _hang_at_put(mines.hang, mines.hang_seconds)
-    if mines.written:
-        experiment.finish = lambda *_: _die()  # type: ignore[assignment]
     if mines.step is not None or mines.restored:
         observers.append(_mortal(mines))
     if mines.machine is not None:
@@ -369,6 +370,20 @@ def _die_at_put(last: int) -> None:
         return put(self, name, chunks)
 
     RemoteLocation.put = mortal_put  # type: ignore[method-assign]
+
+
+def _die_at_call(path: str, last: int) -> None:
+    """The n-th call of a function or method is the last that this life begins."""
+    place, _, name = path.rpartition(".")
+    owner, calls = pkgutil.resolve_name(place), itertools.count(1)
+    function = getattr(owner, name)
+
+    def mortal(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == last:
+            _die()
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, mortal)
 
 
 def _hang_at_put(last: int, seconds: float | None) -> None:

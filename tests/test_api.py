@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -186,6 +187,18 @@ def test_the_table_has_parameters_and_metrics(life: Lives, folder: Path, monkeyp
 def test_values_are_those_of_the_command_line(value: Any) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"key={_literal(value)}"])
     assert override.value() == value
+
+
+@pytest.mark.parametrize("value", [np.float64(0.1), np.float32(0.5), np.int64(3), np.bool_(True), torch.tensor([1, 2])])
+def test_values_of_numpy_and_torch_are_numbers(value: Any) -> None:
+    """``for lr in np.logspace(-4, -1, 4)`` is what a notebook has."""
+    (override,) = OverridesParser.create().parse_overrides([f"key={_literal(value)}"])
+    assert override.value() == value.tolist()
+
+
+def test_a_value_that_no_command_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is a builtin_function_or_method; expected a number, a text"):
+        _literal([print])
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_a_limit_that_would_stop_all_training_is_refused(key: str, value: str) -
             ["trainer.early_stopping.patience=3"],
             "trainer.early_stopping.patience needs objective.metric, for example val/loss",
         ),
+        (
+            ["trainer.early_stopping.target=0.1"],
+            "trainer.early_stopping.target needs objective.metric, for example val/loss",
+        ),
         (["run.inherit=all"], "run.inherit=all needs run.parent, the run to begin from"),
         (["runtime.start_method=thread"], "runtime.start_method=thread is not one of fork, spawn, forkserver"),
     ],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from crews import Crews
-from lives import Lives
+from lives import LAST, Lives
 from results import metric_lines, results
 
 USER = Path(__file__).parent / "user"
@@ -191,3 +191,15 @@ def test_a_wrong_name_of_the_objective_loses_no_step(life: Lives, tmp_path: Path
     assert "Traceback" not in ended.output
     ended = life(*command, "run.on_drift=accept", cwd=USER)
     assert (ended.status, "resumed from step 4 " in ended.output) == (0, True), ended.output
+
+
+def test_training_ends_when_the_objective_reaches_a_target(life: Lives, tmp_path: Path) -> None:
+    """Also when it was killed after the last step."""
+    every = ("trainer.max_steps=20", "trainer.evaluate_every_steps=5", "objective={metric:val/loss,mode:min}")
+    command = ("experiment=smoke", *every, f"run.root={tmp_path}")
+    assert life(*command, "run.name=whole").status == 0
+    values = {line["step"]: line["val/loss"] for line in metric_lines(tmp_path / "smoke/whole") if "val/loss" in line}
+    assert values[5] > values[10]
+    target = f"trainer.early_stopping.target={values[10]!r}"
+    assert life(*command, target, "run.name=cut", call=LAST).status is None
+    assert "finished step 10 (early_stopping)" in life(*command, target, "run.name=cut").output

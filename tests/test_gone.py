@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from lives import Lives
+from lives import LAST, Lives
 from servers import Server
 from waiting import until
 
@@ -137,7 +137,7 @@ def test_an_export_waits_for_a_storage_that_comes_back(life: Lives, tmp_path: Pa
         (tmp_path / "smoke/r/model.safetensors").rmdir()
         assert living.wait().status == 0
     assert (tmp_path / "smoke/r/result.json").exists()
-    life(*COMMAND, "checkpoint.max_unsaved=0.1", f"run.root={tmp_path}", "run.name=s", written=True)
+    life(*COMMAND, "checkpoint.max_unsaved=0.1", f"run.root={tmp_path}", "run.name=s", call=LAST)
     (tmp_path / "smoke/s/model.safetensors").mkdir()
     end = life(*COMMAND, "checkpoint.max_unsaved=0.1", f"run.root={tmp_path}", "run.name=s")
     assert end.status == 1

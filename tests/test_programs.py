@@ -30,6 +30,8 @@ KINDS = {
     "per epoch": ("~scheduler", "+scheduler={_target_:torch.optim.lr_scheduler.StepLR,step_size:1,interval:epoch}"),
     "without rates": ("~scheduler", "+scheduler._target_=mine.programs.NoRates"),
     "closure": (*LBFGS, "task._target_=mine.programs.Closure", "~task.label_smoothing"),
+    "own step alone": ("task._target_=mine.programs.StepAlone", "trainer.clip_norm=1"),
+    "collator": ("+data.collate={_target_:mine.programs.Collator,scale:0.5}",),
     "teacher": ("task._target_=mine.tasks.Averages", "~task.label_smoothing"),
     "compiled inside": ("model._target_=mine.programs.Compiled",),
 }
@@ -49,6 +51,25 @@ def test_a_killed_program_is_the_undisturbed_program(kind: str, life: Lives, tmp
     assert life(*command, "run.name=cut", cwd=USER).status == 0
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
     assert main(["audit", str(tmp_path / "smoke/cut")]) == 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["trainer.clip_norm=1", "trainer.ema_decay=0.9", "trainer.precision=fp16", "trainer.on_nonfinite=skip"]
+)
+def test_a_step_that_leaves_settings_out_is_refused(setting: str, life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND, *KINDS["closure"], f"run.root={tmp_path}", setting, cwd=USER)
+    assert ended.status == 1
+    name = setting if "fp16" in setting or "skip" in setting else setting.partition("=")[0]
+    assert f"the task calls step() of an optimizer itself, which leaves out {name}. Call" in ended.output
+
+
+def test_a_step_of_an_inner_optimizer_is_refused(life: Lives, tmp_path: Path) -> None:
+    outer = ("task._target_=mine.programs.OuterStep", "~optimizer", "+optimizer={_target_:mine.programs.Outer,lr:0.1}")
+    command = (*COMMAND, *outer, "~task.label_smoothing", f"run.root={tmp_path}")
+    assert life(*command, "run.name=plain", cwd=USER).status == 0
+    ended = life(*command, "trainer.clip_norm=1", cwd=USER)
+    assert ended.status == 1
+    assert "which leaves out trainer.clip_norm" in ended.output
 
 
 def test_a_plateau_is_measured_by_the_objective(life: Lives, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 a disk that nobody disturbed.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import servers
 from lives import Ended, Lives
 from results import results
 
+import runner
 from runner.runs.__main__ import main
 
 COMMAND = ("experiment=digits", "trainer.max_steps=60", "trainer.evaluate_every_steps=20", "checkpoint.every_steps=10")
@@ -125,3 +127,23 @@ def test_children_open_their_parent_with_the_runs_options(store: Store) -> None:
     for ended, message in ((child, "weights from step 5 of"), (fork, "forked from step 5 of")):
         assert ended.status == 0, ended.output
         assert message in ended.output
+
+
+def test_commands_take_the_options_of_a_store(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store with an endpoint of its own is known to a command by ``--storage-option`` alone."""
+    root, run = store.root("asked"), f"{store.root('asked')}/smoke/p"
+    command = ("experiment=smoke", "trainer.max_steps=5", f"run.root={root}", *store.arguments, "run.name=p")
+    assert store.life(*command).status == 0
+    for name in store.server.environment:
+        monkeypatch.delenv(name, raising=False)
+    options = [
+        f"--storage-option={key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in store.server.options.items()
+    ]
+    for words in (["list", root], ["compare", root], ["show", run], ["audit", run], ["diff", run, run], ["prune", run]):
+        assert main([*words, *options]) == 0, (words, capsys.readouterr())
+    assert main(["export", run, str(tmp_path / "w.safetensors"), *options]) == 0
+    assert runner.open(run, store.server.options).step == 5
+    assert "step 5 of" in capsys.readouterr().out

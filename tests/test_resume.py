@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lives import Lives
+from lives import LAST, Lives
 from results import Results, results
 
 from runner.checkpoint import manifest
@@ -222,7 +222,7 @@ def test_state_in_unusual_forms_survives_a_kill(life: Lives, tmp_path: Path) -> 
     expected = results(run(life, tmp_path, command, "run.name=whole", "checkpoint.every_steps=5"))
     more = (f"run.root={tmp_path}", "run.name=cut")
     assert life(*command, *more, "checkpoint.every_steps=7", cwd=USER, step=17).status is None
-    assert life(*command, *more, "checkpoint.every_steps=1", cwd=USER, written=True).status is None
+    assert life(*command, *more, "checkpoint.every_steps=1", cwd=USER, call=LAST).status is None
     ended = life(*command, *more, cwd=USER)
     assert "resumed from step 33" in ended.output
     assert "exported without _extra_state" in ended.output

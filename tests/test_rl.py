@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from runner.runs.audit import account
 from runner.task import Rollouts
 from runner.update import WeightUpdate
 
-KILLS = int(os.environ.get("RUNNER_KILLS", "50"))
 USER = Path(__file__).parent / "user"
 SMALL = (
     "experiment=arithmetic_grpo",
@@ -176,6 +173,8 @@ def test_the_splits_of_arithmetic_share_no_problem() -> None:
     assert 50 < len(held_out) < 150
     problem = Arithmetic(split="train", size=1, terms=4, operators="+-*", largest=20)[0]
     assert eval(problem["prompt"][:-1]) == int(problem["answer"])
+    turned = Arithmetic(split="train", size=1, terms=4, operators="+-*", largest=20, reverse=True)[0]
+    assert turned == {"prompt": problem["prompt"], "answer": problem["answer"][::-1]}
 
 
 def test_a_split_without_a_problem_is_refused() -> None:
@@ -380,26 +379,6 @@ def test_processes_share_the_work_and_draw_the_same(life: Lives, crew: Crews, tm
     assert ledger(one)[1] == ledger(two)[1]
     assert not results(two).differences(results(cut))
     assert ledger(two) == ledger(cut)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("way", WAYS)
-def test_random_kills_change_nothing(way: str, life: Lives, tmp_path: Path) -> None:
-    """SIGKILL of the group in generation, in an update, in saving, in an evaluation."""
-    command, chance = (*SMALL, *WAYS[way], f"run.root={tmp_path}"), random.Random(way)
-    whole = life(*command, "run.name=whole", cwd=USER)
-    expected, kills = results(tmp_path / "arithmetic_grpo/whole"), 0
-    while True:
-        background = f"checkpoint.background={chance.choice(['true', 'false'])}"
-        after = chance.uniform(0.3, 1) * whole.seconds if kills < max(3, KILLS // 10) else None
-        ended = life(*command, "run.name=cut", background, "checkpoint.every_steps=1", cwd=USER, after=after)
-        if ended.status is not None:
-            break
-        kills += 1
-    assert ended.status == 0, ended.output
-    cut = tmp_path / "arithmetic_grpo/cut"
-    assert not results(cut).differences(expected)
-    assert ledger(cut) == ledger(tmp_path / "arithmetic_grpo/whole")
 
 
 def line(step: int, *, trained: list[int] = [], dropped: list[int] = [], times: int = 2) -> LedgerLine:  # noqa: B006

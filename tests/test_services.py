@@ -22,7 +22,11 @@ from results import metric_lines, results
 from servers import free_ports
 from waiting import until
 
+from runner.metrics.service import Point
+from runner.metrics.trackers import MLflowWriter
+from runner.metrics.writer import WriterContext
 from runner.runs.__main__ import main
+from runner.storage import open_location
 
 USER = Path(__file__).parent / "user"
 PAGE = Path(__file__).parent.parent / "docs/howto/logging.md"
@@ -181,6 +185,21 @@ def test_mlflow_has_one_run_over_three_attempts(
     assert rows == losses(run)
     assert Counter(runs) == {("smoke/r", "FINISHED"): 1}
     assert params["optimizer.lr"] == "0.001"
+
+
+def test_mlflow_takes_any_name_of_a_metric(tmp_path: Path) -> None:
+    """It refuses acc@1, and with it every point of the call, forever."""
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    parameters = {"optimizer": {"groups": {"blocks.*": {"lr": 0.1}}}}
+    context = WriterContext(open_location(str(tmp_path)), "smoke", "smoke/r", parameters, 1, 0, id="7")
+    writer = MLflowWriter(context, uri)
+    run = writer.open(None)
+    values = {"val/acc@1": 0.5, "val/f1[macro]": 0.25, "/a//b": 1.0, "..": 2.0, "x" * 300: 3.0}
+    writer.send([Point(1, 0.0, values)])
+    data = mlflow.MlflowClient(uri).get_run(run).data
+    assert data.metrics == {"val/acc_1": 0.5, "val/f1_macro_": 0.25, "a/b": 1.0, "_": 2.0, "x" * 250: 3.0}
+    assert data.params == {"optimizer.groups.blocks._.lr": "0.1"}
 
 
 def test_a_server_of_mlflow_has_each_point_once(life: Lives, tmp_path: Path) -> None:

@@ -229,26 +229,30 @@ class Best(Callback):
 
 @dataclass(eq=False)
 class EarlyStopping(Callback):
-    """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``. Runs
-    after ``Best``, which sets ``loop.objective``.
+    """Stops after ``patience`` evaluations in a row that did not improve the objective by more than ``min_delta``, or
+    when the objective reaches ``target``. Runs after ``Best``, which sets ``loop.objective``.
     """
 
     mode: str
-    patience: int
+    patience: int | None
     min_delta: float
+    target: float | None
     value: float = math.nan
     waited: int = 0  # evaluations since the last improvement
 
     def on_step(self, loop: Loop) -> None:
         if loop.objective is not None:
-            if better(loop.objective, self.value, self.mode, by=self.min_delta):
+            if better(loop.objective, self.value, self.mode, by=self.min_delta) or self._reached(loop.objective):
                 self.value, self.waited = loop.objective, 0
             else:
                 self.waited += 1
-        if self.waited >= self.patience and loop.stop is None:
+        if loop.stop is None and (self._reached(self.value) or self.waited >= (self.patience or math.inf)):
             loop.stop = "early_stopping"
 
     on_start = on_step
+
+    def _reached(self, value: float) -> bool:
+        return self.target is not None and not better(self.target, value, self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "waited": self.waited}

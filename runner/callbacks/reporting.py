@@ -121,12 +121,10 @@ class Report(Callback):
         self._report(loop)  # a step whose evaluation was interrupted is reported only now
 
     def on_step(self, loop: Loop) -> None:
+        if not all(isinstance(value, Tensor) for value in loop.metrics.values()):  # a callback has added others
+            loop.metrics = check_metrics(loop.metrics, _STEP)
         # Copies, because a metric may be a weight or a running mean that the next step changes in place.
-        try:
-            self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
-        except AttributeError:
-            check_metrics(loop.metrics, _STEP)
-            raise
+        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
         self._rate = loop.rate
         self._report(loop)
 
@@ -265,7 +263,7 @@ class ShowProgress(Callback):
             return
         if self._bar is not None:
             self._bar.clear()
-        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if isinstance(n, float))
+        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if not isinstance(n, str))
         log.info("step %d: %s", loop.step, numbers)
         if self._bar is not None:
             self._bar.refresh()

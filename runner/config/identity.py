@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runner.hashing import sha256_digest
@@ -24,6 +26,7 @@ _UNSET: dict[str, Any] = {  # keys that older runs lack: left out where they hav
     "data.test": None,
     "data.evaluation_collate": None,
     "trainer.ema_params": None,
+    "trainer.early_stopping.target": None,
 }
 # Keys with a new name, by their old one, which is read for one version, with a warning; also in runs of that version.
 RENAMED: dict[str, str] = {}
@@ -44,8 +47,8 @@ def identity(config: "DictConfig") -> dict[str, Any]:
 
     values: dict[str, Any] = {key: plain_value(config, key) for key in IDENTITY}
     for key, unset in _UNSET.items():
-        parent, _, name = key.rpartition(".")
-        node = values[parent] if parent else values
+        *parents, name = key.split(".")
+        node = reduce(getitem, parents, values)
         if node.get(name, unset) == unset:
             node.pop(name, None)
     return values

@@ -77,6 +77,7 @@ class DataConfig:
 class EarlyStoppingConfig:
     patience: int | None
     min_delta: float
+    target: float | None
 
 
 @dataclass
@@ -217,8 +218,9 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"trainer.ema_decay={decay} is not between 0 and 1; usual values are 0.99 to 0.9999")
     if config.objective.metric is not None and config.data.validation is None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
-    if trainer.early_stopping.patience is not None and config.objective.metric is None:
-        raise ConfigError("trainer.early_stopping.patience needs objective.metric, for example val/loss")
+    for key in ("patience", "target"):
+        if trainer.early_stopping[key] is not None and config.objective.metric is None:
+            raise ConfigError(f"trainer.early_stopping.{key} needs objective.metric, for example val/loss")
     refuse_secrets(config)
     if config.run.parent is None and config.run.inherit is not Inherit.model:
         raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")

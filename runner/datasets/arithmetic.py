@@ -11,6 +11,7 @@ _ATTEMPTS = 2000  # a split with a tenth of all problems is missed by so many on
 
 class Arithmetic:
     """``{"prompt": "17+25=", "answer": "42"}``: ``terms`` whole numbers below ``largest``, joined by ``operators``.
+    With ``reverse`` the answer begins with its last digit ("24"): a carry is known before the digit that needs it.
 
     Sample ``index`` is a function of (``seed``, ``index``). A problem whose hash is divisible by ``held_out`` belongs
     to the validation split, any other to the training split: the splits share no problem.
@@ -26,6 +27,7 @@ class Arithmetic:
         largest: int = 100,
         operators: str = "+",
         held_out: int = 10,
+        reverse: bool = False,
     ) -> None:
         if split not in ("train", "validation"):
             raise ConfigError(f"arithmetic has no split {split!r}; there are train and validation")
@@ -35,8 +37,8 @@ class Arithmetic:
         self._size = size
         self._seed = seed
         self._terms, self._largest, self._operators = terms, largest, operators
-        self._held_out = held_out
-        self.fingerprint = f"{split} {size} {seed} {terms} {largest} {operators} {held_out}"
+        self._held_out, self._reverse = held_out, reverse
+        self.fingerprint = f"{split} {size} {seed} {terms} {largest} {operators} {held_out}" + " reverse" * reverse
 
     def __len__(self) -> int:
         return self._size
@@ -55,7 +57,7 @@ class Arithmetic:
                 value[-1] *= number
             else:
                 value.append(number if operator == "+" else -number)
-        return {"prompt": f"{text}=", "answer": str(sum(value))}
+        return {"prompt": f"{text}=", "answer": str(sum(value))[:: -1 if self._reverse else 1]}
 
 
 def first_of_split(

@@ -1,7 +1,9 @@
 """Writers for services that track experiments: MLflow, Weights & Biases, Trackio. Each needs the extra of its name."""
 
 import math
+import re
 from collections.abc import Sequence
+from posixpath import normpath
 from typing import Any
 
 from runner.config.identity import flatten
@@ -11,7 +13,9 @@ from runner.metrics.writer import WriterContext
 
 _MOST = 1000  # metrics that MLflow takes at a time ...
 _PARAMS = 100  # ... and parameters, with ...
-_LONGEST = 500  # ... so many characters
+_LONGEST = 500  # ... so many characters; a name has ...
+_LONGEST_NAME = 250
+_NOT_IN_NAME = re.compile(r"[^\w./ :-]")  # of MLflow
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
 _RUN = "hydra_runner.id"  # the tag of a run in MLflow by which an attempt finds a run that an earlier one has begun
 
@@ -39,7 +43,7 @@ class MLflowWriter(ServiceWriter):
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(tag, value, int(point.time * 1000), point.step)
+            Metric(_mlflow_name(tag), value, int(point.time * 1000), point.step)
             for point in points
             for tag, value in point.values.items()
         ]
@@ -59,7 +63,7 @@ class MLflowWriter(ServiceWriter):
 
         run = self._client.create_run(self._group(), run_name=self.context.run, tags={_RUN: self.context.id})
         values = flatten(self.context.hyperparameters).items()
-        params = [Param(key, str(value)[:_LONGEST]) for key, value in values]
+        params = [Param(_mlflow_name(key), str(value)[:_LONGEST]) for key, value in values]
         for first in range(0, len(params), _PARAMS):
             self._client.log_batch(run.info.run_id, params=params[first : first + _PARAMS])
         return str(run.info.run_id)
@@ -68,6 +72,11 @@ class MLflowWriter(ServiceWriter):
         """The id of MLflow's experiment."""
         experiment = self._client.get_experiment_by_name(self._experiment)
         return str(experiment.experiment_id if experiment else self._client.create_experiment(self._experiment))
+
+
+def _mlflow_name(name: str) -> str:
+    """A name that MLflow takes: ``acc_1`` for ``acc@1``. It would refuse all points for the sake of one name."""
+    return normpath(_NOT_IN_NAME.sub("_", name)).lstrip("./")[:_LONGEST_NAME] or "_"
 
 
 class WandbWriter(ServiceWriter):

@@ -74,7 +74,7 @@ class RunDirectory:
         record = cls("", "", "", location).record()
         if record is None:
             raise ConfigError(f"{location.url} is not a run directory: it has no {_RUN}")
-        return cls("", str(record.get("experiment")), str(record.get("variant")), location)
+        return cls("", str(record.get("experiment")), str(record.get("variant")), location, options)
 
     @property
     def name(self) -> str:

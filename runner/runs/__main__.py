@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         option = command.add_argument
         option("--json", action="store_true", help="print JSON, for programs")
+        store = "an option of fsspec for a remote store, as below run.storage_options; may be given several times"
+        option("--storage-option", metavar="KEY=VALUE", action="append", default=[], help=store)
         if run:
             option("run", help=run)
             return option
@@ -85,22 +87,24 @@ def _add_commands_for_runs(add: Callable[..., Any]) -> None:
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    runs = listing.sort_runs(listing.list_runs(parsed.root, _selection(parsed)), parsed.sort, reverse=parsed.reverse)
+    runs = listing.sort_runs(
+        listing.list_runs(parsed.root, _selection(parsed), _options(parsed)), parsed.sort, reverse=parsed.reverse
+    )
     return _print(parsed, [asdict(run) for run in runs], lambda _: listing.format_runs(runs))
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    comparison = compare.compare_runs(parsed.root, _selection(parsed))
+    comparison = compare.compare_runs(parsed.root, _selection(parsed), _options(parsed))
     return _print(parsed, comparison, compare.format_comparison)
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    run = listing.details(RunDirectory.at(parsed.run), with_code=parsed.code)
+    run = listing.details(_directory(parsed), with_code=parsed.code)
     return _print(parsed, run, listing.format_details)
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    a, b = RunDirectory.at(parsed.run), RunDirectory.at(parsed.other)
+    a, b = _directory(parsed), RunDirectory.at(parsed.other, _options(parsed))
     if not parsed.ledger:
         return _print(parsed, listing.diff(a, b), listing.format_diff)
     from runner.runs.audit import first_difference, format_difference
@@ -113,7 +117,7 @@ def _diff(parsed: argparse.Namespace) -> int:
 def _audit(parsed: argparse.Namespace) -> int:
     from runner.runs import audit
 
-    directory = RunDirectory.at(parsed.run)
+    directory = _directory(parsed)
     values = audit.audit(directory)
     if parsed.jsonl:
         from runner.runs.audit import json_lines
@@ -128,7 +132,7 @@ def _prune(parsed: argparse.Namespace) -> int:
     from runner.runs.checkpoints import format_prune, prune
 
     keep = {"last": parsed.last, "every_steps": parsed.every_steps, "best": parsed.best}
-    rows = prune(RunDirectory.at(parsed.run), **keep, remove=parsed.yes)
+    rows = prune(_directory(parsed), **keep, remove=parsed.yes)
     return _print(parsed, rows, lambda _: format_prune(rows, removed=parsed.yes))
 
 
@@ -136,15 +140,23 @@ def _export(parsed: argparse.Namespace) -> int:
     from runner.runs.checkpoints import export, export_pretrained
 
     write, content = (export_pretrained, "{files} files") if parsed.hf else (export, "sha256 {sha256}")
-    values = write(parsed.run, parsed.target, force=parsed.force)
+    values = write(parsed.run, parsed.target, force=parsed.force, options=_options(parsed))
     return _print(parsed, values, f"step {{step}} of {{run}}: {{bytes}} bytes, {content}".format_map)
 
 
 def _push(parsed: argparse.Namespace) -> int:
     from runner.runs.push import push
 
-    report = push(parsed.run, parsed.writer, parsed.settings)
+    report = push(parsed.run, parsed.writer, parsed.settings, _options(parsed))
     return _print(parsed, report, "{sent} points sent; {writer} has all up to step {step}".format_map)
+
+
+def _directory(parsed: argparse.Namespace) -> RunDirectory:
+    return RunDirectory.at(parsed.run, _options(parsed))
+
+
+def _options(parsed: argparse.Namespace) -> dict[str, Any]:
+    return dict(map(listing.setting, parsed.storage_option))
 
 
 def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:

@@ -76,10 +76,10 @@ def _survey(store: CheckpointStore) -> list[CommitInfo]:
     return [replace(commit, verified=not commit.damaged) for commit in store.survey()]
 
 
-def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
+def export(run: str, target: str, *, force: bool, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the evaluated weights of ``run``, ``run@step`` or ``run@best``, every byte verified, to a path or URL."""
     source = CheckpointRef.parse(run)
-    directory = RunDirectory.at(source.run)
+    directory = RunDirectory.at(source.run, options)
     if not force and files.exists(target):
         raise ConfigError(f"{target} exists already; overwrite it with --force, or give another target")
     checkpoint, weights = read(directory, source.checkpoint, evaluated_weights)
@@ -89,17 +89,19 @@ def export(run: str, target: str, *, force: bool) -> dict[str, Any]:
     return {**origin, "target": target, "bytes": len(data), "sha256": sha256_digest(data)}
 
 
-def export_pretrained(run: str, folder: str, *, force: bool) -> dict[str, Any]:
+def export_pretrained(
+    run: str, folder: str, *, force: bool, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write a model of transformers, diffusers or PEFT to a folder for its ``from_pretrained``, with the tokenizer and
     the like that are attributes of the task. Of a model with adapters, the adapters alone are written. The checkpoint
     is chosen as for ``export``. Raises ConfigError for another model, and for a folder that has files already.
     """
     source, target = CheckpointRef.parse(run), Path(local_root(folder))
     if is_remote(folder):
-        raise ConfigError(f"{folder} is no local folder, which the libraries write to; copy it from there")
+        raise ConfigError(f"{folder} is not a local folder, which the libraries write to; copy it from there")
     if not force and target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{folder} has files already; overwrite them with --force, or give another folder")
-    directory, which = RunDirectory.at(source.run), source.checkpoint or "last"
+    directory, which = RunDirectory.at(source.run, options), source.checkpoint or "last"
     facts = RunFacts(directory)
     model = load_model(facts, which)
     pretrained = next(filter(_is_pretrained, model.modules()), None)  # the outermost

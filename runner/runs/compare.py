@@ -30,12 +30,14 @@ class _Candidate:
     metrics: Mapping[str, float | None] = field(default_factory=dict)  # of the result
 
 
-def compare_runs(root: str, selects: Callable[[RunSummary], bool]) -> dict[str, Any]:
+def compare_runs(
+    root: str, selects: Callable[[RunSummary], bool], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The selected ``runs``, as plain values: first those with the objective that most of them have (``metric`` and
     ``mode``, or None), the best first. Each has the ``parameters`` among ``swept``, the keys in which they differ, and
     the ``metrics`` of its result. Raises ConfigError if there are no runs, StorageError for the root.
     """
-    runs = [run for run in map_runs(root, _candidate, _Candidate) if selects(run.summary)]
+    runs = [run for run in map_runs(root, _candidate, _Candidate, options) if selects(run.summary)]
     if not runs:
         raise ConfigError(f"none of the runs under {root} is selected by --status, --experiment and --match")
     objectives = Counter(run.objective for run in runs if run.objective is not None)

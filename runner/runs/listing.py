@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from runner.checkpoint import manifest
 from runner.config.identity import ABSENT, compare
-from runner.errors import printable
+from runner.errors import ConfigError, printable
 from runner.run import code
 from runner.run.attempts import HIGHEST, AttemptRecord
 from runner.run.directory import RunDirectory
@@ -32,9 +32,12 @@ _WIDEST_NAME = 1000  # of the name of a run, or of a fact that has a line for it
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def list_runs(root: str, selects: Callable[[RunSummary], bool]) -> list[RunSummary]:
+def list_runs(
+    root: str, selects: Callable[[RunSummary], bool], options: Mapping[str, Any] | None = None
+) -> list[RunSummary]:
     """The selected runs under a root. Raises ConfigError if there are no runs at all, StorageError for the root."""
-    return [*filter(selects, map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary))]
+    runs = map_runs(root, lambda path, facts: facts.summary(path), lambda summary: summary, options)
+    return [*filter(selects, runs)]
 
 
 def sort_runs(runs: list[RunSummary], column: str, *, reverse: bool = False) -> list[RunSummary]:
@@ -89,6 +92,17 @@ def format_cell(value: Any, *, widest: int = _WIDEST) -> str:
 def format_setting(value: Any) -> str:
     """A value of a configuration as JSON, but a text without quotes."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE``; a value that is JSON is parsed. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text} is not a setting: give KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 ``conf/metrics``.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -15,11 +14,14 @@ from runner.metrics.writer import WriterContext
 from runner.restore import read
 from runner.run.directory import RunDirectory
 from runner.run_facts import RunFacts
+from runner.runs.listing import setting
 
 _STATUS = {"complete": "finished", "diverged": "failed", "superseded": "running", "unknown": "running"}
 
 
-def push(run: str, name: str, settings: Sequence[str]) -> dict[str, Any]:
+def push(
+    run: str, name: str, settings: Sequence[str], storage_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Send the committed metrics that the service of the writer ``name`` does not have yet. ``settings``: what stands
     below ``metrics.writers.NAME`` in a configuration, as ``KEY=VALUE``.
 
@@ -27,11 +29,11 @@ def push(run: str, name: str, settings: Sequence[str]) -> dict[str, Any]:
     """
     options = {path.stem: path for path in CONFIGS.glob("metrics/*.yaml")}
     defaults: Any = OmegaConf.to_container(OmegaConf.load(options[name])) if name in options else {}
-    arguments = {**defaults.get("writers", {}).get(name, {}), **dict(map(_setting, settings))}
+    arguments = {**defaults.get("writers", {}).get(name, {}), **dict(map(setting, settings))}
     target = arguments.pop("_target_", None)
     if not isinstance(target, str):
         raise ConfigError(f"give _target_=... for {name}; known by name alone: {', '.join(sorted(options))}")
-    directory = RunDirectory.at(run)
+    directory = RunDirectory.at(run, storage_options)
     facts = RunFacts(directory)
     checkpoint, _ = read(directory, None, lambda _: None)
     own, number = str(facts.record.get("id")), facts.newest.number if facts.newest else 0
@@ -46,13 +48,3 @@ def push(run: str, name: str, settings: Sequence[str]) -> dict[str, Any]:
     except Exception as error:
         raise RunnerError(f"{name}: {type(error).__name__}: {error}. The same command sends what is missing") from error
     return {"run": directory.location.url, "writer": name, "step": checkpoint.step, "sent": sent}
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text} is no setting of a writer: give KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value

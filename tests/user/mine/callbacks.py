@@ -164,7 +164,7 @@ class Exits(Callback):
 
 
 class Measures(Callback):
-    """Adds a metric that is no tensor of shape []."""
+    """Adds a metric: a number, or a tensor of any shape."""
 
     def __init__(self, *, shape=None):
         self.value = 0.5 if shape is None else torch.ones(*shape)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from runner.models.mlp import MLP
+from runner.task import Task
 from runner.tasks.classification import Classification
 
 
@@ -64,3 +65,52 @@ class NoRates:
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
+
+
+class StepAlone(Classification):
+    """Has a step of its own and no ``training_step``."""
+
+    training_step = Task.training_step
+
+    def optimization_step(self, model, micro_batches, update):
+        total = 0.0
+        for share, (images, labels) in micro_batches:
+            loss = nn.functional.cross_entropy(model(images), labels) * share
+            update.backward(loss)
+            total = total + loss.detach()
+        update.step(total)
+        return {"loss": total}
+
+
+class Outer(torch.optim.SGD):
+    """An optimizer with another inside, as that of SAM."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.inner = torch.optim.SGD(self.param_groups, lr)
+
+    def last_step(self):
+        self.inner.step()
+
+
+class OuterStep(Classification):
+    """Steps the inner optimizer."""
+
+    def optimization_step(self, model, micro_batches, update):
+        [(_, batch)] = micro_batches
+        loss = self.training_step(model, batch)["loss"]
+        update.backward(loss)
+        update.optimizer.last_step()
+        update.optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+
+class Collator:
+    """Makes batches as an object, as collators of transformers do."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, samples):
+        images, labels = torch.utils.data.default_collate(samples)
+        return images * self.scale, labels
