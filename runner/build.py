@@ -334,7 +334,7 @@ def _optimizers(node: Any, model: nn.Module, task: Task) -> Any:
     if not _is_by_name(node):
         return _optimizer(node, model, task, "optimizer", [*model.named_parameters()])
     if wrong := [name for name in map(str, node) if not name.isidentifier()]:
-        raise ConfigError(f"optimizer: {wrong[0]!r} is no name: use letters, digits and _")
+        raise ConfigError(f"optimizer: {wrong[0]!r} is not a name: use letters, digits and _")
     with_params = {str(name): plain_value(each, "params") if "params" in each else None for name, each in node.items()}
     shares = divide(model, with_params, task.divide(model))
     return Named({name: _optimizer(node[name], model, task, f"optimizer.{name}", shares[name]) for name in shares})

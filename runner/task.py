@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Task:
     A task that keeps state between steps needs ``state_dict`` and ``load_state_dict``; it is then saved and restored
     with the model. ``load_state_dict`` gets tensors on the CPU. Modules that are attributes of a task, such as metrics
     of torchmetrics, are moved to the run's device. Metrics are tensors of shape [], means over the samples of the
-    batch, left on their device.
+    batch, left on their device; or numbers, for which a device has to be waited for.
 
     A task with ``needs_reference`` gets a second model in ``reference``: frozen, with the weights with which the run
     began (those of its parent). No checkpoint holds it; every attempt loads it before the state is restored. A task
@@ -151,6 +152,7 @@ class Task:
 
 def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
     """``metrics``, if they are a dict of tensors; in ``training`` all of shape [], and one of them the ``"loss"``.
+    Numbers become tensors.
 
     Of an output of transformers, which is a mapping, the loss is taken. Raises TaskError, with the name of the method
     ``step`` that returned the metrics.
@@ -159,14 +161,23 @@ def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {type_text(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")
+    numbers: dict[str, Real] = {}
     for name, value in metrics.items():
-        if not isinstance(value, Tensor) or (training and value.dim()):
+        if isinstance(value, Tensor):
+            usable = not (training and value.dim())
+        elif usable := isinstance(value, Real):
+            numbers[name] = value
+        if not usable:
             expected = f"a tensor of shape []: a mean over the samples of the batch, as in {_EXAMPLE}"
             raise TaskError(f"{step} returned {name!r} as a {type_text(value)}; expected {expected}")
     if training and "loss" not in metrics:
         names = ", ".join(map(repr, metrics)) or "nothing"
         raise TaskError(f"{step} returned {names} and no 'loss', which is minimised; expected a dict as in {_EXAMPLE}")
-    return metrics
+    if not numbers:
+        return metrics
+    device = next((value.device for value in metrics.values() if isinstance(value, Tensor)), None)
+    tensors = {n: torch.tensor(float(each), dtype=torch.float64, device=device) for n, each in numbers.items()}
+    return {**metrics, **tensors}
 
 
 def type_text(value: Any) -> str:

@@ -158,7 +158,7 @@ MISTAKES = {
         "+model={_target_:torch.nn.Sequential,_args_:[{_target_:torch.jit.script,obj:{_target_:torch.nn.Identity}}]}",
     ),
     "no target": smoke("model needs a _target_", "~model._target_"),
-    "remote root": smoke("run.root=nosuch://...: no kind of storage for runs", "run.root=nosuch://b/x"),
+    "remote root": smoke("run.root=nosuch://...: not a storage for runs", "run.root=nosuch://b/x"),
     "unquoted": smoke("needs quotes: 'run.root=\"~/x\"'", "run.root=~/x"),
     "unquoted in a list": smoke(
         "the override 'model.hidden=[a=b,c]' cannot be read: a value with characters besides", "model.hidden=[a=b,c]"

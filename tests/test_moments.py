@@ -87,10 +87,22 @@ def test_sys_exit_in_a_moment_is_an_error(moment: str, run: Run) -> None:
     assert (ended.status, "sys.exit('enough') was called in the run" in ended.output) == (1, True), ended.output
 
 
-@pytest.mark.parametrize(("shape", "kind"), [("null", "float"), ("[3]", "tensor of shape [3]")])
-def test_a_callbacks_metric_that_is_no_number_is_named(shape: str, kind: str, run: Run) -> None:
-    ended = run(f"+callbacks.measures={{_target_: mine.callbacks.Measures, shape: {shape}}}")
-    assert (ended.status, f"returned 'mine' as a {kind}; expected" in ended.output) == (1, True), ended.output
+@pytest.mark.parametrize("code", [0, 7])
+def test_an_exit_without_cleanup_is_no_success(code: int, run: Run) -> None:
+    ended = run(f"+callbacks.exits={{_target_: mine.callbacks.Exits, at: on_step, code: {code}}}")
+    assert (ended.status, "os._exit(0) was called in the run, by " in ended.output) == (code or 1, not code)
+
+
+def test_a_callbacks_metric_may_be_a_number(run: Run, tmp_path: Path) -> None:
+    ended = run("+callbacks.measures._target_=mine.callbacks.Measures", "metrics.every_steps=1")
+    assert ended.status == 0, ended.output
+    assert {line["train/mine"] for line in metric_lines(tmp_path / "smoke/run") if "train/mine" in line} == {0.5}
+
+
+def test_a_callbacks_metric_that_is_no_number_is_named(run: Run) -> None:
+    ended = run("+callbacks.measures={_target_: mine.callbacks.Measures, shape: [3]}")
+    message = "returned 'mine' as a tensor of shape [3]; expected"
+    assert (ended.status, message in ended.output) == (1, True), ended.output
 
 
 @pytest.mark.parametrize("rank", [0, 1])

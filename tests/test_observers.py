@@ -110,7 +110,7 @@ def test_a_webhook_is_told_of_every_end_but_a_kill(
 
 def test_a_webhook_that_nobody_hears_is_a_warning(life: Lives, tmp_path: Path) -> None:
     ended = life(*COMMON, webhook("http://127.0.0.1:9/secret"), f"run.root={tmp_path}")
-    assert (ended.status, "webhook  not told: URLError: " in ended.output) == (0, True), ended.output
+    assert (ended.status, "webhook  not sent: URLError: " in ended.output) == (0, True), ended.output
 
 
 def test_a_callback_is_no_observer(life: Lives, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ MISTAKES = {
     "no such sampler": (("hydra/sweeper/sampler=tppe",), "no such sampler"),
     "grid": (("hydra/sweeper/sampler=grid",), "A grid is no study"),
     "grid by glob": (("optimizer.weight_decay=glob(*)",), "glob() cannot"),
-    "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "no search space of a study: "),
+    "interval upside down": (("optimizer.weight_decay=interval(1,0)",), "not a search space of a study: "),
     "no jobs": (("hydra.sweeper.n_jobs=0",), "hydra.sweeper.n_jobs=0 is too small: at least 1"),
     "no database": (("hydra.sweeper.storage=sqlite:////no/where",), "hydra.sweeper.storage=sqlite:////no/where cannot"),
     "two directions": (("hydra.sweeper.direction=[minimize,maximize]",), "a run has one objective. Leave the"),

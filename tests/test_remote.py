@@ -324,7 +324,7 @@ def test_a_missing_package_is_reported_with_its_extra(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("url", ["s4://bucket/x", "https://host/x"])
 def test_an_unusable_storage_is_reported_with_the_usable(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"no kind of storage for runs; use a path, s3://.*sftp://.*memory://"):
+    with pytest.raises(ConfigError, match=r"not a storage for runs; use a path, s3://.*sftp://.*memory://"):
         open_location(url)
 
 

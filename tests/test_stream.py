@@ -330,7 +330,7 @@ def test_a_length_that_is_no_number_of_samples_is_refused(length: Any) -> None:
         def __getitem__(self, index: int) -> int:
             return index
 
-    with pytest.raises(DataError, match=r"^data\.train is a .*Odd whose length is no number of samples: "):
+    with pytest.raises(DataError, match=r"^data\.train is a .*Odd whose length is not a number of samples: "):
         require_map_style(Odd(), "data.train")
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,16 @@ def test_unusable_metrics_are_reported_with_an_example(metrics: Any, message: st
         check_metrics(metrics, "Mine.training_step")
     assert message in str(error.value)
     assert '{"loss": loss, ' in str(error.value)
+
+
+@pytest.mark.parametrize("number", [0.1, 3, True, np.float32(0.5), np.int64(2)])
+def test_numbers_among_the_metrics_are_tensors(number: Any) -> None:
+    """``"accuracy": hits / count`` is what people write."""
+    loss = torch.tensor(1.0)
+    metrics = check_metrics({"first": number, "loss": loss}, "Mine.training_step")
+    assert [*metrics] == ["first", "loss"]
+    assert metrics["loss"] is loss
+    assert metrics["first"].item() == float(number)
 
 
 def test_an_evaluation_needs_no_loss() -> None:

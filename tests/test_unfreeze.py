@@ -59,7 +59,7 @@ def test_several_processes_thaw_alike(layout: str, life: Lives, crew: Crews, tmp
     ("overrides", "message"),
     [
         (("+callbacks.thaw.schedule={3:body}",), "Unfreeze, step 3: no weight of the model matches 'body'"),
-        (("+callbacks.thaw.schedule={soon:layers}",), "the schedule has 'soon', which is no number of steps"),
+        (("+callbacks.thaw.schedule={soon:layers}",), "the schedule has 'soon', which is not a number of steps"),
         (
             ("+callbacks.thaw.schedule={3:layers}", "+optimizer.params=layers.4"),
             "layers.1.bias is in no optimizer, and would not be trained after step 3",

@@ -16,7 +16,7 @@ from runner.verify.proof import Verdict, prove
 
 USER = Path(__file__).parent / "user"
 HERE, STATE = "mine.corpus", "mine.corpus_state"
-PROCESS, PARTS = "mine.corpus_process", "mine.corpus_parts"
+PROCESS, PARTS, OUTSIDE = "mine.corpus_process", "mine.corpus_parts", "mine.corpus_outside"
 SMALL = Options(steps=6, kills=1, workers=(0,))
 
 
@@ -155,11 +155,16 @@ BROKEN: dict[str, Case] = {
     "a generator of a module": ((*data("Global"), "runtime.audit=false"), "hidden generator", "RANDOM"),
     "the worker": ((*data("Workers"), "runtime.audit=false"), "workers", "another number of workers"),
     "the pid of a worker": (data("Pids"), "pid", "os.getpid"),
+    "a temporary file": (task("Cold", OUTSIDE), "attempts", "mean.npy"),
+    "another start": (task("Restarted", OUTSIDE), "attempts", "how often the run was started"),
+    "a clock of a number": (task("Late", OUTSIDE, clock="number"), "time", "the time is used"),
+    "a clock of timeit": (task("Late", OUTSIDE, clock="timeit"), "time", "the time is used"),
 }
 MORE = {  # options where the small ones do not do
     "a load that extends": replace(SMALL, kills=2, moments=("evaluating",)),
     "the worker": replace(SMALL, workers=(0, 2)),
     "caches in workers": replace(SMALL, workers=(0, 2)),
+    "a temporary file": replace(SMALL, kills=2),
 }
 
 
@@ -170,6 +175,7 @@ WITHOUT_LINE = (
     "the worker",
     "a set in a state",
     "a late group",
+    "another start",
 )
 
 

@@ -94,4 +94,4 @@ class Webhook(Observer):
         try:
             urlopen(request, timeout=self._timeout).close()
         except Exception as error:  # whatever a server or a proxy does: the run has ended as it did
-            log.warning("webhook  not told: %s", printable(redacted(f"{type(error).__name__}: {error}")))
+            log.warning("webhook  not sent: %s", printable(redacted(f"{type(error).__name__}: {error}")))

@@ -121,12 +121,10 @@ class Report(Callback):
         self._report(loop)  # a step whose evaluation was interrupted is reported only now
 
     def on_step(self, loop: Loop) -> None:
+        if not all(isinstance(value, Tensor) for value in loop.metrics.values()):  # a callback has added others
+            loop.metrics = check_metrics(loop.metrics, _STEP)
         # Copies, because a metric may be a weight or a running mean that the next step changes in place.
-        try:
-            self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
-        except AttributeError:
-            check_metrics(loop.metrics, _STEP)
-            raise
+        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
         self._rate = loop.rate
         self._report(loop)
 

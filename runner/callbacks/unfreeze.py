@@ -19,7 +19,7 @@ class Unfreeze(Callback):
     def __init__(self, schedule: Mapping[int, Patterns]) -> None:
         if wrong := [step for step in schedule if not isinstance(step, int) or step < 0]:
             raise ConfigError(
-                f"Unfreeze: the schedule has {wrong[0]!r}, which is no number of steps; as in {{500: backbone}}"
+                f"Unfreeze: the schedule has {wrong[0]!r}, which is not a number of steps; as in {{500: backbone}}"
             )
         self.schedule = dict(sorted(schedule.items()))
         self._due: dict[int, list[nn.Parameter]] = {}

@@ -142,8 +142,8 @@ def _require_alike(rank: int, entries: Report, first: Report) -> None:
     if differing:
         raise StateError(
             f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
-            "What is not sharded must be the same on all ranks, or it cannot be restored: bring together what each "
-            "saw, and let what moves weights draw the same on all."
+            "What is not sharded must be the same on all ranks, or it cannot be restored: combine what each rank has "
+            "seen (update.gather), and draw the same random numbers on all ranks where they move weights."
         )
 
 

@@ -91,7 +91,7 @@ def require_map_style(samples: Any, key: str) -> Samples:
     try:
         size = len(samples)
     except (TypeError, ValueError) as error:  # also that of a subclass of torch's Dataset without a length of its own
-        raise DataError(f"{key} is a {name} whose length is no number of samples: {error}") from error
+        raise DataError(f"{key} is a {name} whose length is not a number of samples: {error}") from error
     if size == 0:
         raise DataError(f"{key} is empty: a {name} of length 0")
     if stateful(samples):

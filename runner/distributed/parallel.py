@@ -164,7 +164,7 @@ def _send(bucket: _Bucket) -> None:
     gradients = [parameter.grad for parameter in bucket.parameters]
     if any(gradient is not None and gradient.is_sparse for gradient in gradients):
         remedy = "Build its layer, such as nn.Embedding, with sparse=False, or train in one process"
-        raise TaskError(f"a gradient is sparse; several processes bring together dense ones only. {remedy}")
+        raise TaskError(f"a gradient is sparse; several processes add up dense gradients only. {remedy}")
     pairs = zip(bucket.parameters, gradients, strict=True)
     pieces = [(torch.zeros_like(weight) if gradient is None else gradient).flatten() for weight, gradient in pairs]
     present = torch.tensor([float(gradient is not None) for gradient in gradients], dtype=pieces[0].dtype)

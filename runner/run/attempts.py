@@ -336,7 +336,8 @@ class Attempt:
         if time.monotonic() - since > GONE_SECONDS:
             raise RunGone(
                 f"{gone}, and has not been for {GONE_SECONDS:.0f} seconds. Nothing was written there since. If the "
-                "directory is somewhere else, move it back and run the same command again; else that begins anew."
+                "directory is somewhere else, move it back and run the same command again; otherwise that command "
+                "starts a new run."
             )
         if not self._warned:
             log.warning("%s. Waiting %.0f seconds for it to come back", gone, GONE_SECONDS)

@@ -109,6 +109,7 @@ def running(targets: Iterable[str]) -> CodeRecord:
     return CodeRecord(digests, _packages(), commits, diffs)
 
 
+@functools.cache
 def is_installed(file: str) -> bool:
     """Whether a file lies in the standard library, the runner, or a folder into which packages are installed."""
     return bool(_PACKAGED.search(file)) or _is_library(os.path.dirname(file))

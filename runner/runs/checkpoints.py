@@ -98,7 +98,7 @@ def export_pretrained(
     """
     source, target = CheckpointRef.parse(run), Path(local_root(folder))
     if is_remote(folder):
-        raise ConfigError(f"{folder} is no local folder, which the libraries write to; copy it from there")
+        raise ConfigError(f"{folder} is not a local folder, which the libraries write to; copy it from there")
     if not force and target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{folder} has files already; overwrite them with --force, or give another folder")
     directory, which = RunDirectory.at(source.run, options), source.checkpoint or "last"

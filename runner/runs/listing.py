@@ -98,7 +98,7 @@ def setting(text: str) -> tuple[str, Any]:
     """Key and value of ``KEY=VALUE``; a value that is JSON is parsed. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"{text} is no setting: give KEY=VALUE")
+        raise ConfigError(f"{text} is not a setting: give KEY=VALUE")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -237,7 +237,7 @@ def _file_system(kind: str) -> Any:
     except ValueError:
         protocols = ", ".join(f"{name}://" for store in STORES for name in store.protocols)
         raise ConfigError(
-            f"run.root={kind}://...: no kind of storage for runs; use a path, {protocols}, "
+            f"run.root={kind}://...: not a storage for runs; use a path, {protocols}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
 

@@ -130,7 +130,7 @@ def protocol(url: str) -> str:
     """The kind of store that a path or URL names, ``file`` for this machine. Raises ConfigError for a chained URL."""
     if _CHAIN.match(url):
         chain = "::".join(link.partition("://")[0] for link in url.split("::"))
-        raise ConfigError(f"run.root={chain}://...: a chained URL is no place for runs; give the store's own URL")
+        raise ConfigError(f"run.root={chain}://...: runs cannot be stored at a chained URL; give the store's own URL")
     match = _URL.match(url)
     kind = match[1].lower() if match else "file"
     return "file" if kind == "local" else kind

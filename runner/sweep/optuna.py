@@ -176,7 +176,7 @@ def _direction(config: DictConfig) -> str:
     if objective.metric is None:
         raise ConfigError("a study needs one experiment with an objective: set objective.metric, for example val/loss")
     if configured is not None and not isinstance(configured, str):
-        raise ConfigError(f"hydra.sweeper.direction={configured}: a run has one objective. Leave the direction away")
+        raise ConfigError(f"hydra.sweeper.direction={configured}: a run has one objective. Leave the direction out")
     direction = {"min": "minimize", "max": "maximize"}[objective.mode.name]
     if configured not in (None, direction):
         goal = f"objective.mode={objective.mode.name} of {objective.metric}"
@@ -215,9 +215,9 @@ def _reopen(plugin: Any, space: list[str], config: DictConfig) -> int:
         parameters, _ = create_params_from_overrides(space)
     except (ValueError, AssertionError, NotImplementedError) as error:
         reason = str(error) or "choice(), range() and interval() can be searched, glob() cannot"
-        raise ConfigError(f"no search space of a study: {' '.join(space)}\n{reason}") from error
+        raise ConfigError(f"not a search space of a study: {' '.join(space)}\n{reason}") from error
     if config.run.name and not OmegaConf.is_interpolation(config.run, "name") and "run.name" not in parameters:
-        raise ConfigError(f"all trials would be the run run.name={config.run.name}: leave run.name away")
+        raise ConfigError(f"all trials would be the run run.name={config.run.name}: leave run.name out")
     try:
         create_study(study_name=name, storage=storage, direction=plugin.direction, load_if_exists=True)
     except ValueError as error:

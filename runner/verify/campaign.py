@@ -81,11 +81,13 @@ def plan(run: RunTrace, options: Options) -> KillPlan:
     return KillPlan(observed.steps, limit, observed.every, tuple(kills), workers)
 
 
-def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress) -> RunTrace:
+def run_killed(
+    executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, progress: Progress, name: str = "killed"
+) -> RunTrace:
     """The same run, killed as planned. Attempts alternate between hash seeds and numbers of workers, and begin at later
     and later times of the user's clocks. Kills for which too little time is left are omitted. Raises OutOfTime.
     """
-    run = RunTrace("killed")
+    run = RunTrace(name)
     kills = deque(plan.kills)
     keep = undisturbed.select("finished")[0]["size"] <= _SMALL
     for number in count():
@@ -98,6 +100,7 @@ def run_killed(executor: Executor, plan: KillPlan, undisturbed: AttemptTrace, pr
             steps=plan.limit,
             kill=kills.popleft() if kills else None,
             shift=(number + 1) * SHIFT_SECONDS,
+            moved=number % 2 == 0,  # so that the second one, and others, have the temporary files of the one before
             silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
         )
         if attempt.failure:

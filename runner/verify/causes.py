@@ -44,8 +44,8 @@ _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and 
 
 # A line has the kind of a cause, in parentheses its variant, and the description; the next line has the remedy.
 _TEXTS = f"""
-hash: hash() of a text or the order of a set is used in training: both differ from process to process
-    sort a set before its elements are used, and use hashlib or zlib.crc32 instead of hash()
+hash: hash() of a text or the order of a set, or id() of an object, is used: they differ from process to process
+    sort a set before its elements are used, by names and not by id(), and use hashlib or zlib.crc32 instead of hash()
 pid: the number of the process (os.getpid) is used in training
     use the configuration's seed instead of the pid
 time: the time is used in training: seconds, an hour, a date
@@ -64,7 +64,7 @@ in which they were started, as executor.map does), id() of an object, your own k
 length: training depends on the number of steps of the whole run: a longer run differs in the same steps
     do not read the limit of steps in training, or let the configuration fix it
 attempts: training depends on how often the run was started: nothing was resumed, and still it differs
-    do not count starts, and do not read the run's own directory, in training
+    do not count starts (also not by SLURM_RESTART_COUNT), and read no files of earlier attempts, in training
 saving: the run depends on how often its state is taken: a state_dict changes something
     let every state_dict only look: no numbers drawn, nothing emptied, no weights swapped in the meantime
 evaluation: evaluation leaves a trace in training: without it a resumed run is equal

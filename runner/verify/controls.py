@@ -17,6 +17,7 @@ import random
 import sys
 import threading
 import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,6 +35,7 @@ _PLACES = 3  # lines for a verdict
 _LIBRARIES = ("site-packages", "dist-packages")
 _SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
 _true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
+_true_clocks = time.clock_gettime, time.clock_gettime_ns
 
 callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
 _ahead = 0  # seconds; negative: late
@@ -114,6 +116,9 @@ def _replace_clocks() -> None:
     for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
         setattr(time, name, _clock(getattr(time, name), 1, of_day=name == "time"))
         setattr(time, f"{name}_ns", _clock(getattr(time, f"{name}_ns"), 10**9, of_day=name == "time"))
+    for true, unit in zip(_true_clocks, (1, 10**9), strict=True):
+        setattr(time, true.__name__, _clock_of(true, unit))
+    timeit.default_timer = time.perf_counter
     for name, position in _SHOWN_NOW.items():
         setattr(time, name, _showing(getattr(time, name), position, as_struct=name in ("asctime", "strftime")))
     # In the type itself, which refuses ``setattr``: another type would be no ``datetime`` to pickle and to libraries.
@@ -129,6 +134,15 @@ def _clock(clock: Callable[[], Any], unit: int, *, of_day: bool) -> Callable[[],
 
     def read() -> Any:
         return _shown(clock(), _asking() if of_day else sys._getframe(1), unit, of_day=of_day)
+
+    return read
+
+
+def _clock_of(clock: Callable[[int], Any], unit: int) -> Callable[[int], Any]:
+    """The clock of a number, of which one is the clock of the day."""
+
+    def read(number: int) -> Any:
+        return _shown(clock(number), sys._getframe(1), unit, of_day=number == time.CLOCK_REALTIME)
 
     return read
 

@@ -61,6 +61,7 @@ class Investigation:
         self._progress = progress
         self._runs = 0
         self._until = 0  # the last step that is compared
+        self._moved = False  # whether resumed attempts lack the temporary files of those before
         self._killed = base  # the last run that was killed and resumed
         self._sources = base.sources
         self._reached: dict[str, str] = (base.evidence or {}).get("reached", {})
@@ -68,6 +69,7 @@ class Investigation:
     def diagnose(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """Find the cause of a difference between a killed run and the undisturbed one."""
         self._until = min(difference.step + _MORE_STEPS, self._plan.steps)
+        self._moved = run.attempts[difference.attempt].request.moved
         cause = self._without_kills() or self._without_resume()
         if cause is None:
             self._until = max(difference.step, 1)
@@ -221,7 +223,7 @@ class Investigation:
         """A run that is killed after ``step`` is committed, and resumed by an attempt with ``fields``."""
         run = self._new()
         self._attempt(run, kill=kill, every=step, pins=pins)
-        self._attempt(run, every=step, pins=pins, **fields)
+        self._attempt(run, every=step, pins=pins, moved=self._moved, **fields)
         return run
 
     def run(self, *overrides: str, **fields: Any) -> RunTrace:

@@ -109,7 +109,7 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container,
-    none for data sets (whose samples were compared) and for what libraries keep for themselves.
+    of data sets (whose samples were compared) only numbers, and none for what libraries keep for themselves.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
     private = (undisturbed.evidence or {}).get("private", ())
@@ -118,7 +118,8 @@ def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
         for entry in unequal(steps[event["step"]]["memory"], event["memory"])
-        if entry[0] in changing and not entry[0].startswith(("data.", *private))
+        if entry[0] in changing and not entry[0].startswith((*private,))
+        if not entry[0].startswith("data.") or _NUMBER.fullmatch(entry[1] or "")
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
 
@@ -180,6 +181,7 @@ def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
     return entries
 
 
+_NUMBER = re.compile(r"-?[\d.e+-]+")
 _SHAPE = re.compile(r"model/|optimizer(\.\w+)?/param_groups/")
 _TIED = f"model{TIED}"
 

@@ -46,7 +46,8 @@ class AttemptRequest:
     replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps between two of them.
     A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may change something. The
     user's clocks are ``shift`` seconds ahead and ``late`` seconds behind. After ``limit`` seconds the attempt is ended,
-    as a failure. ``imports`` are modules that it needs. With ``removes`` it removes the run instead.
+    as a failure. ``imports`` are modules that it needs. It has the temporary files of the run's earlier attempts,
+    unless it is ``moved``, as to another machine. With ``removes`` it removes the run instead.
     """
 
     name: str
@@ -66,6 +67,7 @@ class AttemptRequest:
     late: int = 0
     limit: float | None = None
     imports: tuple[str, ...] = ()
+    moved: bool = False
     removes: bool = False
 
     @classmethod
@@ -89,7 +91,7 @@ class AttemptRequest:
 
     @property
     def temporary(self) -> Path:
-        """The folder for temporary files: the same for all attempts, and short, because workers make sockets in it."""
+        """The folder for temporary files: the same for all runs, and short, because workers make sockets in it."""
         folder = Path(self.file).with_name("tmp")
         if len(os.fsencode(folder)) <= _LONGEST_PATH or not os.access("/tmp", os.W_OK):
             return folder
@@ -319,11 +321,10 @@ class Executor:
             late=round(time.time() - self.clock),
             **fields,
         )
-        began = time.monotonic()
-        try:
-            status = self.servers[server](request)
-        finally:
+        if request.moved or not run.attempts:
             shutil.rmtree(request.temporary, ignore_errors=True)
+        began = time.monotonic()
+        status = self.servers[server](request)
         trace = AttemptTrace(request, status, workers, _events(request), time.monotonic() - began)
         run.attempts.append(trace)
         return trace

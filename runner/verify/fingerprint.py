@@ -67,7 +67,7 @@ def of_value(value: Any) -> str:
     """
     if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
         array = np.ascontiguousarray(value)
-        return f"{array.dtype}{[*array.shape]} {digest(array.tobytes())}"
+        return f"{array.dtype}{[*array.shape]} {digest(array.reshape(-1).view(np.uint8).data)}"
     if isinstance(value, torch.Tensor):
         whole: torch.Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
         tensor = whole.detach().cpu()
@@ -275,7 +275,16 @@ def describe_array(value: Any) -> str:
             single, text = tensor.numel() == 1, of_value(tensor)
             return _short(repr(tensor.item())) if single else _of_array(tensor, text)
     plain: Any = np.ndarray.view(value, np.ndarray) if is_a(value, np.ndarray) else value
+    if _is_read_only_file(plain):  # as large as any, and nothing here can change it
+        return f"{plain.dtype}{[*plain.shape]} of a file"
     return _short(repr(plain.item())) if plain.size == 1 else _of_array(plain, of_value(plain))
+
+
+def _is_read_only_file(array: Any) -> bool:
+    writable = array.flags.writeable
+    while is_a(array, np.ndarray):
+        array = array.base
+    return is_a(array, mmap) and not writable
 
 
 def _of_array(value: Any, text: str) -> str:

@@ -160,6 +160,7 @@ def _run(request: AttemptRequest, rank: int, group: int) -> NoReturn:
     request.temporary.mkdir(exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torch")  # shared by all attempts
     os.environ["TMPDIR"] = str(request.temporary)
+    os.environ["SLURM_RESTART_COUNT"] = str(int(request.record().stem.rpartition("-")[2]) - 1)  # as a job queued again
     tempfile.tempdir = None
     sys.argv = ["runner", *request.arguments]
 

@@ -51,6 +51,7 @@ PROCESS = "process: "
 _DEPTH = 8  # attributes and items from an object of the experiment; deeper ones are digested together
 _FEW = 16  # items up to which a container is entered item by item
 _BUDGET = 300_000  # values that are looked at in one moment
+_MANY = 10_000  # of these in one container, the last ones
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
 _CLASS_DICT: Any = type.__dict__["__dict__"].__get__
@@ -170,6 +171,8 @@ class _Walk:
                 if module.__name__ not in done:
                     done.add(module.__name__)
                     self._namespace(root, module)
+        for name in [name for name in sys.modules if name not in done and is_users(name)]:  # imported in functions
+            self._namespace("task", sys.modules[name])
         for name in _PATCHED:
             if name in sys.modules:
                 self._exchanged(sys.modules[name], vars(sys.modules[name]), name, "")
@@ -263,10 +266,11 @@ class _Walk:
 
     def _digested(self, root: str, value: Any) -> str:
         """A value with all that is inside it in one line."""
-        plain = fingerprint.plain_bytes(value)
+        plain, rest = fingerprint.plain_bytes(value), ""
         if plain is None:
-            pieces, waiting = [], [("", value)]
-            while waiting and self._left > 0:
+            pieces: list[bytes] = []
+            waiting = [("", value)]
+            while waiting and self._left > 0 and len(pieces) < _MANY:
                 key, inner = waiting.pop()
                 self._left -= 1
                 words = describe(inner)
@@ -275,9 +279,9 @@ class _Walk:
                     self._seen[id(inner)] = inner
                     self._kinds.setdefault(id(type(inner)), (root, type(inner)))
                     waiting += [(each.path, each.value) for each in self._inside("", inner)]
-            plain = b"\n".join(pieces)
+            plain, rest = b"\n".join(pieces), f", most of which {UNSEEN}" if waiting else ""
         size = f" of {fingerprint.length(value)}" if is_a(value, dict, list, tuple, deque) else ""
-        return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}"
+        return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}{rest}"
 
 
 def marks(model: Any) -> dict[str, Any]:
@@ -323,10 +327,10 @@ def _has_more(value: Any, words: str) -> bool:
 def _inside(value: Any) -> Iterator[Place]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
-        for place, (key, inner) in enumerate(items(value)):
+        for place, (key, inner) in enumerate(items(value)[-_MANY:]):
             yield Place(f"[{_key(key, place)}]", inner, "item", key)
     elif is_a(value, list, tuple, deque):
-        content = fingerprint.base_of(value, list, tuple, deque).__iter__(value)
+        content = [*fingerprint.base_of(value, list, tuple, deque).__iter__(value)][-_MANY:]
         yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(content))
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
@@ -376,7 +380,10 @@ def _key(key: Any, place: int) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return any(type(value) is kind for kind in fingerprint.PLAIN)
+    return id(type(value)) in _PLAIN  # a metaclass may override __eq__
+
+
+_PLAIN = frozenset(map(id, fingerprint.PLAIN))
 
 
 def attributes(value: Any) -> dict[str, Any]:

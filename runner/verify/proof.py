@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -30,12 +30,22 @@ from runner.verify.difference import (
     structural_changes,
     unequal,
 )
-from runner.verify.execution import AttemptFailure, AttemptRequest, Executor, OutOfTime, RunTrace, Servers, fork_servers
+from runner.verify.execution import (
+    AttemptFailure,
+    AttemptRequest,
+    AttemptTrace,
+    Executor,
+    OutOfTime,
+    RunTrace,
+    Servers,
+    fork_servers,
+)
 from runner.verify.options import Options
-from runner.verify.source import line_of
+from runner.verify.source import UNTRIED, line_of
 
 LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
 TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
+_UNKNOWN = ("other", "time-limit")  # kinds of errors that say nothing of a resume
 _STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
 
 
@@ -187,6 +197,9 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     finally:
         if not keep:
             _remove(root, requests.values(), servers)
+        for request in requests.values():
+            shutil.rmtree(request.temporary, ignore_errors=True)
+        if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
             for folder in new:
                 with suppress(OSError):  # others use it
@@ -227,14 +240,29 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     kills = plan(base, options)
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
     try:
-        run = run_killed(executor, kills, attempt, progress)
+        run, kills, cut = _killed(executor, kills, attempt, progress)
     except OutOfTime:
         refusal = "verify.minutes was over before the killed run was finished; allow more"
         return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
-    lost = in_words(lost_memory(run, base)) if verdict.holds else ""
-    effects = [f"not in the state, and without effect within these steps: {lost}"] if lost else []
-    return replace(verdict, notes=[*verdict.notes, *_notes(kills, base, run), *effects])
+    unproven = _unproven(base, run) if verdict.holds else ()
+    return replace(verdict, notes=[*verdict.notes, *_notes(kills, base, run), *cut, *unproven])
+
+
+def _killed(
+    executor: Executor, kills: KillPlan, undisturbed: AttemptTrace, progress: Progress
+) -> tuple[RunTrace, KillPlan, list[str]]:
+    """The killed run, its plan and a note. Where another number of data workers is what fails, that is left out."""
+    run = run_killed(executor, kills, undisturbed, progress)
+    last, first = run.attempts[-1], kills.workers[:1]
+    if not last.failure or last.failure.kind not in _UNKNOWN or last.workers in first:
+        return run, kills, []
+    error = last.failure.message.partition("\n")[0]
+    progress(f"an attempt with {last.workers} data workers failed; once more without them")
+    kills = replace(kills, workers=first)
+    run = run_killed(executor, kills, undisturbed, progress, name="killed-again")
+    note = f"not proven with {last.workers} data workers, with which an attempt failed: {error}"
+    return run, kills, [note]
 
 
 def _require_room(root: str, size: int) -> None:
@@ -319,6 +347,15 @@ def _changes_while_probed(run: RunTrace) -> str:
     before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
     return in_words(unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}")
+
+
+def _unproven(base: RunTrace, run: RunTrace) -> Iterator[str]:
+    """What had no effect within the steps of a proof that holds."""
+    if lost := in_words(lost_memory(run, base)):
+        yield f"not proven: not in the state, and without effect within these steps: {lost}"
+    reached = (base.evidence or {})["reached"]
+    if untried := [f"{what} ({where})" for what, where in reached.items() if what.startswith(UNTRIED)]:
+        yield f"not proven, because neither time nor machine were others: what depends on {' and '.join(untried)}"
 
 
 def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:

@@ -208,7 +208,7 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
-            looks = {"private": private(self._objects), "reached": self._watch.reached, "callers": controls.callers}
+            looks = {"private": private(self._objects), "reached": self._watch.lasting(), "callers": controls.callers}
             self.write("finished", **collect(directory), **looks, modules=libraries)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:

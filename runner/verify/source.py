@@ -6,8 +6,10 @@ sees them in the undisturbed run, and notes the line of the user's that asked.
 
 import functools
 import inspect
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
@@ -26,7 +28,10 @@ _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
-_WATCHED = _STORES | _OTHERS | {"sqlite3.connect": "the database", "os.remove": "the file", "os.rename": "the file"}
+UNTRIED = ("the host name", "a timer with an interval of")  # what no proof of a minute on one machine can change
+_WATCHED = {"socket.gethostname": UNTRIED[0], "timer": UNTRIED[1], "sqlite3.connect": "the database"}
+_WATCHED |= _STORES | _OTHERS
+_WATCHED |= {"os.remove": "the file", "os.rename": "the file"}
 
 
 def sources(value: Any) -> Sources:
@@ -122,6 +127,16 @@ class Watch:
         self.reached: dict[str, str] = {}
         self._busy = False
         sys.addaudithook(self._hook)
+        threading.Timer.start = _start  # type: ignore[assignment, method-assign]
+
+    def lasting(self) -> dict[str, str]:
+        """What was reached, the files last that are gone: they do not outlive the process."""
+
+        def gone(item: tuple[str, str]) -> bool:
+            kind, _, file = item[0].partition("the file ")
+            return not kind and not os.path.exists(file)
+
+        return dict(sorted(self.reached.items(), key=gone))
 
     def close(self) -> None:
         """See no more; python has no way to take a hook away."""
@@ -140,6 +155,11 @@ class Watch:
             self._busy = False
 
 
+def _start(timer: threading.Timer) -> None:
+    sys.audit("timer", timer.interval)
+    threading.Thread.start(timer)
+
+
 def _reached(event: str, arguments: tuple[Any, ...]) -> str:
     target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
@@ -149,6 +169,6 @@ def _reached(event: str, arguments: tuple[Any, ...]) -> str:
             return ""  # what is only read is the same for every run
     if is_a(target, PurePath):
         target = PurePath.__str__(target)
-    if not is_a(target, str, bytes, tuple):
+    if not is_a(target, str, bytes, tuple, int, float):
         target = type_name(type(target))
-    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}"
+    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}".strip()
