@@ -221,9 +221,25 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
+        own = task
         if not count:  # the batch of another process, which must not count in what the task adds up
             task = copy_of(task, [model, *_weights_of(task, model)]) or task
         totals.add(count, check_metrics(task.evaluation_step(model, batch), step, training=False))
+        if task is not own:
+            _take_types(own, task)
+
+
+def _take_types(task: Task, copy: Task) -> None:
+    """Give empty lists in metrics of torchmetrics an empty tensor of the type that ``copy`` has there: it takes the
+    list of a process without a batch for floats, whatever the others send.
+    """
+    parts = [part for part in vars(task).values() if isinstance(part, nn.Module)]
+    copies = [part for part in vars(copy).values() if isinstance(part, nn.Module)]
+    for own, other in zip(parts, copies, strict=True):
+        for mine, theirs in zip(own.modules(), other.modules(), strict=False):
+            for name in getattr(mine, "_reductions", ()):
+                if getattr(mine, name) == [] and (values := getattr(theirs, name)):
+                    setattr(mine, name, [values[0][:0]])
 
 
 def _join_rows(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str, Tensor]:

@@ -6,14 +6,16 @@ claim the attempt -> build -> newest good checkpoint -> load, generators last ->
 import copy
 import logging
 import math
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from textwrap import indent
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -161,7 +163,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
     """
     try:
         try:
-            with ExitStack() as stack:
+            with _guarding_exit(), ExitStack() as stack:
                 yield stack
         except signals.Stopped as stopped:
             remedy = "run the same command again to continue from the last checkpoint"
@@ -175,6 +177,26 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
             except (Exception, SystemExit):  # the cause matters more
                 log.exception("a callback failed in on_error")
         raise
+
+
+@contextmanager
+def _guarding_exit() -> Iterator[None]:
+    """Within the block, ``os._exit(0)`` in this process ends it with 1 and a line: the run is not finished."""
+    leave, process = os._exit, os.getpid()
+
+    def guarded(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == process:
+            caller = sys._getframe(1)
+            where = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            os.write(2, f"os._exit(0) was called in the run, by {where}\n".encode())
+            status = 1
+        leave(status)
+
+    os._exit = guarded
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 @contextmanager

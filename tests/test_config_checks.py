@@ -66,6 +66,13 @@ def test_a_number_that_is_too_small_is_refused_with_the_least(override: str, lea
     assert str(refused.value) == f"{override} is too small: at least {least}"
 
 
+@pytest.mark.parametrize("override", ["runtime.num_threads=100000", "runtime.num_workers=100000"])
+def test_a_number_that_ends_the_process_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(configured(override))
+    assert str(refused.value) == f"{override} is too large: at most 1024"
+
+
 @pytest.mark.parametrize("value", ["0.0", "-1.0", "nan"])
 @pytest.mark.parametrize("key", ["trainer.clip_norm", "trainer.max_seconds"])
 def test_a_limit_that_would_stop_all_training_is_refused(key: str, value: str) -> None:

@@ -50,6 +50,22 @@ def test_rows_and_torchmetrics_are_those_of_one_process(size: int, life: Lives, 
     assert {name: many[f"val/{name}"] for name in exact} == {name: one[f"val/{name}"] for name in exact}
 
 
+def test_lists_of_a_process_without_a_batch_have_a_type(life: Lives, crew: Crews, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    one_batch = (
+        "task._target_=mine.scores.Ranked",
+        "model.dropout=0.0",
+        "data.evaluation_batch_size=64",
+        "trainer.max_steps=1",
+    )
+    command = (*SCORES, *one_batch, f"run.root={tmp_path}")
+    assert life(*command, "run.name=one", cwd=USER).status == 0
+    ended = crew(2, *command, "run.name=many", cwd=USER)
+    assert not any(ended.statuses), ended.output
+    one, many = (metrics(tmp_path / "rows" / name) for name in ("one", "many"))
+    assert many["val/area"] == pytest.approx(one["val/area"])
+
+
 @pytest.mark.parametrize(
     ("task", "messages"),
     [

@@ -197,6 +197,7 @@ _FROM_ONE = """
 """
 _MINIMUM = dict.fromkeys(_FROM_ZERO.split(), 0) | dict.fromkeys(_FROM_ONE.split(), 1)
 _MINIMUM |= {"runtime.timeout": 2, "checkpoint.keep_last": LEAST_KEPT}
+_MAXIMUM = {"runtime.num_threads": 1024, "runtime.num_workers": 1024}  # with far more the system ends the process
 _ABOVE_ZERO = ("trainer.max_seconds", "trainer.clip_norm")
 # Hydra's own settings, which are stored in .hydra/.
 _HYDRA = ("hydra.job.env_set", "hydra.sweeper", "hydra.launcher")
@@ -239,6 +240,10 @@ def _check_numbers(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= least:  # also for NaN
             raise ConfigError(f"{key}={value} is too small: at least {least}")
+    for key, most in _MAXIMUM.items():
+        value = OmegaConf.select(config, key)
+        if str(value).isdecimal() and int(value) > most:
+            raise ConfigError(f"{key}={value} is too large: at most {most}")
     for key in _ABOVE_ZERO:
         value = OmegaConf.select(config, key)
         if value is not None and not value > 0:

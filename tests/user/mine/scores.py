@@ -1,7 +1,7 @@
 """Metrics that are no means."""
 
 import torch
-from torchmetrics.classification import MulticlassF1Score
+from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
 from runner.tasks.classification import Classification
 
@@ -42,3 +42,21 @@ class Raw(Scores):
 
     def evaluation_end(self, model, metrics):
         return metrics
+
+
+class Ranked(Classification):
+    """The area under the curve, for which torchmetrics keeps lists of floats and of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.area = MulticlassAUROC(3, thresholds=None)
+
+    def evaluation_step(self, model, batch):
+        inputs, labels = batch
+        self.area.update(model(inputs).softmax(1), labels)
+        return super().evaluation_step(model, batch)
+
+    def evaluation_end(self, model, metrics):
+        report = {**metrics, "area": self.area.compute()}
+        self.area.reset()
+        return report
