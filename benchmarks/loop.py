@@ -67,11 +67,14 @@ CASES = {
 
 
 class Gate:
-    """In a child: lets it go on for as many steps as the parent asks for, and tells how long they took by ``clock``."""
+    """In a child: lets it go on for as many steps as the parent asks for, and prints how long they took by ``clock``,
+    per step, or per unit of the ``work`` that was done since its last call.
+    """
 
-    def __init__(self, warm_up: int, clock: Callable[[], float]) -> None:
+    def __init__(self, warm_up: int, clock: Callable[[], float], work: Callable[[], float] | None = None) -> None:
         self._left = self._steps = warm_up
         self._clock = clock
+        self._work = work
         self._since = clock()
 
     def passed(self) -> bool:
@@ -79,7 +82,7 @@ class Gate:
         self._left -= 1
         if self._left:
             return True
-        print((self._clock() - self._since) / self._steps, flush=True)
+        print((self._clock() - self._since) / (self._work() if self._work else self._steps), flush=True)
         asked = sys.stdin.readline()
         if not asked:
             return False
@@ -210,13 +213,13 @@ def child(name: str, side: str, folder: str, *, clock: Callable[[], float]) -> N
 
 
 class Side:
-    """In the parent: one child, waiting at its gate."""
+    """In the parent: one child of a ``module`` of this folder, waiting at its gate."""
 
-    def __init__(self, case: str, side: str, stack: ExitStack, *options: str) -> None:
+    def __init__(self, case: str, side: str, stack: ExitStack, *options: str, module: str = "loop") -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         self._errors: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+"))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.loop", case, "--child", side, "--folder", folder, *options],
+            [sys.executable, "-m", f"benchmarks.{module}", case, "--child", side, "--folder", folder, *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -226,8 +229,8 @@ class Side:
         stack.callback(self._close)
         self._answer()
 
-    def milliseconds_per_step(self, steps: int) -> float:
-        """Let it do so many steps."""
+    def milliseconds(self, steps: int) -> float:
+        """Let it do so many steps; how long one of them took, or one unit of its work."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
@@ -255,7 +258,7 @@ def measure(name: str, *options: str, turns: int, sets: int) -> dict[str, list[f
             sides = {side: Side(name, side, stack, *options) for side in found}
             for turn in range(turns):
                 for side in list(sides) if turn % 2 else list(sides)[::-1]:
-                    found[side].append(sides[side].milliseconds_per_step(case.block))
+                    found[side].append(sides[side].milliseconds(case.block))
     return found
 
 

@@ -83,7 +83,9 @@ class ClippedLoss:
         ratio, advantage = change.exp(), rows.advantages[:, None]
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip_high)
         kl = zero if rows.reference is None else (rows.reference - logprob).exp() - (rows.reference - logprob) - 1
-        loss = -torch.minimum(ratio * advantage, clipped * advantage) + beta * kl - self.entropy * entropy
+        loss = -torch.minimum(ratio * advantage, clipped * advantage) + beta * kl
+        if self.entropy:  # else its gradient, over all tokens of the vocabulary, is computed for nothing
+            loss = loss - self.entropy * entropy
         outside = (clipped * advantage < ratio * advantage).float()
         values = {"loss": loss, "kl": kl, "entropy": entropy, "clip_fraction": outside}
         return {name: (value * mask).sum() for name, value in values.items()}
