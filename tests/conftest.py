@@ -36,6 +36,7 @@ def pytest_configure() -> None:
         os.environ.setdefault(CAMPAIGN_END, str(time.time() + 60 * float(minutes)))
 
 
+@pytest.hookimpl(trylast=True)  # after the selection by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With a limit of time, the first campaign of each file comes before the second of any."""
     if CAMPAIGN_END in os.environ:

@@ -1,6 +1,7 @@
 """``python -m runner.verify`` on a corpus: broken experiments are named, mended and right ones pass."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -155,7 +156,9 @@ BROKEN: dict[str, Case] = {
     "a generator of a module": ((*data("Global"), "runtime.audit=false"), "hidden generator", "RANDOM"),
     "the worker": ((*data("Workers"), "runtime.audit=false"), "workers", "another number of workers"),
     "the pid of a worker": (data("Pids"), "pid", "os.getpid"),
-    "a temporary file": (task("Cold", OUTSIDE), "attempts", "mean.npy"),
+    "a temporary file": (task("Cold", OUTSIDE), "attempts", "mean-False.npy"),
+    "a file of an earlier run": (task("Cold", OUTSIDE, folder="FOLDER"), "files", "mean-False.npy"),
+    "a cache of a method": (task("Memoizes", OUTSIDE), "task memory", "Memoizes.first) was a cache of 1 results"),
     "another start": (task("Restarted", OUTSIDE), "attempts", "how often the run was started"),
     "a clock of a number": (task("Late", OUTSIDE, clock="number"), "time", "the time is used"),
     "a clock of timeit": (task("Late", OUTSIDE, clock="timeit"), "time", "the time is used"),
@@ -165,6 +168,7 @@ MORE = {  # options where the small ones do not do
     "the worker": replace(SMALL, workers=(0, 2)),
     "caches in workers": replace(SMALL, workers=(0, 2)),
     "a temporary file": replace(SMALL, kills=2),
+    "data for one process": replace(SMALL, workers=(0, 2)),
 }
 
 
@@ -196,6 +200,7 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "norms and masks": ("model._target_=mine.corpus_right.Norms",),
     "caches": ("data.train._target_=mine.corpus_right.Caches",),
     "caches in workers": ("data.train._target_=mine.corpus_right.Caches",),
+    "data for one process": ("data.train._target_=mine.corpus_right.Alone",),
     "a callback with a state": ("+callbacks.mine={_target_:mine.corpus_right.Saves}",),
     "accumulation": ("trainer.accumulate=2",),
     "clipping": ("trainer.clip_norm=0.1",),
@@ -215,7 +220,8 @@ RIGHT: dict[str, tuple[str, ...]] = {
 
 
 def variant(name: str, *, mended: bool) -> tuple[str, ...]:
-    return tuple(each.replace("MENDED", str(mended).lower()) for each in BROKEN[name][0])
+    values = {"MENDED": str(mended).lower(), "FOLDER": tempfile.gettempdir()}
+    return tuple(re.sub("MENDED|FOLDER", lambda match: values[match[0]], each) for each in BROKEN[name][0])
 
 
 def marked(where: str) -> list[str]:

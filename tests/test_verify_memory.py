@@ -6,6 +6,7 @@ import enum
 import itertools
 import sqlite3
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -335,3 +336,34 @@ def test_objects_of_libraries_are_looked_at(make: Callable[[], Any], role: str) 
     assert {*sys.modules} - loaded == set()
     assert [path for path in words if "transformers." in path or "(lightning" in path] == []
     assert copy.copy(words)
+
+
+def test_of_large_lists_the_last_items_are_seen() -> None:
+    task = SimpleNamespace()
+    task.many = [SimpleNamespace(seen=number) for number in range(30_000)]
+    before = memory.memory({"task": task})["task.many"]
+    task.many[-1].seen = -1
+    assert "a list of 30000" in before
+    assert "most of which cannot be looked into" in before
+    assert memory.memory({"task": task})["task.many"] != before
+
+
+def test_arrays_in_read_only_files_are_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.bin"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 36)
+    array = np.memmap(file, np.uint16, "r")
+    assert fingerprint.describe(array) == f"uint16[{1 << 35}] of a file"
+    changing = np.memmap(file, np.uint16, "r+", shape=(4,))
+    before = fingerprint.describe(changing)
+    changing[0] = 1
+    assert fingerprint.describe(changing) != before
+
+
+def test_files_that_a_library_has_open_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Timer, "start", threading.Timer.start)  # which a watch replaces
+    file = tmp_path / "table.h5"
+    with file.open("w"):  # before the watch, which hears of it as little as of a library in C
+        watch = source.Watch()
+        watch.close()
+        assert watch.lasting()[f"the file {file}"] == "open"

@@ -30,7 +30,7 @@ class Cause:
         things = "; ".join(f"{thing} ({place})" for thing, place in [*reached.items()][:3])
         more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
         text = f"{self.description}. Your code reaches {things}{more}"
-        return replace(self, description=text, where=next(iter(reached.values())))
+        return replace(self, description=text, where=next((place for place in reached.values() if ":" in place), ""))
 
     def with_memory(self, words: str) -> "Cause":
         """The same cause, with the memory that shows it."""
@@ -63,6 +63,8 @@ chance: two undisturbed runs differ, for another reason than the pid, time, seed
 in which they were started, as executor.map does), id() of an object, your own kernels
 length: training depends on the number of steps of the whole run: a longer run differs in the same steps
     do not read the limit of steps in training, or let the configuration fix it
+files: the first run of all differs from those after it, which find something that it left behind
+    let what is read from a file or a cache be equal, to the bit, to what is computed without it
 attempts: training depends on how often the run was started: nothing was resumed, and still it differs
     do not count starts (also not by SLURM_RESTART_COUNT), and read no files of earlier attempts, in training
 saving: the run depends on how often its state is taken: a state_dict changes something

@@ -91,7 +91,9 @@ class Investigation:
             if self._equal("the same again", 2, again):
                 whole = self.run(steps=self._plan.limit)
                 if self.differs("undisturbed, with as many steps as the killed run", whole):
-                    return CAUSES["length"].seen_in(difference.part, difference.path)
+                    left = self._equal("the same with fewer steps", 1, whole, steps=self._until)
+                    cause = CAUSES["files" if left else "length"].seen_in(difference.part, difference.path)
+                    return cause.reaching(self._reached if left else {})
             else:
                 return self.hold(difference)
         self._base = again

@@ -11,12 +11,13 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 from types import FrameType
 from typing import Any
 
-from runner.verify.fingerprint import is_a, type_name
+from runner.verify.fingerprint import is_a, names_of_runs, type_name
 from runner.verify.memory import is_users, modules_of, mro
 
 Lines = tuple[str, int, int]  # file, first and last line of a class or a function
@@ -120,6 +121,20 @@ def of_error(error: BaseException | None) -> str:
     return place
 
 
+_OPEN = Path("/proc/self/fd")
+
+
+def _written() -> Iterator[str]:
+    """Files that this process has open to be written, but for those of the run."""
+    for link in _OPEN.iterdir():
+        with suppress(OSError, ValueError):
+            file, facts = os.readlink(link), Path("/proc/self/fdinfo", link.name).read_text()
+            flags = int(facts.partition("flags:")[2].split()[0], 8)
+            own = any(name in file for name in ("/runner-verify-", *names_of_runs))
+            if flags & (os.O_WRONLY | os.O_RDWR) and os.path.isfile(file) and not own:
+                yield file
+
+
 class Watch:
     """What the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
 
@@ -130,7 +145,11 @@ class Watch:
         threading.Timer.start = _start  # type: ignore[assignment, method-assign]
 
     def lasting(self) -> dict[str, str]:
-        """What was reached, the files last that are gone: they do not outlive the process."""
+        """What was reached, with files that are open to be written, and last the files that are gone: these do not
+        outlive the process.
+        """
+        for file in _written() if _OPEN.exists() else ():  # also by libraries in C, of which no hook hears
+            self.reached.setdefault(f"the file {file}", "open")
 
         def gone(item: tuple[str, str]) -> bool:
             kind, _, file = item[0].partition("the file ")

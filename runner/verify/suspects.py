@@ -6,6 +6,7 @@ into a run directory.
 """
 
 import decimal
+import functools
 import io
 import os
 import pickle
@@ -124,6 +125,8 @@ class _Pickler(pickle.Pickler):
         return self._paths.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
+        if is_a(value, functools._lru_cache_wrapper):  # else named, and not copied
+            raise pickle.PicklingError
         if is_a(value, staticmethod, classmethod):
             return type(value), (value.__func__,)
         return (property, (value.fget, value.fset, value.fdel)) if is_a(value, property) else NotImplemented

@@ -157,6 +157,19 @@ class Caches(Rows):
         return value + 0.1 * torch.randn(8), index % 3
 
 
+class Alone(Rows):
+    """Holds what no other process has, as a connection or a thread would be."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.pid = os.getpid()
+
+    def __getitem__(self, index):
+        if os.getpid() != self.pid:
+            raise RuntimeError("not in a worker")
+        return super().__getitem__(index)
+
+
 class Saves(Callback):
     """Counts, and saves the count."""
 
