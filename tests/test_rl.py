@@ -227,7 +227,7 @@ def test_the_objective_is_that_of_the_papers() -> None:
     assert group(0, 1, 1, [0.0, 1.0]).advantages(scale=True).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], 1e-5)
 
 
-def stepped(training: GRPO, network: GPT, pieces: list[list[tuple[int, str, str]]]) -> dict[str, torch.Tensor]:
+def stepped(training: GRPO, network: nn.Module, pieces: list[list[tuple[int, str, str]]]) -> dict[str, torch.Tensor]:
     """One step over these micro-batches."""
     positions: list[range] = []
     update = WeightUpdate(
@@ -292,6 +292,22 @@ def test_stale_rollouts_are_drawn_by_earlier_weights() -> None:
     expected = task()._draw([(n + 4, *rest) for n, *rest in prompts(4)], nullcontext, 0, early)
     assert [each.digest() for each in stale.waiting] == [each.digest() for each in expected]
     assert {each.version for each in stale.waiting} == {0}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_a_model_of_hugging_face_is_a_policy() -> None:
+    """The most probable completion is that of its own ``generate``, and a step trains it."""
+    library = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = library.GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    network = library.GPT2LMHeadModel(config).eval()
+    text = torch.tensor([list(b"1+2=")])
+    drawn = generate(network, text, [0], Sampling(6, 10, temperature=0.0))
+    own = network.generate(text, max_new_tokens=6, do_sample=False, eos_token_id=10, pad_token_id=10)
+    assert drawn.tokens.tolist() == own[:, 4:].tolist()
+    before = network.transformer.wte.weight.clone()
+    assert stepped(task(), network, [prompts(4)])["tokens"] > 0
+    assert not network.transformer.wte.weight.equal(before)
 
 
 @pytest.mark.parametrize("value", ["free", -1])
