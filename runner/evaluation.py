@@ -408,7 +408,11 @@ def train_mode(model: nn.Module) -> None:
             if not child.training and (single or (frozen and not any(frozen))):
                 evaluating |= {inner for inner in child.modules() if not inner.training}
     switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
-    model.train()
+    try:
+        model.train()
+    except NotImplementedError as error:
+        remedy = "Give the module as it was before torch.export, and export the trained weights later"
+        raise ConfigError(f"model cannot be put into training mode: {error} {remedy}") from error
     for part in evaluating:
         part.training = False
     outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]

@@ -43,7 +43,7 @@ from runner.run.attempts import Attempt, AttemptRecord
 from runner.run.directory import BEST, MODEL
 from runner.run.opening import RunSpec, claim_run, has_trained
 from runner.state import Stateful
-from runner.storage.location import Buffer, Location
+from runner.storage.location import Buffer, Location, protocol
 from runner.trainer import Trainer
 
 log = logging.getLogger("runner")
@@ -292,6 +292,8 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     count, learning = (sum(each.numel() for each in weights if every or each.requires_grad) for every in (True, False))
     log.info("run      %s", spec.directory.location.url)
     log.info("attempt  %d, %s", number, _describe_start(resumed, before))
+    if protocol(spec.directory.location.url) == "memory":
+        log.warning("store    memory:// ends with this process, and the run with it")
     for line in resumed.unusable:
         log.warning("unused   %s", line)
     for line in resumed.unmatched:

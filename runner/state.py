@@ -146,14 +146,14 @@ class TrainState:
     def inherit(self, checkpoint: Checkpoint, *, strict: bool) -> list[str]:
         """Load the weights only, and the averaged weights if both the checkpoint and this run have them. Unless
         ``strict``, tensors without a counterpart of their name and shape stay as they are, and are described in the
-        lines that are returned.
+        lines that are returned. Integers, as of a quantized model, fit integers only.
 
         Raises StateError for weights that do not fit, Damaged for bad bytes.
         """
         places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        saved = {saved_name(name): [*place.kind.shape] for name, place in places.items()}
+        saved = {saved_name(n): _layout(place.kind.shape, place.kind.empty((0,))) for n, place in places.items()}
         live = {saved_name(name): value for name, value in self.model.state_dict().items()}
-        built = {name: [*value.shape] for name, value in live.items() if isinstance(value, Tensor)}
+        built = {n: _layout(value.shape, value) for n, value in live.items() if isinstance(value, Tensor)}
         fitting = {name for name, shape in built.items() if saved.get(name) == shape}
         tied = {memory_key(local(live[name])) for name in fitting}  # a weight that is used twice may be saved once
         left = [f"{name} {shape}" for name, shape in saved.items() if name not in fitting]
@@ -162,6 +162,9 @@ class TrainState:
         ]
         if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
+        for name in saved if strict else ():  # torch would convert them
+            if name in built and (built[name] + saved[name]).count("(") == 1:
+                raise StateError(f"{name} is {saved[name]} in the parent and {built[name]} in this model")
         whole = strict if left or new else len(fitting) == len(built)  # if strict, torch says what does not fit
         self._load("model", self.model, checkpoint, only=None if whole else fitting)
         if self.average is not None and "average" in checkpoint.parts and not (left or new):
@@ -237,6 +240,12 @@ def _groups(checkpoint: Checkpoint, built: Structure, part: str) -> list[list[st
 
 def _sizes(checkpoint: Checkpoint, part: str) -> list[int]:
     return [len(group["params"]) for group in checkpoint.parts[part].get("param_groups", [])]
+
+
+def _layout(shape: Collection[int], tensor: Tensor) -> str:
+    """The shape, and whether the numbers are other than floats."""
+    kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "integers"
+    return f"{[*shape]}{f' ({kind})' if kind else ''}"
 
 
 def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:

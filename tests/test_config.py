@@ -88,6 +88,7 @@ MISTAKES = {
     "wrong choice": smoke("expected one of [refuse, accept, fork]", "run.on_drift=maybe"),
     "unknown option": smoke("Available options in 'optimizer':\n\tadamw\n\tsgd", "optimizer=adamm"),
     "too small": smoke("checkpoint.keep_last=1 is too small: at least 2", "checkpoint.keep_last=1"),
+    "no root": smoke("run.root is empty; is the variable for it empty?", "run.root="),
     "no end": smoke("the training has no end: set trainer.max_steps", "trainer.max_steps=null"),
     "no such class": smoke("Are you sure that module 'mine' is inst", "model._target_=mine.Net"),
     "no value": smoke("data.batch_size not set: give a value in the experiment", "data.batch_size=???"),

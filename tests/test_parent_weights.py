@@ -97,6 +97,18 @@ def test_weights_of_another_head_are_left_out(life: Lives, tmp_path: Path) -> No
     assert (ended.status, "not used, of the parent: extra.bias [3]\n" in ended.output) == (0, True), ended.output
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int32, "integers"), (torch.complex64, "complex")])
+def test_numbers_of_another_kind_are_not_converted(dtype: torch.dtype, kind: str, life: Lives, tmp_path: Path) -> None:
+    name = "layers.4.bias"
+    save_file({**weights(), name: weights()[name].to(dtype)}, tmp_path / "w.safetensors")
+    command = (*COMMAND, *STILL, f"run.root={tmp_path}", f"run.parent={tmp_path}/w.safetensors")
+    ended = life(*command, "run.name=c")
+    assert (ended.status, f"not used, of the parent: {name} [10] ({kind})" in ended.output) == (0, True), ended.output
+    ended = life(*command, "run.name=s", "run.load=strict")
+    message = f"{name} is [10] ({kind}) in the parent and [10] in this model"
+    assert (ended.status, message in ended.output) == (1, True), ended.output
+
+
 def test_a_weight_that_is_used_twice_may_be_saved_once(life: Lives, tmp_path: Path) -> None:
     """As save_pretrained does with tied embeddings."""
     small = (

@@ -72,6 +72,16 @@ def test_a_step_of_an_inner_optimizer_is_refused(life: Lives, tmp_path: Path) ->
     assert "which leaves out trainer.clip_norm" in ended.output
 
 
+def test_an_exported_model_is_refused(life: Lives, tmp_path: Path) -> None:
+    ended = life(*COMMAND, f"run.root={tmp_path}", "~model", "+model._target_=mine.programs.exported", cwd=USER)
+    assert (ended.status, "Give the module as it was before torch.export" in ended.output) == (2, True), ended.output
+
+
+def test_a_run_in_memory_says_that_it_ends_with_the_process(life: Lives) -> None:
+    ended = life(*COMMAND, "run.root=memory://runs", "run.name=r")
+    assert (ended.status, "memory:// ends with this process" in ended.output) == (0, True), ended.output
+
+
 def test_a_plateau_is_measured_by_the_objective(life: Lives, tmp_path: Path) -> None:
     """The rate halves where the accuracy is not 20 % better than the best before; a changed factor holds later."""
     command = (*COMMAND, *PLATEAU, f"run.root={tmp_path}", "run.name=r", "metrics.every_steps=1")

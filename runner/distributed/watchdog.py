@@ -174,20 +174,27 @@ class Stall:
             if self._progressed or not self._watching:
                 spent.clear()
                 self._progressed = False
-            elif (overdue := self._overdue()) is not None:
+            elif (overdue := self._overdue(spent)) is not None:
                 spent[overdue] += passed  # type: ignore[assignment]
                 if spent[overdue] > self._timeout + self._patience * (overdue in _OVERDUE_LATER.values()):
                     self._end(overdue, spent[overdue])
 
-    def _overdue(self) -> str | None:
-        """What is overdue while the training thread does what it does; None if that may take any time."""
+    def _overdue(self, spent: Mapping[str, float]) -> str | None:
+        """What is overdue while the training thread does what it does; None if that may take any time.
+
+        Stacks are looked at only when half of the time is over: the threads go on meanwhile, and CPython 3.11 was seen
+        to crash at that once.
+        """
         declared = activities(self._training)
+        if "reads again" in declared:
+            return None
+        overdue = _OVERDUE[declared[-1]] if declared else "no step"
+        return None if spent[overdue] > self._timeout / 2 and self._may_take_any_time() else overdue
+
+    def _may_take_any_time(self) -> bool:
         debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
         stacks = map(stack, sys._current_frames())
-        compiles = any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
-        if debugged or compiles or "reads again" in declared:
-            return None
-        return _OVERDUE[declared[-1]] if declared else "no step"
+        return debugged or any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
 
     def _end(self, overdue: str, seconds: float) -> None:
         key = "runtime.timeout and checkpoint.max_unsaved" if overdue in _OVERDUE_LATER.values() else "runtime.timeout"

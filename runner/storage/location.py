@@ -142,9 +142,11 @@ def is_remote(url: str) -> bool:
 
 
 def local_root(root: str) -> str:
-    """``root`` as a path of this machine, also ``~/...``. Raises ConfigError for a URL of another store."""
+    """``root`` as a path of this machine, also ``~/...``. Raises ConfigError for a URL of another store, or none."""
     if is_remote(root):
         raise ConfigError(f"run.root={protocol(root)}://...: a path of this machine is needed, like run.root=outputs")
+    if not root:
+        raise ConfigError("run.root is empty; is the variable for it empty?")
     match = _URL.match(root)
     return os.path.expanduser(root[match.end() :] if match else root)
 
