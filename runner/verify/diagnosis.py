@@ -18,7 +18,7 @@ from runner.verify.causes import CAUSES, Cause, of_memory, of_part, of_workers, 
 from runner.verify.difference import FirstDifference, first_difference, suspects
 from runner.verify.execution import Executor, Kill, RunTrace
 from runner.verify.fingerprint import UNSEEN
-from runner.verify.memory import PROCESS
+from runner.verify.memory import HOOKS, PROCESS
 
 _CHUNKS = 8  # of suspects that are tried one by one, or left out one by one
 # Where to look first for the memory behind a part, and the method behind a cause.
@@ -184,7 +184,8 @@ class Investigation:
         if paths:
             cause = of_memory([entry for path in paths for entry in groups.get(path, [(path, unseen.get(path), None)])])
         elif untried:
-            cause = of_memory([entry for path in untried for entry in groups[path]], sure=False)
+            entries = [entry for path in untried for entry in groups[path]]
+            cause = of_memory(sorted(entries, key=lambda entry: "._" in entry[0] and HOOKS not in entry[0]), sure=False)
         else:
             untried, cause = [path for path in unseen if path not in trial.tested][:3], of_part(difference)
             if not untried:
