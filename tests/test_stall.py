@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lives import Ended, Lives, Mines
 from waiting import until
 
 from runner.activity import activities, doing
+from runner.distributed.watchdog import stacks
 
 USER = Path(__file__).parent / "user"
 LIMIT = 100  # seconds in which a run that hangs has to end
@@ -169,3 +171,19 @@ def test_a_process_that_was_stopped_goes_on(life: Lives, tmp_path: Path) -> None
         time.sleep(5)
         process.send(signal.SIGCONT)
         assert process.wait().status == 0, process.output
+
+
+def test_stacks_of_threads_have_file_line_and_function(tmp_path: Path) -> None:
+    """Also of a file whose name is not ASCII, by which installed packages are told from a user's code."""
+    file = tmp_path / "größe.py"
+    file.write_text("def wait_for(event):\n    event.wait()\n")
+    namespace = runpy.run_path(str(file))
+    event = threading.Event()
+    thread = threading.Thread(target=namespace["wait_for"], args=[event], daemon=True)
+    thread.start()
+    try:
+        until(lambda: (str(file), "2", "wait_for") in stacks()[thread.ident or 0])
+    finally:
+        event.set()
+        thread.join()
+    assert thread.ident not in stacks()

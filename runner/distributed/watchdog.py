@@ -33,9 +33,8 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from os import getpid
 from pathlib import Path
-from traceback import walk_stack
-from types import FrameType
-from typing import IO, Any, Literal, NoReturn
+from tempfile import TemporaryFile
+from typing import IO, Literal, NoReturn
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -66,7 +65,10 @@ def end_process(message: str, status: int, last_words: Callable[[str, int], None
 _TORCH = f"{Path(torch.__file__).parent}/"
 _STANDARD_LIBRARY = (f"{Path(os.__file__).parent}/", "<frozen ")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
+Frame = tuple[str, str, str]  # file, line, function
 _DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*\n((?:  .*\n)*)", re.MULTILINE)
+_ESCAPED = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # a character that is not ASCII
 _OWN = f"{Path(__file__).parent}/"
 _EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
@@ -75,7 +77,7 @@ def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], st
     """What a thread of this process does: it ``waits`` for other processes, or its innermost declared activity, or it
     just ``works``; and a code line for people, outside of torch and the standard library if possible.
     """
-    frames = [(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) for frame in stack(thread)]
+    frames = stacks().get(thread, [])
     files = takewhile(lambda file: file.startswith((_TORCH, _OWN)), (file for file, _, _ in frames))
     if any(file.startswith(_EXCHANGES) for file in files):
         return "waits", _line(frames)
@@ -83,14 +85,25 @@ def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], st
     return declared[-1] if declared else "works", _line(frames)
 
 
-def stack(thread: int) -> list[FrameType]:
-    """The frames of a thread of this process, the innermost first."""
-    innermost = sys._current_frames().get(thread)
-    return [frame for frame, _ in walk_stack(innermost)] if innermost else []
+def stacks() -> dict[int, list[Frame]]:
+    """The innermost frames of each thread of this process, by its ident; empty if no file can be opened.
+
+    The C code of ``faulthandler`` walks them while no other thread runs. Walked from Python, frames may be left
+    meanwhile, at which CPython 3.11 was seen to crash.
+    """
+    try:
+        file = os.fdopen(os.memfd_create("stacks"), "r+b") if hasattr(os, "memfd_create") else TemporaryFile()
+    except OSError:
+        return {}
+    with file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = _ESCAPED.sub(lambda match: chr(int(match[1][1:], 16)), file.read().decode("utf-8", "replace"))
+    return {int(ident, 16): _DUMPED.findall(frames) for ident, frames in _THREAD.findall(text)}
 
 
-def _line(frames: Sequence[tuple[str, Any, str]]) -> str:
-    """The first of the frames (file, line, function) that is not of torch or the standard library, else the first."""
+def _line(frames: Sequence[Frame]) -> str:
+    """The first of the frames that is not of torch or the standard library, else the first."""
     frame_to_show = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
     return "{}:{} in {}".format(*frame_to_show) if frame_to_show else "an unknown place"
 
@@ -182,8 +195,7 @@ class Stall:
     def _overdue(self, spent: Mapping[str, float]) -> str | None:
         """What is overdue while the training thread does what it does; None if that may take any time.
 
-        Stacks are looked at only when half of the time is over: the threads go on meanwhile, and CPython 3.11 was seen
-        to crash at that once.
+        Stacks are looked at only when half of the time is over, because the other threads wait for that.
         """
         declared = activities(self._training)
         if "reads again" in declared:
@@ -192,16 +204,16 @@ class Stall:
         return None if spent[overdue] > self._timeout / 2 and self._may_take_any_time() else overdue
 
     def _may_take_any_time(self) -> bool:
-        debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in stack(self._training))
-        stacks = map(stack, sys._current_frames())
-        return debugged or any(frame.f_code.co_filename in _COMPILERS for frames in stacks for frame in frames)
+        at = stacks()
+        debugged = any(file.endswith(_DEBUGGERS) for file, _, _ in at.get(self._training, ()))
+        return debugged or any(file in _COMPILERS for frames in at.values() for file, _, _ in frames)
 
     def _end(self, overdue: str, seconds: float) -> None:
         key = "runtime.timeout and checkpoint.max_unsaved" if overdue in _OVERDUE_LATER.values() else "runtime.timeout"
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        idents = sys._current_frames().keys() - {threading.get_ident()}
+        idents = stacks().keys() - {threading.get_ident()}
         threads = [f"  thread {names.get(ident, ident)} is at {thread_status(ident)[1]}" for ident in idents]
         training = f"the training thread is at {thread_status(self._training)[1]}."
         remedy = "If the work there needs that long, set a longer runtime.timeout."
