@@ -307,7 +307,7 @@ def test_another_machine_that_withdraws_is_not_waited_for(
 
 
 def test_waiting_is_for_the_living(location: LocalLocation, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = RunDirectory("", "a", "b", location)
+    directory = RunDirectory(str(location.path), "a", "b", location)
     name = stranger(location)
     monkeypatch.setattr(attempts, "time", beating(location, name))
     assert must_wait(directory, OnConflict.wait)
@@ -441,7 +441,7 @@ def test_an_owner_notices_that_its_directory_was_moved(location: LocalLocation) 
 
 
 def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "refuse") -> RunSpec:
-    spec = RunSpec(RunDirectory("", "a", "b", location), identity, command="again", on_drift=OnDrift[on_drift])
+    spec = RunSpec(RunDirectory(str(location.path), "a", "b", location), identity, command="again", on_drift=OnDrift[on_drift])
     return open_run(spec)
 
 
