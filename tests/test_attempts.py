@@ -441,7 +441,9 @@ def test_an_owner_notices_that_its_directory_was_moved(location: LocalLocation) 
 
 
 def opening(location: LocalLocation, identity: dict[str, Any], on_drift: str = "refuse") -> RunSpec:
-    spec = RunSpec(RunDirectory(str(location.path), "a", "b", location), identity, command="again", on_drift=OnDrift[on_drift])
+    spec = RunSpec(
+        RunDirectory(str(location.path), "a", "b", location), identity, command="again", on_drift=OnDrift[on_drift]
+    )
     return open_run(spec)
 
 

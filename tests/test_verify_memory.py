@@ -338,6 +338,14 @@ def test_objects_of_libraries_are_looked_at(make: Callable[[], Any], role: str) 
     assert copy.copy(words)
 
 
+@pytest.mark.parametrize("module", [None, object(), SimpleNamespace(__file__="/mine.py")])
+def test_what_is_no_module_among_the_modules_is_no_users(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cryptography has an object without attributes there."""
+    monkeypatch.setitem(sys.modules, "strange.lib", module)
+    assert not memory.is_users("strange.lib")
+    assert memory.memory({"task": SimpleNamespace(seen=1)})["task.seen"] == "1"
+
+
 def test_of_large_lists_the_last_items_are_seen() -> None:
     task = SimpleNamespace()
     task.many = [SimpleNamespace(seen=number) for number in range(30_000)]

@@ -171,7 +171,7 @@ class _Walk:
                 if module.__name__ not in done:
                     done.add(module.__name__)
                     self._namespace(root, module)
-        for name in [name for name in sys.modules if name not in done and is_users(name)]:  # imported in functions
+        for name in [name for name in [*sys.modules] if name not in done and is_users(name)]:  # imported in functions
             self._namespace("task", sys.modules[name])
         for name in _PATCHED:
             if name in sys.modules:
@@ -473,7 +473,8 @@ def _modules(name: str) -> list[ModuleType]:
 
 def is_users(name: Any) -> bool:
     """Whether a module is the user's own: neither installed, nor of the standard library, nor of the runner."""
-    if type(name) is not str or name not in sys.modules or name.partition(".")[0] in ("runner", "torch", "numpy"):
+    if type(name) is not str or name.partition(".")[0] in ("runner", "torch", "numpy"):
         return False
-    file = dict_of(sys.modules[name]).get("__file__")
+    module = sys.modules.get(name)  # anything: libraries in C put objects of their own there
+    file = dict_of(module).get("__file__") if is_a(module, ModuleType) else None
     return type(file) is str and not is_installed(file)
