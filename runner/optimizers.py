@@ -206,13 +206,13 @@ def require_plain_step(instance: Any, key: str) -> None:
     """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
     if error := step_error(instance):
         path = f"{type(instance).__module__}.{type(instance).__qualname__}"
-        own = (
+        remedy = (
             ""
             if key.startswith("scheduler")
             else ". A task with an optimization_step of its own may call step(closure)"
         )
         raise ConfigError(
-            f"{key}: training calls step() without arguments, which {path} does not take: {error}{own}"
+            f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
         ) from error
 
 

@@ -162,9 +162,11 @@ class TrainState:
         ]
         if not fitting:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
-        for name in saved if strict else ():  # torch would convert them
-            if name in built and (built[name] + saved[name]).count("(") == 1:
-                raise StateError(f"{name} is {saved[name]} in the parent and {built[name]} in this model")
+        for name, place in places.items() if strict else ():
+            key = saved_name(name)
+            value = live.get(key)
+            if isinstance(value, Tensor) and _kind(value) != _kind(place.kind.empty((0,))):  # torch would convert it
+                raise StateError(f"{key} is {saved[key]} in the parent and {built[key]} in this model")
         whole = strict if left or new else len(fitting) == len(built)  # if strict, torch says what does not fit
         self._load("model", self.model, checkpoint, only=None if whole else fitting)
         if self.average is not None and "average" in checkpoint.parts and not (left or new):
@@ -243,9 +245,13 @@ def _sizes(checkpoint: Checkpoint, part: str) -> list[int]:
 
 
 def _layout(shape: Collection[int], tensor: Tensor) -> str:
-    """The shape, and whether the numbers are other than floats."""
-    kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "integers"
-    return f"{[*shape]}{f' ({kind})' if kind else ''}"
+    """The shape, and the kind of numbers if they are not floats."""
+    kind = _kind(tensor)
+    return f"{[*shape]}" if kind == "floats" else f"{[*shape]} ({kind})"
+
+
+def _kind(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "floats" if tensor.is_floating_point() else "integers"
 
 
 def _types(state: Mapping[str, Any]) -> dict[str, torch.dtype]:

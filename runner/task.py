@@ -104,7 +104,7 @@ class Task:
 
     def training_step(self, model: nn.Module, batch: Any) -> Metrics:
         """The metrics of one micro-batch; the one called ``"loss"`` is minimised. An output of Hugging Face's models
-        will do, for its ``loss``. Needless where ``optimization_step`` and ``evaluation_step`` are the task's own.
+        will do, for its ``loss``. Not needed where ``optimization_step`` and ``evaluation_step`` are the task's own.
         """
         raise TaskError(f"{type(self).__name__} has no training_step(self, model, batch), which gives the loss")
 

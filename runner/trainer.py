@@ -86,11 +86,11 @@ class Trainer:
             call(loop)
 
         micro_batches = self._apply_on_batch(loop, stream.step()) if self._on_batch else stream.step()
-        self.update.is_of_task = self._has_own_step
+        self.update.in_own_step = self._has_own_step
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
         if self._has_own_step:
             metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
-        self.update.is_of_task = False
+        self.update.in_own_step = False
         self.update.end()
         for scheduler in state.schedulers("step"):
             scheduler.step()

@@ -49,7 +49,7 @@ class WeightUpdate:
     _has_stepped: bool = False  # ... weights were moved
     positions: Callable[[], range] = lambda: range(0)
     gather: Callable[[Any], list[Any]] = lambda value: [value]
-    is_of_task: bool = False  # the task is in its own step, and not in `apply`
+    in_own_step: bool = False  # the task is in its own step, and not in `apply`
 
     def __post_init__(self) -> None:
         for optimizer in by_name(self.optimizer).values():
@@ -104,16 +104,16 @@ class WeightUpdate:
         if self.skip_nonfinite and not self._finite(loss, _gradient_values(weights)):
             self._is_nonfinite = True
         else:
-            is_of_task, self.is_of_task = self.is_of_task, False
+            in_own_step, self.in_own_step = self.in_own_step, False
             for optimizer in optimizers:
                 self._step_optimizer(optimizer)
-            self.is_of_task = is_of_task
+            self.in_own_step = in_own_step
         self._clear(weights, optimizers)
         return measured
 
     def _require_apply(self, *_: Any) -> None:
         """Hook: an optimizer steps. Raises TaskError if the task calls it itself and something would be left out."""
-        if not self.is_of_task:
+        if not self.in_own_step:
             return
         settings = {
             "trainer.clip_norm": self.clip_norm is not None,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from crews import Crews
-from lives import Lives
+from lives import USER, Lives
 from results import results
 from safetensors.torch import load_file, save_file
 
@@ -106,6 +106,15 @@ def test_numbers_of_another_kind_are_not_converted(dtype: torch.dtype, kind: str
     assert (ended.status, f"not used, of the parent: {name} [10] ({kind})" in ended.output) == (0, True), ended.output
     ended = life(*command, "run.name=s", "run.load=strict")
     message = f"{name} is [10] ({kind}) in the parent and [10] in this model"
+    assert (ended.status, message in ended.output) == (1, True), ended.output
+
+
+def test_integers_are_not_converted_to_complex_numbers(life: Lives, tmp_path: Path) -> None:
+    save_file({**weights(), "turns": torch.ones(4, dtype=torch.int64)}, tmp_path / "w.safetensors")
+    parent = f"run.parent={tmp_path}/w.safetensors"
+    command = (*COMMAND, "model._target_=mine.odd.Rotates", f"run.root={tmp_path}", parent, "run.load=strict")
+    ended = life(*command, cwd=USER)
+    message = "turns is [4] (integers) in the parent and [4] (complex) in this model"
     assert (ended.status, message in ended.output) == (1, True), ended.output
 
 

@@ -344,14 +344,14 @@ def test_what_is_no_module_among_the_modules_is_no_users(module: Any, monkeypatc
     """cryptography has an object without attributes there."""
     monkeypatch.setitem(sys.modules, "strange.lib", module)
     assert not memory.is_users("strange.lib")
-    assert memory.memory({"task": SimpleNamespace(seen=1)})["task.seen"] == "1"
+    assert memory.memory({"task": SimpleNamespace(steps=1)})["task.steps"] == "1"
 
 
 def test_of_large_lists_the_last_items_are_seen() -> None:
     task = SimpleNamespace()
-    task.many = [SimpleNamespace(seen=number) for number in range(30_000)]
+    task.many = [SimpleNamespace(steps=number) for number in range(30_000)]
     before = memory.memory({"task": task})["task.many"]
-    task.many[-1].seen = -1
+    task.many[-1].steps = -1
     assert "a list of 30000" in before
     assert "most of which cannot be looked into" in before
     assert memory.memory({"task": task})["task.many"] != before

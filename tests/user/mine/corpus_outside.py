@@ -61,12 +61,12 @@ class Late(Scaled):
 class Memoizes(Scaled):
     """Scales all batches by the first one, which a cache of a function remembers."""
 
-    seen = None
+    batch = None
 
     @functools.lru_cache  # noqa: B019
     def first(self):
-        return float(self.seen.std())
+        return float(self.batch.std())
 
     def amount(self, x):
-        self.seen = x
+        self.batch = x
         return 1 if self.mended else self.first()  # culprit

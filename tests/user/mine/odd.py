@@ -72,6 +72,14 @@ class Normed(MLP):
         return super().forward(self.norm(x.flatten(1)))
 
 
+class Rotates(MLP):
+    """Has complex numbers, as of rotary positions."""
+
+    def __init__(self, inputs, **how):
+        super().__init__(inputs=inputs, **how)
+        self.register_buffer("turns", torch.ones(4, dtype=torch.complex64))
+
+
 class Wide(torch.optim.Optimizer):
     """Keeps its moments in double precision, and its rate in a tensor."""
 
