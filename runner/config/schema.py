@@ -214,14 +214,14 @@ def check(config: DictConfig) -> None:
     trainer = config.trainer
     if trainer.max_steps is None and trainer.max_epochs is None and trainer.max_seconds is None:
         raise ConfigError("the training has no end: set trainer.max_steps, trainer.max_epochs or trainer.max_seconds")
-    decay = trainer.ema_decay
-    if decay is not None and not 0 < decay < 1:
+    if (decay := trainer.ema_decay) is not None and not 0 < decay < 1:
         raise ConfigError(f"trainer.ema_decay={decay} is not between 0 and 1; usual values are 0.99 to 0.9999")
     if config.objective.metric is not None and config.data.validation is None:
         raise ConfigError(f"objective.metric={config.objective.metric} needs data.validation, which is not set")
-    for key in ("patience", "target"):
-        if trainer.early_stopping[key] is not None and config.objective.metric is None:
-            raise ConfigError(f"trainer.early_stopping.{key} needs objective.metric, for example val/loss")
+    by_objective = {f"trainer.early_stopping.{key}": trainer.early_stopping[key] for key in ("patience", "target")}
+    by_objective["checkpoint.keep_best"] = None if config.checkpoint.keep_best == 1 else config.checkpoint.keep_best
+    if config.objective.metric is None and (settings := [f"{k}={v}" for k, v in by_objective.items() if v is not None]):
+        raise ConfigError(f"{settings[0]} needs objective.metric, for example val/loss")
     refuse_secrets(config)
     if config.run.parent is None and config.run.inherit is not Inherit.model:
         raise ConfigError(f"run.inherit={config.run.inherit.name} needs run.parent, the run to begin from")
