@@ -250,7 +250,7 @@ def saver(state: State, folder: Path, steps: int) -> tuple[SaveCheckpoint, Loop]
     """What saves a state in the background every so many steps, as in an experiment."""
     store = CheckpointStore(LocalLocation(folder))
     callback = SaveCheckpoint(
-        store, SaveTimer(steps=steps), Retention(), attempt=1, identity={}, max_unsaved=60.0, background=True
+        store, SaveTimer(steps=steps), Retention(), attempt_number=1, identity={}, max_unsaved=60.0, background=True
     )
     loop = Loop(state, max_steps=None)  # type: ignore[arg-type]
     callback.on_start(loop)

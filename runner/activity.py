@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-# "saves": writes or reads a checkpoint, or exports. "joins": waits for the checkpoint writer of its own process.
+# "saves": writes or reads a checkpoint, or exports. "joins": waits for the commit thread of its own process.
 # "evaluates": computes batches of an evaluation; "ends evaluation": does anything else in it.
 # "reads again": reads samples of an iterable again to resume, which takes as long as it takes.
 Activity = Literal["saves", "joins", "evaluates", "ends evaluation", "reads again"]

@@ -259,9 +259,9 @@ def make_callbacks(
         Retention(
             last=checkpoint.keep_last, every_steps=checkpoint.keep_every_steps, best=checkpoint.keep_best, mode=mode
         ),
-        attempt=number,
+        attempt_number=number,
         identity=spec.identity,
-        owner=attempt,
+        attempt=attempt,
         records=[] if attempt is None else [ledger, writers],
         guard=guard,
         max_unsaved=checkpoint.max_unsaved,

@@ -281,14 +281,14 @@ def test_a_real_file_system_that_refuses_is_reported(mount: str, message: str, t
 
 @pytest.mark.campaign
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path) -> None:
-    """Training continues and says so; when somebody makes room, everything is saved as if nothing had been."""
+    """The failure is logged and training continues; when somebody makes room, everything is saved."""
     log = tmp_path / "log"
-    reported = f"until grep -qs 'Training continues' {log}; do sleep 0.1; done"
+    reported = f"until grep -qs 'It is tried again' {log}; do sleep 0.1; done"
     room = f"{{{{ ({reported}; mount -o remount,size=50m {{root}}) & }}}} && exec > {log}"
     keep = f"cp -r {{root}}/smoke {tmp_path}"
     ended = mounted(f"{FULL} && {room}", tmp_path / "root", "objective.metric=null", then=keep)
     assert ended.returncode == 0, ended.stderr
-    assert "No space left on device. Training continues and tries again" in log.read_text()
+    assert "No space left on device. It is tried again" in log.read_text()
     whole = subprocess.run(
         [sys.executable, "-m", "runner", "experiment=smoke", "objective.metric=null", f"run.root={tmp_path}/whole"],
         capture_output=True,

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runner.callbacks.base import Loop
-from runner.callbacks.saving import SaveCheckpoint, SaveTimer, _is_spoiled
+from runner.callbacks.saving import SaveCheckpoint, SaveTimer, _spoils_training
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore, Retention
@@ -40,7 +40,7 @@ class Gated(CheckpointStore):
 class Run:
     """A state that counts, and a callback that saves it."""
 
-    def __init__(self, folder: Path, *, background: bool = True, best: int = 1, pinned: Container[int] = ()) -> None:
+    def __init__(self, folder: Path, *, background: bool = True, best: int = 1, every: int | None = None) -> None:
         self.now = 0.0
         self.store = Gated(folder)
         self.weight = torch.zeros(4)
@@ -49,13 +49,12 @@ class Run:
         self.saver = SaveCheckpoint(
             self.store,
             SaveTimer(steps=1, clock=lambda: self.now),
-            Retention(best=best),
-            attempt=1,
+            Retention(best=best, every_steps=every),
+            attempt_number=1,
             identity={},
             max_unsaved=100.0,
             background=background,
         )
-        self.saver.is_milestone = pinned.__contains__
         self.saver.on_start(self.loop)
 
     def step(self, *, improved: bool = False) -> None:
@@ -65,11 +64,11 @@ class Run:
         self.saver.on_step(self.loop)
 
     def begun(self) -> None:
-        while self.saver.writer.waiting:
+        while self.saver.commit_thread.waiting:
             time.sleep(0.001)
 
     def settle(self) -> None:
-        assert self.saver.writer.wait(10)
+        assert self.saver.commit_thread.wait(10)
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_each_of_several_best_checkpoints_is_kept(
 ) -> None:
     """Also where the storage is slower than they come: training waits for room, in memory for two, and says so."""
     monkeypatch.setattr("runner.callbacks.saving.QUIET_SECONDS", 0.0)
-    run = Run(tmp_path, best=3, pinned={4})
+    run = Run(tmp_path, best=3, every=4)
     run.store.gate.clear()
     run.step(improved=True)
     run.begun()
@@ -117,7 +116,7 @@ def test_each_of_several_best_checkpoints_is_kept(
 
     def open_when_told() -> None:
         until = time.monotonic() + 60
-        while "training waits: the states of steps 2 and 3 are both to be kept" not in caplog.text:
+        while "training waits: the states of steps 2 and 3 must both be saved" not in caplog.text:
             assert time.monotonic() < until
             time.sleep(0.01)
         run.store.gate.set()
@@ -135,7 +134,7 @@ def test_each_of_several_best_checkpoints_is_kept(
 
 
 def test_a_pinned_step_is_kept_beside_a_better_one(tmp_path: Path) -> None:
-    run = Run(tmp_path, pinned={2, 4})
+    run = Run(tmp_path, every=2)
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -188,7 +187,7 @@ def test_copies_to_keep_are_retried_until_they_are_written(tmp_path: Path) -> No
     ],
 )
 def test_state_that_training_cannot_use_is_not_committed(tensor: torch.Tensor, name: str, spoiled: bool) -> None:
-    assert _is_spoiled(name, tensor, {"model/w"}) is spoiled
+    assert _spoils_training(name, tensor, {"model/w"}) is spoiled
 
 
 def test_a_failure_is_reported_and_retried_after_longer_pauses(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -198,7 +197,7 @@ def test_a_failure_is_reported_and_retried_after_longer_pauses(run: Run, caplog:
     for _ in range(3):
         run.step()
     assert run.store.values == {}
-    assert "the checkpoint of step 1 could not be written: no space left. Training continues" in caplog.text
+    assert "the checkpoint of step 1 could not be written: no space left. It is tried again" in caplog.text
     run.store.error = None
     run.now += 1.5
     run.step()
@@ -234,9 +233,9 @@ def test_storage_that_hangs_for_too_long_ends_training(run: Run) -> None:
     run.step()
     run.begun()
     run.now += 101
-    with pytest.raises(StorageError, match="has been on its way for 101 seconds"):
+    with pytest.raises(StorageError, match="no checkpoint was written for 101 seconds"):
         run.step()
-    with pytest.raises(StorageError, match="has been on its way for 101 seconds"):
+    with pytest.raises(StorageError, match="no checkpoint was written for 101 seconds"):
         run.saver.on_end(run.loop)
 
 
@@ -267,8 +266,39 @@ def test_the_end_waits_for_the_last_commit(run: Run) -> None:
     assert [commit.step for commit in run.store.commits()] == [2, 1]
 
 
+def test_a_failure_at_the_end_does_not_promise_more_training(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.store.error = StorageError("no space left")
+    run.step()
+    run.loop.stop = "max_steps"
+
+    def make_room_when_reported() -> None:
+        until = time.monotonic() + 60
+        while "It is tried again; the run ends if it keeps failing for another" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        run.store.error = None
+
+    helper = threading.Thread(target=make_room_when_reported)
+    helper.start()
+    run.saver.on_end(run.loop)
+    helper.join(60)
+    assert run.store.values == {1: 1.0}
+    assert "raining continues" not in caplog.text
+
+
+def test_records_are_durable_before_tensors_are_written(run: Run, tmp_path: Path) -> None:
+    """As docs/explanation/checkpoints.md says."""
+    files: list[Path] = []
+    record = SimpleNamespace(mark=lambda step: {}, flush=lambda: files.extend(tmp_path.rglob("*.*")))
+    run.saver.records = [record]
+    run.step()
+    run.settle()
+    assert files == []
+    assert {file.parent.name for file in tmp_path.rglob("*.*")} == {"data", "commits"}
+
+
 def test_pinned_steps_are_saved_at_their_own_step(tmp_path: Path) -> None:
-    run = Run(tmp_path, pinned={3})
+    run = Run(tmp_path, every=3)
     run.store.gate.clear()
     run.step()
     run.begun()
@@ -311,8 +341,8 @@ def test_saves_cost_no_more_than_their_share() -> None:
     assert timer.due(1)
     for cost, pause in ((0.5, 50.0), (1e6, 3600.0)):
         timer.restart()
-        timer.saved(stall=cost)
-        timer.update_pause()
+        timer.note_save(stall=cost)
+        timer.update_interval()
         since = now
         now = since + pause - 1
         assert not timer.due(1)
@@ -325,10 +355,10 @@ def test_steps_beside_a_save_add_to_its_cost() -> None:
     timer = SaveTimer(auto=True, clock=lambda: now)
     for seconds, writing in ((1.0, False), (1.5, True), (9.0, True)):
         if writing and seconds == 1.5:
-            timer.saved(stall=0.0)
+            timer.note_save(stall=0.0)
         now += seconds
-        timer.step(writing=writing, counts=seconds < 9)  # the last one evaluated, too
-    timer.update_pause()
+        timer.note_step(during_save=writing, is_plain=seconds < 9)  # the last one evaluated, too
+    timer.update_interval()
     timer.restart()
     now += 49.0
     assert not timer.due(1)

@@ -44,9 +44,9 @@ class Seat:
             store,
             SaveTimer(steps=1, clock=lambda: self.now),
             Retention(last=99, every_steps=every_steps),
-            attempt=1,
+            attempt_number=1,
             identity={},
-            owner=owner if comm.rank == 0 else None,
+            attempt=owner if comm.rank == 0 else None,
             max_unsaved=100.0,
             background=background,
             comm=comm,
@@ -147,7 +147,7 @@ def test_a_failed_improvement_is_retried_on_all_ranks(rank: int) -> None:
 def test_storage_that_fails_one_rank_for_too_long_ends_all(rank: int) -> None:
     def script(seat: Seat) -> None:
         seat.step()
-        seat.saver.writer.wait(20)
+        seat.saver.commit_thread.wait(20)
         seat.now += 101
         seat.step()
 

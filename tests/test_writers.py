@@ -88,7 +88,7 @@ def test_a_flush_that_fails_for_a_while_costs_nothing(life: Lives, tmp_path: Pat
     target = "+metrics.writers.w={_target_: mine.writers.FailingWriter, method: flush, error: OSError}"
     ended = life(*COMMON, target, f"run.root={tmp_path}", "run.name=r", cwd=USER)
     assert ended.status == 0, ended.output
-    assert "could not be written: metrics.writers.w: OSError: the server went away. Training continues" in ended.output
+    assert "could not be written: metrics.writers.w: OSError: the server went away. It is tried again" in ended.output
 
 
 def test_a_mark_that_is_no_mapping_names_the_writer(life: Lives, tmp_path: Path) -> None:

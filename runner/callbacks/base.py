@@ -126,10 +126,10 @@ class Callback:
         """
 
     def on_save(self, loop: Loop) -> None:
-        """The state of this step has been copied, and is about to be committed by the writer's thread."""
+        """The state of this step has been copied, and is about to be committed by the commit thread."""
 
     def on_commit(self, step: int) -> None:
-        """A copy of the state of ``step`` is durable, and a resume would begin with it. Called in the writer's thread,
+        """A copy of the state of ``step`` is durable, and a resume would begin with it. Called in the commit thread,
         beside later steps: look at nothing that training changes. What it raises ends training after its next step.
         """
 

@@ -33,12 +33,13 @@ log = logging.getLogger("runner")
 SaveRequest = dict[str, Any]
 
 _SHARE = 0.01  # of the time, for saves by ``checkpoint.every=auto``
-_LEAST_PAUSE, _MOST_PAUSE = 10.0, 3600.0  # seconds between two of them
-_MAX_PAUSE = 60.0  # seconds between two tries
+_SHORTEST_INTERVAL, _LONGEST_INTERVAL = 10.0, 3600.0  # seconds between two saves by ``auto``
+_LONGEST_PAUSE = 60.0  # seconds between two tries to write while training continues ...
+_LONGEST_WAIT = 5.0  # ... and while it waits, when nothing else is done in this time
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
-QUIET_SECONDS = 5.0  # that training waits for room before it says so
-_ALWAYS_ALLOWED = 60.0  # seconds that a save may take, however small max_unsaved is
-_LAST_SECONDS = 5.0  # least wait in ``close``; the most is what is left of max_unsaved
+QUIET_SECONDS = 5.0  # training waits so long for a free buffer before it logs that it waits
+_LEAST_LIMIT = 60.0  # seconds that a save may take even if ``max_unsaved`` is less
+_LAST_SECONDS = 5.0  # ``close`` waits at least so long, and at most for what is left of ``max_unsaved``
 
 
 @dataclass(eq=False)
@@ -57,27 +58,26 @@ class SaveCheckpoint(Callback):
     stop signal.
 
     All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its request at the same step.
-    Only rank 0 has the ``owner`` of the run, to find out whether a newer attempt took over, and ``records``.
+    Only rank 0 has the ``attempt`` that owns the run, which notices when a newer one takes over, and ``records``.
     """
 
     store: CheckpointStore
     timer: "SaveTimer"
     retention: Retention
-    attempt: int
+    attempt_number: int
     identity: Mapping[str, Any]
     max_unsaved: float
     background: bool
-    owner: Attempt | None = None
-    records: Sequence[Ledger | MetricWriters] = ()  # durable before the commit of the step that they ``mark``
+    attempt: Attempt | None = None
+    records: Sequence[Ledger | MetricWriters] = ()  # ``mark`` is called with the copy, ``flush`` before its commit
     guard: FiniteLoss = field(default_factory=FiniteLoss)
     comm: Communicator = SINGLE_PROCESS
     save_listeners: Sequence[Callable[[Loop], None]] = ()  # called when the state was copied
-    commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the writer's thread
-    save_at_start: bool = False  # the state at the start is in no commit of this run yet
+    commit_listeners: Sequence[Callable[[int], None]] = ()  # called with the step, in the commit thread
+    save_at_start: bool = False  # the run begins with a state of its parent, which no commit of this run holds yet
 
     def __post_init__(self) -> None:
-        self.is_milestone = self.retention.is_milestone
-        self.writer = CommitThread(self._commit, self.store.comm)
+        self.commit_thread = CommitThread(self._commit, self.store.comm)
         self._clock = self.timer.clock
         self._listener_error: BaseException | None = None
         self._free: list[Staging] = []
@@ -93,8 +93,8 @@ class SaveCheckpoint(Callback):
         Snapshot.of(loop.step, loop.state.state_dict(), comm=self.comm)
         self._saved = loop.step
         self.timer.restart()
-        # An evaluation that was interrupted has just been made: the checkpoint resumed from does not contain it. The
-        # parent may have removed the checkpoint that this run begins with by the time of the next start.
+        # An evaluation that had been interrupted was just repeated, and its result is in no checkpoint yet. A state of
+        # the parent is saved because the parent may remove its checkpoint before the next attempt.
         due = loop.evaluation is not None or self.save_at_start
         if request := on_rank_zero(self.comm, lambda: self._request(exact=True) if due else None):
             self.act(loop, request)
@@ -104,7 +104,7 @@ class SaveCheckpoint(Callback):
     def on_step(self, loop: Loop) -> None:
         if self._listener_error is not None:
             raise self._listener_error
-        self.timer.step(writing=not self.writer.idle, counts=loop.evaluation is None)
+        self.timer.note_step(during_save=not self.commit_thread.idle, is_plain=loop.evaluation is None)
         while request := on_rank_zero(self.comm, lambda: self.decide(loop)):
             self.act(loop, request)
             if not request["retry"]:
@@ -116,8 +116,8 @@ class SaveCheckpoint(Callback):
         while request := on_rank_zero(self.comm, lambda: self._request_last(loop)):
             self.act(loop, request)
             self._wait()
-            if self.writer.waiting:  # it failed
-                time.sleep(min(self._pause, 5.0))
+            if self.commit_thread.waiting:  # it failed
+                time.sleep(min(self._pause, _LONGEST_WAIT))
         if self._listener_error is not None:
             raise self._listener_error
 
@@ -125,33 +125,33 @@ class SaveCheckpoint(Callback):
     def close(self) -> None:
         """Finish the commit in flight, if there is one and the storage is not dead."""
         left = self.max_unsaved - self._unsaved() if self.comm.rank == 0 else 0.0
-        self.writer.close(max(left, _LAST_SECONDS))
+        self.commit_thread.close(max(left, _LAST_SECONDS))
 
     def decide(self, loop: Loop) -> SaveRequest | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
         self._handle_failure()
-        if loop.improved or loop.save or self.is_milestone(loop.step):
+        if loop.improved or loop.save or self.retention.is_milestone(loop.step):
             return self._request_exact(loop)
         if self._overdue or self.timer.due(loop.step):
             self._overdue = True
             self._unsaved_since = self._unsaved_since or self._clock()
-            if self.writer.idle and self._clock() >= self._retry_at:
+            if self.commit_thread.idle and self._clock() >= self._retry_at:
                 return self._request()
         return None
 
     @doing("saves")
     def act(self, loop: Loop, request: SaveRequest) -> None:
-        """Carry out the order of rank 0: here a save begins."""
+        """Carry out the request of rank 0: a save begins here."""
         began = self._clock()
         if request["retry"]:
-            self.writer.retry()
+            self.commit_thread.retry()
         else:
-            self._free += map(self.writer.take, request["drop"])
-            self.writer.put(self._copy(loop, exact=request["exact"]))
+            self._free += map(self.commit_thread.take, request["drop"])
+            self.commit_thread.put(self._copy(loop, exact=request["exact"]))
         if loop.save or not self.background:
             self._wait()
             on_rank_zero(self.comm, self._handle_failure)
-        self.timer.saved(stall=self._clock() - began)
+        self.timer.note_save(stall=self._clock() - began)
 
     def _copy(self, loop: Loop, *, exact: bool) -> Staging:
         """Copy the part of the state that this rank writes."""
@@ -173,21 +173,21 @@ class SaveCheckpoint(Callback):
         return facts | {"elapsed": loop.elapsed, "stop": loop.stop}
 
     def _commit(self, copy: Staging) -> None:
-        """Commit a copy; in the writer's thread, on all ranks together."""
+        """Commit a copy; in the commit thread, on all ranks together."""
         if self.store.comm.rank == 0:
             self._unsaved_since = self._unsaved_since or self._clock()
-            self.store.comm.broadcast(copy.snapshot.step)  # the writers of the other ranks wait for it
+            self.store.comm.broadcast(copy.snapshot.step)  # the commit threads of the other ranks wait for it
         # A superseded attempt must not flush its records.
         on_rank_zero(self.store.comm, self._require_newest)
         on_all_ranks(self.store.comm, lambda: self._prepare(copy))
-        commit = self.store.commit(copy.snapshot, attempt=self.attempt, require_newest=self._require_newest)
+        commit = self.store.commit(copy.snapshot, attempt=self.attempt_number, require_newest=self._require_newest)
         self._free.append(copy)
         self._saved, self._unsaved_since, self._pause = max(commit.step, self._saved), None, 1.0
-        if self.owner is not None:
-            self.owner.beat(step=commit.step, committed=commit.step)
+        if self.attempt is not None:
+            self.attempt.beat(step=commit.step, committed=commit.step)
         if self.store.comm.rank == 0:
             try:
-                self.store.retain(self.retention, attempt=self.attempt)
+                self.store.retain(self.retention, attempt=self.attempt_number)
             except StorageError as error:
                 log.warning("older checkpoints were not removed: %s", printable(error))
         try:
@@ -199,84 +199,83 @@ class SaveCheckpoint(Callback):
     def _prepare(self, copy: Staging) -> None:
         copy.wait()
         for name, tensor in copy.snapshot.tensors.items():
-            if _is_spoiled(name, tensor, copy.weights):
-                why = f"{name} is NaN or infinite, though no loss was until then"
-                step = copy.snapshot.step
+            if _spoils_training(name, tensor, copy.weights):
                 raise NonFiniteError(
-                    f"the state of step {step} is not saved: {why}. Earlier checkpoints are finite and are kept"
+                    f"the state of step {copy.snapshot.step} is not saved: {name} is NaN or infinite, though no loss "
+                    "was so far. Earlier checkpoints are finite and are kept"
                 )
         for record in self.records:
             record.flush()
 
     def _require_newest(self) -> None:
-        if self.owner is not None:
-            self.owner.require_newest()
+        if self.attempt is not None:
+            self.attempt.require_newest()
 
     def _wait(self) -> None:
         """Wait until all copies are written, or one failed."""
-        while not self.writer.wait(_POLL_SECONDS):
+        while not self.commit_thread.wait(_POLL_SECONDS):
             self._raise_if_stuck()
 
     def _request_last(self, loop: Loop) -> SaveRequest | None:
         """What is left to be saved at the end."""
         self._handle_failure()
-        return self._request() if self.writer.waiting or self._saved != loop.step else None
+        return self._request() if self.commit_thread.waiting or self._saved != loop.step else None
 
     def _request_exact(self, loop: Loop) -> SaveRequest:
-        """A copy of this step as soon as a buffer is free for it; before that, a request that frees a buffer."""
+        """A request to copy this step, once a buffer is free; to write a copy again, if its failure keeps both busy."""
         began, warned = time.monotonic(), False
-        while (first := self._undroppable_step(loop)) is not None:
-            if self.writer.idle:  # its commit failed
+        while (first := self._step_in_the_way(loop)) is not None:
+            if self.commit_thread.idle:  # its commit failed
                 if self._clock() < self._retry_at:
-                    time.sleep(min(self._pause, 5.0))
+                    time.sleep(min(self._pause, _LONGEST_WAIT))
                 return self._request()
             if not warned and time.monotonic() - began > QUIET_SECONDS:
                 warned = True
-                text = "training waits: the states of steps %d and %d are both to be kept, and the first one is not yet"
-                log.warning(f"{text} being written", first, loop.step)
-            self.writer.wait(_POLL_SECONDS, lambda: self._undroppable_step(loop) is None)
+                text = "training waits: the states of steps %d and %d must both be saved, and there is room for one"
+                log.warning(text, first, loop.step)
+            self.commit_thread.wait(_POLL_SECONDS, lambda: self._step_in_the_way(loop) is None)
             self._handle_failure()
         return self._request(exact=True)
 
-    def _undroppable_step(self, loop: Loop) -> int | None:
-        """The step of a copy that waits, and must not be dropped for that of this step."""
+    def _step_in_the_way(self, loop: Loop) -> int | None:
+        """The step of a waiting copy that must be saved as well, and cannot be dropped for a copy of this step."""
         replaceable = loop.improved and self.retention.best == 1
-        steps = (step for step, copy in self.writer.waiting.items() if copy.exact)
-        return next((step for step in steps if not replaceable or self.is_milestone(step)), None)
+        steps = (step for step, copy in self.commit_thread.waiting.items() if copy.exact)
+        return next((step for step in steps if not replaceable or self.retention.is_milestone(step)), None)
 
     def _request(self, *, exact: bool = False) -> SaveRequest:
-        """A new copy in place of waiting copies; or, unless ``exact``, another try to write an exact copy."""
-        waiting = self.writer.hold()  # until the request is carried out
+        """A new copy in place of those that wait; unless ``exact``, another try to write an exact copy comes first."""
+        waiting = self.commit_thread.hold()  # until the request is carried out
         self.timer.restart()
         retry = not exact and any(copy.exact for copy in waiting.values())
         self._overdue = retry
         return {"exact": exact, "retry": retry, "drop": [*waiting]}
 
     def _handle_failure(self) -> None:
-        """Handle what happened in the writer's thread. Raises errors that must end training."""
-        if self.writer.idle:
-            self.timer.update_pause()
-        if self.writer.failure is not None:
-            (step, error), self.writer.failure = self.writer.failure, None
+        """Handle what happened in the commit thread. Raises errors that must end training."""
+        if self.commit_thread.idle:
+            self.timer.update_interval()
+        if self.commit_thread.failure is not None:
+            (step, error), self.commit_thread.failure = self.commit_thread.failure, None
             if not isinstance(error, StorageError):
                 raise error
-            left, failed = self.max_unsaved - self._unsaved(), f"the checkpoint of step {step} could not be written"
+            left, problem = self.max_unsaved - self._unsaved(), f"the checkpoint of step {step} could not be written"
             if left <= 0:
-                raise StorageError(f"{failed}: {error}.\n{self._remedy()}") from error
+                raise StorageError(f"{problem}: {error}.\n{self._remedy()}") from error
             self._overdue, self._retry_at = True, self._clock() + self._pause
-            when = f"tries again in {self._pause:.0f} seconds; it ends when that fails for another {left:.0f}"
-            log.warning("%s: %s. Training continues and %s", failed, printable(error), when)
-            self._pause = min(2 * self._pause, _MAX_PAUSE)
+            text = "%s: %s. It is tried again; the run ends if it keeps failing for another %.0f seconds"
+            log.warning(text, problem, printable(error), left)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._raise_if_stuck()
 
     def _raise_if_stuck(self) -> None:
         if self._unsaved_since is None:
             return
         unsaved = self._unsaved()
-        if unsaved > max(self.max_unsaved, _ALWAYS_ALLOWED):
+        if unsaved > max(self.max_unsaved, _LEAST_LIMIT):
             rank = self.store.comm.describe_wait()
             raise StorageError(
-                f"a checkpoint has been on its way for {unsaved:.0f} seconds. {rank and f'{rank}. '}{self._remedy()}"
+                f"no checkpoint was written for {unsaved:.0f} seconds. {rank and f'{rank}. '}{self._remedy()}"
             )
 
     def _unsaved(self) -> float:
@@ -290,9 +289,10 @@ class SaveCheckpoint(Callback):
         return f"{last}; fix the storage and {how}"
 
 
-def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
-    """Whether a tensor stops training. Buffers may hold anything, such as masks; of an optimizer's moments
-    a maximum may be infinite, while NaN reaches the weights with the next step.
+def _spoils_training(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
+    """Whether training cannot go on from a tensor: one of the ``weights`` that is NaN or infinite, or NaN in the state
+    of an optimizer, which reaches the weights with the next step. There a maximum may be infinite, and buffers of the
+    model may hold anything, such as masks.
     """
     moments = name.startswith(("optimizer/", "optimizer.")) and tensor.is_floating_point()
     if not (moments or name in weights) or is_finite(tensor):
@@ -302,10 +302,10 @@ def _is_spoiled(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
 
 @dataclass
 class SaveTimer:
-    """When a periodic save is due: every ``steps`` steps, every ``seconds``, and, with ``auto``, as often as saves cost
-    no more than ``_SHARE`` of the time.
+    """When a periodic save is due: every ``steps`` steps, every ``seconds``, and, with ``auto``, so often that saves
+    cost no more than ``_SHARE`` of the time.
 
-    The cost of a save is the time that training waits for it, and by how much it slows down the steps beside it.
+    The cost of a save is the time that training waits for it, and by how much it slows down the steps meanwhile.
     """
 
     steps: int | None = None
@@ -314,8 +314,8 @@ class SaveTimer:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._since = self._last = self.clock()  # the last save began, the last step ended
-        self._pause = _LEAST_PAUSE  # between two saves by ``auto``
+        self._since = self._last = self.clock()  # when the last save began, and when the last step ended
+        self._interval = _SHORTEST_INTERVAL  # between two saves by ``auto``
         self._usual: float | None = None  # seconds of a step while nothing is written, averaged over the last ones
         self._spent: float | None = None  # seconds that the save now running has cost
 
@@ -324,29 +324,29 @@ class SaveTimer:
         if self.steps is not None and step % self.steps == 0:
             return True
         elapsed = self.clock() - self._since
-        return (self.seconds is not None and elapsed >= self.seconds) or (self.auto and elapsed >= self._pause)
+        return (self.seconds is not None and elapsed >= self.seconds) or (self.auto and elapsed >= self._interval)
 
     def restart(self) -> None:
         """Count the seconds from now."""
         self._since = self.clock()
 
-    def step(self, *, writing: bool, counts: bool) -> None:
-        """A step ended. ``writing``: a save was running; ``counts``: it was an ordinary step, without an evaluation."""
+    def note_step(self, *, during_save: bool, is_plain: bool) -> None:
+        """A step ended, beside a save or not. ``is_plain``: without an evaluation, so that its seconds count."""
         now = self.clock()
         seconds, self._last = now - self._last, now
-        if not counts:
+        if not is_plain:
             return
-        if not writing:
+        if not during_save:
             self._usual = seconds if self._usual is None else 0.9 * self._usual + 0.1 * seconds
         elif self._usual is not None and self._spent is not None:
             self._spent += seconds - self._usual
 
-    def saved(self, *, stall: float) -> None:
+    def note_save(self, *, stall: float) -> None:
         """A save began; training waited ``stall`` seconds for it."""
         self._spent, self._last = stall, self.clock()
 
-    def update_pause(self) -> None:
-        """No save is running: the cost of the last one is known, and with it the pause before the next one."""
+    def update_interval(self) -> None:
+        """No save is running: the cost of the last one is known, and with it the interval before the next one."""
         if self._spent is not None:
-            self._pause = min(max(self._spent / _SHARE, _LEAST_PAUSE), _MOST_PAUSE)
+            self._interval = min(max(self._spent / _SHARE, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
             self._spent = None

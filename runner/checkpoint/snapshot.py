@@ -192,9 +192,9 @@ class Staging:
 class CommitThread:
     """Calls ``commit`` in a background thread for every copy that was ``put``, in their order.
 
-    A copy whose commit raised is the next again, and the writer is idle until ``retry``, or until that copy is taken.
+    A copy whose commit raised is the next again, and the thread is idle until ``retry``, or until that copy is taken.
     On rank 0 ``failure`` is its step and error. ``commit`` of rank 0 has to broadcast the step of its copy over
-    ``comm``, which belongs to this thread: the writers of the other ranks follow.
+    ``comm``, which belongs to this thread: those of the other ranks follow.
     """
 
     def __init__(self, commit: Callable[[Staging], None], comm: Communicator) -> None:
@@ -222,7 +222,7 @@ class CommitThread:
     def put(self, copy: Staging) -> None:
         """Commit it after the copies before."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
             self._thread.start()
         with self._changed:
             self._waiting[copy.snapshot.step] = copy
@@ -253,7 +253,7 @@ class CommitThread:
 
     @doing("joins")
     def wait(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> bool:
-        """Wait until the writer is idle or the condition holds; whether it is so after ``seconds``."""
+        """Wait ``seconds`` at most; returns whether the thread is idle or the condition holds."""
         with self._changed:
             return self._wait_for(lambda: self.idle or condition(), seconds)
 
