@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from runner.data.fetch import Fetcher
-from runner.data.limits import Limits, cores, memory
+from runner.data.limits import Limits, cores, free_memory
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, MapStyleStream
@@ -110,7 +110,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoaderOptions]:
 
     def make(*numbers: int, start_method: str = "fork") -> LoaderOptions:
         monkeypatch.setattr("runner.data.workers.WorkerChoice", partial(Script, list(numbers)))
-        return LoaderOptions(start_method=start_method, limits=Limits(4, windows=(0.0, 0.0)))
+        return LoaderOptions(start_method=start_method, limits=Limits(4, seconds=(0.0, 0.0)))
 
     return make
 
@@ -182,7 +182,7 @@ def test_a_worker_that_dies_leaves_reading_to_this_process(
     batches, numbers = read(opened(Fails(tmp_path / "x"), scripted(2, start_method=start_method)), 60)
     assert same(batches, expected)
     assert (2 in numbers, numbers[-1]) == (True, 0)
-    assert "this process reads by itself, for workers failed" in caplog.text
+    assert "this process reads by itself; workers failed" in caplog.text
 
 
 def test_data_that_cannot_be_sent_stays_in_this_process(
@@ -195,7 +195,7 @@ def test_data_that_cannot_be_sent_stays_in_this_process(
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [(Locked, "it cannot be copied"), (OfItsModule, "leave open what workers must not share")]
+    ("kind", "cause"), [(Locked, "it cannot be copied"), (OfItsModule, "leave files open that workers must not share")]
 )
 def test_data_that_workers_must_not_get_stays_here(
     scripted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Any, cause: str
@@ -332,8 +332,8 @@ def test_memory_of_the_group_counts(tmp_path: Path) -> None:
         "sys/fs/cgroup/a/memory.current": "3000\n",
         "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 500\n",
     }
-    assert memory(cgroups(tmp_path, files)) == 2500
-    assert memory(tmp_path / "nothing") == math.inf
+    assert free_memory(cgroups(tmp_path, files)) == 2500
+    assert free_memory(tmp_path / "nothing") == math.inf
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from runner.data.fetch import Fetcher
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
-from runner.data.probe import examine
+from runner.data.probe import check_samples
 from runner.data.stream import MapStyleStream
 
 N, BATCH = 30, 5
@@ -79,7 +79,7 @@ class Short(Batched):
 
 def fetcher(samples: Any, *, randomness: str = "sample", audit: bool = True) -> Fetcher:
     reader = Fetcher(samples, Plan(N, 1, BATCH, randomness=randomness), label="train")
-    examine(reader, LoaderOptions(), audit=audit)
+    check_samples(reader, LoaderOptions(), audit=audit)
     return reader
 
 

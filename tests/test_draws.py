@@ -113,17 +113,17 @@ def noisy(rows: list[Any]) -> Any:
 
 
 def fetcher(
-    make: Callable[[Data, int], Any], *, drawn: frozenset[str] = frozenset(), size: int = N, **options: Any
+    make: Callable[[Data, int], Any], *, generators: frozenset[str] = frozenset(), size: int = N, **options: Any
 ) -> Fetcher:
     plan = Plan(size, 1, 4, randomness=options.pop("randomness", "sample"))
     made = Fetcher(Data(make, size), plan, label="train", substitute=True, **{"collate": list, **options})
-    made.drawn = drawn
+    made.generators = generators
     return made
 
 
 def batches(made: Fetcher, epochs: int = 3) -> list[Any]:
     count = epochs * len(made.samples) // 4
-    return [(each.batch, each.bad) for each in (made[Slice(4 * number, 4)] for number in range(count))]
+    return [(each.batch, each.bad_records) for each in (made[Slice(4 * number, 4)] for number in range(count))]
 
 
 def without_errors(found: list[Any]) -> list[Any]:
@@ -137,17 +137,17 @@ def without_errors(found: list[Any]) -> list[Any]:
 def test_a_sample_is_that_of_full_seeding(kind: str, collate: Any, randomness: str) -> None:
     seed_all(5)
     options = {"collate": collate, "randomness": randomness}
-    expected = without_errors(batches(fetcher(KINDS[kind], drawn=ALL, **options)))
+    expected = without_errors(batches(fetcher(KINDS[kind], generators=ALL, **options)))
     seed_all(6)
     assert without_errors(batches(fetcher(KINDS[kind], **options))) == expected
 
 
 @pytest.mark.parametrize("generator", DRAWS)
 def test_one_sample_of_a_thousand_that_draws_is_seen(generator: str) -> None:
-    expected = batches(fetcher(rarely(generator), drawn=ALL, size=1000), 2)
+    expected = batches(fetcher(rarely(generator), generators=ALL, size=1000), 2)
     made = fetcher(rarely(generator), size=1000)
     assert batches(made, 2) == expected
-    assert made.drawn == {generator}
+    assert made.generators == {generator}
     assert sum(made.samples.reads) == 2004  # type: ignore[attr-defined]  # one slice was read again
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_seeded_for_samples_that_draw_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(random, "seed", None)
     monkeypatch.setattr(np.random, "seed", None)
     batches(made)
-    assert made.drawn == frozenset()
+    assert made.generators == frozenset()
     assert {*made.samples.reads} == {3}  # type: ignore[attr-defined]
 
 
@@ -181,7 +181,7 @@ def test_generators_of_training_do_not_move(kind: str, warm: str) -> None:
         state = Generators().state_dict()
         return [*drawn, random.gauss(0, 1), np.random.standard_normal(), state["torch"].tolist(), state["numpy"][2:]]
 
-    made = fetcher(KINDS[kind], drawn=frozenset({"numpy"} if kind in ("rarely numpy", "stores") else ()))
+    made = fetcher(KINDS[kind], generators=frozenset({"numpy"} if kind in ("rarely numpy", "stores") else ()))
     assert trained(lambda number: made[Slice(4 * number, 4)]) == trained(lambda number: None)
 
 
@@ -192,7 +192,7 @@ def test_another_generator_of_numpy_stays_in_place() -> None:
             np.random.set_bit_generator(bits)
             np.random.standard_normal()
             state = repr(np.random.get_state(legacy=False))
-            assert batches(fetcher(in_turn)) == batches(fetcher(in_turn, drawn=ALL))
+            assert batches(fetcher(in_turn)) == batches(fetcher(in_turn, generators=ALL))
             assert repr(np.random.get_state(legacy=False)) == state
             assert np.random.get_bit_generator() is bits
     finally:
@@ -229,17 +229,17 @@ def peeks(data: Data, index: int) -> Any:
 @pytest.mark.parametrize("make", [looks, restores, peeks])
 def test_samples_that_look_at_a_state_are_seeded(make: Any, audit: bool) -> None:
     made = fetcher(make)
-    probe.examine(made, LoaderOptions(), audit=audit)
-    assert made.drawn == ALL
-    assert batches(made, 1) == batches(fetcher(make, drawn=ALL), 1)
+    probe.check_samples(made, LoaderOptions(), audit=audit)
+    assert made.generators == ALL
+    assert batches(made, 1) == batches(fetcher(make, generators=ALL), 1)
 
 
 @pytest.mark.parametrize("generator", DRAWS)
 def test_the_audit_sees_what_samples_draw_from(generator: str) -> None:
     """So that no batch has to be read again."""
     made = fetcher(lambda data, index: DRAWS[generator]())
-    probe.examine(made, LoaderOptions(), audit=True)
-    assert made.drawn == {generator}
+    probe.check_samples(made, LoaderOptions(), audit=True)
+    assert made.generators == {generator}
     before = sum(made.samples.reads)  # type: ignore[attr-defined]
     batches(made, 1)
     assert sum(made.samples.reads) == before + N  # type: ignore[attr-defined]
@@ -255,10 +255,10 @@ def test_workers_see_draws_as_well(kind: str) -> None:
     make = {**KINDS, "only in workers": only_in_workers}[kind]
     workers = LoaderOptions(2, start_method="fork")
 
-    def stream(drawn: frozenset[str]) -> Iterator[Any]:
-        made = fetcher(make, drawn=drawn)
+    def stream(generators: frozenset[str]) -> Iterator[Any]:
+        made = fetcher(make, generators=generators)
         with closing(MapStyleStream(made, loading=workers, device=CPU)) as opened:
-            made.drawn = drawn
+            made.generators = generators
             opened.open()
             while True:
                 yield [batch for _, batch in opened.step()]
@@ -334,7 +334,7 @@ def test_a_collate_function_that_draws_is_seeded(generator: str) -> None:
         calls.append(len(rows))
         return rows, DRAWS[generator]() if len(calls) > N // 4 else 0.0
 
-    expected = batches(fetcher(lambda data, index: index, drawn=ALL, collate=collate))
+    expected = batches(fetcher(lambda data, index: index, generators=ALL, collate=collate))
     calls.clear()
     seed_all(9)
     assert batches(fetcher(lambda data, index: index, collate=collate)) == expected

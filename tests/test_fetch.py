@@ -110,7 +110,7 @@ def test_the_seeds_of_samples_are_frozen(randomness: str, seeds: list[str], coll
     """A run that an older version began draws on as it would have."""
     plan = Plan(N, 1, 3, randomness=randomness)
     fetch = Fetcher(Seeds(), plan, label="train", collate=lambda rows: (rows, hex(torch.initial_seed())))
-    probe.examine(fetch, LoaderOptions(), audit=False)  # sees that samples look at their seed
+    probe.check_samples(fetch, LoaderOptions(), audit=False)  # sees that samples look at their seed
     assert fetch[Slice(9, 3)].batch == (seeds, collating)
 
 
@@ -235,7 +235,7 @@ def test_seeding_only_used_generators_changes_no_sample(generator: str, calls: i
     def fetched(step: int, *, drawn: tuple[str, ...] = ()) -> tuple[list[object], int]:
         samples = Sometimes(generator)
         fetcher = Fetcher(samples, Plan(10, 1, 4), label="train", collate=lambda rows: rows)
-        fetcher.drawn = frozenset(drawn)
+        fetcher.generators = frozenset(drawn)
         rows = [row for first in range(0, 40, step) for row in fetcher[Slice(first, min(step, 40 - first))].batch]
         return rows, samples.calls
 
@@ -299,14 +299,14 @@ def test_a_read_error_that_passes_changes_nothing(
 def test_an_error_of_the_data_is_not_tried_again(error: Exception) -> None:
     samples = Flaky(error, 1)
     fetcher = Fetcher(samples, Plan(N, 1, 4, shuffle=False), label="train", collate=as_list)
-    fetcher.drawn = frozenset({"python", "numpy", "torch"})
-    (bad,) = fetcher[Slice(2, 4)].bad
+    fetcher.generators = frozenset({"python", "numpy", "torch"})
+    (bad,) = fetcher[Slice(2, 4)].bad_records
     assert (bad.position, samples.left[2]) == (2, 0)
 
 
 def test_a_lasting_error_is_reported_with_the_data_sets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    (bad,) = Fetcher(Flaky(TimeoutError("gone"), 99), Plan(N, 1, 4), label="train")[Slice(0, 4)].bad
+    (bad,) = Fetcher(Flaky(TimeoutError("gone"), 99), Plan(N, 1, 4), label="train")[Slice(0, 4)].bad_records
     assert bad.error.splitlines()[-1] == "TimeoutError: gone"
     assert "in __getitem__" in bad.error.splitlines()[0]
     assert "fetch.py" not in bad.error.replace("test_fetch.py", "")
@@ -324,11 +324,11 @@ class WithHoles:
 
 def test_none_is_a_bad_record() -> None:
     plan = Plan(N, 1, 4, shuffle=False)
-    (bad,) = Fetcher(WithHoles(), plan, label="train")[Slice(0, 4)].bad
+    (bad,) = Fetcher(WithHoles(), plan, label="train")[Slice(0, 4)].bad_records
     assert (bad.position, bad.index, bad.substitute) == (2, 2, None)
     assert "__getitem__ returned None" in bad.error
     fetched = Fetcher(WithHoles(), plan, label="train", substitute=True, collate=as_list)[Slice(0, 4)]
-    (bad,) = fetched.bad
+    (bad,) = fetched.bad_records
     assert fetched.batch == [0, 1, bad.substitute, 3]
     assert bad.substitute is not None
     assert bad.substitute % 3 != 2
@@ -344,11 +344,11 @@ def test_recorded_substitutes_are_taken_again(randomness: str) -> None:
     before.samples.left[gone] = 10**9  # type: ignore[attr-defined]
     then = before[Slice(4, 4)]
     again = Fetcher(Flaky(KeyError(), 0), plan, label="train", substitute=True, collate=as_list)
-    again.substitutions = {bad.position: bad.substitute for bad in then.bad if bad.substitute is not None}
+    again.substitutions = {bad.position: bad.substitute for bad in then.bad_records if bad.substitute is not None}
     seed_all(1)
     now = again[Slice(4, 4)]
-    assert [(bad.position, bad.index, bad.substitute) for bad in now.bad] == [
-        (bad.position, bad.index, bad.substitute) for bad in then.bad
+    assert [(bad.position, bad.index, bad.substitute) for bad in now.bad_records] == [
+        (bad.position, bad.index, bad.substitute) for bad in then.bad_records
     ]
     assert now.digest == then.digest
     if randomness == "sample":

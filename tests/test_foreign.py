@@ -104,7 +104,7 @@ def test_a_state_that_sticks_is_refused_at_the_start(kind: Any, workers: int) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [Whole, OnDataset])
-def test_observers_whether_it_sticks_changes_no_sample(kind: Any, workers: int) -> None:
+def test_checking_whether_a_state_sticks_changes_no_sample(kind: Any, workers: int) -> None:
     whole = uninterrupted(kind, workers)
     assert uninterrupted(kind, workers, audit=True) == whole
     life = stream(kind(), workers, audit=True)
@@ -158,7 +158,7 @@ class SharedOut:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_observers_for_a_state_leaves_no_trace(workers: int) -> None:
+def test_looking_for_a_state_leaves_no_trace(workers: int) -> None:
     data = SharedOut()
     live = stream(data, workers, opened=False, audit=True)
     assert data.sizes == [6, 4]

@@ -316,7 +316,7 @@ def test_data_that_cannot_be_read_again_is_refused() -> None:
         stream(3)
 
 
-def test_observers_for_a_state_reads_nothing() -> None:
+def test_looking_for_a_state_reads_nothing() -> None:
     class Watched:
         def __iter__(self) -> Iterator[int]:
             raise AssertionError

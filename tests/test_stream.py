@@ -202,7 +202,7 @@ def test_the_cursor_moves_when_a_step_is_done_and_not_before(workers: int) -> No
 def test_a_step_that_leaves_samples_is_refused() -> None:
     opened = stream(micro_batches=2)
     next(opened.step())
-    with pytest.raises(DataError, match=r"left some of the 2 micro-batches"):
+    with pytest.raises(DataError, match=r"did not take all 2 micro-batches"):
         opened.advance()
 
 

@@ -18,20 +18,19 @@ from runner.cache import LRUCache
 from runner.data.loader import remedy_for
 from runner.data.order import digest_words, splitmix64
 from runner.data.plan import Plan, Slice
-from runner.data.sandbox import drawn, one_thread, private_generators, seed_host, seeding
+from runner.data.sandbox import changed_generators, one_thread, private_generators, seed_host, seeding
 from runner.errors import DataError
 from runner.hashing import derive
 
 Collate = Callable[[list[Any]], Any]
 
-MAX_SUBSTITUTES = 8  # samples that are tried in place of a bad record
-_READS = 8  # of which the time on a core is measured once, because that clock is slow on some systems
+MAX_SUBSTITUTES = 8  # samples tried in place of a bad one; if one in ten is bad, all 8 are once in 10^8 times
+_MEASURE_EVERY = 8  # batches: the clock of a thread's time on a core is slow on some systems
 _BLOCK = 4096  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
-_PAUSES = (*_RETRY_PAUSES, None)  # after each read of a sample; None: after the last
-_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NETWORK_CLIENTS = {"aiohttp", "botocore", "httpcore", "httpx", "requests", "urllib3"}
-_COLLATE = "set data.collate to a function that makes a batch of a list of them"
+_COLLATE_REMEDY = "set data.collate to a function that makes a batch of a list of them"
 
 
 class Samples(Protocol):
@@ -39,9 +38,9 @@ class Samples(Protocol):
 
     ``counts``: samples per shard, in order of index; shards are then read almost sequentially, and ``hold(windows,
     window)`` tells the data set how many windows of samples are read in turn. ``lengths``: tokens per sample, for
-    ``data.max_tokens``. ``__getitems__(indices)``: the list of their samples, for data sets where that is faster than
-    one by one; it is called for samples that draw nothing, if it gave the same samples at the start. ``fingerprint``: a
-    text that changes with the data. ``locate(index)``: where a sample is stored, for messages.
+    ``data.max_tokens``. ``__getitems__(indices)``: a list of samples, if reading several at once is
+    faster; used if samples draw no random numbers, and if at the start it returned those of ``__getitem__``.
+    ``fingerprint``: a text that changes with the data. ``locate(index)``: where a sample is stored, for messages.
     """
 
     def __len__(self) -> int: ...
@@ -51,7 +50,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A sample that could not be read: its place in the storage, the error, and the index of its substitute if any."""
+    """A sample that could not be read, where it is stored, the error, and the index of its substitute if any."""
 
     position: int
     index: int
@@ -62,8 +61,8 @@ class BadRecord:
 
 @dataclass(frozen=True, slots=True)
 class ReadTime:
-    """Seconds that it took to read a batch, and the share of them on a core if it was measured. Batches are the same
-    whatever it is.
+    """How long a batch took to read, and the share of this time on a core if it was measured. Any two are equal, so
+    that batches are compared without it.
     """
 
     seconds: float = field(compare=False)
@@ -73,14 +72,14 @@ class ReadTime:
 class FetchedBatch(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
-    Digests of slices add up, modulo 2^64, to the digest of all of them. There is no batch if a record in ``bad`` has no
-    substitute, or if the collate function raised ``failure``.
+    Digests of slices add up, modulo 2^64, to the digest of all of them. There is no batch if one of the
+    ``bad_records`` has no substitute, or if the collate function raised ``failure``.
     """
 
     first: int
     batch: Any
     digest: int = 0
-    bad: tuple[BadRecord, ...] = ()
+    bad_records: tuple[BadRecord, ...] = ()
     failure: str = ""
     time: ReadTime | None = None
 
@@ -98,7 +97,7 @@ class Fetcher(Dataset[Any]):
 
     Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
     before each batch (``batch``), or never (``off``), and once more before a ``collate`` of the user. A generator is
-    seeded for samples only once a sample was seen to draw from it, whose slice is then read again. ``label`` gives
+    seeded only after a sample has drawn from it; the slice of this sample is then read again. ``label`` gives
     training and evaluation different seeds. A read is repeated after an error that may pass. With ``substitute`` a
     sample that cannot be read is replaced by another, a pure function of the position. Positions in ``substitutions``
     take the sample recorded there, because the record may be readable when a step is repeated.
@@ -114,13 +113,13 @@ class Fetcher(Dataset[Any]):
         self.order = plan.order()
         self.substitute = substitute
         self.substitutions: dict[int, int] = {}  # position -> index
-        self.by_batch = False  # whether to call ``__getitems__``; decided by ``probe.examine``
-        self.drawn = frozenset[str]()  # the generators from which samples were seen to draw
+        self.by_batch = False  # whether to call ``__getitems__``; decided by ``probe.check_samples``
+        self.generators = frozenset[str]()  # names of the random generators that samples have drawn from
         self.timed = False  # whether batches say how long they took to read
         self._reads = 0
-        self._blocks = LRUCache[_Block](4)
-        self._bad: list[BadRecord] = []  # of the current slice, as is the digest
-        self._digest = 0
+        self._blocks = LRUCache[_Block](4)  # neighbouring slices share a block; one may cross into the next
+        self._bad_records: list[BadRecord] = []  # of the current slice
+        self._digest = 0  # of the current slice
 
     def __getitem__(self, item: "Slice | Callable[[Fetcher], Any]") -> Any:
         """The batch of a slice; for a function its result, called with this fetcher in the process that reads."""
@@ -131,20 +130,20 @@ class Fetcher(Dataset[Any]):
         with one_thread(), signals.reading():
             if self.plan.randomness == "off":
                 return self._batch(piece, self._read)
-            seeds_numpy = "numpy" in self.drawn or self.collate is not default_collate
+            seeds_numpy = "numpy" in self.generators or self.collate is not default_collate
             with private_generators(look=seeds_numpy):
                 return self._batch(piece, self._read_seeded)
 
     def _batch(self, piece: Slice, read: Callable[[Slice], list[Any]]) -> FetchedBatch:
         self._reads += 1
-        measures = self.timed and self._reads % _READS == 1
+        measures = self.timed and self._reads % _MEASURE_EVERY == 1
         began, on_core = time.perf_counter(), time.thread_time() if measures else 0.0
         try:
             rows = read(piece)
         except _NoSubstituteError as error:
-            return FetchedBatch(piece.first, None, bad=error.args)
+            return FetchedBatch(piece.first, None, bad_records=error.args)
         if self.plan.randomness != "off" and self.collate is not default_collate:
-            seed_host(self._key("collate", piece))
+            seed_host(self._key("collate", piece))  # else its draws would depend on those of the last sample
         try:
             batch = _collate(rows) if self.collate is default_collate else self.collate(rows)
         except Exception as error:
@@ -153,22 +152,22 @@ class Fetcher(Dataset[Any]):
                 f"{_traceback(error)}\n{self._remedy(error)}"
             )
             return FetchedBatch(piece.first, None, failure=failure)
-        spent = None
+        read_time = None
         if self.timed:
             seconds = time.perf_counter() - began
-            spent = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
-        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad), time=spent)
+            read_time = ReadTime(seconds, (time.thread_time() - on_core) / seconds if measures else None)
+        return FetchedBatch(piece.first, batch, self._digest, tuple(self._bad_records), time=read_time)
 
     def _remedy(self, error: Exception) -> str:
         if self.collate is not default_collate:
             return remedy_for(error) or "data.collate raised it"
         shapes = "give all samples the same shape, or " if "equal size" in str(error) else ""
-        return remedy_for(error) or f"To make a batch of them, {shapes}{_COLLATE}"
+        return remedy_for(error) or f"To make a batch of them, {shapes}{_COLLATE_REMEDY}"
 
     def _read_seeded(self, piece: Slice) -> list[Any]:
         """The samples of the slice; read again if one has drawn from a generator that was not seeded."""
         while True:
-            seed = seeding(self.drawn) if self.drawn else None
+            seed = seeding(self.generators) if self.generators else None
             if self.plan.randomness == "batch":
                 if seed is not None:
                     seed(self._key("batch", piece))
@@ -178,24 +177,24 @@ class Fetcher(Dataset[Any]):
                 rows = self._read(piece, seed)
             except _NoSubstituteError as error:
                 failure = error
-            unseeded = drawn() - self.drawn
+            unseeded = changed_generators() - self.generators
             if not unseeded:
                 if failure is not None:
                     raise failure
                 return rows
-            self.drawn |= unseeded
+            self.generators |= unseeded
 
     def _read(self, piece: Slice, seed: "Callable[[int], object] | None" = None) -> list[Any]:
         """The samples of the slice, each drawn after ``seed`` was called with the key of its position."""
         indices, keys, self._digest = self._lookup(piece)
-        self._bad = []
-        if seed is None and not self.drawn and not self.substitutions:
-            with suppress(Exception):  # else one by one
+        self._bad_records = []
+        if seed is None and not self.generators and not self.substitutions:
+            with suppress(Exception):  # if it fails, they are read one by one below
                 rows = self._items(indices)
                 if all(row is not None for row in rows):
                     return rows
-        places = enumerate(zip(indices, keys, strict=True), piece.first)
-        return [self._row(position, index, key, seed) for position, (index, key) in places]
+        numbered = enumerate(zip(indices, keys, strict=True), piece.first)
+        return [self._row(position, index, key, seed) for position, (index, key) in numbered]
 
     def _items(self, indices: list[int]) -> list[Any]:
         """The samples, from one call if the data set can."""
@@ -207,7 +206,7 @@ class Fetcher(Dataset[Any]):
         return rows
 
     def _lookup(self, piece: Slice) -> tuple[list[int], list[int], int]:
-        """Indices, seeds and digest of a slice, from blocks: a whole one takes hardly longer."""
+        """Indices, seeds and digest of a slice, from cached blocks: a block takes hardly longer to compute."""
         indices: list[int] = []
         keys: list[int] = []
         digest = 0
@@ -234,7 +233,7 @@ class Fetcher(Dataset[Any]):
         """The sample of a position, or its substitute. Raises _NoSubstituteError."""
         candidate, cause = index, ""
         if position in self.substitutions:
-            candidate, cause = self.substitutions[position], "replaced when this step was done before"
+            candidate, cause = self.substitutions[position], "an earlier attempt replaced it in this step"
         for attempt in range(1 + MAX_SUBSTITUTES * self.substitute):
             try:
                 row = self.sample(candidate, key, seed)
@@ -247,22 +246,24 @@ class Fetcher(Dataset[Any]):
                 candidate = derive("substitute", key, attempt) % self.plan.samples
                 continue
             if cause:
-                self._bad.append(BadRecord(position, index, sample_name(self.samples, index), cause, candidate))
+                self._bad_records.append(BadRecord(position, index, sample_name(self.samples, index), cause, candidate))
             return row
         raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
 
     def sample(self, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
-        """A sample, drawn after ``seed(key)``, and drawn again after an error that may pass."""
-        for pause in _PAUSES:
+        """A sample, read after ``seed(key)``, and read again after an error that may pass."""
+        attempt = 0
+        while True:
             if seed is not None:
                 seed(key)
             try:
                 return self.samples[index]
             except Exception as error:
-                if pause is None or pause not in _retry_pauses(error):
+                pauses = _retry_pauses(error)[attempt:]
+                if not pauses:
                     raise
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+            time.sleep(pauses[0])
+            attempt += 1
 
     def _key(self, purpose: str, piece: Slice) -> int:
         return derive(f"{self.label} {purpose}", self.plan.seed, piece.first)
@@ -271,7 +272,7 @@ class Fetcher(Dataset[Any]):
 def _collate(rows: list[Any]) -> Any:
     """``default_collate``, in half of its time for tuples of tensors and integers, in the training process."""
     if type(rows[0]) is tuple and get_worker_info() is None:
-        with suppress(Exception):  # torch's function then has the result, or the message
+        with suppress(Exception):  # then torch's function gives the result, or the message
             return [_COLUMNS[type(column[0])](column) for column in zip(*rows, strict=True)]
     return default_collate(rows)
 
@@ -289,7 +290,7 @@ _COLUMNS: dict[type, Callable[[Any], Tensor]] = {
 
 
 class _NoSubstituteError(Exception):
-    """Its argument is a bad record without a substitute. The training process gets it, not a worker's traceback."""
+    """Neither a sample nor its substitutes can be read. The argument is the BadRecord."""
 
 
 def sample_name(samples: Samples, index: int) -> str:
@@ -300,8 +301,8 @@ def sample_name(samples: Samples, index: int) -> str:
 
 def bad_record_error(record: BadRecord, samples: Samples, *, remedy: str) -> DataError:
     """The error for a bad record that ends the run."""
-    place = f"{record.location} of {type(samples).__qualname__}"
-    return DataError(f"{place} cannot be read (position {record.position}):\n{record.error}\n{remedy}")
+    name = f"{record.location} of {type(samples).__qualname__}"
+    return DataError(f"{name} cannot be read (position {record.position}):\n{record.error}\n{remedy}")
 
 
 def _traceback(error: Exception) -> str:
@@ -311,8 +312,8 @@ def _traceback(error: Exception) -> str:
 
 
 def _retry_pauses(error: Exception) -> Sequence[float]:
-    """Pauses before further reads: none after an error of the data, one where the cause cannot be told."""
-    if isinstance(error, _LASTING):
+    """Pauses before further attempts to read: none if the data itself is wrong, one if the cause is unclear."""
+    if isinstance(error, _PERMANENT):
         return ()
     system_error = isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno)
     if system_error or type(error).__module__.split(".")[0] in _NETWORK_CLIENTS:

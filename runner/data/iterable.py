@@ -94,11 +94,13 @@ class BatchOptions:
     collate: Collate = default_collate
     drop_last: bool = False
     replay: bool = False  # after a resume, read the pass again instead of loading the user's state
-    audit: bool = False  # check at the start that a state does not hold for later passes, or that passes are repeatable
+    audit: bool = (
+        False  # check at the start that a state ends with its pass or, with replay, that passes can be repeated
+    )
 
 
 class Batch(NamedTuple):
-    """``size`` collated samples, none with a ``failure``. ``reread`` samples were read before them to resume."""
+    """``size`` collated samples, 0 in case of a ``failure``. ``reread``: samples read again before them, to resume."""
 
     size: int
     content: Any
@@ -106,7 +108,7 @@ class Batch(NamedTuple):
     failure: str = ""
 
 
-class _Place(NamedTuple):
+class _Cursor(NamedTuple):
     """``read`` samples of pass ``number`` were delivered; ``user_state`` is the state after ``since`` of them."""
 
     number: int
@@ -127,31 +129,31 @@ class IterableBatches(IterableDataset[Batch]):
         self.samples: Any = samples
         self.options = options
         self.epoch_lock = epoch_lock
-        self._number = -1  # of the current pass
-        self._place = _Place(0)
+        self._number = -1  # the current pass
+        self._cursor = _Cursor(0)
         self._resumed = False
-        self._unchecked = options.audit
-        self._rows: Any = None  # the user's iterator over ...
-        self._entered = self._item = 0  # ... this pass, and the number of samples that it has yielded
-        self._keys: dict[str, int] = {}  # from which its seeds are derived
+        self._check_due = options.audit
+        self._rows: Any = None  # the user's iterator
+        self._entered = self._item = 0  # the iterator's pass, and the number of samples that it has yielded
+        self._keys: dict[str, int] = {}  # for the seeds of this pass
 
     def __iter__(self) -> "IterableBatches":
         self._number += 1
         self._rows = None  # until the first batch is requested, because a state may be loaded before
-        if self._place.user_state is None or hasattr(self.samples, "set_epoch"):
-            self._place = _Place(self._number)  # the end of the previous pass does not matter
+        if self._cursor.user_state is None or hasattr(self.samples, "set_epoch"):
+            self._cursor = _Cursor(self._number)  # the end of the previous pass does not matter
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """The current pass, and the place from which it can be read again."""
-        return {"pass": self._number, "place": tuple(self._place)}
+        """The current pass, and the cursor from which it can be read again."""
+        return {"pass": self._number, "place": tuple(self._cursor)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a saved place, with the next ``iter``."""
-        self._number, self._place = state["pass"], _Place(*state["place"])
+        """Continue at a saved cursor, with the next ``iter``."""
+        self._number, self._cursor = state["pass"], _Cursor(*state["place"])
         if self.options.replay:
-            read = self._place.read if self._place.number == self._number else 0
-            self._place = _Place(self._number, read)
+            read = self._cursor.read if self._cursor.number == self._number else 0
+            self._cursor = _Cursor(self._number, read)
         self._resumed = True
 
     def __next__(self) -> Batch:
@@ -179,7 +181,7 @@ class IterableBatches(IterableDataset[Batch]):
             if self._item == 1 or len(rows) == self.options.batch_size:
                 self._record_state()
         if rows:
-            self._place = self._place._replace(read=self._item)
+            self._cursor = self._cursor._replace(read=self._item)
         if not rows or (self.options.drop_last and len(rows) < self.options.batch_size):
             return None
         self._seed("train collate", self._item)
@@ -199,7 +201,7 @@ class IterableBatches(IterableDataset[Batch]):
     def _record_state(self) -> None:
         """Record a copy of the user's state, which may be a live object."""
         if self.options.replay:
-            self._place = _Place(self._entered)
+            self._cursor = _Cursor(self._entered)
             return
         parts: tuple[Any, ...] = (None if self._rows is self.samples else self.samples, self._rows)
         if not any(map(stateful, parts)):
@@ -209,56 +211,56 @@ class IterableBatches(IterableDataset[Batch]):
                 "reads the current pass again up to there"
             )
         state = tuple(pack_state(deepcopy(part.state_dict())) if stateful(part) else None for part in parts)
-        self._place = _Place(self._entered, since=self._item, user_state=state)
+        self._cursor = _Cursor(self._entered, since=self._item, user_state=state)
 
     def _begin(self) -> int:
-        """Go to the loaded place, or to the beginning of the pass. Returns the number of samples read again."""
-        place, self._resumed = self._place if self._resumed else _Place(self._number), False
-        if self._unchecked and self._worker == 0:
-            self._unchecked = False
+        """Go to the loaded cursor, or to the beginning of the pass. Returns the number of samples read again."""
+        cursor, self._resumed = self._cursor if self._resumed else _Cursor(self._number), False
+        if self._check_due and self._worker == 0:
+            self._check_due = False
             flaw = ""
-            with suppress(Exception), private_generators():  # a copy fails, or the iterable: training will report it
+            with suppress(Exception), private_generators():  # training will report an error of the iterable
                 flaw = self._flaw()
             if flaw:
                 raise DataError(flaw)
-        self._enter(place)
-        self._read_again(place)
-        if place.number < self._number:
+        self._enter(cursor)
+        self._read_again(cursor)
+        if cursor.number < self._number:
             if self._draw() is not _END:
                 raise DataError("its state was taken at the end of this pass, but it yields more; fix its state_dict")
-            self._enter(_Place(self._number))
-        return place.read - place.since
+            self._enter(_Cursor(self._number))
+        return cursor.read - cursor.since
 
     @doing("reads again")
-    def _read_again(self, place: _Place) -> None:
+    def _read_again(self, cursor: _Cursor) -> None:
         """Read the samples that were delivered before the interruption."""
-        again: Iterable[int] = range(place.since, place.read)
-        if place.user_state is None:  # show progress after a second, in one worker
+        again: Iterable[int] = range(cursor.since, cursor.read)
+        if cursor.user_state is None:  # show progress after a second, in one worker
             again = tqdm(again, "reading data.train again", delay=1, leave=False, disable=self._worker > 0)
         for _ in again:
             if self._draw() is _END:
-                raise DataError(f"ended where {place.read} samples were read before; restore the data set")
+                raise DataError(f"ended where {cursor.read} samples were read before; restore the data set")
 
     def _flaw(self) -> str:
         """Why this iterable cannot be resumed, as copies of it show; empty if they show nothing."""
         first, resumed = self._copy(), self._copy()
         if self.options.replay:
-            start = _Place(self._number)
+            start = _Cursor(self._number)
             differs = first._digests(start, samples=2) != resumed._digests(start, samples=2)
             return f"pass {self._number} begins with other samples when it is read again{_NOT_SEEDED}" * differs
-        first._digests(_Place(0))
-        state = first._place
+        first._digests(_Cursor(0))
+        state = first._cursor
         resumed._digests(state, samples=2)
-        after = resumed._digests(_Place(1))
+        after = resumed._digests(_Cursor(1))
         stuck = after == self._copy()._digests(state._replace(number=1, since=0))
-        return _STATE_STICKS * (stuck and after != self._copy()._digests(_Place(1)))
+        return _STATE_STICKS * (stuck and after != self._copy()._digests(_Cursor(1)))
 
     def _copy(self) -> "IterableBatches":
         return IterableBatches(unread_copy(self.samples), self.options, self.epoch_lock)
 
-    def _digests(self, place: _Place, *, samples: int = 1) -> list[str]:
-        """Digests of the first samples from a place on, after the first of which the state is recorded."""
-        self._enter(place)
+    def _digests(self, cursor: _Cursor, *, samples: int = 1) -> list[str]:
+        """Digests of the first samples after a cursor. The state is recorded after the first of them."""
+        self._enter(cursor)
         digests = []
         for number in range(samples):
             row = self._draw()
@@ -267,16 +269,16 @@ class IterableBatches(IterableDataset[Batch]):
                 self._record_state()
         return digests
 
-    def _enter(self, place: _Place) -> None:
-        """Take the user's iterable to a place, by the same calls in the same order as torchdata."""
-        self._entered, self._item = place.number, place.since
+    def _enter(self, cursor: _Cursor) -> None:
+        """Take the user's iterable to a cursor, by the same calls in the same order as torchdata."""
+        self._entered, self._item = cursor.number, cursor.since
         parts = self.options.seed, self._entered, self._worker
         self._keys = {label: derive(label, *parts) for label in ("train pass", "train", "train collate")}
         self._seed("train pass")
         if hasattr(self.samples, "set_epoch"):
             with self.epoch_lock:
-                self.samples.set_epoch(place.number)
-        samples_state, iterator_state = unpack_state(place.user_state) or (None, None)
+                self.samples.set_epoch(cursor.number)
+        samples_state, iterator_state = unpack_state(cursor.user_state) or (None, None)
         if samples_state is not None:
             self.samples.load_state_dict(samples_state)
         self._rows = iter(self.samples)
@@ -312,13 +314,13 @@ class IterableStream(TrainingStream):
         self._samples = samples
         self._options = options
         self._micro_batches = micro_batches
-        self._saved: Any = None  # the state of the loader after the last finished step
+        self._loader_state: Any = None  # after the last finished step
         self._ahead: Batch | DataError | None = None
-        self._pass = 0  # of the batch ahead
-        self._pass_state: Any = None  # the state of the loader at its beginning
-        self._pass_is_empty = True  # so far
-        self._rereading = 0  # further batches before which a worker may have to read the pass again
-        self._end_unseen = False
+        self._pass = 0  # the pass of the batch ahead
+        self._pass_state: Any = None  # the state of the loader at the beginning of this pass
+        self._pass_is_empty = True  # whether it has yielded nothing so far
+        self._rereading = 0  # batches for which a worker may still have to read the pass again
+        self._end_unknown = False  # whether the last step may have ended a pass
 
     @property
     def guarantee(self) -> str:
@@ -339,12 +341,12 @@ class IterableStream(TrainingStream):
         batches = IterableBatches(self._samples, self._options, epoch_lock)
         key = f"data.train (a {type(self._samples).__qualname__})"
         self._loader = Loader(batches, None, self._loading, key=key, states=True)
-        if self._saved is not None:
-            self._loader.load_state_dict(deepcopy(self._saved))
+        if self._loader_state is not None:
+            self._loader.load_state_dict(deepcopy(self._loader_state))
         self._pass, self._ahead = self.epochs, None
-        self._pass_is_empty = self._saved is None
-        self._rereading = max(1, workers) if self._options.replay and self._saved is not None else 0
-        self._saved = iter(self._loader).state_dict()
+        self._pass_is_empty = self._loader_state is None  # nothing may be left of a resumed pass, which is no error
+        self._rereading = max(1, workers) if self._options.replay and self._loader_state is not None else 0
+        self._loader_state = iter(self._loader).state_dict()
 
     def ready(self) -> None:
         """Have the next batch at hand, or the error that belongs to the step which needs this batch."""
@@ -374,14 +376,14 @@ class IterableStream(TrainingStream):
         return StepSamples(self.digest)
 
     def advance(self, whole: StepSamples | None = None) -> None:
-        self._saved = self._loader.state_dict()
+        self._loader_state = self._loader.state_dict()
         self.consumed += self.count
         self.epochs_before = self.epochs
         try:
             with signals.interrupt_reads():
                 self._finish_pass()
         except signals.Stopped:  # before the batch ahead could tell whether this step ended the pass
-            self._end_unseen = True
+            self._end_unknown = True
 
     def ledger_line(self, step: int) -> LedgerLine:
         return LedgerLine(step, self.consumed - self.count, self.consumed - 1, self.digest)
@@ -393,8 +395,8 @@ class IterableStream(TrainingStream):
             "consumed": self.consumed,
             "epochs": self.epochs,
             "epochs_before": self.epochs_before,
-            "loader": deepcopy(self._saved),
-            **({"unseen": True} if self._end_unseen else {}),
+            "loader": deepcopy(self._loader_state),
+            **({"unseen": True} if self._end_unknown else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -403,17 +405,16 @@ class IterableStream(TrainingStream):
             raise DataError(
                 f"data.train is an iterable now ({name}) and was map-style; restore it, or set run.name=..."
             )
-        if self.automatic:  # a new run has none
-            self._loading = replace(self._loading, num_workers=state["workers"])
-        workers = self.workers
-        if state["workers"] != workers:
-            before = state["workers"]
+        before = state["workers"]
+        if self.automatic:  # a new run begins with 0, a resumed one keeps its number
+            self._loading = replace(self._loading, num_workers=before)
+        if before != self.workers:
             raise DataError(
-                f"the checkpoint holds the state of a data.train read by {before} workers, and now {workers} read it, "
+                f"the checkpoint is of a data.train read by {before} workers, and now {self.workers} read it, "
                 f"so samples would be lost or repeated. Set runtime.num_workers={before}, or run.name=... for a new run"
             )
         self.consumed, self.epochs, self.epochs_before = state["consumed"], state["epochs"], state["epochs_before"]
-        self._saved = state["loader"]
+        self._loader_state = state["loader"]
         self.open()
         if state.get("unseen"):
             self._finish_pass()
@@ -428,7 +429,7 @@ class IterableStream(TrainingStream):
         before = self._pass
         self.ready()
         if self._pass > before:
-            self._saved = self._pass_state
+            self._loader_state = self._pass_state
         self.epochs = self._pass
 
     def _read(self) -> Batch:

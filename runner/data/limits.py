@@ -1,6 +1,4 @@
-"""What this process may use of its machine: cores and memory, also where a container, a scheduler or an affinity mask
-leaves it a part of them.
-"""
+"""The cores and memory that this process may use, which a container, a scheduler or an affinity mask may limit."""
 
 import os
 import shutil
@@ -15,7 +13,7 @@ _UNLIMITED = 1 << 60  # bytes; version 1 of cgroups writes a number near 2^63 wh
 
 
 def cores(root: Path = _ROOT) -> float:
-    """Cores for this process: of its affinity mask, and of its quota in any of its cgroups. At least 0.1."""
+    """Cores for this process, by its affinity mask and the quotas of its cgroups; at least 0.1."""
     count = getattr(os, "process_cpu_count", os.cpu_count)() or 1  # from Python 3.13 on
     if hasattr(os, "sched_getaffinity"):
         count = min(count, len(os.sched_getaffinity(0)))
@@ -30,8 +28,8 @@ def cores(root: Path = _ROOT) -> float:
     return max(0.1, min(quotas))
 
 
-def memory(root: Path = _ROOT) -> float:
-    """Bytes of memory that are free for this process; infinite where the system does not say it."""
+def free_memory(root: Path = _ROOT) -> float:
+    """Bytes of memory that are free for this process; infinity if the system does not tell."""
     free = [float("inf")]
     with suppress(OSError, ValueError, IndexError):
         text = (root / "proc/meminfo").read_text()
@@ -45,7 +43,7 @@ def memory(root: Path = _ROOT) -> float:
     return min(free)
 
 
-def shared_memory(root: Path = _ROOT) -> float:
+def free_shared_memory(root: Path = _ROOT) -> float:
     """Free bytes of the shared memory in which workers send batches, which is small in containers."""
     try:
         return float(shutil.disk_usage(root / _SHARED_MEMORY).free)
@@ -55,19 +53,19 @@ def shared_memory(root: Path = _ROOT) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the data workers of one process may use; ``fit`` is the largest useful number of them up to a number.
-    ``windows``: seconds of the first measurement, and of the longest.
+    """Limits for the data workers of one process. ``fit(n)`` is the largest useful number of workers up to n;
+    ``seconds`` are the lengths of the first measurement and of the longest.
     """
 
     cores: float
-    memory: Callable[[], float] = memory
-    shared_memory: Callable[[], float] = shared_memory
-    fit: Callable[[int], int] = int
-    windows: tuple[float, float] = (0.5, 10.0)
+    free_memory: Callable[[], float] = free_memory
+    free_shared_memory: Callable[[], float] = free_shared_memory
+    fit: Callable[[int], int] = lambda number: number
+    seconds: tuple[float, float] = (0.5, 10.0)
 
 
 def _cache(group: Path) -> int:
-    """Bytes of a group that are copies of files, which the system drops where memory is short."""
+    """Bytes of a group in the page cache, which the system frees when memory is short."""
     with suppress(OSError):
         for line in (group / "memory.stat").read_text().splitlines():
             name, _, size = line.partition(" ")

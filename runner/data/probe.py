@@ -1,5 +1,5 @@
-"""Checks of a few samples before training: are they the samples of earlier attempts, and does a sample depend on its
-position alone?
+"""Checks of a few samples before training: are they those of earlier attempts, and do they depend on more than their
+positions?
 
 Each sample is drawn twice, the second time in reverse order, and once more in a data worker. This shows hidden
 generators, call counters and other hidden state, unless it changes only after more than a few calls.
@@ -27,7 +27,7 @@ from torch.utils.data._utils import worker
 from runner import signals
 from runner.data.fetch import Fetcher, sample_name
 from runner.data.loader import Loader, LoaderOptions
-from runner.data.sandbox import drawn, sandboxed, seed_host, states
+from runner.data.sandbox import changed_generators, sandboxed, seed_host, states
 from runner.errors import DataError, RunnerError
 from runner.hashing import derive, hex_digest
 
@@ -35,17 +35,17 @@ Sketch = dict[str, list[list[Any]]]  # sample -> for each value in it: path, kin
 Findings = tuple[Sketch, list[str] | None, frozenset[str], bool]
 
 _SAMPLES = 4
-_MAX_VALUES = 8  # of a sample, in a sketch
+_MAX_VALUES = 8  # values of a sample in a sketch
 _LONG = 32  # a list of more numbers is one value
 _TOLERANCE = 1e-3  # relative; the last bits of floats may differ between processors
 
 
-def examine(
+def check_samples(
     fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train"
 ) -> tuple[Sketch, list[str] | None]:
     """The sketch and, with ``audit``, the digests of the probed samples. Raises DataError if one is impure.
 
-    The fetcher gets the generators from which the probed samples draw, and whether to read by batch.
+    Sets ``generators`` and ``by_batch`` of the fetcher.
     """
     request = partial(_findings, audit=audit)
     if not options.num_workers:
@@ -61,20 +61,20 @@ def examine(
             findings = next(iter(loader))
     if isinstance(findings, RunnerError):
         raise findings
-    description, digests, fetcher.drawn, fetcher.by_batch = findings
+    description, digests, fetcher.generators, fetcher.by_batch = findings
     return description, digests
 
 
 def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
-    """The findings, or the error that they are: torch would make another one of an error that a worker raises."""
+    """The findings, or the error as a value: torch changes the message of an error that a worker raises."""
     worker._worker_info = None  # this process stands for the training process
     try:
         description, digests = sketch(fetcher), require_pure(fetcher) if audit else None
-        if fetcher.plan.randomness != "off" and not fetcher.drawn:
+        if fetcher.plan.randomness != "off" and not fetcher.generators:
             others = sample_digests(fetcher, label="another")
-            if others != (digests or sample_digests(fetcher)):  # a sample looks at a state, or restores it
-                fetcher.drawn = frozenset(states())
-        return description, digests, fetcher.drawn, _can_read_by_batch(fetcher)
+            if others != (digests or sample_digests(fetcher)):  # a sample reads a state, or draws and restores it
+                fetcher.generators = frozenset(states())
+        return description, digests, fetcher.generators, _can_read_by_batch(fetcher)
     except RunnerError as error:
         return error
 
@@ -82,30 +82,30 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
 def _can_read_by_batch(fetcher: Fetcher) -> bool:
     """Whether the data set has ``__getitems__``, its samples draw nothing, and they are the same from it."""
     read = getattr(fetcher.samples, "__getitems__", None)
-    if not callable(read) or fetcher.drawn:
+    if not callable(read) or fetcher.generators:
         return False
     with sandboxed(draws=True), signals.reading(), suppress(Exception):  # training reads one by one then
-        rows = [*read([*indices(len(fetcher.samples))])]
+        rows = [*read([*probe_indices(len(fetcher.samples))])]
         same = [*map(content_digest, rows)] == sample_digests(fetcher)
-        return same and not drawn()
+        return same and not changed_generators()
     return False
 
 
 def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
-    """A digest of each probed sample, drawn with a seed for ``label``; of its error if it cannot be read."""
+    """A digest of each probed sample, read with a seed for ``label``, or of its error."""
     step = -1 if backwards else 1
-    rows = _rows(fetcher, indices(len(fetcher.samples))[::step], label=label)
+    rows = _rows(fetcher, probe_indices(len(fetcher.samples))[::step], label=label)
     return [*map(content_digest, rows)][::step]
 
 
-def indices(size: int) -> tuple[int, ...]:
+def probe_indices(size: int) -> tuple[int, ...]:
     """A few samples, spread over the data set."""
     return tuple(sorted({(size - 1) * i // (_SAMPLES - 1) for i in range(_SAMPLES)}))
 
 
 def sketch(fetcher: Fetcher) -> Sketch:
     """A description of a few samples, which later attempts compare with theirs. Plain values, some hundred bytes."""
-    probed = indices(len(fetcher.samples))
+    probed = probe_indices(len(fetcher.samples))
     return {
         str(index): [_describe(path, value) for path, value in islice(leaves(row), _MAX_VALUES)]
         for index, row in zip(probed, _rows(fetcher, probed), strict=True)
@@ -156,7 +156,7 @@ _IMPURE = {
 
 def require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str], kind: str) -> None:
     """Raise DataError of a ``kind`` that names the first probed sample with two digests."""
-    for index, digest, other in zip(indices(len(fetcher.samples)), digests, others, strict=True):
+    for index, digest, other in zip(probe_indices(len(fetcher.samples)), digests, others, strict=True):
         if digest != other:
             name = f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
             raise DataError(f"{name} {_IMPURE[kind]}; runtime.audit=false turns this check off.", kind=kind)
@@ -183,11 +183,11 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _ReadError(str):
-    """In place of a sample, the type of the error; its message may contain addresses."""
+    """The type of an error, in place of the sample. Not the message, which may contain addresses."""
 
 
 def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> list[Any]:
-    """The samples; the fetcher gets the generators from which they draw."""
+    """The samples. Adds the generators that they draw from to those of the fetcher."""
     rows: list[Any] = []
     seeded: dict[str, Any] = {}
 
@@ -199,9 +199,9 @@ def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> 
         for index in indices:
             try:
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index), seed))
-            except Exception as error:  # training will report it, if it comes that far
+            except Exception as error:  # training will report it, if it gets there
                 rows.append(_ReadError(type(error).__qualname__))
-            fetcher.drawn |= drawn(seeded)
+            fetcher.generators |= changed_generators(seeded)
     return rows
 
 
@@ -222,7 +222,7 @@ def _bytes(value: Any) -> bytes:
         pickled = io.BytesIO()
         _ContentPickler(pickled).dump(value)
         return pickled.getvalue()
-    except Exception:  # of an open file or a lock only the type can be compared
+    except Exception:  # for open files and locks, only the type can be compared
         return type(value).__qualname__.encode()
 
 

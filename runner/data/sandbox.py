@@ -2,9 +2,9 @@
 read.
 
 Samples see the generators in one fixed state, not in that of the training thread. A sample that draws changes the
-state, so the states after a batch show which generators have to be seeded for the samples of a data set. Comparing
-states must cost next to nothing, unlike seeding: the memory of the generators is compared, where python and numpy would
-copy their state number by number.
+state, so the states after a batch show which generators have to be seeded for the samples of a data set. A comparison
+must cost next to nothing, so it looks at the memory of a generator: the functions of python and numpy copy a state
+number by number.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 _FIXED = 0x9E3779B97F4A7C15  # the seed of the fixed state, which nobody else uses
 _INSTANCE: Any = vars(random)["_inst"]
-_MEMORY = ctypes.c_char * (4 * 625)  # of a Mersenne Twister, as python and numpy have it: 624 words and a position
+_MEMORY = ctypes.c_char * (4 * 625)  # a Mersenne Twister of python or numpy: 624 words and a position
 
 
 def seed_host(key: int) -> None:
@@ -47,8 +47,8 @@ def states() -> dict[str, Any]:
     return {name: generator.state() for name, generator in _GENERATORS.items()}
 
 
-def drawn(since: dict[str, Any] | None = None) -> frozenset[str]:
-    """The generators whose state is not that in ``since``, or else the fixed state."""
+def changed_generators(since: dict[str, Any] | None = None) -> frozenset[str]:
+    """The generators whose state differs from ``since``, by default from the fixed state."""
     before = _FIXED_STATES if since is None else since
     return frozenset([name for name, generator in _GENERATORS.items() if generator.state() != before[name]])
 
@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def private_generators(*, look: bool = True) -> Iterator[None]:
-    """The generators are in the fixed state in the block, and restored after it; without a ``look``, faster."""
+    """The generators are in the fixed state within the block, and restored after it. ``look``: see ``_Numpy``."""
     python, numpy, of_torch = _PYTHON.enter(), _NUMPY.enter(look=look), _TORCH.enter()
     try:
         yield
@@ -90,7 +90,7 @@ def private_generators(*, look: bool = True) -> Iterator[None]:
 
 
 class PythonGenerator:
-    """Python's generator, by its ``memory`` or else by its functions."""
+    """Python's generator, through its ``memory``, or through functions if that is None."""
 
     def __init__(self, memory: Any) -> None:
         self._memory = memory
@@ -116,18 +116,19 @@ class PythonGenerator:
 
 
 class _Numpy:
-    """Whether numpy has a second gaussian of a pair in store, only ``get_state`` shows, in 30 us. Only a draw puts one
-    there, so a state without one has none until the state changes (or somebody sets a state with one, so ``look`` where
-    numpy will be seeded). Without one, the state is changed in its memory, else another generator takes its place.
+    """numpy draws gaussians in pairs, and stores the second one outside of the generator's memory. Only ``get_state``
+    shows it, in 30 us. Only a draw stores one, so there is none while the memory is as it was when there was none; as
+    ``set_state`` may store one, too, ``look`` where numpy will be seeded. Without one, the state is changed in memory;
+    else another generator takes the place of numpy's until ``leave``.
     """
 
     def __init__(self) -> None:
         self._own = np.random.MT19937(_FIXED & 0xFFFFFFFF)
         self._own_memory = self._memory = _numpy_memory(self._own)
         self.fixed = self._own_memory.raw
-        self._generator: Any = None  # numpy's
-        self._memory_of_it: Any = None  # unless it is of another kind
-        self._bare = b""  # the last state at which no gaussian was in store
+        self._generator: Any = None  # the one that numpy uses
+        self._generator_memory: Any = None  # None for another kind than MT19937
+        self._state_without_gaussian = b""  # the memory when ``get_state`` last showed no gaussian
 
     def seed(self, key: int) -> None:
         np.random.seed(key & 0xFFFFFFFF)
@@ -139,28 +140,28 @@ class _Numpy:
     def enter(self, *, look: bool) -> Any:
         generator: Any = get_bit_generator()
         if generator is not self._generator:
-            self._generator, self._bare = generator, b""
-            self._memory_of_it = _numpy_memory(generator) if type(generator) is np.random.MT19937 else None
-        memory, saved = self._memory_of_it, None
-        if look or memory is None or memory.raw != self._bare:
-            saved = np.random.get_state(legacy=False)
-            if memory is not None and not saved["has_gauss"]:
-                saved, self._bare = None, memory.raw
-        outer, self._memory = self._memory, memory if saved is None else self._own_memory
+            self._generator, self._state_without_gaussian = generator, b""
+            self._generator_memory = _numpy_memory(generator) if type(generator) is np.random.MT19937 else None
+        memory, full_state = self._generator_memory, None
+        if look or memory is None or memory.raw != self._state_without_gaussian:
+            full_state = np.random.get_state(legacy=False)
+            if memory is not None and not full_state["has_gauss"]:
+                full_state, self._state_without_gaussian = None, memory.raw
+        outer, self._memory = self._memory, memory if full_state is None else self._own_memory
         before = self._memory.raw
-        if saved is not None:
+        if full_state is not None:
             set_bit_generator(self._own)
         self._memory.raw = self.fixed
-        return generator, saved, before, outer
+        return generator, full_state, before, outer
 
     def leave(self, state: Any) -> None:
-        generator, saved, before, outer = state
+        generator, full_state, before, outer = state
         if self._memory.raw != self.fixed:
-            np.random.seed(0)  # no gaussian in store
+            np.random.seed(0)  # drops a stored gaussian
         self._memory.raw = before
-        if saved is not None:
+        if full_state is not None:
             set_bit_generator(generator)
-            np.random.set_state(saved)
+            np.random.set_state(full_state)
         self._memory = outer
 
 

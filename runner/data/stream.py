@@ -1,5 +1,5 @@
 """The endless stream of training batches, whose position moves when a step is done; and passes over evaluation data,
-which change neither this position nor the global generators.
+which change neither this position nor the global random generators.
 """
 
 import logging
@@ -75,7 +75,7 @@ class TrainingStream(ABC):
     @property
     @abstractmethod
     def guarantee(self) -> str:
-        """The promise for the samples, for the log."""
+        """What is promised for the samples, for the log."""
 
     @property
     @abstractmethod
@@ -84,7 +84,7 @@ class TrainingStream(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Start loading at the cursor. Some loaders draw random numbers here, so open before restoring generators."""
+        """Start loading at the cursor. Some loaders draw random numbers in it, so open before restoring generators."""
 
     @abstractmethod
     def ready(self) -> None:
@@ -96,7 +96,7 @@ class TrainingStream(ABC):
 
     @abstractmethod
     def advance(self, whole: StepSamples | None = None) -> None:
-        """The step is done, with the samples ``whole`` of all processes. Raises DataError if it left some."""
+        """End a step, with the samples ``whole`` of all processes. Raises DataError if it did not take all of them."""
 
     @abstractmethod
     def ledger_line(self, step: int) -> LedgerLine:
@@ -128,13 +128,13 @@ class MapStyleStream(TrainingStream):
         self.plan = fetcher.plan
         self._fetcher = fetcher
         self._plan_state = self.plan.state()
-        self._here, sketch, self._probe_digests = examine(fetcher, loading, audit=audit)
+        self._local_fetcher, sketch, self._probe_digests = examine(fetcher, loading, audit=audit)
         text = str(getattr(fetcher.samples, "fingerprint", ""))
         self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
-        self._probe_awaited = False  # the first item of the loader is the answer of a worker to the probe
+        self._probe_awaited = False  # whether the loader first yields a worker's answer
         self._prefetched: FetchedBatch | None = None
-        self._step: tuple[int, int, StepSamples] | None = None  # the current one: first position, positions, samples
+        self._step: tuple[int, int, StepSamples] | None = None  # first position, positions, samples
 
     @property
     def epochs(self) -> int:
@@ -146,7 +146,7 @@ class MapStyleStream(TrainingStream):
 
     def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
         """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
-        self._fetcher.substitutions = self._here.substitutions = {**substitutions}
+        self._fetcher.substitutions = self._local_fetcher.substitutions = {**substitutions}
 
     def open(self) -> None:
         self.close()
@@ -164,9 +164,9 @@ class MapStyleStream(TrainingStream):
 
     def _open_adaptive(self, slices: Iterator[Slice]) -> None:
         request = None if self._probe_digests is None else probe.sample_digests
-        examine = partial(probe.require_equal, self._here, self._probe_digests or [], kind="sample-per-process")
+        check = partial(probe.require_equal, self._local_fetcher, self._probe_digests or [], kind="sample-per-process")
         self._loader = AdaptiveLoader(
-            self._fetcher, slices, self._loading, here=self._here, request=request, examine=examine
+            self._fetcher, slices, self._loading, local_fetcher=self._local_fetcher, request=request, check=check
         )
         iter(self._loader)
 
@@ -186,24 +186,24 @@ class MapStyleStream(TrainingStream):
         own = slices[self.plan.world.rank :: self.plan.world.size]
         digest, substitutions, self._step = 0, "", None
         for number, piece in enumerate(own, 1):
-            fetched, self._prefetched = self._prefetched or self._next(), None
-            if fetched.failure:
-                raise DataError(f"data.train: {fetched.failure}")
-            assert fetched.first == piece.first, f"the loader delivered {fetched.first} where {piece.first} was due"
-            digest += fetched.digest
-            if fetched.bad:
-                substitutions += self._report(fetched.bad)
+            result, self._prefetched = self._prefetched or self._next(), None
+            if result.failure:
+                raise DataError(f"data.train: {result.failure}")
+            assert result.first == piece.first, f"the loader delivered {result.first} where {piece.first} was due"
+            digest += result.digest
+            if result.bad_records:
+                substitutions += self._report(result.bad_records)
             if number == len(own):
                 self._step = slices[0].first, total, StepSamples(digest % 2**64, substitutions)
             self.positions = range(piece.first, piece.first + piece.count)
-            yield piece.count / total, to_device(fetched.batch, self._device)
+            yield piece.count / total, to_device(result.batch, self._device)
 
     @property
     def step_samples(self) -> StepSamples:
         if self._step is None:
             raise DataError(
-                f"the task's optimization_step left some of the {self.plan.micro_batches} micro-batches of a step; "
-                "their samples would be missed. Iterate over all of them"
+                f"the task's optimization_step did not take all {self.plan.micro_batches} micro-batches of a step, "
+                "whose samples would be missed. Iterate over all of them"
             )
         return self._step[2]
 
@@ -254,9 +254,9 @@ class MapStyleStream(TrainingStream):
 
     def _next(self) -> FetchedBatch:
         began = time.perf_counter()
-        fetched: FetchedBatch = next(self._loader)
+        result: FetchedBatch = next(self._loader)
         self.waited += time.perf_counter() - began
-        return fetched
+        return result
 
     def _report(self, records: Sequence[BadRecord]) -> str:
         """Log bad records, and return their substitutions for the ledger. Raises DataError if one has none."""
@@ -306,22 +306,22 @@ class EvaluationData:
         self._slices, self._loading = slices, loading
         self.key = key
         self.device = device
-        self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called with a batch's number, from 0, before it
+        self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called before each batch with its number, from 0
         self._fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
-        self._here, sketch, _ = examine(self._fetcher, loading, audit=audit, key=key)
+        self._local_fetcher, sketch, _ = examine(self._fetcher, loading, audit=audit, key=key)
         self._loader: Any = (
             Loader(self._fetcher, slices, loading, key=key)
             if loading.limits is None
-            else AdaptiveLoader(self._fetcher, slices, loading, here=self._here, key=key)
+            else AdaptiveLoader(self._fetcher, slices, loading, local_fetcher=self._local_fetcher, key=key)
         )
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
 
     def head(self, batches: int) -> "EvaluationData":
-        """The first batches of each process alone, without listeners, and read by a worker of their own if by any."""
+        """Only the first batches of each process, without listeners, and read by one worker of its own if by any."""
         first = copy(self)
         first._slices, first._weights, first.batch_listeners = self._slices[:batches], self._weights[:batches], ()
         loading = replace(self._loading, num_workers=min(1, self._loading.num_workers))
-        first._loader = Loader(self._here, first._slices, loading, key=self.key)
+        first._loader = Loader(self._local_fetcher, first._slices, loading, key=self.key)
         return first
 
     def changes(self, then: dict[str, Any]) -> list[str]:
@@ -339,18 +339,18 @@ class EvaluationData:
         return len(self._slices)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(number of samples, batch on the device); the number is 0 for a batch that only fills up the last round."""
-        for number, (weight, fetched) in enumerate(zip(self._weights, self._loader, strict=True)):
+        """(number of samples, batch on the device); the number is 0 for a batch that fills up the last round."""
+        for number, (weight, result) in enumerate(zip(self._weights, self._loader, strict=True)):
             for listener in self.batch_listeners:
                 listener(number)
             if isinstance(self._loader, AdaptiveLoader):
                 self._loader.adapt()
-            if fetched.bad:
+            if result.bad_records:
                 remedy = f"fix it or take it out of {self.key}: every figure is over all of its samples"
-                raise bad_record_error(fetched.bad[0], self._fetcher.samples, remedy=remedy)
-            if fetched.failure:
-                raise DataError(f"{self.key}: {fetched.failure}")
-            yield weight, to_device(fetched.batch, self.device)
+                raise bad_record_error(result.bad_records[0], self._fetcher.samples, remedy=remedy)
+            if result.failure:
+                raise DataError(f"{self.key}: {result.failure}")
+            yield weight, to_device(result.batch, self.device)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -363,7 +363,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if callable(getattr(batch, "to", None)):
         try:
             moved = batch.to(device, non_blocking=True)
-        except TypeError:  # a class of the user, whose ``to`` takes the device alone
+        except TypeError:  # the ``to`` of a user's class may take nothing but the device
             moved = batch.to(device)
         return batch if moved is None else moved  # None: moved in place
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

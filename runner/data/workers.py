@@ -1,11 +1,11 @@
-"""``runtime.num_workers=auto``: how many processes load data is chosen, and changed, while they load it.
+"""``runtime.num_workers=auto``: the number of processes that load data is chosen, and changed, while they load it.
 
-Batches are pure functions of their items, so a move changes no bit: the items that were not delivered yet are read
-again, by other processes.
+A batch is a pure function of its item, so another number changes no bit: other processes read the items that were not
+delivered yet.
 
-Workers must not get a data set that was read already. A file that is opened at the first read would be shared by all
-forked workers, position and all, and could not be sent to others. So this process reads a copy, which shares only
-large data with the data set.
+Workers must not get a data set that has been read. Forked workers would all share a file that the first read opened,
+with its position, and it could not be sent to others. So this process reads a copy, which shares only large data with
+the original.
 """
 
 import copy
@@ -34,22 +34,22 @@ from runner.errors import DataError, printable
 
 log = logging.getLogger("runner")
 
-_LARGE = 10_000  # items or numbers; what is larger is data, which copies may share
-_DEPTH = 8  # of attributes and containers in which large data is looked for
-_WAITING = 0.25  # of reading on a core: reading with less of it waits, and does not just share the core with others
-_MOST = 32  # workers, whatever the machine has
-_WORTH = 0.05  # of a step's time: a shorter wait is left as it is
-_GAIN = 0.04  # of a step's time: less is not worth the memory of more workers
-_SEND_SECONDS = 0.5e-3, 1e-9  # that a batch from a worker takes of this process: for itself, and for each byte
-_WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # of a worker that holds no batches
-_WINDOW_STEPS = 4
-_PAUSE = 10  # times the median of a step beside data: one that takes longer had an evaluation or a save in it
+_LARGE = 10_000  # items or numbers: a larger container or array is data, which copies may share
+_DEPTH = 8  # levels of attributes and containers that are searched for large data
+_WAITING = 0.25  # share of reading on a core: with less, reading waits, and is not just slowed down by other processes
+_MOST = 32  # workers, even on a large machine
+_WORTH = 0.05  # share of a step's time: a shorter wait does not matter
+_GAIN = 0.04  # share of a step's time: a smaller gain is not worth the memory of more workers
+_SEND_SECONDS = 0.5e-3, 1e-9  # of this process for a batch from a worker: per batch, and per byte
+_WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # for a worker without batches
+_MIN_STEPS = 4  # in a measurement
+_OUTLIER = 10  # times the median: a longer step includes an evaluation or a save
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a step took with ``workers``, in seconds: waiting for data, the ``rest``, and (in the process that does it)
-    reading, of which the share ``busy`` on a core. A batch has ``size`` bytes.
+    """Mean seconds of a step with ``workers``: ``waited`` for data, ``reading`` it (in the process that does), and the
+    ``rest``. ``busy`` is the share of reading on a core; a batch has ``size`` bytes.
     """
 
     workers: int
@@ -61,26 +61,26 @@ class Measurement:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """The whole step."""
         return self.rest + self.waited
 
 
 class WorkerChoice:
-    """The number of workers for what was measured: enough to read a batch while another is trained, within the limits,
-    and only if steps then take less time indeed.
+    """Chooses the number of workers: enough to read a batch while another is trained, within the limits, and only if
+    this makes steps shorter.
     """
 
     def __init__(self, limits: Limits, options: LoaderOptions) -> None:
         self._limits = limits
         self._prefetch = options.prefetch
         self._worker_bytes = _WORKER_BYTES[multiprocessing.get_context(options.start_method).get_start_method()]
-        self._tried: dict[int, float] = {}  # seconds of a step, by the numbers of workers that this work was done with
-        self._share = self._reading = 0.0  # of this work: the share of reading in a step, and its seconds
+        self._tried: dict[int, float] = {}  # number of workers -> seconds of a step
+        self._share = self._reading = 0.0  # the share of reading in a step, and its seconds
 
     def after(self, measured: Measurement) -> int:
         """The number to try next, or to stay with."""
         share = max(_WORTH, measured.reading / (measured.reading + measured.rest))
-        if not self._tried or not 0.5 < share / self._share < 2:  # other work than before
+        if not self._tried or not 0.5 < share / self._share < 2:  # the work has changed
             self._tried, self._share, self._reading = {}, share, math.inf
         tried = self._tried
         tried[measured.workers] = min(measured.seconds, tried.get(measured.workers, math.inf))
@@ -91,17 +91,17 @@ class WorkerChoice:
         return wanted if wanted not in tried and measured.workers == best else best
 
     def limit(self, measured: Measurement) -> tuple[int, str]:
-        """The largest number of workers, and what it is limited by. Reading that waits, as for a remote store, leaves
-        the cores to other workers.
+        """The largest number of workers, and what limits it. Reading that waits, say for a remote store, leaves its
+        core to other workers.
         """
         limits = self._limits
         busy = max(0.1, measured.busy)
         in_flight = self._prefetch * measured.size
         numbers = {
             f"{limits.cores:g} cores": limits.cores / (busy if busy < _WAITING else 1.0),
-            "free memory": limits.memory() / 2 / (self._worker_bytes + in_flight),
-            "free shared memory": limits.shared_memory() / 2 / max(1, in_flight),
-            "the most that are tried": _MOST,
+            "the free memory": limits.free_memory() / 2 / (self._worker_bytes + in_flight),
+            "the free shared memory": limits.free_shared_memory() / 2 / max(1, in_flight),
+            "a fixed maximum": _MOST,
         }
         cause = min(numbers, key=lambda name: numbers[name])
         most = int(numbers[cause])
@@ -120,20 +120,12 @@ class WorkerChoice:
 
 
 class AdaptiveLoader:
-    """As ``Loader``: the batches of ``fetcher`` for the items of ``sampler``, read by ``here`` in this process or by as
-    many workers as ``WorkerChoice`` chooses. ``adapt`` is called at the border of two steps.
+    """Like ``Loader``: the batches of ``fetcher`` for the items of ``sampler``, read by ``local_fetcher`` in this
+    process or by as many workers as ``WorkerChoice`` chooses. ``adapt`` is called between two steps.
 
-    Whatever is wrong with workers, from data that cannot be sent to a worker that is killed, is said in one line, and
-    this process reads on by itself. ``examine`` gets the answer of a worker to the item ``request``, and may raise
-    DataError.
+    If workers fail, say because a worker is killed, a line of the log tells why, and this
+    process reads on by itself. ``check`` gets a worker's answer to ``request``, and may raise DataError.
     """
-
-    _leave_out: int  # steps before the measurement begins
-    _rests: list[float]  # seconds of each step beside waiting for data
-    _waited: float  # seconds of this step
-    _all_waited: float
-    _step_began: float
-    _busy: list[float]  # shares of reading on a core
 
     def __init__(
         self,
@@ -141,22 +133,23 @@ class AdaptiveLoader:
         sampler: Iterable[Any],
         options: LoaderOptions,
         *,
-        here: Fetcher,
+        local_fetcher: Fetcher,
         key: str = "data.train",
         request: Any = None,
-        examine: Callable[[Any], object] = bool,
+        check: Callable[[Any], object] = lambda answer: None,
     ) -> None:
-        self._fetcher, self._here, self._options, self._key = fetcher, here, options, key
+        self._fetcher, self._local_fetcher, self._options, self._key = fetcher, local_fetcher, options, key
         assert options.limits is not None, "for runtime.num_workers=auto"
         self._choice = WorkerChoice(options.limits, options)
         self._items = _Items(sampler, request)
-        self._examine = examine
-        self._stays = fetcher is here  # in this process
-        self._said: int | None = None
-        self._windows = options.limits.windows
-        self._window = self._windows[0]
+        self._check = check
+        self._fixed_to_this_process = fetcher is local_fetcher
+        self._logged_number: int | None = None
+        self._first_seconds, self._most_seconds = options.limits.seconds
+        self._seconds = self._first_seconds
         self._share = 1.0  # of reading on a core
-        self._last: Any = None  # batch
+        self._last_batch: Any = None
+        self._step_began = self._waited = self._all_waited = 0.0  # seconds waited: in this step, in all steps
         self._measure()
         self._open(0)
 
@@ -178,21 +171,21 @@ class AdaptiveLoader:
             batch = self._next()
         self._items.delivered()
         self._waited += time.perf_counter() - began
-        if batch.time is not None:  # it could be read
+        if batch.time is not None:  # None for a batch that could not be read
             self._reading += batch.time.seconds
             self._busy += [] if batch.time.busy is None else [batch.time.busy]
-        self._last = batch
+        self._last_batch = batch
         return batch
 
     def adapt(self) -> None:
-        """A step is over: change the number of workers if that is due, and say once what was chosen and why."""
+        """After a step: change the number of workers if that is due, and log each choice once, with the reason."""
         now = time.perf_counter()
         self._rests.append(now - self._step_began - self._waited)
         self._all_waited += self._waited
         self._step_began, self._waited = now, 0.0
         if self._leave_out:
             self._measure(leave_out=self._leave_out - 1)
-        elif now >= self._due and len(self._rests) >= _WINDOW_STEPS and not self._stays:
+        elif now >= self._due and len(self._rests) >= _MIN_STEPS and not self._fixed_to_this_process:
             self._adapt(self._measured())
 
     def close(self) -> None:
@@ -203,46 +196,47 @@ class AdaptiveLoader:
         number = self._choice.after(measured)
         log.debug("workers  %s: next %d", measured, number)
         if number != self.workers:
-            self._window = self._windows[0]
+            self._seconds = self._first_seconds
             self._move(number)
             return
-        self._window = min(2 * self._window, self._windows[1])
+        self._seconds = min(2 * self._seconds, self._most_seconds)
         self._measure()
-        if number != self._said:
+        if number != self._logged_number:
             limit, cause = self._choice.limit(measured)
             log.info(
-                "workers  %d for %s: a step reads for %.1f ms and takes %.1f ms beside it; at most %d, for %s",
+                "workers  %d for %s: a step reads for %.1f ms and takes %.1f ms beside it; at most %d, limited by %s",
                 *(number, self._key, 1e3 * measured.reading, 1e3 * measured.rest, limit, cause),
             )
-            self._said = number
+            self._logged_number = number
 
     def _measured(self) -> Measurement:
         rests, count = sorted(self._rests), len(self._rests)
-        usual = [seconds for seconds in rests if seconds <= _PAUSE * rests[count // 2]]
+        usual = [seconds for seconds in rests if seconds <= _OUTLIER * rests[count // 2]]
         rest = max(sum(usual) / len(usual), 1e-6)
         if self._busy:
-            self._share = max(self._busy)  # the others may have waited for a core
-        spent = self._all_waited / count, self._reading / count
-        return Measurement(self.workers, rest, *spent, self._share, _size(self._last))
+            self._share = max(self._busy)  # smaller shares may include waiting for a core
+        waited, reading = self._all_waited / count, self._reading / count
+        return Measurement(self.workers, rest, waited, reading, self._share, _size(self._last_batch))
 
     def _measure(self, leave_out: int = 0) -> None:
-        """Measure from now on, but for some steps."""
-        self._leave_out, self._rests = leave_out, []
+        """Begin a measurement, after ``leave_out`` steps."""
+        self._leave_out = leave_out
+        self._rests: list[float] = []  # seconds of each step without waiting for data
+        self._busy: list[float] = []  # shares of reading on a core
         self._step_began = time.perf_counter()
-        self._due = self._step_began + self._window
+        self._due = self._step_began + self._seconds
         self._waited = self._all_waited = self._reading = 0.0
-        self._busy = []
 
     def _next(self) -> FetchedBatch:
         if self._items.asking:
-            self._examine(next(self._loader))
+            self._check(next(self._loader))
             self._items.asking = False
         batch: FetchedBatch = next(self._loader)
         return batch
 
     def _open(self, workers: int) -> None:
         self.workers = workers
-        fetcher = self._fetcher if workers else self._here
+        fetcher = self._fetcher if workers else self._local_fetcher
         self._items.asking = self._items.request is not None and workers > 0
         self._loader = Loader(fetcher, self._items, replace(self._options, num_workers=workers), key=self._key)
 
@@ -257,23 +251,23 @@ class AdaptiveLoader:
     def _move(self, workers: int) -> None:
         """Go on reading with another number of workers."""
         self._loader.close()
-        self._fetcher.drawn |= self._here.drawn  # seen by now
+        self._fetcher.generators |= self._local_fetcher.generators  # as this process has seen by now
         self._open(workers)
         self._begin()
         self._measure(leave_out=workers + 1)
 
     def _stay(self, error: DataError) -> None:
         """Read in this process from now on."""
-        self._stays = True
+        self._fixed_to_this_process = True
         self.close()
-        log.warning("workers  0: this process reads by itself, for workers failed: %s", printable(str(error)))
+        log.warning("workers  0: this process reads by itself; workers failed: %s", printable(str(error)))
         self._open(0)
         iter(self._loader)
 
 
 class _Items:
-    """The items of a sampler, pass after pass. Each iterator goes on with those that were not delivered yet, after the
-    ``request`` while ``asking``.
+    """The items of a sampler, pass after pass. Each iterator continues with the items that were not delivered yet;
+    while ``asking``, the ``request`` comes before them.
     """
 
     def __init__(self, sampler: Iterable[Any], request: Any) -> None:
@@ -281,7 +275,7 @@ class _Items:
         self.asking = False
         self._sampler = sampler
         self._rest: Iterator[Any] = iter(())
-        self._under_way: deque[Any] = deque()  # items that a loader has taken and not delivered
+        self._under_way: deque[Any] = deque()  # items that the loader has taken but not delivered
 
     def begin(self) -> None:
         self._rest, self._under_way = iter(self._sampler), deque()
@@ -301,34 +295,30 @@ class _Items:
 def examine(
     fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train"
 ) -> tuple[Fetcher, Sketch, list[str] | None]:
-    """The fetcher for this process, and the results of ``probe.examine``.
+    """The fetcher for this process, and the results of ``probe.check_samples``.
 
-    Where workers may have to read the data set later, this process gets a copy of it. It gets the data set itself, and
-    workers never do, if there can be no copy, or if files stay open beside the copy: of a module, or of a class. Says
-    so.
+    With ``num_workers=auto`` this process reads a copy of the data set, because workers may get it later. If it cannot
+    be copied, or if files stay open outside of the copy (in a module or a class), this process reads the data set
+    itself, workers never do, and a line of the log tells why.
     """
     if options.limits is None:
-        return fetcher, *probe.examine(fetcher, options, audit=audit, key=key)
+        return fetcher, *probe.check_samples(fetcher, options, audit=audit, key=key)
     fetcher.timed = True
     before = _open_files()
     try:
-        here, trial = _over_copy(fetcher), _over_copy(fetcher)
+        local_fetcher, trial, reason = _over_copy(fetcher), _over_copy(fetcher), ""
     except Exception as error:
-        _say_never(fetcher, key, f"it cannot be copied ({type(error).__name__}: {error})")
-        return fetcher, *probe.examine(fetcher, options, audit=audit, key=key)
-    results = probe.examine(trial, options, audit=audit, key=key)
-    here.drawn = fetcher.drawn = trial.drawn
-    here.by_batch = fetcher.by_batch = trial.by_batch
+        local_fetcher, trial, reason = fetcher, fetcher, f"it cannot be copied ({type(error).__name__}: {error})"
+    results = probe.check_samples(trial, options, audit=audit, key=key)
+    local_fetcher.generators = fetcher.generators = trial.generators
+    local_fetcher.by_batch = fetcher.by_batch = trial.by_batch
     del trial
-    if left := _open_files() - before:
-        _say_never(fetcher, key, f"its samples leave open what workers must not share: {', '.join(sorted(left))}")
+    if not reason and (left := _open_files() - before):
+        reason = f"its samples leave files open that workers must not share: {', '.join(sorted(left))}"
+    if reason:
+        log.info("workers  0 for %s, a %s: %s", key, type(fetcher.samples).__qualname__, printable(reason))
         return fetcher, *results
-    return here, *results
-
-
-def _say_never(fetcher: Fetcher, key: str, cause: str) -> None:
-    name = type(fetcher.samples).__qualname__
-    log.info("workers  0 for %s, a %s: %s", key, name, printable(cause))
+    return local_fetcher, *results
 
 
 def _over_copy(fetcher: Fetcher) -> Fetcher:
@@ -338,7 +328,7 @@ def _over_copy(fetcher: Fetcher) -> Fetcher:
 
 
 def _open_files() -> set[str]:
-    """The files and connections that this process has open; not those of fsspec, which workers do not use."""
+    """The files and connections that this process has open, except those of fsspec, which workers do not use."""
     targets = set()
     with suppress(OSError):
         for number in os.listdir("/proc/self/fd"):
