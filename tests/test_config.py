@@ -82,6 +82,7 @@ MISTAKES = {
     "misspelt key": smoke("Did you mean trainer.max_steps?", "trainer.max_step=3"),
     "added key": smoke("no key trainer.max_step. Did you mean trainer.max_steps", "+trainer.max_step=3"),
     "group of null": smoke("Leave a group out with ~GROUP", "optimizer=null"),
+    "no callbacks": smoke("the key callbacks cannot be removed. Give its keys other values", "~callbacks"),
     "unknown key": smoke("There are: sweep.max_retries, sweep.retry_failed", "sweep.many=3"),
     "misspelt free key": smoke("Key 'lrr' is not in struct", "optimizer.lrr=3"),
     "wrong type": smoke("could not be converted to Integer", "trainer.max_steps=many"),
@@ -321,6 +322,15 @@ def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None
     ended = life("experiment=smoke", f"run.root={tmp_path}/file")
     assert (ended.status, "Traceback" in ended.output) == (1, False)
     assert "Not a directory. Choose another run.root" in ended.output
+
+
+@pytest.mark.parametrize("option", ["default", "stdout", "none", "disabled"])
+def test_hydras_own_options_of_logging(option: str, life: Lives, tmp_path: Path) -> None:
+    ended = life(
+        "experiment=smoke", f"hydra/job_logging={option}", "trainer.max_steps=1", f"run.root={tmp_path}", cwd=tmp_path
+    )
+    assert ended.status == 0, ended.output
+    assert ("finished step 1" in ended.output) == (option != "disabled")
 
 
 def test_help_explains_the_command(life: Lives) -> None:

@@ -23,6 +23,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config.identity import RENAMED
+from runner.config.schema import Config
 from runner.errors import ConfigError
 
 
@@ -45,6 +46,7 @@ def import_hint(error: BaseException) -> str:
 
 def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **options: Any) -> DefaultsList:
     for override in overrides_list:
+        _require_key(override, repo)
         if override.key_or_group == "imports" and not override.is_delete() and not override.is_sweep_override():
             _import(override.value())
     repo.load_config = partial(_load, repo.load_config)  # type: ignore[method-assign]
@@ -56,6 +58,13 @@ def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **op
     for key in ("validation", "test"):
         _start_clean_sets(key, repo, listed)
     return listed
+
+
+def _require_key(override: Override, repo: IConfigRepository) -> None:
+    """Raise ConfigError for ``~KEY`` where every configuration has the key."""
+    key = override.key_or_group
+    if override.is_delete() and key in Config.__dataclass_fields__ and not repo.group_exists(key):
+        raise ConfigError(f"~{key}: the key {key} cannot be removed. Give its keys other values, as --help {key} shows")
 
 
 def _load(load: Any, config_path: str) -> ConfigResult | None:
