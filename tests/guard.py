@@ -111,7 +111,7 @@ def audited(path: str) -> None:
 
 def segments(path: str) -> None:
     """The ledger, as a resume reads it."""
-    ledger.segments(LocalLocation(path))
+    ledger.read_segments(LocalLocation(path))
 
 
 def saved(path: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from lives import Ended, Lives
 from mine.data import write_shards
 
-from runner.data.ledger import segments
+from runner.data.ledger import read_segments
 from runner.runs.__main__ import main as runs
 from runner.storage import LocalLocation
 
@@ -169,7 +169,7 @@ def test_a_step_done_again_takes_the_substitutes_it_had(live: Live, tmp_path: Pa
     gone.unlink()
     ended = live(*more, "runtime.num_workers=1")
     assert ended.status == 0, ended.output
-    first, again = segments(LocalLocation(tmp_path / "rows" / "r"))
+    first, again = read_segments(LocalLocation(tmp_path / "rows" / "r"))
     assert first.lines[3:5] == again.lines[:2]
     assert any(line.substitutions for line in again.lines[:2])
     assert not any(line.substitutions for line in again.lines[2:]), "what was not read before is read now"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.data import ledger
-from runner.data.ledger import Ledger, LedgerLine, recipe, segments
+from runner.data.ledger import Ledger, LedgerLine, read_recipe, read_segments
 from runner.errors import DataError, StorageError
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import JournalChain
@@ -61,9 +61,9 @@ def test_lines_are_read_as_they_were_written(location: LocalLocation) -> None:
     for one in lines:
         opened.add(one)
     flush(opened, 3)
-    (segment,) = segments(location)
+    (segment,) = read_segments(location)
     assert (segment.step, segment.attempt, segment.grouping, segment.lines) == (0, 1, 4, lines)
-    assert recipe(location, segment.plan) == RECIPE
+    assert read_recipe(location, segment.plan_digest) == RECIPE
 
 
 def test_a_line_is_text_for_people(location: LocalLocation) -> None:
@@ -77,7 +77,7 @@ def test_segments_come_in_the_order_in_which_they_were_begun(location: LocalLoca
     add(attempt(location, 1, 0), 1, 2, 3)
     add(attempt(location, 2, 2), 3)
     add(attempt(location, 3, 1), 2)
-    assert [(one.attempt, one.step) for one in segments(location)] == [(1, 0), (2, 2), (3, 1)]
+    assert [(one.attempt, one.step) for one in read_segments(location)] == [(1, 0), (2, 2), (3, 1)]
 
 
 @pytest.mark.parametrize("torn", [b"2", b"2 4 7 000000000000000e", b"\0\0\0", b"\xff\xfe"])
@@ -85,14 +85,14 @@ def test_a_line_that_a_kill_tore_is_left_out(location: LocalLocation, torn: byte
     add(attempt(location, 1, 0), 1)
     with open(location.path / FIRST, "ab") as file:
         file.write(torn)
-    assert segments(location)[0].lines == (line(1),)
+    assert read_segments(location)[0].lines == (line(1),)
 
 
 @pytest.mark.parametrize("text", [b"", b'{"plan": "01'])
 def test_a_segment_whose_first_line_is_torn_is_none(location: LocalLocation, text: bytes) -> None:
     attempt(location, 1, 0)
     (location.path / FIRST).write_bytes(text)
-    assert segments(location) == []
+    assert read_segments(location) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_damaged_segment_is_reported_by_name(location: LocalLocation, old: byt
     """And what stands before the damage is still used; a power cut may leave anything at the end of a file."""
     add(attempt(location, 1, 0), 1, 2)
     spoil(location, FIRST, old, new)
-    (found,) = segments(location)
+    (found,) = read_segments(location)
     assert f"{location.url}/{FIRST} is damaged after step 0: " in found.damage
     assert found.lines == ()
     attempt(location, 2, 0)
@@ -126,7 +126,7 @@ def test_a_damaged_segment_is_reported_by_name(location: LocalLocation, old: byt
 def test_a_header_of_another_kind_is_reported_by_name(location: LocalLocation, header: bytes) -> None:
     attempt(location, 1, 0)
     (location.path / FIRST).write_bytes(header + b"\n")
-    (found,) = segments(location)
+    (found,) = read_segments(location)
     assert "is damaged after step 0" in found.damage
     attempt(location, 2, 0)
 
@@ -135,17 +135,17 @@ def test_zeros_after_a_power_cut_leave_the_lines_before_them(location: LocalLoca
     add(attempt(location, 1, 0), 1, 2, 3)
     with (location.path / FIRST).open("ab") as file:
         file.write(bytes(200) + b"\n")
-    (found,) = segments(location)
+    (found,) = read_segments(location)
     assert [line.step for line in found.lines] == [1, 2, 3]
     assert "is damaged after step 3" in found.damage
 
 
 def test_a_damaged_plan_is_mended_by_the_next_attempt(location: LocalLocation) -> None:
     attempt(location, 1, 0)
-    plan = segments(location)[0].plan
+    plan = read_segments(location)[0].plan_digest
     (location.path / f"ledger/plan-{plan}.json").write_bytes(b"torn")
     attempt(location, 2, 0)
-    assert recipe(location, plan) == RECIPE
+    assert read_recipe(location, plan) == RECIPE
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_a_damaged_plan_is_mended_by_the_next_attempt(location: LocalLocation) -
 )
 def test_a_damaged_plan_is_reported_by_name(location: LocalLocation, text: bytes | None) -> None:
     attempt(location, 1, 0)
-    plan = segments(location)[0].plan
+    plan = read_segments(location)[0].plan_digest
     path = location.path / f"ledger/plan-{plan}.json"
     path.unlink()
     if text is not None:
         path.write_bytes(text)
     with pytest.raises(StorageError, match=rf"ledger/plan-{plan}\.json is missing or damaged"):
-        recipe(location, plan)
+        read_recipe(location, plan)
 
 
 def test_attempts_with_one_plan_share_its_file(location: LocalLocation) -> None:
@@ -171,7 +171,7 @@ def test_attempts_with_one_plan_share_its_file(location: LocalLocation) -> None:
 def test_steps_repeated_with_the_same_samples_are_silent(location: LocalLocation) -> None:
     add(attempt(location, 1, 0), 1, 2, 3)
     add(attempt(location, 2, 1), 2, 3, 4)
-    assert [one.lines[-1].step for one in segments(location)] == [3, 4]
+    assert [one.lines[-1].step for one in read_segments(location)] == [3, 4]
 
 
 @pytest.mark.parametrize("now", [line(3, digest=5), line(3, grouping=5), line(3, bad=" 8:3>4")], ids=str)
@@ -183,7 +183,7 @@ def test_steps_repeated_with_other_samples_are_refused(location: LocalLocation, 
         again.add(now)
     assert f"then  {line(3)}\n" in str(refused.value)
     assert f"now   {now} " in str(refused.value)
-    assert segments(location)[-1].lines == ()  # and is not written
+    assert read_segments(location)[-1].lines == ()  # and is not written
 
 
 def test_other_rollouts_of_the_same_samples_are_refused(location: LocalLocation) -> None:
@@ -200,7 +200,7 @@ def test_rollouts_of_the_version_before_are_the_same(location: LocalLocation) ->
     add(attempt(location, 1, 0), 1)
     path = next((location.path / "ledger").glob("s*.txt"))
     path.write_text(f"{path.read_text()}{line(2)}{rollouts.replace('rollouts', 'made')}\n")
-    assert [each.rollouts for each in segments(location)[0].lines] == ["", rollouts]
+    assert [each.rollouts for each in read_segments(location)[0].lines] == ["", rollouts]
     attempt(location, 2, 1).add(replace(line(2), rollouts=rollouts))  # not refused
 
 
@@ -215,7 +215,7 @@ def test_other_samples_can_be_accepted_and_both_lines_stay(
     again.add(line(3, bad=" 8:3>4"))
     again.mark(3)
     assert "step 3 is done again and has other samples" in caplog.text
-    assert [one.lines[-1] for one in segments(location)] == [line(3), line(3, bad=" 8:3>4")]
+    assert [one.lines[-1] for one in read_segments(location)] == [line(3), line(3, bad=" 8:3>4")]
     add(attempt(location, 3, 3), 4)
 
 
@@ -260,7 +260,7 @@ def test_full_segments_are_followed_by_others(location: LocalLocation, monkeypat
     opened = attempt(location, 1, 0)
     for step in range(1, 21):
         add(opened, step)
-    found = segments(location)
+    found = read_segments(location)
     assert len(found) > 3
     assert [one.step for one in found] == [0, *(one.lines[-1].step for one in found[:-1])]
     assert [each for one in found for each in one.lines] == [line(step) for step in range(1, 21)]
@@ -277,16 +277,16 @@ def test_segments_that_end_before_a_step_are_not_read(location: LocalLocation, m
     opened = attempt(location, 1, 0)
     for step in range(1, 21):
         add(opened, step)
-    second = segments(location)[1].step
+    second = read_segments(location)[1].step
     (location.path / FIRST).write_bytes(b"damaged\n")
-    assert segments(location, after=second)[0].step == second
-    assert FIRST in segments(location, after=second - 1)[0].damage
+    assert read_segments(location, after=second)[0].step == second
+    assert FIRST in read_segments(location, after=second - 1)[0].damage
 
 
 def test_foreign_files_are_left_alone(location: LocalLocation) -> None:
     location.put("ledger/notes.txt", [b"a person's"])
     location.put("ledger/s1-a1.txt", [b"a person's"])
-    assert segments(location) == []
+    assert read_segments(location) == []
 
 
 def lived(location: LocalLocation, code: str) -> subprocess.CompletedProcess[str]:
@@ -314,7 +314,7 @@ for step in range(1, 501):
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert lived(location, code).returncode == -signal.SIGKILL
-    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 501))
+    assert read_segments(location)[0].lines == tuple(line(step) for step in range(1, 501))
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="files of this system have no largest size")
@@ -338,7 +338,7 @@ opened.mark(101)
     told, size = lived(location, code).stdout.splitlines()
     assert told == f"cannot write {location.url}/{FIRST}: File too large"
     assert size == "1000"
-    assert segments(location)[0].lines == tuple(line(step) for step in range(1, 102))
+    assert read_segments(location)[0].lines == tuple(line(step) for step in range(1, 102))
 
 
 def test_the_recipe_is_plain_json(location: LocalLocation) -> None:
@@ -388,7 +388,7 @@ def test_an_attempt_reads_few_segments_of_those_before_it(on: int, location: Loc
     counting = Reading(location.path)
     opened = attempt(counting, 41, 40 * on)
     assert counting.segments <= 3
-    assert len(segments(location)) == 41
+    assert len(read_segments(location)) == 41
     if on == 5:
         begin = 40 * on + 1
         with pytest.raises(DataError, match="in attempt 40"):
@@ -415,5 +415,5 @@ def test_no_segment_is_larger_than_can_be_read(location: LocalLocation, monkeypa
         book.add(line(step))
     book.flush()
     book.close()
-    assert [one.step for segment in segments(location) for one in segment.lines] == [*range(1, 201)]
+    assert [one.step for segment in read_segments(location) for one in segment.lines] == [*range(1, 201)]
     assert max(entry.size for entry in location.list("ledger")) < 1100

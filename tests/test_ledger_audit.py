@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runner.data.fetch import Fetcher
-from runner.data.ledger import Ledger, LedgerLine, LedgerReport, Segment, check_exactly_once, segments
+from runner.data.ledger import Ledger, LedgerLine, LedgerReport, Segment, check_exactly_once, read_segments
 from runner.data.loader import LoaderOptions
 from runner.data.order import Interleaving, digest_words
 from runner.data.plan import Plan, Source
@@ -97,7 +97,7 @@ def test_the_audit_reads_the_written_ledger(whole: list[LedgerLine], tmp_path: P
         ledger.add(line)
     ledger.mark(8)
     ledger.flush()
-    assert check_exactly_once(segments(location), PLAN, begun=0, committed=8) == verdict(whole)
+    assert check_exactly_once(read_segments(location), PLAN, begun=0, committed=8) == verdict(whole)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from power import Event, RecordingOs, crash_states
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.store import CheckpointStore, Retention, Torn
 from runner.checkpoint.tensor_file import Damaged
-from runner.data.ledger import Ledger, LedgerLine, segments
+from runner.data.ledger import Ledger, LedgerLine, read_segments
 from runner.experiment import export
 from runner.run import attempts
 from runner.run.directory import MODEL, RunDirectory
@@ -157,7 +157,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
         assert (reader.record() or {})["variant"] == "v"
         assert reader.identity() == identity
         assert reader.complete_result(identity) is not None
-        assert [segment.lines for segment in segments(there)] == [(LedgerLine(1, 0, 3, 7),)]
+        assert [segment.lines for segment in read_segments(there)] == [(LedgerLine(1, 0, 3, 7),)]
 
 
 @pytest.mark.parametrize(

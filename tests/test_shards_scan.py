@@ -131,7 +131,7 @@ def test_a_shard_that_changes_under_the_scan_is_reported(folder: Path, monkeypat
     one = Scan(f"{folder}/a.jsonl")
     (folder / "a.jsonl").write_text("[1, 0]\n2\n")
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was scanned: 7 bytes, now 9"):
-        one.run()
+        one.run(jobs=1, progress=lambda size: None, save=lambda: None)
 
 
 def long_scan(tmp_path: Path) -> tuple[Path, list[str]]:

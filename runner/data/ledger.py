@@ -1,6 +1,6 @@
 """The record of the samples of every step: the evidence for "every sample exactly once".
 
-    ledger/plan-0123456789abcdef.json      from which the order of the samples follows (``Plan.recipe``)
+    ledger/plan-0123456789abcdef.json      what determines the order of the samples (``Plan.recipe``)
     ledger/s000000100-a000002.txt          the steps of attempt 2 after step 100, a line per step
 
 A line is ``step, first position, last position, digest of the samples' indices``, then ``position:index>substitute``
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.data.order import Indices, Order, digest_pieces, equal_runs, group_rows
+from runner.data.order import Indices, Order, digest_words, equal_runs, group_rows
 from runner.data.plan import Plan
 from runner.errors import DataError, StorageError
 from runner.hashing import json_digest
@@ -33,18 +33,18 @@ from runner.task import Rollouts
 log = logging.getLogger("runner")
 
 _FOLDER = "ledger"
-_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")
+_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")  # the step after which it begins, the attempt
 _LINE = re.compile(
     r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)"
     r"(| (?:rollouts|made)=[^\n]*)"
 )
 _RANGES = r"(?:[0-9]{1,18}-[0-9]{1,18}(?:,[0-9]{1,18}-[0-9]{1,18})*)?"
 _ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
-SEGMENT_BYTES = 1 << 20  # bytes; a commit then begins a new segment
-MAX_SEGMENT_BYTES = 16 << 20  # bytes; a new segment is begun without a commit
-_MAX_SEGMENT = 64 << 20  # bytes
-_MAX_PLAN = 256 << 20  # bytes
-_MAX_STEP = 1 << 22  # samples: a limit for what a damaged file may claim
+SEGMENT_BYTES = 1 << 20  # from this size on, a commit begins a new segment
+MAX_SEGMENT_BYTES = 16 << 20  # from this size on, a new segment begins without a commit
+_MAX_SEGMENT = 64 << 20  # bytes that are read
+_MAX_PLAN = 256 << 20  # bytes that are read
+_MAX_STEP = 1 << 22  # samples in a step, whatever a damaged file claims
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
 
 _OTHER_SAMPLES = (
@@ -58,9 +58,9 @@ _OTHER_ROLLOUTS = (
 
 # A ledger may be damaged or hostile, so the work is limited.
 CHUNK_POSITIONS = 1 << 18  # positions that are checked together
-_MAX_EPOCHS = 1 << 16  # in a step
+_MAX_EPOCHS = 1 << 16  # epochs in a step
 _MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the check stops
-_EPOCH_COST = 256  # an epoch costs as much work as so many positions
+_EPOCH_COST = 256  # positions whose check takes about as long as the beginning of an epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Segment:
 
     step: int
     attempt: int
-    plan: str
+    plan_digest: str
     grouping: int
     lines: tuple[LedgerLine, ...]
     damage: str = ""
@@ -129,15 +129,15 @@ class Ledger:
         self._accept = accept
         self._header = {"plan": json_digest(recipe, sort_keys=True), "grouping": grouping}
         self._journals = JournalChain(location)
-        self._earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its last line so far, and the attempt
+        self._earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its newest line, and the attempt
 
     def open(self, step: int) -> None:
         """Begin after ``step``."""
         name, text = f"{_FOLDER}/plan-{self._header['plan']}.json", json.dumps(self._recipe).encode()
         if self._location.read(name, limit=_MAX_PLAN) != text:
             self._location.replace(name, [text])
-        for segment in segments(self._location, after=step):
-            if segment.grouping != self._header["grouping"]:  # all later steps had other positions
+        for segment in read_segments(self._location, after=step):
+            if segment.grouping != self._header["grouping"]:  # all its later steps had other positions
                 self._earlier = {number: line for number, line in self._earlier.items() if number <= segment.step}
             else:
                 self._earlier |= {line.step: (line, segment.attempt) for line in segment.lines if line.step > step}
@@ -171,7 +171,7 @@ class Ledger:
     def mark(self, step: int) -> dict[str, Any]:
         """All lines so far belong to the commit at ``step``; ``flush``, in any thread, makes them durable."""
         if self._journals.size > SEGMENT_BYTES:
-            with suppress(StorageError):  # without room for another file, this one goes on growing
+            with suppress(StorageError):  # if there is no room for another file, this one continues to grow
                 self._begin(step)
         return {}
 
@@ -188,11 +188,11 @@ class Ledger:
         self._journals.begin(_segment_name(step, self._attempt), header)
 
 
-def segments(location: Location, *, after: int = -1) -> list[Segment]:
+def read_segments(location: Location, *, after: int = -1) -> list[Segment]:
     """All segments in the order in which they were begun; with ``after`` only the segments that matter for later steps.
 
-    Left out are the segments before the first that may, by its size, reach beyond ``after``. Of segments that begin at
-    the same step, one that a later attempt repeated and exceeded is left out, because both were compared then.
+    The first of these is the first that may, by its size, reach beyond ``after``. If a later attempt began at the same
+    step and wrote as much, an earlier segment is left out, because the later attempt compared its lines.
     """
     names = ((_SEGMENT.fullmatch(entry.name), entry.size) for entry in location.list(_FOLDER))
     sizes = {(int(name[2]), int(name[1])): size for name, size in names if name}
@@ -215,22 +215,22 @@ def segments(location: Location, *, after: int = -1) -> list[Segment]:
 
 
 def substitutions(location: Location, recipe: dict[str, Any]) -> dict[int, int]:
-    """position -> index of its substitute, in the last lines of the steps of this recipe."""
+    """position -> index of its substitute, by the newest line of each step of this recipe."""
     last: dict[int, str] = {}
-    for segment in segments(location):
-        if segment.plan == json_digest(recipe, sort_keys=True):
+    for segment in read_segments(location):
+        if segment.plan_digest == json_digest(recipe, sort_keys=True):
             for line in segment.lines:
-                last.pop(line.step, None)  # so that the newest line is the last
+                last.pop(line.step, None)  # so that newer lines come later
                 last[line.step] = line.substitutions
     fields = (re.split("[:>]", text) for texts in last.values() for text in texts.split())
     return {int(position): int(substitute) for position, _, substitute in fields}
 
 
-def recipe(location: Location, plan: str) -> dict[str, Any]:
-    """The recipe with the digest ``plan``. Raises StorageError if it is missing or does not have this digest."""
-    name = f"{_FOLDER}/plan-{plan}.json"
+def read_recipe(location: Location, digest: str) -> dict[str, Any]:
+    """The recipe with this digest. Raises StorageError if it is missing or does not have this digest."""
+    name = f"{_FOLDER}/plan-{digest}.json"
     content = parse_object(location.read(name, limit=_MAX_PLAN) or b"")
-    if content is None or json_digest(content, sort_keys=True) != plan:
+    if content is None or json_digest(content, sort_keys=True) != digest:
         raise StorageError(f"{location.url}/{name} is missing or damaged; without it the ledger proves nothing")
     return content
 
@@ -247,15 +247,15 @@ def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
     if not header:
         return
     lines: list[LedgerLine] = []
-    plan, grouping, damage = "", 0, ""
+    digest, grouping, damage = "", 0, ""
     try:
         fields = parse(header.encode())
-        plan, grouping = str(fields["plan"]), int(fields["grouping"])
+        digest, grouping = str(fields["plan"]), int(fields["grouping"])
         for line in rest:
             lines.append(_parse_line(line, min(grouping, _MAX_STEP), after=lines[-1].step if lines else step))
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         damage = f"{location.url}/{name} is damaged after step {lines[-1].step if lines else step}: {error}"
-    yield Segment(step, attempt, plan, grouping, tuple(lines), damage)
+    yield Segment(step, attempt, digest, grouping, tuple(lines), damage)
 
 
 def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
@@ -266,7 +266,7 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
     positions = [first, last, *(int(text.partition(":")[0]) for text in fields[5].split())]
     if step <= after or not first <= min(positions) <= max(positions) <= last < first + max_positions:
         raise ValueError(f"impossible step or positions: {line[:80]!r}")
-    rollouts = fields[6].replace(" made=", " rollouts=", 1)  # as the version before wrote it
+    rollouts = fields[6].replace(" made=", " rollouts=", 1)  # the word of an earlier version
     if rollouts:
         parse_rollouts(rollouts)
     return LedgerLine(step, first, last, int(fields[4], 16), fields[5], rollouts)
@@ -276,12 +276,12 @@ def _parse_line(line: str, max_positions: int, *, after: int) -> LedgerLine:
 class _PassCounts:
     """How often each sample of a source was seen in a pass over it; a closed pass keeps only the sums."""
 
-    first: int
+    first: int  # index of the source's first sample
     counts: NDArray[np.uint32] | None
-    due: Indices | None = None  # how often each sample is due in a whole epoch, if not once
-    distinct: int = 0  # samples seen at least once, of a closed pass
-    repeated: int = 0  # times that samples were seen too often ...
-    missed: int = 0  # ... and too seldom, if the pass is whole
+    due: Indices | None = None  # how often each sample is due in a whole epoch; None: once
+    distinct: int = 0  # samples seen at least once
+    repeated: int = 0  # by how much samples were seen too often, in total
+    missed: int = 0  # by how much samples were seen too seldom, in total, if the pass is whole
     substituted: int = 0
 
     def add(self, indices: Indices) -> None:
@@ -295,7 +295,7 @@ class _PassCounts:
             self.distinct, self.counts, self.due = int(np.count_nonzero(self.counts)), None, None
 
 
-_Passes = dict[tuple[int, int], _PassCounts]  # by source and number of the pass
+_Passes = dict[tuple[int, int], _PassCounts]  # (source, number of the pass) -> counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,20 +337,20 @@ def check_exactly_once(segments: Sequence[Segment], plan: Plan | None, *, begun:
 def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[LedgerLine], dict[str, int], list[str]]:
     """The lines that count, in order of steps; ``LedgerReport.again``; and a message for each step that differed."""
     lines: dict[int, LedgerLine] = {}
-    undone: dict[int, tuple[LedgerLine, int]] = {}  # with the number of changes of the grouping before
+    earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its line, and ``changes`` then
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
-    attempt = grouping = changes = 0
+    attempt = grouping = changes = 0  # changes of the grouping so far
     for segment in segments:
         if segment.attempt != attempt:
             while lines and next(reversed(lines)) > segment.step:
                 step, line = lines.popitem()
-                undone[step] = line, changes
+                earlier[step] = line, changes
             changes += segment.grouping != grouping
             attempt, grouping = segment.attempt, segment.grouping
         for line in segment.lines:
-            if line.step in undone:
-                before, changes_before = undone[line.step]
+            if line.step in earlier:
+                before, changes_before = earlier[line.step]
                 again["steps"] += 1
                 again["positions"] += line.last - line.first + 1
                 if changes_before == changes and before != line:
@@ -382,7 +382,8 @@ def _count(lines: Sequence[LedgerLine], plan: Plan) -> tuple[_Passes, list[str]]
             source[run], pass_[run] = order.source_passes(epoch, places[run])
             index[run] = order(epoch, places[run])
         ends = np.cumsum([line.last - line.first + 1 for line in chunk])
-        right = digest_pieces(positions, index, ends) == np.array([line.digest for line in chunk], dtype=np.uint64)
+        sums = np.cumsum(digest_words(positions, index), dtype=np.uint64)[ends - 1]
+        right = np.diff(sums, prepend=np.uint64(0)) == np.array([line.digest for line in chunk], dtype=np.uint64)
         proven = np.repeat(right, np.diff(ends, prepend=0))
         _add(passes, plan, order, source[proven], pass_[proven], index[proven])
         for line, ok in zip(chunk, right, strict=True):
@@ -436,7 +437,7 @@ def _add(passes: _Passes, plan: Plan, order: Order, source: Indices, pass_: Indi
 
 
 def _rows(passes: _Passes, plan: Plan, start: int) -> Iterator[dict[str, Any]]:
-    """A row for every pass. No sample is missed in a pass that did not begin and end here; positions show gaps."""
+    """A row for every pass. Samples can be missed only in a whole pass; gaps in the positions are checked elsewhere."""
     newest = dict(sorted(passes))
     oldest = dict(sorted(passes, reverse=True)) if start else {}
     for (source, number), counts in sorted(passes.items(), key=lambda item: (item[0][1], item[0][0])):

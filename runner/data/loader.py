@@ -39,10 +39,10 @@ from runner.errors import DataError, RunnerError
 
 _END_SECONDS = 5.0  # for workers to finish their current batch
 _POLL_SECONDS = 1.0
-_EXIT_SECONDS = 5.0  # from the last sign of a worker to its exit status
+_EXIT_SECONDS = 5.0  # until a worker that has closed its pipe has an exit status
 
-# torch raises from a handler of SIGCHLD wherever the training process happens to be. A dead worker is noticed in time
-# where its batch is awaited.
+# torch's handler of SIGCHLD raises wherever the training process happens to be. A dead worker is noticed in time where
+# its batch is awaited.
 signal_handling._SIGCHLD_handler_set = True
 
 
@@ -271,7 +271,7 @@ class WorkerContext(BaseContext):
         self._closed.set()
         _open_contexts.discard(self)
         alive = [process for process in self._started if process.is_alive()]
-        if self._request_end is not None and len(alive) == len(self._started):  # a dead one may have left locks behind
+        if self._request_end is not None and len(alive) == len(self._started):  # a dead worker may have left a lock
             threading.Thread(target=self._request_end, daemon=True).start()
             _await_exit(alive)
         for process in alive:
@@ -290,8 +290,8 @@ class WorkerContext(BaseContext):
     def _watch(self) -> None:
         sentinels = [process.sentinel for process in self._started]
         while not self._closed.is_set():
-            # A signal to the whole process group may end the server of forkserver, and with it the view of its
-            # children, shortly before it reaches this process: so some time passes before a death is believed.
+            # With forkserver, a signal to the whole process group may end the server shortly before it reaches this
+            # process; its children then look dead. So wait before believing that a worker has died.
             if wait(sentinels, _POLL_SECONDS) and not self._closed.wait(_POLL_SECONDS):
                 signals.wake()
 
@@ -343,8 +343,8 @@ def _replacement(error: Exception, message: Any) -> Any:
 
 
 def _end_with_parent() -> None:
-    """End this process when the training process is gone, even in the middle of a sample. Neither is enough alone: the
-    parent of a process of forkserver is the server, and forked siblings keep the sentinel open.
+    """End this process when the training process is gone, even in the middle of a sample. Neither its id nor the
+    sentinel is enough: with forkserver the parent is the server, and forked siblings keep the sentinel open.
     """
     training = multiprocessing.parent_process()
     assert training is not None

@@ -1,4 +1,4 @@
-"""Data sets that are made of others: several as one, and a part of one."""
+"""Data sets made of others: a mixture of several, and a subset of one."""
 
 from collections.abc import Mapping, Sequence
 from math import gcd
@@ -62,7 +62,7 @@ class Mixture:
 
 
 class Subset:
-    """The samples at ``indices`` of a map-style data set. They lie in no shards, and are of no mixture."""
+    """The samples at ``indices`` of a map-style data set, without its shards or the sources of a mixture."""
 
     def __init__(self, samples: Samples, indices: ArrayLike) -> None:
         self._samples = samples
@@ -83,12 +83,12 @@ class Subset:
 
 
 def head(samples: Samples, count: int) -> Subset:
-    """The first ``count`` samples, or all of fewer."""
+    """The first ``count`` samples, or all if there are fewer."""
     return Subset(samples, range(min(count, len(samples))))
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:
-    """Weights in thousandths, by largest remainders, in lowest terms. Raises ConfigError for one that becomes 0."""
+    """Weights in thousandths, by largest remainders, in lowest terms. Raises ConfigError if one becomes 0."""
     total = sum(weights)
     if not all(weight > 0 for weight in weights) or not total < float("inf"):
         raise ConfigError(f"the weights of a mixture are positive numbers, not {', '.join(map(str, weights))}")

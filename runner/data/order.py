@@ -32,8 +32,8 @@ Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Word = TypeVar("Word", int, Words)
 
-LARGEST_SORTED = 1 << 16  # samples; a larger epoch is never held as a list
-_ROUNDS = 6  # of the Feistel network
+LARGEST_SORTED = 1 << 16  # samples; the permutation of a larger epoch is never held in memory
+_ROUNDS = 6  # of the Feistel network; four make a strong pseudorandom permutation (Luby and Rackoff 1988)
 POOL_SAMPLES = 4096  # samples that are sorted by length together
 
 
@@ -47,7 +47,7 @@ class Order(ABC):
         """Sample indices of shape [k] for places of shape [k]."""
 
     def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """The source of each place, and the pass over this source, both of shape [k]. An epoch is a pass over one."""
+        """The source of each place, and the pass over this source, both of shape [k]. Of a single source: its epoch."""
         return np.zeros_like(places), np.full_like(places, epoch)
 
 
@@ -72,8 +72,8 @@ class WeightedOrder(Order):
     """Samples as often as their weights say, in epochs of as many places as there are samples.
 
     Systematic sampling over the cumulative weights, permuted: in every epoch a sample has its share of the places,
-    rounded down or up, and none where its weight is 0. ``phases`` are integer
-    weights [size] by the first epoch in which they hold. Takes memory in proportion to the samples and phases.
+    rounded down or up, and none if its weight is 0. ``phases`` maps the first epoch of each phase to its integer
+    weights [size]. Takes memory in proportion to the samples and phases.
     """
 
     def __init__(self, order: Order, phases: Mapping[int, Sequence[int]], *, seed: int) -> None:
@@ -86,7 +86,7 @@ class WeightedOrder(Order):
     def __call__(self, epoch: int, places: Indices) -> Indices:
         ends = self._ends[int(np.searchsorted(self._first, epoch, side="right")) - 1]
         total = int(ends[-1])
-        # By a random offset rounding favours other samples in each epoch.
+        # The offset is random, so that rounding favours other samples in each epoch.
         start = derive("weights", self._seed, epoch) % total
         points = (self._order(epoch, places) * total + start) // self.size
         return np.searchsorted(ends, points, side="right").astype(np.int64)
@@ -94,7 +94,7 @@ class WeightedOrder(Order):
 
 @dataclass(frozen=True, slots=True)
 class Interleaving:
-    """``data.streams``: the number of streams of shards, the samples of a window, and those of a stream at its turn."""
+    """``data.streams``: the number of streams, the samples in a window, and the samples in a stream's turn."""
 
     count: int
     window: int
@@ -124,7 +124,7 @@ class WindowOrder(Order):
         self.size = int(self._shards.sum())
         self._borders = np.arange(interleaving.count + 1, dtype=np.int64) * self.size // interleaving.count
         self._concatenated = LRUCache[tuple[Indices, Indices]](2)
-        self._windows = LRUCache[Indices](4 * interleaving.count)
+        self._windows = LRUCache[Indices](4 * interleaving.count)  # two windows of each stream, in two epochs
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
         stream, offset = self._deinterleave(places)
@@ -142,7 +142,7 @@ class WindowOrder(Order):
         return indices
 
     def _deinterleave(self, places: Indices) -> tuple[Indices, Indices]:
-        """Stream and offset in it of each place. What is left after the last whole round comes at the end."""
+        """The stream of each place, and the offset in it. Samples left after the last whole round come at the end."""
         count, chunk = self._interleaving.count, self._interleaving.chunk
         rounds = self.size // count // chunk
         turn, within = np.divmod(places, chunk)
@@ -158,10 +158,10 @@ class WindowOrder(Order):
 
     def _permute(self, epoch: int, stream: Indices, offset: Indices) -> Indices:
         """Offsets in streams after the permutation of each window."""
-        window, place = np.divmod(offset, self._interleaving.window)
+        window, within = np.divmod(offset, self._interleaving.window)
         permuted: Indices = window * self._interleaving.window
         for rows in group_rows(stream, window):
-            permuted[rows] += self._window(epoch, int(stream[rows[0]]), int(window[rows[0]]))[place[rows]]
+            permuted[rows] += self._window(epoch, int(stream[rows[0]]), int(window[rows[0]]))[within[rows]]
         return permuted
 
     def _window(self, *key: int) -> Indices:
@@ -185,7 +185,7 @@ class MixtureOrder(Order):
         self._orders = orders
         self._shares = np.asarray(shares, dtype=np.int64)
         self._first = np.cumsum([0, *(order.size for order in orders)])
-        self._blocks = LRUCache[tuple[Indices, Indices]](4)
+        self._blocks = LRUCache[tuple[Indices, Indices]](4)  # consecutive places share a block
 
     def __call__(self, epoch: int, places: Indices) -> Indices:
         source, pass_, place = self._draw(epoch, places)
@@ -289,7 +289,7 @@ class BudgetOrder(Order):
 
 
 def equal_runs(column: Indices) -> Iterator[slice]:
-    """The slices of consecutive equal values, from the first row to the last."""
+    """The slices of consecutive rows with equal values, in order."""
     ends = [*(np.flatnonzero(np.diff(column)) + 1).tolist(), len(column)]
     return (slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1])
 
@@ -302,7 +302,7 @@ def group_rows(*columns: Indices) -> Iterator[Indices]:
 
 
 def permutation(size: int, label: str, *parts: int) -> Indices:
-    """The permutation of [0, size) for a labelled tuple, as a list."""
+    """The permutation of [0, size) for a labelled tuple: the order of its distinct pseudorandom words."""
     words, keys = np.arange(size, dtype=np.uint64), _keys(label, *parts)
     return np.argsort(_murmur(_murmur(words, keys[0]), keys[1]), kind="stable").astype(np.int64)
 
@@ -312,7 +312,7 @@ def _keys(label: str, *parts: int) -> Words:
 
 
 def _feistel(places: Indices, size: int, keys: Words) -> Indices:
-    """A keyed permutation of [0, 2^bits), repeated until it lands in [0, size): a permutation of [0, size)."""
+    """A keyed permutation of [0, 2^bits). Values outside [0, size) are permuted again until they are inside."""
     bits = (size - 1).bit_length()
     low = np.uint64(bits // 2)
     masks = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << (bits // 2)) - 1)
@@ -345,12 +345,6 @@ def _murmur(words: Words, key: np.uint64) -> Words:
 def digest_words(positions: Indices, indices: Indices) -> Words:
     """64 bits for each position and the sample there. The digest of several is their sum, modulo 2^64."""
     return splitmix64(splitmix64(indices.astype(np.uint64)) ^ positions.astype(np.uint64))
-
-
-def digest_pieces(positions: Indices, indices: Indices, ends: Indices) -> Words:
-    """The digests of consecutive pieces that end at ``ends``."""
-    sums = np.cumsum(digest_words(positions, indices), dtype=np.uint64)[ends - 1]
-    return np.diff(sums, prepend=np.uint64(0)).astype(np.uint64)
 
 
 _64_BITS = 2**64 - 1

@@ -74,7 +74,7 @@ class Plan:
             processes = f" in each of {self.world.size} processes" if self.world.size > 1 else ""
             raise DataError(
                 f"data.batch_size={self.batch_size} cannot be split into trainer.accumulate={self.micro_batches} equal "
-                f"micro-batches{processes}; make the one a multiple of the other"
+                f"micro-batches{processes}; make it a multiple of {self.slices_per_step}"
             )
         if self.weights and (self.sources or self.shards):
             raise DataError("data.weights are for samples one by one: neither for a mixture nor for samples in shards")
@@ -113,7 +113,7 @@ class Plan:
             dropped = self.samples - self.epoch_size
             return f"{step}; each at most once per epoch ({dropped} dropped), any number of workers"
         once = "each exactly once per pass of its source" if self.sources else "each exactly once per epoch"
-        once = "each as often as data.weights say, to less than 1" if self.weights else once
+        once = "each as often as data.weights say, rounded up or down" if self.weights else once
         split = "; random by batch: another split into batches draws others" if self.randomness == "batch" else ""
         return f"{step}; {once}, any number of workers{split}"
 
@@ -163,11 +163,11 @@ class Plan:
         return None if self.max_tokens else -(-epochs * self.epoch_size // self.batch_size)
 
     def state(self) -> dict[str, Any]:
-        """The values that must not change during a run, long lists as digests; with ``carry`` not the batch size."""
+        """The values that must not change during a run, lists as digests. With ``carry`` the batch size may change."""
         return self._values(lambda numbers: hex_digest(_bytes(numbers)))
 
     def recipe(self) -> dict[str, Any]:
-        """The same values with compressed lists, from which ``Plan.of`` reconstructs the order of samples."""
+        """The same values with compressed lists; ``Plan.of`` reconstructs the order of samples from it."""
         return self._values(_pack)
 
     @classmethod

@@ -90,7 +90,7 @@ def require_map_style(samples: Any, key: str) -> Samples:
         )
     try:
         size = len(samples)
-    except (TypeError, ValueError) as error:  # also that of a subclass of torch's Dataset without a length of its own
+    except (TypeError, ValueError) as error:  # raised by a user's __len__
         raise DataError(f"{key} is a {name} whose length is not a number of samples: {error}") from error
     if size == 0:
         raise DataError(f"{key} is empty: a {name} of length 0")
@@ -114,7 +114,7 @@ def _plan(config: Config, samples: Samples, weights: Weights | None, world: Worl
     interleaving, lengths = None, getattr(samples, "lengths", None)
     if shards or any(source.shards for source in sources):
         size = max(1, data.batch_size // config.trainer.accumulate)
-        parts = next((n for n in range(4, size) if size % n == 0), size)  # a micro-batch meets so many streams
+        parts = next((n for n in range(4, size) if size % n == 0), size)  # the number of streams in a micro-batch
         interleaving = Interleaving(data.streams.count, data.streams.window, data.streams.chunk or size // parts)
     if data.max_tokens is not None and lengths is None:
         raise DataError(
@@ -146,7 +146,7 @@ def _micro_batches(config: Config, world: World) -> int:
     size, accumulate = config.data.batch_size, config.trainer.accumulate
     if world.size == 1:
         return accumulate
-    by_tokens = config.data.max_tokens is not None  # micro-batches are then planned ahead, for their number in a step
+    by_tokens = config.data.max_tokens is not None  # the plan then fixes the number of micro-batches in a step
     total = accumulate if by_tokens else size
     if total % world.size:
         divisors = [number for number in range(1, total + 1) if total % number == 0]
@@ -168,13 +168,13 @@ def _shards(samples: Any) -> tuple[int, ...]:
 def _without_overlap(loading: LoaderOptions, plan: Plan, interleaving: Interleaving, samples: Any) -> LoaderOptions:
     """Reduce the workers so that no two read the same streams, and say how many windows to hold."""
     count, limit, world_size = interleaving.count, loading.num_workers, plan.world.size
-    if plan.sources or plan.max_tokens:  # neighbours come from streams in any order, so each worker reads all of them
+    if plan.sources or plan.max_tokens:  # any sample may be of any stream, so each worker reads all
         workers, windows = limit, 2 * count
     else:
         slice_size = plan.batch_size // plan.slices_per_step
         chunks = max(1, slice_size // interleaving.chunk)
         workers = interleaving.max_workers(limit, slice_size=slice_size, world=world_size)
-        # A micro-batch may meet one stream more than it has chunks, because an epoch may end inside it.
+        # A micro-batch may have one more stream than chunks, because an epoch may end inside it.
         windows = min(count, count * (chunks + 1) // (chunks * max(1, workers) * world_size) + 1)
         if loading.limits is not None:
             fit = partial(interleaving.max_workers, slice_size=slice_size, world=world_size)

@@ -27,7 +27,7 @@ def audit(directory: RunDirectory) -> dict[str, Any]:
     segments, plan, begun, committed = _read(directory)
     with refuse_unusable(f"the ledger of {directory.location.url}"):
         report = check_exactly_once(segments, plan, begun=begun, committed=committed)
-    plans = {segment.plan for segment in segments if segment.plan}
+    plans = {segment.plan_digest for segment in segments if segment.plan_digest}
     if len(plans) > 1:
         report.problems.append(f"{len(plans)} plans of the data are in one ledger; judged by the newest")
     rollouts, problems = account(ledger.lineage(segments, committed=committed)[0])
@@ -49,10 +49,11 @@ def _read(directory: RunDirectory) -> tuple[list[Segment], Plan | None, int, int
     up to which it is committed.
     """
     location, facts = directory.location, RunFacts(directory)
-    segments = ledger.segments(location)
+    segments = ledger.read_segments(location)
     if not segments:
         raise ConfigError(f"{location.url} has no ledger; nothing was trained in it yet, or by an older version")
-    recipe = ledger.recipe(location, next((segment.plan for segment in reversed(segments) if segment.plan), ""))
+    digests = [segment.plan_digest for segment in segments if segment.plan_digest]
+    recipe = ledger.read_recipe(location, digests[-1] if digests else "")
     with refuse_unusable(f"the ledger of {location.url}"):
         plan = None if recipe.get("kind") == "opaque" else Plan.of(recipe)
     return segments, plan, facts.start, max(facts.step, facts.committed)

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _scan(parsed: argparse.Namespace, *, command: str) -> None:
-    """Write the manifest, incomplete ones first, of which each names the ``command`` that completes it."""
+    """Write the manifest. Until it is complete, it names the ``command`` that completes it."""
     scan = Scan(parsed.patterns, kind=parsed.format, dtype=parsed.dtype, exclude=files.resolve(parsed.out))
     kept = 0
     if files.exists(parsed.out):

@@ -34,8 +34,8 @@ class Format(Protocol):
     def read(self, path: str, start: int, stop: int) -> Any:
         """The block at the bytes [start, stop); its ``len`` is the number of its records."""
 
-    def record(self, block: Any, place: int) -> Any:
-        """Record ``place`` of a block, a new object at each call. Raises ValueError for an invalid record."""
+    def record(self, block: Any, number: int) -> Any:
+        """Record ``number`` of a block, a new object at each call. Raises ValueError for an invalid record."""
 
 
 class TextLines:
@@ -60,8 +60,8 @@ class TextLines:
     def read(self, path: str, start: int, stop: int) -> list[bytes]:
         return self._lines(files.read(path) if files.is_compressed(path) else files.read_range(path, start, stop))
 
-    def record(self, block: list[bytes], place: int) -> Any:
-        return block[place].removesuffix(b"\r").decode()
+    def record(self, block: list[bytes], number: int) -> Any:
+        return block[number].removesuffix(b"\r").decode()
 
     def _lines(self, data: bytes) -> list[bytes]:
         lines = data.removesuffix(b"\n").split(b"\n") if data else []
@@ -73,8 +73,8 @@ class JsonLines(TextLines):
 
     keeps_blank = False
 
-    def record(self, block: list[bytes], place: int) -> Any:
-        text = str(block[place], "utf-8")
+    def record(self, block: list[bytes], number: int) -> Any:
+        text = str(block[number], "utf-8")
         try:
             value, end = _decode_json(text)  # ``loads`` looks for blanks as well, which takes longer
         except ValueError:
@@ -87,7 +87,7 @@ _decode_json = json.JSONDecoder().raw_decode
 
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Pieces of about ``BLOCK_BYTES`` that end with a line end, except perhaps the last."""
-    head: list[bytes] = []  # of a line whose end is not read yet; joined once, so that long lines stay linear
+    head: list[bytes] = []  # pieces of an unfinished line; joined once, so that long lines take linear time
     for piece in files.chunks(path, BLOCK_BYTES):
         cut = piece.rfind(b"\n") + 1
         if cut:
@@ -145,9 +145,9 @@ class Tar:
                 records[-1][suffix] = content.read() if content else whole
         return records
 
-    def record(self, block: list[dict[str, Any]], place: int) -> dict[str, Any]:
+    def record(self, block: list[dict[str, Any]], number: int) -> dict[str, Any]:
         """The record with the bytes of its members."""
-        return {name: value if name == "__key__" else bytes(value) for name, value in block[place].items()}
+        return {name: value if name == "__key__" else bytes(value) for name, value in block[number].items()}
 
 
 @contextmanager
@@ -194,8 +194,8 @@ class Parquet:
             # One thread: pyarrow's pool does not survive a fork.
             return file.read_row_groups(group, use_threads=False)
 
-    def record(self, block: Any, place: int) -> dict[str, Any]:
-        row: dict[str, Any] = block.slice(place, 1).to_pylist()[0]
+    def record(self, block: Any, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = block.slice(number, 1).to_pylist()[0]
         return row
 
 
@@ -216,7 +216,7 @@ def _first_byte(group: Any) -> int:
     return int(min(offsets, default=0))
 
 
-_NPY_HEADER_BYTES = 4096  # numpy writes 128; the rest allows for other writers
+_NPY_HEADER_BYTES = 4096  # numpy writes 128; other writers may write more
 
 
 def token_blocks(path: str, size: int, *, dtype: str) -> Iterator[Block]:
@@ -271,7 +271,7 @@ READERS: dict[str, Format] = {"jsonl": JsonLines(), "text": TextLines(), "tar": 
 
 def kind_of(paths: Sequence[str]) -> str:
     """The format of shards by the suffixes of their ``paths``. Raises DataError if they differ or are unknown."""
-    kinds: dict[str | None, str] = {}  # format -> the first path of it
+    kinds: dict[str | None, str] = {}  # format -> the first path of this format
     for path in paths:
         *stem, suffix = path.partition("::")[0].rpartition("/")[2].lower().split(".")
         kind = _SUFFIXES.get(suffix) if stem else None

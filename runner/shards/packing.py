@@ -1,4 +1,4 @@
-"""Pack documents of any length, known ahead of time, into rows of equal length."""
+"""Rows of equal length from documents whose lengths are known beforehand."""
 
 from functools import cached_property
 from io import BytesIO

@@ -49,7 +49,7 @@ class Records:
     def __getitem__(self, index: int) -> Any:
         first, end, block = self._last
         if not first <= index < end:  # neighbours are often asked for one after the other
-            number, record = self._place(index)
+            number, record = self._find(index)
             key = number, self.manifest.shards[number].block_of(record)
             first, end, block = self._last = self._blocks.get(key, partial(self._read, *key))
         try:
@@ -61,7 +61,7 @@ class Records:
 
     def locate(self, index: int) -> str:
         """Shard, record and block of a record, for messages."""
-        number, record = self._place(index)
+        number, record = self._find(index)
         shard = self.manifest.shards[number]
         return f"{shard.url}, record {record}, in the block at byte {shard.span(shard.block_of(record))[2]}"
 
@@ -74,7 +74,7 @@ class Records:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": _NO_BLOCK}
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _find(self, index: int) -> tuple[int, int]:
         """Number of the shard, and of the record in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index}: there are {len(self)}, from 0 on")

@@ -31,7 +31,7 @@ _LARGEST = 1 << 62
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """One file: its URL, its size in bytes and mark (see ``files.Stat``) at the time of the scan, and its records.
+    """One file: its URL, its size in bytes and mark (see ``files.Stat``) when it was scanned, and its records.
 
     ``starts`` has shape [2, blocks]: the number of each block's first record within the shard, and the offset in bytes
     at which the block begins. A block ends where the next block begins, or at the end of the file.
@@ -65,7 +65,7 @@ class Manifest:
     _checked: set[int] = field(default_factory=set, init=False, repr=False)
 
     def unchanged(self, number: int) -> Shard:
-        """Shard ``number``. Raises DataError if, at its first use, it has not the size that it had in the scan."""
+        """Shard ``number``. Raises DataError if its size at the first use is not that of the scan."""
         shard = self.shards[number]
         if number not in self._checked:
             if (size := files.stat(shard.url).size) != shard.size:
@@ -132,7 +132,7 @@ def _require_records(shards: Sequence[Shard], where: str) -> None:
 
 
 class _Invalid(Exception):
-    """A key whose value is not allowed."""
+    """The value of a key is not allowed."""
 
 
 def _parse(data: bytes, folder: str) -> tuple[Manifest, str | None]:
@@ -183,7 +183,7 @@ def _count(value: Any, key: str) -> int:
 
 
 def _increasing(value: Any, key: str, end: int) -> NDArray[np.int64]:
-    """A list of integers in [0, end), each greater than the one before."""
+    """A list of integers in [0, end), each greater than its predecessor."""
     _expect(isinstance(value, list) and all(type(item) is int for item in value), key, "a list of numbers", value)
     _expect(not value or (min(value) >= 0 and max(value) < end), key, f"numbers from 0 to {end - 1}", value)
     numbers = np.array(value, dtype=np.int64)
@@ -200,7 +200,7 @@ def _expect(condition: object, key: str, expected: str, value: object) -> None:
 def scan(paths: str | Sequence[str], *, kind: str | None = None, dtype: str | None = None, jobs: int = 4) -> Manifest:
     """Scan the shards that paths, folders and globs name; returns their manifest."""
     work = Scan(paths, kind=kind, dtype=dtype)
-    work.run(jobs=jobs)
+    work.run(jobs=jobs, progress=lambda size: None, save=lambda: None)
     return work.manifest
 
 
@@ -228,7 +228,7 @@ class Scan:
         self.dtype = formats.dtype_of([*self._stats], dtype) if self.kind == "tokens" else None
         tokens = self.dtype and partial(formats.token_blocks, dtype=self.dtype)
         self._blocks = tokens or formats.READERS[self.kind].blocks
-        self._shards: dict[str, Shard] = {}  # that have been scanned
+        self._shards: dict[str, Shard] = {}  # scanned so far
         self._stop = threading.Event()
 
     def keep(self, earlier: Manifest) -> int:
@@ -255,7 +255,7 @@ class Scan:
         _require_records(self.partial.shards, self._where)
         return self.partial
 
-    def run(self, *, jobs: int = 4, progress: Callable[[int], object] = int, save: Callable[[], object] = bool) -> None:
+    def run(self, *, jobs: int, progress: Callable[[int], object], save: Callable[[], object]) -> None:
         """Scan the missing shards; calls ``progress`` with numbers of bytes, and ``save`` after each shard."""
         missing = self.missing
         pool = ThreadPool(max(1, min(jobs, len(missing))))

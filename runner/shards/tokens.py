@@ -52,7 +52,7 @@ class Tokens:
         tokens = self.manifest.counts
         self._layout = RowLayout(tokens, length=length, separator=separator)
         self.counts = self._layout.counts(np.arange(len(tokens) + 1))
-        self.fingerprint = json_digest([self.manifest.fingerprint, length, True, separator])
+        self.fingerprint = json_digest([self.manifest.fingerprint, length, True, separator])  # True: a former option
         if not len(self):
             size = f"{len(tokens)} shards ({self.manifest.shards[0].url} ...) hold {sum(tokens)} tokens"
             raise DataError(f"{size}: too few for one sample of {length + 1}; give more, or a smaller length")
@@ -109,7 +109,7 @@ class RowLayout:
         self.length = length
         self.separator = separator
         widths = self.lengths + (separator is not None)
-        widths[-1:] = self.lengths[-1:]
+        widths[-1:] = self.lengths[-1:]  # no separator at the end
         self._begins = array("q", np.concatenate([[0], np.cumsum(widths)]).astype(np.int64).tobytes())
         self.rows = max(0, self._begins[-1] - 1) // length
 
