@@ -50,7 +50,7 @@ _API = {"Run": "Run", "open": "Run", "table": "table", "train": "train"}
 
 
 def __getattr__(name: str) -> Any:
-    """The names for notebooks and scripts, whose imports take a second."""
+    """Import ``runner.api`` when one of its names is first used: the import takes a second."""
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from runner import api
