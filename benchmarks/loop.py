@@ -16,6 +16,7 @@ quartiles of the ratios between blocks of the same turn. ``--clock`` measures th
 
     python -m benchmarks.loop                          # from the root of the repository; about ten minutes
     python -m benchmarks.loop mlp --turns 20 --sets 1
+    python -m benchmarks.loop mlp --peers /tmp/peers       # beside other libraries: see ``benchmarks.peers``
 """
 
 import argparse
@@ -32,13 +33,13 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
+from benchmarks.gate import BARE, NEVER, Gate, endless
+from benchmarks.peers import environments
 from runner import app
 from runner.config.identity import identity
 from runner.config.schema import check
 
 ROOT = Path(__file__).parent.parent
-BARE = "bare"
-NEVER = 1_000_000_000  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +65,6 @@ CASES = {
     "digits": Case("digits", (), ("off", "batch", "sample"), NEVER, block=20, warm_up=60),
     "gpt": Case("gpt", (), ("off",), NEVER, block=2, warm_up=2),
 }
-
-
-class Gate:
-    """In a child: lets it go on for as many steps as the parent asks for, and prints how long they took by ``clock``,
-    per step, or per unit of the ``work`` that was done since its last call.
-    """
-
-    def __init__(self, warm_up: int, clock: Callable[[], float], work: Callable[[], float] | None = None) -> None:
-        self._left = self._steps = warm_up
-        self._clock = clock
-        self._work = work
-        self._since = clock()
-
-    def passed(self) -> bool:
-        """Call after every step; False when there are no more to be done."""
-        self._left -= 1
-        if self._left:
-            return True
-        print((self._clock() - self._since) / (self._work() if self._work else self._steps), flush=True)
-        asked = sys.stdin.readline()
-        if not asked:
-            return False
-        self._left = self._steps = int(asked)
-        self._since = self._clock()
-        return True
 
 
 def train_with_runner(config: Any, overrides: list[str], gate: Gate) -> None:
@@ -149,18 +125,18 @@ def train_bare(config: Any, gate: Gate, save_every: int) -> None:
         waited += time.perf_counter() - asked
         loss = loss_of(batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        found = {"loss": loss.detach()}
+        metrics = {"loss": loss.detach()}
         if clip_norm is not None:
-            found["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        window.append(found)
+        window.append(metrics)
         step += 1
         if step % every == 0:
             seconds = time.monotonic() - since
-            for name in found:
-                mean = torch.stack([metrics[name] for metrics in window]).mean().item()
+            for name in metrics:
+                mean = torch.stack([each[name] for each in window]).mean().item()
                 writer.add_scalar(f"train/{name}", mean, step)
             writer.add_scalar("train/lr", rate, step)
             writer.add_scalar("time/step", seconds / every, step)
@@ -174,12 +150,6 @@ def train_bare(config: Any, gate: Gate, save_every: int) -> None:
             torch.save({**state, "step": step}, f"{config.run.root}/checkpoint.pt")
         if not gate.passed():
             return
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    """One epoch after the other."""
-    while True:
-        yield from loader
 
 
 def child(name: str, side: str, folder: str, *, clock: Callable[[], float]) -> None:
@@ -213,13 +183,21 @@ def child(name: str, side: str, folder: str, *, clock: Callable[[], float]) -> N
 
 
 class Side:
-    """In the parent: one child of a ``module`` of this folder, waiting at its gate."""
+    """In the parent: one child of a ``module`` of this folder, waiting at its gate; ``python`` runs it."""
 
-    def __init__(self, case: str, side: str, stack: ExitStack, *options: str, module: str = "loop") -> None:
+    def __init__(
+        self,
+        case: str,
+        side: str,
+        stack: ExitStack,
+        *options: str,
+        module: str = "loop",
+        python: str | Path = sys.executable,
+    ) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         self._errors: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+"))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", case, "--child", side, "--folder", folder, *options],
+            [python, "-m", f"benchmarks.{module}", case, "--child", side, "--folder", folder, *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -249,23 +227,29 @@ class Side:
         self._process.communicate()
 
 
-def measure(name: str, *options: str, turns: int, sets: int) -> dict[str, list[float]]:
-    """Milliseconds per step of every block, by side. ``sets`` times new processes, each for ``turns`` turns."""
-    case = CASES[name]
-    found: dict[str, list[float]] = {side: [] for side in (BARE, *case.randomness)}
+def measure(
+    name: str, *options: str, turns: int, sets: int, peers: Mapping[str, Path] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds per step of every block, by side. ``sets`` times new processes, each for ``turns`` turns. ``peers``:
+    the interpreters of the loops of ``benchmarks.peers`` that take part.
+    """
+    case, peers = CASES[name], peers or {}
+    times: dict[str, list[float]] = {side: [] for side in (BARE, *case.randomness, *peers)}
     for _ in range(sets):
         with ExitStack() as stack:
-            sides = {side: Side(name, side, stack, *options) for side in found}
+            sides = {side: Side(name, side, stack, *options) for side in (BARE, *case.randomness)}
+            for peer, python in peers.items():
+                sides[peer] = Side(name, peer, stack, *options, module="peers", python=python)
             for turn in range(turns):
                 for side in list(sides) if turn % 2 else list(sides)[::-1]:
-                    found[side].append(sides[side].milliseconds(case.block))
-    return found
+                    times[side].append(sides[side].milliseconds(case.block))
+    return times
 
 
-def rows(name: str, found: Mapping[str, list[float]]) -> Iterator[list[str]]:
+def rows(name: str, measured: Mapping[str, list[float]]) -> Iterator[list[str]]:
     """Lines of the table."""
-    bare = found[BARE]
-    for side, times in found.items():
+    bare = measured[BARE]
+    for side, times in measured.items():
         if side != BARE:
             low, _, high = quantiles(sorted(t / b for t, b in zip(times, bare, strict=True)), n=4)
             yield [
@@ -283,6 +267,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; default: all")
     parser.add_argument("--turns", type=int, default=40, help="blocks of each side for each set of processes")
     parser.add_argument("--sets", type=int, default=3, help="how many times to start new processes")
+    parser.add_argument("--peers", type=Path, help="with mlp: the environments that benchmarks.peers has made")
     parser.add_argument("--clock", action="store_true", help="measure the time that passes, and not that of the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -296,8 +281,9 @@ def main() -> None:
     table: list[list[str]] = []
     options = ["--clock"] * arguments.clock
     for name in arguments.cases or CASES:
-        table += rows(name, measure(name, *options, turns=arguments.turns, sets=arguments.sets))
-    headers = ["case", "randomness", "bare ms", "runner ms", "ratio", "spread"]
+        peers = environments(arguments.peers) if arguments.peers and name == "mlp" else {}
+        table += rows(name, measure(name, *options, turns=arguments.turns, sets=arguments.sets, peers=peers))
+    headers = ["case", "side", "bare ms", "ms", "ratio", "spread"]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 

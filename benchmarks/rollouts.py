@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.loop import BARE, NEVER, Gate, Side, endless, train_with_runner
+from benchmarks.gate import BARE, NEVER, Gate, endless
+from benchmarks.loop import Side, train_with_runner
 from runner import app
 
 WARM_UP = 3  # steps
