@@ -91,7 +91,7 @@ def test_the_tasks_of_a_step_of_slurm_are_a_world(monkeypatch: pytest.MonkeyPatc
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert world() == World(3, 4, 1)
-    assert rendezvous() == Rendezvous("node07", 15001, served_by_launcher=False, restart=0)
+    assert rendezvous() == Rendezvous("node07", 15001, launcher_serves=False, restart=0)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # the script of a batch job, however many tasks that has
     assert world() == World()
 

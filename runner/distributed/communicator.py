@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Communicator:
-    """The place of this process among ``size`` ranks; this class is that of a run with one process. All ranks call the
-    same methods in the same order; values are JSON values. An instance belongs to one thread: messages of the
-    checkpoint writer must not mix with those of the training thread.
+    """Exchanges JSON values among ``size`` ranks, which all call the same methods in the same order; this class is for
+    a run of one process. An instance belongs to one thread: messages of the checkpoint writer and of the training
+    thread must not mix.
     """
 
     rank: int = 0
@@ -62,8 +62,8 @@ def on_rank_zero(comm: Communicator, work: Callable[[], Any]) -> Any:
     """
     if comm.size == 1:
         return work()
-    own, error = _attempt(work) if comm.rank == 0 else (None, None)
-    report = comm.broadcast(own)
+    own_report, error = _try(work) if comm.rank == 0 else (None, None)
+    report = comm.broadcast(own_report)
     _raise(report["error"], error)
     return report["value"]
 
@@ -84,14 +84,14 @@ def gather(comm: Communicator, work: Callable[[], Any]) -> list[Any] | None:
     """
     if comm.size == 1:
         return [work()]
-    report, error = _attempt(work, comm.rank)
+    report, error = _try(work, comm.rank)
     reports = comm.gather(report)
-    failed = next((report["error"] for report in reports or () if report["error"]), None)
-    _raise(comm.broadcast(failed), error)
+    failure = next((report["error"] for report in reports or () if report["error"]), None)
+    _raise(comm.broadcast(failure), error)
     return None if reports is None else [report["value"] for report in reports]
 
 
-def _attempt(work: Callable[[], Any], rank: int | None = None) -> tuple[dict[str, Any], Exception | None]:
+def _try(work: Callable[[], Any], rank: int | None = None) -> tuple[dict[str, Any], Exception | None]:
     """The report for the other ranks, and the error, which is raised later: the others wait for the report."""
     try:
         return {"value": work(), "error": None}, None
@@ -104,16 +104,16 @@ def _attempt(work: Callable[[], Any], rank: int | None = None) -> tuple[dict[str
         return {"value": None, "error": {**facts, "text": text}}, error
 
 
-def _raise(message: dict[str, Any] | None, own: Exception | None) -> None:
-    """Raise the error in ``message``, if there is one. ``own`` is the error of this rank."""
+def _raise(message: dict[str, Any] | None, own_error: Exception | None) -> None:
+    """Raise the error in ``message``, if there is one. ``own_error`` is the error of this rank."""
     if message is None:
         return
     classes = {kind.__name__: kind for kind in _with_subclasses(RunnerError)}
-    if own is not None and message["class"] not in classes:
-        raise own
+    if own_error is not None and message["class"] not in classes:
+        raise own_error
     error = classes.get(message["class"], RunnerError)(message["text"])
     error.kind, error.status = message["kind"], message["status"]
-    raise error from own
+    raise error from own_error
 
 
 def _with_subclasses(kind: type[RunnerError]) -> list[type[RunnerError]]:
@@ -122,22 +122,22 @@ def _with_subclasses(kind: type[RunnerError]) -> list[type[RunnerError]]:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The report of one process after a step; combined over all processes it is the answer of ``Team.exchange``."""
+    """The report of one process after a step; ``Team.exchange`` combines the reports of all processes."""
 
-    digest: int  # of the samples that were read (``TrainingStream.step_samples``), like ``substitutions``
+    digest: int  # this and ``substitutions`` describe the samples that were read (``TrainingStream.step_samples``)
     substitutions: str
     elapsed: float  # training time on rank 0 in seconds
-    metrics: tuple[str, ...]  # names
+    metrics: tuple[str, ...]  # names of the step's metrics
 
 
 class Team:
     """The processes of a run, which all make the same calls in the same order; this class is a single process."""
 
-    watch: "Stall | None" = None  # watches that training moves; of a single process from ``begin`` on
+    watch: "Stall | None" = None  # ends the run if training stalls; a single process has one from ``begin`` on
 
     def __init__(self, *, timeout: float = inf, patience: float = 0.0) -> None:
         self.world = World()
-        self.comm: Communicator = SINGLE_PROCESS  # of the training thread
+        self.comm: Communicator = SINGLE_PROCESS  # for the training thread
         self._timeout = timeout
         self._patience = patience
 
@@ -147,11 +147,11 @@ class Team:
         return signals.received()
 
     def channel(self, name: str) -> Communicator:
-        """A communicator for another thread, of that name."""
+        """The communicator for the thread ``name``."""
         return SINGLE_PROCESS
 
     def begin(self, device: Any) -> None:
-        """Set up process groups for tensors on that device, before the first attempt."""
+        """Set up process groups for tensors on ``device``, before the first attempt."""
         from runner.distributed.watchdog import Stall
 
         self.watch = self.watch or Stall(self._timeout, self._patience)

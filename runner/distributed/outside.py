@@ -30,9 +30,9 @@ def main(pid: int, limit: float) -> None:
     if os.getppid() != pid:
         return
     if sys.stderr is not None:
-        lack = f"no step for {silent:.0f} s (runtime.timeout)"
-        remedy = "If it takes so long by right, set a longer one. The same command continues from the last checkpoint."
-        print(f"{lack}, and C code keeps all threads but its own from running. {remedy}", file=sys.stderr, flush=True)
+        reason = f"no step for {silent:.0f} s (runtime.timeout), and C code keeps all threads but its own from running."
+        remedy = "If a step needs that long, set a longer runtime.timeout."
+        print(f"{reason} {remedy} The same command continues from the last checkpoint.", file=sys.stderr, flush=True)
     if hasattr(resource, "prlimit"):
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
     os.kill(pid, signal.SIGABRT)
@@ -42,10 +42,10 @@ def main(pid: int, limit: float) -> None:
 
 
 def _stopped(pid: int) -> bool:
-    try:
+    try:  # as ``watchdog.process_state``, which this program, run by its path without site-packages, cannot import
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:  # no /proc on this system
+    except OSError:  # this system has no /proc
         return False
 
 

@@ -32,10 +32,10 @@ from runner.optimizers import blocks
 
 
 class _SeveralProcesses(Parallelism):
-    """``micro_batches`` of a step, the last of which has the last backward pass; None if any may have several."""
+    """``micro_batches``: how many a step has, if its last backward pass is in the last of them; None if in any."""
 
     def __init__(self, models: list[nn.Module], *, micro_batches: int | None) -> None:
-        self._models: list[Any] = models  # of FSDP once they are sharded
+        self._models: list[Any] = models  # modules of FSDP once they are sharded
         self._micro_batches = micro_batches
         self._first_buffers = {(module, name) for module in self._modules() for name in module._buffers}
 
@@ -99,8 +99,8 @@ class Replicated(_SeveralProcesses):
         self._last = False
         self._next = 0  # the next bucket to be sent; all processes send buckets in the same order
         for number, bucket in enumerate(self._buckets):
-            for place, parameter in enumerate(bucket.parameters):
-                hook = partial(self._ready, number, place)
+            for position, parameter in enumerate(bucket.parameters):
+                hook = partial(self._ready, number, position)
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         for tensor in (tensor for model in models for tensor in (*model.parameters(), *model.buffers())):
             copy_from_rank_zero([tensor])
@@ -125,14 +125,14 @@ class Replicated(_SeveralProcesses):
             _receive(bucket)
         self._next, self._last = 0, False
 
-    def _ready(self, number: int, place: int, parameter: Tensor) -> None:
+    def _ready(self, number: int, position: int, parameter: Tensor) -> None:
         """Hook: a gradient is complete. Send the buckets that are complete, in order."""
         if not self._last:
             return
         if number < self._next:
             remedy = "Differentiate each micro-batch once, with all of its losses together"
             raise RuntimeError(f"a gradient was added to after it had been sent to the other processes. {remedy}")
-        self._buckets[number].ready.add(place)
+        self._buckets[number].ready.add(position)
         while self._next < len(self._buckets):
             bucket = self._buckets[self._next]
             if len(bucket.ready) < len(bucket.parameters):
@@ -147,10 +147,9 @@ def _split(weights: dict[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     size = 0
     for name, parameter in reversed(weights.items()):
         if parameter.layout != torch.strided:
-            kind = f"is a {parameter.layout} parameter"
-            raise ConfigError(f"model: {name} {kind}; several processes train dense ones only")
-        other = bucket and (bucket[0].dtype != parameter.dtype or bucket[0].device != parameter.device)
-        if other or size >= _BUCKET_BYTES:
+            raise ConfigError(f"model: {name} is a {parameter.layout} parameter; several processes need dense ones")
+        differs = bucket and (bucket[0].dtype != parameter.dtype or bucket[0].device != parameter.device)
+        if differs or size >= _BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
@@ -274,7 +273,9 @@ class _ShardedOptimizer:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)  # also one that has been thawed since the start
+                parameter.grad = torch.zeros_like(
+                    parameter
+                )  # also for a parameter that has been thawed since the start
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         state = self.optimizer.state_dict()

@@ -21,8 +21,8 @@ from runner.distributed.watchdog import MAIN, Failure, Watchdog
 from runner.distributed.world import Rendezvous, World
 from runner.errors import ConfigError, RunnerError
 
-_SHORTEST, _LONGEST = 0.0001, 0.02  # seconds between two polls of the store
-_SHORT_BYTES = 256  # of a value that is broadcast over a process group
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two polls of the store
+_SHORT_BYTES = 256  # the size of the longest value that is broadcast over a process group
 
 
 class PeerFailed(RunnerError):
@@ -44,8 +44,8 @@ class Channel(Communicator):
         self._store = store
         self._watch = watch
         self._thread = thread  # the name of the thread that uses this channel
-        self._awaited: int | None = None  # the rank that this process is waiting for
-        self._number = 0  # exchanges so far
+        self._slow_rank: int | None = None  # this process is waiting for it
+        self._number = 0  # of the last exchange
 
     def gather(self, value: Any) -> list[Any] | None:
         names = self._names()
@@ -70,7 +70,7 @@ class Channel(Communicator):
         return value
 
     def describe_wait(self) -> str:
-        rank = self.rank if self._awaited is None else self._awaited
+        rank = self.rank if self._slow_rank is None else self._slow_rank
         return self._watch.whereabouts(rank, self._thread)
 
     def _names(self) -> Sequence[str]:
@@ -79,12 +79,12 @@ class Channel(Communicator):
         return [f"{self._number}/{rank}" for rank in range(self.size)]
 
     def _read(self, name: str, rank: int) -> Any:
-        pause, self._awaited = _SHORTEST, rank
+        pause, self._slow_rank = _SHORTEST_PAUSE, rank
         while not self._store.check([name]):
             _raise_if_failed(self._watch)
             time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST)
-        self._awaited = None
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+        self._slow_rank = None
         return json.loads(self._store.get(name))
 
 
@@ -111,7 +111,7 @@ def _raise_if_failed(watch: Watchdog) -> None:
 
 
 _CONSEQUENCE_SECONDS = 3.0  # wait after an error, in case another process has failed and caused it
-_READ_SECONDS = 1.5  # rank 0 serves the store so long after its failure, so that the others read the reason
+_READ_SECONDS = 1.5  # rank 0 serves the store this long after its failure, for the others to read the reason
 _NANOSECONDS = 10**9
 
 
@@ -121,21 +121,21 @@ class ProcessTeam(Team):
     stop: str | None = None
     watch: Watchdog  # type: ignore[assignment]
 
-    def __init__(self, world: World, place: Rendezvous, *, timeout: float, patience: float) -> None:
+    def __init__(self, world: World, rendezvous: Rendezvous, *, timeout: float, patience: float) -> None:
         super().__init__(timeout=timeout, patience=patience)
         self.world = world
-        self.place = place
-        self._served: Store | None = None
-        if world.rank == 0 and not place.served_by_launcher:
-            self._served = self._connect(serve=True)
-        self._own = self._store("watch")
+        self.rendezvous = rendezvous
+        self._server: Store | None = None
+        if world.rank == 0 and not rendezvous.launcher_serves:
+            self._server = self._connect(serve=True)
+        self._watch_store = self._store("watch")
         self.watch = Watchdog(self._store("watch"), world, timeout=timeout, patience=patience)
         self._channels: dict[str, Channel] = {}
         self.comm = self.channel(MAIN)
         self._group: dist.ProcessGroup | None = None
 
     def channel(self, name: str) -> Communicator:
-        if name not in self._channels:  # it counts its exchanges, which a second attempt continues with
+        if name not in self._channels:  # a channel counts its exchanges; a second attempt continues the count
             self._channels[name] = Channel(self._store(name), self.world, self.watch, thread=name)
         return self._channels[name]
 
@@ -158,10 +158,10 @@ class ProcessTeam(Team):
         elapsed = 0 if self.world.rank else round(report.elapsed * _NANOSECONDS)
         digest = report.digest - (report.digest >> 63 << 64)  # the same bits as a signed number
         sums = self._sums([digest, len(report.substitutions), elapsed, names, names**2, *_stop_flags()])
-        digest, swapped, elapsed, names, squares, *flags = sums
+        digest, length, elapsed, names, squares, *flags = sums
         self.stop = self.stop or _signal(flags)
         substitutions = ""
-        if swapped:  # in the order of their positions
+        if length:  # in the order of their positions
             all_substitutions = "".join(self.comm.gather(report.substitutions) or []).split()
             all_substitutions.sort(key=lambda substitution: int(substitution.partition(":")[0]))
             substitutions = self.comm.broadcast("".join(f" {substitution}" for substitution in all_substitutions))
@@ -199,8 +199,8 @@ class ProcessTeam(Team):
     def leave(self) -> None:
         """End without an error, all processes together. Rank 0 goes last, because it may serve the store."""
         self.watch.disarm()
-        self._say_left()
-        self.comm.gather(None)
+        self._say_left()  # before beats end, which the neighbour would take for a death
+        self.comm.gather(None)  # on rank 0 this waits for all others
         self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -211,13 +211,13 @@ class ProcessTeam(Team):
         own = Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
         failure = self.watch.failure or self.watch.fail(own)
         self._say_left()
-        if self._served is not None:
+        if self._server is not None:
             time.sleep(_READ_SECONDS)
         return failure
 
     def _say_left(self) -> None:
         with suppress(RuntimeError):
-            self._own.set(f"left/{self.world.rank}", "")
+            self._watch_store.set(f"left/{self.world.rank}", "")
 
     def _sums(self, numbers: Sequence[int]) -> list[int]:
         self.watch.note_exchange(MAIN, training=True)
@@ -227,11 +227,11 @@ class ProcessTeam(Team):
         return [*map(int, sums.tolist())]
 
     def _store(self, name: str) -> Store:
-        """A connection for one thread: on a shared one, a thread that waits for an answer would block the others."""
-        return PrefixStore(f"runner/{self.place.restart}/{name}", self._connect())
+        """A connection for one thread: a thread that waits for an answer would block others on the same connection."""
+        return PrefixStore(f"runner/{self.rendezvous.restart}/{name}", self._connect())
 
     def _connect(self, *, serve: bool = False) -> Store:
-        host, port, timeout = self.place.host, self.place.port, timedelta(seconds=self._timeout)
+        host, port, timeout = self.rendezvous.host, self.rendezvous.port, timedelta(seconds=self._timeout)
         try:
             return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timeout)
         except RuntimeError as error:
@@ -240,9 +240,9 @@ class ProcessTeam(Team):
 
 
 @contextmanager
-def process_team(world: World, place: Rendezvous, *, timeout: float, patience: float) -> Iterator[ProcessTeam]:
+def process_team(world: World, rendezvous: Rendezvous, *, timeout: float, patience: float) -> Iterator[ProcessTeam]:
     """Within the block, a member of the team. An error is raised with its text in one process only, which prints it."""
-    team = ProcessTeam(world, place, timeout=timeout, patience=patience)
+    team = ProcessTeam(world, rendezvous, timeout=timeout, patience=patience)
     try:
         with team.blame_peer():
             yield team

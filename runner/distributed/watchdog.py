@@ -43,7 +43,7 @@ from runner.activity import Activity, activities
 from runner.distributed import outside
 from runner.distributed.world import World
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0  # for ``last_words``, and for a process to end by itself after the failure of another
 
 
 def end_process(message: str, status: int, last_words: Callable[[str, int], None], *, who: str) -> NoReturn:
@@ -66,18 +66,19 @@ _TORCH = f"{Path(torch.__file__).parent}/"
 _STANDARD_LIBRARY = (f"{Path(os.__file__).parent}/", "<frozen ")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 Frame = tuple[str, str, str]  # file, line, function
-_DUMPED = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+Stacks = Mapping[int, Sequence[Frame]]  # the frames of each thread by its ident, the innermost first
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*\n((?:  .*\n)*)", re.MULTILINE)
-_ESCAPED = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # a character that is not ASCII
+_ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")  # a character that is not ASCII
 _OWN = f"{Path(__file__).parent}/"
 _EXCHANGES = (_OWN, f"{_TORCH}distributed/", f"{_TORCH}autograd/", f"{_TORCH}_tensor.py")
 
 
-def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], str]:
+def thread_status(thread: int, at: Stacks) -> tuple[Activity | Literal["waits", "works"], str]:
     """What a thread of this process does: it ``waits`` for other processes, or its innermost declared activity, or it
     just ``works``; and a code line for people, outside of torch and the standard library if possible.
     """
-    frames = stacks().get(thread, [])
+    frames = at.get(thread, ())
     files = takewhile(lambda file: file.startswith((_TORCH, _OWN)), (file for file, _, _ in frames))
     if any(file.startswith(_EXCHANGES) for file in files):
         return "waits", _line(frames)
@@ -85,8 +86,8 @@ def thread_status(thread: int) -> tuple[Activity | Literal["waits", "works"], st
     return declared[-1] if declared else "works", _line(frames)
 
 
-def stacks() -> dict[int, list[Frame]]:
-    """The innermost frames of each thread of this process, by its ident; empty if no file can be opened.
+def stacks() -> Stacks:
+    """The innermost frames of each thread of this process; empty if no file can be opened.
 
     The C code of ``faulthandler`` walks them while no other thread runs. Walked from Python, frames may be left
     meanwhile, at which CPython 3.11 was seen to crash.
@@ -98,8 +99,8 @@ def stacks() -> dict[int, list[Frame]]:
     with file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
-        text = _ESCAPED.sub(lambda match: chr(int(match[1][1:], 16)), file.read().decode("utf-8", "replace"))
-    return {int(ident, 16): _DUMPED.findall(frames) for ident, frames in _THREAD.findall(text)}
+        text = _ESCAPE.sub(lambda match: chr(int(match[1][1:], 16)), file.read().decode("utf-8", "replace"))
+    return {int(ident, 16): _FRAME.findall(frames) for ident, frames in _THREAD.findall(text)}
 
 
 def _line(frames: Sequence[Frame]) -> str:
@@ -116,17 +117,15 @@ def _is_library(file: str) -> bool:
 _BEAT_SECONDS = 0.5
 _SLACK_SECONDS = 5.0  # longer wait from outside, so that the thread, which prints more, acts first
 _DUMP_SECONDS = 2.0  # for data workers to write where they are
-_DUMP_POLL_SECONDS = 0.02
+_DUMP_POLL_SECONDS = 0.02  # between two checks whether they have written
 _DUMP = "worker-stacks"
-_dumps: list[IO[bytes]] = []  # registered by their numbers: they must stay open
-_OVERDUE_LATER = {
-    "saves": "no end of a save",
-    "joins": "no end of a save",
-    "ends evaluation": "no end of an evaluation",
-}
+_dumps: list[IO[bytes]] = []  # ``faulthandler`` knows their numbers: they must stay open
+# Activity -> what is overdue; the first activities may take ``patience`` longer than the timeout.
+_OVERDUE_LATER = dict.fromkeys(("saves", "joins"), "no end of a save") | {"ends evaluation": "no end of an evaluation"}
 _OVERDUE = _OVERDUE_LATER | {"evaluates": "no batch of an evaluation"}
 _COMPILERS = {f"{_TORCH}_dynamo/convert_frame.py", f"{_TORCH}_inductor/compile_fx.py"}
 _DEBUGGERS = ("/pdb.py", "/bdb.py", "/pydevd.py")
+_REMEDY = "If the work there needs that long, set a longer runtime.timeout."
 
 
 class Stall:
@@ -205,29 +204,28 @@ class Stall:
 
     def _may_take_any_time(self) -> bool:
         at = stacks()
-        debugged = any(file.endswith(_DEBUGGERS) for file, _, _ in at.get(self._training, ()))
-        return debugged or any(file in _COMPILERS for frames in at.values() for file, _, _ in frames)
+        debugs = any(file.endswith(_DEBUGGERS) for file, _, _ in at.get(self._training, ()))
+        return debugs or any(file in _COMPILERS for frames in at.values() for file, _, _ in frames)
 
     def _end(self, overdue: str, seconds: float) -> None:
         key = "runtime.timeout and checkpoint.max_unsaved" if overdue in _OVERDUE_LATER.values() else "runtime.timeout"
         with suppress(Exception):  # stderr may be anything
             faulthandler.dump_traceback(all_threads=True)
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        idents = stacks().keys() - {threading.get_ident()}
-        threads = [f"  thread {names.get(ident, ident)} is at {thread_status(ident)[1]}" for ident in idents]
-        training = f"the training thread is at {thread_status(self._training)[1]}."
-        remedy = "If the work there needs that long, set a longer runtime.timeout."
-        again = "The same command continues from the last checkpoint."
-        lines = [f"{overdue} for {seconds:.0f} s ({key}); {training}", *threads, *_children(), f"{remedy} {again}"]
+        at = stacks()
+        others = at.keys() - {threading.get_ident()}
+        threads = [f"  thread {names.get(ident, ident)} is at {_line(at[ident])}" for ident in others]
+        head = f"{overdue} for {seconds:.0f} s ({key}); the training thread is at {_line(at.get(self._training, ()))}."
+        lines = [head, *threads, *_children(), f"{_REMEDY} The same command continues from the last checkpoint."]
         end_process("\n".join(lines), 1, self.last_words, who="this process")
 
 
 def _children() -> Iterator[str]:
     """Lines on the living child processes. Prints the stacks of data workers, each as a whole."""
     children = multiprocessing.active_children()
-    written = worker_stacks(child.pid for child in children if child.pid)
+    texts = worker_stacks(child.pid for child in children if child.pid)
     for child in children:
-        text = written.get(child.pid or 0, "")
+        text = texts.get(child.pid or 0, "")
         with suppress(Exception):  # stderr may be anything
             print(f"{child.name} (pid {child.pid}):\n{text}" if text else "", end="", file=sys.stderr, flush=True)
         yield f"  process {child.name} (pid {child.pid}) {f'is at {dumped_line(text)}' if text else 'lives'}"
@@ -235,7 +233,7 @@ def _children() -> Iterator[str]:
 
 def dumped_line(text: str) -> str:
     """The code line of the main thread, or of the only one, in the output of ``faulthandler``."""
-    return _line(_DUMPED.findall(text.rpartition("Current thread")[2]))
+    return _line(_FRAME.findall(text.rpartition("Current thread")[2]))
 
 
 def write_stacks_on_request() -> None:
@@ -258,7 +256,7 @@ def worker_stacks(pids: Iterable[int]) -> dict[int, str]:
                 os.kill(pid, signal.SIGQUIT)
     until = time.monotonic() + _DUMP_SECONDS
     while time.monotonic() < until:
-        # A process that waits again has written all: writing into memory is no wait.
+        # A process that waits again has written everything, because a write into memory does not wait.
         if all(_read(path) and process_state(pid) in "S?" for pid, path in files.items()):
             break
         time.sleep(_DUMP_POLL_SECONDS)
@@ -266,16 +264,15 @@ def worker_stacks(pids: Iterable[int]) -> dict[int, str]:
 
 
 def _read(path: Path) -> str:
-    try:
+    with suppress(OSError):  # the process has ended
         return path.read_bytes().decode("utf-8", "replace")
-    except OSError:  # the process has ended
-        return ""
+    return ""
 
 
-_FUTILE_BEATS = 4  # after which a training thread that waits for other processes is not given more time
+_FUTILE_BEATS = 4  # a training thread that waits for others this many times in a row gets no more time to end
 _FAILURE = "failure"
-_LAG_SECONDS = 2.0  # longer wait before looking at all, so that a silent process is found by its neighbour first
-_CROWD = 64  # processes; if there are more, each looks at all of them less often than at every beat
+_LAG_SECONDS = 2.0  # to wait longer before looking at all ranks, so that its neighbour reports a silent process first
+_CROWD = 64  # among more processes than this, each looks at all of them less often than at every beat
 _HOST = socket.gethostname()
 MAIN = "main"  # the training thread
 
@@ -292,7 +289,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life of a process. Every beat has a new number. ``threads``: name -> what it does, code line."""
+    """A sign of life of a process. Every beat has a new number. ``threads``: name -> (activity, code line)."""
 
     number: int
     pid: int
@@ -324,14 +321,15 @@ class Watchdog:
         self._timeout = timeout
         self._patience = patience
         self._next = (world.rank + 1) % world.size
-        self._seen = (b"", time.monotonic())  # the last beat of the next rank, and when it was first seen
-        self._idents = {MAIN: threading.main_thread().ident or 0}  # of the threads that exchange values
+        self._last_beat = (b"", time.monotonic())  # the next rank's, and when it came
+        self._idents = {MAIN: threading.main_thread().ident or 0}  # threads that exchange values
         self._training = False  # whether the training thread must meet the others within the timeout
-        self._since = time.monotonic()  # when it last did, or last was busy with something else
+        self._since = time.monotonic()  # when it last met them, or last was busy with something else
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._answered = time.monotonic()  # when the store last answered
-        self._threads = [threading.Thread(target=run, name="watch", daemon=True) for run in (self._beat, self._guard)]
+        self._answer_time = time.monotonic()  # when the store last answered
+        targets = (self._write_beats, self._guard)
+        self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in targets]
         for thread in self._threads:
             thread.start()
 
@@ -347,11 +345,10 @@ class Watchdog:
         self._training = False
 
     def whereabouts(self, rank: int, thread: str) -> str:
-        name = f"beat/{rank}"
-        try:
-            return _beat(self._store.get(name)).describe(rank, thread) if self._store.check([name]) else f"rank {rank}"
-        except RuntimeError:  # the store is gone
-            return f"rank {rank}"
+        with suppress(RuntimeError):  # the store is gone
+            if self._store.check([f"beat/{rank}"]):
+                return _parse_beat(self._store.get(f"beat/{rank}")).describe(rank, thread)
+        return f"rank {rank}"
 
     def fail(self, failure: Failure) -> Failure:
         """Store why all processes have to end; returns the failure that was stored first."""
@@ -376,27 +373,28 @@ class Watchdog:
         for thread in self._threads:
             thread.join(2 * _BEAT_SECONDS)
 
-    def _beat(self) -> None:
+    def _write_beats(self) -> None:
         number = 0
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
-                threads = {name: thread_status(ident) for name, ident in [*self._idents.items()]}
+                at = stacks()
+                threads = {name: thread_status(ident, at) for name, ident in [*self._idents.items()]}
                 if not self._training and threads[MAIN][0] != "waits":
                     self._since = time.monotonic()
                 beat = asdict(Beat(number, getpid(), _HOST, threads))
                 self._store.set(f"beat/{self._world.rank}", json.dumps(beat))
-                self._look()
+                self._look_at_next()
                 if number % (1 + self._world.size // _CROWD) == 0:
-                    self._judge()
-                self._answered = time.monotonic()
+                    self._look_at_all()
+                self._answer_time = time.monotonic()
             except RuntimeError:  # the store is gone with its process, unless all processes are just ending
                 if not self._ended.wait(_BEAT_SECONDS) and self.failure is None:
                     self.failure = _lost("is gone")
 
     def _guard(self) -> None:
         while self.failure is None and not self._ended.wait(_BEAT_SECONDS):
-            silent = time.monotonic() - self._answered
+            silent = time.monotonic() - self._answer_time
             if silent > self._timeout + _LAG_SECONDS:
                 self.failure = _lost(f"has not answered for {silent:.0f} s ({_TIMEOUT})")
         failure = self.failure
@@ -407,21 +405,21 @@ class Watchdog:
         while waiting < _FUTILE_BEATS and time.monotonic() < until:
             if self._ended.wait(_BEAT_SECONDS):
                 return
-            waiting = waiting + 1 if thread_status(self._idents[MAIN])[0] == "waits" else 0
+            waiting = waiting + 1 if thread_status(self._idents[MAIN], stacks())[0] == "waits" else 0
         end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
-    def _look(self) -> None:
+    def _look_at_next(self) -> None:
         with self._lock:
             if self.failure is None and self._store.check([_FAILURE]):
                 self.failure = Failure(**json.loads(self._store.get(_FAILURE)))
         name, now = f"beat/{self._next}", time.monotonic()
         beat = self._store.get(name) if self._store.check([name]) else b""
-        if beat != self._seen[0]:
-            self._seen = (beat, now)
-        silent = now - self._seen[1]
+        if beat != self._last_beat[0]:
+            self._last_beat = (beat, now)
+        silent = now - self._last_beat[1]
         if self.failure is not None or not silent or self._has_left(self._next):
             return
-        last = _beat(beat) if beat else None
+        last = _parse_beat(beat) if beat else None
         process = last.describe(self._next) if last else f"rank {self._next}"
         if last and last.host == _HOST and not _lives(last.pid):
             self._blame(self._next, f"{process} died.")
@@ -429,7 +427,7 @@ class Watchdog:
             fault = "has shown no sign of life" if beat else "has not come"
             self._blame(self._next, f"{process} {fault} for {silent:.0f} s ({_TIMEOUT}).")
 
-    def _judge(self) -> None:
+    def _look_at_all(self) -> None:
         """End all processes if one of them has kept this one waiting for too long."""
         waited = time.monotonic() - self._since
         if self.failure is not None or waited <= self._timeout + _LAG_SECONDS:
@@ -437,7 +435,7 @@ class Watchdog:
         names = [f"beat/{rank}" for rank in range(self._world.size)]
         if not self._store.check(names):
             return  # a rank that never came is reported by its neighbour
-        beats = dict(enumerate(map(_beat, self._store.multi_get(names))))
+        beats = dict(enumerate(map(_parse_beat, self._store.multi_get(names))))
         does = {rank: beat.threads[beat.thread][0] for rank, beat in beats.items()}
         busy = {rank: beat for rank, beat in beats.items() if does[rank] != "waits" and not self._has_left(rank)}
         late = busy or beats
@@ -447,7 +445,7 @@ class Watchdog:
         if waited > bound:
             lines = "\n".join(f"  {beat.describe(rank, beat.thread)}" for rank, beat in late.items())
             reason = f"for {waited:.0f} s the processes have waited for one of them ({key}):"
-            self._blame(min(late), f"{reason}\n{lines}\nIf the work there needs that long, set a longer one.")
+            self._blame(min(late), f"{reason}\n{lines}\n{_REMEDY}")
 
     def _blame(self, rank: int, reason: str) -> None:
         self.fail(Failure(rank, 1, f"{reason} {_AGAIN}"))
@@ -471,17 +469,17 @@ def _lives(pid: int) -> bool:
         return process_state(pid) not in "ZX"
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # it belongs to another user
         return True
 
 
 def process_state(pid: int) -> str:
-    """The letter for the state of a process of this host, ``?`` if it is not known."""
+    """The letter for the state of a process of this host; ``?`` if it has ended, or where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):  # the process has ended, no such file system
+    except (OSError, IndexError):
         return "?"
 
 
-def _beat(raw: bytes) -> Beat:
+def _parse_beat(raw: bytes) -> Beat:
     return Beat(**json.loads(raw))

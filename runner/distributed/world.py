@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runner.errors import ConfigError
 
-_PORTS = range(15_000, 29_000)  # one for each Slurm job, in turn; below the ephemeral ports of Linux (from 32768)
+_PORTS = range(15_000, 29_000)  # a Slurm job takes one by its number; Linux itself hands out ports from 32768 on
 _REMEDY = "Start it with torchrun or srun, which set all of them, or unset WORLD_SIZE for one process."
 
 
@@ -26,8 +26,8 @@ class Rendezvous:
 
     host: str
     port: int
-    served_by_launcher: bool  # and outlives the processes; else rank 0 serves it
-    restart: int  # how often the launcher restarted the processes: none reads a message from before a restart
+    launcher_serves: bool  # then the store outlives the processes; else rank 0 serves it
+    restart: int  # how often the launcher restarted the processes, which read no messages from before a restart
 
 
 def world() -> World:
@@ -40,7 +40,7 @@ def world() -> World:
 
 
 def local_size() -> int:
-    """The processes of this run on this machine; where nobody says it, all of them."""
+    """The number of processes of this run on this machine; of all its processes if no variable says it."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
     most = max(map(int, re.findall(r"(?<![(\dx])\d+", tasks)), default=_number(_environment(), "WORLD_SIZE", 1))
     return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", most))
@@ -52,9 +52,9 @@ def rendezvous() -> Rendezvous:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise ConfigError(f"WORLD_SIZE={environ.get('WORLD_SIZE')} without {', '.join(missing)}. {_REMEDY}")
-    served_by_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launcher_serves = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restart = _number(environ, "TORCHELASTIC_RESTART_COUNT", 0)
-    return Rendezvous(environ["MASTER_ADDR"], _number(environ, "MASTER_PORT", 0), served_by_launcher, restart)
+    return Rendezvous(environ["MASTER_ADDR"], _number(environ, "MASTER_PORT", 0), launcher_serves, restart)
 
 
 def _environment() -> Mapping[str, str]:
