@@ -25,14 +25,13 @@ from runner.storage.location import protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class StoreKind:
     """How the runner writes to one kind of store. A kind that is not in ``STORES`` is written like a disk: under a
     temporary name, then ``mv`` over the final name, which its file system must do in one step.
 
     ``protocols``: the schemes of its URLs. ``extra``: the extra of this package that installs its fsspec backend, if
-    fsspec has none. ``atomic``: an object is seen when its upload is complete, and not before. ``bucket``: a path
-    begins with a bucket or container, which must exist. ``options``: arguments of its file system, before those of the
-    user.
+    fsspec has none. ``atomic``: an object appears when its upload is complete, and not before. ``bucket``: a path
+    begins with a bucket or container, which must exist. ``options``: defaults for the arguments of its file system.
     """
 
     protocols: tuple[str, ...]
@@ -46,23 +45,23 @@ class Store:
 _S3 = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
 
 STORES = (
-    Store(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3),
-    Store(("gs", "gcs"), "gcs", atomic=True, bucket=True),
-    Store(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True),
-    Store(("sftp", "ssh"), "sftp"),  # posix-rename is atomic; but nothing makes the server sync its disk
-    Store(("memory",), atomic=True),
+    StoreKind(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3),
+    StoreKind(("gs", "gcs"), "gcs", atomic=True, bucket=True),
+    StoreKind(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True),
+    StoreKind(("sftp", "ssh"), "sftp"),  # posix-rename is atomic; but nothing makes the server sync its disk
+    StoreKind(("memory",), atomic=True),
 )
 
 
-def store_of(*protocols: str) -> Store:
-    """The first store that has one of these protocols; for others a store that renames, without an extra."""
-    return next((store for store in STORES if {*protocols} & {*store.protocols}), Store(protocols))
+def store_kind(*protocols: str) -> StoreKind:
+    """The first kind that has one of these protocols; for others a kind that renames, without an extra."""
+    return next((kind for kind in STORES if {*protocols} & {*kind.protocols}), StoreKind(protocols))
 
 
 T = TypeVar("T")
 
 DEADLINE = 30.0  # seconds for an operation without its bytes
-_LISTING = 4  # deadlines for a listing, which may have many pages
+_LISTING_FACTOR = 4  # a listing may have many pages, and take so many times the deadline
 RATE = 256 << 10  # bytes per second of the slowest usable connection
 TRIES = 4
 BACKOFF = 0.5  # seconds before the second try, doubled before each further try
@@ -85,30 +84,30 @@ class Backend:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        kind = protocol(url)
+        scheme = protocol(url)
         if _PASSWORD.match(url):
             raise ConfigError(
-                f"run.root={kind}://...: no password in a URL, it would be stored and shown. Use "
+                f"run.root={scheme}://...: no password in a URL, it would be stored and shown. Use "
                 "+run.storage_options.password='${oc.env:NAME}', a key file or an agent"
             )
-        if store_of(kind).extra and not url.partition("://")[2].partition("/")[0]:
+        if store_kind(scheme).extra and not url.partition("://")[2].partition("/")[0]:
             missing = "the name of a bucket, container or host is missing; is the variable for it empty?"
-            raise ConfigError(f"run.root={kind}://...: {missing}")
-        self._class = _file_system(kind)
+            raise ConfigError(f"run.root={scheme}://...: {missing}")
+        self._class = _file_system(scheme)
         self._options = dict(options)
         self._secrets = sorted(set(_strings(self._options)), key=len, reverse=True)
-        self.url = f"{kind}{url[len(kind) :].rstrip('/')}"
+        self.url = f"{scheme}{url[len(scheme) :].rstrip('/')}"
         self.root = str(self._class._strip_protocol(self.url)).rstrip("/")
         names = self._class.protocol  # a subclass of a known file system may have a protocol of its own
-        self.store = store_of(kind, *([names] if isinstance(names, str) else names))
-        self._bucket = self.root.partition("/")[0] if self.store.bucket else None
+        self.kind = store_kind(scheme, *([names] if isinstance(names, str) else names))
+        self._bucket = self.root.partition("/")[0] if self.kind.bucket else None
         self._begin()
 
     def below(self, folder: str) -> "Backend":
         """A folder in this folder that is known to exist; both share idle connections."""
         other = copy.copy(self)
         other.url, other.root = f"{self.url}/{folder}", self.path(folder)
-        other._bucket = None  # no need to check
+        other._bucket = None  # it needs no check
         other._abandoned = {}
         return other
 
@@ -121,10 +120,10 @@ class Backend:
 
         ``size`` is the number of bytes that it transfers. Two tries to write the same name never run at the same time.
         """
-        seconds = deadline(size) * (_LISTING if verb == "list" else 1)
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(BACKOFF * 2**attempt * _jitter.uniform(0.5, 1.0))
+        seconds = deadline(size) * (_LISTING_FACTOR if verb == "list" else 1)
+        for number in range(TRIES):
+            if number:
+                time.sleep(BACKOFF * 2**number * _jitter.uniform(0.5, 1.0))
             try:
                 return self._try(name if verb == "write" else None, operation, seconds)
             except StorageError:
@@ -146,31 +145,31 @@ class Backend:
                 pass  # a user of the objects need not have the right to ask about the bucket
             self._bucket = None
 
-    def _try(self, written: str | None, operation: Callable[[Any], T], seconds: float) -> T:
-        earlier = self._abandoned.get(written or "")
+    def _try(self, target: str | None, operation: Callable[[Any], T], seconds: float) -> T:
+        earlier = self._abandoned.get(target or "")
         if earlier and not wait([earlier], seconds).done:
             raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
-        used: list[Any] = []
+        systems: list[Any] = []  # the file system in use, until this gives it up
 
         def work() -> T:
             system = self._take()
-            used.append(system)
+            systems.append(system)
             try:
                 result = operation(system)
             except BaseException:
                 self._discard(system)
                 raise
-            if used and not any(other is system for other in self._idle):
+            if systems and not any(other is system for other in self._idle):
                 self._idle.append(system)
             return result
 
         future = _start(work)
         if wait([future], seconds).done:
             return future.result()
-        if written:
-            self._abandoned[written] = future
-        while used:
-            self._discard(used.pop())
+        if target:
+            self._abandoned[target] = future
+        while systems:
+            self._discard(systems.pop())
         raise TimeoutError(f"no answer within {seconds:.0f} s")
 
     def _take(self) -> Any:
@@ -181,7 +180,7 @@ class Backend:
         try:
             system = self._idle.pop()
         except IndexError:
-            defaults = {**store_of(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
+            defaults = {**store_kind(protocol(self.url)).options, **self._class._get_kwargs_from_urls(self.url)}
             system = self._class(**{**defaults, **self._options}, skip_instance_cache=True)
             system.dircache.use_listings_cache = False
         if isinstance(system, AsyncFileSystem):
@@ -207,11 +206,11 @@ class Backend:
         text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        explained = StorageError(f"cannot {verb} {self.url}{'/' if name else ''}{name}: {text}")
+        failure = StorageError(f"cannot {verb} {self.url}{'/' if name else ''}{name}: {text}")
         trace = "".join(traceback.format_exception(error))
-        explained.__cause__ = None if any(secret in trace for secret in self._secrets) else error
-        explained.__suppress_context__ = True
-        return explained
+        failure.__cause__ = None if any(secret in trace for secret in self._secrets) else error
+        failure.__suppress_context__ = True
+        return failure
 
 
 def deadline(size: int) -> float:
@@ -219,25 +218,25 @@ def deadline(size: int) -> float:
     return DEADLINE + size / RATE
 
 
-def limits(system: Any, size: int) -> dict[str, float]:
-    """Make an asynchronous file system cancel a write at its deadline, before a later write begins."""
+def write_timeout(system: Any, size: int) -> dict[str, float]:
+    """Keywords with which an asynchronous file system cancels a write at its deadline, before the next try begins."""
     return {"timeout": deadline(size)} if isinstance(system, AsyncFileSystem) else {}
 
 
-def _file_system(kind: str) -> Any:
-    """The file system class of a protocol. Raises ConfigError for an unknown one, or if its package is missing."""
+def _file_system(scheme: str) -> Any:
+    """The file system class of a scheme. Raises ConfigError for an unknown scheme, or if its package is missing."""
     try:
-        if kind in ("http", "https"):  # read-only
-            raise ValueError(kind)
-        return fsspec.get_filesystem_class(kind)
+        if scheme in ("http", "https"):  # read-only
+            raise ValueError(scheme)
+        return fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        extra = store_of(kind).extra
+        extra = store_kind(scheme).extra
         remedy = f": pip install 'hydra-runner[{extra}]'" if extra else ""
-        raise ConfigError(f"run.root={kind}://...: its package is not installed{remedy} ({error})") from error
+        raise ConfigError(f"run.root={scheme}://...: its package is not installed{remedy} ({error})") from error
     except ValueError:
-        protocols = ", ".join(f"{name}://" for store in STORES for name in store.protocols)
+        protocols = ", ".join(f"{name}://" for kind in STORES for name in kind.protocols)
         raise ConfigError(
-            f"run.root={kind}://...: not a storage for runs; use a path, {protocols}, "
+            f"run.root={scheme}://...: not a storage for runs; use a path, {protocols}, "
             "or another protocol that an installed fsspec package offers"
         ) from None
 

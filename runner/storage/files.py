@@ -71,7 +71,7 @@ def local_path(path: str) -> str | None:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the suffix is that of a compressed file (.gz, .xz, .zst ...)."""
+    """Whether the file is compressed, by its suffix (.gz, .xz, .zst ...)."""
     return infer_compression(path) is not None
 
 
@@ -132,8 +132,8 @@ def _url(system: Any, name: str, pattern: str) -> str:
     """The URL of a file that matches ``pattern``, with the same chain (``zip://*.txt::s3://bucket/all.zip``)."""
     url = str(system.unstrip_protocol(name))
     links = pattern.split("::")
-    place = next((place for place, link in enumerate(links) if "://" in link), len(links) - 1)
-    return "::".join([*links[:place], url, *links[place + 1 :]])
+    number = next((number for number, link in enumerate(links) if "://" in link), len(links) - 1)
+    return "::".join([*links[:number], url, *links[number + 1 :]])
 
 
 def _stat(info: dict[str, Any]) -> Stat:

@@ -29,7 +29,7 @@ class LocalLocation:
     part_bytes = 1 << 40  # never split: one file is as fast as several
     parallel_puts = 1
     beat_seconds = 1.0
-    lock_domain = ""  # in the folder itself
+    lock_domain = ""  # locks are in the folder itself
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -148,7 +148,7 @@ class LocalLocation:
         for segment in check_name(name).split("/"):
             path /= segment
             if path.is_symlink():
-                raise StorageError(f"{path} is a link; everything in {self.url} must be there itself")
+                raise StorageError(f"{path} is a link; {self.url} must contain the file or folder itself")
         return path
 
     def sync_parents(self) -> None:

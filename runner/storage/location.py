@@ -57,7 +57,7 @@ class Journal(Protocol):
         """Make everything so far durable. Raises StorageError, after which it can be called again."""
 
     def close(self) -> None:
-        """Close it. What was not synced may be lost."""
+        """Close it. Data that was not synced may be lost."""
 
 
 class Location(Protocol):
@@ -69,9 +69,9 @@ class Location(Protocol):
     """
 
     url: str
-    part_bytes: int  # write larger data as several objects of this size ...
-    parallel_puts: int  # ... with this many uploads at the same time
-    beat_seconds: float  # the interval of heartbeats in this location
+    part_bytes: int  # larger data is written as several objects of this size
+    parallel_puts: int  # the number of objects that are written at the same time
+    beat_seconds: float  # the interval of heartbeats: other machines notice a death after three of them
 
     @property
     def lock_domain(self) -> str:
@@ -152,7 +152,7 @@ def local_root(root: str) -> str:
 
 
 def local_folder(root: str) -> str:
-    """A root on this machine; for a remote root a folder of this machine, named after it."""
+    """A local root itself; for a remote root a folder of this machine, named after it."""
     if is_remote(root):
         return f"{_LOCAL_FILES}/{_UNSAFE.sub('_', _USER.sub('', root).replace('://', '/'))}"
     return local_root(root)
@@ -192,6 +192,6 @@ class JournalChain:
         self._open[0].sync()
 
     def close(self) -> None:
-        """Close all journals. What was not flushed may be lost."""
+        """Close all journals. Data that was not flushed may be lost."""
         while self._open:
             self._open.popleft().close()

@@ -15,38 +15,38 @@ from typing import Any
 
 from runner.errors import StorageError
 from runner.hashing import sha256_digest
-from runner.storage.backend import Backend, limits
+from runner.storage.backend import Backend, write_timeout
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation
 from runner.storage.location import Buffer, Entry, Location, Lock, check_name
 
 
 class UploadedJournal:
-    """A growing object in memory, uploaded as a whole by each ``sync``. What was not synced dies with the process."""
+    """A growing object in memory, uploaded as a whole by each ``sync``. The rest dies with the process."""
 
     def __init__(self, location: Location, name: str) -> None:
         self._location, self._name = location, name
         self._data = bytearray()
-        self._synced = -1
-        self._appending = threading.Lock()
-        self._uploading = threading.Lock()
+        self._synced_bytes = -1
+        self._append_lock = threading.Lock()
+        self._upload_lock = threading.Lock()
 
     def append(self, data: bytes) -> None:
-        with self._appending:
+        with self._append_lock:
             self._data += data
 
     def sync(self) -> None:
-        with self._uploading:
-            with self._appending:
+        with self._upload_lock:
+            with self._append_lock:
                 data = bytes(self._data)
-            if len(data) != self._synced:
+            if len(data) != self._synced_bytes:
                 self._location.replace(self._name, [data])
-                self._synced = len(data)
+                self._synced_bytes = len(data)
 
     def close(self) -> None:
         pass
 
 
-MEMORY_BYTES = 64 << 20  # larger uploads are spooled to a temporary file
+MEMORY_BYTES = 64 << 20  # larger uploads go through a temporary file
 
 
 class RemoteLocation:
@@ -56,8 +56,8 @@ class RemoteLocation:
     ConfigError for a URL that cannot be used.
     """
 
-    beat_seconds = 5.0
-    part_bytes = 32 << 20
+    beat_seconds = 5.0  # each beat uploads an object
+    part_bytes = 32 << 20  # below MEMORY_BYTES: the parts under way take 128 MB of memory
     parallel_puts = 4
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class RemoteLocation:
     def put(self, name: str, chunks: Iterable[Buffer]) -> int:
         path = self._path(name)
         with _spool(chunks) as (content, size):
-            write = self._upload if self._backend.store.atomic else _write_and_rename
+            write = _upload if self._backend.kind.atomic else _write_and_rename
             self._backend.run("write", name, lambda system: write(system, path, content, size), size=size)
         return size
 
@@ -92,21 +92,18 @@ class RemoteLocation:
         data = self._backend.run("read", name, lambda system: system.cat_file(path, start=offset, end=end), size=size)
         if len(data) != size:
             raise StorageError(f"cannot read {self.url}/{name}: it ends at byte {offset + len(data)}, {end} are needed")
-        left = memoryview(data)
+        rest = memoryview(data)
         for buffer in buffers:
-            buffer[:], left = left[: len(buffer)], left[len(buffer) :]
+            buffer[:], rest = rest[: len(buffer)], rest[len(buffer) :]
 
     def list(self, folder: str) -> list[Entry]:
-        path = self._path(folder) if folder else self._backend.path("")
-        listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
-        entries = [Entry(leaf, int(info["size"])) for leaf, info in listed.items() if info["type"] == "file"]
+        infos = self._entries(folder and check_name(folder)).items()
+        entries = [Entry(leaf, int(info["size"])) for leaf, info in infos if info["type"] == "file"]
         return sorted((entry for entry in entries if TEMPORARY not in entry.name), key=lambda entry: entry.name)
 
     def scan(self, folder: str) -> dict[str, bool]:
         """The names in a folder, and which are folders."""
-        path = self._backend.path(folder)
-        listed = self._backend.run("list", folder, lambda system: _ls(self._backend, system, path))
-        return {leaf: info["type"] == "directory" for leaf, info in listed.items()}
+        return {leaf: info["type"] == "directory" for leaf, info in self._entries(folder).items()}
 
     def below(self, folder: str) -> "RemoteLocation":
         """A folder in this folder that is known to exist, over the same connections."""
@@ -125,10 +122,10 @@ class RemoteLocation:
         self._backend.run("remove", name, operation)
 
     def remove_leftovers(self, folder: str) -> None:
-        path = self._path(folder) if folder else self._backend.path("")
+        path = self._backend.path(folder and check_name(folder))
 
-        def operation(system: Any) -> None:
-            for leaf, info in _ls(self._backend, system, path).items():
+        def remove_old(system: Any) -> None:
+            for leaf, info in self._ls(system, path).items():
                 if TEMPORARY in leaf and info["type"] == "file":
                     with contextlib.suppress(FileNotFoundError):
                         modified = system.modified(info["name"])
@@ -140,24 +137,39 @@ class RemoteLocation:
             with contextlib.suppress(Exception):  # a writer need not have the right to list uploads
                 _abort(system, f"{path}/")
 
-        self._backend.run("sweep", folder, abort if self._backend.store.atomic else operation)
+        self._backend.run("sweep", folder, abort if self._backend.kind.atomic else remove_old)
 
     @property
     def lock_domain(self) -> str:
-        status = _scratch().stat()
+        status = _lock_folder().stat()
         return f"{status.st_dev}:{status.st_ino}"
 
     def lock(self, name: str) -> Lock | None:
-        return LocalLocation(_scratch()).lock(self._lock_file(name))
+        return LocalLocation(_lock_folder()).lock(self._lock_file(name))
 
     def is_locked(self, name: str) -> bool:
-        return LocalLocation(_scratch()).is_locked(self._lock_file(name))
+        return LocalLocation(_lock_folder()).is_locked(self._lock_file(name))
 
     def _lock_file(self, name: str) -> str:
         return sha256_digest(f"{self.url}/{check_name(name)}".encode())[:32]
 
     def _path(self, name: str) -> str:
         return self._backend.path(check_name(name))
+
+    def _entries(self, folder: str) -> dict[str, dict[str, Any]]:
+        path = self._backend.path(folder)
+        return self._backend.run("list", folder, lambda system: self._ls(system, path))
+
+    def _ls(self, system: Any, path: str) -> dict[str, dict[str, Any]]:
+        """Name -> fsspec's entry of everything directly in a folder; without the marker object of the folder itself."""
+        system.invalidate_cache()
+        try:
+            objects = system.ls(path, detail=True)
+        except FileNotFoundError:
+            self._backend.check_bucket(system)
+            return {}
+        names = ((str(info["name"]).rstrip("/").rpartition("/"), info) for info in objects)
+        return {leaf: info for (parent, _, leaf), info in names if leaf and parent.strip("/") == path.strip("/")}
 
     def _read(self, system: Any, path: str, count: int) -> bytes | None:
         try:
@@ -174,29 +186,17 @@ class RemoteLocation:
             return None
         return data
 
-    @staticmethod
-    def _upload(system: Any, path: str, content: bytes | Path, size: int) -> None:
-        try:
-            if isinstance(content, Path):
-                system.put_file(str(content), path, **limits(system, size))
-            else:
-                system.pipe_file(path, content, **limits(system, size))
-        except BaseException:
-            with contextlib.suppress(Exception):
-                _abort(system, path)
-            raise
 
-
-def _ls(backend: Backend, system: Any, path: str) -> dict[str, dict[str, Any]]:
-    """Name -> fsspec's entry of everything directly in a folder; without the marker object of the folder itself."""
-    system.invalidate_cache()
+def _upload(system: Any, path: str, content: bytes | Path, size: int) -> None:
     try:
-        listed = system.ls(path, detail=True)
-    except FileNotFoundError:
-        backend.check_bucket(system)
-        return {}
-    names = ((str(info["name"]).rstrip("/").rpartition("/"), info) for info in listed)
-    return {leaf: info for (parent, _, leaf), info in names if leaf and parent.strip("/") == path.strip("/")}
+        if isinstance(content, Path):
+            system.put_file(str(content), path, **write_timeout(system, size))
+        else:
+            system.pipe_file(path, content, **write_timeout(system, size))
+    except BaseException:
+        with contextlib.suppress(Exception):
+            _abort(system, path)
+        raise
 
 
 def _abort(system: Any, path: str) -> None:
@@ -219,10 +219,10 @@ def _write_and_rename(system: Any, path: str, content: bytes | Path, size: int) 
     temporary = f"{path}{TEMPORARY}{secrets.token_hex(6)}"
     try:
         try:
-            RemoteLocation._upload(system, temporary, content, size)
+            _upload(system, temporary, content, size)
         except FileNotFoundError:
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            RemoteLocation._upload(system, temporary, content, size)
+            _upload(system, temporary, content, size)
         system.mv(temporary, path)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -255,7 +255,7 @@ def _spool(chunks: Iterable[Buffer]) -> Iterator[tuple[bytes | Path, int]]:
         raise StorageError(f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}") from error
 
 
-def _scratch() -> Path:
+def _lock_folder() -> Path:
     """This user's folder for lock files. Raises StorageError for a folder that another user may have made."""
     path = Path(tempfile.gettempdir()) / f"hydra-runner-{os.getuid()}"
     try:
