@@ -597,7 +597,7 @@ def test_a_claim_cannot_make_others_wait_for_long(beat: float) -> None:
     location.objects = {"attempts/000001-0123456789ab.json": json.dumps({"beat": beat, "machine": "other"}).encode()}
     record = attempts.newest(location)
     assert record
-    assert record.patience <= 4 * RemoteLocation.beat_seconds
+    assert record.silence_limit <= 4 * RemoteLocation.beat_seconds
 
 
 def test_claims_of_one_number_are_watched_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,14 +35,14 @@ log = logging.getLogger("runner")
 HIGHEST = 10**15 - 1  # number of an attempt: names have at most 15 digits
 GONE_SECONDS = 10.0  # within which a run directory that was moved away may come back
 _CLAIM = re.compile(r"([0-9]{6,15})-([0-9a-f]{12})\.json")
-_LIMIT = 1 << 20
-_BEAT_SECONDS = (0.1, 5.0)  # bounds for the value in a claim: all kinds of storage beat within them
-_MOST_ALIKE = 1000  # claims of one number: processes that start at once make few, and a killed one leaves its claim
-_SILENT_BEATS = 3  # without a change, after which an attempt counts as dead
-_SLACK_SECONDS = 0.5
-_FEW = 25  # attempts: their claims are listed at every beat, those of more attempts less often
-_PATIENCE_SECONDS = 0.2
-_JOIN_SECONDS = 1.0
+_LIMIT = 1 << 20  # bytes of a record
+_BEAT_SECONDS = (0.1, 5.0)  # bounds for the interval in a claim, which anyone may have written
+_MOST_WITH_ONE_NUMBER = 1000  # claims: processes that start at once make few, and a killed process leaves its claim
+_SILENT_BEATS = 3  # an attempt whose heartbeat has not changed for so many intervals counts as dead
+_SLACK_SECONDS = 0.5  # besides, for a storage that is slow
+_FEW_ATTEMPTS = 25  # their claims are listed at every beat; the claims of more attempts less often
+_WRITE_SECONDS = 0.2  # ``Attempt.beat`` delays the training thread by at most this
+_JOIN_SECONDS = 1.0  # the heartbeat's thread may hang in the storage
 _RANDOM = secrets.SystemRandom()  # not the global generator, which is part of the run's state
 _PAUSE_SECONDS = 0.005  # before the second try to claim; twice as long before each further one
 _REMEDY = (
@@ -88,25 +88,25 @@ class AttemptRecord:
         return False if self.claim.get("machine") == machine(self.location) else None
 
     @property
-    def patience(self) -> float:
-        """Seconds after which an attempt whose heartbeat has not changed is dead."""
+    def silence_limit(self) -> float:
+        """The seconds after which an attempt whose heartbeat has not changed counts as dead."""
         interval = self.claim.get("beat")
         if not isinstance(interval, int | float) or interval != interval:
             interval = self.location.beat_seconds
         return _SILENT_BEATS * min(max(interval, _BEAT_SECONDS[0]), _BEAT_SECONDS[1]) + _SLACK_SECONDS
 
-    def watch(self, since: float | None = None) -> bool:
+    def is_alive_by_heartbeat(self, since: float | None = None) -> bool:
         """Whether its process lives. If ``alive`` cannot tell, watches for three beats whether its heartbeat changes,
         from ``since`` (``time.monotonic``, a moment after the record was read) on. Uses only this process's clock,
         because clocks of two machines need not agree. Raises Interrupted after a stop signal.
         """
-        until = (since or time.monotonic()) + self.patience
+        until = (since or time.monotonic()) + self.silence_limit
         now, alive, ended = self, self.alive(), False
         while alive is None and now.beat == self.beat and not ended:
             signals.raise_if_received("while watching whether another attempt lives")
-            ended = time.monotonic() >= until  # and one last look
+            ended = time.monotonic() >= until  # then this is the last look
             if not ended:
-                time.sleep(self.patience / 16)
+                time.sleep(self.silence_limit / 16)  # about five looks at each beat
             again = read(self.location, self.name)
             if again is None:  # it withdrew its claim
                 return False
@@ -128,9 +128,9 @@ class AttemptRecord:
         return (self.end or {}).get(key)
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """A record as it is stored."""
-    return json.dumps(record, indent=1).encode() + b"\n"
+def encode(record: dict[str, Any], *, allow_nan: bool = True) -> bytes:
+    """A record as it is stored. Raises ValueError for NaN and infinity, unless ``allow_nan``."""
+    return json.dumps(record, indent=1, allow_nan=allow_nan).encode() + b"\n"
 
 
 def names(location: Location) -> list[ClaimName]:
@@ -170,9 +170,9 @@ def live(location: Location, claims: list[ClaimName], *, dead: set[ClaimName]) -
     Adds dead attempts to ``dead``, and does not look again at attempts that are in it already.
     """
     unknown = [name for name in _newest(location, claims) if name not in dead]
-    records = [(name, read(location, name), time.monotonic()) for name in unknown]  # to be watched at the same time
+    records = [(name, read(location, name), time.monotonic()) for name in unknown]  # to watch them at the same time
     for name, record, since in records:
-        if record is not None and record.watch(since):
+        if record is not None and record.is_alive_by_heartbeat(since):
             return record
         dead.add(name)
     return None
@@ -182,14 +182,14 @@ def _newest(location: Location, claims: list[ClaimName]) -> list[ClaimName]:
     """The claims with the highest number."""
     highest = max(claims).number if claims else 0
     newest = [name for name in claims if name.number == highest]
-    if len(newest) > _MOST_ALIKE:
+    if len(newest) > _MOST_WITH_ONE_NUMBER:
         raise StorageError(f"{location.url}/attempts has {len(newest)} claims of attempt {highest}, which no run makes")
     return newest
 
 
 def successor(location: Location, mine: ClaimName) -> AttemptRecord | None:
-    """The newest attempt with a higher number than that of the claim ``mine``, if there is one. Raises
-    ClaimGone if that claim is gone, because then nothing must be written to the run directory any more.
+    """The newest attempt with a higher number than the claim ``mine``, if there is one. Raises ClaimGone if ``mine``
+    is gone, because then nothing must be written to the run directory any more.
 
     Looks twice, because a process that finds the run in use withdraws the claim that it has just made.
     """
@@ -231,9 +231,9 @@ def requeued(before: Any, after: Any) -> bool:
     return all(isinstance(job, list) and len(job) == 2 for job in jobs) and before[0] == after[0] and before != after
 
 
-def now() -> str:
+def now(timespec: str = "milliseconds") -> str:
     """The current time as records contain it (ISO 8601, UTC)."""
-    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec=timespec)
 
 
 class Attempt:
@@ -251,11 +251,11 @@ class Attempt:
         self.number = name.number
         self.gone_since: float | None = None
         self._lock = lock
-        self._superseded: AttemptRecord | None = None  # the attempt that took over the run
+        self._successor: AttemptRecord | None = None  # the attempt that took over the run
         self._facts: dict[str, Any] = {}
         self._sequence = 0
         self._warned = False
-        self._requests = self._served = 0  # calls of ``beat``
+        self._requests = self._answer = 0  # the last call of ``beat``, and the last call whose heartbeat is written
         self._stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self.keep_beating, name="heartbeat", daemon=True)
@@ -271,7 +271,7 @@ class Attempt:
         with self._changed:
             self._requests = request = self._requests + 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._served >= request, timeout=_PATIENCE_SECONDS)
+            self._changed.wait_for(lambda: self._answer >= request, timeout=_WRITE_SECONDS)
 
     def keep_beating(self) -> None:
         """The thread."""
@@ -284,10 +284,10 @@ class Attempt:
                 with suppress(StorageError):
                     self.location.replace(f"{self.name}.beat", [beat], durable=False)
             with self._changed:
-                self._served = request
+                self._answer = request
                 self._changed.notify_all()
                 self._changed.wait_for(
-                    lambda: self._stopped or self._requests > self._served, timeout=self.location.beat_seconds
+                    lambda: self._stopped or self._requests > self._answer, timeout=self.location.beat_seconds
                 )
 
     def stop_beating(self) -> None:
@@ -298,33 +298,31 @@ class Attempt:
         self._thread.join(_JOIN_SECONDS)
 
     def _check_superseded(self) -> None:
-        """Look for a newer attempt, and for the own claim."""
-        skip = self.gone_since is None and self._sequence % (1 + self.number // _FEW)
-        if self._superseded is None and not skip:
+        """Look for a newer attempt, and for the claim of this one."""
+        skip = self.gone_since is None and self._sequence % (1 + self.number // _FEW_ATTEMPTS)
+        if self._successor is None and not skip:
             try:
-                self._superseded = successor(self.location, self.name)
+                self._successor = successor(self.location, self.name)
                 self.gone_since = None
             except ClaimGone:
                 self.gone_since = self.gone_since or time.monotonic()
             except StorageError:
-                pass  # an outage says nothing of the claim
+                pass  # an outage says nothing about the claim
 
     def raise_if_superseded(self) -> None:
         """Raise Superseded or RunGone if the thread found a newer attempt, or no claim for long; costs nothing."""
         self._raise_if_gone()
-        self._raise_if(self._superseded)
+        if self._successor is not None:
+            raise Superseded(
+                f"{self._successor.owner()} took over {self.location.url}; this process stops. "
+                "What it did after its last acknowledged checkpoint is not used."
+            )
 
     def require_newest(self) -> None:
         """Raise Superseded if there is a newer attempt. Asks the storage; raises StorageError, and RunGone."""
         self._raise_if_gone()
-        self._raise_if(successor(self.location, self.name))
-
-    def _raise_if(self, newer: AttemptRecord | None) -> None:
-        if newer is not None:
-            raise Superseded(
-                f"{newer.owner()} took over {self.location.url}; this process stops. "
-                "What it did after its last acknowledged checkpoint is not used."
-            )
+        self._successor = self._successor or successor(self.location, self.name)
+        self.raise_if_superseded()
 
     def _raise_if_gone(self) -> None:
         """Raise RunGone if the claim has not been in the run directory for ``GONE_SECONDS``."""
@@ -346,8 +344,8 @@ class Attempt:
     def end(self, outcome: str, **facts: Any) -> None:
         """Record how this attempt ended and release the run."""
         self.stop_beating()
-        shown = {key: redacted(fact) if isinstance(fact, str) else fact for key, fact in facts.items()}
-        record = {**self._facts, "time": now(), **shown, "outcome": outcome}
+        redacted_facts = {key: redacted(fact) if isinstance(fact, str) else fact for key, fact in facts.items()}
+        record = {**self._facts, "time": now(), **redacted_facts, "outcome": outcome}
         try:
             # Where the claim is gone, the record would create the directory of a removed run again.
             if self.name in names(self.location):
@@ -364,7 +362,7 @@ class Attempt:
 
 def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: bool = False) -> Attempt:
     """Become the newest attempt of the run, with a number greater than ``above``. Raises RunInUse while the newest
-    attempt lives; with ``steal``, that one finds itself superseded at its next heartbeat or commit instead.
+    attempt lives; with ``steal``, that attempt is superseded instead, which it notices at its next heartbeat or commit.
 
     The storage need not support exclusive creation. Each claim is an object with a name of its own, and its process
     owns the run if a listing *after* the write shows exactly what a listing before it showed, plus its own claim. Two
@@ -373,7 +371,7 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
     it sees a live attempt, so one process wins.
     """
     dead: set[ClaimName] = set()
-    for tries in count():
+    for number in count():
         signals.raise_if_received("during start-up, nothing to commit")
         before = names(location)
         if not steal and (record := live(location, before, dead=dead)):
@@ -381,7 +379,8 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
         attempt = _try_claim(location, facts, before, above)
         if attempt is not None:
             return attempt
-        time.sleep(_RANDOM.uniform(0, min(_PAUSE_SECONDS * 2 ** min(tries, 16), location.beat_seconds)))
+        # At random, so that processes that have disturbed each other do not meet again.
+        time.sleep(_RANDOM.uniform(0, min(_PAUSE_SECONDS * 2 ** min(number, 16), location.beat_seconds)))
     raise AssertionError("unreachable")
 
 
@@ -392,7 +391,7 @@ def raise_if_live(location: Location) -> None:
 
 
 def _try_claim(location: Location, facts: dict[str, Any], before: list[ClaimName], above: int) -> Attempt | None:
-    """Claim the next number; None if the claims differ from those of ``before`` by more than this one."""
+    """Claim the next number; None if there are then other claims than ``before`` and this one."""
     name = ClaimName(max([above, *(name.number for name in before)]) + 1, secrets.token_hex(6))
     if name.number > HIGHEST:
         raise StorageError(f"{location.url}: no attempt can follow number {name.number - 1}, which no run has reached")
@@ -408,13 +407,12 @@ def _try_claim(location: Location, facts: dict[str, Any], before: list[ClaimName
     }
     try:
         location.put(f"{name}.json", [encode(own | facts | {"attempt": name.number})])
-        alone = names(location) == [*before, name]
+        if names(location) == [*before, name]:
+            return Attempt(location, name, lock)
     except BaseException:
         with suppress(StorageError):
             _withdraw(location, name, lock)
         raise
-    if alone:
-        return Attempt(location, name, lock)
     _withdraw(location, name, lock)
     return None
 

@@ -7,7 +7,6 @@ A module is the user's if its file is outside the folders of installed packages;
 """
 
 import functools
-import json
 import os
 import platform
 import re
@@ -36,7 +35,7 @@ _LIMIT = 4 << 20  # bytes of a record that are read
 _MOST_DIFF = 256 << 10  # bytes of the differences in one repository
 _MOST_OF_FILE = 4 << 20  # bytes of a module that are hashed; compiled modules can be large
 _MOST_FILES, _MOST_REPOSITORIES = 2000, 4
-_WIDEST = 1000  # characters of a line: longer ones hold data
+_WIDEST = 1000  # characters of a line of differences; longer lines hold data, and are cut
 _PACKAGED = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _INFO = re.compile(r"([\w.]+)-([^-]+)(?:-.*)?\.(?:dist|egg)-info")
 # The commit; changes of tracked files, without notebooks, whose outputs are no code, and files that hold secrets; and
@@ -77,15 +76,15 @@ def read(location: Location, name: attempts.ClaimName) -> CodeRecord | None:
 
 def newest(location: Location, *, below: int) -> CodeRecord | None:
     """The code of the newest attempt with a number below ``below`` that has a record."""
-    stored = {entry.name for entry in location.list("attempts")}
+    files = {f"attempts/{entry.name}" for entry in location.list("attempts")}
     claims = [name for name in attempts.names(location) if name.number < below]
-    recorded = [name for name in claims if f"{name}.{SUFFIX}".rpartition("/")[2] in stored]
-    return read(location, recorded[-1]) if recorded else None
+    with_code = [name for name in claims if f"{name}.{SUFFIX}" in files]
+    return read(location, with_code[-1]) if with_code else None
 
 
 def record(location: Location, name: attempts.ClaimName, code: CodeRecord) -> None:
     """Store the code of an attempt."""
-    location.replace(f"{name}.{SUFFIX}", [json.dumps(asdict(code), indent=1).encode() + b"\n"], durable=False)
+    location.replace(f"{name}.{SUFFIX}", [attempts.encode(asdict(code))], durable=False)
 
 
 def running(targets: Iterable[str]) -> CodeRecord:
@@ -142,10 +141,10 @@ def _modules(targets: list[str]) -> Iterator[tuple[str, str]]:
     for name, inner in _imported():
         file = inner["__file__"]
         if name.startswith("runner."):
-            users = not _PACKAGED.search(file) and any(target.startswith(f"{name}.") for target in targets)
+            is_users = not _PACKAGED.search(file) and any(target.startswith(f"{name}.") for target in targets)
         else:
-            users = not is_installed(file)
-        if users:
+            is_users = not is_installed(file)
+        if is_users:
             base = os.path.basename(file)
             stem, suffix = os.path.splitext(base)
             path = name.replace(".", "/") + ("/__init__" if stem == "__init__" else "")

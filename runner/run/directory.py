@@ -1,12 +1,12 @@
 """The directory of one run: its layout, and its record, configuration and result.
 
     run.json            run id, format version, lineage; marks the directory as a run's
-    config.yaml         the resolved identity half; written once, only ever compared
+    config.yaml         the resolved configuration of what is computed; written once, and then only compared
     attempts/           one claim per process life (run.attempts)
     commits/ data/      checkpoints (checkpoint.manifest)
     ledger/             the samples that each step consumed (data.ledger)
     metrics/            scalars as lines (metrics.lines)
-    writers/            what services outside have of them (metrics.service)
+    writers/            the id of the run at each service outside, and the last step sent (metrics.service)
     tensorboard/        event files
     model.safetensors   final weights; best.safetensors beside it when there is an objective
     result.json         present when the run is finished
@@ -14,11 +14,9 @@
 An error is never mistaken for absence: an object that cannot be read raises StorageError.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from runner.run import attempts
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location, local_folder
 
-FORMAT = 1  # of the whole run directory; a newer one is refused, never guessed at
+FORMAT = 1  # of the whole run directory; newer formats are refused
 
 MODEL = "model.safetensors"
 BEST = "best.safetensors"
@@ -42,8 +40,8 @@ FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", "writers", TENSOR
 _RUN = "run.json"
 _CONFIG = "config.yaml"
 _RESULT = "result.json"
-_LIMIT = 1 << 20  # bytes of one of these
-_HYDRA_FILES = ("runner.log", "multirun.yaml")  # which Hydra writes before the run begins
+_LIMIT = 1 << 20  # bytes of each of these files
+_EARLY_FILES = ("runner.log", "multirun.yaml")  # Hydra writes them before the run begins
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # listing a thousand runs spends most of its time here
 yaml.SafeDumper.add_representer(Unresolved, yaml.SafeDumper.represent_str)
 
@@ -63,7 +61,7 @@ class RunDirectory:
         cls, root: str, experiment: str, variant: str, options: Mapping[str, Any] | None = None
     ) -> "RunDirectory":
         """The directory of one run. Creates and reads nothing. ``options`` are those of a remote storage."""
-        scheme, mark, path = root.rpartition("://")  # of s3:// alone nothing may be taken away: it would be a path
+        scheme, mark, path = root.rpartition("://")  # s3:// keeps its slashes: without them it would be a path
         url = f"{scheme}{mark}{path.rstrip('/')}/{experiment}/{variant}"
         return cls(root, experiment, variant, open_location(url, options), options)
 
@@ -94,7 +92,7 @@ class RunDirectory:
         """
         record = self._json(_RUN)
         if record is None:
-            foreign = [entry.name for entry in self.location.list("") if entry.name not in _HYDRA_FILES]
+            foreign = [entry.name for entry in self.location.list("") if entry.name not in _EARLY_FILES]
             if _RUN in foreign:  # another process began the run between the read and the listing
                 return self.record()
             if foreign:
@@ -116,15 +114,17 @@ class RunDirectory:
             "id": secrets.token_hex(8),
             "experiment": self.experiment,
             "variant": self.variant,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": attempts.now("seconds"),
             "parent": parent,
         }
+        # The record first: after a kill between the two, the next attempt writes the configuration. A configuration
+        # alone would be taken for the directory of something else.
         if self.location.read(_RUN, limit=_LIMIT) is None:
-            self.location.replace(_RUN, [_encode(record)])
+            self.location.replace(_RUN, [attempts.encode(record, allow_nan=False)])
         if self.location.read(_CONFIG, limit=_LIMIT) is None:
             raw = yaml.safe_dump(identity, sort_keys=False).encode()
             try:
-                _parsed(raw)
+                _parse_yaml(raw)
             except (yaml.YAMLError, ValueError) as error:
                 raise ConfigError(f"the configuration cannot be stored: {error}") from error
             self.location.replace(_CONFIG, [raw])
@@ -135,7 +135,7 @@ class RunDirectory:
         if raw is None:
             return None
         try:
-            return self._sections(_parsed(raw), _CONFIG)
+            return self._sections(_parse_yaml(raw), _CONFIG)
         except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
             raise self._unusable(_CONFIG, f"cannot be read: {error}") from error
 
@@ -180,19 +180,19 @@ class RunDirectory:
 
     def missing_export(self, result: Mapping[str, Any]) -> str:
         """The first exported file that a finished run lacks in full size, for a message; empty if it has all."""
-        names, sizes = result.get("sha256"), result.get("bytes")
+        names, lengths = result.get("sha256"), result.get("bytes")
         if not names or not isinstance(names, dict):
             return ""
-        stored = {entry.name: entry.size for entry in self.location.list("")}
+        sizes = {entry.name: entry.size for entry in self.location.list("")}
         for name in names:
-            size, expected = stored.get(name, 0), sizes.get(name) if isinstance(sizes, dict) else None
+            size, expected = sizes.get(name, 0), lengths.get(name) if isinstance(lengths, dict) else None
             if not size or (expected is not None and size != expected):  # older results have no sizes
                 return printable(f"{name} has {size} bytes, expected {'some' if expected is None else expected}")
         return ""
 
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
-        self.location.replace(_RESULT, [_encode({"identity": digest(identity), **result})])
+        self.location.replace(_RESULT, [attempts.encode({"identity": digest(identity), **result}, allow_nan=False)])
 
     def _sections(self, config: Any, name: str) -> dict[str, Any]:
         """A stored configuration. Raises StorageError if it, or one of its sections, is not a mapping."""
@@ -235,7 +235,7 @@ class _Loader(_SafeLoader):  # type: ignore[misc]
         return super().construct_object(node, deep)
 
 
-def _parsed(raw: bytes) -> Any:
+def _parse_yaml(raw: bytes) -> Any:
     """A stored configuration. Aliases can expand a few bytes to gigabytes, and deep nesting crashes the C parser."""
     depth = 0
     for event in yaml.parse(raw, Loader=_Loader):
@@ -245,7 +245,3 @@ def _parsed(raw: bytes) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("an alias, which no stored configuration has")
     return yaml.load(raw, Loader=_Loader)
-
-
-def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"

@@ -37,9 +37,9 @@ class RunSpec:
     """The run that a command asks for: its directory, what it computes, and what a new run starts from. ``command``
     starts this run alone, for messages.
 
-    ``open_run`` adds what the directory says, before the run is claimed. ``changes``: those of the configuration that
-    the user accepted, or all changes if the run has not trained yet. ``accepted``: the configuration from now on, if it
-    is not the one that the run was created with. ``result``: that of a finished run.
+    ``open_run`` adds what the directory says, before the run is claimed. ``changes``: the changes of the configuration
+    that the user accepted, or all changes if the run has not trained yet. ``accepted``: the configuration from now on,
+    if the run was created with another. ``result``: the result of a finished run.
     """
 
     directory: RunDirectory
@@ -77,11 +77,11 @@ def open_run(spec: RunSpec) -> RunSpec:
             return _fork(spec)
         raise DriftRefused(_refusal(spec, changes))
     if not changes:
-        identity = current  # as it was first written: 1 where this command says 1.0, which is the same run
+        identity = current  # the same run may be spelled otherwise: 1 there, and 1.0 by this command
     accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if changes else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
-        log.warning("finished, but %s: made again from the last checkpoint", missing)
+        log.warning("the run is finished, but %s; it is exported again from the last checkpoint", missing)
         result = None
     return replace(spec, identity=identity, changes=changes, accepted=accepted, result=result)
 
@@ -94,12 +94,12 @@ def _require_same_parent(directory: RunDirectory, parent: Parent | None) -> None
 
     then = now = "without run.parent"
     origin = ParentRecord.of(directory)
-    if origin and origin.asked:  # the checkpoint that was asked for, with the place that the parent had then
+    if origin and origin.asked:  # the checkpoint of the command, at the URL that the parent had then
         then = words(CheckpointRef(origin.run, CheckpointRef.parse(origin.asked).checkpoint), origin.inherit)
     if parent:
         now = words(parent.source, parent.inherit)
-    moved = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
-    if then != now and not moved:
+    same_request = origin and parent and (origin.asked, origin.inherit) == (parent.asked, parent.inherit)
+    if then != now and not same_request:
         raise DriftRefused(
             f"{directory.location.url} was started {then}, and this command starts {now}.\n"
             "The run was left as it is. A run is started once: use its run.parent and run.inherit, or start "
@@ -121,7 +121,7 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
     attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
     try:
         directory.create(spec.identity, parent=parent)
-        current = directory.identity(before=attempt.number) or {}
+        current = directory.identity(before=attempt.number) or {}  # without what this attempt's own claim accepts
         changes = compare(current, spec.identity)
         if changes and drift_table(changes) != drift_table(spec.changes):
             raise DriftRefused(_refusal(spec, changes))

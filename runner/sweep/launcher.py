@@ -303,7 +303,7 @@ def survey(specs: Specs) -> dict[Overrides, RunStatus]:
         statuses = dict(zip(specs, pool.map(_status, specs.items()), strict=True))
         since = time.monotonic()
         unclear = {job: status.unclear for job, status in statuses.items() if status.unclear}
-        alive = pool.map(lambda record: record.watch(since), unclear.values())
+        alive = pool.map(lambda record: record.is_alive_by_heartbeat(since), unclear.values())
         for job in (job for job, lives in zip(unclear, alive, strict=True) if lives):
             statuses[job] = replace(statuses[job], status=RUNNING, failures=0, reason=unclear[job].owner())
     return statuses
